@@ -1,0 +1,94 @@
+"""What a pass is, what it returns, and how passes are found by name.
+
+A pass maps a graph to a graph and leaves its input alone. It is a frozen dataclass: its fields are its
+whole configuration, so its text form (`spec`) parses back and its content id can join a variant key.
+"""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch.fx import Graph, GraphModule, Node
+
+
+class PassError(Exception):
+    """A pass met a graph it cannot take: which pass, what it saw, what to do."""
+
+    def __init__(self, pass_name: str, problem: str, remedy: str) -> None:
+        super().__init__(f"{pass_name}: {problem}; {remedy}")
+        self.pass_name = pass_name
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """Outcome of one pass. `modified` is true only if the graph changed; `counts` is for the log."""
+
+    graph_module: GraphModule
+    modified: bool
+    counts: Mapping[str, int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass(ABC):
+    """One graph-to-graph transformation.
+
+    Class attributes: `name` (kebab case, unique), `preserves_numerics` (bitwise equal results when the
+    graph is interpreted), `version` (raised whenever the output of the pass changes).
+    """
+
+    name: ClassVar[str]
+    preserves_numerics: ClassVar[bool] = True
+    version: ClassVar[int] = 1
+
+    @abstractmethod
+    def run(self, gm: GraphModule) -> PassResult:
+        """Return the transformed graph; raises PassError on a graph outside the pass's contract."""
+
+    def options(self) -> dict[str, Any]:
+        """Configuration as plain JSON values."""
+        return {f.name: json.loads(json.dumps(getattr(self, f.name))) for f in fields(self)}
+
+    def spec(self) -> str:
+        """Text form: the name, then the options as JSON when there are any."""
+        options = self.options()
+        return self.name + (json.dumps(options, separators=(",", ":")) if options else "")
+
+    @property
+    def content_id(self) -> str:
+        """Stable id of the pass, its version and its configuration, for cache keys."""
+        return hashlib.sha256(f"{self.spec()}@{self.version}".encode()).hexdigest()[:16]
+
+
+def copy_graph_module(gm: GraphModule) -> tuple[GraphModule, Graph]:
+    """Copy the graph, share every tensor and submodule; node metadata is copied too."""
+    graph = Graph()
+    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    if output is not None:
+        value, old = output
+        graph.output(value).meta.update(old.meta)
+    return GraphModule(gm, graph), graph
+
+
+def kind(node: Node) -> str | None:
+    """`prologue`, `layer` or `epilogue` for an outlined call."""
+    return node.meta.get("kind")
+
+
+def role(node: Node) -> str | None:
+    """`input` or `kv` for a placeholder of the program; also `hidden`, `side`, `weight` inside a body."""
+    return node.meta.get("role")
+
+
+def layer_calls(gm: GraphModule) -> list[Node]:
+    """The outlined layer calls in execution order; empty for a flat graph."""
+    return [n for n in gm.graph.nodes if n.op == "call_module" and kind(n) == "layer"]
+
+
+def body(gm: GraphModule, call: Node) -> GraphModule:
+    """The graph that an outlined call runs."""
+    module = gm.get_submodule(str(call.target))
+    assert isinstance(module, GraphModule)
+    return module

@@ -1,0 +1,54 @@
+"""Inductor regions without dynamo guards: the linker checks shapes once per call, not once per layer.
+
+The adapter around torch's semi-public `standalone_compile`; nothing else in the project touches it.
+"""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..errors import CaptureError
+from .base import Backend, Region
+
+
+class InductorBackend(Backend):
+    """Each body compiled once per shape class; weights and KV slots are operands, so all layers share the code."""
+
+    name: ClassVar[str] = "inductor"
+    needs_shapes: ClassVar[bool] = True
+
+    def __init__(self, options: dict[str, Any] | None = None) -> None:
+        self.options = dict(options or {})
+
+    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Sequence[dict[int, str]]) -> Region:
+        names = sorted({name for axes in dynamic for name in axes.values()})
+        dims = {name: torch.export.Dim(name, min=2, max=1 << 20) for name in names}
+        shapes = tuple({axis: dims[name] for axis, name in axes.items()} or None for axes in dynamic)
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about its own internals
+            exported = torch.export.export(_Body(body), (tuple(example),), dynamic_shapes=(shapes,), strict=False)
+            if exported.graph_signature.buffers_to_mutate or exported.constants:
+                raise CaptureError(f"region {body} holds state of its own; report this model")
+            artifact = torch._inductor.standalone_compile(
+                exported.graph_module,
+                list(example),
+                dynamic_shapes="from_graph" if names else "from_example_inputs",
+                options={"config_patches": self.options} if self.options else None,
+            )
+            multiple = isinstance(body.graph.output_node().args[0], tuple)
+        if multiple:
+            return artifact
+        return lambda *operands: artifact(*operands)[0]
+
+
+class _Body(torch.nn.Module):
+    def __init__(self, body: GraphModule) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, operands: tuple[Tensor, ...]) -> Any:
+        return self.body(*operands)

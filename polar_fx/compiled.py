@@ -1,0 +1,246 @@
+"""`polar_fx.compile`: a HuggingFace causal LM -> a model that runs any program of its layers.
+
+Shape legend: B batch, T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from .backends import Backend, ShapeClass, get_backend
+from .backends.base import RegionRecord
+from .check import capture_checked
+from .errors import InputError
+from .generate import Generator
+from .kv_cache import KvPool, KvSession
+from .library import LayerLibrary
+from .link import Linker
+from .program import Program
+
+ProgramLike = Program | str | Sequence[int] | None
+
+
+def compile(
+    model: PreTrainedModel | str | None = None,
+    backend: str | Backend = "inductor",
+    *,
+    max_length: int | None = None,
+    prefill_chunk: int = 512,
+    deterministic: bool = False,
+    program: ProgramLike = None,
+    check: bool = True,
+) -> "CompiledModel":
+    """Capture `model` once and return it as a `CompiledModel`.
+
+    Args:
+        model: a causal LM, a local folder or a model id; None loads the embedded default. It is not changed, and its
+            weights are shared, not copied.
+        backend: "inductor" compiles each distinct layer graph once per shape class; "eager" interprets.
+        max_length: tokens a row may hold, prompt and continuation (default: the model's own limit, at most 1024).
+        prefill_chunk: prompt tokens run at a time.
+        deterministic: run rows one by one, so that a row's logits have the same bits alone and in any batch.
+        program: what calls without `program=` run (default: identity).
+        check: compare the captured graph with the model on a few tokens before returning it.
+
+    Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError.
+    """
+    chosen = get_backend(backend)
+    if model is None or isinstance(model, str):
+        from .models import load
+
+        model, _ = load(model)
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1024
+    max_length = min(limit, 1024) if max_length is None else max_length
+    for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
+    if max_length > limit:
+        raise InputError(f"max_length={max_length} exceeds the {limit} positions the model was built for; use at most {limit}")
+    library = LayerLibrary(capture_checked(model, check=check))
+    return CompiledModel(model, library, chosen, max_length, prefill_chunk, deterministic, program)
+
+
+class CompiledModel:
+    """A captured model that runs a program of layers on every call.
+
+    `library` holds graphs and weights, `linker` compiled regions and linked programs, `pool` the KV slots.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        library: LayerLibrary,
+        backend: Backend,
+        max_length: int,
+        prefill_chunk: int,
+        deterministic: bool,
+        program: ProgramLike,
+    ) -> None:
+        self.config, self.generation_config = model.config, model.generation_config
+        self.library, self.backend = library, backend
+        self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
+        self.pool = KvPool(max_length, library.captured.device)
+        self.linker = Linker(library, backend, self.pool)
+        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.default_program = Program.identity(library.depth)
+        self.default_program = self.resolve(program)
+        self._generator = Generator(self, model)
+
+    # ------------------------------------------------------------------------------------------- properties
+
+    @property
+    def depth(self) -> int:
+        return self.library.depth
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.library.captured.dtype
+
+    @property
+    def compilations(self) -> tuple[RegionRecord, ...]:
+        """Every region compiled so far."""
+        return tuple(self.linker.records)
+
+    def __repr__(self) -> str:
+        return (
+            f"CompiledModel({type(self.config).__name__}, depth={self.depth}, backend={self.backend.name!r}, "
+            f"max_length={self.pool.max_length}, {len(self.compilations)} regions compiled)"
+        )
+
+    def resolve(self, program: ProgramLike) -> Program:
+        """A Program from a Program, its text or a path; None is the default. Raises ProgramError."""
+        if program is None:
+            return self.default_program
+        if isinstance(program, str):
+            return Program.parse(program, self.depth)
+        if not isinstance(program, Program):
+            program = Program.from_path(tuple(program), self.depth)
+        self.library.check(program)
+        return program
+
+    # ------------------------------------------------------------------------------------------------ calls
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, program: ProgramLike = None) -> Tensor:
+        """Logits [B, T, V] of every token under `program`.
+
+        `input_ids` i64[B, T]; `attention_mask` [B, T] is 1 at real tokens, which may be padded on either side;
+        logits of padding are 0. Raises InputError, ProgramError, KvOverflowError.
+        """
+        chosen = self.resolve(program)
+        rows, mask = self.rows(input_ids, attention_mask)
+        with torch.no_grad(), self.session(chosen, len(rows)) as session:
+            logits = self.prefill(chosen, session, rows, every=True)
+        if bool(mask.all()):
+            return torch.stack(logits)
+        result = logits[0].new_zeros(*mask.shape, logits[0].shape[-1])
+        result[mask.to(result.device)] = torch.cat(logits)
+        return result
+
+    __call__ = forward
+
+    def generate(self, input_ids: Tensor, *, program: ProgramLike = None, **kwargs: Any) -> Any:
+        """transformers' `generate` on `program`: greedy, sampling, beams, stop tokens and strings, streamers.
+
+        Takes its usual arguments, a `generation_config` included, and returns what it returns: i64[B, T + new]
+        unless asked for more. Prompts may be padded on either side (`attention_mask`).
+        Raises InputError, ProgramError, and KvOverflowError before anything runs.
+        """
+        return self._generator.run(input_ids, self.resolve(program), **kwargs)
+
+    def warmup(self, programs: Iterable[ProgramLike] = (None,), batch: int = 1) -> tuple[RegionRecord, ...]:
+        """Compile what prefill and decode of these programs need at this batch size; returns the new regions."""
+        before = len(self.linker.records)
+        tokens = min(2, self.pool.max_length)
+        for program in programs:
+            chosen = self.resolve(program)
+            rows = [torch.zeros(tokens, dtype=torch.long)] * batch
+            with torch.no_grad(), self.session(chosen, batch) as session:
+                self.prefill(chosen, session, rows)
+                if tokens < self.pool.max_length:
+                    self.decode(chosen, session, torch.zeros(batch, dtype=torch.long))
+        return self.compilations[before:]
+
+    # --------------------------------------------------------------------- prefill and decode of one session
+
+    def session(self, program: Program, batch: int) -> Any:
+        """A context manager giving an empty KvSession for `batch` rows of `program`."""
+        return self.pool.session(self.library.kv_specs(program), batch)
+
+    def rows(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """Validated input: the real tokens of each row, and the boolean mask [B, T] that says where they stood."""
+        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
+            what = f"a tensor of shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+            raise InputError(f"input_ids must be an integer tensor [batch, tokens], got {what}")
+        if input_ids.dtype not in (torch.int64, torch.int32):
+            raise InputError(f"input_ids must be integers, got {input_ids.dtype}; pass the tokenizer's input_ids")
+        if input_ids.numel() == 0:
+            raise InputError(f"input_ids is empty (shape {tuple(input_ids.shape)}); a prompt needs at least one token")
+        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        if mask.shape != input_ids.shape:
+            raise InputError(f"attention_mask has shape {tuple(mask.shape)} but input_ids {tuple(input_ids.shape)}")
+        rows = [ids[m] for ids, m in zip(input_ids, mask, strict=True)]
+        for i, row in enumerate(rows):
+            if row.numel() == 0:
+                raise InputError(f"row {i} has no token: its attention_mask is all zero")
+            low, high = int(row.min()), int(row.max())
+            if low < 0 or high >= self.vocab_size:
+                bad = low if low < 0 else high
+                raise InputError(f"row {i} holds token id {bad}, outside the vocabulary 0..{self.vocab_size - 1}")
+        return rows, mask
+
+    def prefill(self, program: Program, session: KvSession, rows: list[Tensor], every: bool = False) -> list[Tensor]:
+        """Append the rows' tokens in chunks; per row, logits [V] of its last token, or [T, V] if `every`."""
+        session.require([len(r) for r in rows])
+        if self.deterministic and len(rows) > 1:
+            return [self.prefill(program, session.row(i), [r], every)[0] for i, r in enumerate(rows)]
+        results: list[list[Tensor]] = [[] for _ in rows]
+        for start in range(0, max(len(r) for r in rows), self.prefill_chunk):
+            parts = [r[start : start + self.prefill_chunk] for r in rows]
+            counts = [len(p) for p in parts]
+            ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self.device)
+            last = [n - 1 if start + n == len(r) and n else -1 for n, r in zip(counts, rows, strict=True)]
+            logits = self._run(program, session, ids, counts, None if every else last)
+            for i, (n, at) in enumerate(zip(counts, last, strict=True)):
+                if every and n:
+                    results[i].append(logits[i, :n])  # type: ignore[index]
+                elif at >= 0:
+                    results[i].append(logits[i, 0])  # type: ignore[index]
+        return [torch.cat(r) if every else r[0] for r in results]
+
+    def decode(self, program: Program, session: KvSession, tokens: Tensor) -> Tensor:
+        """Append one token per row, `tokens` i64[B]; logits [B, V]."""
+        ids = tokens.to(self.device)[:, None]
+        if self.deterministic and session.batch > 1:
+            session.require([1] * session.batch)
+            one = [self._run(program, session.row(i), ids[i : i + 1], [1], [0]) for i in range(session.batch)]
+            return torch.cat(one)[:, 0]  # type: ignore[arg-type]
+        return self._run(program, session, ids, [1] * session.batch, [0] * session.batch)[:, 0]  # type: ignore[index]
+
+    def _run(
+        self, program: Program, session: KvSession, ids: Tensor, counts: list[int], select: list[int] | None
+    ) -> Tensor | None:
+        """One pass over ids [B, T]: logits [B, T, V], or of one position per row [B, 1, V] if `select` names any."""
+        batch, tokens = ids.shape
+        positions = session.positions(counts)
+        linked = self.linker.link(program, ShapeClass.of(batch, tokens, self.pool.length))
+        hidden, values = linked.run(ids, positions, session.slots)
+        session.advance(counts)
+        if select is not None and max(select) < 0:
+            return None  # no row ends in this chunk: the head would be computed for nothing
+        head = self.library.epilogue
+        sides = [values[i] for i in head.sides]
+        early = select is not None and tokens > 1 and not sides
+        where = torch.tensor([max(0, s) for s in select], device=hidden.device) if select is not None else None
+        each = torch.arange(batch, device=hidden.device)
+        if early:
+            hidden = hidden[each, where][:, None]
+        region = self.linker.epilogue(ShapeClass.of(batch, hidden.shape[1], self.pool.length), hidden, sides)
+        logits = region(hidden, *sides, *head.weights)
+        return logits[each, where][:, None] if select is not None and not early else logits

@@ -1,0 +1,98 @@
+"""transformers' generation loop on top of prefill and decode.
+
+Sampling, beams, stop tokens and strings, logits processors and streamers are transformers' own; this adapter
+only answers its forward calls. Its overhead per token is measured in bench/latency.py.
+"""
+
+import contextlib
+import copy
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from .errors import InputError, KvOverflowError
+from .kv_cache import KvSession
+from .program import Program
+
+if TYPE_CHECKING:
+    from .compiled import CompiledModel
+
+_UNSUPPORTED = ("assistant_model", "past_key_values", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids")
+
+
+class _Running(GenerationMixin):
+    """What GenerationMixin takes for a model, for the duration of one call."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    _is_stateful = False
+
+    def __init__(self, compiled: "CompiledModel", program: Program) -> None:
+        self.compiled, self.program = compiled, program
+        self.config = compiled.config
+        self.generation_config = copy.deepcopy(compiled.generation_config or GenerationConfig())
+        self.device, self.dtype = compiled.device, compiled.dtype
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def is_remote_code(self) -> bool:
+        return False
+
+    def _optimize_model_for_decode(self) -> Any:
+        return contextlib.nullcontext()  # transformers would switch the experts' implementation of its own modules
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+    ) -> CausalLMOutputWithPast:
+        session: KvSession = past_key_values
+        if session.get_seq_length() == 0:
+            rows, _ = self.compiled.rows(input_ids, attention_mask)
+            logits = torch.stack(self.compiled.prefill(self.program, session, rows))
+        else:
+            logits = self.compiled.decode(self.program, session, input_ids[:, -1])
+        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=session)  # type: ignore[arg-type]
+
+    __call__ = forward
+
+
+class Generator:
+    """Checks the arguments of a generate call, opens a KV session for it and runs transformers' loop."""
+
+    def __init__(self, compiled: "CompiledModel", model: PreTrainedModel) -> None:
+        self.compiled = compiled
+
+    @torch.no_grad()
+    def run(self, input_ids: Tensor, program: Program, **kwargs: Any) -> Any:
+        for name in _UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise InputError(f"generate() does not take {name}; the compiled model keeps its own KV cache")
+        compiled = self.compiled
+        rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
+        running = _Running(compiled, program)
+        config, _ = running._prepare_generation_config(kwargs.get("generation_config"), **{
+            k: v for k, v in kwargs.items() if k in GenerationConfig().to_dict()
+        })  # fmt: skip
+        prompt = input_ids.shape[1]
+        new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
+        copies = max(config.num_beams or 1, 1) * 1 if (config.num_beams or 1) > 1 else max(config.num_return_sequences or 1, 1)
+        longest = max(len(r) for r in rows)
+        if longest + new - 1 > compiled.pool.max_length:
+            raise KvOverflowError(
+                f"a prompt of {longest} tokens and max_new_tokens={new} exceed the KV pool of {compiled.pool.max_length}; "
+                f"shorten the prompt, lower max_new_tokens, or compile with max_length={longest + new}"
+            )
+        kwargs["attention_mask"] = mask.long()
+        kwargs["use_cache"] = True
+        with compiled.session(program, len(rows) * copies) as session:
+            return running.generate(input_ids, past_key_values=session, **kwargs)
