@@ -87,7 +87,7 @@ class CompiledModel:
         self.vocab_size = model.get_input_embeddings().weight.shape[0]
         self.default_program = Program.identity(library.depth)
         self.default_program = self.resolve(program)
-        self._generator = Generator(self, model)
+        self._generator = Generator(self)
 
     # ------------------------------------------------------------------------------------------- properties
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .errors import InputError, KvOverflowError
@@ -20,7 +20,9 @@ from .program import Program
 if TYPE_CHECKING:
     from .compiled import CompiledModel
 
-_UNSUPPORTED = ("assistant_model", "past_key_values", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids")
+_UNSUPPORTED = (
+    "assistant_model", "past_key_values", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids"
+)  # fmt: skip
 
 
 class _Running(GenerationMixin):
@@ -45,7 +47,7 @@ class _Running(GenerationMixin):
         return False
 
     def _optimize_model_for_decode(self) -> Any:
-        return contextlib.nullcontext()  # transformers would switch the experts' implementation of its own modules
+        return contextlib.nullcontext()  # transformers would switch its own modules' expert kernels here
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
@@ -69,30 +71,32 @@ class _Running(GenerationMixin):
 class Generator:
     """Checks the arguments of a generate call, opens a KV session for it and runs transformers' loop."""
 
-    def __init__(self, compiled: "CompiledModel", model: PreTrainedModel) -> None:
+    def __init__(self, compiled: "CompiledModel") -> None:
         self.compiled = compiled
 
     @torch.no_grad()
     def run(self, input_ids: Tensor, program: Program, **kwargs: Any) -> Any:
+        """What transformers' `generate` returns; raises InputError and KvOverflowError before anything runs."""
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
                 raise InputError(f"generate() does not take {name}; the compiled model keeps its own KV cache")
         compiled = self.compiled
         rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
         running = _Running(compiled, program)
-        config, _ = running._prepare_generation_config(kwargs.get("generation_config"), **{
-            k: v for k, v in kwargs.items() if k in GenerationConfig().to_dict()
-        })  # fmt: skip
-        prompt = input_ids.shape[1]
+        config, _ = running._prepare_generation_config(kwargs.get("generation_config"), **_config_arguments(kwargs))
+        prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
-        copies = max(config.num_beams or 1, 1) * 1 if (config.num_beams or 1) > 1 else max(config.num_return_sequences or 1, 1)
-        longest = max(len(r) for r in rows)
-        if longest + new - 1 > compiled.pool.max_length:
+        if longest + new - 1 > compiled.pool.max_length:  # the last token is never fed back
             raise KvOverflowError(
                 f"a prompt of {longest} tokens and max_new_tokens={new} exceed the KV pool of {compiled.pool.max_length}; "
                 f"shorten the prompt, lower max_new_tokens, or compile with max_length={longest + new}"
             )
-        kwargs["attention_mask"] = mask.long()
-        kwargs["use_cache"] = True
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        kwargs |= {"attention_mask": mask.long(), "use_cache": True}
         with compiled.session(program, len(rows) * copies) as session:
             return running.generate(input_ids, past_key_values=session, **kwargs)
+
+
+def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    known = GenerationConfig().to_dict()
+    return {name: value for name, value in kwargs.items() if name in known}
