@@ -112,7 +112,22 @@ def _split(gm: GraphModule) -> tuple[list[Node], list[list[Node]], list[Node]]:
     if sorted(layers) != list(range(len(layers))):
         missing = sorted(set(range(max(layers) + 1)) - set(layers))
         raise PassError("outline-layers", f"layers {missing} left no operation in the graph", "the stack is not a plain loop")
+    late = _only_for_the_head(before, after)
+    before, after = [n for n in before if n not in late], [n for n in gm.graph.nodes if n in late]
     return before, [layers[i] for i in range(len(layers))], after
+
+
+def _only_for_the_head(before: list[Node], after: list[Node]) -> set[Node]:
+    """`after`, and what only it needs made of weights alone: the head then takes nothing but hidden state and weights."""
+    constant: set[Node] = set()
+    for node in before:
+        if all(i.op == "get_attr" or i in constant for i in node.all_input_nodes):
+            constant.add(node)
+    late = set(after)
+    for node in reversed(before):
+        if node in constant and node.users and late.issuperset(node.users):
+            late.add(node)
+    return late
 
 
 def _first_hidden(layers: list[list[Node]], output: Node) -> Node:
@@ -226,6 +241,8 @@ class OutlineLayers(Pass):
             call = graph.call_module(region.name, tuple(operand(o) for o in region.operands))
             values = tuple(o.meta.get("val") for o in outputs)
             call.meta = {"kind": kind, "layer": layer, "val": values[0] if single else values}
+            if kind == "layer":
+                call.meta["step"] = layer  # as captured, step i runs layer i in slot i
             if single:
                 env[outputs[0]] = call
             else:

@@ -68,7 +68,7 @@ class ScheduleLayers(Pass):
             template = by_layer[layer]
             operands = tuple(env[a] for a in template.args[1:])  # type: ignore[index]
             call = graph.call_module(str(template.target), (hidden, *operands))
-            call.meta = {**template.meta, "step": step}
+            call.meta = {k: v for k, v in template.meta.items() if k != "step"}  # which slot it owns is not settled
             hidden = call
             for start, stop, damping in reversed(self.blends):
                 if stop == step + 1:

@@ -54,11 +54,12 @@ def _verify_call(gm: GraphModule, call: Node) -> None:
 
 
 def _verify_slots(gm: GraphModule) -> None:
-    """After assign-kv-slots no two steps share a slot; before it, a layer uses its own."""
-    steps = [c for c in layer_calls(gm) if "step" in c.meta]
-    used: dict[Node, Node] = {}
-    for call in steps:
-        for argument in call.args:
-            if isinstance(argument, Node) and role(argument) == "kv" and argument.name.startswith("kv_"):
-                _require(argument not in used, f"{call} and {used.get(argument)} share the slot {argument}")
-                used[argument] = call
+    """No slot exists twice, and every call that has a step (assign-kv-slots gives it) uses the slot of that step."""
+    slots = [(n.meta["slot"], n.meta["part"]) for n in gm.graph.nodes if role(n) == "kv"]
+    _require(len(set(slots)) == len(slots), f"KV slots are repeated: {slots}")
+    calls = [c for c in layer_calls(gm) if "step" in c.meta]
+    _require([c.meta["step"] for c in calls] in ([], list(range(len(calls)))), f"steps {[c.meta['step'] for c in calls]} are out of order")
+    for call in calls:
+        for argument in call.all_input_nodes:
+            if role(argument) == "kv":
+                _require(argument.meta["slot"] == call.meta["step"], f"step {call.meta['step']} uses the slot {argument}")

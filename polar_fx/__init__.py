@@ -1,0 +1,78 @@
+"""polar_fx: run any program of a language model's layers, compiled once and linked per input.
+
+Attributes load on first use, so that `import polar_fx.program` needs neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CaptureError,
+    InputError,
+    KvOverflowError,
+    ModelError,
+    ModelNotFoundError,
+    ModelWarning,
+    NotSegmentableError,
+    PolarError,
+    ProgramError,
+    ProgramTextError,
+    UnknownBackendError,
+    UnsupportedModelError,
+)
+
+if TYPE_CHECKING:
+    from .compiled import CompiledModel, compile
+    from .library import LayerLibrary
+    from .models import load, load_default
+    from .program import Blend, Op, Program, Segment
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Blend": "program",
+    "CompiledModel": "compiled",
+    "LayerLibrary": "library",
+    "Op": "program",
+    "Program": "program",
+    "Segment": "program",
+    "compile": "compiled",
+    "load": "models",
+    "load_default": "models",
+}
+
+__all__ = [
+    "Blend",
+    "CaptureError",
+    "CompiledModel",
+    "InputError",
+    "KvOverflowError",
+    "LayerLibrary",
+    "ModelError",
+    "ModelNotFoundError",
+    "ModelWarning",
+    "NotSegmentableError",
+    "Op",
+    "PolarError",
+    "Program",
+    "ProgramError",
+    "ProgramTextError",
+    "Segment",
+    "UnknownBackendError",
+    "UnsupportedModelError",
+    "compile",
+    "load",
+    "load_default",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LAZY[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})

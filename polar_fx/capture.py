@@ -9,13 +9,14 @@ Shape legend: B batch, T tokens, L KV length, H KV heads, E head size, V vocabul
 """
 
 import copy
+import io
 import logging
 import re
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
-from transformers import Cache, PreTrainedModel
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -213,7 +215,11 @@ class _Traced(nn.Module):
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]) -> Tensor:
         cache = _Slots(positions, kv_index, kv)
-        return self.model(input_ids=input_ids, position_ids=positions, past_key_values=cache, use_cache=True).logits
+        # "no padding", for code that would otherwise make such a mask from a length it believes to be a number
+        mask = torch.ones_like(kv_index).expand(input_ids.shape[0], -1)
+        return self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
 
 
 # --------------------------------------------------------------------------------------- finding the layers
@@ -234,13 +240,15 @@ def attention_variants(model: PreTrainedModel) -> tuple[str, ...]:
     return names[loaded]
 
 
-def _shared_view(model: PreTrainedModel, attention: str) -> PreTrainedModel:
+def shared_view(model: PreTrainedModel, attention: str) -> PreTrainedModel:
     """A structural copy of the model that shares all tensors, in eval mode, with our attention functions."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     view = copy.deepcopy(model, tensors)  # type: ignore[arg-type]
     view.eval()
-    for config in {id(m.config): m.config for m in view.modules() if hasattr(m, "config")}.values():
-        config._attn_implementation_internal = attention
+    for module in view.modules():  # only the logits are wanted, whatever else the user's model hands out
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            config._attn_implementation_internal = attention
+            config.return_dict, config.output_router_logits = True, False
     return view
 
 
@@ -269,7 +277,35 @@ def check_supported(model: Any) -> None:
         )
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no language-model head", "load it with AutoModelForCausalLM")
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if devices == ["meta"] or len(devices) > 1:
+        raise UnsupportedModelError(f"the weights of {type(model).__name__} are on {', '.join(devices)}", "load them all onto one device")
+    hooked = sorted({n or "the model" for n, m in model.named_modules() for h in _hooks(m)})
+    if hooked:
+        raise UnsupportedModelError(f"{hooked[0]} has a forward hook, which a compiled graph would not run", "remove the hooks first")
     _find_stack(model)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """The user's hooks; transformers leaves some of its own behind, which do nothing unless it records outputs."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith("transformers.")]
+
+
+class _ReadOnlyWeights(TorchDispatchMode):
+    """Some models rescale their weights in their first forward pass; a view must not do that to the user's model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.storages = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.is_mutable and args and isinstance(args[0], Tensor) and args[0].untyped_storage().data_ptr() in self.storages:
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} changes its weights in its forward pass", "pass a model that only reads them"
+            )
+        return func(*args, **(kwargs or {}))
 
 
 def _probe(view: PreTrainedModel, depth: int) -> tuple[KvSpec, ...]:
@@ -278,7 +314,8 @@ def _probe(view: PreTrainedModel, depth: int) -> tuple[KvSpec, ...]:
     positions = torch.arange(2, device=device)[None]
     recorder = _Recorder(positions, 2, depth)
     try:
-        view(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=recorder, use_cache=True)
+        with torch.no_grad(), _ReadOnlyWeights(view):
+            view(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=recorder, use_cache=True)
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -302,8 +339,8 @@ def _probe(view: PreTrainedModel, depth: int) -> tuple[KvSpec, ...]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export warns about its own internals; those warnings say nothing about the user's model."""
-    with warnings.catch_warnings():
+    """torch.export warns about its own internals, and prints half a graph when it fails; neither helps a user."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
@@ -323,10 +360,6 @@ def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.Ex
 def _flatten(exported: torch.export.ExportedProgram, stack: str) -> GraphModule:
     """Exported program -> flat graph: weights become get_attr nodes, every node knows its layer."""
     signature = exported.graph_signature
-    if signature.buffers_to_mutate:
-        raise UnsupportedModelError(
-            f"the forward pass writes to buffers {sorted(signature.buffers_to_mutate.values())}", "the model keeps state between calls"
-        )
     tensors: dict[str, Any] = {}
     graph = Graph()
     env: dict[Node, Node] = {}
@@ -356,6 +389,10 @@ def _flatten(exported: torch.export.ExportedProgram, stack: str) -> GraphModule:
             graph.output(env[node.args[0][0]])
         elif node.op == "get_attr":
             raise UnsupportedModelError(f"the trace holds a nested graph ({node.target})", "data-dependent control flow is not supported")
+        elif (buffer := _written(node)) is not None and env[buffer].op == "get_attr":
+            if node.target is not torch.ops.aten.copy_.default or node is not next(iter(buffer.users)):
+                raise UnsupportedModelError(f"the forward pass writes to {env[buffer].target}", "a model that keeps state between calls is not supported")
+            env[node] = env[node.args[1]]  # computed anew by each call, as rotary frequencies may be: no write is needed
         else:
             env[node] = new = graph.node_copy(node, env.__getitem__)
             new.meta = {"val": node.meta.get("val"), "layer": _layer_of(node, in_layer)}
@@ -369,6 +406,16 @@ def _tensor(exported: torch.export.ExportedProgram, spec: Any) -> Tensor:
     if spec.kind == InputKind.CONSTANT_TENSOR:
         return exported.constants[spec.target]
     raise UnsupportedModelError(f"the trace needs an input of kind {spec.kind}", "report this model")
+
+
+def _written(node: Node) -> Node | None:
+    """The value whose storage `node` writes to, seen through views; None for an operator that writes nothing."""
+    if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+        return None
+    while isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns):
+        assert isinstance(node.args[0], Node)
+        node = node.args[0]
+    return node
 
 
 def _layer_of(node: Node, in_layer: re.Pattern[str]) -> int | None:
@@ -392,16 +439,15 @@ def capture(model: PreTrainedModel, attention: str | None = None) -> CapturedMod
     _register()
     stack = _find_stack(model)
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
-    view = _shared_view(model, attention or attention_variants(model)[0])
-    with torch.no_grad():
-        specs = _probe(view, depth)
+    view = shared_view(model, attention or attention_variants(model)[0])
+    specs = _probe(view, depth)
     try:
         exported = _export(view, specs)
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise CaptureError(
-            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {str(error).splitlines()[0]}"
+            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         ) from error
     flat = _flatten(exported, stack)
     seconds = time.perf_counter() - start

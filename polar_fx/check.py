@@ -1,30 +1,33 @@
 """Trust, but verify: a captured graph must compute what the model computes before anyone runs it."""
 
-import copy
 import logging
+import warnings
 
 import torch
 from transformers import PreTrainedModel
 
-from .capture import CapturedModel, attention_variants, capture
-from .errors import CaptureError
+from .capture import CapturedModel, attention_variants, capture, shared_view
+from .errors import CaptureError, ModelWarning
 
 log = logging.getLogger("polar_fx.check")
 
 # Largest accepted difference of logits, relative to the largest logit.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-_LENGTHS, _SPLIT = (9, 6), 5
+_LENGTHS, _SPLITS = (9, 6), (5, 2)
+_REMEDY = (
+    "use a model whose code follows transformers' current cache and mask interfaces, such as Llama, Qwen, Gemma, Mistral, "
+    "Phi, OLMo or GPT-2"
+)
 
 
 @torch.no_grad()
 def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[float, float]:
     """(largest absolute logit difference, largest absolute logit) of identity against the model itself.
 
-    Two rows of different length, fed as one ragged batch in two parts, against each row alone in the model: that
-    exercises per-row positions, masks and the KV slots.
+    Two rows of different length, fed as one ragged batch in two parts that start at different positions, against each
+    row alone in the model: that exercises per-row positions, masks and the KV slots.
     """
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    reference = copy.deepcopy(model, tensors).eval()  # type: ignore[arg-type]  # shares all tensors
+    reference = shared_view(model, model.config._attn_implementation)
     device, vocab = captured.device, model.get_input_embeddings().weight.shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, vocab, (n,), generator=generator).to(device) for n in _LENGTHS]
@@ -32,14 +35,15 @@ def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[flo
     kv = [torch.zeros(s, dtype=spec.dtype, device=device) for spec in captured.kv_specs for s in spec.shapes(2, length)]
     index = torch.arange(length, device=device)
     got: list[list[torch.Tensor]] = [[], []]
-    for part in (slice(0, _SPLIT), slice(_SPLIT, max(_LENGTHS))):
-        pieces = [r[part] for r in rows]
-        ids = torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-        steps = torch.arange(part.start, part.start + ids.shape[1], device=device)
-        positions = torch.stack([torch.where(steps < len(r), steps, length - 1) for r in rows])
+    for starts, stops in (((0, 0), _SPLITS), (_SPLITS, _LENGTHS)):
+        pieces = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
+        ids, positions = (
+            torch.nn.utils.rnn.pad_sequence([x[p] for x, p in zip(values, pieces, strict=True)], batch_first=True, padding_value=pad)
+            for values, pad in ((rows, 0), ([index, index], length - 1))
+        )
         logits = captured.graph_module(ids, positions, index, *kv)
         for row, piece in enumerate(pieces):
-            got[row].append(logits[row, : len(piece)])
+            got[row].append(logits[row, : piece.stop - piece.start])
     worst = scale = 0.0
     for row, pieces in zip(rows, got, strict=True):
         want = reference(input_ids=row[None], use_cache=False).logits[0]
@@ -73,7 +77,23 @@ def capture_checked(model: PreTrainedModel, check: bool = True) -> CapturedModel
             log.info("identity agrees with the model: largest logit difference %.1e", worst)
             return captured
         problems.append(f"traced with {variant}, logits differ from the model's by {worst:.2g} (largest logit {scale:.2g})")
-    raise CaptureError(
-        f"no trace of {type(model).__name__} computes what the model does ({'; '.join(problems)}); "
-        "this architecture is not supported"
-    ) from error
+    raise CaptureError(f"{type(model).__name__} is not supported: {'; '.join(dict.fromkeys(problems))}; {_REMEDY}") from error
+
+
+@torch.no_grad()
+def warn_if_not_finite(model: PreTrainedModel) -> None:
+    """Warn (ModelWarning) if weights hold NaN or infinity, naming where: a damaged checkpoint gives NaN answers."""
+    bad = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not _all_finite(p)}
+    if bad:
+        shown = ", ".join(f"{n} ({int((~torch.isfinite(p)).sum())} of {p.numel()})" for n, p in list(bad.items())[:3])
+        more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
+        warnings.warn(
+            f"weights are NaN or infinite in {shown}{more}; the checkpoint is probably damaged: load it again, or in a wider dtype",
+            ModelWarning,
+            stacklevel=3,
+        )
+
+
+def _all_finite(weight: torch.Tensor) -> bool:
+    # extremes first: NaN and infinity both reach them, and it is one pass without a mask as large as the weight
+    return weight.numel() == 0 or bool(torch.isfinite(torch.stack(weight.aminmax())).all())

@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from .backends import Backend, ShapeClass, get_backend
 from .backends.base import RegionRecord
-from .check import capture_checked
+from .capture import check_supported
+from .check import capture_checked, warn_if_not_finite
 from .errors import InputError
 from .generate import Generator
 from .kv_cache import KvPool, KvSession
@@ -52,6 +53,7 @@ def compile(
         from .models import load
 
         model, _ = load(model)
+    check_supported(model)
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1024
     max_length = min(limit, 1024) if max_length is None else max_length
     for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
@@ -59,6 +61,7 @@ def compile(
             raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
     if max_length > limit:
         raise InputError(f"max_length={max_length} exceeds the {limit} positions the model was built for; use at most {limit}")
+    warn_if_not_finite(model)
     library = LayerLibrary(capture_checked(model, check=check))
     return CompiledModel(model, library, chosen, max_length, prefill_chunk, deterministic, program)
 
@@ -229,6 +232,7 @@ class CompiledModel:
         """One pass over ids [B, T]: logits [B, T, V], or of one position per row [B, 1, V] if `select` names any."""
         batch, tokens = ids.shape
         positions = session.positions(counts)
+        ids = ids.contiguous()  # regions are compiled for dense operands
         linked = self.linker.link(program, ShapeClass.of(batch, tokens, self.pool.length))
         hidden, values = linked.run(ids, positions, session.slots)
         session.advance(counts)

@@ -60,6 +60,17 @@ class CaptureError(ModelError):
     """Tracing a supported model failed, or the traced graph does not compute what the model computes."""
 
 
+class ModelNotFoundError(ModelError, FileNotFoundError):
+    """No model where one was named, or no default model installed; the message says how to get one."""
+
+    def __str__(self) -> str:  # FileNotFoundError would show its arguments as an errno
+        return str(self.args[0])
+
+
+class ModelWarning(UserWarning):
+    """The model can be used, but something about it is likely to be a mistake."""
+
+
 class InputError(PolarError, ValueError):
     """Token ids, a mask or an option of a call is not valid."""
 

