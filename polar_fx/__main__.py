@@ -1,0 +1,7 @@
+"""`python -m polar_fx`."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,123 @@
+"""Show a model's layers, what the passes did, and programs as pictures or as graph text.
+
+Examples:
+  python -m polar_fx inspect --program "skip 5" --program "0-9 (10-11)*3@0.5 12-29"
+  python -m polar_fx inspect --graph library         # prologue, distinct layer graphs, epilogue
+  python -m polar_fx inspect --program "skip 5" --graph diff
+"""
+
+import argparse
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .options import add_model_arguments, compile_model, load_model
+
+if TYPE_CHECKING:
+    from ..compiled import CompiledModel
+    from ..program import Program
+
+GRAPHS = {
+    "before": "the flat graph as captured",
+    "library": "after the library passes: prologue, distinct layers, epilogue, and the calls",
+    "after": "the step graph of the program",
+    "flat": "the program inlined to one graph",
+    "diff": "library against step graph",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--program", action="append", metavar="PROGRAM", help="program text; may be given several times")
+    which = "; ".join(f"{name}: {what}" for name, what in GRAPHS.items())
+    parser.add_argument("--graph", choices=GRAPHS, help=f"print graph text instead ({which})")
+    add_model_arguments(parser, backend="eager")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Print the summary or one graph; returns the same as values."""
+    model, _ = load_model(options)
+    compiled = compile_model(model, options, max_length=16)
+    programs = [compiled.resolve(p) for p in options.program or ["identity"]]
+    if options.graph:
+        text = _graph(compiled, programs[0], options.graph)
+        if not options.json:
+            print(text)
+        return {"program": str(programs[0]), "graph": text}
+    summary = _summary(compiled, programs)
+    if not options.json:
+        _show(summary, programs)
+    return summary
+
+
+def _graph(compiled: "CompiledModel", program: "Program", which: str) -> str:
+    from ..passes import graph_diff, graph_text
+
+    library = compiled.library
+    if which == "diff":
+        return graph_diff(library.graph_module, library.program_graph(program))
+    graph = {
+        "before": lambda: library.captured.graph_module,
+        "library": lambda: library.graph_module,
+        "after": lambda: library.program_graph(program),
+        "flat": lambda: library.flat_graph(program),
+    }[which]()
+    return graph_text(graph)
+
+
+def _summary(compiled: "CompiledModel", programs: list["Program"]) -> dict[str, Any]:
+    library = compiled.library
+    parts = []
+    counted = Counter(call.target for call in library.layers)
+    calls = {call.target: call for call in (library.prologue, *library.layers, library.epilogue)}
+    for name, graph in library.bodies.items():
+        layers = [i for i, call in enumerate(library.layers) if call.target == name]
+        weights = calls[name].weights
+        parts.append({
+            "graph": name, "calls": counted.get(name, 1), "layers": layers, "nodes": len(graph.graph.nodes),
+            "parameters_each": sum(w.numel() for w in weights), "bytes_each": sum(w.numel() * w.element_size() for w in weights),
+        })  # fmt: skip
+    return {
+        "model": type(compiled.config).__name__, "depth": compiled.depth, "dtype": str(compiled.dtype).removeprefix("torch."),
+        "capture_s": library.captured.seconds, "fingerprint": library.fingerprint, "graphs": parts,
+        "kv_bytes_per_token_and_step": sorted({s.bytes_per_token() for s in library.captured.kv_specs}),
+        "passes": [{"name": r.name, "modified": r.modified, "counts": r.counts, "time_ms": r.time_ms} for r in library.records],
+        "programs": [
+            {"program": str(p), "steps": p.num_steps, "unique_layers": p.num_unique_layers, "fingerprint": p.fingerprint,
+             "parameters": sum(w.numel() for i in p.path for w in library.layers[i].weights)}
+            for p in programs
+        ],
+    }  # fmt: skip
+
+
+def _show(summary: dict[str, Any], programs: list["Program"]) -> None:
+    from .picture import picture
+
+    console = Console(highlight=False)
+    kv = " or ".join(str(b) for b in summary["kv_bytes_per_token_and_step"])
+    console.print(f"[bold]{summary['model']}[/]: {summary['depth']} layers, {summary['dtype']}, {kv} KV bytes a token and step")
+    table = Table("graph", "layers", "nodes", "parameters each", "MB each")
+    for part in summary["graphs"]:
+        table.add_row(
+            part["graph"], _ranges(part["layers"]), str(part["nodes"]), f"{part['parameters_each']:,}", f"{part['bytes_each'] / 1e6:.1f}"
+        )
+    console.print(table)
+    for record in summary["passes"]:
+        counts = ", ".join(f"{k} {v}" for k, v in record["counts"].items()) or "unchanged"
+        console.print(f"{record['name']}: {counts} [dim]({record['time_ms']:.0f} ms)[/]")
+    for program in programs:
+        print()
+        print(picture(program))
+
+
+def _ranges(layers: list[int]) -> str:
+    """`0-3, 5` of [0, 1, 2, 3, 5]; empty for prologue and epilogue."""
+    found: list[list[int]] = []
+    for layer in layers:
+        if found and layer == found[-1][-1] + 1:
+            found[-1].append(layer)
+        else:
+            found.append([layer])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in found)

@@ -1,0 +1,73 @@
+"""Options that commands share, and the loading that goes with them."""
+
+import argparse
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from ..compiled import CompiledModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def whole(minimum: int) -> Any:
+    """An argparse type: a whole number of at least `minimum`."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = minimum - 1
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+        return value
+
+    return convert
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
+    """--model, --dtype, --backend."""
+    parser.add_argument("--model", metavar="ID_OR_FOLDER", help="model to run (default: the embedded SmolLM2-135M-Instruct)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--backend", default=backend, help="eager or inductor (default: %(default)s)")
+
+
+def status() -> Console:
+    """Where progress is shown."""
+    return Console(stderr=True, highlight=False)
+
+
+def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
+    """The model and tokenizer that the options name. Raises ModelNotFoundError."""
+    import torch
+    from transformers.utils import logging
+
+    from ..models import load
+
+    logging.disable_progress_bar()
+    with status().status("loading the model ..."):
+        return load(options.model, getattr(torch, options.dtype))
+
+
+def compile_model(model: Any, options: argparse.Namespace, max_length: int) -> "CompiledModel":
+    """Capture, with the seconds it took on stderr."""
+    from ..compiled import compile
+
+    start = time.perf_counter()
+    with status().status("capturing the model's graph ..."):
+        compiled = compile(model, options.backend, max_length=max_length)
+    status().print(f"[dim]captured {compiled.depth} layers in {time.perf_counter() - start:.1f} s[/]")
+    return compiled
+
+
+def warm_up(compiled: "CompiledModel", programs: Any) -> float:
+    """Compile what the programs need, with a status line; returns seconds."""
+    start = time.perf_counter()
+    with status().status("compiling ..."):
+        regions = compiled.warmup(programs)
+    seconds = time.perf_counter() - start
+    if regions:
+        status().print(f"[dim]compiled {len(regions)} regions in {seconds:.1f} s; every program runs on them[/]")
+    return seconds

@@ -1,0 +1,76 @@
+"""Answer a prompt with one program or several.
+
+Examples:
+  python -m polar_fx run --prompt "Q: What is 6 * 7?" --program identity --program "skip 5"
+  echo "The moon is" | python -m polar_fx run --prompt - --raw --max-new-tokens 20 --json
+  python -m polar_fx run --prompt "Name a color." --program "0-9 (10-11)*2 12-29" --sample --temperature 0.7
+"""
+
+import argparse
+import sys
+from typing import Any
+
+from ..errors import InputError
+from .options import add_model_arguments, compile_model, load_model, status, warm_up, whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin")
+    parser.add_argument("--program", action="append", metavar="PROGRAM", help="program text; may be given several times")
+    parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N")
+    parser.add_argument("--raw", action="store_true", help="continue the text as it is; default: as a chat, if the model has one")
+    parser.add_argument("--sample", action="store_true", help="sample; default: greedy")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0, help="of sampling, the same for every program")
+    add_model_arguments(parser, backend="eager")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Generate with every program; returns and prints the texts and timings."""
+    text = sys.stdin.read() if options.prompt == "-" else options.prompt
+    if not text.strip():
+        raise InputError("the prompt is empty; give some text with --prompt")
+    if options.temperature <= 0 or not 0 < options.top_p <= 1:
+        raise InputError(f"need --temperature above 0 and --top-p in (0, 1], got {options.temperature} and {options.top_p}")
+
+    import torch
+
+    from ..backends import get_backend
+    from .stopwatch import Stopwatch
+
+    get_backend(options.backend)  # refuse an unknown one before anything is loaded
+    model, tokenizer = load_model(options)
+    ids = _encode(tokenizer, text, options.raw)
+    compiled = compile_model(model, options, ids.shape[1] + options.max_new_tokens)
+    programs = [compiled.resolve(p) for p in options.program or ["identity"]]
+    compile_s = warm_up(compiled, programs)
+    arguments: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample}
+    if options.sample:
+        arguments |= {"temperature": options.temperature, "top_p": options.top_p}
+    results = []
+    for program in programs:
+        torch.manual_seed(options.seed)
+        watch = Stopwatch()
+        tokens = compiled.generate(ids, program=program, streamer=watch, **arguments)[0, ids.shape[1] :]
+        results.append({
+            "program": str(program), "steps": program.num_steps, "text": tokenizer.decode(tokens, skip_special_tokens=True),
+            "new_tokens": len(tokens), "prefill_ms": watch.prefill_ms, "token_ms": watch.token_ms,
+        })  # fmt: skip
+        if not options.json:
+            _show(results[-1])
+    return {"prompt_tokens": ids.shape[1], "backend": options.backend, "compile_s": compile_s, "results": results}
+
+
+def _encode(tokenizer: Any, text: str, raw: bool) -> Any:
+    if raw or not getattr(tokenizer, "chat_template", None):
+        return tokenizer(text, return_tensors="pt").input_ids
+    messages = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+
+
+def _show(result: dict[str, Any]) -> None:
+    token = "" if result["token_ms"] is None else f", {result['token_ms']:.1f} ms a token"
+    status().print(f"[bold]{result['program']}[/]  {result['steps']} steps, prefill {result['prefill_ms']:.1f} ms{token}", markup=True)
+    print(result["text"], flush=True)
