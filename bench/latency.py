@@ -15,16 +15,16 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
-from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, timed, write, write_json
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
 import polar_fx
+from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, timed, write, write_json
 from polar_fx import CompiledModel, Program
 
 WHOLE = "whole-model torch.compile"
@@ -171,9 +171,8 @@ def decode_bytes(compiled: CompiledModel, program: Program, cached: int) -> int:
     return sum(w.numel() * w.element_size() for w in weights) + kv
 
 
-@torch.no_grad()
-def time_per_step(compiled: CompiledModel, samples: dict[str, Any], linked: list[Ours], ids: Tensor, device: torch.device) -> dict[str, Any]:
-    """Decode time per step of each linked program, the ends (a program of one layer, less one step) taken off."""
+def time_per_step(samples: dict[str, Any], linked: list[Ours]) -> dict[str, Any]:
+    """Decode time per step of each linked program, less the ends: what the line through shortest and longest leaves."""
     by_steps = sorted(linked, key=lambda c: c.steps)
     short, long = by_steps[0], by_steps[-1]
 
@@ -190,7 +189,7 @@ def time_per_step(compiled: CompiledModel, samples: dict[str, Any], linked: list
 @torch.no_grad()
 def generate_overhead(compiled: CompiledModel, model: PreTrainedModel, ids: Tensor, tokens: int, rounds: int) -> dict[str, Any]:
     """Milliseconds per token of whole `generate` calls (greedy), prefill included, beside bare decode of ours."""
-    device = ids.device
+    device, generate = ids.device, cast(Any, model.generate)
     options: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
 
     def bare() -> None:
@@ -200,7 +199,7 @@ def generate_overhead(compiled: CompiledModel, model: PreTrainedModel, ids: Tens
                 token = compiled.decode(compiled.default_program, session, token).argmax(-1)
 
     work = {
-        "HF generate": lambda: model.generate(ids, **options),
+        "HF generate": lambda: generate(ids, **options),
         "polar_fx generate": lambda: compiled.generate(ids, **options),
         "polar_fx prefill and decode": bare,
     }
@@ -216,7 +215,8 @@ def generate_overhead(compiled: CompiledModel, model: PreTrainedModel, ids: Tens
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = [
-        f"{report['model']}, {report['dtype']}, batch 1, prompt {report['prompt_tokens']} tokens, KV length {report['kv_length']}; "
+        f"{report['model']}, {report['dtype']}, batch 1, prompt {report['prompt_tokens']} tokens, "
+        f"KV length {report['kv_length']}; "
         f"{report['machine']['cpu']}, {report['machine']['threads']} threads"
         + (f", {report['machine']['gpu']}" if "gpu" in report["machine"] else "")
         + f", torch {report['machine']['torch']}; {report['rounds']} interleaved rounds, medians [quartiles]. "
@@ -227,9 +227,10 @@ def table(report: dict[str, Any]) -> str:
     ]
     for row in report["contenders"]:
         p, d = row["prefill_ms"], row["decode_ms"]
+        prefill_ratio, decode_ratio = row["prefill_ratio"]["median"], row["decode_ratio"]["median"]
         lines.append(
-            f"| {row['name']} | {row['steps']} | {p['median']:.1f} [{p['p25']:.1f}, {p['p75']:.1f}] | {row['prefill_ratio']['median']:.2f} "
-            f"| {d['median']:.1f} [{d['p25']:.1f}, {d['p75']:.1f}] | {row['decode_ratio']['median']:.2f} | {row['decode_gbs']:.1f} "
+            f"| {row['name']} | {row['steps']} | {p['median']:.1f} [{p['p25']:.1f}, {p['p75']:.1f}] | {prefill_ratio:.2f} "
+            f"| {d['median']:.1f} [{d['p25']:.1f}, {d['p75']:.1f}] | {decode_ratio:.2f} | {row['decode_gbs']:.1f} "
             f"| {row['first_prefill_s'] + row['first_decode_s']:.1f} |"
         )
     step, made = report["time_per_step"], report["generate_ms_per_token"]
@@ -261,13 +262,18 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     model, _ = polar_fx.load(options.model, dtype=getattr(torch, options.dtype))
-    model = model.to(device).eval()
+    model.to(options.device).eval()  # type: ignore[arg-type]
     length = -(-(options.prompt_tokens + options.tokens + 40) // 16) * 16
     compiled = polar_fx.compile(model, "inductor", max_length=length - 1)
     interpreted = polar_fx.compile(model, "eager", max_length=length - 1)
     programs = programs_for(compiled.depth)
     linked = [Ours(compiled, label, program) for label, program in programs.items()]
-    contenders: list[Contender] = [HfEager(model), HfCompiled(model, length), *linked, Ours(interpreted, "identity", programs["identity"])]
+    contenders: list[Contender] = [
+        HfEager(model),
+        HfCompiled(model, length),
+        *linked,
+        Ours(interpreted, "identity", programs["identity"]),
+    ]
     ids = torch.randint(0, 1000, (1, options.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     console = Console(stderr=True)
     print("first calls (compilation included):", file=sys.stderr)
@@ -292,10 +298,10 @@ def main() -> None:
             "max_difference_to_hf": differences.get(contender.name), "samples_ms": mine,
         })  # fmt: skip
     report = {
-        "benchmark": "latency", "model": options.model or "SmolLM2-135M-Instruct", "dtype": options.dtype, "machine": machine(device),
-        "prompt_tokens": options.prompt_tokens, "decoded_tokens": options.tokens, "rounds": options.rounds, "kv_length": length,
-        "bandwidth_gbs": max(bandwidth, bandwidth_gbs(device)), "capture_s": compiled.library.captured.seconds, "contenders": rows,
-        "time_per_step": time_per_step(compiled, samples, linked, ids, device), "generate_tokens": 32,
+        "benchmark": "latency", "model": options.model or polar_fx.models.DEFAULT_NAME, "dtype": options.dtype,
+        "machine": machine(device), "prompt_tokens": options.prompt_tokens, "decoded_tokens": options.tokens,
+        "rounds": options.rounds, "kv_length": length, "bandwidth_gbs": max(bandwidth, bandwidth_gbs(device)), "contenders": rows,
+        "capture_s": compiled.library.captured.seconds, "time_per_step": time_per_step(samples, linked), "generate_tokens": 32,
         "generate_ms_per_token": generate_overhead(compiled, model, ids, 32, max(3, options.rounds // 3)),
         "total_s": time.perf_counter() - start,
     }  # fmt: skip

@@ -21,7 +21,7 @@ class EliminateDeadCode(Pass):
     name: ClassVar[str] = "eliminate-dead-code"
 
     def run(self, gm: GraphModule) -> PassResult:
-        new, graph = copy_graph_module(gm)
+        _, graph = copy_graph_module(gm)
         removed = 0
         for node in reversed(list(graph.nodes)):
             if _is_dead(node):

@@ -26,9 +26,7 @@ def _is_size(node: Node) -> bool:
 class _Body:
     """Collects the nodes of one region, then builds its graph with every outside tensor as an operand."""
 
-    def __init__(
-        self, name: str, nodes: list[Node], operand_role: Callable[[Node], str], always: Iterable[Node] = ()
-    ) -> None:
+    def __init__(self, name: str, nodes: list[Node], operand_role: Callable[[Node], str], always: Iterable[Node] = ()) -> None:
         self.name, self.nodes = name, nodes
         inside = set(nodes)
         seen: dict[Node, None] = dict.fromkeys(always)

@@ -41,7 +41,9 @@ def _verify_call(gm: GraphModule, call: Node) -> None:
     _require(kind(call) in ("prologue", "layer", "epilogue"), f"call {call} is of no kind")
     inner = body(gm, call)
     placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
-    _require(len(placeholders) == len(call.args) and not call.kwargs, f"{call} passes {len(call.args)} of {len(placeholders)} operands")
+    _require(
+        len(placeholders) == len(call.args) and not call.kwargs, f"{call} passes {len(call.args)} of {len(placeholders)} operands"
+    )
     _require(all(n.op != "get_attr" for n in inner.graph.nodes), f"{call.target} holds tensors of its own")
     for operand, argument in zip(placeholders, call.args, strict=True):
         _require(isinstance(argument, Node), f"{call} passes a literal")
@@ -50,7 +52,9 @@ def _verify_call(gm: GraphModule, call: Node) -> None:
         want, got = operand.meta.get("val"), argument.meta.get("val")
         if isinstance(want, torch.Tensor) and isinstance(got, torch.Tensor):
             same = want.dtype == got.dtype and want.dim() == got.dim()
-            _require(same, f"{call} passes {argument} ({got.dtype}, {got.dim()}-d) where {want.dtype}, {want.dim()}-d is expected")
+            _require(
+                same, f"{call} passes {argument} ({got.dtype}, {got.dim()}-d) where {want.dtype}, {want.dim()}-d is expected"
+            )
 
 
 def _verify_slots(gm: GraphModule) -> None:
@@ -58,7 +62,10 @@ def _verify_slots(gm: GraphModule) -> None:
     slots = [(n.meta["slot"], n.meta["part"]) for n in gm.graph.nodes if role(n) == "kv"]
     _require(len(set(slots)) == len(slots), f"KV slots are repeated: {slots}")
     calls = [c for c in layer_calls(gm) if "step" in c.meta]
-    _require([c.meta["step"] for c in calls] in ([], list(range(len(calls)))), f"steps {[c.meta['step'] for c in calls]} are out of order")
+    _require(
+        [c.meta["step"] for c in calls] in ([], list(range(len(calls)))),
+        f"steps {[c.meta['step'] for c in calls]} are out of order",
+    )
     for call in calls:
         for argument in call.all_input_nodes:
             if role(argument) == "kv":

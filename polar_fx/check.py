@@ -6,7 +6,7 @@ import warnings
 import torch
 from transformers import PreTrainedModel
 
-from .capture import CapturedModel, attention_variants, capture, shared_view
+from .capture import CapturedModel, attention_variants, capture, embedding_weight, shared_view
 from .errors import CaptureError, ModelWarning
 
 log = logging.getLogger("polar_fx.check")
@@ -28,7 +28,7 @@ def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[flo
     row alone in the model: that exercises per-row positions, masks and the KV slots.
     """
     reference = shared_view(model, model.config._attn_implementation)
-    device, vocab = captured.device, model.get_input_embeddings().weight.shape[0]
+    device, vocab = captured.device, embedding_weight(model).shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, vocab, (n,), generator=generator).to(device) for n in _LENGTHS]
     length = 16
@@ -38,7 +38,9 @@ def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[flo
     for starts, stops in (((0, 0), _SPLITS), (_SPLITS, _LENGTHS)):
         pieces = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
         ids, positions = (
-            torch.nn.utils.rnn.pad_sequence([x[p] for x, p in zip(values, pieces, strict=True)], batch_first=True, padding_value=pad)
+            torch.nn.utils.rnn.pad_sequence(
+                [x[p] for x, p in zip(values, pieces, strict=True)], batch_first=True, padding_value=pad
+            )
             for values, pad in ((rows, 0), ([index, index], length - 1))
         )
         logits = captured.graph_module(ids, positions, index, *kv)
@@ -88,7 +90,8 @@ def warn_if_not_finite(model: PreTrainedModel) -> None:
         shown = ", ".join(f"{n} ({int((~torch.isfinite(p)).sum())} of {p.numel()})" for n, p in list(bad.items())[:3])
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         warnings.warn(
-            f"weights are NaN or infinite in {shown}{more}; the checkpoint is probably damaged: load it again, or in a wider dtype",
+            f"weights are NaN or infinite in {shown}{more}; the checkpoint is probably damaged: "
+            "load it again, or in a wider dtype",
             ModelWarning,
             stacklevel=3,
         )

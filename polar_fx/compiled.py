@@ -4,6 +4,7 @@ Shape legend: B batch, T tokens, V vocabulary.
 """
 
 from collections.abc import Iterable, Sequence
+from os import PathLike
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 
 from .backends import Backend, ShapeClass, get_backend
 from .backends.base import RegionRecord
-from .capture import check_supported
+from .capture import check_supported, embedding_weight
 from .check import capture_checked, warn_if_not_finite
 from .errors import InputError
 from .generate import Generator
@@ -21,11 +22,13 @@ from .library import LayerLibrary
 from .link import Linker
 from .program import Program
 
+_MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
+
 ProgramLike = Program | str | Sequence[int] | None
 
 
 def compile(
-    model: PreTrainedModel | str | None = None,
+    model: PreTrainedModel | str | PathLike[str] | None = None,
     backend: str | Backend = "inductor",
     *,
     max_length: int | None = None,
@@ -49,17 +52,17 @@ def compile(
     Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError.
     """
     chosen = get_backend(backend)
-    if model is None or isinstance(model, str):
+    if model is None or isinstance(model, (str, PathLike)):
         from .models import load
 
         model, _ = load(model)
     check_supported(model)
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or 1024
-    max_length = min(limit, 1024) if max_length is None else max_length
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    max_length = min(limit or _MAX_LENGTH, _MAX_LENGTH) if max_length is None else max_length
     for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
-    if max_length > limit:
+    if limit is not None and max_length > limit:
         raise InputError(f"max_length={max_length} exceeds the {limit} positions the model was built for; use at most {limit}")
     warn_if_not_finite(model)
     library = LayerLibrary(capture_checked(model, check=check))
@@ -87,7 +90,7 @@ class CompiledModel:
         self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
         self.pool = KvPool(max_length, library.captured.device)
         self.linker = Linker(library, backend, self.pool)
-        self.vocab_size = model.get_input_embeddings().weight.shape[0]
+        self.vocab_size = embedding_weight(model).shape[0]
         self.default_program = Program.identity(library.depth)
         self.default_program = self.resolve(program)
         self._generator = Generator(self)

@@ -82,7 +82,7 @@ class Generator:
                 raise InputError(f"generate() does not take {name}; the compiled model keeps its own KV cache")
         compiled = self.compiled
         rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
-        running = _Running(compiled, program)
+        running: Any = _Running(compiled, program)
         config, _ = running._prepare_generation_config(kwargs.get("generation_config"), **_config_arguments(kwargs))
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt

@@ -76,7 +76,7 @@ class KvSession(Cache):
     It is a transformers `Cache`, so that generation utilities may carry it around; they never index it.
     """
 
-    is_compileable = False
+    is_compileable = False  # type: ignore[assignment]
 
     def __init__(self, pool: KvPool, slots: list[tuple[Tensor, Tensor]], batch: int) -> None:
         self.layers = []
@@ -103,7 +103,9 @@ class KvSession(Cache):
             starts = torch.tensor(self.lengths)[:, None]
             return (starts + torch.arange(tokens)).to(self.pool.device)
         steps = torch.arange(tokens)
-        rows = [torch.where(steps < n, start + steps, self.pool.length - 1) for start, n in zip(self.lengths, counts, strict=True)]
+        rows = [
+            torch.where(steps < n, start + steps, self.pool.length - 1) for start, n in zip(self.lengths, counts, strict=True)
+        ]
         return torch.stack(rows).to(self.pool.device)
 
     def require(self, counts: Sequence[int]) -> None:

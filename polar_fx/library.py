@@ -46,7 +46,9 @@ class LayerLibrary:
         self.graph_module = result.graph_module
         calls = layer_calls(self.graph_module)
         if len(calls) != captured.depth:
-            raise ProgramError(f"the pipeline {self.pipeline} left {len(calls)} layer calls of {captured.depth}; keep outline-layers in it")
+            raise ProgramError(
+                f"the pipeline {self.pipeline} left {len(calls)} layer calls of {captured.depth}; keep outline-layers in it"
+            )
         ends = {kind(n): n for n in self.graph_module.graph.nodes if kind(n) in ("prologue", "epilogue")}
         self._inputs = [n for n in self.graph_module.graph.nodes if n.op == "placeholder" and role(n) == "input"]
         self._results = self._prologue_results(ends["prologue"])
@@ -79,8 +81,7 @@ class LayerLibrary:
         """Raise ProgramError if the program is of another depth."""
         if program.depth != self.depth:
             raise ProgramError(
-                f"program {program} has depth {program.depth} but the model has {self.depth} layers; "
-                f"write it for /{self.depth}"
+                f"program {program} has depth {program.depth} but the model has {self.depth} layers; write it for /{self.depth}"
             )
 
     def program_graph(self, program: Program) -> GraphModule:

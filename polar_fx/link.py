@@ -47,17 +47,14 @@ class LinkedProgram:
     steps: tuple[LinkedStep, ...]
     kv_index: Tensor
 
-    def run(
-        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def run(self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
         """Hidden state [B, T, d] after the last step, and the side values; writes the slots in place."""
         inputs = [input_ids, positions, self.kv_index]
         values = [*inputs, *self.prologue(*inputs, *self.prologue_weights)]
         hidden = values[3]
         saved: list[Tensor] = []
         for step, (key, value) in zip(self.steps, slots, strict=True):
-            for _ in range(step.opens):
-                saved.append(hidden)
+            saved += [hidden] * step.opens
             hidden = step.region(hidden, *[values[i] for i in step.sides], key, value, *step.weights)
             for damping in step.closes:
                 hidden = torch.lerp(saved.pop(), hidden, damping)

@@ -100,7 +100,7 @@ def _convert(source: Path, target: Path) -> None:
     files: dict[str, Any] = {"gguf_file": source.name}
     read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **files)
     config = copy.deepcopy(read.config)
-    del config.quantization_config  # the weights are full floats now; saving refuses otherwise
+    delattr(config, "quantization_config")  # the weights are full floats now; saving refuses otherwise
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config or GenerationConfig.from_model_config(config)
@@ -114,7 +114,7 @@ def _require_safetensors(folder: Path) -> None:
     pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
     if pickled:
         raise ModelNotFoundError(
-            f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which could run code when loaded; if you trust them, "
-            "load them with transformers and write safetensors with model.save_pretrained(folder)"
+            f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which could run code when loaded; "
+            "if you trust them, load them with transformers and write safetensors with model.save_pretrained(folder)"
         )
     raise ModelNotFoundError(f"{folder} holds no *.safetensors; write a model there with model.save_pretrained(folder)")

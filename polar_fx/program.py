@@ -91,9 +91,7 @@ class Program:
         return cls(depth, *steps_of_segments(segments))
 
     @classmethod
-    def from_encoding(
-        cls, boundaries: Sequence[int], labels: Sequence[Op | str], times: int = 2
-    ) -> "Program":
+    def from_encoding(cls, boundaries: Sequence[int], labels: Sequence[Op | str], times: int = 2) -> "Program":
         """Return the program of PoLar's predictor output: boundary mask z_seg and op labels z_op.
 
         Both have one entry a layer; boundaries[i] = 1 starts a segment at layer i, and labels are read
@@ -148,9 +146,7 @@ class Program:
         """
         start, stop = self._block(start, length)
         if stop - start == self.num_steps:
-            raise ProgramError(
-                f"skip of steps {start}:{stop} leaves an empty program; keep at least one step"
-            )
+            raise ProgramError(f"skip of steps {start}:{stop} leaves an empty program; keep at least one step")
         kept = [
             Blend(b.start - _overlap(b.start, start, stop), b.stop - _overlap(b.stop, start, stop), b.damping)
             for b in self.blends
@@ -273,9 +269,7 @@ class Program:
         for blend in reversed(self.blends):  # inner blends first
             opens[blend.start] += 1
             closes[blend.stop - 1].append(blend.damping)
-        return tuple(
-            Step(index, layer, opens[index], tuple(closes[index])) for index, layer in enumerate(self.path)
-        )
+        return tuple(Step(index, layer, opens[index], tuple(closes[index])) for index, layer in enumerate(self.path))
 
     def __str__(self) -> str:
         """The canonical text, `0-4 6-29 /30`; `parse` reads it back exactly."""

@@ -49,9 +49,7 @@ def check_depth(depth: SupportsIndex) -> int:
 def check_damping(damping: float, what: str) -> float:
     """Return `damping` as a float; raise ProgramError unless it lies in (0, 1]."""
     if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 < float(damping) <= 1:
-        raise ProgramError(
-            f"damping of {what} is {damping!r}; give a number above 0 and at most 1 (1 = undamped)"
-        )
+        raise ProgramError(f"damping of {what} is {damping!r}; give a number above 0 and at most 1 (1 = undamped)")
     return float(damping)
 
 
@@ -85,9 +83,7 @@ class Segment:
 
     def __post_init__(self) -> None:
         start = check_whole(self.start, "segment start", 0)
-        stop = check_whole(
-            self.stop, f"stop (exclusive) of the segment that starts at layer {start}", start + 1
-        )
+        stop = check_whole(self.stop, f"stop (exclusive) of the segment that starts at layer {start}", start + 1)
         where = f"segment {start}:{stop}"
         op = check_op(self.op, where)
         times = check_whole(self.times, f"times of {where}", 1)
@@ -95,9 +91,7 @@ class Segment:
         if op is Op.REPEAT and times < 2:
             raise ProgramError(f"{where} repeats with times={times}; times counts all runs: give 2 or more")
         if op is not Op.REPEAT and (times, damping) != (1, 1.0):
-            raise ProgramError(
-                f"{where} has op {op} with times={times}, damping={damping}; only a repeat takes them"
-            )
+            raise ProgramError(f"{where} has op {op} with times={times}, damping={damping}; only a repeat takes them")
         _set(self, start=start, stop=stop, op=op, times=times, damping=damping)
 
     @property
@@ -135,9 +129,7 @@ class Edit:
         if op is Op.KEEP:
             raise ProgramError(f"{where} has op keep; leave the edit out, or use skip or repeat")
         if op is Op.SKIP and (times, damping) != (2, 1.0):
-            raise ProgramError(
-                f"{where} skips with times={times}, damping={damping}; leave both at their defaults"
-            )
+            raise ProgramError(f"{where} skips with times={times}, damping={damping}; leave both at their defaults")
         _set(self, start=start, length=length, op=op, times=times, damping=damping)
 
     def to_segment(self) -> Segment:

@@ -46,9 +46,7 @@ def check_tiling(segments: Iterable[Segment], depth: int) -> None:
             )
         position = segment.stop
     if position != depth:
-        raise ProgramError(
-            f"segments stop at layer {position} of depth {depth}; add a segment {position}:{depth}"
-        )
+        raise ProgramError(f"segments stop at layer {position} of depth {depth}; add a segment {position}:{depth}")
 
 
 def steps_of_segments(segments: Sequence[Segment]) -> tuple[tuple[int, ...], tuple[Blend, ...]]:
@@ -92,9 +90,7 @@ def minimal_segments(
         segments += _pieces(layer, first, Op.SKIP, max_length)
         if times == 1:
             length = 1
-            while (
-                path[step + length : step + length + 1] == (first + length,) and counts[first + length] == 1
-            ):
+            while path[step + length : step + length + 1] == (first + length,) and counts[first + length] == 1:
                 length += 1
             segments += _pieces(first, first + length, Op.KEEP, max_length)
         else:

@@ -19,9 +19,7 @@ from .errors import ProgramTextError
 from .program_parts import MAX_STEPS, Blend, Edit, Op, Step
 from .program_segments import segments_of_edits, steps_of_segments
 
-_TOKEN = re.compile(
-    r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<word>[A-Za-z]+)|(?P<sign>[-,;()\[\]*@/])"
-)
+_TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<word>[A-Za-z]+)|(?P<sign>[-,;()\[\]*@/])")
 _MAX_DIGITS = 9  # longer whole numbers are refused unread: int() of a huge literal is slow
 
 
@@ -80,9 +78,7 @@ class _Reader:
             match = _TOKEN.match(self.text, position)
             if match is None:
                 token = _Token("sign", self.text[position], position)
-                self.fail(
-                    f"unexpected character {token.text!r}; see polar_fx.program_text for the grammar", token
-                )
+                self.fail(f"unexpected character {token.text!r}; see polar_fx.program_text for the grammar", token)
             tokens.append(_Token(str(match.lastgroup), match[0], position))
             position = match.end()
         tokens.append(_Token("end", "the end of the text", position))
@@ -191,9 +187,7 @@ class _Reader:
             if self.next.kind == "end":
                 return steps_of_segments(segments_of_edits(edits, self.depth))
             if not (self.accept(",") or self.accept(";")):
-                self.fail(
-                    f"unexpected {_shown(self.next)} after an edit; separate edits with a comma", self.next
-                )
+                self.fail(f"unexpected {_shown(self.next)} after an edit; separate edits with a comma", self.next)
 
     def _read_items(self) -> tuple[tuple[int, ...], tuple[Blend, ...]]:
         # An explicit stack: deep nesting must not end in a RecursionError.

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make, prompts, reference, run_rows, snapshot, tiny
 
 from polar_fx.capture import CapturedModel, KvSpec, attention_variants, capture
 from polar_fx.check import capture_checked, max_difference
@@ -13,6 +12,7 @@ from polar_fx.errors import CaptureError, UnsupportedModelError
 from polar_fx.library import LayerLibrary
 from polar_fx.passes.text import graph_text
 from polar_fx.program import Program
+from tiny_models import make, prompts, reference, run_rows, snapshot, tiny
 
 
 def _worst(model: Any, captured: CapturedModel) -> float:
@@ -193,7 +193,9 @@ def test_the_check_sees_a_wrong_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         return captured
 
     monkeypatch.setattr("polar_fx.check.capture", wrong)
-    with pytest.raises(CaptureError, match="LlamaForCausalLM is not supported: traced with .* logits differ .* by .*; use a model"):
+    with pytest.raises(
+        CaptureError, match="LlamaForCausalLM is not supported: traced with .* logits differ .* by .*; use a model"
+    ):
         capture_checked(make("llama"))
     capture_checked(make("llama"), check=False)
 
@@ -201,11 +203,13 @@ def test_the_check_sees_a_wrong_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("what", ["mask", "positions"])
 def test_the_check_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """A mask that hides nothing; masks that follow the positions of the first row, right unless rows differ."""
-    from polar_fx import capture as module
+    from polar_fx.capture import extension as module
 
     original, cache = module._mask, module._TracingCache
     if what == "mask":
-        monkeypatch.setattr(module, "_mask", lambda *a, **kw: original(*a, **{**kw, "mask_function": lambda b, h, q, k: k >= 0 * q}))
+        monkeypatch.setattr(
+            module, "_mask", lambda *a, **kw: original(*a, **{**kw, "mask_function": lambda b, h, q, k: k >= 0 * q})
+        )
     else:
         monkeypatch.setattr(cache, "get_query_offset", lambda self, layer_idx=0: self.positions[:1].expand_as(self.positions))
     with pytest.raises(CaptureError, match="logits differ"):

@@ -8,15 +8,22 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make, prompts
 from transformers import PreTrainedModel
 
 from polar_fx.backends import InductorBackend
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import (
-    InputError, KvOverflowError, ModelWarning, PolarError, ProgramError, ProgramTextError, UnknownBackendError, UnsupportedModelError
+    InputError,
+    KvOverflowError,
+    ModelWarning,
+    PolarError,
+    ProgramError,
+    ProgramTextError,
+    UnknownBackendError,
+    UnsupportedModelError,
 )  # fmt: skip
 from polar_fx.program import Program
+from tiny_models import make, prompts
 
 
 @functools.cache
@@ -208,7 +215,9 @@ def test_a_prompt_longer_than_the_pool_writes_nothing() -> None:
         with pytest.raises(KvOverflowError, match=r"row 1 needs 36 token positions but the KV pool holds 31.*max_length=36"):
             compiled.prefill(compiled.default_program, session, prompts(2, 30))
         assert session.lengths == [20, 6]
-        assert all(torch.equal(a, b) for old, new in zip(before, session.slots, strict=True) for a, b in zip(old, new, strict=True))
+        assert all(
+            torch.equal(a, b) for old, new in zip(before, session.slots, strict=True) for a, b in zip(old, new, strict=True)
+        )
 
 
 def test_decode_beyond_the_pool() -> None:
@@ -219,7 +228,9 @@ def test_decode_beyond_the_pool() -> None:
             compiled.decode(compiled.default_program, session, torch.tensor([5]))
 
 
-@pytest.mark.parametrize("name,value", [("max_length", 0), ("max_length", 1.5), ("max_length", 10**6), ("prefill_chunk", -1), ("prefill_chunk", True)])
+@pytest.mark.parametrize(
+    "name,value", [("max_length", 0), ("max_length", 1.5), ("max_length", 10**6), ("prefill_chunk", -1), ("prefill_chunk", True)]
+)
 def test_bad_options(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{name}.*{value}"):
         compile(make("llama"), "eager", **{name: value})

@@ -8,12 +8,12 @@ import random
 
 import pytest
 import torch
-from tiny_models import WINDOW, make, prompts
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.program import Program
+from tiny_models import WINDOW, make, prompts
 
 FAMILIES = ("llama", "gemma2", "qwen3")
 DEPTH = 4
@@ -33,7 +33,9 @@ def _compiled(family: str, backend: str = "eager") -> CompiledModel:
 
 
 @torch.no_grad()
-def _plain_loop(model: PreTrainedModel, path: tuple[int, ...], ids: Tensor, blends: tuple[tuple[int, int, float], ...] = ()) -> Tensor:
+def _plain_loop(
+    model: PreTrainedModel, path: tuple[int, ...], ids: Tensor, blends: tuple[tuple[int, int, float], ...] = ()
+) -> Tensor:
     """Logits [T, V]: the model's own modules, called one after the other in the order of `path`, without any cache."""
     config, inner = model.config, model.model
     hidden = inner.embed_tokens(ids[None])
@@ -48,7 +50,7 @@ def _plain_loop(model: PreTrainedModel, path: tuple[int, ...], ids: Tensor, blen
         mask = torch.where(seen, 0.0, torch.finfo(hidden.dtype).min)[None, None]
         result = inner.layers[layer](hidden, attention_mask=mask, position_embeddings=rotary, position_ids=tokens[None])
         hidden = result[0] if isinstance(result, tuple) else result
-        for start, stop, damping in sorted(blends, key=lambda b: -b[0]):
+        for _, stop, damping in sorted(blends, key=lambda b: -b[0]):
             if stop == step + 1:
                 before = opened.pop()
                 hidden = before + damping * (hidden - before)

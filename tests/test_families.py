@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FAMILIES, WINDOW, make, prompts, reference, run_rows, snapshot, tiny
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from polar_fx.capture import capture
 from polar_fx.check import capture_checked
 from polar_fx.errors import CaptureError, UnsupportedModelError
 from polar_fx.program import Program
+from tiny_models import FAMILIES, WINDOW, make, prompts, reference, run_rows, snapshot, tiny
 
 # How many distinct layer graphs a family has, where it is not one: the layers differ in more than their weights.
 KINDS = {

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import make, prompts
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.streamers import BaseStreamer
 
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, KvOverflowError
+from tiny_models import make, prompts
 
 PROGRAM = "0 (1-2)*2 3"
 
@@ -77,7 +77,9 @@ def test_padded_prompts_generate_what_each_generates_alone(side: str) -> None:
 def test_generation_stops_at_a_stop_token() -> None:
     ids = prompts(9)[0]
     full = _plain_greedy(ids, PROGRAM, 12)[9:]
-    got = _compiled().generate(ids[None], program=PROGRAM, max_new_tokens=12, eos_token_id=full[4], do_sample=False, pad_token_id=0)
+    got = _compiled().generate(
+        ids[None], program=PROGRAM, max_new_tokens=12, eos_token_id=full[4], do_sample=False, pad_token_id=0
+    )
     assert got[0, 9:].tolist() == full[: full.index(full[4]) + 1]
 
 
@@ -110,7 +112,9 @@ def test_tokens_stream_in_order() -> None:
 
 
 def test_a_generation_config_and_a_full_output_work() -> None:
-    config = GenerationConfig(max_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True, eos_token_id=None)
+    config = GenerationConfig(
+        max_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True, eos_token_id=None
+    )
     out = _compiled().generate(prompts(9)[0][None], program=PROGRAM, generation_config=config)
     assert out.sequences.shape == (1, 14) and len(out.scores) == 5 and out.scores[0].shape == (1, 100)
 

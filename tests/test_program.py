@@ -112,9 +112,7 @@ def test_edits_in_any_order_are_one_program() -> None:
     assert {str(program) for program in programs} == {"1 (2-3)*3 (4)*2@0.5 5 /6"}
     assert len(programs) == 1
     assert Program.from_edits([], 6) == Program.identity(6)
-    assert Program.from_edits([Edit(1, 1, SKIP), Edit(2, 1, SKIP)], 4) == Program.from_edits(
-        [Edit(1, 2, SKIP)], 4
-    )
+    assert Program.from_edits([Edit(1, 1, SKIP), Edit(2, 1, SKIP)], 4) == Program.from_edits([Edit(1, 2, SKIP)], 4)
 
 
 @pytest.mark.parametrize("other", ["0-3 /5", "0-2 /4", "0-1 3 2 /4", "0-2 [3]@0.5 /4", "(0)*2 1-3 /4"])
@@ -149,9 +147,7 @@ def test_edits_inside_and_around_a_blend() -> None:
 def test_a_block_may_not_cut_a_blend(start: int, length: int) -> None:
     program = Program(5, (0, 1, 2, 3, 4), (Blend(1, 4, 0.5),))
     for edit in (program.skip, program.repeat):
-        with pytest.raises(
-            ProgramError, match=rf"steps {start}:{start + length} cuts the blend over steps 1:4"
-        ):
+        with pytest.raises(ProgramError, match=rf"steps {start}:{start + length} cuts the blend over steps 1:4"):
             edit(start, length)
 
 
@@ -231,11 +227,7 @@ def test_fingerprint_is_stable_across_processes() -> None:
     found = set()
     for seed in ("0", "1"):
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
-        found.add(
-            subprocess.run(
-                [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-            ).stdout
-        )
+        found.add(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout)
     assert found == {Program.parse("0-3 (4)*3@0.1 9 /12").fingerprint + "\n"}
 
 
@@ -257,9 +249,7 @@ def test_large_programs_are_fast() -> None:
 
 
 def test_import_loads_neither_torch_nor_transformers() -> None:
-    code = (
-        "import sys, polar_fx.program; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    )
+    code = "import sys, polar_fx.program; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     assert run.stdout == "[]\n"

@@ -109,9 +109,7 @@ def test_parse(text: str, path: tuple[int, ...], blends: tuple[Blend, ...]) -> N
 def test_depth_as_argument() -> None:
     assert Program.parse("0-4 6-29", depth=30) == Program.parse("0-4 6-29 /30")
     assert Program.parse("identity", 3) == Program.identity(3)
-    assert Program.parse("skip 3-5, repeat 10-11 x3 @0.5", 30) == Program.parse(
-        "0-2 6-9 (10-11)*3@0.5 12-29 /30"
-    )
+    assert Program.parse("skip 3-5, repeat 10-11 x3 @0.5", 30) == Program.parse("0-2 6-9 (10-11)*3@0.5 12-29 /30")
 
 
 @pytest.mark.parametrize(

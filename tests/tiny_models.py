@@ -41,8 +41,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": dict(sliding_window=WINDOW, head_dim=8),
     "deepseek_v3": dict(
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, kv_lora_rank=8, q_lora_rank=8,
-        qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=4,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, kv_lora_rank=8,
+        q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=4,
     ),
     "ernie4_5": {},
     "exaone4": dict(sliding_window=WINDOW),
@@ -150,9 +150,7 @@ def prompts(*lengths: int, vocab: int = 100) -> list[Tensor]:
 
 def make_slots(library: LayerLibrary, program: Program, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
     """Empty KV slots of a program's steps."""
-    return [
-        tuple(torch.zeros(s, dtype=spec.dtype) for s in spec.shapes(batch, length)) for spec in library.kv_specs(program)
-    ]  # type: ignore[return-value]
+    return [tuple(torch.zeros(s, dtype=spec.dtype) for s in spec.shapes(batch, length)) for spec in library.kv_specs(program)]  # type: ignore[return-value]
 
 
 def run_rows(

@@ -47,9 +47,7 @@ class Backend(ABC):
     needs_shapes: ClassVar[bool]
 
     @abstractmethod
-    def compile_region(
-        self, body: GraphModule, example: Sequence[Tensor], dynamic: Sequence[dict[int, str]]
-    ) -> Region:
+    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Sequence[dict[int, str]]) -> Region:
         """A callable with the body's calling convention.
 
         `example` are operands of the shape class; `dynamic` names, per operand, the axes whose size may vary

@@ -27,7 +27,7 @@ def _parser() -> argparse.ArgumentParser:
         module = importlib.import_module(f".{name}", __name__)
         command = commands.add_parser(
             name,
-            help=module.__doc__.partition("\n")[0],
+            help=str(module.__doc__).partition("\n")[0],
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )

@@ -70,7 +70,13 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         run["right"] = sum(a == t for a, t in zip(run["answers"], truth, strict=True))
         for key in ("prefill_ms", "token_ms"):
             run[key] = statistics.median(run[key]) if run[key] else None
-    report = {"questions": [p.splitlines()[-1] for p in prompts], "truth": truth, "backend": options.backend, "compile_s": compile_s, "runs": runs}
+    report = {
+        "questions": [p.splitlines()[-1] for p in prompts],
+        "truth": truth,
+        "backend": options.backend,
+        "compile_s": compile_s,
+        "runs": runs,
+    }
     if not options.json:
         _show(report)
     return report
@@ -102,7 +108,9 @@ def _show(report: dict[str, Any]) -> None:
     for run in others:
         changed = sum(a != b for a, b in zip(run["answers"], identity["answers"], strict=True))
         rescued = sum(a == t != b for a, b, t in zip(run["answers"], identity["answers"], report["truth"], strict=True))
-        console.print(f"{run['program']}: {run['right']} of {total} right, {changed} answers changed, {rescued} of them from wrong to right")
+        console.print(
+            f"{run['program']}: {run['right']} of {total} right, {changed} answers changed, {rescued} of them from wrong to right"
+        )
     solved = sum(any(run["answers"][i] == t for run in report["runs"]) for i, t in enumerate(report["truth"]))
     console.print(
         f"Identity is right on {identity['right']} of {total} questions; on {solved} at least one of these programs is. "

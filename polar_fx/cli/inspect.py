@@ -101,7 +101,11 @@ def _show(summary: dict[str, Any], programs: list["Program"]) -> None:
     table = Table("graph", "layers", "nodes", "parameters each", "MB each")
     for part in summary["graphs"]:
         table.add_row(
-            part["graph"], _ranges(part["layers"]), str(part["nodes"]), f"{part['parameters_each']:,}", f"{part['bytes_each'] / 1e6:.1f}"
+            part["graph"],
+            _ranges(part["layers"]),
+            str(part["nodes"]),
+            f"{part['parameters_each']:,}",
+            f"{part['bytes_each'] / 1e6:.1f}",
         )
     console.print(table)
     for record in summary["passes"]:

@@ -72,5 +72,7 @@ def _encode(tokenizer: Any, text: str, raw: bool) -> Any:
 
 def _show(result: dict[str, Any]) -> None:
     token = "" if result["token_ms"] is None else f", {result['token_ms']:.1f} ms a token"
-    status().print(f"[bold]{result['program']}[/]  {result['steps']} steps, prefill {result['prefill_ms']:.1f} ms{token}", markup=True)
+    status().print(
+        f"[bold]{result['program']}[/]  {result['steps']} steps, prefill {result['prefill_ms']:.1f} ms{token}", markup=True
+    )
     print(result["text"], flush=True)

@@ -1,0 +1,8 @@
+"""HuggingFace causal LM -> `CapturedModel`. This folder is all that knows how a model is put together; it knows no
+model by name."""
+
+from .captured import CapturedModel, KvSpec
+from .support import attention_variants, check_supported, embedding_weight, shared_view
+from .trace import capture
+
+__all__ = ["CapturedModel", "KvSpec", "attention_variants", "capture", "check_supported", "embedding_weight", "shared_view"]

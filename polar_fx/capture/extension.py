@@ -1,0 +1,151 @@
+"""The public extension points of transformers through which unchanged modeling code is traced.
+
+An attention function and a mask function registered under names of our own, and caches that answer a model's
+questions about the past from per-row positions.
+
+Shape legend: B batch, T tokens, L KV length, H KV heads, E head size.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import CaptureError, UnsupportedModelError
+from .captured import KvSpec
+
+SDPA, EAGER = "polar_fx_sdpa", "polar_fx_eager"
+
+
+def _mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: Any = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Tensor] | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """Boolean mask [B, 1, T, L] from the model's own mask rule, with one position per row and token.
+
+    `q_offset` is what our cache answers for the query offset: the positions [B, T] themselves.
+    """
+    if not isinstance(q_offset, Tensor) or q_offset.dim() != 2 or mask_function is None or kv_offset != 0:
+        raise CaptureError("the model computes its attention mask in a way that per-row positions cannot follow")
+    device = q_offset.device
+    rows = torch.arange(batch_size, device=device)[:, None, None, None]
+    heads = torch.zeros(1, dtype=torch.long, device=device)[None, :, None, None]
+    columns = torch.arange(kv_length, device=device)[None, None, None, :]
+    mask = mask_function(rows, heads, q_offset[:, None, :, None], columns)
+    return mask.expand(batch_size, -1, q_length, kv_length)
+
+
+def _additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
+    mask = _mask(*args, **kwargs)
+    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
+
+
+def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+    """The model's sdpa attention; on CPU grouped heads go to the kernel as they are.
+
+    Expanding K and V to all heads first costs more than the attention itself when one token is decoded
+    (96 against 36 microseconds at L = 528), and the CPU kernel computes the same bits without it.
+    """
+    groups = getattr(module, "num_key_value_groups", 1)
+    plain = not ({"position_bias", "cache", "softcap"} & {k for k, v in kwargs.items() if v is not None})
+    if groups > 1 and plain and query.device.type == "cpu" and key.shape[1] * groups == query.shape[1]:
+        result = nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True
+        )
+        return result.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """The attention a modeling file falls back to, under its conventional name."""
+    source = sys.modules[type(module).__module__]
+    forward = getattr(source, "eager_attention_forward", None)
+    if forward is None:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} has no eager attention function to trace", "load it with attn_implementation='sdpa'"
+        )
+    return forward(module, *args, **kwargs)
+
+
+def register() -> None:
+    ALL_ATTENTION_FUNCTIONS.register(SDPA, _sdpa)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(SDPA, _mask)
+    ALL_ATTENTION_FUNCTIONS.register(EAGER, _eager)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(EAGER, _additive_mask)
+
+
+class _TracingCache(Cache):
+    """Answers a model's questions about the past from per-row positions; `update` is for subclasses."""
+
+    is_compileable = True  # type: ignore[assignment]
+
+    def __init__(self, positions: Tensor, length: Any, depth: int) -> None:
+        self.layers = []
+        self.positions, self.length, self.depth = positions, length, depth
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        return self.positions[:, :1]
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.positions
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[Any, int]:
+        return self.length, 0
+
+    def __len__(self) -> int:
+        return self.depth
+
+    is_sliding = property(lambda self: [False] * self.depth)  # full-length slots: the window lives in the mask
+    is_linear = property(lambda self: [False] * self.depth)
+    is_dummy = property(lambda self: [False] * self.depth)
+    is_initialized = property(lambda self: True)
+
+    def _stateful(self, *args: Any, **kwargs: Any) -> Any:
+        raise UnsupportedModelError(
+            "a layer keeps recurrent or convolutional state",
+            "skipping or repeating such a layer has no defined meaning; use a pure attention model",
+        )
+
+    update_conv_state = update_recurrent_state = has_previous_state = _stateful
+
+
+class Recorder(_TracingCache):
+    """Notes which layer stores which keys and values, in order."""
+
+    def __init__(self, positions: Tensor, length: int, depth: int) -> None:
+        super().__init__(positions, length, depth)
+        self.calls: list[tuple[int, KvSpec]] = []
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        k, v = key_states, value_states
+        self.calls.append((layer_idx, KvSpec(k.shape[1], k.shape[3], v.shape[3], k.dtype)))
+        return k, v
+
+
+class Slots(_TracingCache):
+    """Writes keys and values at the given positions of slots that are graph inputs; returns whole slots."""
+
+    def __init__(self, positions: Tensor, kv_index: Tensor, kv: list[Tensor]) -> None:
+        super().__init__(positions, kv_index.shape[0], len(kv) // 2)
+        self.kv = kv
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
+        where = [rows, None, self.positions]
+        written = [
+            torch.ops.aten.index_put_(slot, where, states.transpose(1, 2))
+            for slot, states in zip(self.kv[2 * layer_idx : 2 * layer_idx + 2], (key_states, value_states), strict=True)
+        ]
+        return written[0], written[1]

@@ -1,0 +1,134 @@
+"""What can be captured: the layer stack, the attention to trace, and whether every layer owns its state."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from .captured import KvSpec
+from .extension import EAGER, SDPA, Recorder
+
+
+def attention_variants(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names under which the model's attention may be traced, the one it was loaded with first.
+
+    Older modeling code compares the name with "sdpa" itself instead of asking for a function; it then takes its
+    eager path, which needs an additive mask. Which variant is right is decided by running it.
+    """
+    loaded = model.config._attn_implementation
+    names = {"sdpa": (SDPA, EAGER), "eager": (EAGER,), None: (EAGER,)}
+    if loaded not in names:
+        raise UnsupportedModelError(
+            f"attention implementation {loaded!r} cannot be traced", "load the model with attn_implementation='sdpa' or 'eager'"
+        )
+    return names[loaded]
+
+
+def embedding_weight(model: PreTrainedModel) -> Tensor:
+    """The input embedding [V, d]: its device is where token ids go, its length the number of ids."""
+    return cast(Tensor, model.get_input_embeddings().weight)
+
+
+def shared_view(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
+    """A structural copy of the model that shares all tensors, in eval mode, with our attention functions."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    view = copy.deepcopy(model, tensors)  # type: ignore[arg-type]
+    view.eval()
+    for module in view.modules():  # only the logits are wanted, whatever else the user's model hands out
+        if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
+            config._attn_implementation_internal = attention
+            config.return_dict, config.output_router_logits = True, False
+    return view
+
+
+def find_stack(model: PreTrainedModel) -> str:
+    """Dotted path of the ModuleList that holds the decoder layers."""
+    depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
+    outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
+    fits = [n for n, m in outermost.items() if len(m) == depth] or list(outermost)
+    if not fits:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no stack of layers (no nn.ModuleList)", "pass a decoder-only causal language model"
+        )
+    return max(fits, key=lambda n: sum(p.numel() for p in outermost[n].parameters()))
+
+
+def check_supported(model: Any) -> None:
+    """Raise UnsupportedModelError for what can be told without running the model."""
+    if not isinstance(model, PreTrainedModel):
+        raise UnsupportedModelError(
+            f"expected a transformers PreTrainedModel, got {type(model).__name__}", "load one with polar_fx.load(...)"
+        )
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder", "pass a decoder-only causal language model")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head", "load it with AutoModelForCausalLM")
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if devices == ["meta"] or len(devices) > 1:
+        raise UnsupportedModelError(
+            f"the weights of {type(model).__name__} are on {', '.join(devices)}", "load them all onto one device"
+        )
+    hooked = sorted({n or "the model" for n, m in model.named_modules() for h in _hooks(m)})
+    if hooked:
+        raise UnsupportedModelError(
+            f"{hooked[0]} has a forward hook, which a compiled graph would not run", "remove the hooks first"
+        )
+    find_stack(model)
+
+
+def _hooks(module: nn.Module) -> list[Any]:
+    """The user's hooks; transformers leaves some of its own behind, which do nothing unless it records outputs."""
+    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith("transformers.")]
+
+
+class _ReadOnlyWeights(TorchDispatchMode):
+    """Some models rescale their weights in their first forward pass; a view must not do that to the user's model."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self.storages = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if (
+            func._schema.is_mutable
+            and args
+            and isinstance(args[0], Tensor)
+            and args[0].untyped_storage().data_ptr() in self.storages
+        ):
+            raise UnsupportedModelError(
+                f"{type(self.model).__name__} changes its weights in its forward pass", "pass a model that only reads them"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def probe(view: PreTrainedModel, depth: int) -> tuple[KvSpec, ...]:
+    """Run two tokens through the view and see that every layer stores keys and values of its own, once."""
+    device = embedding_weight(view).device
+    positions = torch.arange(2, device=device)[None]
+    recorder = Recorder(positions, 2, depth)
+    try:
+        with torch.no_grad(), _ReadOnlyWeights(view):
+            view(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=recorder, use_cache=True)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{type(view).__name__} does not run with one KV slot per layer ({type(error).__name__}: {error})",
+            "models with recurrent, convolutional or cross-layer state are not supported",
+        ) from error
+    stored = [layer for layer, _ in recorder.calls]
+    if stored != list(range(depth)):
+        silent = sorted(set(range(depth)) - set(stored))
+        what = f"layers {silent} store no keys and values of their own" if silent else f"layers store KV in the order {stored}"
+        raise UnsupportedModelError(
+            f"{type(view).__name__}: {what} (shared KV, or recurrent state)",
+            "skipping or repeating layers of such a model is unsound; use one where every layer owns its KV",
+        )
+    return tuple(spec for _, spec in recorder.calls)

@@ -1,0 +1,166 @@
+"""HuggingFace causal LM -> flat FX graph with weights, KV and positions made explicit.
+
+The model traced is a view: a structural copy that shares every tensor with the user's model, so nothing is written
+to the user's object.
+
+Shape legend: B batch, T tokens, L KV length, V vocabulary.
+"""
+
+import io
+import logging
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export.graph_signature import InputKind
+from torch.fx import Graph, GraphModule, Node
+from transformers import PreTrainedModel
+
+from ..errors import CaptureError, UnsupportedModelError
+from .captured import CapturedModel, KvSpec
+from .extension import Slots, register
+from .support import attention_variants, check_supported, embedding_weight, find_stack, probe, shared_view
+
+log = logging.getLogger("polar_fx.capture")
+
+# Example sizes for tracing: distinct primes, so that no two axes are mistaken for one another.
+_B, _T, _L = 3, 7, 23
+
+
+class _Traced(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]) -> Tensor:
+        cache = Slots(positions, kv_index, kv)
+        # "no padding", for code that would otherwise make such a mask from a length it believes to be a number
+        mask = torch.ones_like(kv_index).expand(input_ids.shape[0], -1)
+        return self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        ).logits
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch.export warns about its own internals, and prints half a graph when it fails; neither helps a user."""
+    with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.ExportedProgram:
+    device = embedding_weight(view).device
+    positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
+    kv = [torch.zeros(s, dtype=spec.dtype, device=device) for spec in specs for s in spec.shapes(_B, _L)]
+    batch, tokens, length = torch.export.Dim("batch"), torch.export.Dim("tokens"), torch.export.Dim("length")
+    rows = {0: batch, 1: tokens}
+    shapes = (rows, rows, {0: length}, [{0: batch, 2: length}] * len(kv))
+    example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), kv)
+    with torch.no_grad(), _quiet():
+        return torch.export.export(_Traced(view), example, dynamic_shapes=shapes, strict=False)
+
+
+def _flatten(exported: torch.export.ExportedProgram, stack: str) -> GraphModule:
+    """Exported program -> flat graph: weights become get_attr nodes, every node knows its layer."""
+    signature = exported.graph_signature
+    tensors: dict[str, Any] = {}
+    graph = Graph()
+    env: dict[Node, Node] = {}
+    kinds = {s.arg.name: s for s in signature.input_specs}  # type: ignore[union-attr]
+    in_layer = re.compile(rf"(?:^|\.)model\.{re.escape(stack)}\.(\d+)(?:\.|$)")
+    num_kv = 0
+    for node in exported.graph.nodes:
+        if node.op == "placeholder":
+            spec = kinds[node.name]
+            if spec.kind == InputKind.USER_INPUT:
+                if node.name.startswith("kv_") and node.name != "kv_index":
+                    layer, part = divmod(num_kv, 2)
+                    num_kv += 1
+                    new = graph.placeholder(f"kv_{layer}_{part}")
+                    new.meta = {"role": "kv", "slot": layer, "part": part}
+                else:
+                    new = graph.placeholder(node.name)
+                    new.meta = {"role": "input"}
+            else:
+                target = str(spec.target).removeprefix("model.")
+                tensors[target] = _tensor(exported, spec)
+                new = graph.get_attr(target)
+                new.meta = {}
+            new.meta["val"] = node.meta["val"]
+            env[node] = new
+        elif node.op == "output":
+            graph.output(env[node.args[0][0]])
+        elif node.op == "get_attr":
+            raise UnsupportedModelError(
+                f"the trace holds a nested graph ({node.target})", "data-dependent control flow is not supported"
+            )
+        elif (buffer := _written(node)) is not None and env[buffer].op == "get_attr":
+            if node.target is not torch.ops.aten.copy_.default or node is not next(iter(buffer.users)):
+                raise UnsupportedModelError(
+                    f"the forward pass writes to {env[buffer].target}", "a model that keeps state between calls is not supported"
+                )
+            env[node] = env[node.args[1]]  # computed anew by each call, as rotary frequencies may be: no write is needed
+        else:
+            env[node] = new = graph.node_copy(node, env.__getitem__)
+            new.meta = {"val": node.meta.get("val"), "layer": _layer_of(node, in_layer)}
+    return GraphModule(tensors, graph, class_name="Flat")
+
+
+def _tensor(exported: torch.export.ExportedProgram, spec: Any) -> Tensor:
+    if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR):
+        value = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
+        if isinstance(value, Tensor):
+            return value
+    raise UnsupportedModelError(f"the trace needs an input of kind {spec.kind}", "report this model")
+
+
+def _written(node: Node) -> Node | None:
+    """The value whose storage `node` writes to, seen through views; None for an operator that writes nothing."""
+    if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
+        return None
+    while isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns):
+        assert isinstance(node.args[0], Node)
+        node = node.args[0]
+    return node
+
+
+def _layer_of(node: Node, in_layer: re.Pattern[str]) -> int | None:
+    for path, _ in reversed(list((node.meta.get("nn_module_stack") or {}).values())):
+        if match := in_layer.search(path):
+            return int(match[1])
+    return None
+
+
+def capture(model: PreTrainedModel, attention: str | None = None) -> CapturedModel:
+    """Trace `model` into a flat FX graph; the model is neither changed nor copied.
+
+    `attention` is one of `attention_variants(model)`, by default the first. `check.capture_checked` picks the
+    variant that agrees with the model.
+
+    Raises UnsupportedModelError for models whose layers cannot be skipped or repeated soundly and CaptureError
+    when tracing itself fails; both say what to do.
+    """
+    start = time.perf_counter()
+    check_supported(model)
+    register()
+    stack = find_stack(model)
+    depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
+    view = shared_view(model, attention or attention_variants(model)[0])
+    specs = probe(view, depth)
+    try:
+        exported = _export(view, specs)
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CaptureError(f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {reason}") from error
+    flat = _flatten(exported, stack)
+    seconds = time.perf_counter() - start
+    log.info("captured %s: %d layers, %d nodes in %.1f s", type(model).__name__, depth, len(flat.graph.nodes), seconds)
+    return CapturedModel(flat, depth, specs, stack, seconds)
