@@ -26,6 +26,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import polar_fx
 from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, timed, write, write_json
 from polar_fx import CompiledModel, Program
+from polar_fx.backends import ShapeClass
 
 WHOLE = "whole-model torch.compile"
 
@@ -212,6 +213,20 @@ def generate_overhead(compiled: CompiledModel, model: PreTrainedModel, ids: Tens
     return {name: spread(values) for name, values in samples.items()}
 
 
+def linking(compiled: CompiledModel, tokens: int, count: int = 200) -> dict[str, Any]:
+    """Milliseconds until a program never seen before is ready for prefill and decode, and what that compiled."""
+    pick = random.Random(0)
+    shapes = [ShapeClass.of(1, t, compiled.pool.length) for t in (tokens, 1)]
+    before, samples = len(compiled.compilations), []
+    for _ in range(count):
+        start = time.perf_counter()
+        program = Program.from_path(tuple(pick.randrange(compiled.depth) for _ in range(compiled.depth)), compiled.depth)
+        for shape in shapes:
+            compiled.linker.link(program, shape)
+        samples.append(1e3 * (time.perf_counter() - start))
+    return {"ms": spread(samples), "max_ms": max(samples), "compilations": len(compiled.compilations) - before}
+
+
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = [
@@ -233,12 +248,15 @@ def table(report: dict[str, Any]) -> str:
             f"| {d['median']:.1f} [{d['p25']:.1f}, {d['p75']:.1f}] | {decode_ratio:.2f} | {row['decode_gbs']:.1f} "
             f"| {row['first_prefill_s'] + row['first_decode_s']:.1f} |"
         )
-    step, made = report["time_per_step"], report["generate_ms_per_token"]
+    link, step, made = report["linking"], report["time_per_step"], report["generate_ms_per_token"]
     lines += [
         "",
         f"Ratios are to {WHOLE} of the same round. A linked decode spends {step['ends_ms']:.2f} ms in the ends and "
         f"{statistics.median(step['ms_per_step'].values()):.3f} ms in each step; the largest deviation of a program from that is "
         f"{100 * step['largest_deviation']:.1f} %.",
+        "",
+        f"A new program is ready in {link['ms']['median']:.2f} ms (at most {link['max_ms']:.2f} ms of {link['ms']['n']}) "
+        f"and compiles {link['compilations']} regions.",
         "",
         f"Greedy `generate`, ms per token of {report['generate_tokens']}: "
         + ", ".join(f"{name} {value['median']:.1f}" for name, value in made.items())
@@ -301,7 +319,8 @@ def main() -> None:
         "benchmark": "latency", "model": options.model or polar_fx.models.DEFAULT_NAME, "dtype": options.dtype,
         "machine": machine(device), "prompt_tokens": options.prompt_tokens, "decoded_tokens": options.tokens,
         "rounds": options.rounds, "kv_length": length, "bandwidth_gbs": max(bandwidth, bandwidth_gbs(device)), "contenders": rows,
-        "capture_s": compiled.library.captured.seconds, "time_per_step": time_per_step(samples, linked), "generate_tokens": 32,
+        "capture_s": compiled.library.captured.seconds, "time_per_step": time_per_step(samples, linked),
+        "linking": linking(compiled, options.prompt_tokens), "generate_tokens": 32,
         "generate_ms_per_token": generate_overhead(compiled, model, ids, 32, max(3, options.rounds // 3)),
         "total_s": time.perf_counter() - start,
     }  # fmt: skip

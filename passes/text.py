@@ -40,7 +40,7 @@ class _Printer:
         if isinstance(value, torch.Tensor):
             shape = ", ".join(self.size(s) for s in value.shape)
             dense = "" if value.is_contiguous() else f" strides({', '.join(self.size(s) for s in value.stride())})"
-            device = "" if value.device.type == "cpu" else f" {value.device.type}"
+            device = "" if value.device.type in ("cpu", "meta") else f" {value.device.type}"
             return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{shape}]{dense}{device}"
         if isinstance(value, (tuple, list)):
             return "(" + ", ".join(self.type(v) for v in value) + ")"

@@ -62,9 +62,11 @@ class KvPool:
     def session(self, specs: Sequence[KvSpec], batch: int) -> "Iterator[KvSession]":
         """A session of `batch` empty rows over one slot per step; the slots return to the pool at the end."""
         slots = [self._take(spec, batch) for spec in specs]
+        session = KvSession(self, [(k[:batch], v[:batch]) for k, v in slots], batch)
         try:
-            yield KvSession(self, [(k[:batch], v[:batch]) for k, v in slots], batch)
+            yield session
         finally:
+            session.clear()
             with self._lock:
                 for spec, slot in zip(specs, slots, strict=True):
                     self._free[spec].append(slot)
@@ -82,6 +84,7 @@ class KvSession(Cache):
         self.layers = []
         self.pool, self.slots = pool, slots
         self.lengths = [0] * batch
+        self._written = 0  # columns 0 .. _written - 1 may hold something
 
     @property
     def batch(self) -> int:
@@ -99,6 +102,8 @@ class KvSession(Cache):
         """
         self.require(counts)
         tokens = max(counts)
+        ends = [start + n for start, n in zip(self.lengths, counts, strict=True)]
+        self.will_write(max(ends) if min(counts) == tokens else self.pool.length)
         if min(counts) == tokens:
             starts = torch.tensor(self.lengths)[:, None]
             return (starts + torch.arange(tokens)).to(self.pool.device)
@@ -118,7 +123,18 @@ class KvSession(Cache):
                 )
 
     def advance(self, counts: Sequence[int]) -> None:
+        """The tokens of the last `positions(counts)` are there now."""
         self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
+
+    def will_write(self, columns: int) -> None:
+        """Note that the first `columns` columns of the slots are about to be written."""
+        self._written = max(self._written, columns)
+
+    def clear(self) -> None:
+        """Zero what was written: a later session must not meet the NaN of this one behind its mask (0 * NaN is NaN)."""
+        for pair in self.slots:
+            for slot in pair:
+                slot[:, :, : self._written].zero_()
 
     # ---- what transformers' generation asks of a cache
 
@@ -155,3 +171,6 @@ class _Row(KvSession):
     def advance(self, counts: Sequence[int]) -> None:
         super().advance(counts)
         self._parent.lengths[self._index] = self.lengths[0]
+
+    def will_write(self, columns: int) -> None:
+        self._parent.will_write(columns)

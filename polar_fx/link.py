@@ -22,6 +22,8 @@ from .program import Program
 
 log = logging.getLogger("polar_fx.link")
 
+_MAX_LINKED = 1024
+
 # Example sizes for a dynamic axis: primes, so that no axis is taken for a model dimension of the same size.
 _EXAMPLE = {"batch": 3, "tokens": 127}
 
@@ -86,6 +88,8 @@ class Linker:
                 steps.append(LinkedStep(regions[call.target], call.sides, call.weights, step.opens, step.closes))
             start = self.library.prologue
             linked = LinkedProgram(program, regions[start.target], start.weights, tuple(steps), self.pool.kv_index)
+            if len(self._linked) >= _MAX_LINKED:  # a search runs millions of programs; linking one again costs little
+                del self._linked[next(iter(self._linked))]
             self._linked[key] = linked
             return linked
 

@@ -146,6 +146,28 @@ def test_slots_return_to_the_pool_and_are_reused() -> None:
     assert compiled.pool.num_bytes == held, "a failed call must give its slots back"
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_nan_of_one_call_does_not_reach_the_next(deterministic: bool) -> None:
+    """A program may overflow; masked columns are multiplied by zero, and 0 * NaN is NaN."""
+    compiled = compile(make("llama"), "eager", max_length=31, deterministic=deterministic)
+    ids = prompts(12, 12)
+    want = compiled.forward(ids[0][None, :3])
+    with torch.no_grad(), compiled.session(compiled.default_program, 2) as session:
+        compiled.prefill(compiled.default_program, session, [ids[0], ids[1][:5]])
+        for row, length in enumerate(session.lengths):
+            for keys, values in session.slots:
+                keys[row, :, :length] = values[row, :, :length] = float("nan")
+    assert torch.equal(compiled.forward(ids[0][None, :3]), want)
+
+
+def test_linked_programs_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("polar_fx.link._MAX_LINKED", 3)
+    compiled = compile(make("llama"), "eager", max_length=31)
+    for layer in (0, 1, 2, 3, 0):
+        compiled.forward(prompts(3)[0][None], program=[layer])
+    assert len(compiled.linker._linked) == 3
+
+
 def test_what_an_earlier_call_left_in_the_slots_does_not_matter() -> None:
     compiled = compile(make("llama"), "eager", max_length=31)
     ids = prompts(9)[0][None]

@@ -137,10 +137,11 @@ def test_the_models_configuration_is_left_alone() -> None:
     assert _model().generation_config.to_dict() == before
 
 
-def test_smollm2_greedy_text_is_the_models_for_fifty_tokens(smollm2: tuple[PreTrainedModel, Any]) -> None:
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_smollm2_greedy_text_is_the_models_for_fifty_tokens(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
     model, tokenizer = smollm2
     ids = tokenizer("The three most important facts about the moon are", return_tensors="pt").input_ids
-    compiled = compile(model, "eager", max_length=127)
+    compiled = compile(model, backend, max_length=127)
     want = model.generate(ids, max_new_tokens=50, do_sample=False)
     got = compiled.generate(ids, max_new_tokens=50, do_sample=False)
     assert tokenizer.decode(got[0]) == tokenizer.decode(want[0])
