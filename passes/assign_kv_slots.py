@@ -21,6 +21,7 @@ class AssignKvSlots(Pass):
 
     def run(self, gm: GraphModule) -> PassResult:
         calls = layer_calls(gm)
+        step_of = {call: step for step, call in enumerate(calls)}
         if not calls:
             raise PassError(self.name, "the graph has no outlined layer calls", "run outline-layers first")
         slots = [[a.meta["slot"] for a in c.args if isinstance(a, Node) and role(a) == "kv"] for c in calls]
@@ -45,8 +46,8 @@ class AssignKvSlots(Pass):
                 continue
             if node.op == "output":
                 graph.output(env[node.args[0]])
-            elif node in calls:
-                step = calls.index(node)
+            elif node in step_of:
+                step = step_of[node]
                 args = tuple(placed[step, a.meta["part"]] if role(a) == "kv" else env[a] for a in node.args)  # type: ignore
                 env[node] = graph.call_module(str(node.target), args)
                 env[node].meta = {**node.meta, "step": step}

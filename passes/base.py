@@ -9,7 +9,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -65,10 +65,8 @@ class Pass(ABC):
 def copy_graph_module(gm: GraphModule) -> tuple[GraphModule, Graph]:
     """Copy the graph, share every tensor and submodule; node metadata is copied too."""
     graph = Graph()
-    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    if output is not None:
-        value, old = output
-        graph.output(value).meta.update(old.meta)
+    value, old = cast(tuple[Node, Node], graph.graph_copy(gm.graph, {}, return_output_node=True))
+    graph.output(value).meta.update(old.meta)
     return GraphModule(gm, graph), graph
 
 

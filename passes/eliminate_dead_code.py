@@ -3,15 +3,19 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from .base import Pass, PassResult, copy_graph_module
+from .base import Pass, PassResult
 
 
-def _is_dead(node: Node) -> bool:
-    if node.users or node.op in ("placeholder", "output", "call_module"):
-        return False
-    return not node.is_impure()
+def _dead(gm: GraphModule) -> set[Node]:
+    """Pure nodes whose results reach neither the output nor a write."""
+    dead: set[Node] = set()
+    for node in reversed(gm.graph.nodes):
+        kept = node.op in ("placeholder", "output", "call_module") or node.is_impure()
+        if not kept and dead.issuperset(node.users):
+            dead.add(node)
+    return dead
 
 
 @dataclass(frozen=True)
@@ -21,13 +25,13 @@ class EliminateDeadCode(Pass):
     name: ClassVar[str] = "eliminate-dead-code"
 
     def run(self, gm: GraphModule) -> PassResult:
-        _, graph = copy_graph_module(gm)
-        removed = 0
-        for node in reversed(list(graph.nodes)):
-            if _is_dead(node):
-                graph.erase_node(node)
-                removed += 1
-        if not removed:
+        dead = _dead(gm)
+        if not dead:
             return PassResult(gm, False)
-        # rebuild so that the module holds only what the graph still refers to
-        return PassResult(GraphModule(gm, graph), True, {"dead nodes removed": removed})
+        graph = Graph()
+        env: dict[Node, Node] = {}
+        for node in gm.graph.nodes:
+            if node not in dead:
+                env[node] = graph.node_copy(node, env.__getitem__)
+        # built anew, so that the module holds only what the graph still refers to
+        return PassResult(GraphModule(gm, graph), True, {"dead nodes removed": len(dead)})

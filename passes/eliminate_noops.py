@@ -22,8 +22,8 @@ def _returns_input(node: Node) -> bool:
         return False
     if name == "aten::to":
         copies = bool(node.kwargs.get("copy", False)) or True in node.args[2:]
-        same = source.dtype == result.dtype and source.device == result.device and source.layout == result.layout
-        return same and not copies
+        same = (source.dtype, source.device, source.layout) == (result.dtype, result.device, result.layout)
+        return bool(same) and not copies
     if name == "aten::slice":
         start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
         return start in (None, 0) and end in (None, _END) and step == 1

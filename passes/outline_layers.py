@@ -56,7 +56,7 @@ class _Body:
             if operand_role == "kv":
                 new.meta["part"] = operand.meta["part"]
             env[operand] = new
-        sizes: dict[Any, Node] = {}
+        sizes: dict[str, tuple[Node, int, torch.SymInt]] = {}
         for operand in self.operands:  # the first operand that has a symbolic size provides it
             value = operand.meta.get("val")
             if isinstance(value, torch.Tensor):
@@ -90,6 +90,10 @@ class _Body:
         result = env[outputs[0]] if single else tuple(env[o] for o in outputs)
         graph.output(result)
         return GraphModule(root, graph, class_name=self.name)
+
+
+# body, kind, layer, values it hands on, whether that is one value rather than a tuple
+_Region = tuple[_Body, str, int | None, list[Node], bool]
 
 
 def _split(gm: GraphModule) -> tuple[list[Node], list[list[Node]], list[Node]]:
@@ -205,7 +209,7 @@ class OutlineLayers(Pass):
         made = [n for n in sides if n not in inputs]
         given = [n for n in gm.graph.nodes if n.op == "placeholder" and role(n) == "input"]
         start = _Body("prologue", before, lambda n: "weight" if n.op == "get_attr" else "input", always=given)
-        regions = [(start, "prologue", None, made, False)]
+        regions: list[_Region] = [(start, "prologue", None, made, False)]
         regions += [(b, "layer", i, [outputs[i]], True) for i, b in enumerate(bodies)]
         regions.append((head, "epilogue", None, [result], True))
         return PassResult(self._assemble(gm, regions), True, {"layers": len(layers), "side values": len(sides) - 1})
@@ -222,7 +226,7 @@ class OutlineLayers(Pass):
             )
         return used[0]
 
-    def _assemble(self, gm: GraphModule, regions: list[tuple[_Body, str, int | None, list[Node], bool]]) -> GraphModule:
+    def _assemble(self, gm: GraphModule, regions: list[_Region]) -> GraphModule:
         graph = Graph()
         env: dict[Node, Node] = {n: graph.node_copy(n) for n in gm.graph.nodes if n.op == "placeholder"}
         root: dict[str, Any] = {}

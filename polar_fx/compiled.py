@@ -141,7 +141,7 @@ class CompiledModel:
         """
         chosen = self.resolve(program)
         rows, mask = self.rows(input_ids, attention_mask)
-        with torch.no_grad(), self.session(chosen, len(rows)) as session:
+        with self.session(chosen, len(rows)) as session:
             logits = self.prefill(chosen, session, rows, every=True)
         if bool(mask.all()):
             return torch.stack(logits)
@@ -167,7 +167,7 @@ class CompiledModel:
         for program in programs:
             chosen = self.resolve(program)
             rows = [torch.zeros(tokens, dtype=torch.long)] * batch
-            with torch.no_grad(), self.session(chosen, batch) as session:
+            with self.session(chosen, batch) as session:
                 self.prefill(chosen, session, rows)
                 if tokens < self.pool.max_length:
                     self.decode(chosen, session, torch.zeros(batch, dtype=torch.long))
@@ -188,10 +188,13 @@ class CompiledModel:
             raise InputError(f"input_ids must be integers, got {input_ids.dtype}; pass the tokenizer's input_ids")
         if input_ids.numel() == 0:
             raise InputError(f"input_ids is empty (shape {tuple(input_ids.shape)}); a prompt needs at least one token")
-        mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        if mask.shape != input_ids.shape:
-            raise InputError(f"attention_mask has shape {tuple(mask.shape)} but input_ids {tuple(input_ids.shape)}")
-        rows = [ids[m] for ids, m in zip(input_ids, mask, strict=True)]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
+            got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
+            raise InputError(f"attention_mask must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, got {got}")
+        mask = attention_mask.to(input_ids.device).bool()
+        rows = [ids[m].long() for ids, m in zip(input_ids, mask, strict=True)]
         for i, row in enumerate(rows):
             if row.numel() == 0:
                 raise InputError(f"row {i} has no token: its attention_mask is all zero")
@@ -229,6 +232,7 @@ class CompiledModel:
             return torch.cat(one)[:, 0]  # type: ignore[arg-type]
         return self._run(program, session, ids, [1] * session.batch, [0] * session.batch)[:, 0]  # type: ignore[index]
 
+    @torch.no_grad()
     def _run(
         self, program: Program, session: KvSession, ids: Tensor, counts: list[int], select: list[int] | None
     ) -> Tensor | None:

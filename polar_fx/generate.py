@@ -74,7 +74,6 @@ class Generator:
     def __init__(self, compiled: "CompiledModel") -> None:
         self.compiled = compiled
 
-    @torch.no_grad()
     def run(self, input_ids: Tensor, program: Program, **kwargs: Any) -> Any:
         """What transformers' `generate` returns; raises InputError and KvOverflowError before anything runs."""
         for name in _UNSUPPORTED:

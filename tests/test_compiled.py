@@ -77,6 +77,17 @@ def _shapes(compiled: CompiledModel) -> tuple[Any, Any]:
     return ShapeClass.of(1, 20, compiled.pool.length), ShapeClass.of(1, 1, compiled.pool.length)
 
 
+def test_token_ids_may_be_of_32_bits(counted: tuple[CompiledModel, _Counting]) -> None:
+    ids = prompts(9)[0][None]
+    assert torch.equal(counted[0].forward(ids.int()), counted[0].forward(ids))
+
+
+def test_results_carry_no_gradient() -> None:
+    assert not _eager().forward(prompts(5)[0][None]).requires_grad
+    with _eager().session(_eager().default_program, 1) as session:
+        assert not _eager().prefill(_eager().default_program, session, prompts(5))[0].requires_grad
+
+
 def test_any_batch_size_from_two_up_is_one_class(counted: tuple[CompiledModel, _Counting]) -> None:
     compiled, backend = counted
     compiled.generate(torch.stack(prompts(9, 9)), max_new_tokens=3, do_sample=False)
@@ -222,8 +233,10 @@ def test_bad_token_ids(ids: Any, message: str) -> None:
 
 def test_bad_masks() -> None:
     ids = prompts(5)[0][None]
-    with pytest.raises(InputError, match=r"\(1, 4\) but input_ids \(1, 5\)"):
+    with pytest.raises(InputError, match=r"of the shape of input_ids \(1, 5\), got \(1, 4\)"):
         _eager().forward(ids, torch.ones(1, 4))
+    with pytest.raises(InputError, match="got list"):
+        _eager().forward(ids, [[1] * 5])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="row 0 has no token"):
         _eager().forward(ids, torch.zeros(1, 5))
 
