@@ -23,10 +23,10 @@ def _returns_input(node: Node) -> bool:
     if name == "aten::to":
         copies = bool(node.kwargs.get("copy", False)) or True in node.args[2:]
         same = (source.dtype, source.device, source.layout) == (result.dtype, result.device, result.layout)
-        return bool(same) and not copies
+        return same and not copies
     if name == "aten::slice":
         start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
-        return start in (None, 0) and end in (None, _END) and step == 1
+        return start in (None, 0) and end in (None, _END) and bool(step == 1)
     if name == "aten::dropout":
         return node.args[2] is False
     return name in ("aten::alias", "aten::detach", "aten::lift_fresh_copy_")
