@@ -53,7 +53,7 @@ class LinkedProgram:
         """Hidden state [B, T, d] after the last step, and the side values; writes the slots in place."""
         inputs = [input_ids, positions, self.kv_index]
         values = [*inputs, *self.prologue(*inputs, *self.prologue_weights)]
-        hidden = values[3]
+        hidden = values[len(inputs)]  # the prologue hands it on first
         saved: list[Tensor] = []
         for step, (key, value) in zip(self.steps, slots, strict=True):
             saved += [hidden] * step.opens
@@ -98,13 +98,10 @@ class Linker:
         key = (self.library.epilogue.target, shape if self.backend.needs_shapes else None)
         if (region := self._regions.get(key)) is None:
             with self._lock:
-                # a fresh example of the class: the caller's own tensor may be of an odd size
-                width = hidden.shape[-1]
+                # sizes that differ from one another and from the model's, so that no axis is taken for another
                 rows, tokens = shape.batch or _EXAMPLE["batch"], shape.tokens or _EXAMPLE["tokens"]
-                example = [torch.zeros(rows, tokens, width, dtype=hidden.dtype, device=hidden.device)]
-                if sides:
-                    example = [hidden, *sides]
-                region = self._region(self.library.epilogue, shape, [*example, *self.library.epilogue.weights])
+                example = hidden if sides else hidden.new_zeros(rows, tokens, hidden.shape[-1])
+                region = self._region(self.library.epilogue, shape, [example, *sides, *self.library.epilogue.weights])
         return region
 
     def _regions_of(self, program: Program, shape: ShapeClass) -> dict[str, Region]:
@@ -128,7 +125,8 @@ class Linker:
         for target, layer in wanted.items():
             call = library.layers[layer]
             with self.pool.session([library.captured.kv_specs[layer]], batch) as session:
-                example = [values[3], *(values[i] for i in call.sides), *session.slots[0], *call.weights]
+                session.will_write(self.pool.length)  # compiling may run the example
+                example = [values[len(inputs)], *(values[i] for i in call.sides), *session.slots[0], *call.weights]
                 regions[target] = self._region(call, shape, example)
         return regions
 

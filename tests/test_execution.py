@@ -188,6 +188,16 @@ def test_inductor_equals_eager(family: str) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
+def test_a_batch_may_be_as_large_as_anything_else_in_the_model() -> None:
+    """Three rows and three KV heads, as many rows as tokens: sizes that are equal once are not the same size."""
+    model = make("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
+    eager, inductor = compile(model, "eager", max_length=63), compile(model, "inductor", max_length=63)
+    for batch, tokens in ((3, 3), (2, 2), (2, 5), (5, 1), (3, 1), (8, 12)):
+        ids = torch.stack(prompts(*[tokens] * batch))
+        torch.testing.assert_close(inductor.forward(ids), eager.forward(ids), rtol=0, atol=1e-4)
+    assert len(inductor.compilations) == 6, "two shape classes"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_deterministic_rows_have_the_same_bits_alone_and_in_any_batch(backend: str, dtype: torch.dtype) -> None:

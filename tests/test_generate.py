@@ -137,13 +137,37 @@ def test_the_models_configuration_is_left_alone() -> None:
     assert _model().generation_config.to_dict() == before
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_smollm2_greedy_text_is_the_models_for_fifty_tokens(smollm2: tuple[PreTrainedModel, Any], backend: str) -> None:
+@pytest.fixture(scope="module", params=["eager", "inductor"])
+def compiled_smollm2(smollm2: tuple[PreTrainedModel, Any], request: pytest.FixtureRequest) -> CompiledModel:
+    return compile(smollm2[0], request.param, max_length=127)
+
+
+def test_smollm2_greedy_text_is_the_models_for_fifty_tokens(
+    smollm2: tuple[PreTrainedModel, Any], compiled_smollm2: CompiledModel
+) -> None:
     model, tokenizer = smollm2
     ids = tokenizer("The three most important facts about the moon are", return_tensors="pt").input_ids
-    compiled = compile(model, backend, max_length=127)
     want = model.generate(ids, max_new_tokens=50, do_sample=False)
-    got = compiled.generate(ids, max_new_tokens=50, do_sample=False)
+    got = compiled_smollm2.generate(ids, max_new_tokens=50, do_sample=False)
     assert tokenizer.decode(got[0]) == tokenizer.decode(want[0])
-    skipped = compiled.generate(ids, program="skip 5", max_new_tokens=50, do_sample=False)
+    skipped = compiled_smollm2.generate(ids, program="skip 5", max_new_tokens=50, do_sample=False)
     assert skipped.tolist() != want.tolist()
+
+
+def test_smollm2_stops_at_a_string(smollm2: tuple[PreTrainedModel, Any], compiled_smollm2: CompiledModel) -> None:
+    tokenizer = smollm2[1]
+    ids = tokenizer("One, two, three, four,", return_tensors="pt").input_ids
+    out = compiled_smollm2.generate(ids, max_new_tokens=30, do_sample=False, stop_strings=" seven", tokenizer=tokenizer)
+    assert tokenizer.decode(out[0, ids.shape[1] :]) == " five, six, seven"
+
+
+def test_smollm2_answers_padded_chats_as_each_alone(
+    smollm2: tuple[PreTrainedModel, Any], compiled_smollm2: CompiledModel
+) -> None:
+    tokenizer = smollm2[1]
+    texts = ["The capital of France is", "The opposite of hot is"]
+    encoded = tokenizer([t + " " for t in texts[:1]] + texts[1:], return_tensors="pt", padding=True, padding_side="left")
+    both = compiled_smollm2.generate(**encoded, max_new_tokens=5, do_sample=False)
+    for row, mask, out in zip(encoded.input_ids, encoded.attention_mask, both, strict=True):
+        alone = compiled_smollm2.generate(row[mask.bool()][None], max_new_tokens=5, do_sample=False)
+        assert out[-5:].tolist() == alone[0, -5:].tolist()

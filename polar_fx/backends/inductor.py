@@ -35,7 +35,7 @@ class InductorBackend(Backend):
                 raise CaptureError(f"region {body} holds state of its own; report this model")
             artifact = torch._inductor.standalone_compile(
                 exported.graph_module,
-                list(example),
+                _symbolic(exported.graph_module) if names else list(example),
                 dynamic_shapes="from_graph" if names else "from_example_inputs",
                 options={"config_patches": self.options} if self.options else None,
             )
@@ -43,6 +43,17 @@ class InductorBackend(Backend):
         if multiple:
             return artifact
         return lambda *operands: artifact(*operands)[0]
+
+
+def _symbolic(graph_module: GraphModule) -> list[Any]:
+    """The exported graph's own example values, as operands to compile for.
+
+    With real tensors Inductor would make every size a symbol, and equal sizes the same one: three rows and three KV
+    heads could then not differ. `example_value` on the outputs is where it looks for the values' fake mode.
+    """
+    for node in graph_module.graph.output_node().all_input_nodes:
+        node.meta["example_value"] = node.meta["val"]
+    return [n.meta["val"] for n in graph_module.graph.find_nodes(op="placeholder")]
 
 
 class _Body(torch.nn.Module):
