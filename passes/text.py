@@ -22,6 +22,16 @@ _DTYPES = {
 _AXES = ("B", "T", "L")
 
 
+def _is_dense(value: torch.Tensor) -> bool:
+    """Whether the strides are those of a contiguous tensor; asks nothing of symbols, whose values may be unknown."""
+    expected: Any = 1
+    for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
+        if str(size) != "1" and str(stride) != str(expected):
+            return False
+        expected = expected * size
+    return True
+
+
 class _Printer:
     def __init__(self) -> None:
         self.symbols: dict[str, str] = {}
@@ -39,7 +49,7 @@ class _Printer:
     def type(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):
             shape = ", ".join(self.size(s) for s in value.shape)
-            dense = "" if value.is_contiguous() else f" strides({', '.join(self.size(s) for s in value.stride())})"
+            dense = "" if _is_dense(value) else f" strides({', '.join(self.size(s) for s in value.stride())})"
             device = "" if value.device.type in ("cpu", "meta") else f" {value.device.type}"
             return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{shape}]{dense}{device}"
         if isinstance(value, (tuple, list)):

@@ -68,6 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "helium": dict(head_dim=8),
     "hunyuan_v1_dense": dict(head_dim=8),
     "llama": {},
+    "jetmoe": dict(num_local_experts=4, num_experts_per_tok=2, kv_channels=8),
     "mistral": dict(sliding_window=WINDOW, head_dim=8),
     "mixtral": dict(num_local_experts=4, head_dim=8),
     "nemotron": {},
