@@ -22,7 +22,6 @@ KINDS = {
     "deepseek_v3": 2,  # dense first, then experts
     "exaone4": 2,  # rotary in sliding layers only
     "gemma4_text": 2,  # head sizes of sliding and full layers
-    "jetmoe": 2,  # equal, but sizes that depend on data are printed in another order
     "smollm3": 2,  # every fourth layer without rotary
 }
 
