@@ -8,7 +8,6 @@ identity (see dedupe_layers): operators, wiring, literals, dtypes and shapes are
 import difflib
 import hashlib
 import operator
-import re
 from typing import Any
 
 import torch
@@ -37,14 +36,17 @@ class _Printer:
         self.symbols: dict[str, str] = {}
 
     def size(self, value: Any) -> str:
-        """A size or symbolic expression, with symbols renamed in order of appearance."""
+        """A size or symbolic expression, with symbols renamed in order of appearance, and sums in the order of those."""
+        if not isinstance(value, torch.SymInt):
+            return str(value)
+        expression = value.node.expr
+        symbols = sorted(expression.free_symbols, key=lambda s: (len(s.name), s.name))
+        return str(expression.xreplace({s: type(s)(self.symbol(s.name)) for s in symbols}))
 
-        def rename(match: re.Match[str]) -> str:
-            raw = match.group()
-            n = len(self.symbols)
-            return self.symbols.setdefault(raw, _AXES[n] if n < len(_AXES) else f"S{n}")
-
-        return re.sub(r"\b[su]\d+\b", rename, str(value))
+    def symbol(self, name: str) -> str:
+        """B, T, L, S3, S4 ... for the first, second ... symbol seen."""
+        n = len(self.symbols)
+        return self.symbols.setdefault(name, _AXES[n] if n < len(_AXES) else f"S{n}")
 
     def type(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):

@@ -22,6 +22,7 @@ KINDS = {
     "deepseek_v3": 2,  # dense first, then experts
     "exaone4": 2,  # rotary in sliding layers only
     "gemma4_text": 2,  # head sizes of sliding and full layers
+    "jetmoe": 2,  # equal, but the first layer's sizes are traced before the symbols are simplified
     "smollm3": 2,  # every fourth layer without rotary
 }
 
