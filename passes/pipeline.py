@@ -15,6 +15,7 @@ from .dedupe_layers import DedupeLayers
 from .eliminate_dead_code import EliminateDeadCode
 from .eliminate_noops import EliminateNoops
 from .inline_layers import InlineLayers
+from .matvec_to_reduction import MatvecToReduction
 from .outline_layers import OutlineLayers
 from .schedule_layers import Blends, ScheduleLayers
 from .verify import verify
@@ -23,7 +24,16 @@ log = logging.getLogger("polar_fx.passes")
 
 PASSES: dict[str, type[Pass]] = {
     p.name: p
-    for p in (EliminateNoops, EliminateDeadCode, OutlineLayers, DedupeLayers, ScheduleLayers, AssignKvSlots, InlineLayers)
+    for p in (
+        EliminateNoops,
+        EliminateDeadCode,
+        OutlineLayers,
+        DedupeLayers,
+        ScheduleLayers,
+        AssignKvSlots,
+        InlineLayers,
+        MatvecToReduction,
+    )
 }
 
 

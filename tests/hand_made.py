@@ -92,6 +92,22 @@ def _layer(
     return b.call(aten.add.Tensor, hidden, update)
 
 
+def single_row(dtype: torch.dtype = torch.float32, rows: int = 1) -> GraphModule:
+    """Two linears, one with a bias, over [1, rows, d]."""
+    b = Builder()
+    shapes = {"x": (1, rows, D), "w1": (V, D), "w2": (D, V), "b": (D,)}
+    x, w1, w2, bias = (b.placeholder(name, *shape, dtype=dtype) for name, shape in shapes.items())
+    return b.build(b.call(aten.linear.default, b.call(aten.linear.default, x, w1), w2, bias))
+
+
+def on_cpu(gm: GraphModule) -> GraphModule:
+    """The same graph with example values on the CPU: some passes are for one kind of device."""
+    for node in gm.graph.nodes:
+        if isinstance(value := node.meta.get("val"), Tensor):
+            node.meta["val"] = torch.zeros(value.shape, dtype=value.dtype)
+    return gm
+
+
 def operands(gm: GraphModule) -> list[Tensor]:
     """Real operands for the placeholders of a flat, layer or step graph: fixed tokens, empty slots."""
     made: list[Tensor] = []
@@ -102,7 +118,7 @@ def operands(gm: GraphModule) -> list[Tensor]:
             "positions": torch.arange(T).expand(B, T),
             "kv_index": torch.arange(L),
         }
-        made.append(given[node.name] if node.name in given else torch.zeros(shape))
+        made.append(given[node.name] if node.name in given else torch.zeros(shape, dtype=node.meta["val"].dtype))
     return made
 
 

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hand_made import flat, run
+from hand_made import flat, on_cpu, run, single_row
 from torch.fx import GraphModule
 
 from polar_fx.passes import (
@@ -51,6 +51,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "dedupe-layers": (PASSES["dedupe-layers"](), lambda: PASSES["outline-layers"]().run(noisy()).graph_module),
     "schedule-layers": (ScheduleLayers(PATH, BLENDS), library),
     "assign-kv-slots": (PASSES["assign-kv-slots"](), lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module),
+    "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
     "inline-layers": (PASSES["inline-layers"](), step_graph),
 }
 each_pass = pytest.mark.parametrize("name", PASSES)

@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from hand_made import flat
+import torch
+from hand_made import flat, on_cpu, single_row
 from torch.fx import GraphModule
 
 from polar_fx.passes import PASSES, flat_pipeline, graph_fingerprint, graph_text, library_pipeline, program_pipeline
@@ -32,6 +33,7 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     "dedupe-layers": library,
     "schedule-layers": lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module,
     "assign-kv-slots": lambda: program_pipeline(PATH, BLENDS).run(library()).graph_module,
+    "matvec-to-reduction": lambda: PASSES["matvec-to-reduction"]().run(on_cpu(single_row(torch.bfloat16))).graph_module,
     "inline-layers": lambda: flat_pipeline().run(program_pipeline((1, 1)).run(library()).graph_module).graph_module,
 }
 

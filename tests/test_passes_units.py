@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hand_made import Builder, aten, flat, operands, run
+from hand_made import Builder, aten, flat, on_cpu, operands, run, single_row
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
@@ -69,6 +69,28 @@ def test_dead_values_go_and_writes_into_slots_stay() -> None:
         aten.relu.default,
     ]
     assert result.counts == {"dead nodes removed": 3} and not list(result.graph_module.parameters())
+
+
+# ------------------------------------------------------------------------------------------- matvec to reduction
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.05)], ids=str)
+def test_a_linear_over_one_row_becomes_a_sum(dtype: torch.dtype, tolerance: float) -> None:
+    result = PASSES["matvec-to-reduction"]().run(on_cpu(single_row(dtype)))
+    assert result.counts == {"linears rewritten": 2} and aten.linear.default not in _called(result.graph_module)
+    torch.manual_seed(0)
+    x, w1, w2, bias = (torch.randn(s).to(dtype) for s in ((1, 1, 4), (5, 4), (4, 5), (4,)))
+    got = result.graph_module(x, w1, w2, bias)
+    want = torch.nn.functional.linear(torch.nn.functional.linear(x, w1), w2, bias)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, rtol=0, atol=tolerance)
+
+
+def test_linears_over_more_rows_or_on_other_devices_stay() -> None:
+    this = PASSES["matvec-to-reduction"]()
+    assert not this.run(on_cpu(single_row(rows=2))).modified
+    assert not this.run(single_row()).modified, "example values on the meta device: not the CPU"
+    assert not this.run(tiny("llama").captured.graph_module).modified, "symbolic sizes"
 
 
 # ------------------------------------------------------------------------------------------- outline and dedupe

@@ -12,17 +12,22 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..errors import CaptureError
+from ..passes.base import Pass
+from ..passes.matvec_to_reduction import MatvecToReduction
 from .base import Backend, Region
 
 
 class InductorBackend(Backend):
-    """Each body compiled once per shape class; weights and KV slots are operands, so all layers share the code."""
+    """Each body compiled once per shape class; weights and KV slots are operands, so all layers share the code.
+
+    `options` are Inductor's own; `passes` run on each region's graph once its sizes are known.
+    """
 
     name: ClassVar[str] = "inductor"
     needs_shapes: ClassVar[bool] = True
 
-    def __init__(self, options: dict[str, Any] | None = None) -> None:
-        self.options = dict(options or {})
+    def __init__(self, options: dict[str, Any] | None = None, passes: Sequence[Pass] = (MatvecToReduction(),)) -> None:
+        self.options, self.passes = dict(options or {}), tuple(passes)
 
     def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Sequence[dict[int, str]]) -> Region:
         names = sorted({name for axes in dynamic for name in axes.values()})
@@ -33,9 +38,12 @@ class InductorBackend(Backend):
             exported = torch.export.export(_Body(body), (tuple(example),), dynamic_shapes=(shapes,), strict=False)
             if exported.graph_signature.buffers_to_mutate or exported.constants:
                 raise CaptureError(f"region {body} holds state of its own; report this model")
+            graph_module = exported.graph_module
+            for p in self.passes:
+                graph_module = p.run(graph_module).graph_module
             artifact = torch._inductor.standalone_compile(
-                exported.graph_module,
-                _symbolic(exported.graph_module) if names else list(example),
+                graph_module,
+                _symbolic(graph_module) if names else list(example),
                 dynamic_shapes="from_graph" if names else "from_example_inputs",
                 options={"config_patches": self.options} if self.options else None,
             )
