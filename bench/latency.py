@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import polar_fx
 from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, timed, write, write_json
 from polar_fx import CompiledModel, Program
-from polar_fx.backends import ShapeClass
+from polar_fx.backends import InductorBackend, ShapeClass
 
 WHOLE = "whole-model torch.compile"
 
@@ -289,13 +289,15 @@ def measure_all(options: argparse.Namespace) -> None:
     model.to(options.device).eval()  # type: ignore[arg-type]
     length = -(-(options.prompt_tokens + options.tokens + 40) // 16) * 16
     compiled = polar_fx.compile(model, "inductor", max_length=length - 1)
-    interpreted = polar_fx.compile(model, "eager", max_length=length - 1)
+    plain = polar_fx.compile(model, InductorBackend(passes=()), max_length=length - 1, check=False)
+    interpreted = polar_fx.compile(model, "eager", max_length=length - 1, check=False)
     programs = programs_for(compiled.depth)
     linked = [Ours(compiled, label, program) for label, program in programs.items()]
     contenders: list[Contender] = [
         HfEager(model),
         HfCompiled(model, length),
         *linked,
+        Ours(plain, "identity, without matvec-to-reduction", programs["identity"]),
         Ours(interpreted, "identity", programs["identity"]),
     ]
     ids = torch.randint(0, 1000, (1, options.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
