@@ -27,6 +27,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 import polar_fx
 from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, timed, write, write_json
 from polar_fx import CompiledModel, Program
+from polar_fx.capture import CACHE
 from polar_fx.backends import InductorBackend, ShapeClass
 
 WHOLE = "whole-model torch.compile"
@@ -62,10 +63,10 @@ class HfEager(Contender):
 
     def prefill(self, ids: Tensor) -> Tensor:
         self.cache = DynamicCache(config=self.model.config)
-        return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        return self.model(ids, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1]
 
     def decode(self, token: Tensor) -> Tensor:
-        return self.model(token, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        return self.model(token, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1]
 
 
 class HfCompiled(Contender):
@@ -83,10 +84,10 @@ class HfCompiled(Contender):
 
     def prefill(self, ids: Tensor) -> Tensor:
         self.cache.reset()
-        return self.model(ids, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        return self.model(ids, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1]
 
     def decode(self, token: Tensor) -> Tensor:
-        return self.model(token, past_key_values=self.cache, logits_to_keep=1).logits[:, -1]
+        return self.model(token, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1]
 
 
 class Ours(Contender):

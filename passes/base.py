@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, cast
 
+import torch
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 
 class PassError(Exception):
@@ -68,6 +70,22 @@ def copy_graph_module(gm: GraphModule) -> tuple[GraphModule, Graph]:
     value, old = cast(tuple[Node, Node], graph.graph_copy(gm.graph, {}, return_output_node=True))
     graph.output(value).meta.update(old.meta)
     return GraphModule(gm, graph), graph
+
+
+class Caller:
+    """Adds operators to a graph, each with the value it would have, and the place in the model of `origin`."""
+
+    def __init__(self, graph: Graph, origin: Node) -> None:
+        self.graph, self.origin = graph, origin
+
+    def __call__(self, target: Any, *args: Any) -> Node:
+        node = self.graph.call_function(target, args)
+        node.meta = {**self.origin.meta, "val": target(*map_arg(args, lambda n: n.meta["val"]))}
+        return node
+
+    def cast(self, node: Node, dtype: torch.dtype) -> Node:
+        """`node` in that dtype; itself if it is already."""
+        return node if node.meta["val"].dtype == dtype else self(torch.ops.aten.to.dtype, node, dtype)
 
 
 def kind(node: Node) -> str | None:

@@ -1,4 +1,4 @@
-"""A linear layer over a single row becomes a sum of products, which the compiler turns into one streaming loop.
+"""A linear layer over a single row becomes sums of products, which the compiler turns into streaming loops.
 
 Decoding one token reads every weight once: it is bound by memory, and a matrix-multiply kernel made for many rows
 reads slower than a plain vectorized reduction (docs/performance.md has the figures).
@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
-from .base import Pass, PassResult, copy_graph_module
+from .base import Caller, Pass, PassResult, copy_graph_module
 
 aten = torch.ops.aten
 
@@ -28,37 +27,53 @@ def _is_single_row(node: Node) -> bool:
 
 @dataclass(frozen=True)
 class MatvecToReduction(Pass):
-    """Rewrite linear(x, w, b) with a single row x as sum(x * w) + b, accumulated in at least float32."""
+    """Rewrite linear(x, w, b) with a single row x as sum(x * w) + b, accumulated in at least float32.
+
+    The rows of w are summed as `streams` interleaved runs: one loop then reads from as many places at once, which keeps
+    more of the memory's requests in flight. x is brought to memory in its wide type first (`as_strided` is what the
+    compiler never inlines): computed anew for every row of w, what made x would cost more than reading w.
+    """
 
     name: ClassVar[str] = "matvec-to-reduction"
     preserves_numerics: ClassVar[bool] = False  # the same products, summed in another order
+    version: ClassVar[int] = 2
+    streams: int = 4
+
+    def __post_init__(self) -> None:
+        if self.streams < 1:
+            raise ValueError(f"streams must be at least 1, got {self.streams}")
 
     def run(self, gm: GraphModule) -> PassResult:
         if not any(_is_single_row(n) for n in gm.graph.nodes):
             return PassResult(gm, False)
         new, graph = copy_graph_module(gm)
         found = [n for n in graph.nodes if _is_single_row(n)]
+        rows: dict[Node, Node] = {}
         for node in found:
             with graph.inserting_before(node):
-                node.replace_all_uses_with(self._reduce(graph, node))
+                node.replace_all_uses_with(self._reduce(graph, node, rows))
             graph.erase_node(node)
         new.recompile()
         return PassResult(new, True, {"linears rewritten": len(found)})
 
-    @staticmethod
-    def _reduce(graph: Graph, node: Node) -> Node:
-        def call(target: Any, *args: Any) -> Node:
-            made = graph.call_function(target, args)
-            values = map_arg(args, lambda n: n.meta["val"])
-            made.meta = {**node.meta, "val": target(*values)}
-            return made
-
+    def _reduce(self, graph: Graph, node: Node, rows: dict[Node, Node]) -> Node:
+        call = Caller(graph, node)
         row, weight, *bias = node.args
-        dtype = node.meta["val"].dtype
-        wide = torch.promote_types(dtype, torch.float32)
-        if wide != dtype:
-            row, weight = call(aten.to.dtype, row, wide), call(aten.to.dtype, weight, wide)
-        result = call(aten.sum.dim_IntList, call(aten.mul.Tensor, call(aten.unsqueeze.default, row, -2), weight), [-1])
+        assert isinstance(row, Node) and isinstance(weight, Node)
+        value = node.meta["val"]
+        wide = torch.promote_types(value.dtype, torch.float32)
+        count, size = weight.meta["val"].shape
+        if row not in rows:
+            flat = call(aten.reshape.default, call.cast(row, wide), [1, size])
+            rows[row] = call(aten.as_strided.default, flat, [1, size], [size, 1])
+        streams = self.streams if count % self.streams == 0 else 1
+        parts = []
+        for i in range(streams):
+            part = weight
+            if streams > 1:
+                part = call(aten.slice.Tensor, weight, 0, i * count // streams, (i + 1) * count // streams)
+            parts.append(call(aten.sum.dim_IntList, call(aten.mul.Tensor, rows[row], call.cast(part, wide)), [-1]))
+        result: Any = parts[0] if streams == 1 else call(aten.cat.default, parts)
         if bias and bias[0] is not None:
             result = call(aten.add.Tensor, result, bias[0])
-        return result if wide == dtype else call(aten.to.dtype, result, dtype)
+        return call.cast(call(aten.reshape.default, result, list(value.shape)), value.dtype)

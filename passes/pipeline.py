@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from torch.fx import GraphModule
 
 from .assign_kv_slots import AssignKvSlots
+from .attention_to_reduction import AttentionToReduction
 from .base import Pass, PassResult
 from .dedupe_layers import DedupeLayers
 from .eliminate_dead_code import EliminateDeadCode
 from .eliminate_noops import EliminateNoops
 from .inline_layers import InlineLayers
+from .keep_kv_writes import KeepKvWrites
 from .matvec_to_reduction import MatvecToReduction
 from .outline_layers import OutlineLayers
 from .schedule_layers import Blends, ScheduleLayers
@@ -32,7 +34,9 @@ PASSES: dict[str, type[Pass]] = {
         ScheduleLayers,
         AssignKvSlots,
         InlineLayers,
+        KeepKvWrites,
         MatvecToReduction,
+        AttentionToReduction,
     )
 }
 

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    CacheError,
     CaptureError,
     InputError,
     KvOverflowError,
@@ -43,6 +44,7 @@ _LAZY = {
 
 __all__ = [
     "Blend",
+    "CacheError",
     "CaptureError",
     "CompiledModel",
     "InputError",

@@ -12,15 +12,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .backends import Backend, ShapeClass, get_backend
-from .backends.base import RegionRecord
 from .capture import check_supported, embedding_weight
-from .check import capture_checked, warn_if_not_finite
+from .check import warn_if_not_finite
 from .errors import InputError
 from .generate import Generator
 from .kv_cache import KvPool, KvSession
 from .library import LayerLibrary
+from .library_cache import load_library
 from .link import Linker
 from .program import Program
+from .regions import RegionTable
+from .store import ArtifactStore
+from .variant import RegionRecord
 
 _MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
 
@@ -29,29 +32,35 @@ ProgramLike = Program | str | Sequence[int] | None
 
 def compile(
     model: PreTrainedModel | str | PathLike[str] | None = None,
-    backend: str | Backend = "inductor",
+    backend: str | Backend = "auto",
     *,
     max_length: int | None = None,
     prefill_chunk: int = 512,
     deterministic: bool = False,
     program: ProgramLike = None,
     check: bool = True,
+    cache: bool | ArtifactStore = True,
+    workers: int | None = None,
 ) -> "CompiledModel":
     """Capture `model` once and return it as a `CompiledModel`.
 
     Args:
         model: a causal LM, a local folder or a model id; None loads the embedded default. It is not changed, and its
             weights are shared, not copied.
-        backend: "inductor" compiles each distinct layer graph once per shape class; "eager" interprets.
+        backend: "aot_inductor" compiles each distinct layer graph once per shape class, ahead of time, into files that later
+            processes load; "inductor" compiles them in this process; "eager" interprets. "auto" is "aot_inductor" on the
+            CPU and "inductor" elsewhere.
         max_length: tokens a row may hold, prompt and continuation (default: the model's own limit, at most 1024).
         prefill_chunk: prompt tokens run at a time.
         deterministic: run rows one by one, so that a row's logits have the same bits alone and in any batch.
         program: what calls without `program=` run (default: identity).
         check: compare the captured graph with the model on a few tokens before returning it.
+        cache: whether to keep captures and compiled artifacts on disk and use those that are there; or the store for them.
+        workers: processes that compile at once (0: this one alone; default: as many as there are processors, at most 8).
 
     Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError.
     """
-    chosen = get_backend(backend)
+    get_backend(backend)  # refuse an unknown one before anything is loaded
     if model is None or isinstance(model, (str, PathLike)):
         from .models import load
 
@@ -65,8 +74,10 @@ def compile(
     if limit is not None and max_length > limit:
         raise InputError(f"max_length={max_length} exceeds the {limit} positions the model was built for; use at most {limit}")
     warn_if_not_finite(model)
-    library = LayerLibrary(capture_checked(model, check=check))
-    return CompiledModel(model, library, chosen, max_length, prefill_chunk, deterministic, program)
+    store = cache if isinstance(cache, ArtifactStore) else ArtifactStore() if cache else None
+    library = load_library(model, check, store)
+    chosen = get_backend(backend, library.device)
+    return CompiledModel(model, library, chosen, max_length, prefill_chunk, deterministic, program, store, workers)
 
 
 class CompiledModel:
@@ -84,12 +95,15 @@ class CompiledModel:
         prefill_chunk: int,
         deterministic: bool,
         program: ProgramLike,
+        store: ArtifactStore | None = None,
+        workers: int | None = None,
     ) -> None:
         self.config, self.generation_config = model.config, model.generation_config
         self.library, self.backend = library, backend
         self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
-        self.pool = KvPool(max_length, library.captured.device)
-        self.linker = Linker(library, backend, self.pool)
+        self.pool = KvPool(max_length, library.device)
+        self.regions = RegionTable(library, backend, max_length, store, workers)
+        self.linker = Linker(library, self.regions, self.pool)
         self.vocab_size = embedding_weight(model).shape[0]
         self.default_program = Program.identity(library.depth)
         self.default_program = self.resolve(program)
@@ -107,12 +121,12 @@ class CompiledModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.library.captured.dtype
+        return self.library.dtype
 
     @property
     def compilations(self) -> tuple[RegionRecord, ...]:
-        """Every region compiled so far."""
-        return tuple(self.linker.records)
+        """Every region compiled in this process so far; those loaded from the artifact store are not among them."""
+        return tuple(r for r in self.regions.records if r.source == "compiled")
 
     def __repr__(self) -> str:
         return (
@@ -162,7 +176,7 @@ class CompiledModel:
 
     def warmup(self, programs: Iterable[ProgramLike] = (None,), batch: int = 1) -> tuple[RegionRecord, ...]:
         """Compile what prefill and decode of these programs need at this batch size; returns the new regions."""
-        before = len(self.linker.records)
+        before = len(self.regions.records)
         tokens = min(2, self.pool.max_length)
         for program in programs:
             chosen = self.resolve(program)
@@ -171,7 +185,7 @@ class CompiledModel:
                 self.prefill(chosen, session, rows)
                 if tokens < self.pool.max_length:
                     self.decode(chosen, session, torch.zeros(batch, dtype=torch.long))
-        return self.compilations[before:]
+        return tuple(r for r in self.regions.records[before:] if r.source == "compiled")
 
     # --------------------------------------------------------------------- prefill and decode of one session
 
@@ -240,18 +254,12 @@ class CompiledModel:
         batch, tokens = ids.shape
         positions = session.positions(counts)
         ids = ids.contiguous()  # regions are compiled for dense operands
-        linked = self.linker.link(program, ShapeClass.of(batch, tokens, self.pool.length))
-        hidden, values = linked.run(ids, positions, session.slots)
+        shape = ShapeClass.of(batch, tokens, self.pool.length)
+        if select is None or tokens == 1:
+            logits = self.linker.link(program, shape).run(ids, positions, session.slots)
+        else:
+            # where no row ends in this chunk, the head would be computed for nothing
+            where = torch.tensor([max(0, s) for s in select], device=ids.device) if max(select) >= 0 else None
+            logits = self.linker.link(program, shape, every=False).run_last(ids, positions, session.slots, where)
         session.advance(counts)
-        if select is not None and max(select) < 0:
-            return None  # no row ends in this chunk: the head would be computed for nothing
-        head = self.library.epilogue
-        sides = [values[i] for i in head.sides]
-        early = select is not None and tokens > 1 and not sides
-        where = torch.tensor([max(0, s) for s in select], device=hidden.device) if select is not None else None
-        each = torch.arange(batch, device=hidden.device)
-        if early:
-            hidden = hidden[each, where][:, None]
-        region = self.linker.epilogue(ShapeClass.of(batch, hidden.shape[1], self.pool.length), hidden, sides)
-        logits = region(hidden, *sides, *head.weights)
-        return logits[each, where][:, None] if select is not None and not early else logits
+        return logits

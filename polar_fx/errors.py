@@ -72,7 +72,7 @@ class ModelWarning(UserWarning):
 
 
 class InputError(PolarError, ValueError):
-    """Token ids, a mask or an option of a call is not valid."""
+    """Token ids, a mask, an option of a call or a setting is not valid."""
 
 
 class KvOverflowError(PolarError, ValueError):
@@ -81,3 +81,21 @@ class KvOverflowError(PolarError, ValueError):
 
 class UnknownBackendError(PolarError, ValueError):
     """No backend of that name; the message lists the known ones."""
+
+
+class CacheError(PolarError):
+    """Artifacts cannot be kept in their folder; nothing was left there half written."""
+
+    def __init__(self, folder: str, reason: str, remedy: str) -> None:
+        super().__init__(folder, reason, remedy)
+        self.folder, self.reason, self.remedy = folder, reason, remedy
+
+    def __str__(self) -> str:
+        return (
+            f"cannot keep artifacts in {self.folder}: {self.reason}; {self.remedy}, name another folder with "
+            "POLAR_FX_CACHE_DIR, or do without by cache=False"
+        )
+
+
+class CompileError(PolarError):
+    """A compiler failed, or the process it ran in ended; the message says why."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .capture import CACHE
 from .errors import InputError, KvOverflowError
 from .kv_cache import KvSession
 from .program import Program
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from .compiled import CompiledModel
 
 _UNSUPPORTED = (
-    "assistant_model", "past_key_values", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids"
+    "assistant_model", "past_key_values", "cache", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids"
 )  # fmt: skip
 
 
@@ -50,20 +51,20 @@ class _Running(GenerationMixin):
         return contextlib.nullcontext()  # transformers would switch its own modules' expert kernels here
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> dict[str, Any]:
-        return {"input_ids": input_ids, "attention_mask": attention_mask, "past_key_values": past_key_values}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: cache or past_key_values}
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, past_key_values: Any = None, **kwargs: Any
     ) -> CausalLMOutputWithPast:
-        session: KvSession = past_key_values
+        session: KvSession = cache or past_key_values
         if session.get_seq_length() == 0:
             rows, _ = self.compiled.rows(input_ids, attention_mask)
             logits = torch.stack(self.compiled.prefill(self.program, session, rows))
         else:
             logits = self.compiled.decode(self.program, session, input_ids[:, -1])
-        return CausalLMOutputWithPast(logits=logits[:, None], past_key_values=session)  # type: ignore[arg-type]
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: session})  # type: ignore[arg-type]
 
     __call__ = forward
 
@@ -93,7 +94,7 @@ class Generator:
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         kwargs |= {"attention_mask": mask.long(), "use_cache": True}
         with compiled.session(program, len(rows) * copies) as session:
-            return running.generate(input_ids, past_key_values=session, **kwargs)
+            return running.generate(input_ids, **{CACHE: session}, **kwargs)
 
 
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -7,28 +7,25 @@ against: it runs the step graph that the passes build, node by node, and knows n
 """
 
 import functools
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from .capture import CapturedModel, KvSpec
-from .errors import ProgramError
-from .passes.base import body, kind, layer_calls, role
-from .passes.pipeline import Pipeline, PipelineResult, flat_pipeline, library_pipeline, program_pipeline
-from .passes.text import graph_fingerprint
+from .errors import CaptureError, ProgramError
+from .passes.base import kind, layer_calls
+from .passes.pipeline import PassRecord, Pipeline, PipelineResult, flat_pipeline, library_pipeline, program_pipeline
 from .program import Program
+from .symbols import Symbol, SymbolTable, read_symbols
 
 
 @dataclass(frozen=True)
 class Call:
-    """One entry of the symbol table: the body's name and the operands a call passes beside hidden state and KV.
-
-    `sides` index the list of side values (graph inputs, then prologue results); `weights` are the model's own
-    tensors.
-    """
+    """A symbol bound to the model's own tensors."""
 
     target: str
     sides: tuple[int, ...]
@@ -36,46 +33,109 @@ class Call:
 
 
 class LayerLibrary:
-    """A captured model as callable pieces."""
+    """A captured model as callable pieces. The graphs are made when first asked for, if only the table is known yet."""
 
     def __init__(self, captured: CapturedModel, pipeline: Pipeline | None = None) -> None:
-        self.captured = captured
         self.pipeline = pipeline or library_pipeline()
-        result: PipelineResult = self.pipeline.run(captured.graph_module)
-        self.records = result.records
-        self.graph_module = result.graph_module
-        calls = layer_calls(self.graph_module)
-        if len(calls) != captured.depth:
-            raise ProgramError(
-                f"the pipeline {self.pipeline} left {len(calls)} layer calls of {captured.depth}; keep outline-layers in it"
-            )
-        ends = {kind(n): n for n in self.graph_module.graph.nodes if kind(n) in ("prologue", "epilogue")}
-        self._inputs = [n for n in self.graph_module.graph.nodes if n.op == "placeholder" and role(n) == "input"]
-        self._results = self._prologue_results(ends["prologue"])
-        self.prologue = self._call(ends["prologue"])
-        self.layers = tuple(self._call(c) for c in calls)
-        self.epilogue = self._call(ends["epilogue"])
+        self._capture: Callable[[], CapturedModel] = lambda: captured
+        self._prepare(read_symbols(self.graph_module, captured.kv_specs))
+
+    @classmethod
+    def from_table(
+        cls,
+        table: SymbolTable,
+        tensors: Mapping[str, Tensor],
+        capture: Callable[[], CapturedModel],
+        pipeline: Pipeline | None = None,
+    ) -> "LayerLibrary":
+        """A library known by its table; `capture` traces the model should its graphs be needed after all."""
+        self = cls.__new__(cls)
+        self.pipeline = pipeline or library_pipeline()
+        self._capture = capture
+        self._prepare(table, tensors)
+        return self
+
+    def _prepare(self, table: SymbolTable, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.table = table
+
+        def bind(symbol: Symbol) -> Call:
+            weights = [tensors[n] if tensors is not None else self._attribute(n) for n in symbol.weights]
+            return Call(symbol.target, symbol.sides, tuple(w.detach() for w in weights))
+
+        self.prologue, self.epilogue = bind(table.prologue), bind(table.epilogue)
+        self.layers = tuple(bind(s) for s in table.layers)
         self._program_graph = functools.lru_cache(maxsize=64)(self._build_program_graph)
 
+    # ------------------------------------------------------------------------------------------------ the graphs
+
+    @functools.cached_property
+    def captured(self) -> CapturedModel:
+        """The flat graph and what is known of it; traces the model if that has not happened in this process."""
+        return self._capture()
+
+    @functools.cached_property
+    def _pipeline_result(self) -> PipelineResult:
+        result = self.pipeline.run(self.captured.graph_module)
+        calls = layer_calls(result.graph_module)
+        ends = {kind(n) for n in result.graph_module.graph.nodes}
+        if len(calls) != self.captured.depth or not {"prologue", "epilogue"} <= ends:
+            raise ProgramError(
+                f"the pipeline {self.pipeline} left {len(calls)} layer calls of {self.captured.depth}; keep outline-layers in it"
+            )
+        table = read_symbols(result.graph_module, self.captured.kv_specs)
+        if hasattr(self, "table") and table != self.table:
+            raise CaptureError(
+                "the model's graph is not the one its cached symbol table was made from; "
+                "run `python -m polar_fx cache clear` and report this model"
+            )
+        return result
+
     @property
-    def depth(self) -> int:
-        return self.captured.depth
+    def records(self) -> tuple[PassRecord, ...]:
+        """What each pass of the pipeline did."""
+        return self._pipeline_result.records
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The outlined graph: prologue, one call per layer, epilogue."""
+        return self._pipeline_result.graph_module
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the graphs exist in this process."""
+        return "captured" in self.__dict__
 
     @property
     def bodies(self) -> dict[str, GraphModule]:
         """Graphs by name: `prologue`, `layer_kind_0` ..., `epilogue`."""
-        calls = (self.prologue, *self.layers, self.epilogue)
-        names = dict.fromkeys(c.target for c in calls)
-        return {n: self.graph_module.get_submodule(n) for n in names}  # type: ignore[misc]
+        return {n: self.graph_module.get_submodule(n) for n in self.table.bodies}  # type: ignore[misc]
+
+    # ------------------------------------------------------------------------------------------------- the table
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @functools.cached_property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return tuple(w for c in (self.prologue, *self.layers, self.epilogue) for w in c.weights)
+
+    @property
+    def device(self) -> torch.device:
+        return self._tensors[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(t.dtype for t in self._tensors if t.is_floating_point())
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Identifies graphs and wiring, not weights."""
-        return graph_fingerprint(self.graph_module)
+        """Identifies graphs and wiring (sha256), not weights."""
+        return hashlib.sha256(self.table.to_json().encode()).hexdigest()
 
     def kv_specs(self, program: Program) -> list[KvSpec]:
         """Slot geometry of each step."""
-        return [self.captured.kv_specs[layer] for layer in program.path]
+        return [self.table.kv_specs[layer] for layer in program.path]
 
     def check(self, program: Program) -> None:
         """Raise ProgramError if the program is of another depth."""
@@ -83,6 +143,8 @@ class LayerLibrary:
             raise ProgramError(
                 f"program {program} has depth {program.depth} but the model has {self.depth} layers; write it for /{self.depth}"
             )
+
+    # ---------------------------------------------------------------------------------------- graphs of programs
 
     def program_graph(self, program: Program) -> GraphModule:
         """Step graph of a program (cached): prologue, one call per step with its own KV slot, epilogue."""
@@ -104,27 +166,9 @@ class LayerLibrary:
         """Logits [B, T, V] of the step graph, run operator by operator; writes the slots in place."""
         return self.program_graph(program)(input_ids, positions, kv_index, *(t for pair in slots for t in pair))
 
-    # ---- reading the symbol table off the graph
-
-    def _prologue_results(self, prologue: Node) -> dict[Node, int]:
-        users = [u for u in prologue.users if u.op == "call_function"]
-        return {u: len(self._inputs) + int(u.args[1]) for u in users}  # type: ignore[arg-type]
-
-    def _call(self, call: Node) -> Call:
-        places: dict[Node, int] = {**{n: i for i, n in enumerate(self._inputs)}, **self._results}
-        roles = [role(n) for n in body(self.graph_module, call).graph.nodes if n.op == "placeholder"]
-        sides: list[int] = []
-        weights: list[Tensor] = []
-        for operand_role, argument in zip(roles, call.args, strict=True):
-            assert isinstance(argument, Node)
-            if operand_role in ("side", "input"):
-                sides.append(places[argument])
-            elif operand_role == "weight":
-                weights.append(self._attribute(str(argument.target)))
-        return Call(str(call.target), tuple(sides), tuple(weights))
-
     def _attribute(self, target: str) -> Tensor:
-        value: Any = self.graph_module
+        value = self.graph_module
         for part in target.split("."):
             value = getattr(value, part)
-        return value.detach()
+        assert isinstance(value, Tensor)
+        return value

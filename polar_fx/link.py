@@ -6,26 +6,20 @@ well under a millisecond and compiles nothing.
 Shape legend: B batch, T tokens, d hidden size, V vocabulary.
 """
 
-import logging
 import threading
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .backends.base import Backend, Region, RegionRecord, ShapeClass
+from .backends.base import Region, ShapeClass
 from .kv_cache import KvPool
-from .library import Call, LayerLibrary
+from .library import LayerLibrary
 from .program import Program
-
-log = logging.getLogger("polar_fx.link")
+from .regions import KV_WRITES, RegionTable
 
 _MAX_LINKED = 1024
-
-# Example sizes for a dynamic axis: primes, so that no axis is taken for a model dimension of the same size.
-_EXAMPLE = {"batch": 3, "tokens": 127}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,112 +32,127 @@ class LinkedStep:
     opens: int
     closes: tuple[float, ...]
 
+    def operands(self, hidden: Tensor, values: Sequence[Tensor], slot: tuple[Tensor, Tensor]) -> list[Tensor]:
+        return [hidden, *[values[i] for i in self.sides], *slot, *self.weights]
+
 
 @dataclass(frozen=True, slots=True)
 class LinkedProgram:
-    """A program bound to the regions of one shape class."""
+    """A program bound to the regions of one shape class.
+
+    For several tokens a row, `last` is the same program for one token, and `write_kv` the last step's KV writes.
+    """
 
     program: Program
     prologue: Region
     prologue_weights: tuple[Tensor, ...]
     steps: tuple[LinkedStep, ...]
+    epilogue: LinkedStep | None
     kv_index: Tensor
+    write_kv: Region | None = None
+    last: "LinkedProgram | None" = None
 
-    def run(self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        """Hidden state [B, T, d] after the last step, and the side values; writes the slots in place."""
+    def run(self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """Logits [B, T, V] of every token; writes the slots in place."""
+        values = self._start(input_ids, positions)
+        hidden, _ = self._steps(self.steps, values, values[3], slots, [])
+        return self._head(hidden, values)
+
+    def run_last(
+        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]], where: Tensor | None
+    ) -> Tensor | None:
+        """Logits [B, 1, V] of one token per row, `where` i64[B]; or only the KV writes, if that is None.
+
+        What comes after the last step's keys and values runs for those tokens alone, as if they were decoded.
+        """
+        assert self.write_kv is not None and self.last is not None
+        values = self._start(input_ids, positions)
+        hidden, saved = self._steps(self.steps[:-1], values, values[3], slots, [])
+        step = self.steps[-1]
+        self.write_kv(step.operands(hidden, values, slots[-1]))
+        if where is None:
+            return None
+        rows = torch.arange(len(where), device=where.device)
+
+        def pick(tensor: Tensor) -> Tensor:
+            return tensor[rows, where][:, None]
+
+        saved += [hidden] * step.opens
+        last = self.last
+        values = last._start(pick(input_ids), pick(positions))
+        hidden = last.steps[-1].region(last.steps[-1].operands(pick(hidden), values, slots[-1]))[0]
+        saved = [pick(s) for s in saved]
+        for damping in step.closes:
+            hidden = torch.lerp(saved.pop(), hidden, damping)
+        return last._head(hidden, values)
+
+    def _start(self, input_ids: Tensor, positions: Tensor) -> list[Tensor]:
+        """The side values; the first behind the three inputs is the hidden state."""
         inputs = [input_ids, positions, self.kv_index]
-        values = [*inputs, *self.prologue(*inputs, *self.prologue_weights)]
-        hidden = values[len(inputs)]  # the prologue hands it on first
-        saved: list[Tensor] = []
-        for step, (key, value) in zip(self.steps, slots, strict=True):
-            saved += [hidden] * step.opens
-            hidden = step.region(hidden, *[values[i] for i in step.sides], key, value, *step.weights)
+        return [*inputs, *self.prologue([*inputs, *self.prologue_weights])]
+
+    def _steps(
+        self, steps: Sequence[LinkedStep], values: Sequence[Tensor], hidden: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]], saved: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        for step, slot in zip(steps, slots, strict=False):
+            if step.opens:
+                saved += [hidden] * step.opens
+            hidden = step.region(step.operands(hidden, values, slot))[0]
             for damping in step.closes:
                 hidden = torch.lerp(saved.pop(), hidden, damping)
-        return hidden, values
+        return hidden, saved
+
+    def _head(self, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
+        head = self.epilogue
+        assert head is not None
+        return head.region([hidden, *[values[i] for i in head.sides], *head.weights])[0]
 
 
 class Linker:
-    """Compiles regions on demand and links programs out of them."""
+    """Links programs out of regions; `regions` makes those that are missing."""
 
-    def __init__(self, library: LayerLibrary, backend: Backend, pool: KvPool) -> None:
-        self.library, self.backend, self.pool = library, backend, pool
-        self.records: list[RegionRecord] = []
-        self._regions: dict[tuple[str, ShapeClass | None], Region] = {}
-        self._linked: dict[tuple[Program, ShapeClass | None], LinkedProgram] = {}
+    def __init__(self, library: LayerLibrary, regions: RegionTable, pool: KvPool) -> None:
+        self.library, self.regions, self.pool = library, regions, pool
+        self._linked: dict[tuple[Program, ShapeClass | None, bool], LinkedProgram] = {}
         self._lock = threading.RLock()
-        rows, tokens = library.captured.graph_module.graph.find_nodes(op="placeholder")[0].meta["val"].shape
-        self._axes = {str(rows): "batch", str(tokens): "tokens"}
 
-    def link(self, program: Program, shape: ShapeClass) -> LinkedProgram:
-        """The program on the regions of `shape`, compiling those that are missing."""
-        key = (program, shape if self.backend.needs_shapes else None)
+    def link(self, program: Program, shape: ShapeClass, every: bool = True) -> LinkedProgram:
+        """The program on the regions of `shape`, for the logits of every token or of one token per row."""
+        key = (program, shape if self.regions.backend.needs_shapes else None, every)
         if (linked := self._linked.get(key)) is not None:
             return linked
         with self._lock:
-            regions = self._regions_of(program, shape)
-            steps = []
-            for step in program.schedule():
-                call = self.library.layers[step.layer]
-                steps.append(LinkedStep(regions[call.target], call.sides, call.weights, step.opens, step.closes))
-            start = self.library.prologue
-            linked = LinkedProgram(program, regions[start.target], start.weights, tuple(steps), self.pool.kv_index)
+            linked = self._link(program, shape, every)
             if len(self._linked) >= _MAX_LINKED:  # a search runs millions of programs; linking one again costs little
                 del self._linked[next(iter(self._linked))]
             self._linked[key] = linked
             return linked
 
-    def epilogue(self, shape: ShapeClass, hidden: Tensor, sides: Sequence[Tensor]) -> Region:
-        """The head's region for hidden states of that shape class."""
-        key = (self.library.epilogue.target, shape if self.backend.needs_shapes else None)
-        if (region := self._regions.get(key)) is None:
-            with self._lock:
-                # sizes that differ from one another and from the model's, so that no axis is taken for another
-                rows, tokens = shape.batch or _EXAMPLE["batch"], shape.tokens or _EXAMPLE["tokens"]
-                example = hidden if sides else hidden.new_zeros(rows, tokens, hidden.shape[-1])
-                region = self._region(self.library.epilogue, shape, [example, *sides, *self.library.epilogue.weights])
-        return region
-
-    def _regions_of(self, program: Program, shape: ShapeClass) -> dict[str, Region]:
-        """Regions by body name for every body the program needs."""
+    def _link(self, program: Program, shape: ShapeClass, every: bool) -> LinkedProgram:
         library = self.library
-        wanted = {library.layers[layer].target: layer for layer in reversed(program.path)}
-        names = [library.prologue.target, *wanted]
-        found = {n: self._regions.get((n, shape if self.backend.needs_shapes else None)) for n in names}
-        if all(found.values()):
-            return found  # type: ignore[return-value]
-        batch, tokens = shape.batch or _EXAMPLE["batch"], shape.tokens or _EXAMPLE["tokens"]
-        tokens = min(tokens, self.pool.max_length)
-        device = self.pool.device
-        positions = torch.arange(tokens, device=device).expand(batch, tokens).contiguous()
-        inputs = [torch.zeros_like(positions), positions, self.pool.kv_index]
-        start = library.prologue
-        region = self._region(start, shape, [*inputs, *start.weights])
-        regions = {start.target: region}
-        with torch.no_grad():
-            values = [*inputs, *region(*inputs, *start.weights)]
-        for target, layer in wanted.items():
-            call = library.layers[layer]
-            with self.pool.session([library.captured.kv_specs[layer]], batch) as session:
-                session.will_write(self.pool.length)  # compiling may run the example
-                example = [values[len(inputs)], *(values[i] for i in call.sides), *session.slots[0], *call.weights]
-                regions[target] = self._region(call, shape, example)
-        return regions
+        start, head = library.prologue, library.epilogue
+        targets = [library.layers[layer].target for layer in program.path]
+        if every:
+            wanted = [(name, shape) for name in (start.target, *targets, head.target)]
+        else:
+            final = targets[-1] + KV_WRITES
+            wanted = [(name, shape) for name in (start.target, *targets[:-1], final)]
+            # what decoding needs is needed as well: asked for together, it is compiled together
+            self.regions.get(wanted + [(name, shape.decode) for name in (start.target, *targets, head.target)])
+        regions = {name: region for (name, _), region in self.regions.get(wanted).items()}
+        steps = []
+        for step, target in zip(program.schedule(), targets, strict=True):
+            call = library.layers[step.layer]
+            steps.append(LinkedStep(regions.get(target, _unlinked), call.sides, call.weights, step.opens, step.closes))
+        return LinkedProgram(
+            program, regions[start.target], start.weights, tuple(steps),
+            LinkedStep(regions[head.target], head.sides, head.weights, 0, ()) if every else None,
+            self.pool.kv_index,
+            None if every else regions[final],
+            None if every else self.link(program, shape.decode),
+        )  # fmt: skip
 
-    def _region(self, call: Call, shape: ShapeClass, example: list[Tensor]) -> Region:
-        key = (call.target, shape if self.backend.needs_shapes else None)
-        if (region := self._regions.get(key)) is not None:
-            return region
-        start = time.perf_counter()
-        body = self.library.bodies[call.target]
-        dynamic = []
-        for node in body.graph.find_nodes(op="placeholder"):
-            axes = {i: self._axes.get(str(s)) for i, s in enumerate(node.meta["val"].shape)}
-            dynamic.append({i: a for i, a in axes.items() if a and getattr(shape, a) is None})
-        region = self.backend.compile_region(body, example, dynamic)
-        self._regions[key] = region
-        if self.backend.needs_shapes:
-            record = RegionRecord(call.target, str(shape), time.perf_counter() - start)
-            self.records.append(record)
-            log.info("compiled %s for %s in %.1f s", record.body, record.shapes, record.seconds)
-        return region
+
+def _unlinked(operands: list[Tensor]) -> Sequence[Tensor]:
+    raise AssertionError("the last step of a prefill runs for its last token alone")

@@ -1,19 +1,30 @@
 """Backends: how one region (a prologue, a kind of layer, an epilogue) becomes a callable."""
 
+import torch
+
 from ..errors import UnknownBackendError
-from .base import Backend, Region, ShapeClass
+from .aot_inductor import AotInductorBackend
+from .base import Backend, PersistentBackend, Region, ShapeClass
 from .eager import EagerBackend
 from .inductor import InductorBackend
 
-BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (EagerBackend, InductorBackend)}
+BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (AotInductorBackend, EagerBackend, InductorBackend)}
 
-__all__ = ["BACKENDS", "Backend", "EagerBackend", "InductorBackend", "Region", "ShapeClass", "get_backend"]
+__all__ = [
+    "BACKENDS", "AotInductorBackend", "Backend", "EagerBackend", "InductorBackend", "PersistentBackend", "Region", "ShapeClass",
+    "get_backend",
+]  # fmt: skip
 
 
-def get_backend(name: str | Backend) -> Backend:
-    """The backend of that name; an instance passes through. Raises UnknownBackendError listing the known ones."""
+def get_backend(name: str | Backend, device: torch.device | None = None) -> Backend:
+    """The backend of that name; an instance passes through. "auto" is what measures best on the device.
+
+    Raises UnknownBackendError listing the known ones.
+    """
     if isinstance(name, Backend):
         return name
+    if name == "auto":
+        name = "inductor" if device is not None and device.type != "cpu" else "aot_inductor"
     if name not in BACKENDS:
-        raise UnknownBackendError(f"unknown backend {name!r}; known: {', '.join(sorted(BACKENDS))}")
+        raise UnknownBackendError(f"unknown backend {name!r}; known: auto, {', '.join(sorted(BACKENDS))}")
     return BACKENDS[name]()

@@ -1,14 +1,21 @@
 """What a backend does: body graph + example operands -> region."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.fx import GraphModule
 
-Region = Callable[..., Any]
+from ..passes.base import Pass
+
+# Takes the body's operands as one list and returns its results as a sequence.
+Region = Callable[[list[Tensor]], Sequence[Tensor]]
+
+# Per operand, the axes whose size may vary, and which size that is ("batch" or "tokens").
+Dynamic = Sequence[dict[int, str]]
 
 
 @dataclass(frozen=True)
@@ -27,29 +34,45 @@ class ShapeClass:
     def of(cls, batch: int, tokens: int, length: int) -> "ShapeClass":
         return cls(1 if batch == 1 else None, 1 if tokens == 1 else None, length)
 
+    @property
+    def decode(self) -> "ShapeClass":
+        """The class of one token a row."""
+        return ShapeClass(self.batch, 1, self.length)
+
     def __str__(self) -> str:
         return f"B={self.batch or '2+'} T={self.tokens or '2+'} L={self.length}"
 
 
-@dataclass(frozen=True)
-class RegionRecord:
-    """One compilation: which body, for which shapes, how long it took."""
-
-    body: str
-    shapes: str
-    seconds: float
-
-
 class Backend(ABC):
-    """Turns bodies into regions. `needs_shapes` says whether a region serves one shape class only."""
+    """Turns bodies into regions. `needs_shapes` says whether a region serves one shape class only.
+
+    `options` are the compiler's own; `passes` run on each region's graph once its sizes are known.
+    """
 
     name: ClassVar[str]
     needs_shapes: ClassVar[bool]
+    options: Mapping[str, Any]
+    passes: tuple[Pass, ...]
+
+    def __init__(self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()) -> None:
+        self.options, self.passes = dict(options or {}), tuple(passes)
 
     @abstractmethod
-    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Sequence[dict[int, str]]) -> Region:
-        """A callable with the body's calling convention.
+    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
+        """A callable for the body on operands of the example's shape class; KV operands are written in place."""
 
-        `example` are operands of the shape class; `dynamic` names, per operand, the axes whose size may vary
-        ("batch" or "tokens", sizes from 2 up). KV operands are written in place, by the example call too.
-        """
+
+class PersistentBackend(Backend):
+    """A backend whose compiled regions are files: they can be stored, and loaded by another process in milliseconds."""
+
+    @abstractmethod
+    def export(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path) -> None:
+        """Write the body's graph for one shape class into `folder`: all that `build` needs, no weights."""
+
+    @abstractmethod
+    def build(self, folder: Path) -> None:
+        """Compile the graph in `folder`, adding the compiled file. Runs in a worker process, too."""
+
+    @abstractmethod
+    def load(self, files: Mapping[str, Path]) -> Region:
+        """The region from the files that `export` and `build` wrote, by name."""

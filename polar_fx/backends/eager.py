@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .base import Backend, Region
+from .base import Backend, Dynamic, Region
 
 
 class EagerBackend(Backend):
@@ -15,5 +15,11 @@ class EagerBackend(Backend):
     name: ClassVar[str] = "eager"
     needs_shapes: ClassVar[bool] = False
 
-    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Sequence[dict[int, str]]) -> Region:
-        return body.forward
+    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
+        run = body.forward
+
+        def region(operands: list[Tensor]) -> Sequence[Tensor]:
+            result = run(*operands)
+            return result if isinstance(result, tuple) else (result,)
+
+        return region

@@ -2,7 +2,10 @@
 model by name."""
 
 from .captured import CapturedModel, KvSpec
+from .extension import CACHE
 from .support import attention_variants, check_supported, embedding_weight, shared_view
 from .trace import capture
 
-__all__ = ["CapturedModel", "KvSpec", "attention_variants", "capture", "check_supported", "embedding_weight", "shared_view"]
+__all__ = [
+    "CACHE", "CapturedModel", "KvSpec", "attention_variants", "capture", "check_supported", "embedding_weight", "shared_view",
+]  # fmt: skip

@@ -8,6 +8,7 @@ Shape legend: B batch, T tokens, L KV length, H KV heads, E head size.
 
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CaptureError, UnsupportedModelError
 from .captured import KvSpec
 
 SDPA, EAGER = "polar_fx_sdpa", "polar_fx_eager"
+
+# What models, their outputs and generation call the cache: the name changed in transformers 5.24.
+CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
 
 
 def _mask(

@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .captured import KvSpec
-from .extension import EAGER, SDPA, Recorder
+from .extension import CACHE, EAGER, SDPA, Recorder
 
 
 def attention_variants(model: PreTrainedModel) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def probe(view: PreTrainedModel, depth: int) -> tuple[KvSpec, ...]:
     recorder = Recorder(positions, 2, depth)
     try:
         with torch.no_grad(), _ReadOnlyWeights(view):
-            view(input_ids=torch.zeros_like(positions), position_ids=positions, past_key_values=recorder, use_cache=True)
+            view(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=True, **{CACHE: recorder})
     except UnsupportedModelError:
         raise
     except Exception as error:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError
 from .captured import CapturedModel, KvSpec
-from .extension import Slots, register
+from .extension import CACHE, Slots, register
 from .support import attention_variants, check_supported, embedding_weight, find_stack, probe, shared_view
 
 log = logging.getLogger("polar_fx.capture")
@@ -41,9 +41,8 @@ class _Traced(nn.Module):
         cache = Slots(positions, kv_index, kv)
         # "no padding", for code that would otherwise make such a mask from a length it believes to be a number
         mask = torch.ones_like(kv_index).expand(input_ids.shape[0], -1)
-        return self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        ).logits
+        given: dict[str, Any] = {CACHE: cache}
+        return self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, **given).logits
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""The command line: `python -m polar_fx run | inspect | demo`.
+"""The command line: `python -m polar_fx run | inspect | demo | cache`.
 
-Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 2 bad input,
-130 interrupted. Commands import torch only when they run.
+Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 1 done and
+found something wrong, 2 bad input, 130 interrupted. Commands import torch only when they run.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import PolarError
 
-COMMANDS = ("run", "inspect", "demo")
+COMMANDS = ("run", "inspect", "demo", "cache")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,4 +53,4 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if options.json:
         print(json.dumps(result, indent=1))
-    return 0
+    return 0 if result.get("ok", True) else 1

@@ -1,0 +1,61 @@
+"""A layer graph -> only what writes its keys and values.
+
+Prefilling a prompt, the last step computes keys and values of every token, but attention output and feed-forward
+only for the tokens whose logits are asked for: those run as if decoded, right behind this.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .base import Caller, Pass, PassError, PassResult, role
+
+_ZERO = torch.ops.aten.new_zeros.default
+
+
+def kv_writes(gm: GraphModule) -> list[Node]:
+    """The operators that write into a KV operand itself."""
+    return [
+        n
+        for n in gm.graph.nodes
+        if isinstance(n.target, torch._ops.OpOverload)
+        and n.target._schema.is_mutable
+        and isinstance(n.args[0], Node)
+        and role(n.args[0]) == "kv"
+    ]
+
+
+@dataclass(frozen=True)
+class KeepKvWrites(Pass):
+    """Drop every operator that no KV write needs. Operands stay, so calls look the same; a zero stands for the result,
+    since an exported graph must have one.
+    """
+
+    name: ClassVar[str] = "keep-kv-writes"
+    preserves_numerics: ClassVar[bool] = False  # the hidden state is gone; what is left writes the same bits
+
+    def run(self, gm: GraphModule) -> PassResult:
+        writes = kv_writes(gm)
+        if not writes:
+            raise PassError(self.name, "the graph writes no keys and values", "run it on the graph of one layer")
+        kept: set[Node] = set()
+        todo = list(writes)
+        while todo:
+            node = todo.pop()
+            if node not in kept:
+                kept.add(node)
+                todo += node.all_input_nodes
+        done = gm.graph.output_node().args[0]
+        if isinstance(done, Node) and done.target is _ZERO:
+            return PassResult(gm, False)
+        graph = Graph()
+        env: dict[Node, Node] = {}
+        for node in gm.graph.nodes:
+            if node.op == "placeholder" or node in kept:
+                env[node] = graph.node_copy(node, env.__getitem__)
+        operands = graph.find_nodes(op="placeholder")
+        graph.output(Caller(graph, writes[-1])(_ZERO, operands[0], [1]))
+        before, after = len(gm.graph.nodes), len(graph.nodes)
+        return PassResult(GraphModule(gm, graph), True, {"nodes": f"{before} -> {after}"})

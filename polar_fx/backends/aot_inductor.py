@@ -1,0 +1,59 @@
+"""AOTInductor regions: a shared library per body and shape class, on disk, called without Python between kernels.
+
+The adapter around torch's semi-public `aot_compile`, `package_aoti` and package loader; nothing else in the project
+touches them.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch._inductor.package import package_aoti
+from torch.fx import GraphModule
+
+from ..passes.base import Pass
+from .base import Dynamic, PersistentBackend, Region
+from .inductor import REGION_PASSES
+from .specialize import example_values, graph_of, specialize
+
+GRAPH, REGION = "graph.pt2", "region.pt2"
+
+
+class AotInductorBackend(PersistentBackend):
+    """Each body compiled ahead of time, once per shape class; weights and KV slots are operands, so layers share the code."""
+
+    name: ClassVar[str] = "aot_inductor"
+    needs_shapes: ClassVar[bool] = True
+
+    def __init__(self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = REGION_PASSES) -> None:
+        super().__init__(options, passes)
+
+    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
+        with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
+            self.export(body, example, dynamic, Path(place))
+            self.build(Path(place))
+            return self.load({REGION: Path(place, REGION)})
+
+    def export(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path) -> None:
+        exported = specialize(body, example, dynamic)
+        exported.example_inputs = None  # type: ignore[assignment]  # the user's weights are among them
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.export.save(exported, folder / GRAPH)
+
+    def build(self, folder: Path) -> None:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about its own internals
+            graph_module = graph_of(torch.export.load(folder / GRAPH), self.passes)
+            options = {"aot_inductor.package": True, **self.options}
+            files: Any = torch._inductor.aot_compile(graph_module, tuple(example_values(graph_module)), options=options)
+            package_aoti(str(folder / REGION), files)
+
+    def load(self, files: Mapping[str, Path]) -> Region:
+        # torch's Python loader would first ask which vector instructions there are by running a compiler; the variant key
+        # already says so
+        return torch._C._aoti.AOTIModelPackageLoader(str(files[REGION]), "model", False, 1, -1).boxed_run

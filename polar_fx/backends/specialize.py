@@ -1,0 +1,53 @@
+"""A body for one shape class: `torch.export` with the sizes that may vary as symbols and the others fixed."""
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from ..errors import CaptureError
+from ..passes.base import Pass
+from .base import Dynamic
+
+
+class _Body(torch.nn.Module):
+    def __init__(self, body: torch.nn.Module) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, operands: tuple[Tensor, ...]) -> Any:
+        return self.body(*operands)
+
+
+def specialize(body: torch.nn.Module, example: Sequence[Tensor], dynamic: Dynamic) -> ExportedProgram:
+    """The body exported for the example's shape class. Raises CaptureError if it holds tensors of its own."""
+    names = sorted({name for axes in dynamic for name in axes.values()})
+    dims = {name: torch.export.Dim(name, min=2, max=1 << 20) for name in names}
+    shapes = tuple({axis: dims[name] for axis, name in axes.items()} or None for axes in dynamic)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about its own internals
+        exported = torch.export.export(_Body(body), (tuple(example),), dynamic_shapes=(shapes,), strict=False)
+    if exported.graph_signature.buffers_to_mutate or exported.constants:
+        raise CaptureError(f"region {body} holds state of its own; report this model")
+    return exported
+
+
+def graph_of(exported: ExportedProgram, passes: Sequence[Pass] = ()) -> GraphModule:
+    """The exported graph as a plain function of its operands, after `passes`."""
+    graph_module = exported.graph_module
+    for p in passes:
+        graph_module = p.run(graph_module).graph_module
+    return graph_module
+
+
+def example_values(graph_module: GraphModule) -> list[Any]:
+    """The graph's own example values, as operands to compile for.
+
+    With real tensors Inductor would make every size a symbol, and equal sizes the same one: three rows and three KV
+    heads could then not differ.
+    """
+    return [n.meta["val"] for n in graph_module.graph.find_nodes(op="placeholder")]

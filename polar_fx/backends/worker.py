@@ -1,0 +1,141 @@
+"""Compiling in other processes: several regions at once, and whole programs while requests go on.
+
+A worker reads one job a line on stdin and answers with one line; it ends when its parent does. Jobs name a folder
+that holds exported graphs; what is compiled is written beside them.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import CompileError
+from ..passes.pipeline import PASSES, Pipeline
+from .base import Backend, PersistentBackend
+
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from polar_fx.backends.worker import main; main()"
+
+
+def describe(backend: Backend) -> dict[str, Any] | None:
+    """A backend as JSON values, or None if a worker could not make it again (passes or a class of the user's own)."""
+    from . import BACKENDS
+
+    known = type(backend) is BACKENDS.get(backend.name) and all(type(p) is PASSES.get(p.name) for p in backend.passes)
+    if not known or not isinstance(backend, PersistentBackend):
+        return None
+    try:
+        return json.loads(json.dumps({
+            "backend": backend.name, "options": dict(backend.options), "passes": str(Pipeline(backend.passes)),
+        }))  # fmt: skip
+    except TypeError:
+        return None
+
+
+class Worker:
+    """One worker process; `run` does a job and waits for it."""
+
+    def __init__(self, nice: int = 0) -> None:
+        root = str(Path(__file__).parent.parent.parent)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _START, root, str(nice)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+
+    def run(self, job: dict[str, Any]) -> None:
+        """Do one job. Raises CompileError with the worker's reason."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(job) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        except (OSError, ValueError) as error:
+            raise CompileError(f"a compile worker ended: {error}; free some memory, or compile with workers=0") from error
+        if not answer:
+            raise CompileError(
+                f"a compile worker ended with status {self._process.wait()}; free some memory, or compile with workers=0"
+            )
+        if (reason := json.loads(answer).get("error")) is not None:
+            raise CompileError(f"compiling failed in a worker: {reason}")
+
+    def close(self) -> None:
+        """End the process, in the middle of a job if need be."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was left unsent does not matter any more
+                    pipe.close()
+
+
+class WorkerPool:
+    """Workers that are started when first needed, at most `size`, and shared by threads."""
+
+    def __init__(self, size: int) -> None:
+        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
+        self._all: list[Worker] = []
+        self._lock = threading.Lock()
+        for _ in range(size):
+            self._idle.put(None)
+
+    def run(self, job: dict[str, Any]) -> None:
+        """Do a job on the next idle worker. Raises CompileError."""
+        worker = self._idle.get()
+        try:
+            if worker is None:
+                worker = Worker()
+                with self._lock:
+                    self._all.append(worker)
+            worker.run(job)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End all workers."""
+        for worker in self._all:
+            worker.close()
+
+
+@contextlib.contextmanager
+def worker_pool(size: int) -> Iterator[WorkerPool]:
+    """A pool that is closed at the end."""
+    pool = WorkerPool(size)
+    try:
+        yield pool
+    finally:
+        pool.close()
+
+
+def main() -> None:
+    """Serve jobs from stdin until it closes."""
+    os.nice(int(sys.argv[2]))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # compilers may print; the pipe is for answers
+    for line in sys.stdin:
+        try:
+            _do(json.loads(line))
+            answer: dict[str, str] = {}
+        except Exception as error:
+            answer = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _do(job: dict[str, Any]) -> None:
+    import torch
+
+    from . import BACKENDS
+    from .whole import compose
+
+    backend = BACKENDS[job["backend"]](options=job["options"], passes=Pipeline.parse(job["passes"]).passes)
+    assert isinstance(backend, PersistentBackend)
+    torch.set_num_threads(job["threads"])
+    folder = Path(job["folder"])
+    if "whole" in job:
+        compose(backend, job["whole"], folder)
+    backend.build(folder)

@@ -1,0 +1,123 @@
+"""List, check or remove the compiled artifacts on disk.
+
+Examples:
+  python -m polar_fx cache ls
+  python -m polar_fx cache verify --repair           # remove what is damaged; it is compiled again when it is needed
+  python -m polar_fx cache clear --older-than 30     # not used for 30 days
+"""
+
+import argparse
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import InputError
+from ..store import ArtifactStore, Entry, total_bytes
+from .options import whole
+
+ACTIONS = {"ls": "list them", "verify": "check every file; exit status 1 if some may not be used", "clear": "remove them"}
+_COLUMNS = (("kind", "body"), ("backend", "device", "dtype"), ("bucket",))  # facts, any of which may be missing
+_DAY_S = 86400
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("action", choices=ACTIONS, help="; ".join(f"{name}: {what}" for name, what in ACTIONS.items()))
+    parser.add_argument("--repair", action="store_true", help="verify: remove what may not be used, and leftovers")
+    parser.add_argument("--older-than", type=whole(1), metavar="DAYS", help="clear: only those not used for so many days")
+    parser.add_argument("--yes", action="store_true", help="clear: do not ask")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Do it; returns what was found or removed."""
+    for name, action in {"repair": "verify", "older_than": "clear", "yes": "clear"}.items():
+        if getattr(options, name) and options.action != action:
+            raise InputError(f"--{name.replace('_', '-')} belongs to `cache {action}`, not to `cache {options.action}`")
+    store = ArtifactStore()
+    return {"ls": _list, "verify": _verify, "clear": _clear}[options.action](store, options)
+
+
+def _list(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
+    entries = store.entries()[::-1]
+    total = total_bytes(entries)
+    if not options.json:
+        console = Console(highlight=False)
+        if entries:
+            console.print(_table(entries))
+        limit = f"of {_size(store.limit_bytes)}" if store.limit_bytes else "and no limit"
+        console.print(Text(f"{_count(len(entries))}, {_size(total)} {limit}, in {store.root}"), soft_wrap=True)
+    artifacts = [
+        {"key": e.key, "facts": e.facts, "bytes": e.num_bytes, "files": {f.name: f.num_bytes for f in e.files.values()},
+         "created": e.created.isoformat(), "used": e.used.isoformat()}
+        for e in entries
+    ]  # fmt: skip
+    return {"folder": str(store.root), "limit_bytes": store.limit_bytes, "bytes": total, "artifacts": artifacts}
+
+
+def _verify(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
+    refused = {refusal.key: refusal.reason for refusal in store.verify(options.repair)}
+    num_fine = sum(entry.key not in refused for entry in store.entries())
+    if not options.json:
+        for key, reason in refused.items():
+            print(f"{key[:12]}: {reason}")
+        advice = ""
+        if refused:
+            advice = ", and removed" if options.repair else "; `cache verify --repair` removes what is not"
+        print(f"{_count(num_fine)} fit for use, {len(refused)} not{advice}")
+    return {
+        "folder": str(store.root), "ok": options.repair or not refused, "repaired": options.repair, "fine": num_fine,
+        "refused": [{"key": key, "reason": reason} for key, reason in refused.items()],
+    }  # fmt: skip
+
+
+def _clear(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
+    which = f" not used for {options.older_than} days" if options.older_than else ""
+    removed, freed = 0, 0
+    if options.yes or _confirmed(f"remove the artifacts{which} in {store.root}?"):
+        removed, freed = store.clear(unused_s=(options.older_than or 0) * _DAY_S)
+    if not options.json:
+        print(f"removed {_count(removed)}, {_size(freed)}")
+    return {"folder": str(store.root), "removed": removed, "bytes": freed}
+
+
+def _confirmed(question: str) -> bool:
+    if not sys.stdin.isatty():
+        raise InputError(f"{question} Nobody is there to ask; say --yes")
+    print(question, "[y/N]", end=" ", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def _table(entries: list[Entry]) -> Table:
+    table = Table("key", "artifact", "backend", "shapes")
+    for column in ("size", "age", "unused"):
+        table.add_column(column, justify="right")
+    for entry in entries:
+        shown = [" ".join(str(entry.facts[n]) for n in names if entry.facts.get(n) is not None) for names in _COLUMNS]
+        # as Text: shapes have brackets, which are markup to rich
+        table.add_row(entry.key[:12], *map(Text, shown), _size(entry.num_bytes), _age(entry.created), _age(entry.used))
+    return table
+
+
+def _count(number: int) -> str:
+    return f"{number} artifact{'' if number == 1 else 's'}"
+
+
+def _size(num_bytes: int) -> str:
+    """`12.3 MB`."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def _age(moment: datetime) -> str:
+    """`3 d`, in the largest unit that fits."""
+    seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
+    for unit, size in (("d", _DAY_S), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds // size} {unit}"
+    return f"{seconds} s"

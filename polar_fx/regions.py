@@ -1,0 +1,202 @@
+"""Regions by name and shape class: from memory, from the artifact store, or compiled, several at once.
+
+A region's name is its body's; with `.kv` behind it, the body's KV writes alone (see passes/keep_kv_writes.py).
+"""
+
+import logging
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from .backends.base import Backend, Dynamic, PersistentBackend, Region, ShapeClass
+from .backends.worker import WorkerPool, describe, worker_pool
+from .errors import CaptureError
+from .library import LayerLibrary
+from .passes.keep_kv_writes import KeepKvWrites
+from .store import ArtifactStore
+from .variant import RegionRecord, VariantKey
+
+log = logging.getLogger("polar_fx.regions")
+
+KV_WRITES = ".kv"
+_KEEP = KeepKvWrites()
+
+# Example sizes for a dynamic axis: primes, so that no axis is taken for a model dimension of the same size.
+_BATCH, _TOKENS = 3, 127
+_MAX_WORKERS = 8
+
+# What a backend that needs no shapes is asked for.
+_ANY = ShapeClass(None, None, 0)
+
+# A region's name and shape class.
+Wanted = tuple[str, ShapeClass]
+
+
+def split(name: str) -> tuple[str, bool]:
+    """Body name, and whether only its KV writes are meant."""
+    return name.removesuffix(KV_WRITES), name.endswith(KV_WRITES)
+
+
+class RegionTable:
+    """Every region of a library that is loaded, and how it came to be (`records`).
+
+    `store` None compiles anew in every process; `workers` is how many processes compile at once (0: this one alone;
+    None: as many as there are processors).
+    """
+
+    def __init__(
+        self, library: LayerLibrary, backend: Backend, max_length: int, store: ArtifactStore | None, workers: int | None = None
+    ) -> None:
+        self.library, self.backend, self.store = library, backend, store
+        self.max_length = max_length
+        self.workers = min(_MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
+        self.records: list[RegionRecord] = []
+        self._regions: dict[Wanted, Region] = {}
+        self._lock = threading.RLock()
+        self._tracing = threading.Lock()
+
+    def get(self, wanted: Sequence[Wanted]) -> dict[Wanted, Region]:
+        """The wanted regions, made if missing: all of them at once, if workers can."""
+        if not self.backend.needs_shapes:
+            wanted = [(name, _ANY) for name, _ in wanted]
+        if any(w not in self._regions for w in wanted):
+            with self._lock:
+                self._regions.update(self._make([w for w in dict.fromkeys(wanted) if w not in self._regions]))
+        return {w: self._regions[w] for w in wanted}
+
+    def key(self, name: str, shape: ShapeClass) -> VariantKey:
+        """The key under which the store keeps a region."""
+        target, kv = split(name)
+        library, fingerprint = self.library, self.library.table.bodies[target].fingerprint
+        passes = (_KEEP.content_id,) if kv else ()
+        return VariantKey.of("region", fingerprint, shape, self.backend, library.device, library.dtype, passes=passes)
+
+    def files(self, name: str, shape: ShapeClass) -> Mapping[str, Path] | None:
+        """The stored files of a region, if it is there."""
+        if self.store is None:
+            return None
+        key = self.key(name, shape)
+        return self.store.get(key.digest, key.facts())
+
+    # ------------------------------------------------------------------------------------------------- making them
+
+    def _make(self, wanted: list[Wanted]) -> dict[Wanted, Region]:
+        found: dict[Wanted, Region] = {}
+        if isinstance(self.backend, PersistentBackend):
+            for name, shape in wanted:
+                start = time.perf_counter()
+                if (files := self.files(name, shape)) is not None:
+                    found[name, shape] = self.backend.load(files)
+                    self._record(name, shape, start, "loaded", _size(files))
+            built = self._build(self.backend, [w for w in wanted if w not in found])
+        else:
+            built = {}
+            for name, shape in wanted:
+                start = time.perf_counter()
+                built[name, shape] = self.backend.compile_region(*self._source(name, shape))
+                if self.backend.needs_shapes:
+                    self._record(name, shape, start, "compiled", 0)
+        self._check_layouts(built)
+        return found | built
+
+    def _build(self, backend: PersistentBackend, wanted: list[Wanted]) -> dict[Wanted, Region]:
+        """Compile several regions, in workers if that helps; a single one, or what a worker cannot make, here."""
+        if not wanted:
+            return {}
+        job = describe(backend)
+        if len(wanted) == 1 or self.workers < 1 or job is None:
+            return {w: self._build_one(backend, *w, backend.build) for w in wanted}
+        _ = self.library.graph_module  # traced once, before threads ask for it
+        with worker_pool(min(self.workers, len(wanted))) as pool, ThreadPoolExecutor(len(wanted)) as threads:
+            made = [threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted]
+            return {w: f.result() for w, f in zip(wanted, made, strict=True)}
+
+    def _build_one(
+        self, backend: PersistentBackend, name: str, shape: ShapeClass, build: Callable[[Path], None]
+    ) -> Region:
+        start = time.perf_counter()
+
+        def make(folder: Path) -> None:
+            with self._tracing:  # torch.export is not made for threads
+                backend.export(*self._source(name, shape), folder)
+            build(folder)
+
+        if self.store is None:
+            with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
+                make(Path(place))
+                files: Mapping[str, Path] = {p.name: p for p in Path(place).iterdir()}
+                region, made = backend.load(files), True
+                self._record(name, shape, start, "compiled", _size(files))
+                return region
+        key = self.key(name, shape)
+        files, made = self.store.get_or_make(key.digest, key.facts(), make)
+        region = backend.load(files)
+        self._record(name, shape, start, "compiled" if made else "loaded", _size(files))
+        return region
+
+    def _record(self, name: str, shape: ShapeClass, start: float, source: str, num_bytes: int) -> None:
+        record = RegionRecord(name, str(shape), time.perf_counter() - start, source, num_bytes)
+        self.records.append(record)
+        log.info("%s %s for %s in %.2f s", source, name, shape, record.seconds)
+
+    def _source(self, name: str, shape: ShapeClass) -> tuple[GraphModule, list[Tensor], Dynamic]:
+        """Body, example operands and dynamic axes."""
+        target, kv = split(name)
+        body = self.library.bodies[target]
+        operands = self.library.table.bodies[target].operands
+        dynamic = [{i: a for i, a in o.axes().items() if getattr(shape, a) is None} for o in operands]
+        example = self._example(target, shape) if self.backend.needs_shapes else []
+        return (_KEEP.run(body).graph_module if kv else body), example, dynamic
+
+    def _example(self, target: str, shape: ShapeClass) -> list[Tensor]:
+        sizes = {"B": shape.batch or _BATCH, "T": shape.tokens or min(_TOKENS, self.max_length), "L": shape.length}
+        return [o.example(sizes, self.library.device) for o in self.library.table.bodies[target].operands]
+
+    @torch.no_grad()
+    def _check_layouts(self, made: Mapping[Wanted, Region]) -> None:
+        """A new prologue must hand on side values laid out as the other regions were compiled to read them."""
+        for (name, shape), region in made.items():
+            if name == self.library.prologue.target and self.backend.needs_shapes:
+                self._check_prologue(region, shape)
+
+    def _check_prologue(self, region: Region, shape: ShapeClass) -> None:
+        start = self.library.prologue
+        example = self._example(start.target, shape)[:3]
+        for operand in example[:2]:
+            operand.zero_()
+        torch.arange(shape.length, out=example[2])
+        values = [*example, *region([*example, *start.weights])]
+        seen: set[str] = set()
+        for call in (*self.library.layers, self.library.epilogue):
+            if call.target in seen:
+                continue
+            seen.add(call.target)
+            wanted = self._example(call.target, shape)[1:]
+            for operand, side in zip(wanted, call.sides, strict=False):
+                if (operand.shape, operand.dtype, _steps(operand)) != (values[side].shape, values[side].dtype, _steps(values[side])):
+                    raise CaptureError(
+                        f"the compiled prologue hands on {tuple(values[side].shape)} with strides {values[side].stride()} where "
+                        f"{call.target} reads strides {operand.stride()}; use backend='eager' and report this model"
+                    )
+
+
+def _steps(tensor: Tensor) -> list[int]:
+    """Strides of the axes along which there is anything to step."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def _size(files: Mapping[str, Path]) -> int:
+    return sum(p.stat().st_size for p in files.values())
+
+
+def _in_worker(pool: WorkerPool, job: dict[str, object]) -> Callable[[Path], None]:
+    threads = torch.get_num_threads()
+    return lambda folder: pool.run({**job, "folder": str(folder), "threads": threads})

@@ -1,0 +1,134 @@
+"""What is compiled, and the key under which it is found again.
+
+A *variant* is compiled code for one graph and one class of shapes: a region that all programs share, or a whole
+program (tier 1). Everything that could change the code is a field of its key.
+"""
+
+import functools
+import json
+from collections import OrderedDict
+from dataclasses import asdict, dataclass, fields
+
+import torch
+
+from .backends.base import Backend, Region, ShapeClass
+from .store import digest
+
+
+@functools.cache
+def target_of(device: torch.device) -> str:
+    """The machine code's target: the processor's vector instructions, or the GPU's architecture."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"sm{major}{minor}"
+    if device.type != "cpu":
+        return device.type
+    more = {"bf16": torch.cpu._is_avx512_bf16_supported, "amx": torch.cpu._is_amx_tile_supported}
+    return "+".join([torch.backends.cpu.get_cpu_capability(), *(name for name, has in more.items() if has())])
+
+
+@dataclass(frozen=True)
+class VariantKey:
+    """Identifies compiled code; two keys are equal exactly when the code may be exchanged.
+
+    `graph` is the fingerprint of what is compiled (operators, wiring, literals, operand layouts), `passes` the content
+    ids of the passes run on it, `bucket` the class of shapes. transformers' version is no field: what it changes is the
+    graph. `threads` is one because Inductor decides by it which loops to split.
+    """
+
+    kind: str
+    graph: str
+    program: str
+    passes: str
+    bucket: str
+    dtype: str
+    device: str
+    target: str
+    backend: str
+    options: str
+    threads: int
+    torch: str
+
+    @classmethod
+    def of(
+        cls, kind: str, graph: str, shape: ShapeClass, backend: Backend, device: torch.device, dtype: torch.dtype,
+        program: str = "", passes: tuple[str, ...] = (),
+    ) -> "VariantKey":  # fmt: skip
+        """The key of `graph` for `shape` by `backend` on this machine."""
+        return cls(
+            kind=kind,
+            graph=graph,
+            program=program,
+            passes="+".join((*passes, *(p.content_id for p in backend.passes))),
+            bucket=str(shape),
+            dtype=str(dtype).removeprefix("torch."),
+            device=device.type,
+            target=target_of(device),
+            backend=backend.name,
+            options=json.dumps(backend.options, sort_keys=True, default=str),
+            threads=torch.get_num_threads() if device.type == "cpu" else 0,
+            torch=f"{torch.__version__} {torch.version.git_version}",
+        )
+
+    def facts(self) -> dict[str, str | int]:
+        """The fields, for the store."""
+        return asdict(self)
+
+    @property
+    def digest(self) -> str:
+        """Sha256 of all fields; equal in every process."""
+        return digest(self.facts())
+
+    def differences(self, other: "VariantKey") -> dict[str, tuple[object, object]]:
+        """The fields in which two keys differ."""
+        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+@dataclass(frozen=True)
+class RegionRecord:
+    """How one region came to be: which body, for which shapes, where from, the seconds it took and its bytes on disk.
+
+    `source` is "compiled" or "loaded" (from the artifact store).
+    """
+
+    body: str
+    shapes: str
+    seconds: float
+    source: str = "compiled"
+    num_bytes: int = 0
+
+
+class VariantCache:
+    """Loaded variants in memory, the least recently used dropped when their bytes exceed `limit_bytes`."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self.limit_bytes = limit_bytes
+        self._held: OrderedDict[VariantKey, tuple[Region, int]] = OrderedDict()
+
+    def get(self, key: VariantKey) -> Region | None:
+        """The variant, now the most recently used."""
+        if key not in self._held:
+            return None
+        self._held.move_to_end(key)
+        return self._held[key][0]
+
+    def put(self, key: VariantKey, region: Region, num_bytes: int) -> list[VariantKey]:
+        """Keep a variant; returns the keys dropped for it, never its own."""
+        self._held[key] = (region, num_bytes)
+        self._held.move_to_end(key)
+        dropped = []
+        while self.num_bytes > self.limit_bytes and len(self._held) > 1:
+            dropped.append(self._held.popitem(last=False)[0])
+        return dropped
+
+    def drop(self, key: VariantKey) -> None:
+        """Forget a variant, if it is there."""
+        self._held.pop(key, None)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(size for _, size in self._held.values())
+
+    def __len__(self) -> int:
+        return len(self._held)
