@@ -3,6 +3,7 @@
 Shape legend: B batch, T tokens, V vocabulary.
 """
 
+import functools
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import Any
@@ -23,6 +24,7 @@ from .link import Linker
 from .program import Program
 from .regions import RegionTable
 from .store import ArtifactStore
+from .tiers import Tier, TierPolicy, Tiers
 from .variant import RegionRecord
 
 _MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
@@ -41,6 +43,8 @@ def compile(
     check: bool = True,
     cache: bool | ArtifactStore = True,
     workers: int | None = None,
+    tier: Tier = "linked",
+    tier_policy: TierPolicy | None = None,
 ) -> "CompiledModel":
     """Capture `model` once and return it as a `CompiledModel`.
 
@@ -57,6 +61,9 @@ def compile(
         check: compare the captured graph with the model on a few tokens before returning it.
         cache: whether to keep captures and compiled artifacts on disk and use those that are there; or the store for them.
         workers: processes that compile at once (0: this one alone; default: as many as there are processors, at most 8).
+        tier: "linked" calls one region a step; "whole" compiles every program that runs as one graph; "auto" does so for
+            programs that turn out hot, in the background, and keeps what is measured to be faster.
+        tier_policy: when "auto" compiles and what it keeps.
 
     Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError.
     """
@@ -73,11 +80,15 @@ def compile(
             raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
     if limit is not None and max_length > limit:
         raise InputError(f"max_length={max_length} exceeds the {limit} positions the model was built for; use at most {limit}")
+    if deterministic and tier == "auto":
+        raise InputError("deterministic=True needs tier='linked' or 'whole': 'auto' changes over from one form to another")
     warn_if_not_finite(model)
     store = cache if isinstance(cache, ArtifactStore) else ArtifactStore() if cache else None
     library = load_library(model, check, store)
     chosen = get_backend(backend, library.device)
-    return CompiledModel(model, library, chosen, max_length, prefill_chunk, deterministic, program, store, workers)
+    return CompiledModel(
+        model, library, chosen, max_length, prefill_chunk, deterministic, program, store, workers, tier, tier_policy
+    )  # fmt: skip
 
 
 class CompiledModel:
@@ -97,6 +108,8 @@ class CompiledModel:
         program: ProgramLike,
         store: ArtifactStore | None = None,
         workers: int | None = None,
+        tier: Tier = "linked",
+        tier_policy: TierPolicy | None = None,
     ) -> None:
         self.config, self.generation_config = model.config, model.generation_config
         self.library, self.backend = library, backend
@@ -104,6 +117,7 @@ class CompiledModel:
         self.pool = KvPool(max_length, library.device)
         self.regions = RegionTable(library, backend, max_length, store, workers)
         self.linker = Linker(library, self.regions, self.pool)
+        self.tiers = Tiers(library, self.regions, self.pool.kv_index, tier, tier_policy or TierPolicy())
         self.vocab_size = embedding_weight(model).shape[0]
         self.default_program = Program.identity(library.depth)
         self.default_program = self.resolve(program)
@@ -255,11 +269,14 @@ class CompiledModel:
         positions = session.positions(counts)
         ids = ids.contiguous()  # regions are compiled for dense operands
         shape = ShapeClass.of(batch, tokens, self.pool.length)
+        slots, where = session.slots, None
         if select is None or tokens == 1:
-            logits = self.linker.link(program, shape).run(ids, positions, session.slots)
+            run = functools.partial(self.linker.link(program, shape).run, ids, positions, slots)
         else:
-            # where no row ends in this chunk, the head would be computed for nothing
-            where = torch.tensor([max(0, s) for s in select], device=ids.device) if max(select) >= 0 else None
-            logits = self.linker.link(program, shape, every=False).run_last(ids, positions, session.slots, where)
+            if max(select) >= 0:  # else no row ends in this chunk: the head would be computed for nothing
+                where = torch.tensor([max(0, s) for s in select], device=ids.device)
+            run = functools.partial(self.linker.link(program, shape, every=False).run_last, ids, positions, slots, where)
+        one = batch == 1 and (where is not None or tokens == 1)
+        logits = self.tiers.run(program, shape, ids, positions, where, slots, run) if one else run()
         session.advance(counts)
         return logits

@@ -51,12 +51,14 @@ class _Running(GenerationMixin):
         return contextlib.nullcontext()  # transformers would switch its own modules' expert kernels here
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, past_key_values: Any = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        cache: Any = None, past_key_values: Any = None, **kwargs: Any,
     ) -> dict[str, Any]:
         return {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: cache or past_key_values}
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, cache: Any = None, past_key_values: Any = None, **kwargs: Any
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        cache: Any = None, past_key_values: Any = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         session: KvSession = cache or past_key_values
         if session.get_seq_length() == 0:

@@ -33,7 +33,10 @@ class Call:
 
 
 class LayerLibrary:
-    """A captured model as callable pieces. The graphs are made when first asked for, if only the table is known yet."""
+    """A captured model as callable pieces. The graphs are made when first asked for, if only the table is known yet.
+
+    `table` is the symbol table, `tensors` the model's own weights by name.
+    """
 
     def __init__(self, captured: CapturedModel, pipeline: Pipeline | None = None) -> None:
         self.pipeline = pipeline or library_pipeline()
@@ -58,9 +61,11 @@ class LayerLibrary:
     def _prepare(self, table: SymbolTable, tensors: Mapping[str, Tensor] | None = None) -> None:
         self.table = table
 
+        names = dict.fromkeys(n for symbol in table.calls() for n in symbol.weights)
+        self.tensors = {n: (tensors[n] if tensors is not None else self._attribute(n)).detach() for n in names}
+
         def bind(symbol: Symbol) -> Call:
-            weights = [tensors[n] if tensors is not None else self._attribute(n) for n in symbol.weights]
-            return Call(symbol.target, symbol.sides, tuple(w.detach() for w in weights))
+            return Call(symbol.target, symbol.sides, tuple(self.tensors[n] for n in symbol.weights))
 
         self.prologue, self.epilogue = bind(table.prologue), bind(table.epilogue)
         self.layers = tuple(bind(s) for s in table.layers)
@@ -116,17 +121,13 @@ class LayerLibrary:
     def depth(self) -> int:
         return len(self.layers)
 
-    @functools.cached_property
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return tuple(w for c in (self.prologue, *self.layers, self.epilogue) for w in c.weights)
-
     @property
     def device(self) -> torch.device:
-        return self._tensors[0].device
+        return next(iter(self.tensors.values())).device
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(t.dtype for t in self._tensors if t.is_floating_point())
+        return next(t.dtype for t in self.tensors.values() if t.is_floating_point())
 
     @functools.cached_property
     def fingerprint(self) -> str:

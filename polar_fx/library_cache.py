@@ -2,7 +2,8 @@
 
 The table is found again under a fingerprint of everything that tracing could depend on: the modeling code as it is in
 memory, every plain attribute of every module, configs, layouts and ties of the tensors, versions, and our own code.
-What cannot be fingerprinted (tensors of a class of their own, functions set on a module) is traced every time.
+What cannot be fingerprinted (tensors of a class of their own, a method set on a module) is traced every time. Functions of
+torch and of transformers' shared files are known by their versions: who patches those in memory should pass cache=False.
 """
 
 import functools
@@ -11,7 +12,7 @@ import json
 import logging
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ log = logging.getLogger("polar_fx.library")
 
 _TABLE = "symbols.json"
 _OURS = ("capture", "passes", "symbols.py", "library.py", "check.py")
+# code that a version stands for
+_VERSIONED = sys.stdlib_module_names | {"torch", "numpy", "transformers"}
 # nn.Module's own bookkeeping; hooks are refused elsewhere, tensors and submodules are looked at one by one
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
 
@@ -69,9 +72,7 @@ def load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | Non
     except AttributeError as error:
         log.info("the capture is not cached: it holds a tensor that is not the model's (%s)", error)
         return library
-    bound = (library.prologue, *library.layers, library.epilogue)
-    names = [n for symbol in library.table.calls() for n in symbol.weights]
-    if all(own[n].data_ptr() == w.data_ptr() for n, w in zip(names, (w for c in bound for w in c.weights), strict=True)):
+    if all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in library.tensors.items()):
         store.get_or_make(key, facts, lambda folder: _write(folder, library.table))
     else:
         log.info("the capture is not cached: tracing made tensors of its own")
@@ -105,6 +106,7 @@ def model_facts(model: PreTrainedModel) -> dict[str, str | int]:
         "code": _code_of(model),
         "passes": library_pipeline().content_id,
         "polar_fx": _own_code(),
+        "modes": f"{torch.get_default_dtype()} autocast={torch.is_autocast_enabled(model.device.type)}",
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "transformers": transformers.__version__,
@@ -114,8 +116,12 @@ def model_facts(model: PreTrainedModel) -> dict[str, str | int]:
 def _state(model: nn.Module) -> Iterator[Any]:
     """Every module's path, class and plain attributes, and every tensor's layout and which tensors are one."""
     first: dict[int, str] = {}
-    for path, module in model.named_modules():
-        attributes = {k: _plain(v, f"{path}.{k}") for k, v in vars(module).items() if k not in _BOOKKEEPING}
+    for path, module in model.named_modules(remove_duplicate=False):
+        own = {k: v for k, v in vars(module).items() if k not in _BOOKKEEPING}
+        for name, value in own.items():
+            if callable(value) and callable(getattr(type(module), name, None)):
+                raise _Unknown(f"{path}.{name} is a method set on a module")
+        attributes = {k: _plain(v, f"{path}.{k}") for k, v in own.items()}
         yield [path, _qualified(type(module)), attributes]
         for kind, tensors in (("parameter", module._parameters), ("buffer", module._buffers)):
             for name, t in tensors.items():
@@ -143,55 +149,105 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, dict):
         return {str(k): _plain(v, where) for k, v in value.items()}
     if isinstance(value, PreTrainedConfig):
-        return {"config": type(value).__name__, **json.loads(value.to_json_string(use_diff=False))}
+        # which attention and experts to use is not in the JSON
+        chosen = {k: _plain(v, where) for k, v in vars(value).items() if k.endswith("_implementation_internal")}
+        return {"config": type(value).__name__, **json.loads(value.to_json_string(use_diff=False)), **chosen}
     if isinstance(value, type):
         return _qualified(value)
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
-        return [_qualified(value), _function(value) if isinstance(value, types.FunctionType) else ""]
-    if isinstance(value, types.MethodType):  # bound to a module, whose state is seen anyway
-        return [_qualified(value), _function(value.__func__)]
-    if isinstance(value, functools.partial) and not value.keywords:
-        return [_plain(value.func, where), _plain(value.args, where)]
+        return [_qualified(value), _functions([value]) if isinstance(value, types.FunctionType) else ""]
+    if isinstance(value, functools.partial):
+        return [_plain(value.func, where), _plain(value.args, where), _plain(value.keywords, where)]
     if type(value).__module__.startswith("transformers.") and hasattr(value, "to_dict"):
-        return {"settings": type(value).__name__, **_plain(value.to_dict(), where)}
+        return {"settings": type(value).__name__, **_plain(value.to_dict(), where)}  # type: ignore[union-attr]
     raise _Unknown(f"{where} is a {type(value).__name__}")
 
 
 def _code_of(model: nn.Module) -> str:
     """Fingerprint of the modeling code in memory: classes of all modules, and the functions of their files."""
     code: dict[str, Any] = {}
-    for cls in {c for m in model.modules() for c in type(m).__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins")}:
-        members = vars(cls).items()
-        code[_qualified(cls)] = {k: _function(f) for k, v in members if (f := _unwrapped(v)) is not None}
-        source = sys.modules.get(cls.__module__)
-        functions = vars(source).items() if source is not None else ()
-        code[cls.__module__] = {k: _function(v) for k, v in functions if isinstance(v, types.FunctionType)}
+    classes = {c for m in model.modules() for c in type(m).__mro__}
+    for cls in classes:
+        if cls.__module__.partition(".")[0] in ("torch", "builtins"):
+            continue  # torch's version stands for them
+        code[_qualified(cls)] = _members(vars(cls), cls.__module__)
+        if (source := sys.modules.get(cls.__module__)) is not None:
+            code[cls.__module__] = _members(vars(source), cls.__module__)
     return hashlib.sha256(json.dumps(code, sort_keys=True).encode()).hexdigest()
+
+
+def _members(namespace: Mapping[str, Any], module: str) -> dict[str, str]:
+    """Fingerprints of a namespace's functions and plain constants."""
+    found: dict[str, str] = {}
+    hidden = "_" if _is_versioned(module) else "__"  # transformers notes what it found out in private attributes of classes
+    for name, value in list(namespace.items()):
+        if (function := _unwrapped(value)) is not None:
+            found[name] = _functions([function])
+        elif not name.startswith(hidden):
+            found[name] = repr_plain(value)
+    return found
 
 
 def _unwrapped(member: Any) -> types.FunctionType | None:
     member = member.fget if isinstance(member, property) else getattr(member, "__func__", member)
+    if not isinstance(member, (types.FunctionType, type)):  # such as what lru_cache and jit make
+        member = getattr(member, "__wrapped__", member)
     return member if isinstance(member, types.FunctionType) else None
 
 
-def _function(function: types.FunctionType) -> str:
-    """Fingerprint of a function: its code, defaults and what it closes over, as far as that is plain."""
-    closed = []
+def _functions(roots: Iterable[types.FunctionType]) -> str:
+    """Fingerprint of functions, of those they close over, and of what the user's own ones call and read."""
+    met: list[types.FunctionType] = list(roots)
+
+    def text(value: Any) -> str:
+        value = getattr(value, "__func__", value)
+        if not isinstance(value, types.FunctionType):
+            return repr_plain(value)
+        if value not in met:
+            met.append(value)
+        return f"function {met.index(value)}"
+
+    parts: list[Any] = []
+    for function in met:  # which grows
+        closed = [text(content) for content in _closed_over(function)]
+        of = {} if _is_versioned(_home(function)) else function.__globals__
+        read = {n: text(of[n]) for n in _names(function.__code__) if n in of and not _is_versioned(_home(of[n]))}
+        defaults = [repr_plain(function.__defaults__), repr_plain(tuple(sorted((function.__kwdefaults__ or {}).items())))]
+        parts.append([_code(function.__code__), defaults, closed, read])
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _home(function: Any) -> str:
+    """The module whose names a function sees: `functools.wraps` makes `__module__` say something else."""
+    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+
+
+def _is_versioned(module: str) -> bool:
+    return module.partition(".")[0] in _VERSIONED
+
+
+def _closed_over(function: types.FunctionType) -> Iterator[Any]:
     for cell in function.__closure__ or ():
         try:
-            content = cell.cell_contents
+            yield cell.cell_contents
         except ValueError:  # not bound yet
-            content = None
-        closed.append(content.__code__.co_code.hex() if isinstance(content, types.FunctionType) else type(content).__name__)
-    parts = [_code(function.__code__), repr_plain(function.__defaults__), closed]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+            yield None
 
 
 def repr_plain(value: Any) -> str:
     """The text of plain values; only the type of others, whose text may hold an address."""
     if isinstance(value, tuple):
         return "(" + ", ".join(repr_plain(v) for v in value) + ")"
-    return repr(value) if value is None or isinstance(value, (bool, int, float, str, bytes)) else type(value).__name__
+    if isinstance(value, frozenset):
+        return "{" + ", ".join(sorted(repr_plain(v) for v in value)) + "}"
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
+    return f"{type(value).__name__} {value!r}" if plain else type(value).__name__
+
+
+def _names(code: types.CodeType) -> list[str]:
+    """Names that code looks up, nested code included."""
+    inner = [n for c in code.co_consts if isinstance(c, types.CodeType) for n in _names(c)]
+    return [*code.co_names, *inner]
 
 
 def _code(code: types.CodeType) -> list[Any]:

@@ -133,10 +133,10 @@ class Linker:
         library = self.library
         start, head = library.prologue, library.epilogue
         targets = [library.layers[layer].target for layer in program.path]
+        final = targets[-1] + KV_WRITES
         if every:
             wanted = [(name, shape) for name in (start.target, *targets, head.target)]
         else:
-            final = targets[-1] + KV_WRITES
             wanted = [(name, shape) for name in (start.target, *targets[:-1], final)]
             # what decoding needs is needed as well: asked for together, it is compiled together
             self.regions.get(wanted + [(name, shape.decode) for name in (start.target, *targets, head.target)])

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from .backends.aot_inductor import GRAPH
 from .backends.base import Backend, Dynamic, PersistentBackend, Region, ShapeClass
 from .backends.worker import WorkerPool, describe, worker_pool
 from .errors import CaptureError
@@ -86,6 +88,20 @@ class RegionTable:
         key = self.key(name, shape)
         return self.store.get(key.digest, key.facts())
 
+    def graph_files(self, wanted: Sequence[Wanted]) -> list[Path]:
+        """The exported graphs of regions, in the store."""
+        self.get(wanted)
+        found = []
+        for name, shape in wanted:
+            files = self.files(name, shape)
+            if files is None:  # evicted since it was loaded
+                assert isinstance(self.backend, PersistentBackend)
+                self._build_one(self.backend, name, shape, self.backend.build)
+                files = self.files(name, shape)
+            assert files is not None
+            found.append(files[GRAPH])
+        return found
+
     # ------------------------------------------------------------------------------------------------- making them
 
     def _make(self, wanted: list[Wanted]) -> dict[Wanted, Region]:
@@ -119,9 +135,7 @@ class RegionTable:
             made = [threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted]
             return {w: f.result() for w, f in zip(wanted, made, strict=True)}
 
-    def _build_one(
-        self, backend: PersistentBackend, name: str, shape: ShapeClass, build: Callable[[Path], None]
-    ) -> Region:
+    def _build_one(self, backend: PersistentBackend, name: str, shape: ShapeClass, build: Callable[[Path], None]) -> Region:
         start = time.perf_counter()
 
         def make(folder: Path) -> None:
@@ -181,16 +195,18 @@ class RegionTable:
             seen.add(call.target)
             wanted = self._example(call.target, shape)[1:]
             for operand, side in zip(wanted, call.sides, strict=False):
-                if (operand.shape, operand.dtype, _steps(operand)) != (values[side].shape, values[side].dtype, _steps(values[side])):
+                given = values[side]
+                if _layout(operand) != _layout(given):
                     raise CaptureError(
-                        f"the compiled prologue hands on {tuple(values[side].shape)} with strides {values[side].stride()} where "
+                        f"the compiled prologue hands on {tuple(given.shape)} with strides {given.stride()} where "
                         f"{call.target} reads strides {operand.stride()}; use backend='eager' and report this model"
                     )
 
 
-def _steps(tensor: Tensor) -> list[int]:
-    """Strides of the axes along which there is anything to step."""
-    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+def _layout(tensor: Tensor) -> tuple[Any, ...]:
+    """Type, sizes, and strides of the axes along which there is anything to step."""
+    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    return tensor.dtype, tensor.shape, strides
 
 
 def _size(files: Mapping[str, Path]) -> int:

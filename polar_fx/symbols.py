@@ -36,8 +36,7 @@ class Operand:
         """An operand of that layout, for B, T and L of `sizes`; its contents are arbitrary."""
         import sympy  # half a second, and only compiling needs it
 
-        symbols = {sympy.Symbol(name): value for name, value in sizes.items()}
-        size, stride = ([int(sympy.sympify(s).subs(symbols)) for s in part] for part in (self.size, self.stride))
+        size, stride = ([int(sympy.sympify(s).subs(list(sizes.items()))) for s in part] for part in (self.size, self.stride))
         return torch.empty_strided(size, stride, dtype=getattr(torch, self.dtype), device=device)
 
     def axes(self) -> dict[int, str]:

@@ -47,7 +47,7 @@ class VariantKey:
     backend: str
     options: str
     threads: int
-    torch: str
+    torch_version: str
 
     @classmethod
     def of(
@@ -67,7 +67,7 @@ class VariantKey:
             backend=backend.name,
             options=json.dumps(backend.options, sort_keys=True, default=str),
             threads=torch.get_num_threads() if device.type == "cpu" else 0,
-            torch=f"{torch.__version__} {torch.version.git_version}",
+            torch_version=f"{torch.__version__} {torch.version.git_version}",
         )
 
     def facts(self) -> dict[str, str | int]:

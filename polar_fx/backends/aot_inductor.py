@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch._C._aoti import AOTIModelPackageLoader  # type: ignore[import-not-found]
 from torch._inductor.package import package_aoti
 from torch.fx import GraphModule
 
@@ -56,4 +57,4 @@ class AotInductorBackend(PersistentBackend):
     def load(self, files: Mapping[str, Path]) -> Region:
         # torch's Python loader would first ask which vector instructions there are by running a compiler; the variant key
         # already says so
-        return torch._C._aoti.AOTIModelPackageLoader(str(files[REGION]), "model", False, 1, -1).boxed_run
+        return AOTIModelPackageLoader(str(files[REGION]), "model", False, 1, -1).boxed_run

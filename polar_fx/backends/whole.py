@@ -55,7 +55,7 @@ class WholePlan:
 
 
 class _Whole(torch.nn.Module):
-    """Operands: input_ids, positions, kv_index, [where,] the slots of every step, the distinct weights. Result: logits [1, 1, V]."""
+    """Operands: input_ids, positions, kv_index, [where,] the slots of every step, the distinct weights; logits [1, 1, V]."""
 
     def __init__(self, plan: WholePlan, bodies: Mapping[str, torch.fx.GraphModule]) -> None:
         super().__init__()
