@@ -36,8 +36,11 @@ types: setup ## Static types
 test: setup ## Run the tests
 	$(BIN)/python -m pytest -q
 
-bench: setup ## Measure latency; writes bench/results/
+bench: setup ## Measure latency, many programs and warm start; writes bench/results/
 	$(BIN)/python bench/latency.py
+	$(BIN)/python bench/latency.py --dtype bfloat16
+	$(BIN)/python bench/programs.py
+	$(BIN)/python bench/warm_start.py
 
 clean: ## Remove the virtual environment and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

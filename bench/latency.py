@@ -1,4 +1,4 @@
-"""Prefill and decode latency: HF eager, whole-model torch.compile with a static cache, and linked programs.
+"""Prefill and decode latency: HF eager, whole-model torch.compile with a static cache, and polar_fx.
 
     python bench/latency.py                       # SmolLM2-135M-Instruct, fp32
     python bench/latency.py --rounds 4 --tokens 8 # a quick look
@@ -12,116 +12,32 @@ import argparse
 import random
 import statistics
 import sys
+import tempfile
 import time
-from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel
 
 import polar_fx
+from contenders import WHOLE, Contender, HfCompiled, HfEager, Ours, WithoutLastStep, programs_of
 from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, timed, write, write_json
 from polar_fx import CompiledModel, Program
-from polar_fx.capture import CACHE
-from polar_fx.backends import InductorBackend, ShapeClass
-
-WHOLE = "whole-model torch.compile"
-
-
-class Contender(ABC):
-    """One way to run the model: `prefill` starts over, `decode` appends one token to what is there."""
-
-    steps: int
-    kind: ClassVar[str]
-
-    def __init__(self, name: str, steps: int) -> None:
-        self.name, self.steps = name, steps
-
-    @abstractmethod
-    def prefill(self, ids: Tensor) -> Tensor:
-        """Logits [B, V] of the last token of ids i64[B, T]."""
-
-    @abstractmethod
-    def decode(self, token: Tensor) -> Tensor:
-        """Logits [B, V] after one more token i64[B, 1]."""
-
-    def finish(self) -> None:
-        """End of a round."""
-
-
-class HfEager(Contender):
-    kind = "hf"
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__("HF eager, dynamic cache", model.config.num_hidden_layers)
-        self.model = model
-
-    def prefill(self, ids: Tensor) -> Tensor:
-        self.cache = DynamicCache(config=self.model.config)
-        return self.model(ids, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1]
-
-    def decode(self, token: Tensor) -> Tensor:
-        return self.model(token, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1]
-
-
-class HfCompiled(Contender):
-    """What users would pick instead: `torch.compile(model)`, static shapes, a static cache."""
-
-    kind = "hf"
-
-    def __init__(self, model: PreTrainedModel, length: int) -> None:
-        super().__init__(WHOLE + ", static cache", model.config.num_hidden_layers)
-        config = model.config
-        self.model = torch.compile(model, dynamic=False)
-        self.cache = StaticCache(config=config, max_cache_len=length)
-        heads = config.num_key_value_heads
-        self.cache.early_initialization(1, heads, config.hidden_size // config.num_attention_heads, model.dtype, model.device)
-
-    def prefill(self, ids: Tensor) -> Tensor:
-        self.cache.reset()
-        return self.model(ids, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1]
-
-    def decode(self, token: Tensor) -> Tensor:
-        return self.model(token, logits_to_keep=1, **{CACHE: self.cache}).logits[:, -1]
-
-
-class Ours(Contender):
-    def __init__(self, compiled: CompiledModel, label: str, program: Program) -> None:
-        super().__init__(f"polar_fx {compiled.backend.name}, {label}", program.num_steps)
-        self.compiled, self.program, self.label = compiled, program, label
-        self.kind = compiled.backend.name  # type: ignore[misc]
-
-    def prefill(self, ids: Tensor) -> Tensor:
-        self.context = self.compiled.session(self.program, ids.shape[0])
-        self.session = self.context.__enter__()
-        return torch.stack(self.compiled.prefill(self.program, self.session, list(ids)))
-
-    def decode(self, token: Tensor) -> Tensor:
-        return self.compiled.decode(self.program, self.session, token[:, 0])
-
-    def finish(self) -> None:
-        self.context.__exit__(None, None, None)
-
-
-def programs_for(depth: int) -> dict[str, Program]:
-    """Identity, every second layer, a skipped middle half, and a repeated block: 1, 0.5, 0.5 and 1.5 times the steps."""
-    half = depth // 2
-    return {
-        "identity": Program.identity(depth),
-        "every second layer": Program.from_path(tuple(range(0, depth, 2)), depth),
-        "middle half skipped": Program.identity(depth).skip(depth // 4, half),
-        "middle half repeated": Program.identity(depth).repeat(depth // 4, half, 2),
-    }
+from polar_fx.backends import AotInductorBackend, Backend, InductorBackend
+from polar_fx.passes.attention_to_reduction import AttentionToReduction
+from polar_fx.passes.matvec_to_reduction import MatvecToReduction
+from polar_fx.store import ArtifactStore
 
 
 @torch.no_grad()
 def first_calls(contenders: list[Contender], ids: Tensor, device: torch.device) -> dict[str, dict[str, float]]:
-    """Seconds of the first prefill and decode of each contender, compilation included, and their agreement."""
+    """Seconds of the first prefill and decode of each contender, compilation included."""
     seconds: dict[str, dict[str, float]] = {}
     for contender in contenders:
         times = {"first_prefill_s": timed(lambda c=contender: c.prefill(ids), device) / 1e3}
@@ -174,19 +90,19 @@ def decode_bytes(compiled: CompiledModel, program: Program, cached: int) -> int:
     return sum(w.numel() * w.element_size() for w in weights) + kv
 
 
-def time_per_step(samples: dict[str, Any], linked: list[Ours]) -> dict[str, Any]:
-    """Decode time per step of each linked program, less the ends: what the line through shortest and longest leaves."""
-    by_steps = sorted(linked, key=lambda c: c.steps)
-    short, long = by_steps[0], by_steps[-1]
-
-    def median(c: Ours) -> float:
-        return statistics.median(samples[c.name]["decode"])
-
-    slope = (median(long) - median(short)) / (long.steps - short.steps)
-    ends = median(long) - slope * long.steps
-    each = {c.name: (median(c) - ends) / c.steps for c in linked}
-    middle = statistics.median(each.values())
-    return {"ends_ms": ends, "ms_per_step": each, "largest_deviation": max(abs(v / middle - 1) for v in each.values())}
+def linear_fit(samples: dict[str, Any], linked: list[Ours], phase: str) -> dict[str, Any]:
+    """Least-squares fit of the medians, t = ends + steps * step, with each program's relative residual."""
+    steps = np.array([c.steps for c in linked], dtype=float)
+    times = np.array([statistics.median(samples[c.name][phase]) for c in linked])
+    relative = np.stack([np.ones_like(steps), steps], 1) / times[:, None]  # weighted: every program counts alike
+    (ends, step), *_ = np.linalg.lstsq(relative, np.ones_like(times), rcond=None)
+    residuals = (ends + step * steps) / times - 1
+    half = {c.name: (t - ends) / (times[0] - ends) for c, t in zip(linked, times, strict=True) if c.steps * 2 == linked[0].steps}
+    return {
+        "ends_ms": ends, "step_ms": step, "largest_residual": float(np.abs(residuals).max()),
+        "residuals": {c.name: float(r) for c, r in zip(linked, residuals, strict=True)},
+        "half_of_the_steps": {name: float(r) for name, r in half.items()},
+    }  # fmt: skip
 
 
 @torch.no_grad()
@@ -215,20 +131,6 @@ def generate_overhead(compiled: CompiledModel, model: PreTrainedModel, ids: Tens
     return {name: spread(values) for name, values in samples.items()}
 
 
-def linking(compiled: CompiledModel, tokens: int, count: int = 200) -> dict[str, Any]:
-    """Milliseconds until a program never seen before is ready for prefill and decode, and what that compiled."""
-    pick = random.Random(0)
-    shapes = [ShapeClass.of(1, t, compiled.pool.length) for t in (tokens, 1)]
-    before, samples = len(compiled.compilations), []
-    for _ in range(count):
-        start = time.perf_counter()
-        program = Program.from_path(tuple(pick.randrange(compiled.depth) for _ in range(compiled.depth)), compiled.depth)
-        for shape in shapes:
-            compiled.linker.link(program, shape)
-        samples.append(1e3 * (time.perf_counter() - start))
-    return {"ms": spread(samples), "max_ms": max(samples), "compilations": len(compiled.compilations) - before}
-
-
 def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     lines = [
@@ -239,31 +141,33 @@ def table(report: dict[str, Any]) -> str:
         + f", torch {report['machine']['torch']}; {report['rounds']} interleaved rounds, medians [quartiles]. "
         f"Measured read bandwidth {report['bandwidth_gbs']:.1f} GB/s.",
         "",
-        "| | steps | prefill ms | ratio | decode ms | ratio | GB/s | first calls s |",
-        "|---|---|---|---|---|---|---|---|",
+        "| | steps | prefill ms | ratio | decode ms | ratio | GB/s | of bandwidth | first calls s |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["contenders"]:
         p, d = row["prefill_ms"], row["decode_ms"]
         prefill_ratio, decode_ratio = row["prefill_ratio"]["median"], row["decode_ratio"]["median"]
         lines.append(
             f"| {row['name']} | {row['steps']} | {p['median']:.1f} [{p['p25']:.1f}, {p['p75']:.1f}] | {prefill_ratio:.2f} "
-            f"| {d['median']:.1f} [{d['p25']:.1f}, {d['p75']:.1f}] | {decode_ratio:.2f} | {row['decode_gbs']:.1f} "
+            f"| {d['median']:.2f} [{d['p25']:.2f}, {d['p75']:.2f}] | {decode_ratio:.2f} | {row['decode_gbs']:.1f} "
+            f"| {100 * row['decode_gbs'] / report['bandwidth_gbs']:.0f} % "
             f"| {row['first_prefill_s'] + row['first_decode_s']:.1f} |"
         )
-    link, step, made = report["linking"], report["time_per_step"], report["generate_ms_per_token"]
-    lines += [
-        "",
-        f"Ratios are to {WHOLE} of the same round. A linked decode spends {step['ends_ms']:.2f} ms in the ends and "
-        f"{statistics.median(step['ms_per_step'].values()):.3f} ms in each step; the largest deviation of a program from that is "
-        f"{100 * step['largest_deviation']:.1f} %.",
-        "",
-        f"A new program is ready in {link['ms']['median']:.2f} ms (at most {link['max_ms']:.2f} ms of {link['ms']['n']}) "
-        f"and compiles {link['compilations']} regions.",
-        "",
+    made = report["generate_ms_per_token"]
+    lines += ["", f"Ratios are to {WHOLE} of the same round; first calls run against empty caches.", ""]
+    for phase in ("prefill", "decode"):
+        fit = report["linear_fit"][phase]
+        half = ", ".join(f"{r:.3f}" for r in fit["half_of_the_steps"].values())
+        lines += [
+            f"Linked {phase}: t = {fit['ends_ms']:.2f} ms + steps × {fit['step_ms']:.3f} ms, largest residual "
+            f"{100 * fit['largest_residual']:.1f} %; without the ends, half the steps take {half} of identity's time.",
+            "",
+        ]
+    lines.append(
         f"Greedy `generate`, ms per token of {report['generate_tokens']}: "
         + ", ".join(f"{name} {value['median']:.1f}" for name, value in made.items())
-        + ".",
-    ]
+        + "."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -277,11 +181,42 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24, help="decoded tokens a round")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
-    with fresh_cache():  # compile times are those of a first run, not of a disk cache
-        measure_all(parser.parse_args())
+    with fresh_cache(), tempfile.TemporaryDirectory() as store:  # compile times are those of a first run
+        measure_all(parser.parse_args(), ArtifactStore(Path(store)))
 
 
-def measure_all(options: argparse.Namespace) -> None:
+def make_contenders(model: PreTrainedModel, length: int, store: ArtifactStore) -> tuple[CompiledModel, list[Contender]]:
+    """The compiled model that is judged, and everything it is compared with; the first is HF eager."""
+    on_cpu = model.device.type == "cpu"
+
+    def compiled(backend: str | Backend = "auto", **options: Any) -> CompiledModel:
+        return polar_fx.compile(model, backend, max_length=length - 1, check=False, cache=store, **options)
+
+    chosen = compiled()
+    programs = programs_of(chosen.depth)
+    identity = programs["identity"]
+    linked = [Ours(chosen, label, program) for label, program in programs.items()]
+    contenders = [
+        HfEager(model),
+        HfCompiled(model, length),
+        *linked,
+        WithoutLastStep(chosen, "last step for all tokens", identity),
+    ]
+    if on_cpu:
+        contenders += [
+            Ours(compiled(tier="whole"), "identity as one graph", identity),
+            Ours(compiled(AotInductorBackend(passes=())), "without region passes", identity),
+            Ours(compiled(AotInductorBackend(passes=(MatvecToReduction(),))), "without attention-to-reduction", identity),
+            Ours(
+                compiled(AotInductorBackend(passes=(MatvecToReduction(streams=1), AttentionToReduction()))),
+                "matvec-to-reduction with one stream", identity,
+            ),
+            Ours(compiled(InductorBackend()), "inductor (in-process) regions", identity),
+        ]  # fmt: skip
+    return chosen, [*contenders, Ours(compiled("eager"), "eager", identity)]
+
+
+def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     """Run everything the options ask for; writes the report."""
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -289,18 +224,8 @@ def measure_all(options: argparse.Namespace) -> None:
     model, _ = polar_fx.load(options.model, dtype=getattr(torch, options.dtype))
     model.to(options.device).eval()  # type: ignore[arg-type]
     length = -(-(options.prompt_tokens + options.tokens + 40) // 16) * 16
-    compiled = polar_fx.compile(model, "inductor", max_length=length - 1)
-    plain = polar_fx.compile(model, InductorBackend(passes=()), max_length=length - 1, check=False)
-    interpreted = polar_fx.compile(model, "eager", max_length=length - 1, check=False)
-    programs = programs_for(compiled.depth)
-    linked = [Ours(compiled, label, program) for label, program in programs.items()]
-    contenders: list[Contender] = [
-        HfEager(model),
-        HfCompiled(model, length),
-        *linked,
-        Ours(plain, "identity, without matvec-to-reduction", programs["identity"]),
-        Ours(interpreted, "identity", programs["identity"]),
-    ]
+    compiled, contenders = make_contenders(model, length, store)
+    linked = [c for c in contenders if type(c) is Ours and c.compiled is compiled]
     ids = torch.randint(0, 1000, (1, options.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     console = Console(stderr=True)
     print("first calls (compilation included):", file=sys.stderr)
@@ -314,7 +239,7 @@ def measure_all(options: argparse.Namespace) -> None:
     rows = []
     for contender in contenders:
         mine = samples[contender.name]
-        program = contender.program if isinstance(contender, Ours) else programs["identity"]
+        program = contender.program if isinstance(contender, Ours) else compiled.default_program
         read = decode_bytes(compiled, program, options.prompt_tokens)
         rows.append({
             "name": contender.name, "steps": contender.steps, **seconds[contender.name],
@@ -328,8 +253,7 @@ def measure_all(options: argparse.Namespace) -> None:
         "benchmark": "latency", "model": options.model or polar_fx.models.DEFAULT_NAME, "dtype": options.dtype,
         "machine": machine(device), "prompt_tokens": options.prompt_tokens, "decoded_tokens": options.tokens,
         "rounds": options.rounds, "kv_length": length, "bandwidth_gbs": max(bandwidth, bandwidth_gbs(device)), "contenders": rows,
-        "capture_s": compiled.library.captured.seconds, "time_per_step": time_per_step(samples, linked),
-        "linking": linking(compiled, options.prompt_tokens), "generate_tokens": 32,
+        "linear_fit": {phase: linear_fit(samples, linked, phase) for phase in ("prefill", "decode")}, "generate_tokens": 32,
         "generate_ms_per_token": generate_overhead(compiled, model, ids, 32, max(3, options.rounds // 3)),
         "total_s": time.perf_counter() - start,
     }  # fmt: skip

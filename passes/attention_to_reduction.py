@@ -26,12 +26,14 @@ def _is_single_query(node: Node) -> bool:
     if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
         return False
     a = _arguments(node)
-    query, key = a["query"].meta.get("val"), a["key"].meta.get("val")
-    if not isinstance(query, torch.Tensor) or query.device.type != "cpu" or query.dim() != 4 or key.dim() != 4:
+    query, key, value = (a[n].meta.get("val") for n in ("query", "key", "value"))
+    if not isinstance(query, torch.Tensor) or query.device.type != "cpu" or not query.dim() == key.dim() == value.dim() == 4:
         return False
-    sizes = (*query.shape, *key.shape)
+    sizes = (*query.shape, *key.shape, *value.shape)
     plain = not a["dropout_p"] and not a["is_causal"] and all(isinstance(s, int) for s in sizes)
     if not plain or query.shape[0] != 1 or query.shape[2] != 1 or query.shape[1] % key.shape[1]:
+        return False
+    if key.shape[0] != 1 or key.shape[:3] != value.shape[:3]:
         return False
     mask = a["attn_mask"]
     return mask is None or tuple(mask.meta["val"].shape) in ((1, 1, 1, key.shape[2]), (1, query.shape[1], 1, key.shape[2]))
@@ -70,7 +72,7 @@ class AttentionToReduction(Pass):
         scale = a["scale"] if a["scale"] is not None else size**-0.5
         q = call(aten.reshape.default, query, [heads, groups, 1, size])
         q = call(aten.mul.Tensor, call.cast(q, wide), scale)
-        q = call(aten.as_strided.default, q, [heads, groups, 1, size], [groups * size, size, size, 1])  # made once
+        q = call(aten.as_strided.default, call.dense(q), [heads, groups, 1, size], [groups * size, size, size, 1])  # made once
         k = call.cast(call(aten.reshape.default, key, [heads, 1, length, size]), wide)
         scores = call(aten.sum.dim_IntList, call(aten.mul.Tensor, q, k), [-1])
         if mask is not None:

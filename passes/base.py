@@ -87,6 +87,10 @@ class Caller:
         """`node` in that dtype; itself if it is already."""
         return node if node.meta["val"].dtype == dtype else self(torch.ops.aten.to.dtype, node, dtype)
 
+    def dense(self, node: Node) -> Node:
+        """`node` without gaps, in the order of its axes; itself if it is already."""
+        return node if node.meta["val"].is_contiguous() else self(torch.ops.aten.contiguous.default, node)
+
 
 def kind(node: Node) -> str | None:
     """`prologue`, `layer` or `epilogue` for an outlined call."""

@@ -4,6 +4,7 @@ Prefilling a prompt, the last step computes keys and values of every token, but 
 only for the tokens whose logits are asked for: those run as if decoded, right behind this.
 """
 
+import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,16 +16,23 @@ from .base import Caller, Pass, PassError, PassResult, role
 _ZERO = torch.ops.aten.new_zeros.default
 
 
+def _storage(node: Node) -> Node:
+    """The node whose memory this one is, or is a view of."""
+    while node.args and isinstance(node.args[0], Node):
+        aliases = isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)
+        if not aliases and node.target is not operator.getitem:
+            break
+        node = node.args[0]
+    return node
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
 def kv_writes(gm: GraphModule) -> list[Node]:
-    """The operators that write into a KV operand itself."""
-    return [
-        n
-        for n in gm.graph.nodes
-        if isinstance(n.target, torch._ops.OpOverload)
-        and n.target._schema.is_mutable
-        and isinstance(n.args[0], Node)
-        and role(n.args[0]) == "kv"
-    ]
+    """The operators that write into a KV operand, or a view of one."""
+    return [n for n in gm.graph.nodes if _writes(n) and role(_storage(n)) == "kv"]
 
 
 @dataclass(frozen=True)
@@ -40,13 +48,12 @@ class KeepKvWrites(Pass):
         writes = kv_writes(gm)
         if not writes:
             raise PassError(self.name, "the graph writes no keys and values", "run it on the graph of one layer")
-        kept: set[Node] = set()
-        todo = list(writes)
-        while todo:
-            node = todo.pop()
-            if node not in kept:
-                kept.add(node)
-                todo += node.all_input_nodes
+        kept = set(writes)
+        read: set[Node] = set()  # memory that what comes later reads
+        for node in reversed(gm.graph.nodes):
+            if node in kept or (_writes(node) and _storage(node) in read):
+                kept |= {node, *node.all_input_nodes}
+                read |= {_storage(n) for n in node.all_input_nodes}
         done = gm.graph.output_node().args[0]
         if isinstance(done, Node) and done.target is _ZERO:
             return PassResult(gm, False)

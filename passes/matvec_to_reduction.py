@@ -19,8 +19,8 @@ def _is_single_row(node: Node) -> bool:
     """A linear on the CPU whose input is one vector, by static sizes."""
     if node.op != "call_function" or node.target is not aten.linear.default:
         return False
-    value = node.meta.get("val")
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or not value.is_floating_point():
+    value, weight = node.meta.get("val"), node.args[1].meta["val"]  # type: ignore[union-attr]
+    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or not value.is_floating_point() or weight.dim() != 2:
         return False
     return all(isinstance(size, int) and size == 1 for size in value.shape[:-1])
 
@@ -65,7 +65,7 @@ class MatvecToReduction(Pass):
         count, size = weight.meta["val"].shape
         if row not in rows:
             flat = call(aten.reshape.default, call.cast(row, wide), [1, size])
-            rows[row] = call(aten.as_strided.default, flat, [1, size], [size, 1])
+            rows[row] = call(aten.as_strided.default, call.dense(flat), [1, size], [size, 1])
         streams = self.streams if count % self.streams == 0 else 1
         parts = []
         for i in range(streams):

@@ -82,7 +82,8 @@ def capture_checked(model: PreTrainedModel, check: bool = True) -> CapturedModel
 @torch.no_grad()
 def warn_if_not_finite(model: PreTrainedModel) -> None:
     """Warn (ModelWarning) if weights hold NaN or infinity, naming where: a damaged checkpoint gives NaN answers."""
-    bad = {n: p for n, p in model.named_parameters() if p.is_floating_point() and not _all_finite(p)}
+    plain = {n: p for n, p in model.named_parameters() if type(p) is torch.nn.Parameter and p.is_floating_point()}
+    bad = {n: p for n, p in plain.items() if not _all_finite(p)}
     if bad:
         shown = ", ".join(f"{n} ({int((~torch.isfinite(p)).sum())} of {p.numel()})" for n, p in list(bad.items())[:3])
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""

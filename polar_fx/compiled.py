@@ -15,12 +15,14 @@ from transformers import PreTrainedModel
 from .backends import Backend, ShapeClass, get_backend
 from .capture import check_supported, embedding_weight
 from .check import warn_if_not_finite
+from .cuda_graphs import CudaApi, CudaGraphs
 from .errors import InputError
+from .explain import Explanation, Report, explain, report
 from .generate import Generator
 from .kv_cache import KvPool, KvSession
 from .library import LayerLibrary
 from .library_cache import load_library
-from .link import Linker
+from .link import LinkedProgram, Linker
 from .program import Program
 from .regions import RegionTable
 from .store import ArtifactStore
@@ -117,6 +119,7 @@ class CompiledModel:
         self.pool = KvPool(max_length, library.device)
         self.regions = RegionTable(library, backend, max_length, store, workers)
         self.linker = Linker(library, self.regions, self.pool)
+        self.graphs = CudaGraphs(CudaApi(library.device)) if library.device.type == "cuda" else None
         self.tiers = Tiers(library, self.regions, self.pool.kv_index, tier, tier_policy or TierPolicy())
         self.vocab_size = embedding_weight(model).shape[0]
         self.default_program = Program.identity(library.depth)
@@ -201,6 +204,14 @@ class CompiledModel:
                     self.decode(chosen, session, torch.zeros(batch, dtype=torch.long))
         return tuple(r for r in self.regions.records[before:] if r.source == "compiled")
 
+    def explain(self, program: ProgramLike = None, batch: int = 1) -> Explanation:
+        """What generating by `program` would run for `batch` rows; compiles nothing. Raises ProgramError, InputError."""
+        return explain(self, program, batch)
+
+    def report(self) -> Report:
+        """What was captured, compiled or loaded so far, and what it holds; compiles nothing."""
+        return report(self)
+
     # --------------------------------------------------------------------- prefill and decode of one session
 
     def session(self, program: Program, batch: int) -> Any:
@@ -271,7 +282,8 @@ class CompiledModel:
         shape = ShapeClass.of(batch, tokens, self.pool.length)
         slots, where = session.slots, None
         if select is None or tokens == 1:
-            run = functools.partial(self.linker.link(program, shape).run, ids, positions, slots)
+            decode = LinkedProgram.run if self.graphs is None or tokens > 1 else self.graphs.run
+            run = functools.partial(decode, self.linker.link(program, shape), ids, positions, slots)
         else:
             if max(select) >= 0:  # else no row ends in this chunk: the head would be computed for nothing
                 where = torch.tensor([max(0, s) for s in select], device=ids.device)

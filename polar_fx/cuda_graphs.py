@@ -172,9 +172,7 @@ class CudaGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(
-        self, linked: LinkedProgram, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]
-    ) -> Tensor:
+    def run(self, linked: LinkedProgram, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Logits [B, 1, V] of one token a row (ids and positions i64[B, 1]), a tensor of the caller's own.
 
         Writes the slots in place. The first run of a program, batch size and set of slots is an ordinary one that captures
@@ -222,9 +220,7 @@ class CudaGraphs:
         handled, start = sys.exception(), time.perf_counter()
         reason, graph = None, None
         try:
-            graph = self._api.capture(
-                self._pool, lambda: buffers.logits.copy_(linked.run(buffers.ids, buffers.positions, slots))
-            )
+            graph = self._api.capture(self._pool, lambda: buffers.logits.copy_(linked.run(buffers.ids, buffers.positions, slots)))
         except RuntimeError as error:  # CUDA's errors and want of memory are among them
             reason = _first_cause(error, handled)
         milliseconds = 1e3 * (time.perf_counter() - start)

@@ -7,10 +7,12 @@ layer 0 is legal, and rows of one batch may have any mix of lengths.
 Shape legend: B batch, T tokens, L allocated length, H KV heads, E head size.
 """
 
+import bisect
 import threading
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,13 @@ from .capture import KvSpec
 from .errors import KvOverflowError
 
 _ALIGNMENT = 16
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Slot:
+    serial: int
+    keys: Tensor
+    values: Tensor
 
 
 class KvPool:
@@ -35,41 +44,46 @@ class KvPool:
         self.length = -(-(max_length + 1) // _ALIGNMENT) * _ALIGNMENT
         self.device = device
         self.kv_index = torch.arange(self.length, device=device)
-        self._free: dict[KvSpec, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        self._free: dict[KvSpec, list[_Slot]] = defaultdict(list)
         self._lock = threading.Lock()
         self._allocated: list[Tensor] = []
+        self._serial = 0
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all slots ever allocated and still held."""
         return sum(t.numel() * t.element_size() for t in self._allocated)
 
-    def _take(self, spec: KvSpec, batch: int) -> tuple[Tensor, Tensor]:
+    @torch.inference_mode(False)  # slots outlive the mode they are first asked for in
+    def _take(self, spec: KvSpec, batch: int) -> _Slot:
         with self._lock:
             free = self._free[spec]
             for i, slot in enumerate(free):
-                if slot[0].shape[0] >= batch:
+                if slot.keys.shape[0] >= batch:
                     return free.pop(i)
             for slot in free:  # too small for this batch: make room before allocating larger ones
-                self._allocated = [t for t in self._allocated if t is not slot[0] and t is not slot[1]]
+                self._allocated = [t for t in self._allocated if t is not slot.keys and t is not slot.values]
             free.clear()
             # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-            slot = tuple(torch.zeros(s, dtype=spec.dtype, device=self.device) for s in spec.shapes(batch, self.length))
-            self._allocated += slot
-            return slot  # type: ignore[return-value]
+            keys, values = (torch.zeros(s, dtype=spec.dtype, device=self.device) for s in spec.shapes(batch, self.length))
+            self._allocated += [keys, values]
+            self._serial += 1
+            return _Slot(self._serial, keys, values)
 
     @contextmanager
     def session(self, specs: Sequence[KvSpec], batch: int) -> "Iterator[KvSession]":
         """A session of `batch` empty rows over one slot per step; the slots return to the pool at the end."""
         slots = [self._take(spec, batch) for spec in specs]
-        session = KvSession(self, [(k[:batch], v[:batch]) for k, v in slots], batch)
+        session = KvSession(self, [(s.keys[:batch], s.values[:batch]) for s in slots], batch)
         try:
             yield session
         finally:
             session.clear()
             with self._lock:
                 for spec, slot in zip(specs, slots, strict=True):
-                    self._free[spec].append(slot)
+                    # in order of allocation: programs then meet the same slots again, whatever ran in between, and a CUDA
+                    # graph captured on them can be replayed
+                    bisect.insort(self._free[spec], slot, key=lambda s: s.serial)
 
 
 class KvSession(Cache):

@@ -179,11 +179,12 @@ def _code_of(model: nn.Module) -> str:
 def _members(namespace: Mapping[str, Any], module: str) -> dict[str, str]:
     """Fingerprints of a namespace's functions and plain constants."""
     found: dict[str, str] = {}
-    hidden = "_" if _is_versioned(module) else "__"  # transformers notes what it found out in private attributes of classes
+    # transformers notes what it found out about a class in private attributes of it
+    hidden = "_" if module.startswith("transformers.") else "__"
     for name, value in list(namespace.items()):
         if (function := _unwrapped(value)) is not None:
             found[name] = _functions([function])
-        elif not name.startswith(hidden):
+        elif not name.startswith(hidden) and not _is_versioned(module):  # shared files hold a number drawn at random
             found[name] = repr_plain(value)
     return found
 
@@ -223,7 +224,7 @@ def _home(function: Any) -> str:
 
 
 def _is_versioned(module: str) -> bool:
-    return module.partition(".")[0] in _VERSIONED
+    return module.partition(".")[0] in _VERSIONED and not module.startswith("transformers.models.")
 
 
 def _closed_over(function: types.FunctionType) -> Iterator[Any]:

@@ -20,7 +20,7 @@ from torch.fx import GraphModule
 from .backends.aot_inductor import GRAPH
 from .backends.base import Backend, Dynamic, PersistentBackend, Region, ShapeClass
 from .backends.worker import WorkerPool, describe, worker_pool
-from .errors import CaptureError
+from .errors import CaptureError, CompileError, PolarError
 from .library import LayerLibrary
 from .passes.keep_kv_writes import KeepKvWrites
 from .store import ArtifactStore
@@ -120,7 +120,8 @@ class RegionTable:
                 built[name, shape] = self.backend.compile_region(*self._source(name, shape))
                 if self.backend.needs_shapes:
                     self._record(name, shape, start, "compiled", 0)
-        self._check_layouts(built)
+                    if name == self.library.prologue.target:
+                        self._check_prologue(built[name, shape], shape)
         return found | built
 
     def _build(self, backend: PersistentBackend, wanted: list[Wanted]) -> dict[Wanted, Region]:
@@ -141,12 +142,22 @@ class RegionTable:
         def make(folder: Path) -> None:
             with self._tracing:  # torch.export is not made for threads
                 backend.export(*self._source(name, shape), folder)
-            build(folder)
+            try:
+                build(folder)
+            except PolarError:
+                raise
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise CompileError(
+                    f"{backend.name} cannot compile {name} for {shape}: {type(error).__name__}: {reason}"
+                ) from error
+            if name == self.library.prologue.target:  # before it is stored: what is loaded is not looked at again
+                self._check_prologue(backend.load(_files(folder)), shape)
 
         if self.store is None:
             with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
                 make(Path(place))
-                files: Mapping[str, Path] = {p.name: p for p in Path(place).iterdir()}
+                files = _files(Path(place))
                 region, made = backend.load(files), True
                 self._record(name, shape, start, "compiled", _size(files))
                 return region
@@ -175,13 +186,8 @@ class RegionTable:
         return [o.example(sizes, self.library.device) for o in self.library.table.bodies[target].operands]
 
     @torch.no_grad()
-    def _check_layouts(self, made: Mapping[Wanted, Region]) -> None:
-        """A new prologue must hand on side values laid out as the other regions were compiled to read them."""
-        for (name, shape), region in made.items():
-            if name == self.library.prologue.target and self.backend.needs_shapes:
-                self._check_prologue(region, shape)
-
     def _check_prologue(self, region: Region, shape: ShapeClass) -> None:
+        """A new prologue must hand on side values laid out as the other regions were compiled to read them."""
         start = self.library.prologue
         example = self._example(start.target, shape)[:3]
         for operand in example[:2]:
@@ -207,6 +213,10 @@ def _layout(tensor: Tensor) -> tuple[Any, ...]:
     """Type, sizes, and strides of the axes along which there is anything to step."""
     strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
     return tensor.dtype, tensor.shape, strides
+
+
+def _files(folder: Path) -> Mapping[str, Path]:
+    return {p.name: p for p in folder.iterdir()}
 
 
 def _size(files: Mapping[str, Path]) -> int:

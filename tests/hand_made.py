@@ -100,6 +100,15 @@ def single_row(dtype: torch.dtype = torch.float32, rows: int = 1) -> GraphModule
     return b.build(b.call(aten.linear.default, b.call(aten.linear.default, x, w1), w2, bias))
 
 
+def single_query(dtype: torch.dtype = torch.float32) -> GraphModule:
+    """Attention of one token: four heads of queries on two of keys, behind a mask."""
+    b = Builder()
+    shapes = {"q": (1, 4, 1, D), "k": (1, 2, L, D), "v": (1, 2, L, D)}
+    operands = [b.placeholder(name, *shape, dtype=dtype) for name, shape in shapes.items()]
+    mask = b.placeholder("mask", 1, 1, 1, L, dtype=torch.bool)
+    return b.build(b.call(aten.scaled_dot_product_attention.default, *operands, mask, enable_gqa=True))
+
+
 def on_cpu(gm: GraphModule) -> GraphModule:
     """The same graph with example values on the CPU: some passes are for one kind of device."""
     for node in gm.graph.nodes:

@@ -11,8 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from polar_fx.cli import main
-from polar_fx.cli.picture import picture
 from polar_fx.program import Program
+from polar_fx.program_picture import picture
 from tiny_models import make
 
 

@@ -14,8 +14,8 @@ LIBRARY = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("polar_fx", "p
 
 # Each room may import from rooms in earlier lines, and from its own.
 ORDER = (
-    {"errors", "environment"},
-    {"passes", "program", "program_parts", "program_segments", "program_text"},
+    {"errors", "environment", "plain_text"},
+    {"passes", "program", "program_parts", "program_picture", "program_segments", "program_text"},
     {"capture"},
     {"check", "kv_cache", "models", "store", "store_entry", "symbols"},
     {"library"},
@@ -24,7 +24,9 @@ ORDER = (
     {"variant"},
     {"regions"},
     {"link"},
+    {"cuda_graphs"},
     {"tiers"},
+    {"explain", "report"},
     {"generate"},
     {"compiled"},
     {"cli"},

@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from hand_made import flat, on_cpu, run, single_row
+from hand_made import flat, on_cpu, run, single_query, single_row
 from torch.fx import GraphModule
 
 from polar_fx.passes import (
@@ -39,6 +39,12 @@ def step_graph() -> GraphModule:
     return program_pipeline(PATH, BLENDS).run(library()).graph_module
 
 
+def layer() -> GraphModule:
+    gm = library().get_submodule("layer_kind_0")
+    assert isinstance(gm, GraphModule)
+    return gm
+
+
 def noisy() -> GraphModule:
     return flat((0.5, 0.5, 0.25), noise=True)
 
@@ -51,7 +57,9 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "dedupe-layers": (PASSES["dedupe-layers"](), lambda: PASSES["outline-layers"]().run(noisy()).graph_module),
     "schedule-layers": (ScheduleLayers(PATH, BLENDS), library),
     "assign-kv-slots": (PASSES["assign-kv-slots"](), lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module),
+    "keep-kv-writes": (PASSES["keep-kv-writes"](), layer),
     "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
+    "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),
     "inline-layers": (PASSES["inline-layers"](), step_graph),
 }
 each_pass = pytest.mark.parametrize("name", PASSES)
@@ -156,7 +164,7 @@ def test_pipelines_print_and_parse(pipeline: Pipeline) -> None:
     [
         ("eliminate-noops,Outline", "column 17: expected a pass name"),
         ("eliminate-noops outline-layers", "column 16: expected ','"),
-        ("fuse", r"unknown pass 'fuse'; known: assign-kv-slots, dedupe-layers"),
+        ("fuse", r"unknown pass 'fuse'; known: assign-kv-slots, .*, schedule-layers$"),
         ('schedule-layers{"path":[0,}', "column 16: bad options of schedule-layers"),
         ('schedule-layers{"paths":[0]}', "bad options of schedule-layers.*paths"),
     ],

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hand_made import flat, on_cpu, single_row
+from hand_made import flat, on_cpu, single_query, single_row
 from torch.fx import GraphModule
 
 from polar_fx.passes import PASSES, flat_pipeline, graph_fingerprint, graph_text, library_pipeline, program_pipeline
@@ -25,6 +25,12 @@ def library() -> GraphModule:
     return library_pipeline().run(flat((0.5, 0.5, 0.25))).graph_module
 
 
+def _layer() -> GraphModule:
+    gm = library().get_submodule("layer_kind_0")
+    assert isinstance(gm, GraphModule)
+    return gm
+
+
 CASES: dict[str, Callable[[], GraphModule]] = {
     "captured": lambda: flat((0.5,), noise=True),
     "eliminate-noops": lambda: PASSES["eliminate-noops"]().run(flat((0.5,), noise=True)).graph_module,
@@ -33,7 +39,9 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     "dedupe-layers": library,
     "schedule-layers": lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module,
     "assign-kv-slots": lambda: program_pipeline(PATH, BLENDS).run(library()).graph_module,
+    "keep-kv-writes": lambda: PASSES["keep-kv-writes"]().run(_layer()).graph_module,
     "matvec-to-reduction": lambda: PASSES["matvec-to-reduction"]().run(on_cpu(single_row(torch.bfloat16))).graph_module,
+    "attention-to-reduction": lambda: PASSES["attention-to-reduction"]().run(on_cpu(single_query(torch.bfloat16))).graph_module,
     "inline-layers": lambda: flat_pipeline().run(program_pipeline((1, 1)).run(library()).graph_module).graph_module,
 }
 

@@ -5,7 +5,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
@@ -42,6 +43,16 @@ def shared_view(model: PreTrainedModel, attention: str | None) -> PreTrainedMode
         if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
             config._attn_implementation_internal = attention
             config.return_dict, config.output_router_logits = True, False
+    return view
+
+
+def unwrapped(view: PreTrainedModel) -> PreTrainedModel:
+    """The view with weights that are tensor subclasses (quantized ones) as the plain tensors they are made of.
+
+    Traced so, scales and integers are weights like any other, and dequantizing is part of the graph.
+    """
+    if any(is_traceable_wrapper_subclass(p) for p in view.parameters()):
+        unwrap_tensor_subclass_parameters(view)
     return view
 
 

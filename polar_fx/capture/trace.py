@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..errors import CaptureError, UnsupportedModelError
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
-from .support import attention_variants, check_supported, embedding_weight, find_stack, probe, shared_view
+from .support import attention_variants, check_supported, embedding_weight, find_stack, probe, shared_view, unwrapped
 
 log = logging.getLogger("polar_fx.capture")
 
@@ -150,7 +150,7 @@ def capture(model: PreTrainedModel, attention: str | None = None) -> CapturedMod
     register()
     stack = find_stack(model)
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
-    view = shared_view(model, attention or attention_variants(model)[0])
+    view = unwrapped(shared_view(model, attention or attention_variants(model)[0]))
     specs = probe(view, depth)
     try:
         exported = _export(view, specs)

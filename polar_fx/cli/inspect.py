@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
+from ..plain_text import ranges
+from ..program_picture import picture
 from .options import add_model_arguments, compile_model, load_model
 
 if TYPE_CHECKING:
@@ -93,8 +95,6 @@ def _summary(compiled: "CompiledModel", programs: list["Program"]) -> dict[str, 
 
 
 def _show(summary: dict[str, Any], programs: list["Program"]) -> None:
-    from .picture import picture
-
     console = Console(highlight=False)
     kv = " or ".join(str(b) for b in summary["kv_bytes_per_token_and_step"])
     console.print(f"[bold]{summary['model']}[/]: {summary['depth']} layers, {summary['dtype']}, {kv} KV bytes a token and step")
@@ -102,7 +102,7 @@ def _show(summary: dict[str, Any], programs: list["Program"]) -> None:
     for part in summary["graphs"]:
         table.add_row(
             part["graph"],
-            _ranges(part["layers"]),
+            ranges(part["layers"]),
             str(part["nodes"]),
             f"{part['parameters_each']:,}",
             f"{part['bytes_each'] / 1e6:.1f}",
@@ -114,14 +114,3 @@ def _show(summary: dict[str, Any], programs: list["Program"]) -> None:
     for program in programs:
         print()
         print(picture(program))
-
-
-def _ranges(layers: list[int]) -> str:
-    """`0-3, 5` of [0, 1, 2, 3, 5]; empty for prologue and epilogue."""
-    found: list[list[int]] = []
-    for layer in layers:
-        if found and layer == found[-1][-1] + 1:
-            found[-1].append(layer)
-        else:
-            found.append([layer])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in found)

@@ -8,6 +8,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
+    from ..tiers import Tier
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,7 +32,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
     """--model, --dtype, --backend."""
     parser.add_argument("--model", metavar="ID_OR_FOLDER", help="model to run (default: the embedded SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--backend", default=backend, help="eager or inductor (default: %(default)s)")
+    parser.add_argument("--backend", default=backend, help="auto, aot_inductor, eager or inductor (default: %(default)s)")
 
 
 def status() -> Console:
@@ -51,22 +52,26 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
         return load(options.model, getattr(torch, options.dtype))
 
 
-def compile_model(model: Any, options: argparse.Namespace, max_length: int) -> "CompiledModel":
-    """Capture, with the seconds it took on stderr."""
+def compile_model(model: Any, options: argparse.Namespace, max_length: int | None, tier: "Tier" = "linked") -> "CompiledModel":
+    """Capture, with the seconds it took, or that it was not necessary, on stderr."""
     from ..compiled import compile
 
     start = time.perf_counter()
     with status().status("capturing the model's graph ..."):
-        compiled = compile(model, options.backend, max_length=max_length)
-    status().print(f"[dim]captured {compiled.depth} layers in {time.perf_counter() - start:.1f} s[/]")
+        compiled = compile(model, options.backend, max_length=max_length, tier=tier)
+    seconds = time.perf_counter() - start
+    what = f"captured {compiled.depth} layers"
+    if not compiled.library.is_traced:
+        what = f"read {compiled.depth} layers from the symbol table on disk"
+    status().print(f"[dim]{what} in {seconds:.1f} s[/]")
     return compiled
 
 
-def warm_up(compiled: "CompiledModel", programs: Any) -> float:
+def warm_up(compiled: "CompiledModel", programs: Any, batch: int = 1) -> float:
     """Compile what the programs need, with a status line; returns seconds."""
     start = time.perf_counter()
     with status().status("compiling ..."):
-        regions = compiled.warmup(programs)
+        regions = compiled.warmup(programs, batch)
     seconds = time.perf_counter() - start
     if regions:
         status().print(f"[dim]compiled {len(regions)} regions in {seconds:.1f} s; every program runs on them[/]")
