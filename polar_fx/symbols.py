@@ -36,8 +36,10 @@ class Operand:
         """An operand of that layout, for B, T and L of `sizes`; its contents are arbitrary."""
         import sympy  # half a second, and only compiling needs it
 
-        size, stride = ([int(sympy.sympify(s).subs(list(sizes.items()))) for s in part] for part in (self.size, self.stride))
-        return torch.empty_strided(size, stride, dtype=getattr(torch, self.dtype), device=device)
+        def numbers(texts: tuple[str, ...]) -> list[int]:
+            return [int(sympy.sympify(text).subs(sizes)) for text in texts]  # type: ignore[arg-type]
+
+        return torch.empty_strided(numbers(self.size), numbers(self.stride), dtype=getattr(torch, self.dtype), device=device)
 
     def axes(self) -> dict[int, str]:
         """The axes that follow the batch or the tokens of a call."""

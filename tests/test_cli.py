@@ -97,7 +97,7 @@ def test_pictures(text: str) -> None:
 BAD = {
     "program": (["--program", "0-1 ?? 2"], "^"),
     "depth": (["--program", "0-6 /7"], "7"),
-    "backend": (["--backend", "tensorflow"], "known: eager, inductor"),
+    "backend": (["--backend", "tensorflow"], "known: auto, aot_inductor, eager, inductor"),
     "prompt": (["--prompt", "  "], "the prompt is empty"),
     "temperature": (["--sample", "--temperature", "0"], "--temperature"),
     "model": (["--model", "/nowhere/at all"], "/nowhere/at all"),

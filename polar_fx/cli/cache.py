@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
+from ..plain_text import count, size
 from ..store import ArtifactStore, Entry, total_bytes
 from .options import whole
 
@@ -48,8 +49,8 @@ def _list(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
         console = Console(highlight=False)
         if entries:
             console.print(_table(entries))
-        limit = f"of {_size(store.limit_bytes)}" if store.limit_bytes else "and no limit"
-        console.print(Text(f"{_count(len(entries))}, {_size(total)} {limit}, in {store.root}"), soft_wrap=True)
+        limit = f"of {size(store.limit_bytes)}" if store.limit_bytes else "and no limit"
+        console.print(Text(f"{count(len(entries), 'artifact')}, {size(total)} {limit}, in {store.root}"), soft_wrap=True)
     artifacts = [
         {"key": e.key, "facts": e.facts, "bytes": e.num_bytes, "files": {f.name: f.num_bytes for f in e.files.values()},
          "created": e.created.isoformat(), "used": e.used.isoformat()}
@@ -67,7 +68,7 @@ def _verify(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]
         advice = ""
         if refused:
             advice = ", and removed" if options.repair else "; `cache verify --repair` removes what is not"
-        print(f"{_count(num_fine)} fit for use, {len(refused)} not{advice}")
+        print(f"{count(num_fine, 'artifact')} fit for use, {len(refused)} not{advice}")
     return {
         "folder": str(store.root), "ok": options.repair or not refused, "repaired": options.repair, "fine": num_fine,
         "refused": [{"key": key, "reason": reason} for key, reason in refused.items()],
@@ -80,7 +81,7 @@ def _clear(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
     if options.yes or _confirmed(f"remove the artifacts{which} in {store.root}?"):
         removed, freed = store.clear(unused_s=(options.older_than or 0) * _DAY_S)
     if not options.json:
-        print(f"removed {_count(removed)}, {_size(freed)}")
+        print(f"removed {count(removed, 'artifact')}, {size(freed)}")
     return {"folder": str(store.root), "removed": removed, "bytes": freed}
 
 
@@ -98,26 +99,14 @@ def _table(entries: list[Entry]) -> Table:
     for entry in entries:
         shown = [" ".join(str(entry.facts[n]) for n in names if entry.facts.get(n) is not None) for names in _COLUMNS]
         # as Text: shapes have brackets, which are markup to rich
-        table.add_row(entry.key[:12], *map(Text, shown), _size(entry.num_bytes), _age(entry.created), _age(entry.used))
+        table.add_row(entry.key[:12], *map(Text, shown), size(entry.num_bytes), _age(entry.created), _age(entry.used))
     return table
-
-
-def _count(number: int) -> str:
-    return f"{number} artifact{'' if number == 1 else 's'}"
-
-
-def _size(num_bytes: int) -> str:
-    """`12.3 MB`."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:.1f} {unit}"
-    return f"{num_bytes} B"
 
 
 def _age(moment: datetime) -> str:
     """`3 d`, in the largest unit that fits."""
     seconds = max(0, int((datetime.now(UTC) - moment).total_seconds()))
-    for unit, size in (("d", _DAY_S), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds // size} {unit}"
+    for unit, each in (("d", _DAY_S), ("h", 3600), ("min", 60)):
+        if seconds >= each:
+            return f"{seconds // each} {unit}"
     return f"{seconds} s"
