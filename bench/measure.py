@@ -46,10 +46,19 @@ def paired_ratio(samples: Sequence[float], reference: Sequence[float]) -> dict[s
     return spread([a / b for a, b in zip(samples, reference, strict=True)])
 
 
-def bandwidth_gbs(device: torch.device, megabytes: int = 512, repeats: int = 9) -> float:
-    """Measured read bandwidth in GB/s: the best of repeated sums over memory that no cache holds."""
+def bandwidth_gbs(device: torch.device, megabytes: int = 512, repeats: int = 9) -> dict[str, float]:
+    """Measured read bandwidth in GB/s by several operators that read memory no cache holds; the best of `repeats` each.
+
+    A sum alone would flatter: a maximum, which does less with what it reads, reads faster on some machines.
+    """
     values = torch.ones(megabytes * 1024 * 1024 // 4, device=device)
-    return max(values.numel() * 4 / timed(values.sum, device) / 1e6 for _ in range(repeats))
+    rows, vector = values.view(-1, 4096), torch.ones(4096, device=device)
+    reads: dict[str, Callable[[], Any]] = {"sum": values.sum, "max": values.amax, "mv": lambda: torch.mv(rows, vector)}
+    best = dict.fromkeys(reads, 0.0)
+    for _ in range(repeats):
+        for name, read in reads.items():
+            best[name] = max(best[name], values.numel() * 4 / timed(read, device) / 1e6)
+    return best
 
 
 def machine(device: torch.device) -> dict[str, Any]:

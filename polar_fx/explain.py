@@ -21,7 +21,6 @@ from .regions import KV_WRITES, Wanted
 from .report import Kind, Report, kinds_of, plain, report, tensor_bytes
 from .store import Entry
 from .tiers import TierRecord
-from .variant import VariantKey
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel, ProgramLike
@@ -223,11 +222,10 @@ def _tiers(compiled: "CompiledModel", program: Program, shape: ShapeClass, entri
     """A state a phase, unless whole programs are off; they serve one row."""
     if compiled.tiers.tier == "linked" or shape.batch != 1:
         return ()
-    library, found = compiled.library, []
+    found = []
     records = {r.phase: replace(r) for r in compiled.tiers.records if r.program == program}
     for phase, of in (("prefill", shape), ("decode", shape.decode)):
-        key = VariantKey.of("whole", library.fingerprint, of, compiled.backend, library.device, library.dtype, str(program))
-        found.append(TierState(phase, records.get(phase), key.digest in entries))
+        found.append(TierState(phase, records.get(phase), compiled.tiers.key(program, of).digest in entries))
     return tuple(found)
 
 

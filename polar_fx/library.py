@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from .capture import CapturedModel, KvSpec
 from .errors import CaptureError, ProgramError
-from .passes.base import kind, layer_calls
+from .passes.base import PassError, kind, layer_calls
 from .passes.pipeline import PassRecord, Pipeline, PipelineResult, flat_pipeline, library_pipeline, program_pipeline
 from .program import Program
 from .symbols import Symbol, SymbolTable, read_symbols
@@ -80,7 +80,10 @@ class LayerLibrary:
 
     @functools.cached_property
     def _pipeline_result(self) -> PipelineResult:
-        result = self.pipeline.run(self.captured.graph_module)
+        try:
+            result = self.pipeline.run(self.captured.graph_module)
+        except PassError as error:
+            raise CaptureError(f"the captured graph cannot be taken apart into layers: {error}") from error
         calls = layer_calls(result.graph_module)
         ends = {kind(n) for n in result.graph_module.graph.nodes}
         if len(calls) != self.captured.depth or not {"prologue", "epilogue"} <= ends:

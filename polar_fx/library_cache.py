@@ -56,7 +56,7 @@ def load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | Non
         return LayerLibrary(capture())
     try:
         facts = {**model_facts(model), "checked": check}
-    except _Unknown as reason:
+    except (_Unknown, RecursionError) as reason:  # the latter: plain data that holds itself
         log.info("the capture is not cached: %s", reason)
         return LayerLibrary(capture())
     key = digest(facts)
@@ -130,7 +130,7 @@ def _state(model: nn.Module) -> Iterator[Any]:
                 if type(t) not in (nn.Parameter, Tensor, nn.Buffer):
                     raise _Unknown(f"{path}.{name} is a {type(t).__name__}")
                 full = f"{path}.{name}"
-                yield [kind, full, str(t.dtype), t.device.type, list(t.shape), list(t.stride()), first.setdefault(id(t), full)]
+                yield [kind, full, str(t.dtype), str(t.device), list(t.shape), list(t.stride()), first.setdefault(id(t), full)]
 
 
 def _qualified(value: Any) -> str:
@@ -239,8 +239,12 @@ def repr_plain(value: Any) -> str:
     """The text of plain values; only the type of others, whose text may hold an address."""
     if isinstance(value, tuple):
         return "(" + ", ".join(repr_plain(v) for v in value) + ")"
-    if isinstance(value, frozenset):
+    if isinstance(value, list):
+        return "[" + ", ".join(repr_plain(v) for v in value) + "]"
+    if isinstance(value, (set, frozenset)):
         return "{" + ", ".join(sorted(repr_plain(v) for v in value)) + "}"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{repr_plain(k)}: {repr_plain(v)}" for k, v in value.items()) + "}"
     plain = value is None or isinstance(value, (bool, int, float, complex, str, bytes))
     return f"{type(value).__name__} {value!r}" if plain else type(value).__name__
 

@@ -29,7 +29,7 @@ from .variant import RegionRecord, VariantKey
 log = logging.getLogger("polar_fx.regions")
 
 KV_WRITES = ".kv"
-_KEEP = KeepKvWrites()
+KEEP_KV_WRITES = KeepKvWrites()
 
 # Example sizes for a dynamic axis: primes, so that no axis is taken for a model dimension of the same size.
 _BATCH, _TOKENS = 3, 127
@@ -78,7 +78,7 @@ class RegionTable:
         """The key under which the store keeps a region."""
         target, kv = split(name)
         library, fingerprint = self.library, self.library.table.bodies[target].fingerprint
-        passes = (_KEEP.content_id,) if kv else ()
+        passes = (KEEP_KV_WRITES.content_id,) if kv else ()
         return VariantKey.of("region", fingerprint, shape, self.backend, library.device, library.dtype, passes=passes)
 
     def files(self, name: str, shape: ShapeClass) -> Mapping[str, Path] | None:
@@ -98,7 +98,10 @@ class RegionTable:
                 assert isinstance(self.backend, PersistentBackend)
                 self._build_one(self.backend, name, shape, self.backend.build)
                 files = self.files(name, shape)
-            assert files is not None
+            if files is None:
+                raise CompileError(
+                    f"the exported graph of {name} for {shape} is not in the artifact store; raise POLAR_FX_CACHE_LIMIT"
+                )
             found.append(files[GRAPH])
         return found
 
@@ -131,7 +134,8 @@ class RegionTable:
         job = describe(backend)
         if len(wanted) == 1 or self.workers < 1 or job is None:
             return {w: self._build_one(backend, *w, backend.build) for w in wanted}
-        _ = self.library.graph_module  # traced once, before threads ask for it
+        with self._tracing:
+            _ = self.library.graph_module  # once, before threads ask for it
         with worker_pool(min(self.workers, len(wanted))) as pool, ThreadPoolExecutor(len(wanted)) as threads:
             made = [threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted]
             return {w: f.result() for w, f in zip(wanted, made, strict=True)}
@@ -140,9 +144,9 @@ class RegionTable:
         start = time.perf_counter()
 
         def make(folder: Path) -> None:
-            with self._tracing:  # torch.export is not made for threads
-                backend.export(*self._source(name, shape), folder)
             try:
+                with self._tracing:  # torch.export is not made for threads
+                    backend.export(*self._source(name, shape), folder)
                 build(folder)
             except PolarError:
                 raise
@@ -179,7 +183,7 @@ class RegionTable:
         operands = self.library.table.bodies[target].operands
         dynamic = [{i: a for i, a in o.axes().items() if getattr(shape, a) is None} for o in operands]
         example = self._example(target, shape) if self.backend.needs_shapes else []
-        return (_KEEP.run(body).graph_module if kv else body), example, dynamic
+        return (KEEP_KV_WRITES.run(body).graph_module if kv else body), example, dynamic
 
     def _example(self, target: str, shape: ShapeClass) -> list[Tensor]:
         sizes = {"B": shape.batch or _BATCH, "T": shape.tokens or min(_TOKENS, self.max_length), "L": shape.length}

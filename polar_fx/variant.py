@@ -5,9 +5,13 @@ program (tier 1). Everything that could change the code is a field of its key.
 """
 
 import functools
+import hashlib
 import json
+import platform
+import threading
 from collections import OrderedDict
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 import torch
 
@@ -23,8 +27,21 @@ def target_of(device: torch.device) -> str:
         return f"sm{major}{minor}"
     if device.type != "cpu":
         return device.type
-    more = {"bf16": torch.cpu._is_avx512_bf16_supported, "amx": torch.cpu._is_amx_tile_supported}
-    return "+".join([torch.backends.cpu.get_cpu_capability(), *(name for name, has in more.items() if has())])
+    # Inductor compiles for the very processor it runs on
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    known = hashlib.sha256(flags.encode()).hexdigest()[:8]
+    return f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {known}"
+
+
+@functools.cache
+def _builder() -> str:
+    """Fingerprint of the files here that turn graphs into code."""
+    seen = hashlib.sha256()
+    for file in sorted((Path(__file__).parent / "backends").glob("*.py")):
+        seen.update(file.name.encode() + b"\0" + file.read_bytes())
+    return seen.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,8 @@ class VariantKey:
 
     `graph` is the fingerprint of what is compiled (operators, wiring, literals, operand layouts), `passes` the content
     ids of the passes run on it, `bucket` the class of shapes. transformers' version is no field: what it changes is the
-    graph. `threads` is one because Inductor decides by it which loops to split.
+    graph. `threads` is one because Inductor decides by it which loops to split, `builder` because our own adapters decide
+    what the compiler is given. Inductor's global settings are none: set them through the backend's `options`.
     """
 
     kind: str
@@ -48,6 +66,7 @@ class VariantKey:
     options: str
     threads: int
     torch_version: str
+    builder: str
 
     @classmethod
     def of(
@@ -62,12 +81,13 @@ class VariantKey:
             passes="+".join((*passes, *(p.content_id for p in backend.passes))),
             bucket=str(shape),
             dtype=str(dtype).removeprefix("torch."),
-            device=device.type,
+            device=str(device),
             target=target_of(device),
-            backend=backend.name,
+            backend=backend.name if type(backend).__module__.startswith("polar_fx.") else _qualified(type(backend)),
             options=json.dumps(backend.options, sort_keys=True, default=str),
             threads=torch.get_num_threads() if device.type == "cpu" else 0,
             torch_version=f"{torch.__version__} {torch.version.git_version}",
+            builder=_builder(),
         )
 
     def facts(self) -> dict[str, str | int]:
@@ -99,36 +119,45 @@ class RegionRecord:
     num_bytes: int = 0
 
 
+def _qualified(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
 class VariantCache:
     """Loaded variants in memory, the least recently used dropped when their bytes exceed `limit_bytes`."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes
         self._held: OrderedDict[VariantKey, tuple[Region, int]] = OrderedDict()
+        self._lock = threading.RLock()
 
     def get(self, key: VariantKey) -> Region | None:
         """The variant, now the most recently used."""
-        if key not in self._held:
-            return None
-        self._held.move_to_end(key)
-        return self._held[key][0]
+        with self._lock:
+            if key not in self._held:
+                return None
+            self._held.move_to_end(key)
+            return self._held[key][0]
 
     def put(self, key: VariantKey, region: Region, num_bytes: int) -> list[VariantKey]:
         """Keep a variant; returns the keys dropped for it, never its own."""
-        self._held[key] = (region, num_bytes)
-        self._held.move_to_end(key)
-        dropped = []
-        while self.num_bytes > self.limit_bytes and len(self._held) > 1:
-            dropped.append(self._held.popitem(last=False)[0])
-        return dropped
+        with self._lock:
+            self._held[key] = (region, num_bytes)
+            self._held.move_to_end(key)
+            dropped = []
+            while self.num_bytes > self.limit_bytes and len(self._held) > 1:
+                dropped.append(self._held.popitem(last=False)[0])
+            return dropped
 
     def drop(self, key: VariantKey) -> None:
         """Forget a variant, if it is there."""
-        self._held.pop(key, None)
+        with self._lock:
+            self._held.pop(key, None)
 
     @property
     def num_bytes(self) -> int:
-        return sum(size for _, size in self._held.values())
+        with self._lock:
+            return sum(size for _, size in self._held.values())
 
     def __len__(self) -> int:
         return len(self._held)

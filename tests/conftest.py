@@ -1,8 +1,23 @@
 """Fixtures every test may use."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Artifacts of the tests go to a folder of their own; the converted default model is shared with the user's."""
+    from polar_fx.environment import cache_dir
+
+    folder = tmp_path_factory.mktemp("cache")
+    models = cache_dir() / "models"
+    models.mkdir(parents=True, exist_ok=True)
+    (folder / "models").symlink_to(models, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("POLAR_FX_CACHE_DIR", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Whole programs as one graph: right, made in the background, kept only if faster, and always replaceable by links."""
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,12 +142,32 @@ def test_whole_programs_beyond_the_memory_limit_are_loaded_again(store: Artifact
     assert len(whole.tiers._cache) == 1
 
 
+def test_a_worker_that_was_killed_is_started_again(tmp_path: Path) -> None:
+    one = worker.Worker()
+    job = {"backend": "aot_inductor", "options": {}, "passes": "", "threads": 1, "folder": str(tmp_path)}
+    with pytest.raises(CompileError, match="compiling failed in a worker: .*graph.pt2"):
+        one.run(job)
+    assert one._process is not None
+    first = one._process.pid
+    one._process.kill()
+    one._process.wait()
+    with pytest.raises(CompileError, match="compiling failed in a worker: .*graph.pt2"):
+        one.run(job)
+    assert one._process.pid != first
+    one.close()
+
+
+def test_policies_are_checked() -> None:
+    with pytest.raises(InputError, match="trial_calls of a tier policy must be at least 1, got 0"):
+        TierPolicy(trial_calls=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (dict(tier="best"), "unknown tier 'best'; known: linked, whole, auto"),
-        (dict(tier="auto", cache=False), "tier='auto' needs the artifact store"),
-        (dict(tier="whole", backend="eager"), "tier='whole' needs the artifact store and a backend that compiles to files"),
+        (dict(tier="auto", cache=False), "tier='auto' needs the CPU, the artifact store"),
+        (dict(tier="whole", backend="eager"), "tier='whole' needs .* a backend that compiles to files"),
         (dict(tier="auto", deterministic=True), "deterministic=True needs tier='linked' or 'whole'"),
     ],
 )

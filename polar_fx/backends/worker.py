@@ -8,9 +8,10 @@ import contextlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
-import threading
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,59 +39,68 @@ def describe(backend: Backend) -> dict[str, Any] | None:
 
 
 class Worker:
-    """One worker process; `run` does a job and waits for it."""
+    """A worker process, started for its first job and again if it ended; `run` does a job and waits for it."""
 
     def __init__(self, nice: int = 0) -> None:
-        root = str(Path(__file__).parent.parent.parent)
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START, root, str(nice)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
+        self._nice = nice
+        self._process: subprocess.Popen[str] | None = None
+        self._owner = os.getpid()
 
     def run(self, job: dict[str, Any]) -> None:
         """Do one job. Raises CompileError with the worker's reason."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()  # what is left of one that ended
+            root = str(Path(__file__).parent.parent.parent)
+            self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _START, root, str(self._nice)],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
+            )  # fmt: skip
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(job) + "\n")
             self._process.stdin.flush()
-            answer = self._process.stdout.readline()
-        except (OSError, ValueError) as error:
-            raise CompileError(f"a compile worker ended: {error}; free some memory, or compile with workers=0") from error
-        if not answer:
-            raise CompileError(
-                f"a compile worker ended with status {self._process.wait()}; free some memory, or compile with workers=0"
-            )
-        if (reason := json.loads(answer).get("error")) is not None:
+            answer = json.loads(self._process.stdout.readline())
+        except (OSError, ValueError) as error:  # no answer, or half of one
+            raise CompileError(f"a compile worker ended{self._last_words()}") from error
+        if (reason := answer.get("error")) is not None:
             raise CompileError(f"compiling failed in a worker: {reason}")
 
+    def _last_words(self) -> str:
+        assert self._process is not None
+        status = self._process.wait()
+        if status == -signal.SIGKILL:
+            return ": it was killed; free some memory, or compile with workers=0"
+        self._errors.seek(0)
+        lines = [line for line in self._errors.read().splitlines() if line.strip()]
+        return f" with status {status}: {lines[-1].strip() if lines else 'it said nothing'}"
+
     def close(self) -> None:
-        """End the process, in the middle of a job if need be."""
+        """End the process, in the middle of a job if need be. A forked child leaves its parent's worker alone."""
+        if self._process is None or self._owner != os.getpid():
+            return
         self._process.kill()
         self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:
                 with contextlib.suppress(OSError):  # what was left unsent does not matter any more
                     pipe.close()
+        self._process = None
 
 
 class WorkerPool:
     """Workers that are started when first needed, at most `size`, and shared by threads."""
 
     def __init__(self, size: int) -> None:
-        self._idle: queue.SimpleQueue[Worker | None] = queue.SimpleQueue()
-        self._all: list[Worker] = []
-        self._lock = threading.Lock()
-        for _ in range(size):
-            self._idle.put(None)
+        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
+        self._all = [Worker() for _ in range(size)]
+        for worker in self._all:
+            self._idle.put(worker)
 
     def run(self, job: dict[str, Any]) -> None:
         """Do a job on the next idle worker. Raises CompileError."""
         worker = self._idle.get()
         try:
-            if worker is None:
-                worker = Worker()
-                with self._lock:
-                    self._all.append(worker)
             worker.run(job)
         finally:
             self._idle.put(worker)
@@ -113,7 +123,8 @@ def worker_pool(size: int) -> Iterator[WorkerPool]:
 
 def main() -> None:
     """Serve jobs from stdin until it closes."""
-    os.nice(int(sys.argv[2]))
+    if hasattr(os, "nice"):
+        os.nice(int(sys.argv[2]))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # compilers may print; the pipe is for answers
     for line in sys.stdin:
