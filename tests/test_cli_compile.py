@@ -90,7 +90,7 @@ def test_pictures(suffix: str, folder: str, tmp_path: Path, capsys: pytest.Captu
 BAD = {
     "suffix": (["--graph", "out.png"], "--graph out.png has no known suffix"),
     "batch": (["--tier", "whole", "--batch", "2"], "--tier whole serves one row"),
-    "tier": (["--tier", "whole", "--backend", "eager"], "tier='whole' needs the artifact store"),
+    "tier": (["--tier", "whole", "--backend", "eager"], "tier='whole' needs the CPU, the artifact store"),
     "program": (["--program", "0-1 ?? 2", "--backend", "eager"], "^"),
     "backend": (["--backend", "tensorflow"], "known: auto, aot_inductor, eager, inductor"),
     "length": (["--max-length", "257"], "exceeds the 256 positions"),
