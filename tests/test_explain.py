@@ -339,8 +339,8 @@ def test_the_whole_form_of_a_program(store: ArtifactStore) -> None:
     explanation = compiled.explain(program)
     assert [(t.phase, t.record, t.is_on_disk) for t in explanation.tiers] == [("prefill", None, False), ("decode", None, False)]
     own = Tiers(compiled.library, compiled.regions, compiled.pool.kv_index, "auto", TierPolicy())
-    _plant(store, own._variant(program, shape.decode, False).key)
-    variant = compiled.tiers._variant(program, shape, True)
+    _plant(store, own.key(program, shape.decode))
+    variant = compiled.tiers._variant(program, shape)
     variant.record.state, variant.record.calls, variant.record.reason = "linked", 12, "whole is 3.0 % slower than linked"
     explanation = compiled.explain(program)
     prefill, decode = explanation.tiers

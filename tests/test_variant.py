@@ -4,7 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +101,10 @@ def test_the_number_of_threads_is_part_of_a_key_on_the_cpu(monkeypatch: pytest.M
     assert _key().differences(before) == {"threads": (before.threads + 3, before.threads)}
 
 
-@pytest.mark.parametrize("probe", ["_is_avx512_bf16_supported", "_is_amx_tile_supported"])
-def test_the_processors_instructions_are_part_of_a_key(probe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = _key()
-    has: Callable[[], bool] = getattr(torch.cpu, probe)
-    answer = not has()
-    monkeypatch.setattr(torch.cpu, probe, lambda: answer)
+def test_the_processors_instructions_are_part_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, info = _key(), tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nflags : sse2 avx2 an_instruction_of_its_own\n", encoding="utf-8")
+    monkeypatch.setattr("polar_fx.variant.Path", lambda name: info)
     target_of.cache_clear()
     try:
         assert _key().differences(before).keys() == {"target"}
