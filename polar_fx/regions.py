@@ -162,7 +162,7 @@ class RegionTable:
             with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
                 make(Path(place))
                 files = _files(Path(place))
-                region, made = backend.load(files), True
+                region = backend.load(files)
                 self._record(name, shape, start, "compiled", _size(files))
                 return region
         key = self.key(name, shape)
