@@ -6,6 +6,7 @@ whole configuration, so its text form (`spec`) parses back and its content id ca
 
 import hashlib
 import json
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -100,6 +101,21 @@ def kind(node: Node) -> str | None:
 def role(node: Node) -> str | None:
     """`input` or `kv` for a placeholder of the program; also `hidden`, `side`, `weight` inside a body."""
     return node.meta.get("role")
+
+
+def writes(node: Node) -> bool:
+    """Whether it is an operator that writes into memory it is given."""
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def storage(node: Node) -> Node:
+    """The node whose memory this one is, or is a view of."""
+    while node.args and isinstance(node.args[0], Node):
+        aliases = isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)
+        if not aliases and node.target is not operator.getitem:
+            break
+        node = node.args[0]
+    return node
 
 
 def layer_calls(gm: GraphModule) -> list[Node]:

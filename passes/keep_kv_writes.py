@@ -4,35 +4,20 @@ Prefilling a prompt, the last step computes keys and values of every token, but 
 only for the tokens whose logits are asked for: those run as if decoded, right behind this.
 """
 
-import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassError, PassResult, role
+from .base import Caller, Pass, PassError, PassResult, role, storage, writes
 
 _ZERO = torch.ops.aten.new_zeros.default
 
 
-def _storage(node: Node) -> Node:
-    """The node whose memory this one is, or is a view of."""
-    while node.args and isinstance(node.args[0], Node):
-        aliases = isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)
-        if not aliases and node.target is not operator.getitem:
-            break
-        node = node.args[0]
-    return node
-
-
-def _writes(node: Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
-
-
 def kv_writes(gm: GraphModule) -> list[Node]:
     """The operators that write into a KV operand, or a view of one."""
-    return [n for n in gm.graph.nodes if _writes(n) and role(_storage(n)) == "kv"]
+    return [n for n in gm.graph.nodes if writes(n) and role(storage(n)) == "kv"]
 
 
 @dataclass(frozen=True)
@@ -45,15 +30,15 @@ class KeepKvWrites(Pass):
     preserves_numerics: ClassVar[bool] = False  # the hidden state is gone; what is left writes the same bits
 
     def run(self, gm: GraphModule) -> PassResult:
-        writes = kv_writes(gm)
-        if not writes:
+        wanted = kv_writes(gm)
+        if not wanted:
             raise PassError(self.name, "the graph writes no keys and values", "run it on the graph of one layer")
-        kept = set(writes)
+        kept = set(wanted)
         read: set[Node] = set()  # memory that what comes later reads
         for node in reversed(gm.graph.nodes):
-            if node in kept or (_writes(node) and _storage(node) in read):
+            if node in kept or (writes(node) and storage(node) in read):
                 kept |= {node, *node.all_input_nodes}
-                read |= {_storage(n) for n in node.all_input_nodes}
+                read |= {storage(n) for n in node.all_input_nodes}
         done = gm.graph.output_node().args[0]
         if isinstance(done, Node) and done.target is _ZERO:
             return PassResult(gm, False)
@@ -63,6 +48,6 @@ class KeepKvWrites(Pass):
             if node.op == "placeholder" or node in kept:
                 env[node] = graph.node_copy(node, env.__getitem__)
         operands = graph.find_nodes(op="placeholder")
-        graph.output(Caller(graph, writes[-1])(_ZERO, operands[0], [1]))
+        graph.output(Caller(graph, wanted[-1])(_ZERO, operands[0], [1]))
         before, after = len(gm.graph.nodes), len(graph.nodes)
         return PassResult(GraphModule(gm, graph), True, {"nodes": f"{before} -> {after}"})

@@ -17,7 +17,7 @@ from .errors import InputError, NotSegmentableError
 from .plain_text import count, ranges, size, table
 from .program import Program
 from .program_picture import picture, program_dot, render_svg
-from .regions import KV_WRITES, Wanted
+from .regions import Wanted
 from .report import Kind, Report, kinds_of, plain, report, tensor_bytes
 from .store import Entry
 from .tiers import TierRecord
@@ -165,7 +165,9 @@ def explain(compiled: "CompiledModel", program: "ProgramLike" = None, batch: int
     batch = 1 if compiled.deterministic else batch  # rows run one by one
     shape = ShapeClass.of(batch, min(compiled.prefill_chunk, pool.max_length), pool.length)
     entries = {e.key: e for e in regions.store.entries()} if regions.store is not None else {}
-    prefill, decode = (_uses(compiled, calls, entries) for calls in _calls(compiled, chosen, shape))
+    # of a prompt, its last chunk; a chunk of one token runs as if decoded
+    parts = (compiled.linker.calls(chosen, of, every=of == shape.decode) for of in (shape, shape.decode))
+    prefill, decode = (_uses(compiled, Counter(calls), entries) for calls in parts)
     steps = []
     for step in chosen.schedule():
         call, spec = library.layers[step.layer], library.table.kv_specs[step.layer]
@@ -183,19 +185,6 @@ def explain(compiled: "CompiledModel", program: "ProgramLike" = None, batch: int
         chosen, picture(chosen), segments, kinds_of(compiled), tuple(steps), prefill, decode, library.is_traced, pool.length,
         cost, compiled.tiers.tier, _tiers(compiled, chosen, shape, entries),
     )  # fmt: skip
-
-
-def _calls(compiled: "CompiledModel", program: Program, shape: ShapeClass) -> tuple[Counter[Wanted], Counter[Wanted]]:
-    """How often each region runs in a prompt's last chunk, and in decoding a token (see `Linker`)."""
-    library, one = compiled.library, shape.decode
-    start, head = library.prologue.target, library.epilogue.target
-    targets = [library.layers[layer].target for layer in program.path]
-    decode = Counter((name, one) for name in (start, *targets, head))
-    if shape == one:
-        return decode, decode
-    prefill = Counter((name, shape) for name in (start, *targets[:-1], targets[-1] + KV_WRITES))
-    prefill += Counter((name, one) for name in (start, targets[-1], head))
-    return prefill, decode
 
 
 def _uses(compiled: "CompiledModel", calls: Counter[Wanted], entries: dict[str, Entry]) -> tuple[RegionUse, ...]:

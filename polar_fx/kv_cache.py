@@ -50,8 +50,13 @@ class KvPool:
         self._serial = 0
 
     @property
+    def num_slots(self) -> int:
+        """Slots ever allocated and still held."""
+        return len(self._allocated) // 2
+
+    @property
     def num_bytes(self) -> int:
-        """Bytes of all slots ever allocated and still held."""
+        """Bytes of those slots."""
         return sum(t.numel() * t.element_size() for t in self._allocated)
 
     @torch.inference_mode(False)  # slots outlive the mode they are first asked for in

@@ -137,6 +137,15 @@ class LayerLibrary:
         """Identifies graphs and wiring (sha256), not weights."""
         return hashlib.sha256(self.table.to_json().encode()).hexdigest()
 
+    @functools.cached_property
+    def model_fingerprint(self) -> str:
+        """Identifies graphs, wiring and weights (sha256); reads every weight once."""
+        found = hashlib.sha256(self.fingerprint.encode())
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+        return found.hexdigest()
+
     def kv_specs(self, program: Program) -> list[KvSpec]:
         """Slot geometry of each step."""
         return [self.table.kv_specs[layer] for layer in program.path]

@@ -17,7 +17,7 @@ from .backends.base import Region, ShapeClass
 from .kv_cache import KvPool
 from .library import LayerLibrary
 from .program import Program
-from .regions import KV_WRITES, RegionTable
+from .regions import KV_WRITES, RegionTable, Wanted
 
 _MAX_LINKED = 1024
 
@@ -117,39 +117,50 @@ class Linker:
         self._linked: dict[tuple[Program, ShapeClass | None, bool], LinkedProgram] = {}
         self._lock = threading.RLock()
 
+    @property
+    def num_programs(self) -> int:
+        """Programs that are linked now, for whatever shapes."""
+        return len({program for program, *_ in list(self._linked)})
+
     def link(self, program: Program, shape: ShapeClass, every: bool = True) -> LinkedProgram:
         """The program on the regions of `shape`, for the logits of every token or of one token per row."""
         key = (program, shape if self.regions.backend.needs_shapes else None, every)
         if (linked := self._linked.get(key)) is not None:
             return linked
         with self._lock:
+            if (linked := self._linked.get(key)) is not None:  # another thread was first
+                return linked
             linked = self._link(program, shape, every)
             if len(self._linked) >= _MAX_LINKED:  # a search runs millions of programs; linking one again costs little
                 del self._linked[next(iter(self._linked))]
             self._linked[key] = linked
             return linked
 
+    def calls(self, program: Program, shape: ShapeClass, every: bool = True) -> list[Wanted]:
+        """The regions that one run of the program linked so calls, in order; of a prompt in chunks, the last one's."""
+        start, head = self.library.prologue.target, self.library.epilogue.target
+        targets = [self.library.layers[layer].target for layer in program.path]
+        if every:
+            return [(name, shape) for name in (start, *targets, head)]
+        many = [(name, shape) for name in (start, *targets[:-1], targets[-1] + KV_WRITES)]
+        return many + [(name, shape.decode) for name in (start, targets[-1], head)]
+
     def _link(self, program: Program, shape: ShapeClass, every: bool) -> LinkedProgram:
         library = self.library
         start, head = library.prologue, library.epilogue
-        targets = [library.layers[layer].target for layer in program.path]
-        final = targets[-1] + KV_WRITES
-        if every:
-            wanted = [(name, shape) for name in (start.target, *targets, head.target)]
-        else:
-            wanted = [(name, shape) for name in (start.target, *targets[:-1], final)]
-            # what decoding needs is needed as well: asked for together, it is compiled together
-            self.regions.get(wanted + [(name, shape.decode) for name in (start.target, *targets, head.target)])
-        regions = {name: region for (name, _), region in self.regions.get(wanted).items()}
+        wanted = self.calls(program, shape, every)
+        # what decoding needs is needed as well: asked for together, it is compiled together
+        made = self.regions.get(wanted if every else wanted + self.calls(program, shape.decode))
+        regions = {name: region for (name, of), region in made.items() if of == shape}
         steps = []
-        for step, target in zip(program.schedule(), targets, strict=True):
+        for step in program.schedule():
             call = library.layers[step.layer]
-            steps.append(LinkedStep(regions.get(target, _unlinked), call.sides, call.weights, step.opens, step.closes))
+            steps.append(LinkedStep(regions.get(call.target, _unlinked), call.sides, call.weights, step.opens, step.closes))
         return LinkedProgram(
             program, regions[start.target], start.weights, tuple(steps),
             LinkedStep(regions[head.target], head.sides, head.weights, 0, ()) if every else None,
             self.pool.kv_index,
-            None if every else regions[final],
+            None if every else regions[library.layers[program.path[-1]].target + KV_WRITES],
             None if every else self.link(program, shape.decode),
         )  # fmt: skip
 

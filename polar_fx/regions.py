@@ -66,13 +66,15 @@ class RegionTable:
         self._tracing = threading.Lock()
 
     def get(self, wanted: Sequence[Wanted]) -> dict[Wanted, Region]:
-        """The wanted regions, made if missing: all of them at once, if workers can."""
-        if not self.backend.needs_shapes:
-            wanted = [(name, _ANY) for name, _ in wanted]
-        if any(w not in self._regions for w in wanted):
+        """The wanted regions, made if missing: all of them at once, if workers can.
+
+        Raises CompileError, CaptureError or CacheError; what was made beside a failure is kept.
+        """
+        places = {w: w if self.backend.needs_shapes else (w[0], _ANY) for w in wanted}
+        if any(p not in self._regions for p in places.values()):
             with self._lock:
-                self._regions.update(self._make([w for w in dict.fromkeys(wanted) if w not in self._regions]))
-        return {w: self._regions[w] for w in wanted}
+                self._make([p for p in dict.fromkeys(places.values()) if p not in self._regions])
+        return {w: self._regions[p] for w, p in places.items()}
 
     def key(self, name: str, shape: ShapeClass) -> VariantKey:
         """The key under which the store keeps a region."""
@@ -89,65 +91,72 @@ class RegionTable:
         return self.store.get(key.digest, key.facts())
 
     def graph_files(self, wanted: Sequence[Wanted]) -> list[Path]:
-        """The exported graphs of regions, in the store."""
+        """The exported graphs of regions, in the store. Raises CompileError if it has no room for all of them."""
         self.get(wanted)
-        found = []
+        assert isinstance(self.backend, PersistentBackend)
         for name, shape in wanted:
-            files = self.files(name, shape)
-            if files is None:  # evicted since it was loaded
-                assert isinstance(self.backend, PersistentBackend)
+            if self.files(name, shape) is None:  # evicted since it was loaded
                 self._build_one(self.backend, name, shape, self.backend.build)
-                files = self.files(name, shape)
+        found = [(w, self.files(*w)) for w in wanted]  # again, once all are made: one may have taken another's room
+        for w, files in found:
             if files is None:
-                raise CompileError(
-                    f"the exported graph of {name} for {shape} is not in the artifact store; raise POLAR_FX_CACHE_LIMIT"
-                )
-            found.append(files[GRAPH])
-        return found
+                raise _evicted(*w)
+        return [files[GRAPH] for _, files in found if files is not None]
 
     # ------------------------------------------------------------------------------------------------- making them
 
-    def _make(self, wanted: list[Wanted]) -> dict[Wanted, Region]:
-        found: dict[Wanted, Region] = {}
+    def _make(self, wanted: list[Wanted]) -> None:
         if isinstance(self.backend, PersistentBackend):
-            for name, shape in wanted:
-                start = time.perf_counter()
-                if (files := self.files(name, shape)) is not None:
-                    found[name, shape] = self.backend.load(files)
-                    self._record(name, shape, start, "loaded", _size(files))
-            built = self._build(self.backend, [w for w in wanted if w not in found])
-        else:
-            built = {}
-            for name, shape in wanted:
-                start = time.perf_counter()
-                built[name, shape] = self.backend.compile_region(*self._source(name, shape))
-                if self.backend.needs_shapes:
-                    self._record(name, shape, start, "compiled", 0)
-                    if name == self.library.prologue.target:
-                        self._check_prologue(built[name, shape], shape)
-        return found | built
+            self._build(self.backend, [w for w in wanted if not self._load(self.backend, *w)])
+            return
+        for name, shape in wanted:
+            start = time.perf_counter()
+            region = self.backend.compile_region(*self._source(name, shape))
+            if not self.backend.needs_shapes:
+                self._regions[name, shape] = region
+                continue
+            if name == self.library.prologue.target:
+                self._check_prologue(region, shape)
+            self._keep(name, shape, region, 0, start, "compiled")
 
-    def _build(self, backend: PersistentBackend, wanted: list[Wanted]) -> dict[Wanted, Region]:
+    def _load(self, backend: PersistentBackend, name: str, shape: ShapeClass) -> bool:
+        """Load a region from the store; False if it is not there, or not any more when its files are opened."""
+        start = time.perf_counter()
+        if (files := self.files(name, shape)) is None:
+            return False
+        try:
+            num_bytes, region = _size(files), backend.load(files)
+        except Exception:
+            if all(p.exists() for p in files.values()):
+                raise
+            return False
+        self._keep(name, shape, region, num_bytes, start, "loaded")
+        return True
+
+    def _build(self, backend: PersistentBackend, wanted: list[Wanted]) -> None:
         """Compile several regions, in workers if that helps; a single one, or what a worker cannot make, here."""
-        if not wanted:
-            return {}
         job = describe(backend)
-        if len(wanted) == 1 or self.workers < 1 or job is None:
-            return {w: self._build_one(backend, *w, backend.build) for w in wanted}
+        if len(wanted) <= 1 or self.workers < 1 or job is None:
+            for w in wanted:
+                self._build_one(backend, *w, backend.build)
+            return
         with self._tracing:
             _ = self.library.graph_module  # once, before threads ask for it
         with worker_pool(min(self.workers, len(wanted))) as pool, ThreadPoolExecutor(len(wanted)) as threads:
             made = [threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted]
-            return {w: f.result() for w, f in zip(wanted, made, strict=True)}
+            for future in made:
+                future.result()  # if one fails, the others are finished and kept before that is raised
 
-    def _build_one(self, backend: PersistentBackend, name: str, shape: ShapeClass, build: Callable[[Path], None]) -> Region:
+    def _build_one(self, backend: PersistentBackend, name: str, shape: ShapeClass, build: Callable[[Path], None]) -> None:
         start = time.perf_counter()
+        made: list[tuple[Region, int]] = []
 
         def make(folder: Path) -> None:
             try:
                 with self._tracing:  # torch.export is not made for threads
                     backend.export(*self._source(name, shape), folder)
                 build(folder)
+                region = backend.load(_files(folder))  # from here: once stored, it may be evicted at any time
             except PolarError:
                 raise
             except Exception as error:
@@ -156,23 +165,26 @@ class RegionTable:
                     f"{backend.name} cannot compile {name} for {shape}: {type(error).__name__}: {reason}"
                 ) from error
             if name == self.library.prologue.target:  # before it is stored: what is loaded is not looked at again
-                self._check_prologue(backend.load(_files(folder)), shape)
+                self._check_prologue(region, shape)
+            made.append((region, _size(_files(folder))))
 
         if self.store is None:
             with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
                 make(Path(place))
-                files = _files(Path(place))
-                region = backend.load(files)
-                self._record(name, shape, start, "compiled", _size(files))
-                return region
-        key = self.key(name, shape)
-        files, made = self.store.get_or_make(key.digest, key.facts(), make)
-        region = backend.load(files)
-        self._record(name, shape, start, "compiled" if made else "loaded", _size(files))
-        return region
+        else:
+            key = self.key(name, shape)
+            for _ in range(2):  # what another process makes may be evicted before it is loaded here
+                self.store.get_or_make(key.digest, key.facts(), make)
+                if made or self._load(backend, name, shape):
+                    break
+            else:
+                raise _evicted(name, shape)
+        if made:
+            self._keep(name, shape, *made[0], start, "compiled")
 
-    def _record(self, name: str, shape: ShapeClass, start: float, source: str, num_bytes: int) -> None:
+    def _keep(self, name: str, shape: ShapeClass, region: Region, num_bytes: int, start: float, source: str) -> None:
         record = RegionRecord(name, str(shape), time.perf_counter() - start, source, num_bytes)
+        self._regions[name, shape] = region
         self.records.append(record)
         log.info("%s %s for %s in %.2f s", source, name, shape, record.seconds)
 
@@ -211,6 +223,13 @@ class RegionTable:
                         f"the compiled prologue hands on {tuple(given.shape)} with strides {given.stride()} where "
                         f"{call.target} reads strides {operand.stride()}; use backend='eager' and report this model"
                     )
+
+
+def _evicted(name: str, shape: ShapeClass) -> CompileError:
+    return CompileError(
+        f"other artifacts took the room of {name} for {shape} in the artifact store before it could be used; "
+        "raise POLAR_FX_CACHE_LIMIT"
+    )
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:

@@ -107,10 +107,10 @@ def report(compiled: "CompiledModel") -> Report:
         backend=compiled.backend.name, max_length=pool.max_length,
         is_traced=library.is_traced, capture_s=captured and captured.seconds, layer_path=captured and captured.layer_path,
         kinds=kinds_of(compiled), passes=library.records if captured else (), regions=tuple(regions.records),
-        num_programs=len({program for program, *_ in list(compiled.linker._linked)}),
+        num_programs=compiled.linker.num_programs,
         tier=compiled.tiers.tier, tiers=tuple(replace(t) for t in compiled.tiers.records),
         weight_bytes=tensor_bytes(library.tensors.values()), num_weights=len(_distinct(library.tensors.values())),
-        kv_bytes=pool.num_bytes, num_kv_slots=len(pool._allocated) // 2, kv_length=pool.length, store=store,
+        kv_bytes=pool.num_bytes, num_kv_slots=pool.num_slots, kv_length=pool.length, store=store,
     )  # fmt: skip
 
 

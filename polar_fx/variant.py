@@ -10,7 +10,7 @@ import json
 import platform
 import threading
 from collections import OrderedDict
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -98,11 +98,6 @@ class VariantKey:
     def digest(self) -> str:
         """Sha256 of all fields; equal in every process."""
         return digest(self.facts())
-
-    def differences(self, other: "VariantKey") -> dict[str, tuple[object, object]]:
-        """The fields in which two keys differ."""
-        pairs = {f.name: (getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 @dataclass(frozen=True)

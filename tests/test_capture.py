@@ -158,6 +158,24 @@ def test_hooks_of_transformers_itself_are_no_obstacle() -> None:
     assert _worst(model, capture_checked(model)) < 1e-4
 
 
+def test_state_that_is_written_through_a_part_of_it_is_refused() -> None:
+    class Counting(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+            self.register_buffer("calls", torch.zeros(2))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            first, _ = self.calls.split(1)
+            first += 1
+            return self.inner(x) * first
+
+    model = make("llama", num_hidden_layers=1)
+    model.model.norm = Counting(model.model.norm)
+    with pytest.raises(UnsupportedModelError, match="writes to model.norm.calls; a model that keeps state"):
+        capture(model)
+
+
 def test_weights_that_were_never_loaded() -> None:
     with pytest.raises(UnsupportedModelError, match="weights of LlamaForCausalLM are on meta; load them all onto one device"):
         capture(make("llama").to("meta"))

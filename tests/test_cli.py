@@ -4,13 +4,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from polar_fx.cli import main
+from polar_fx.cli.options import row_length
 from polar_fx.program import Program
 from polar_fx.program_picture import picture
 from tiny_models import make
@@ -40,6 +42,26 @@ def test_run_answers_with_every_program(folder: str, capsys: pytest.CaptureFixtu
     assert [r["steps"] for r in result["results"]] == [4, 6]
     assert all(len(r["text"]) >= 1 and r["prefill_ms"] > 0 and r["token_ms"] > 0 for r in result["results"])
     assert result["prompt_tokens"] == 5
+
+
+def test_prompts_of_many_lengths_run_at_one(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As short as is useful, and as the model allows: so regions are shared, also with `compile`."""
+
+    def length(prompt: int, new: int, *more: str) -> int:
+        arguments = ("--model", folder, "--prompt", "2" * prompt, "--max-new-tokens", str(new), *more)
+        return _json(capsys, "run", *arguments)["max_length"]
+
+    compiled = _json(capsys, "compile", "--model", folder, "--backend", "eager")["report"]["max_length"]
+    assert length(1, 1) == length(9, 3) == length(255, 2) == compiled == 256
+    assert length(3, 2, "--max-length", "4") == 4, "the last token is never fed back"
+
+
+def test_row_lengths_are_powers_of_two_within_the_models_limit() -> None:
+    def length(tokens: int, **config: Any) -> int:
+        return row_length(SimpleNamespace(config=PreTrainedConfig(**config)), tokens)
+
+    assert [length(n, max_position_embeddings=600) for n in (1, 256, 257, 512, 513, 700)] == [256, 256, 512, 512, 600, 700]
+    assert length(5, max_position_embeddings=100) == 100 and length(1025) == 2048, "no limit"
 
 
 def test_run_prints_only_the_text_to_stdout(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +122,7 @@ BAD = {
     "backend": (["--backend", "tensorflow"], "known: auto, aot_inductor, eager, inductor"),
     "prompt": (["--prompt", "  "], "the prompt is empty"),
     "temperature": (["--sample", "--temperature", "0"], "--temperature"),
+    "length": (["--prompt", "2222", "--max-length", "8", "--max-new-tokens", "6"], "name at least 9"),
     "model": (["--model", "/nowhere/at all"], "/nowhere/at all"),
 }
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from polar_fx.cli import main
@@ -18,9 +18,10 @@ PROGRAMS = ("--program", "skip 1", "--program", "0 (2-3)*2@0.5")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A tiny Llama with a tokenizer that knows one word: `compile` reads no text."""
+    """A tiny Llama with a tokenizer that knows one word."""
     path = tmp_path_factory.mktemp("model")
     tokenizer = Tokenizer(models.WordLevel({"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(path)
     make("llama").save_pretrained(path)
     return str(path)
@@ -62,17 +63,20 @@ def test_json_has_everything(folder: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_second_process_reads_and_loads(folder: str, artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Rows of one token need the fewest regions: three."""
-    arguments = ["compile", "--model", folder, "--max-length", "1"]
-    assert main([*arguments, "--program", "skip 1"]) == 0
+    """So does `run`: without --max-length, both compile for the same one."""
+    arguments = ["--model", folder, "--backend", "auto"]
+    assert main(["compile", *arguments, "--program", "skip 1"]) == 0
     shown = capsys.readouterr()
-    assert "backend aot_inductor" in shown.out and "3 compiled, the slowest in" in shown.out
-    assert "compiled 3 regions" in shown.err and "keeps no compiled code" not in shown.err
+    assert "backend aot_inductor" in shown.out and "6 compiled, the slowest in" in shown.out
+    assert "compiled 6 regions" in shown.err and "keeps no compiled code" not in shown.err
     stored = {e.key for e in ArtifactStore().entries()}
-    assert main([*arguments, *PROGRAMS]) == 0
+    assert main(["compile", *arguments, *PROGRAMS]) == 0
     shown = capsys.readouterr()
     assert "read 4 layers from the symbol table on disk" in shown.err and "compiled" not in shown.err
-    assert "0 compiled, 3 loaded in" in shown.out and "nothing was traced" in shown.out
+    assert "0 compiled, 6 loaded in" in shown.out and "nothing was traced" in shown.out
+    assert main(["run", *arguments, *PROGRAMS, "--prompt", "? ? ?", "--max-new-tokens", "3"]) == 0
+    shown = capsys.readouterr()
+    assert "read 4 layers" in shown.err and "compiled" not in shown.err and "3 steps, prefill" in shown.err
     assert {e.key for e in ArtifactStore().entries()} == stored and ArtifactStore().root.is_relative_to(artifacts)
 
 

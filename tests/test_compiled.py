@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from polar_fx.backends import InductorBackend
+from polar_fx.backends import InductorBackend, ShapeClass
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import (
     InputError,
@@ -176,7 +176,25 @@ def test_linked_programs_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch)
     compiled = compile(make("llama"), "eager", max_length=31)
     for layer in (0, 1, 2, 3, 0):
         compiled.forward(prompts(3)[0][None], program=[layer])
-    assert len(compiled.linker._linked) == 3
+    assert compiled.linker.num_programs == 3
+
+
+def test_what_another_thread_linked_meanwhile_is_not_linked_again() -> None:
+    compiled = compile(make("llama"), "eager", max_length=31)
+    linker, shape = compiled.linker, ShapeClass.of(1, 1, compiled.pool.length)
+    lock, theirs = linker._lock, []
+
+    class Late:
+        """The lock, which another thread holds until it has linked the program."""
+
+        def __enter__(self) -> None:
+            linker._lock = lock
+            theirs.append(linker.link(compiled.default_program, shape))
+
+        def __exit__(self, *error: object) -> None: ...
+
+    linker._lock = Late()  # type: ignore[assignment]
+    assert linker.link(compiled.default_program, shape) is theirs[0]
 
 
 def test_what_an_earlier_call_left_in_the_slots_does_not_matter() -> None:

@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError
+from ..passes.base import storage, writes
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
 from .support import attention_variants, check_supported, embedding_weight, find_stack, probe, shared_view, unwrapped
@@ -99,7 +100,7 @@ def _flatten(exported: torch.export.ExportedProgram, stack: str) -> GraphModule:
             raise UnsupportedModelError(
                 f"the trace holds a nested graph ({node.target})", "data-dependent control flow is not supported"
             )
-        elif (buffer := _written(node)) is not None and env[buffer].op == "get_attr":
+        elif writes(node) and env[buffer := storage(node)].op == "get_attr":
             if node.target is not torch.ops.aten.copy_.default or node is not next(iter(buffer.users)):
                 raise UnsupportedModelError(
                     f"the forward pass writes to {env[buffer].target}", "a model that keeps state between calls is not supported"
@@ -117,16 +118,6 @@ def _tensor(exported: torch.export.ExportedProgram, spec: Any) -> Tensor:
         if isinstance(value, Tensor):
             return value
     raise UnsupportedModelError(f"the trace needs an input of kind {spec.kind}", "report this model")
-
-
-def _written(node: Node) -> Node | None:
-    """The value whose storage `node` writes to, seen through views; None for an operator that writes nothing."""
-    if not (isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable):
-        return None
-    while isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns):
-        assert isinstance(node.args[0], Node)
-        node = node.args[0]
-    return node
 
 
 def _layer_of(node: Node, in_layer: re.Pattern[str]) -> int | None:

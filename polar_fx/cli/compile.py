@@ -1,11 +1,12 @@
 """Compile ahead of time what programs need, so that later processes start warm; report it, and explain each program.
 
 Regions depend on the greatest length and on whether there is one row or more: name those that the programs will run with.
+The default length is that of `run` and `demo`, as long as prompt and answer fit.
 
 Examples:
   python -m polar_fx compile                                     # what every program of SmolLM2 needs for one row
   python -m polar_fx compile --program "skip 5" --program "repeat 10-11 x3 @0.5" --graph programs.svg
-  python -m polar_fx compile --program "skip 5" --tier whole --max-length 256
+  python -m polar_fx compile --program "skip 5" --tier whole --max-length 1024
 """
 
 import argparse
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..program_picture import find_dot, write_whole
-from .options import add_model_arguments, compile_model, load_model, status, warm_up, whole
+from .options import add_length_argument, add_model_arguments, compile_model, load_model, row_length, status, warm_up, whole
 
 if TYPE_CHECKING:
     from ..explain import Explanation
@@ -25,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--program", action="append", metavar="PROGRAM", help="program text; may be given several times")
     parser.add_argument("--batch", type=whole(1), default=1, metavar="N", help="rows a call; from 2 up any number is served")
     parser.add_argument("--tier", choices=("linked", "whole"), default="linked", help="whole: each program as one graph, too")
-    parser.add_argument("--max-length", type=whole(1), metavar="N", help="tokens a row may hold (default: as polar_fx.compile)")
+    add_length_argument(parser, "256")
     parser.add_argument("--graph", type=Path, metavar="OUT", help="draw each program: OUT.svg (by graphviz) or OUT.dot")
     add_model_arguments(parser, backend="auto")
 
@@ -41,7 +42,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
     get_backend(options.backend)
     model, _ = load_model(options)
-    compiled = compile_model(model, options, options.max_length, options.tier)
+    compiled = compile_model(model, options, options.max_length or row_length(model), options.tier)
     programs = list(dict.fromkeys(compiled.resolve(p) for p in options.program or ["identity"]))
     seconds = warm_up(compiled, programs, options.batch)
     if not isinstance(compiled.backend, PersistentBackend):

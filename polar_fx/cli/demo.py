@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from .options import add_model_arguments, compile_model, load_model, status, warm_up, whole
+from .options import add_model_arguments, compile_model, load_model, row_length, status, warm_up, whole
 
 FEW_SHOT = "2 * 3 = 6\n7 * 4 = 28\n5 * 5 = 25\n"
 QUESTIONS = ((6, 7), (3, 9), (8, 8), (4, 6), (9, 5), (2, 8), (7, 9), (3, 4), (8, 6), (5, 9), (6, 6), (4, 9))
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--questions", type=whole(1), default=len(QUESTIONS), metavar="N", help=f"at most {len(QUESTIONS)}")
     parser.add_argument("--program", action="append", metavar="PROGRAM", help="run these programs beside identity instead")
-    add_model_arguments(parser, backend="inductor")
+    add_model_arguments(parser, backend="auto")
 
 
 def default_programs(depth: int) -> list[str]:
@@ -51,7 +51,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     prompts = [f"{FEW_SHOT}{a} * {b} =" for a, b in QUESTIONS[: options.questions]]
     truth = [str(a * b) for a, b in QUESTIONS[: options.questions]]
     encoded = [tokenizer(p, return_tensors="pt").input_ids for p in prompts]
-    compiled = compile_model(model, options, max(e.shape[1] for e in encoded) + NEW_TOKENS)
+    compiled = compile_model(model, options, row_length(model, max(e.shape[1] for e in encoded) + NEW_TOKENS))
     texts = dict.fromkeys(["identity", *options.program] if options.program else default_programs(compiled.depth))
     programs = {text: compiled.resolve(text) for text in texts}
     compile_s = warm_up(compiled, programs.values())

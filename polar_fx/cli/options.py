@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from ..compiled import CompiledModel
     from ..tiers import Tier
 
+_SHORTEST = 256
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -33,6 +34,19 @@ def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
     parser.add_argument("--model", metavar="ID_OR_FOLDER", help="model to run (default: the embedded SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--backend", default=backend, help="auto, aot_inductor, eager or inductor (default: %(default)s)")
+
+
+def add_length_argument(parser: argparse.ArgumentParser, least: str) -> None:
+    """--max-length; commands that name none use `row_length`."""
+    what = f"tokens a row may hold; regions are compiled for it (default: {least}, a power of two, as far as the model goes)"
+    parser.add_argument("--max-length", type=whole(1), metavar="N", help=what)
+
+
+def row_length(model: Any, tokens: int = 1) -> int:
+    """`max_length` for rows of `tokens`: a power of two within the model's limit, so that rows of many lengths share regions."""
+    length = max(_SHORTEST, 1 << (tokens - 1).bit_length())
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return max(tokens, min(length, limit or length))
 
 
 def status() -> Console:

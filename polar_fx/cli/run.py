@@ -4,6 +4,7 @@ Examples:
   python -m polar_fx run --prompt "Q: What is 6 * 7?" --program identity --program "skip 5"
   echo "The moon is" | python -m polar_fx run --prompt - --raw --max-new-tokens 20 --json
   python -m polar_fx run --prompt "Name a color." --program "0-9 (10-11)*2 12-29" --sample --temperature 0.7
+  python -m polar_fx run --prompt "Name a color." --backend auto     # with regions that `compile` made, if there are any
 """
 
 import argparse
@@ -11,7 +12,7 @@ import sys
 from typing import Any
 
 from ..errors import InputError
-from .options import add_model_arguments, compile_model, load_model, status, warm_up, whole
+from .options import add_length_argument, add_model_arguments, compile_model, load_model, row_length, status, warm_up, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin")
     parser.add_argument("--program", action="append", metavar="PROGRAM", help="program text; may be given several times")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N")
+    add_length_argument(parser, "256, or what prompt and answer need")
     parser.add_argument("--raw", action="store_true", help="continue the text as it is; default: as a chat, if the model has one")
     parser.add_argument("--sample", action="store_true", help="sample; default: greedy")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -43,7 +45,12 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     get_backend(options.backend)  # refuse an unknown one before anything is loaded
     model, tokenizer = load_model(options)
     ids = _encode(tokenizer, text, options.raw)
-    compiled = compile_model(model, options, ids.shape[1] + options.max_new_tokens)
+    tokens = ids.shape[1] + options.max_new_tokens - 1  # the last one is never fed back
+    max_length = options.max_length or row_length(model, tokens)
+    if max_length < tokens:
+        needed = f"a prompt of {ids.shape[1]} tokens and --max-new-tokens {options.max_new_tokens}"
+        raise InputError(f"--max-length {max_length} is too short for {needed}; name at least {tokens}")
+    compiled = compile_model(model, options, max_length)
     programs = [compiled.resolve(p) for p in options.program or ["identity"]]
     compile_s = warm_up(compiled, programs)
     arguments: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample}
@@ -60,7 +67,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         })  # fmt: skip
         if not options.json:
             _show(results[-1])
-    return {"prompt_tokens": ids.shape[1], "backend": options.backend, "compile_s": compile_s, "results": results}
+    return {
+        "prompt_tokens": ids.shape[1], "max_length": max_length, "backend": options.backend, "compile_s": compile_s,
+        "results": results,
+    }  # fmt: skip
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> Any:
