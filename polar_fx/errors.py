@@ -97,5 +97,16 @@ class CacheError(PolarError):
         )
 
 
+class RecordFileError(PolarError):
+    """A file of search records cannot be used or written; what it holds was left as it was."""
+
+    def __init__(self, path: str, reason: str, remedy: str) -> None:
+        super().__init__(path, reason, remedy)
+        self.path, self.reason, self.remedy = path, reason, remedy
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}; {self.remedy}"
+
+
 class CompileError(PolarError):
     """A compiler failed, or the process it ran in ended; the message says why."""

@@ -29,6 +29,8 @@ ORDER = (
     {"explain", "report"},
     {"generate"},
     {"compiled"},
+    {"evaluate"},
+    {"search"},
     {"cli"},
     {"__main__"},
 )

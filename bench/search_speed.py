@@ -1,0 +1,185 @@
+"""Simulations per second: judging programs by `polar_fx` against one batched HF `generate` per program.
+
+    python bench/search_speed.py                       # both prompts, both patterns
+    python bench/search_speed.py --dtype bfloat16
+
+Two patterns of asking. "grid": every program on every question, where the plain method can batch all questions of a program.
+"search": what Monte Carlo tree searches ask for, a program of its own for almost every question. All contenders take turns on
+the same pairs within one process; a verdict is whether greedy decoding gives exactly the gold answer and its stop.
+"""
+
+import argparse
+import copy
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import nn
+
+import polar_fx
+from measure import RESULTS, machine, spread, write_json
+from polar_fx.evaluate import EncodedQuestion, PromptTemplate, generate, get_template
+from polar_fx.program import Program
+from polar_fx.search.config import SearchConfig
+from polar_fx.search.methods import get_method, question_seed
+from polar_fx.search.teacher_forcing import TeacherForcing
+
+Pair = tuple[EncodedQuestion, Program]
+
+# The plain method takes seconds a program where answers ramble on; a few rounds are enough to compare.
+_ROUNDS = {("few-shot", "grid"): 16, ("few-shot", "search"): 6, ("direct", "grid"): 4, ("direct", "search"): 1}
+
+
+@contextmanager
+def swapped(model: Any, program: Program) -> Iterator[None]:
+    """The model with its layers in the program's order, a cache slot a step: what replications do."""
+    stack, config = model.model, model.config
+    kept = stack.layers, config.num_hidden_layers
+    layers = []
+    for step, layer in enumerate(program.path):
+        one = copy.copy(kept[0][layer])
+        one._modules = dict(one._modules)
+        one.self_attn = copy.copy(one.self_attn)
+        one.self_attn.layer_idx = step
+        layers.append(one)
+    stack.layers, config.num_hidden_layers = nn.ModuleList(layers), len(layers)
+    try:
+        yield
+    finally:
+        stack.layers, config.num_hidden_layers = kept
+
+
+class Plain:
+    """One HF `generate` a program, batched over the questions that ask for it; ends at the stop, or at the prompt's limit."""
+
+    def __init__(self, model: Any, tokenizer: Any, template: PromptTemplate) -> None:
+        self.model, self.pad = model, tokenizer.eos_token_id
+        ends = {tokenizer.eos_token_id, *template.decode_stop(tokenizer).token_ids}
+        if template.stop:
+            ends |= {tokenizer.encode(template.stop, add_special_tokens=False)[-1]}
+        self.arguments = {
+            "max_new_tokens": template.max_new_tokens, "do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": self.pad
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Sequence[Pair]) -> list[bool]:
+        groups: dict[Program, list[int]] = defaultdict(list)
+        for i, (_, program) in enumerate(pairs):
+            groups[program].append(i)
+        right = [False] * len(pairs)
+        for program, members in groups.items():
+            rows = [pairs[i][0].prefix + pairs[i][0].prompt for i in members]
+            longest = max(map(len, rows))
+            ids = torch.tensor([[self.pad] * (longest - len(r)) + list(r) for r in rows])
+            mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+            with swapped(self.model, program):
+                out = self.model.generate(ids, attention_mask=mask, **self.arguments)[:, longest:]
+            for i, tokens in zip(members, out.tolist(), strict=True):
+                right[i] = any(tuple(tokens[: len(t)]) == t for t in pairs[i][0].targets)
+        return right
+
+
+def grid(questions: Sequence[EncodedQuestion], depth: int, programs: int) -> list[list[Pair]]:
+    """A round a program: up to four edits at random places, on every question."""
+    search = get_method("random")(depth, SearchConfig(simulations=programs - 1), random.Random(0))
+    chosen = [*next(search), *search.send([0.0])]
+    return [[(q, p) for q in questions] for p in chosen]
+
+
+def searches(questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherForcing, rounds: int) -> list[list[Pair]]:
+    """The first rounds of searches in lockstep, one program a question each; judged as they go."""
+    config = SearchConfig()
+    running = {q: get_method("mcts")(depth, config, random.Random(question_seed(0, q.id))) for q in questions}
+    asked = {q: next(s) for q, s in running.items()}
+    found = []
+    for _ in range(rounds):
+        found.append([(q, programs[0]) for q, programs in asked.items()])
+        for (q, _), verdict in zip(found[-1], forcing.evaluate(found[-1]), strict=True):
+            asked[q] = running[q].send([float(verdict.correct)])
+    return found
+
+
+def measure(options: argparse.Namespace, prompt: str, pattern: str, count: int, loaded: Any) -> dict[str, Any]:
+    model, tokenizer, compiled = loaded
+    template = get_template(prompt, options.task)
+    questions = template.encode_all(tokenizer, generate(options.task, options.questions, split="train"))
+    depth = compiled.depth
+    if pattern == "grid":
+        rounds = grid(questions, depth, count)
+    else:
+        rounds = searches(questions, depth, TeacherForcing(compiled), count)
+    contenders: dict[str, Any] = {
+        "plain": Plain(model, tokenizer, template),
+        "polar_fx": TeacherForcing(compiled),
+        "polar_fx, deterministic": TeacherForcing(compiled, deterministic=True),
+        "polar_fx, nothing kept": TeacherForcing(compiled, share=False),
+    }
+    for contender in contenders.values():  # warm-up; what is kept afterwards is made again from nothing
+        contender.evaluate(rounds[0][:2])
+    contenders["polar_fx"] = TeacherForcing(compiled)
+    contenders["polar_fx, deterministic"] = TeacherForcing(compiled, deterministic=True)
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    verdicts: dict[str, list[Any]] = {name: [] for name in contenders}
+    order = random.Random(1)
+    for pairs in track(rounds, description=f"{prompt}, {pattern}", console=Console(stderr=True)):
+        for name in order.sample(list(contenders), len(contenders)):
+            start = time.perf_counter()
+            found = contenders[name].evaluate(pairs)
+            seconds[name].append(time.perf_counter() - start)
+            verdicts[name] += found
+    pairs = sum(map(len, rounds))
+    plain = verdicts.pop("plain")
+    differing = {
+        name: [v.margin for v, p in zip(found, plain, strict=True) if v.correct != p] for name, found in verdicts.items()
+    }
+    forcing: TeacherForcing = contenders["polar_fx"]
+    return {
+        "prompt": template.key, "pattern": pattern, "task": options.task, "questions": len(questions), "pairs": pairs,
+        "prefix_tokens": len(questions[0].prefix), "prompt_tokens": spread([len(q.prompt) for q in questions]),
+        "max_new_tokens": template.max_new_tokens, "right": sum(plain),
+        "seconds": seconds, "per_second": {name: pairs / sum(s) for name, s in seconds.items()},
+        "ratio": {name: sum(seconds["plain"]) / sum(s) for name, s in seconds.items()},
+        "ratio_by_round": {
+            name: spread([a / b for a, b in zip(seconds["plain"], s, strict=True)]) for name, s in seconds.items()
+        },
+        "steps_run": forcing.steps_run, "steps_asked": forcing.steps_asked,
+        "verdicts_that_differ_from_plain": differing,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="multiplication")
+    parser.add_argument("--questions", type=int, default=32)
+    parser.add_argument("--rounds", type=int, help="programs of the grid; programs a question of the searches")
+    parser.add_argument("--prompt", action="append", choices=("few-shot", "direct"))
+    parser.add_argument("--pattern", action="append", choices=("grid", "search"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    output = options.output or RESULTS / f"search-speed-cpu-{options.dtype}.json"
+    model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
+    compiled = polar_fx.compile(model, max_length=127)
+    report: dict[str, Any] = {
+        "benchmark": "search speed", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "runs": []
+    }  # fmt: skip
+    for prompt in options.prompt or ("few-shot", "direct"):
+        for pattern in options.pattern or ("grid", "search"):
+            rounds = options.rounds or _ROUNDS[prompt, pattern]
+            run = measure(options, prompt, pattern, rounds, (model, tokenizer, compiled))
+            report["runs"].append(run)
+            write_json(output, report)
+            rates = ", ".join(f"{n} {r:.1f}/s ({run['ratio'][n]:.1f} x)" for n, r in run["per_second"].items())
+            different = {n: len(d) for n, d in run["verdicts_that_differ_from_plain"].items()}
+            print(f"{run['prompt']}, {pattern}, {run['pairs']} pairs, {run['right']} right: {rates}; differing {different}")
+
+
+if __name__ == "__main__":
+    main()

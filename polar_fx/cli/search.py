@@ -1,0 +1,249 @@
+"""Search programs that answer questions: offline labels for a predictor, every explored program kept.
+
+Goes on where a run of the same settings ended; Ctrl-C loses only the questions being searched.
+
+Examples:
+  python -m polar_fx search --task multiplication --questions 200 --out run.jsonl
+  python -m polar_fx search --task addition --task sequences --questions 400 --workers 2 --out run.jsonl
+  python -m polar_fx search --data questions.jsonl --prompt direct --judge generation --out run.jsonl
+  python -m polar_fx analyze run.jsonl
+"""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import InputError
+from .options import add_model_arguments, status, whole
+
+if TYPE_CHECKING:
+    from ..evaluate import EncodedQuestion, PromptTemplate, Question
+    from ..search.records import SearchRecord
+    from ..search.workers import OpenWorkplace, Workplace
+
+_LENGTH_BUCKET = 64  # so that other questions find regions compiled already
+_CONVERT: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": lambda v: {"true": True, "false": False}[v.lower()]}
+_PER_CELL = 60  # questions that measure a cell's difficulty
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    asked = parser.add_argument_group("questions")
+    asked.add_argument("--task", action="append", metavar="NAME", help="built-in task; may be given several times")
+    asked.add_argument("--data", action="append", type=Path, metavar="FILE", help="JSON lines with question and answer")
+    asked.add_argument("--questions", type=whole(1), metavar="N", help="of all tasks together (default: 100; all of --data)")
+    asked.add_argument("--split", choices=("train", "validation", "test"), help="of the built-in tasks (default: train)")
+    asked.add_argument("--prompt", default=None, help="few-shot, direct or plain (default: few-shot; direct with --data)")
+    how = parser.add_argument_group("search")
+    how.add_argument("--out", type=Path, required=True, metavar="FILE", help="search records, JSON lines")
+    how.add_argument("--restart", action="store_true", help="begin anew; the old file stays as FILE.old")
+    how.add_argument("--method", default="mcts", help="mcts, scan, random, beam or evolution (default: %(default)s)")
+    how.add_argument("--simulations", type=whole(1), default=200, metavar="N", help="beside the identity (default: %(default)s)")
+    how.add_argument("--reward", default="exact", help="exact, likelihood or margin (default: %(default)s)")
+    how.add_argument("--seed", type=int, default=0)
+    how.add_argument("--nested", action="store_true", help="edit the current path instead of the identity")
+    how.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="any other setting of SearchConfig")
+    run = parser.add_argument_group("running")
+    run.add_argument("--judge", choices=("teacher-forcing", "generation"), default="teacher-forcing")
+    run.add_argument("--verify", action="store_true", help="generate and grade once more with every program found valid")
+    run.add_argument("--deterministic", action="store_true", help="verdicts with the same bits whatever runs beside them")
+    run.add_argument("--workers", type=whole(1), default=1, metavar="N", help="processes (default: %(default)s)")
+    run.add_argument("--in-flight", type=whole(1), default=32, metavar="N", help="questions searched at a time by each worker")
+    run.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="workers on a Ray cluster; none: on this machine")
+    add_model_arguments(parser, backend="auto")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Search every question that has no record yet; returns and prints counts."""
+    config = _config(options)
+    questions = _questions(options)
+    import torch  # after what can be refused without it
+
+    from ..search.record_store import RecordStore
+    from ..search.records import SearchHeader
+    from ..search.workers import Workplace
+
+    name = options.prompt or ("direct" if options.data else "few-shot")
+    templates = _templates(name, questions)
+    from ..models import load
+
+    with status().status("loading the model ..."):
+        model, tokenizer = load(options.model, getattr(torch, options.dtype))
+        del model
+    encoded = _encode(tokenizer, questions, templates)
+    length = max(_length(e, templates[q.task], options) for q, e in zip(questions, encoded, strict=True))
+    threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
+    workplace = Workplace(
+        options.model, options.dtype, options.backend, -(-(length + 1) // _LENGTH_BUCKET) * _LENGTH_BUCKET - 1,
+        options.deterministic, options.judge, options.verify, options.in_flight, threads=threads, templates=templates,
+    )  # fmt: skip
+    with status().status("compiling ..."):
+        place = workplace.open(questions)
+        compiled = place.compiled
+        compiled.warmup(batch=1)
+        compiled.warmup(batch=2)
+    asked = {"tasks": sorted(templates), "questions": len(questions), "split": options.split, "data": _names(options.data)}
+    header = SearchHeader(
+        compiled.library.model_fingerprint, compiled.depth, config, asked,
+        {**{t: template.key for t, template in templates.items()}, "judge": options.judge, "dtype": options.dtype},
+    )  # fmt: skip
+    with RecordStore.open(options.out, header, restart=options.restart) as store:
+        kept = len(store)
+        left = [(q, e) for q, e in zip(questions, encoded, strict=True) if q.id not in store.done]
+        if kept:
+            status().print(f"[dim]{options.out} holds {kept} questions; {len(left)} are left[/]")
+        left = _with_difficulty(left, place, templates, tokenizer)
+        began = time.perf_counter()
+        found = _search(options, workplace, place, left, config)
+        del place, compiled
+        counts = _append_all(found, store, len(left))
+    seconds = time.perf_counter() - began
+    result = {
+        "out": str(options.out), "questions": len(questions), "searched": len(left), "seconds": seconds,
+        "evaluations": counts["evaluations"], "evaluations_per_second": counts["evaluations"] / seconds if left else 0.0,
+        "right": counts["right"], "corrected": counts["corrected"], "shorter": counts["shorter"],
+    }  # fmt: skip
+    if not options.json:
+        print(
+            f"{len(left)} questions searched in {seconds:.0f} s, {result['evaluations_per_second']:.1f} evaluations/s: "
+            f"{counts['right']} right as they are, {counts['corrected']} corrected, {counts['shorter']} with a shorter program\n"
+            f"python -m polar_fx analyze {options.out}"
+        )
+    return result
+
+
+def _config(options: argparse.Namespace) -> Any:
+    from ..search.config import SearchConfig
+    from ..search.methods import get_method
+    from ..search.verdict import get_reward
+
+    get_method(options.method)
+    get_reward(options.reward)
+    kinds = {f.name: getattr(f.type, "__name__", f.type) for f in fields(SearchConfig)}
+    values: dict[str, Any] = {}
+    for text in options.set:
+        name, equals, value = text.partition("=")
+        if not equals or name not in kinds:
+            raise InputError(f"--set {text!r} is no setting; write NAME=VALUE with one of {', '.join(kinds)}")
+        try:
+            values[name] = _CONVERT[str(kinds[name])](value)
+        except (ValueError, KeyError):
+            raise InputError(f"--set {text!r}: {value!r} is not of type {kinds[name]}") from None
+    return SearchConfig.from_dict({
+        "method": options.method, "simulations": options.simulations, "reward": options.reward, "seed": options.seed,
+        "nested": options.nested, **values,
+    })  # fmt: skip
+
+
+def _questions(options: argparse.Namespace) -> "list[Question]":
+    from ..evaluate import generate, get_task, load_jsonl
+
+    if bool(options.task) == bool(options.data):
+        raise InputError("name questions with either --task or --data")
+    if options.data:
+        if options.split:
+            raise InputError("--split is for built-in tasks; split the files of --data yourself")
+        questions = [q for path in options.data for q in load_jsonl(path)]
+        if len({q.id for q in questions}) < len(questions):
+            raise InputError("two files of --data hold the same question id; make ids unique, or search the files one by one")
+        if options.questions is not None and options.questions > len(questions):
+            raise InputError(f"--questions {options.questions} but the files hold {len(questions)}; ask for fewer")
+        return questions[: options.questions]
+    options.split = options.split or "train"
+    tasks = list(dict.fromkeys(options.task))
+    for task in tasks:
+        get_task(task)
+    total = options.questions or 100
+    shares = [total // len(tasks) + (i < total % len(tasks)) for i in range(len(tasks))]
+    return [q for task, n in zip(tasks, shares, strict=True) if n for q in generate(task, n, options.seed, split=options.split)]
+
+
+def _templates(name: str, questions: "Sequence[Question]") -> "dict[str, PromptTemplate]":
+    from ..evaluate import get_template
+
+    return {task: get_template(name, task) for task in sorted({q.task for q in questions})}
+
+
+def _encode(tokenizer: Any, questions: "Sequence[Question]", templates: Any) -> "list[EncodedQuestion]":
+    found: dict[str, EncodedQuestion] = {}
+    for task, template in templates.items():
+        found |= {e.id: e for e in template.encode_all(tokenizer, [q for q in questions if q.task == task])}
+    return [found[q.id] for q in questions]
+
+
+def _length(encoded: "EncodedQuestion", template: "PromptTemplate", options: argparse.Namespace) -> int:
+    answer = max(map(len, encoded.targets))
+    if options.judge == "generation" or options.verify:
+        answer = max(answer, template.max_new_tokens)
+    return len(encoded.prefix) + len(encoded.prompt) + answer
+
+
+def _names(paths: Sequence[Path] | None) -> list[str]:
+    return [p.name for p in paths or ()]
+
+
+def _with_difficulty(
+    rows: "list[tuple[Question, EncodedQuestion]]", place: "OpenWorkplace", templates: Any, tokenizer: Any
+) -> "list[tuple[Question, EncodedQuestion]]":
+    """Rows of built-in tasks with the level that the identity's accuracy on other questions of their cell gives."""
+    from ..evaluate import TASKS, generate, levels, with_difficulty
+    from ..program import Program
+
+    identity = Program.identity(place.compiled.depth)
+    result = {q.id: (q, e) for q, e in rows}
+    for task in {q.task for q, _ in rows if q.difficulty is None and q.task in TASKS}:
+        cells = sorted({q.cell for q, _ in rows if q.task == task})
+        measured: dict[str, tuple[int, int]] = {}
+        for cell in cells:
+            try:
+                others = generate(task, _PER_CELL, seed=-1, cells=[cell], split="train")
+            except InputError:  # a small cell: what there is of it
+                others = [q for q, _ in rows if q.cell == cell and q.task == task]
+            verdicts = place.evaluator.evaluate([(e, identity) for e in templates[task].encode_all(tokenizer, others)])
+            place.evaluator.forget([q.id for q in others])
+            measured[cell] = (sum(v.correct for v in verdicts), len(others))
+        made = with_difficulty([q for q, _ in rows if q.task == task], levels(measured))
+        result |= {q.id: (q, result[q.id][1]) for q in made}
+    return list(result.values())
+
+
+def _search(
+    options: argparse.Namespace, workplace: "Workplace", place: "OpenWorkplace", rows: Any, config: Any
+) -> "Iterator[SearchRecord]":
+    from ..search.ray_workers import search_on_ray
+    from ..search.workers import search_in_processes
+
+    if options.ray is not None:
+        return search_on_ray(workplace, rows, config, options.workers, options.ray or None)
+    if options.workers > 1:
+        return search_in_processes(workplace, rows, config, options.workers)
+    return place.search(iter(rows), config)
+
+
+def _append_all(found: "Iterator[SearchRecord]", store: Any, total: int) -> dict[str, int]:
+    """Append records as they come, with rate, time left, and counts."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    counts = {"evaluations": 0, "right": 0, "corrected": 0, "shorter": 0}
+    began = time.perf_counter()
+    bar = Progress(
+        TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"), TimeElapsedColumn(),
+        TimeRemainingColumn(), console=status(),
+    )  # fmt: skip
+    with bar:
+        line = bar.add_task("searching", total=total, note="")
+        for number, record in enumerate(found, 1):
+            store.append(record)
+            counts["evaluations"] += len(record.explored) + 1
+            counts["right"] += record.baseline.correct
+            counts["corrected"] += record.is_rescued
+            counts["shorter"] += any(p.num_steps < record.depth for p in record.valid)
+            rate = counts["evaluations"] / (time.perf_counter() - began)
+            note = f"{rate:.1f}/s, {counts['right']} right, {counts['corrected']} corrected, {counts['shorter']} shorter"
+            bar.update(line, advance=1, note=note)
+            if not bar.console.is_terminal and (number % max(1, total // 20) == 0 or number == total):
+                bar.console.print(f"{number}/{total} questions, {time.perf_counter() - began:.0f} s, {note}")
+    return counts

@@ -1,0 +1,33 @@
+"""Tasks, prompts and grading: questions, what a model is asked, and whether its answer is right."""
+
+from .difficulty import levels, with_difficulty
+from .grading import Extracted, extract, grade
+from .loaders import load_dataset, load_jsonl
+from .prompts import DecodeStop, PromptTemplate
+from .question import EncodedQuestion, Question
+from .tasks import TASKS, Split, generate, get_task, split_of
+from .templates import DIRECT, FEW_SHOT, PLAIN, TEMPLATES, get_template
+
+__all__ = [
+    "DIRECT",
+    "FEW_SHOT",
+    "PLAIN",
+    "TASKS",
+    "TEMPLATES",
+    "DecodeStop",
+    "EncodedQuestion",
+    "Extracted",
+    "PromptTemplate",
+    "Question",
+    "Split",
+    "extract",
+    "generate",
+    "get_task",
+    "get_template",
+    "grade",
+    "levels",
+    "load_dataset",
+    "load_jsonl",
+    "split_of",
+    "with_difficulty",
+]

@@ -1,0 +1,29 @@
+"""Every single edit, and random ones: what any search has to beat."""
+
+import random
+
+from ..program import Program
+from .config import SearchConfig
+from .edits import Sampler, Search, max_steps, num_steps, single_edits
+
+
+def scan(depth: int, config: SearchConfig, rng: random.Random) -> Search:
+    """Every single edit, in the order of `single_edits`, in one list.
+
+    With fewer simulations than edits an evenly spread part of them: each op, length and number of runs keeps its share.
+    """
+    yield [Program.identity(depth)]
+    every = single_edits(depth, config.max_length, config.max_extra)
+    edits = [edit for edit in every if 0 < num_steps((edit,), depth) <= max_steps(depth, config)]
+    if len(edits) > config.simulations:
+        edits = [edits[i * len(edits) // config.simulations] for i in range(config.simulations)]
+    if edits:
+        yield [Program.from_edits([edit], depth) for edit in edits]
+
+
+def random_search(depth: int, config: SearchConfig, rng: random.Random) -> Search:
+    """Random programs of 1 to `max_edits` edits, in one list."""
+    yield [Program.identity(depth)]
+    sampler = Sampler(depth, config, rng)
+    if candidates := sampler.batch(config.simulations, sampler.random_edits):
+        yield [candidate.program for candidate in candidates]

@@ -1,0 +1,54 @@
+"""What running one program on one question gave, and the reward a search makes of it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`correct`: whether greedy decoding gives an accepted answer.
+
+    Where the answer was scored by teacher forcing: `log_likelihood` is the log-probability of the likeliest accepted
+    continuation in nats (<= 0), `margin` the smallest lead, in logits, of its tokens over every other token (at least 0 when
+    greedy decoding gives that continuation). Where it was generated and graded, both are None.
+    """
+
+    correct: bool
+    log_likelihood: float | None = None
+    margin: float | None = None
+
+
+# A number in 0..1, as UCB asks for.
+Reward = Callable[[Verdict], float]
+
+
+def exact(verdict: Verdict) -> float:
+    """1 for a right answer, else 0 (PoLar, section 3)."""
+    return float(verdict.correct)
+
+
+def likelihood(verdict: Verdict) -> float:
+    """The probability of the right answer."""
+    if verdict.log_likelihood is None:
+        raise InputError("the reward 'likelihood' needs teacher-forced verdicts; use the reward 'exact' with generated answers")
+    return math.exp(verdict.log_likelihood)
+
+
+def margin(verdict: Verdict) -> float:
+    """The smallest lead of the right answer's tokens, through a logistic function: above 1/2 when the answer is right."""
+    if verdict.margin is None:
+        raise InputError("the reward 'margin' needs teacher-forced verdicts; use the reward 'exact' with generated answers")
+    return 1 / (1 + math.exp(-max(-700.0, verdict.margin)))
+
+
+REWARDS: dict[str, Reward] = {"exact": exact, "likelihood": likelihood, "margin": margin}
+
+
+def get_reward(name: str) -> Reward:
+    """A reward by name. Raises InputError naming the known ones."""
+    if name not in REWARDS:
+        raise InputError(f"unknown reward {name!r}; use one of {', '.join(REWARDS)}")
+    return REWARDS[name]

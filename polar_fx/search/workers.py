@@ -1,0 +1,144 @@
+"""Searching in several processes: each has a model of its own, takes the next question when it has room and hands back records.
+
+The parent alone writes the store. Processes are started anew (spawn): a forked torch may deadlock.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import queue
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import CompileError, PolarError
+from ..evaluate.prompts import PromptTemplate
+from ..evaluate.question import EncodedQuestion, Question
+from .config import SearchConfig
+from .records import SearchRecord
+from .runner import Evaluator, run_searches
+
+Row = tuple[Question, EncodedQuestion]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """All that a process needs to judge programs: what to load, how to compile it, how to judge.
+
+    `evaluator` is "teacher-forcing" or "generation"; `verify` judges valid programs once more by generation. `threads` None
+    shares the processors among `workers`.
+    """
+
+    model: str | None = None
+    dtype: str = "float32"
+    backend: str = "auto"
+    max_length: int = 256
+    deterministic: bool = False
+    evaluator: str = "teacher-forcing"
+    verify: bool = False
+    in_flight: int = 32
+    cache_bytes: int = 2 << 30
+    threads: int | None = None
+    templates: Mapping[str, PromptTemplate] = field(default_factory=dict)
+
+    def open(self, questions: Sequence[Question]) -> "OpenWorkplace":
+        """Load and compile. Raises what `polar_fx.load` and `polar_fx.compile` raise."""
+        import torch
+        from transformers.utils import logging
+
+        from ..compiled import compile
+        from ..models import load
+        from .generation import Generation
+        from .teacher_forcing import TeacherForcing
+
+        logging.disable_progress_bar()
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        model, tokenizer = load(self.model, getattr(torch, self.dtype))
+        compiled = compile(model, self.backend, max_length=self.max_length, deterministic=self.deterministic)
+        by_id = {q.id: q for q in questions}
+        generation = Generation(compiled, tokenizer, by_id, self.templates)
+        forcing = TeacherForcing(compiled, deterministic=self.deterministic, cache_bytes=self.cache_bytes)
+        evaluator = {"teacher-forcing": forcing, "generation": generation}[self.evaluator]
+        return OpenWorkplace(self, compiled, evaluator, generation if self.verify else None)
+
+
+@dataclass(frozen=True)
+class OpenWorkplace:
+    """A workplace with its model loaded."""
+
+    workplace: Workplace
+    compiled: Any
+    evaluator: Evaluator
+    verifier: Evaluator | None
+
+    def search(self, rows: Iterator[Row], config: SearchConfig) -> Iterator[SearchRecord]:
+        """A record a question, as they finish."""
+        return run_searches(
+            rows, self.evaluator, self.compiled.depth, config, in_flight=self.workplace.in_flight, verifier=self.verifier
+        )
+
+
+def search_in_processes(workplace: Workplace, rows: Sequence[Row], config: SearchConfig, workers: int) -> Iterator[SearchRecord]:
+    """Records as they finish, from `workers` processes. Raises what went wrong in one of them; ends them all when closed."""
+    context = multiprocessing.get_context("spawn")
+    todo: Any = context.Queue()
+    results: Any = context.Queue()
+    for row in (*rows, *[None] * workers):  # None: no more
+        todo.put(row)
+    questions = [question for question, _ in rows]
+    processes = [
+        context.Process(target=_work, args=(workplace, questions, config, todo, results), daemon=True) for _ in range(workers)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for _ in rows:
+            yield _next(results, processes)
+    finally:
+        for process in processes:
+            process.terminate()
+        for channel in (todo, results):
+            channel.cancel_join_thread()
+            channel.close()
+        for process in processes:
+            process.join()
+
+
+def _next(results: Any, processes: Sequence[Any]) -> SearchRecord:
+    while True:
+        with contextlib.suppress(queue.Empty):
+            found = results.get(timeout=1.0)
+            if isinstance(found, BaseException):
+                raise found
+            return found
+        if lost := [p for p in processes if p.exitcode not in (None, 0)]:
+            # a record may be on its way still
+            with contextlib.suppress(queue.Empty):
+                found = results.get(timeout=1.0)
+                if isinstance(found, SearchRecord):
+                    return found
+            raise CompileError(
+                f"a search process ended with exit status {lost[0].exitcode}, maybe for lack of memory; "
+                "search with fewer workers or fewer questions in flight"
+            )
+
+
+def _work(workplace: Workplace, questions: Sequence[Question], config: SearchConfig, todo: Any, results: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    with contextlib.suppress(AttributeError, OSError):
+        os.nice(1)  # the terminal stays usable
+    try:
+        place = workplace.open(questions)
+        for record in place.search(_taken(todo), config):
+            results.put(record)
+    except PolarError as error:
+        results.put(error)
+    except Exception as error:  # whatever it is, the parent must not wait for records that will not come
+        results.put(CompileError(f"a search process failed: {type(error).__name__}: {error}"))
+
+
+def _taken(todo: Any) -> Iterator[Row]:
+    while (row := todo.get()) is not None:
+        yield row

@@ -1,0 +1,174 @@
+"""`python -m polar_fx search`: from questions to a file of records, resumed after whatever ended it."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polar_fx.cli import main
+from polar_fx.search.record_store import RecordReader
+from tiny_search import save_tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = save_tiny(tmp_path_factory.mktemp("model"))
+    rows = [{"id": f"r{i}", "question": f"{i}?", "answer": [str(i % 3), "yes"], "task": "odd"} for i in range(8)]
+    (made / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return made
+
+
+def arguments(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "search", "--model", str(folder), "--backend", "eager", "--data", str(folder / "rows.jsonl"), "--prompt", "plain",
+        "--simulations", "12", "--out", str(out), "--json", *more,
+    ]  # fmt: skip
+
+
+def records(out: Path) -> dict[str, Any]:
+    return {r.question.id: (r.baseline, r.explored, r.seed) for r in RecordReader(out)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("out") / "run.jsonl"
+    assert main(arguments(folder, out, "--deterministic")) == 0
+    return records(out)
+
+
+def test_a_search_and_its_record(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run.jsonl"
+    assert main(arguments(folder, out)) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["questions"] == result["searched"] == 8
+    assert result["evaluations"] == sum(len(r.explored) + 1 for r in RecordReader(out)) > 8 * 8
+    header = RecordReader(out).header
+    assert header.prompt == {"odd": "plain@1", "judge": "teacher-forcing", "dtype": "float32"}
+    assert header.config.simulations == 12 and len(header.model) == 64
+    assert main(arguments(folder, out)) == 0
+    assert json.loads(capsys.readouterr().out)["searched"] == 0, "all of it is there"
+
+
+def test_two_runs_of_one_seed_agree(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    assert main(arguments(folder, tmp_path / "again.jsonl", "--deterministic", "--in-flight", "3")) == 0
+    assert records(tmp_path / "again.jsonl") == undisturbed
+    assert main(arguments(folder, tmp_path / "other.jsonl", "--deterministic", "--seed", "1")) == 0
+    assert records(tmp_path / "other.jsonl") != undisturbed
+
+
+def test_built_in_questions_get_a_difficulty(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run.jsonl"
+    chosen = ["--task", "addition", "--task", "sequences", "--questions", "5", "--prompt", "few-shot"]
+    plain = [a for a in arguments(folder, out) if a not in ("--data", str(folder / "rows.jsonl"), "--prompt", "plain")]
+    assert main([*plain, *chosen, "--method", "random"]) == 0
+    found = [r.question for r in RecordReader(out)]
+    assert [q.task for q in found].count("addition") == 3 and len(found) == 5
+    assert {q.difficulty for q in found} == {5}, "random weights answer nothing"
+
+
+def test_generation_judges_and_verifies(folder: Path, tmp_path: Path) -> None:
+    assert main(arguments(folder, tmp_path / "a.jsonl", "--judge", "generation", "--method", "scan", "--simulations", "6")) == 0
+    assert all(e.verdict.margin is None for r in RecordReader(tmp_path / "a.jsonl") for e in r.explored)
+    assert main(arguments(folder, tmp_path / "b.jsonl", "--verify")) == 0
+    assert all(set(r.verified) == {*r.valid} for r in RecordReader(tmp_path / "b.jsonl") if not r.baseline.correct)
+
+
+def test_processes_find_what_one_finds(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    assert main(arguments(folder, tmp_path / "run.jsonl", "--deterministic", "--workers", "2", "--in-flight", "2")) == 0
+    assert records(tmp_path / "run.jsonl") == undisturbed
+
+
+def test_what_fails_in_a_worker_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, tmp_path / "run.jsonl", "--workers", "2", "--judge", "generation", "--reward", "margin")) == 2
+    assert "the reward 'margin' needs teacher-forced verdicts" in capsys.readouterr().err
+
+
+def process(folder: Path, out: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "polar_fx", *arguments(folder, out, "--deterministic", "--in-flight", "1")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_records(out: Path, count: int, running: subprocess.Popen[str]) -> None:
+    while running.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < count + 1):
+        time.sleep(0.002)
+
+
+def test_killed_at_any_moment_it_goes_on_where_it_was(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    out = tmp_path / "run.jsonl"
+    pick = random.Random(0)
+    finished = 0
+    for kill in range(3):
+        running = process(folder, out)
+        wait_for_records(out, finished + 1, running)
+        time.sleep(pick.uniform(0, 0.05))
+        running.kill()
+        running.communicate()
+        before, finished = finished, len(list(RecordReader(out)))
+        assert finished > before, f"kill {kill}: what was finished is there"
+        assert all(undisturbed[name] == found for name, found in records(out).items())
+    assert main(arguments(folder, out, "--deterministic")) == 0
+    assert records(out) == undisturbed
+
+
+def test_an_interruption_is_clean(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    out = tmp_path / "run.jsonl"
+    running = process(folder, out)
+    wait_for_records(out, 1, running)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate()
+    if running.returncode == 0:
+        pytest.skip("it had finished before the interruption")
+    assert running.returncode == 130
+    assert "Traceback" not in errors and "interrupted" in errors
+    reader = RecordReader(out)
+    found = {r.question.id for r in reader}
+    assert found and reader.tail is None
+    assert all(undisturbed[name] == got for name, got in records(out).items())
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--task", "addition"], "either --task or --data"),
+        (["--split", "test"], "--split is for built-in tasks"),
+        (["--questions", "9"], "--questions 9 but the files hold 8"),
+        (["--method", "luck"], "unknown search method 'luck'"),
+        (["--reward", "luck"], "unknown reward 'luck'"),
+        (["--set", "luck=1"], "--set 'luck=1' is no setting"),
+        (["--set", "exploration=much"], "'much' is not of type float"),
+        (["--set", "length_penalty=-1"], "length_penalty is -1"),
+        (["--prompt", "luck"], "unknown prompt 'luck'"),
+        (["--prompt", "few-shot"], "no few-shot prompt for the task 'odd'"),
+    ],
+)
+def test_bad_input_leaves_no_file(
+    folder: Path, tmp_path: Path, more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(folder, tmp_path / "run.jsonl", *more)) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_malformed_rows_and_other_searches_are_refused(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"question": "1?", "answer": "1"}\n{"question": "2?"}\n')
+    assert main([*arguments(folder, tmp_path / "run.jsonl"), "--data", str(rows)]) == 2
+    assert "line 2" in capsys.readouterr().err
+    out = tmp_path / "out.jsonl"
+    assert main(arguments(folder, out)) == 0
+    kept = out.read_bytes()
+    assert main(arguments(folder, out, "--seed", "7")) == 2
+    assert "seed" in capsys.readouterr().err
+    assert out.read_bytes() == kept
+    assert main(arguments(folder, out, "--seed", "7", "--restart")) == 0
+    assert (tmp_path / "out.jsonl.old").read_bytes() == kept
