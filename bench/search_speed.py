@@ -3,14 +3,16 @@
     python bench/search_speed.py                       # both prompts, both patterns
     python bench/search_speed.py --dtype bfloat16
 
-Two patterns of asking. "grid": every program on every question, where the plain method can batch all questions of a program.
-"search": what Monte Carlo tree searches ask for, a program of its own for almost every question. All contenders take turns on
-the same pairs within one process; a verdict is whether greedy decoding gives exactly the gold answer and its stop.
+Two patterns of asking. "grid": the programs that one search looked at, on every question; the plain method can batch all
+questions of a program. "search": what Monte Carlo tree searches ask for round after round, a program of its own for almost every
+question; of each round the plain method judges a sample, because all would take hours. Contenders take turns within one process;
+a verdict is whether greedy decoding gives exactly the gold answer and its stop.
 """
 
 import argparse
 import copy
 import random
+import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -33,8 +35,11 @@ from polar_fx.search.teacher_forcing import TeacherForcing
 
 Pair = tuple[EncodedQuestion, Program]
 
-# The plain method takes seconds a program where answers ramble on; a few rounds are enough to compare.
-_ROUNDS = {("few-shot", "grid"): 16, ("few-shot", "search"): 6, ("direct", "grid"): 4, ("direct", "search"): 1}
+# Questions, and programs of a grid or of each search; the plain method takes seconds for each where answers ramble on.
+_SIZES = {
+    ("few-shot", "grid"): (32, 16), ("few-shot", "search"): (16, 40), ("direct", "grid"): (32, 4), ("direct", "search"): (16, 12)
+}  # fmt: skip
+_SAMPLE = 2  # pairs a round that the plain method judges in the pattern "search"
 
 
 @contextmanager
@@ -86,15 +91,8 @@ class Plain:
         return right
 
 
-def grid(questions: Sequence[EncodedQuestion], depth: int, programs: int) -> list[list[Pair]]:
-    """A round a program: up to four edits at random places, on every question."""
-    search = get_method("random")(depth, SearchConfig(simulations=programs - 1), random.Random(0))
-    chosen = [*next(search), *search.send([0.0])]
-    return [[(q, p) for q in questions] for p in chosen]
-
-
 def searches(questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherForcing, rounds: int) -> list[list[Pair]]:
-    """The first rounds of searches in lockstep, one program a question each; judged as they go."""
+    """The first rounds of searches in lockstep, one program a question each, judged as they go."""
     config = SearchConfig()
     running = {q: get_method("mcts")(depth, config, random.Random(question_seed(0, q.id))) for q in questions}
     asked = {q: next(s) for q, s in running.items()}
@@ -106,59 +104,65 @@ def searches(questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherF
     return found
 
 
-def measure(options: argparse.Namespace, prompt: str, pattern: str, count: int, loaded: Any) -> dict[str, Any]:
+def grid(questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherForcing, rounds: int) -> list[list[Pair]]:
+    """The programs that the search of one question looks at, each on every question."""
+    programs = [pairs[0][1] for pairs in searches(questions[:1], depth, forcing, rounds)]
+    return [[(q, p) for q in questions] for p in programs]
+
+
+def measure(options: argparse.Namespace, prompt: str, pattern: str, size: tuple[int, int], loaded: Any) -> dict[str, Any]:
     model, tokenizer, compiled = loaded
     template = get_template(prompt, options.task)
-    questions = template.encode_all(tokenizer, generate(options.task, options.questions, split="train"))
+    questions = template.encode_all(tokenizer, generate(options.task, size[0], split="train"))
     depth = compiled.depth
-    if pattern == "grid":
-        rounds = grid(questions, depth, count)
-    else:
-        rounds = searches(questions, depth, TeacherForcing(compiled), count)
+    ask = grid if pattern == "grid" else searches
+    rounds = ask(questions, depth, TeacherForcing(compiled), size[1])
+    plain = Plain(model, tokenizer, template)
     contenders: dict[str, Any] = {
-        "plain": Plain(model, tokenizer, template),
         "polar_fx": TeacherForcing(compiled),
         "polar_fx, deterministic": TeacherForcing(compiled, deterministic=True),
         "polar_fx, nothing kept": TeacherForcing(compiled, share=False),
     }
-    for contender in contenders.values():  # warm-up; what is kept afterwards is made again from nothing
-        contender.evaluate(rounds[0][:2])
-    contenders["polar_fx"] = TeacherForcing(compiled)
-    contenders["polar_fx, deterministic"] = TeacherForcing(compiled, deterministic=True)
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    verdicts: dict[str, list[Any]] = {name: [] for name in contenders}
-    order = random.Random(1)
+    for contender in (plain, TeacherForcing(compiled), TeacherForcing(compiled, deterministic=True)):
+        contender.evaluate(rounds[0][:2])  # warm-up
+    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *contenders)}
+    order, pick = random.Random(1), random.Random(2)
+    sampled, differing = 0, {name: [] for name in contenders}
+    right = 0
     for pairs in track(rounds, description=f"{prompt}, {pattern}", console=Console(stderr=True)):
-        for name in order.sample(list(contenders), len(contenders)):
+        sample = range(len(pairs)) if pattern == "grid" else pick.sample(range(len(pairs)), min(_SAMPLE, len(pairs)))
+        found: dict[str, Any] = {}
+        for name in order.sample(list(seconds), len(seconds)):
             start = time.perf_counter()
-            found = contenders[name].evaluate(pairs)
-            seconds[name].append(time.perf_counter() - start)
-            verdicts[name] += found
-    pairs = sum(map(len, rounds))
-    plain = verdicts.pop("plain")
-    differing = {
-        name: [v.margin for v, p in zip(found, plain, strict=True) if v.correct != p] for name, found in verdicts.items()
-    }
+            if name == "plain":
+                found[name] = plain.evaluate([pairs[i] for i in sample])
+            else:
+                found[name] = contenders[name].evaluate(pairs)
+            seconds[name].append((time.perf_counter() - start) / (len(sample) if name == "plain" else len(pairs)))
+        sampled += len(sample)
+        right += sum(found["plain"])
+        for i, wanted in zip(sample, found["plain"], strict=True):
+            for name in contenders:
+                if found[name][i].correct != wanted:
+                    differing[name].append(found[name][i].margin)
     forcing: TeacherForcing = contenders["polar_fx"]
+    mean = {name: statistics.fmean(s) for name, s in seconds.items()}
     return {
-        "prompt": template.key, "pattern": pattern, "task": options.task, "questions": len(questions), "pairs": pairs,
-        "prefix_tokens": len(questions[0].prefix), "prompt_tokens": spread([len(q.prompt) for q in questions]),
-        "max_new_tokens": template.max_new_tokens, "right": sum(plain),
-        "seconds": seconds, "per_second": {name: pairs / sum(s) for name, s in seconds.items()},
-        "ratio": {name: sum(seconds["plain"]) / sum(s) for name, s in seconds.items()},
+        "prompt": template.key, "pattern": pattern, "task": options.task, "questions": len(questions), "rounds": len(rounds),
+        "pairs": sum(map(len, rounds)), "pairs_compared": sampled, "right": right,
+        "prefix_tokens": len(questions[0].prefix), "prompt_tokens": statistics.fmean(len(q.prompt) for q in questions),
+        "max_new_tokens": template.max_new_tokens, "steps_run": forcing.steps_run, "steps_asked": forcing.steps_asked,
+        "per_second": {name: 1 / s for name, s in mean.items()}, "ratio": {name: mean["plain"] / s for name, s in mean.items()},
         "ratio_by_round": {
             name: spread([a / b for a, b in zip(seconds["plain"], s, strict=True)]) for name, s in seconds.items()
         },
-        "steps_run": forcing.steps_run, "steps_asked": forcing.steps_asked,
-        "verdicts_that_differ_from_plain": differing,
+        "margins_of_verdicts_that_differ": differing, "seconds_a_pair": seconds,
     }  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="multiplication")
-    parser.add_argument("--questions", type=int, default=32)
-    parser.add_argument("--rounds", type=int, help="programs of the grid; programs a question of the searches")
     parser.add_argument("--prompt", action="append", choices=("few-shot", "direct"))
     parser.add_argument("--pattern", action="append", choices=("grid", "search"))
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
@@ -172,13 +176,13 @@ def main() -> None:
     }  # fmt: skip
     for prompt in options.prompt or ("few-shot", "direct"):
         for pattern in options.pattern or ("grid", "search"):
-            rounds = options.rounds or _ROUNDS[prompt, pattern]
-            run = measure(options, prompt, pattern, rounds, (model, tokenizer, compiled))
+            run = measure(options, prompt, pattern, _SIZES[prompt, pattern], (model, tokenizer, compiled))
             report["runs"].append(run)
             write_json(output, report)
             rates = ", ".join(f"{n} {r:.1f}/s ({run['ratio'][n]:.1f} x)" for n, r in run["per_second"].items())
-            different = {n: len(d) for n, d in run["verdicts_that_differ_from_plain"].items()}
-            print(f"{run['prompt']}, {pattern}, {run['pairs']} pairs, {run['right']} right: {rates}; differing {different}")
+            different = {n: len(d) for n, d in run["margins_of_verdicts_that_differ"].items()}
+            compared = f"{run['pairs_compared']} pairs compared, {run['right']} right"
+            print(f"{run['prompt']}, {pattern}, {compared}: {rates}; verdicts that differ: {different}")
 
 
 if __name__ == "__main__":

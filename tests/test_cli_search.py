@@ -85,6 +85,22 @@ def test_processes_find_what_one_finds(folder: Path, tmp_path: Path, undisturbed
     assert records(tmp_path / "run.jsonl") == undisturbed
 
 
+def test_a_cluster_finds_what_one_process_finds(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+    pytest.importorskip("ray")
+    out = tmp_path / "run.jsonl"
+    command = [sys.executable, "-m", "polar_fx", *arguments(folder, out, "--deterministic", "--workers", "2", "--ray")]
+    subprocess.run(command, check=True, timeout=300)
+    assert records(out) == undisturbed
+
+
+def test_a_cluster_without_ray(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert main(arguments(folder, tmp_path / "run.jsonl", "--ray")) == 2
+    assert "needs ray, which is not installed; pip install" in capsys.readouterr().err
+
+
 def test_what_fails_in_a_worker_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(folder, tmp_path / "run.jsonl", "--workers", "2", "--judge", "generation", "--reward", "margin")) == 2
     assert "the reward 'margin' needs teacher-forced verdicts" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from .step_trie import Node, State, StepTrie
 from .verdict import Verdict
 
 _MAX_SIDES = 256
+_WORTH_A_CALL = 6  # rows; with fewer, padding costs less than another call
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -194,7 +195,10 @@ class TeacherForcing:
         """Slices of at most `max_rows` rows and `max_tokens` tokens, padding counted."""
         batch: list[_Task] = []
         for task in sorted(tasks, key=lambda t: size(t[0])):
-            if batch and (len(batch) >= self.max_rows or (len(batch) + 1) * size(task[0]) > self.max_tokens):
+            length = size(task[0])
+            full = len(batch) >= self.max_rows or (len(batch) + 1) * length > self.max_tokens
+            # where enough rows are of one length, they go without padding
+            if batch and (full or (len(batch) >= _WORTH_A_CALL and size(batch[-1][0]) < length)):
                 yield batch
                 batch = []
             batch.append(task)
@@ -291,10 +295,11 @@ class TeacherForcing:
         logits = region([torch.stack(hidden), *[values[i] for i in head.sides], *head.weights])[0].float()
         wanted = torch.stack(gold)[..., None]
         chosen = logits.gather(-1, wanted)
-        right = (logits.argmax(-1, keepdim=True) == wanted)[..., 0]
         log_likelihood = (chosen - logits.logsumexp(-1, keepdim=True))[..., 0]
-        others = logits.scatter(-1, wanted, -torch.inf).amax(-1, keepdim=True)
+        others, place = logits.scatter_(-1, wanted, -torch.inf).max(-1, keepdim=True)
         margin = (chosen - others)[..., 0]
+        # greedy decoding takes the first of equals
+        right = (margin > 0) | ((margin == 0) & (wanted < place)[..., 0])
         sizes = [len(row.target) for row, _ in batch]  # type: ignore[arg-type]
         return [
             (bool(right[i, :n].all()), float(log_likelihood[i, :n].double().sum()), float(margin[i, :n].min()))
