@@ -143,7 +143,7 @@ class LayerLibrary:
         found = hashlib.sha256(self.fingerprint.encode())
         for name, tensor in sorted(self.tensors.items()):
             found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy())
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
         return found.hexdigest()
 
     def kv_specs(self, program: Program) -> list[KvSpec]:

@@ -50,7 +50,8 @@ def test_a_search_and_its_record(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert result["questions"] == result["searched"] == 8
     assert result["evaluations"] == sum(len(r.explored) + 1 for r in RecordReader(out)) > 8 * 8
     header = RecordReader(out).header
-    assert header.prompt == {"odd": "plain@1", "judge": "teacher-forcing", "dtype": "float32"}
+    how = {"judge": "teacher-forcing", "deterministic": False, "verify": False, "dtype": "float32"}
+    assert header.prompt == {"odd": "plain@1", **how}
     assert header.config.simulations == 12 and len(header.model) == 64
     assert main(arguments(folder, out)) == 0
     assert json.loads(capsys.readouterr().out)["searched"] == 0, "all of it is there"
@@ -77,7 +78,24 @@ def test_generation_judges_and_verifies(folder: Path, tmp_path: Path) -> None:
     assert main(arguments(folder, tmp_path / "a.jsonl", "--judge", "generation", "--method", "scan", "--simulations", "6")) == 0
     assert all(e.verdict.margin is None for r in RecordReader(tmp_path / "a.jsonl") for e in r.explored)
     assert main(arguments(folder, tmp_path / "b.jsonl", "--verify")) == 0
-    assert all(set(r.verified) == {*r.valid} for r in RecordReader(tmp_path / "b.jsonl") if not r.baseline.correct)
+    for record in RecordReader(tmp_path / "b.jsonl"):
+        right = {e.program for e in record.explored if e.verdict.correct}
+        assert right <= set(record.verified) and set(record.valid) <= right
+    asked = ["--task", "addition", "--questions", "2", "--prompt", "few-shot", "--judge", "generation", "--simulations", "2"]
+    plain = [
+        a for a in arguments(folder, tmp_path / "c.jsonl") if a not in ("--data", str(folder / "rows.jsonl"), "--prompt", "plain")
+    ]
+    assert main([*plain, *asked]) == 0
+    assert {r.question.difficulty for r in RecordReader(tmp_path / "c.jsonl")} == {5}
+
+
+def test_an_edited_answer_is_another_search(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = tmp_path / "rows.jsonl"
+    for answer in ("1", "2"):
+        rows.write_text(json.dumps({"id": "q", "question": "1?", "answer": answer, "task": "odd"}) + "\n")
+        chosen = [a if a != str(folder / "rows.jsonl") else str(rows) for a in arguments(folder, tmp_path / "run.jsonl")]
+        assert main(chosen) == (0 if answer == "1" else 2)
+    assert "task" in capsys.readouterr().err
 
 
 def test_processes_find_what_one_finds(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
@@ -137,7 +155,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(folder: Path, tmp_path: Pa
 def test_an_interruption_is_clean(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
     out = tmp_path / "run.jsonl"
     running = process(folder, out)
-    wait_for_records(out, 1, running)
+    wait_for_records(out, 2, running)  # one that is being written when the signal comes is taken back
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate()
     if running.returncode == 0:

@@ -1,5 +1,6 @@
 """Many searches at once: lockstep, budgets, rewards, verification."""
 
+import math
 from collections.abc import Iterable, Sequence
 
 import pytest
@@ -123,5 +124,5 @@ def test_settings_out_of_range(name: str, value: float) -> None:
 
 
 def test_rewards_of_extreme_verdicts_stay_in_range() -> None:
-    for verdict in (Verdict(False, -1e6, -1e6), Verdict(True, 0.0, 1e6)):
+    for verdict in (Verdict(False, -1e6, -1e6), Verdict(True, 0.0, 1e6), Verdict(False, math.nan, math.nan)):
         assert all(0 <= reward(verdict) <= 1 for reward in REWARDS.values())

@@ -33,7 +33,7 @@ def pairs(compiled: CompiledModel) -> list[tuple[EncodedQuestion, Program]]:
 
 
 def scores(compiled: CompiledModel, question: EncodedQuestion, program: Program) -> tuple[float, float]:
-    """Log-likelihood and margin of the likeliest answer, from plain forward passes."""
+    """Log-likelihood and margin of the answer given or else the likeliest, from plain forward passes."""
     found = []
     for target in question.targets:
         ids = torch.tensor([question.prefix + question.prompt + target])
@@ -41,7 +41,7 @@ def scores(compiled: CompiledModel, question: EncodedQuestion, program: Program)
         gold = torch.tensor(target)[:, None]
         margin = logits.gather(-1, gold) - logits.scatter(-1, gold, -torch.inf).amax(-1, keepdim=True)
         found.append((float(logits.log_softmax(-1).gather(-1, gold).sum()), float(margin.min())))
-    return max(found)
+    return max(found, key=lambda s: (s[1] > 0, s[0]))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _LENGTH_BUCKET = 64  # so that other questions find regions compiled already
 _CONVERT: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": lambda v: {"true": True, "false": False}[v.lower()]}
-_PER_CELL = 60  # questions that measure a cell's difficulty
+_PER_CELL = 60  # questions of the train split that measure a cell's difficulty
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,46 +69,58 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     name = options.prompt or ("direct" if options.data else "few-shot")
     templates = _templates(name, questions)
     from ..models import load
+    from ..store import digest
 
     with status().status("loading the model ..."):
         model, tokenizer = load(options.model, getattr(torch, options.dtype))
+        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         del model
     encoded = _encode(tokenizer, questions, templates)
-    length = max(_length(e, templates[q.task], options) for q, e in zip(questions, encoded, strict=True))
+    measuring = _measuring(questions)
+    others = _encode(tokenizer, measuring, templates)
+    needed = max(
+        _length(e, templates[q.task], options)
+        for q, e in zip([*questions, *measuring], [*encoded, *others], strict=True)
+    )  # fmt: skip
+    length = -(-(needed + 1) // _LENGTH_BUCKET) * _LENGTH_BUCKET - 1
     threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
     workplace = Workplace(
-        options.model, options.dtype, options.backend, -(-(length + 1) // _LENGTH_BUCKET) * _LENGTH_BUCKET - 1,
+        options.model, options.dtype, options.backend, length if limit is None else max(needed, min(length, limit)),
         options.deterministic, options.judge, options.verify, options.in_flight, threads=threads, templates=templates,
     )  # fmt: skip
     with status().status("compiling ..."):
         place = workplace.open(questions)
-        compiled = place.compiled
-        compiled.warmup(batch=1)
-        compiled.warmup(batch=2)
-    asked = {"tasks": sorted(templates), "questions": len(questions), "split": options.split, "data": _names(options.data)}
+        for batch in (1, 2):
+            place.compiled.warmup(batch=batch)
+    asked = {
+        "tasks": sorted(templates), "questions": len(questions), "split": options.split, "data": _names(options.data),
+        "sha256": digest({q.id: [q.question, *q.answers] for q in questions}),
+    }  # fmt: skip
+    how = {"judge": options.judge, "deterministic": options.deterministic, "verify": options.verify, "dtype": options.dtype}
     header = SearchHeader(
-        compiled.library.model_fingerprint, compiled.depth, config, asked,
-        {**{t: template.key for t, template in templates.items()}, "judge": options.judge, "dtype": options.dtype},
+        place.compiled.library.model_fingerprint, place.compiled.depth, config, asked,
+        {**{task: template.key for task, template in templates.items()}, **how},
     )  # fmt: skip
     with RecordStore.open(options.out, header, restart=options.restart) as store:
-        kept = len(store)
-        left = [(q, e) for q, e in zip(questions, encoded, strict=True) if q.id not in store.done]
-        if kept:
-            status().print(f"[dim]{options.out} holds {kept} questions; {len(left)} are left[/]")
-        left = _with_difficulty(left, place, templates, tokenizer)
+        if len(store):
+            left = len(questions) - len(store)
+            status().print(f"{options.out} holds {len(store)} questions; {left} are left", style="dim", markup=False)
+        rows = zip(_with_difficulty(questions, measuring, others, place), encoded, strict=True)
+        left_rows = [(q, e) for q, e in rows if q.id not in store.done]
         began = time.perf_counter()
-        found = _search(options, workplace, place, left, config)
-        del place, compiled
-        counts = _append_all(found, store, len(left))
+        found = _search(options, workplace, place, left_rows, config) if left_rows else iter(())
+        del place
+        counts = _append_all(found, store, len(left_rows))
+        left = len(left_rows)
     seconds = time.perf_counter() - began
     result = {
-        "out": str(options.out), "questions": len(questions), "searched": len(left), "seconds": seconds,
+        "out": str(options.out), "questions": len(questions), "searched": left, "seconds": seconds,
         "evaluations": counts["evaluations"], "evaluations_per_second": counts["evaluations"] / seconds if left else 0.0,
         "right": counts["right"], "corrected": counts["corrected"], "shorter": counts["shorter"],
     }  # fmt: skip
     if not options.json:
         print(
-            f"{len(left)} questions searched in {seconds:.0f} s, {result['evaluations_per_second']:.1f} evaluations/s: "
+            f"{left} questions searched in {seconds:.0f} s, {result['evaluations_per_second']:.1f} evaluations/s: "
             f"{counts['right']} right as they are, {counts['corrected']} corrected, {counts['shorter']} with a shorter program\n"
             f"python -m polar_fx analyze {options.out}"
         )
@@ -185,29 +197,32 @@ def _names(paths: Sequence[Path] | None) -> list[str]:
     return [p.name for p in paths or ()]
 
 
+def _measuring(questions: "Sequence[Question]") -> "list[Question]":
+    """Questions whose answers by the identity tell the difficulty of the cells that are searched."""
+    from ..evaluate import TASKS, cell_sample
+
+    cells = sorted({(q.task, q.cell) for q in questions if q.difficulty is None and q.task in TASKS and q.cell})
+    return [other for task, cell in cells for other in cell_sample(task, cell, _PER_CELL, split="train")]
+
+
 def _with_difficulty(
-    rows: "list[tuple[Question, EncodedQuestion]]", place: "OpenWorkplace", templates: Any, tokenizer: Any
-) -> "list[tuple[Question, EncodedQuestion]]":
-    """Rows of built-in tasks with the level that the identity's accuracy on other questions of their cell gives."""
-    from ..evaluate import TASKS, generate, levels, with_difficulty
+    questions: "Sequence[Question]", measuring: "Sequence[Question]", encoded: "Sequence[EncodedQuestion]", place: "OpenWorkplace"
+) -> "list[Question]":
+    """The questions, those of measured cells with the level of the identity's accuracy there."""
+    from ..evaluate import levels, with_difficulty
     from ..program import Program
 
     identity = Program.identity(place.compiled.depth)
-    result = {q.id: (q, e) for q, e in rows}
-    for task in {q.task for q, _ in rows if q.difficulty is None and q.task in TASKS}:
-        cells = sorted({q.cell for q, _ in rows if q.task == task})
-        measured: dict[str, tuple[int, int]] = {}
-        for cell in cells:
-            try:
-                others = generate(task, _PER_CELL, seed=-1, cells=[cell], split="train")
-            except InputError:  # a small cell: what there is of it
-                others = [q for q, _ in rows if q.cell == cell and q.task == task]
-            verdicts = place.evaluator.evaluate([(e, identity) for e in templates[task].encode_all(tokenizer, others)])
-            place.evaluator.forget([q.id for q in others])
-            measured[cell] = (sum(v.correct for v in verdicts), len(others))
-        made = with_difficulty([q for q, _ in rows if q.task == task], levels(measured))
-        result |= {q.id: (q, result[q.id][1]) for q in made}
-    return list(result.values())
+    verdicts = place.forcing.evaluate([(e, identity) for e in encoded])
+    place.forcing.forget([e.id for e in encoded])
+    right: dict[tuple[str, str], list[bool]] = {}
+    for question, verdict in zip(measuring, verdicts, strict=True):
+        right.setdefault((question.task, question.cell), []).append(verdict.correct)
+    made = {}
+    for task in {task for task, _ in right}:
+        found = levels({cell: (sum(r), len(r)) for (of, cell), r in right.items() if of == task})
+        made |= {q.id: q for q in with_difficulty([q for q in questions if q.task == task and q.cell in found], found)}
+    return [made.get(q.id, q) for q in questions]
 
 
 def _search(

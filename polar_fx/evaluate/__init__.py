@@ -5,7 +5,7 @@ from .grading import Extracted, extract, grade
 from .loaders import load_dataset, load_jsonl
 from .prompts import DecodeStop, PromptTemplate
 from .question import EncodedQuestion, Question
-from .tasks import TASKS, Split, generate, get_task, split_of
+from .tasks import TASKS, Split, cell_sample, generate, get_task, split_of
 from .templates import DIRECT, FEW_SHOT, PLAIN, TEMPLATES, get_template
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "PromptTemplate",
     "Question",
     "Split",
+    "cell_sample",
     "extract",
     "generate",
     "get_task",

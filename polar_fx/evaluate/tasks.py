@@ -71,6 +71,13 @@ def generate(task: str, n: int, seed: int = 0, cells: Sequence[str] | None = Non
     raise InputError(f"{n} questions asked of {task}{names}, but {len(rows)} exist{where}; ask for fewer, or add cells")
 
 
+def cell_sample(task: str, cell: str, n: int, seed: int = 0, split: Split | None = None) -> list[Question]:
+    """`n` different questions of one cell, or as many as there are. Raises InputError for an unknown task or cell."""
+    made = get_task(task)
+    (chosen,) = _chosen(made, [cell])
+    return list(islice(_rows(made, chosen, seed, split), n))
+
+
 def _chosen(task: Task, cells: Sequence[str] | None) -> list[Cell]:
     if cells is None:
         return list(task.cells)

@@ -4,6 +4,7 @@ Whatever is said of explored programs here is an oracle: that one of them is rig
 says that it could be chosen without. Intervals are Wilson's at 95 %, and hold for questions drawn independently.
 """
 
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -224,8 +225,8 @@ def analyze(
     models = list(dict.fromkeys(_model(file) for file in files))
     if other := next((file for file in held_out if _model(file) not in models), None):
         raise InputError(
-            f"{other.path} is of model {other.header.model[:12]} with {other.header.depth} layers, which no menu is ranked "
-            "on; hold out a file of the same model"
+            f"{other.path} is of model {other.header.model[:12]} with {other.header.depth} layers, or of prompts, "
+            "which no menu is ranked on; hold out a file of the same model and prompts"
         )
     return {
         "files": [_file_report(file) for file in files],
@@ -246,8 +247,9 @@ def _file_report(file: SearchFile) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _model(file: SearchFile) -> tuple[str, int]:
-    return file.header.model, file.header.depth
+def _model(file: SearchFile) -> tuple[str, int, str]:
+    """Of what verdicts may be put together: one model, asked and judged in one way."""
+    return file.header.model, file.header.depth, json.dumps(dict(file.header.prompt), sort_keys=True)
 
 
 def _menus(files: Sequence[SearchFile], held_out_files: Sequence[SearchFile], sizes: Sequence[int]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ Ray is optional (`pip install 'polar_fx[ray]'`). The driver alone writes the sto
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import InputError
+from ..errors import CompileError, InputError
 from .config import SearchConfig
 from .records import SearchRecord
 from .workers import Row, Workplace
@@ -17,8 +17,8 @@ def search_on_ray(
 ) -> Iterator[SearchRecord]:
     """Records as they finish, from `workers` actors. `address` None starts Ray on this machine.
 
-    Questions are dealt out in turn; a question whose actor is lost has no record, and running the search again finishes it.
-    Raises InputError if Ray is not installed, and what goes wrong in an actor.
+    Questions are dealt out in turn. Raises InputError if Ray is not installed, CompileError if an actor is lost (searching again
+    finishes its questions), and what goes wrong in an actor.
     """
     try:
         import ray  # type: ignore[import-not-found]
@@ -46,7 +46,10 @@ def search_on_ray(
                 except StopIteration:
                     streams.remove(stream)
                     continue
-                yield ray.get(reference)
+                try:
+                    yield ray.get(reference)
+                except ray.exceptions.RayActorError as error:
+                    raise CompileError(f"an actor was lost: {error}; search again to finish its questions") from error
     finally:
         if started_here:
             ray.shutdown()

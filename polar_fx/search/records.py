@@ -63,13 +63,14 @@ class SearchRecord:
 
     @property
     def valid(self) -> tuple[Program, ...]:
-        """The explored programs that answer right."""
-        return tuple(each.program for each in self.explored if each.verdict.correct)
+        """The explored programs that answer right; where they were verified, both times."""
+        right = (each for each in self.explored if each.verdict.correct)
+        return tuple(each.program for each in right if self.verified.get(each.program, each.verdict).correct)
 
     @property
     def is_rescued(self) -> bool:
         """Whether some explored program is right where the identity is wrong."""
-        return not self.baseline.correct and any(each.verdict.correct for each in self.explored)
+        return not self.baseline.correct and bool(self.valid)
 
 
 def _software() -> dict[str, str]:

@@ -11,6 +11,7 @@ Shape legend: B batch, T tokens, P prefix tokens, A answer tokens, d hidden size
 V vocabulary.
 """
 
+import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from ..backends.base import Region, ShapeClass
+from ..capture import KvSpec
 from ..compiled import CompiledModel
 from ..errors import InputError, KvOverflowError
 from ..evaluate.question import EncodedQuestion
@@ -72,7 +74,7 @@ class TeacherForcing:
         self._rows: dict[str, tuple[EncodedQuestion, tuple[_Row, ...]]] = {}
         self._prefixes: dict[tuple[int, ...], _Row] = {}
         self._sides: OrderedDict[tuple[_Row, ...], list[Tensor]] = OrderedDict()
-        self._slots: dict[object, tuple[Tensor, Tensor]] = {}
+        self._slots: dict[KvSpec, tuple[Tensor, ...]] = {}
 
     # ------------------------------------------------------------------------------------------------ judging
 
@@ -143,8 +145,7 @@ class TeacherForcing:
         verdicts = []
         for rows, leaf in ends:
             found = [scores[row, leaf] for row in rows]
-            _, log_likelihood, margin = max(found, key=lambda s: s[1])
-            verdicts.append(Verdict(any(s[0] for s in found), log_likelihood, margin))
+            verdicts.append(Verdict(*max(found, key=lambda s: (s[0], -math.inf if math.isnan(s[1]) else s[1]))))
         return verdicts
 
     # ---------------------------------------------------------------------------------------- running steps
@@ -235,11 +236,11 @@ class TeacherForcing:
     def _scratch(self, layer: int, batch: list[_Task]) -> tuple[Tensor, Tensor]:
         """A step's slot [B, H, L, E] for this batch alone, the prefix's keys and values in place, zeros behind them."""
         spec = self.compiled.library.table.kv_specs[layer]
-        key = (spec, len(batch))
-        if key not in self._slots:
+        if spec not in self._slots or len(self._slots[spec][0]) < len(batch):
             shapes = spec.shapes(len(batch), self.compiled.pool.length)
-            self._slots[key] = tuple(torch.zeros(s, dtype=spec.dtype, device=self.compiled.device) for s in shapes)  # type: ignore[assignment]
-        pair = self._slots[key]
+            self._slots[spec] = tuple(torch.zeros(s, dtype=spec.dtype, device=self.compiled.device) for s in shapes)
+        keys, values = (slot[: len(batch)] for slot in self._slots[spec])
+        pair = keys, values
         for which, slot in enumerate(pair):
             slot.zero_()  # a NaN left there would reach these rows behind their masks
             for i, (row, node) in enumerate(batch):

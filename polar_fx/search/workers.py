@@ -8,8 +8,9 @@ import multiprocessing
 import os
 import queue
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import CompileError, PolarError
@@ -61,7 +62,7 @@ class Workplace:
         generation = Generation(compiled, tokenizer, by_id, self.templates)
         forcing = TeacherForcing(compiled, deterministic=self.deterministic, cache_bytes=self.cache_bytes)
         evaluator = {"teacher-forcing": forcing, "generation": generation}[self.evaluator]
-        return OpenWorkplace(self, compiled, evaluator, generation if self.verify else None)
+        return OpenWorkplace(self, compiled, evaluator, generation if self.verify else None, forcing)
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ class OpenWorkplace:
     compiled: Any
     evaluator: Evaluator
     verifier: Evaluator | None
+    forcing: Any
+    """Judges by teacher forcing, whatever the evaluator is."""
 
     def search(self, rows: Iterator[Row], config: SearchConfig) -> Iterator[SearchRecord]:
         """A record a question, as they finish."""
@@ -88,6 +91,8 @@ def search_in_processes(workplace: Workplace, rows: Sequence[Row], config: Searc
     for row in (*rows, *[None] * workers):  # None: no more
         todo.put(row)
     questions = [question for question, _ in rows]
+    share = -(-len(rows) // workers)  # or the first to be ready would take everything
+    workplace = replace(workplace, in_flight=max(1, min(workplace.in_flight, share)))
     processes = [
         context.Process(target=_work, args=(workplace, questions, config, todo, results), daemon=True) for _ in range(workers)
     ]
@@ -127,6 +132,7 @@ def _next(results: Any, processes: Sequence[Any]) -> SearchRecord:
 
 def _work(workplace: Workplace, questions: Sequence[Question], config: SearchConfig, todo: Any, results: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(AttributeError, OSError):
         os.nice(1)  # the terminal stays usable
     try:
@@ -137,6 +143,14 @@ def _work(workplace: Workplace, questions: Sequence[Question], config: SearchCon
         results.put(error)
     except Exception as error:  # whatever it is, the parent must not wait for records that will not come
         results.put(CompileError(f"a search process failed: {type(error).__name__}: {error}"))
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed can end nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _taken(todo: Any) -> Iterator[Row]:
