@@ -4,6 +4,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# a busy machine is no failure
+settings.register_profile("polar_fx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("polar_fx")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -225,8 +225,8 @@ def analyze(
     models = list(dict.fromkeys(_model(file) for file in files))
     if other := next((file for file in held_out if _model(file) not in models), None):
         raise InputError(
-            f"{other.path} is of model {other.header.model[:12]} with {other.header.depth} layers, or of prompts, "
-            "which no menu is ranked on; hold out a file of the same model and prompts"
+            f"{other.path} is of model {other.header.model[:12]} with {other.header.depth} layers, which no menu is ranked "
+            "on, or of other prompts; hold out a file of the same model and prompts"
         )
     return {
         "files": [_file_report(file) for file in files],

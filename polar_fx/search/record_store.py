@@ -97,6 +97,9 @@ class RecordReader:
                     damage, self.tail = self.tail, None
                     self._refuse(damage)
                 position += len(line)
+                if not line.endswith(b"\n"):  # cut short, or still being written: what a next read gives is its rest
+                    self.tail = Damage(number, "it ends within the line")
+                    return
                 try:
                     fields = decode_line(line)
                     name = fields.get("id")
