@@ -70,12 +70,12 @@ def compile(
     Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError.
     """
     get_backend(backend)  # refuse an unknown one before anything is loaded
-    if model is None or isinstance(model, (str, PathLike)):
-        from .models import load
+    from .models import load, position_limit
 
+    if model is None or isinstance(model, (str, PathLike)):
         model, _ = load(model)
     check_supported(model)
-    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = position_limit(model)
     max_length = min(limit or _MAX_LENGTH, _MAX_LENGTH) if max_length is None else max_length
     for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -53,6 +53,11 @@ def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype = torc
     return model.eval(), tokenizer
 
 
+def position_limit(model: PreTrainedModel) -> int | None:
+    """Token positions the model was built for; None if its config names none."""
+    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
 def load_default(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """SmolLM2-135M-Instruct and its tokenizer. Raises ModelNotFoundError with the commands that install it."""
     source = _default_gguf()

@@ -45,7 +45,9 @@ def add_length_argument(parser: argparse.ArgumentParser, least: str) -> None:
 def row_length(model: Any, tokens: int = 1) -> int:
     """`max_length` for rows of `tokens`: a power of two within the model's limit, so that rows of many lengths share regions."""
     length = max(_SHORTEST, 1 << (tokens - 1).bit_length())
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    from ..models import position_limit
+
+    limit = position_limit(model)
     return max(tokens, min(length, limit or length))
 
 

@@ -68,13 +68,12 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
     name = options.prompt or ("direct" if options.data else "few-shot")
     templates = _templates(name, questions)
-    from ..models import load
+    from ..models import load, position_limit
     from ..store import digest
 
     with status().status("loading the model ..."):
         model, tokenizer = load(options.model, getattr(torch, options.dtype))
-        limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
-        del model
+    limit = position_limit(model)
     encoded = _encode(tokenizer, questions, templates)
     measuring = _measuring(questions)
     others = _encode(tokenizer, measuring, templates)
@@ -89,7 +88,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         options.deterministic, options.judge, options.verify, options.in_flight, threads=threads, templates=templates,
     )  # fmt: skip
     with status().status("compiling ..."):
-        place = workplace.open(questions)
+        place = workplace.open(questions, (model, tokenizer))
+        del model
         for batch in (1, 2):
             place.compiled.warmup(batch=batch)
     asked = {

@@ -43,8 +43,8 @@ class Workplace:
     threads: int | None = None
     templates: Mapping[str, PromptTemplate] = field(default_factory=dict)
 
-    def open(self, questions: Sequence[Question]) -> "OpenWorkplace":
-        """Load and compile. Raises what `polar_fx.load` and `polar_fx.compile` raise."""
+    def open(self, questions: Sequence[Question], loaded: tuple[Any, Any] | None = None) -> "OpenWorkplace":
+        """Load, unless model and tokenizer are there, and compile. Raises what `polar_fx.load` and `polar_fx.compile` raise."""
         import torch
         from transformers.utils import logging
 
@@ -56,7 +56,7 @@ class Workplace:
         logging.disable_progress_bar()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        model, tokenizer = load(self.model, getattr(torch, self.dtype))
+        model, tokenizer = loaded or load(self.model, getattr(torch, self.dtype))
         compiled = compile(model, self.backend, max_length=self.max_length, deterministic=self.deterministic)
         by_id = {q.id: q for q in questions}
         generation = Generation(compiled, tokenizer, by_id, self.templates)
