@@ -4,18 +4,21 @@ Shape legend: B batch, T tokens, V vocabulary.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from .backends import Backend, ShapeClass, get_backend
 from .capture import check_supported, embedding_weight
 from .check import warn_if_not_finite
 from .cuda_graphs import CudaApi, CudaGraphs
+from .dispatch import Dispatcher, DispatchReport, Predictor, Unprepared
 from .errors import InputError
 from .explain import Explanation, Report, explain, report
 from .generate import Generator
@@ -23,10 +26,14 @@ from .kv_cache import KvPool, KvSession
 from .library import LayerLibrary
 from .library_cache import load_library
 from .link import LinkedProgram, Linker
+from .predictor.menu import Menu
+from .predictor.policy import Policy
+from .predictor.saved import load_selector
 from .program import Program
 from .regions import RegionTable
 from .store import ArtifactStore
 from .tiers import Tier, TierPolicy, Tiers
+from .trunk import Trunk
 from .variant import RegionRecord
 
 _MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
@@ -47,6 +54,10 @@ def compile(
     workers: int | None = None,
     tier: Tier = "linked",
     tier_policy: TierPolicy | None = None,
+    predictor: Predictor | str | PathLike[str] | None = None,
+    menu: Menu | Iterable[ProgramLike] | None = None,
+    policy: str | Policy | None = None,
+    unprepared: Unprepared = "identity",
 ) -> "CompiledModel":
     """Capture `model` once and return it as a `CompiledModel`.
 
@@ -66,6 +77,12 @@ def compile(
         tier: "linked" calls one region a step; "whole" compiles every program that runs as one graph; "auto" does so for
             programs that turn out hot, in the background, and keeps what is measured to be faster.
         tier_policy: when "auto" compiles and what it keeps.
+        predictor: proposes programs for each input (a predictor, or the folder `train` made); calls without `program=` are
+            then dispatched. Nothing is prepared before `warmup()`: until then inputs run the identity.
+        menu: the programs that may run (default: the predictor's).
+        policy: how one is chosen: "identity", "accuracy", "steps<=0.9", "mean_steps<=0.9", "latency_ms<=30" or a program
+            (default: the one saved with the predictor, else "accuracy").
+        unprepared: what runs in place of a program that is not prepared: "identity", or the program all the same ("link").
 
     Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError.
     """
@@ -88,9 +105,12 @@ def compile(
     store = cache if isinstance(cache, ArtifactStore) else ArtifactStore() if cache else None
     library = load_library(model, check, store)
     chosen = get_backend(backend, library.device)
-    return CompiledModel(
+    compiled = CompiledModel(
         model, library, chosen, max_length, prefill_chunk, deterministic, program, store, workers, tier, tier_policy
     )  # fmt: skip
+    if predictor is not None or menu is not None or policy is not None:
+        compiled.dispatch_by(predictor, menu, policy, unprepared)
+    return compiled
 
 
 class CompiledModel:
@@ -124,7 +144,8 @@ class CompiledModel:
         self.vocab_size = embedding_weight(model).shape[0]
         self.default_program = Program.identity(library.depth)
         self.default_program = self.resolve(program)
-        self._generator = Generator(self)
+        self.generator = Generator(self)
+        self.dispatcher: Dispatcher | None = None
 
     # ------------------------------------------------------------------------------------------- properties
 
@@ -187,13 +208,48 @@ class CompiledModel:
 
         Takes its usual arguments, a `generation_config` included, and returns what it returns: i64[B, T + new]
         unless asked for more. Prompts may be padded on either side (`attention_mask`).
-        Raises InputError, ProgramError, and KvOverflowError before anything runs.
+        With a dispatcher and no `program`, each row runs the program chosen for it. Raises InputError, ProgramError, and
+        KvOverflowError before anything runs.
         """
-        return self._generator.run(input_ids, self.resolve(program), **kwargs)
+        if program is None and self.dispatcher is not None:
+            return self.dispatcher.generate(input_ids, **kwargs)[0]
+        return self.generator.run(input_ids, self.resolve(program), **kwargs)
 
-    def warmup(self, programs: Iterable[ProgramLike] = (None,), batch: int = 1) -> tuple[RegionRecord, ...]:
-        """Compile what prefill and decode of these programs need at this batch size; returns the new regions."""
+    def dispatch(self, input_ids: Tensor, **kwargs: Any) -> tuple[Any, DispatchReport]:
+        """`generate`, and what each row ran, why, and how long that took. Raises InputError without a dispatcher."""
+        if self.dispatcher is None:
+            raise InputError("nothing is dispatched here; compile with predictor=, menu= or policy=, or call dispatch_by()")
+        return self.dispatcher.generate(input_ids, **kwargs)
+
+    def dispatch_by(
+        self, predictor: Predictor | str | PathLike[str] | None = None, menu: Menu | Iterable[ProgramLike] | None = None,
+        policy: str | Policy | None = None, unprepared: Unprepared = "identity",
+    ) -> Dispatcher:  # fmt: skip
+        """Dispatch calls without `program=` from now on; arguments as `compile` takes them.
+
+        Raises InputError for a predictor of another model, and ProgramError for a program that does not share its first steps.
+        """
+        if isinstance(predictor, (str, PathLike)):
+            predictor, saved = load_selector(Path(predictor), self.library.model_fingerprint)
+            policy = saved if policy is None else policy
+        if menu is not None and not isinstance(menu, Menu):
+            menu = Menu.of([self.resolve(program) for program in menu], self.depth)
+        self.dispatcher = Dispatcher(self, predictor, menu, "accuracy" if policy is None else policy, unprepared)
+        return self.dispatcher
+
+    def warmup(self, programs: Iterable[ProgramLike] | None = None, batch: int | None = None) -> tuple[RegionRecord, ...]:
+        """Compile what prefill and decode of these programs need at this batch size; returns the new regions.
+
+        By default the default program for one row; with a dispatcher its whole menu, for one row and for several.
+        """
         before = len(self.regions.records)
+        if programs is None and self.dispatcher is not None:
+            self.dispatcher.warmup((1, 2) if batch is None else (batch,))
+        else:
+            self._warm_up((None,) if programs is None else programs, batch or 1)
+        return tuple(r for r in self.regions.records[before:] if r.source == "compiled")
+
+    def _warm_up(self, programs: Iterable[ProgramLike], batch: int) -> None:
         tokens = min(2, self.pool.max_length)
         for program in programs:
             chosen = self.resolve(program)
@@ -202,7 +258,6 @@ class CompiledModel:
                 self.prefill(chosen, session, rows)
                 if tokens < self.pool.max_length:
                     self.decode(chosen, session, torch.zeros(batch, dtype=torch.long))
-        return tuple(r for r in self.regions.records[before:] if r.source == "compiled")
 
     def explain(self, program: ProgramLike = None, batch: int = 1) -> Explanation:
         """What generating by `program` would run for `batch` rows; compiles nothing. Raises ProgramError, InputError."""
@@ -243,18 +298,32 @@ class CompiledModel:
                 raise InputError(f"row {i} holds token id {bad}, outside the vocabulary 0..{self.vocab_size - 1}")
         return rows, mask
 
-    def prefill(self, program: Program, session: KvSession, rows: list[Tensor], every: bool = False) -> list[Tensor]:
-        """Append the rows' tokens in chunks; per row, logits [V] of its last token, or [T, V] if `every`."""
-        session.require([len(r) for r in rows])
-        if self.deterministic and len(rows) > 1:
-            return [self.prefill(program, session.row(i), [r], every)[0] for i, r in enumerate(rows)]
-        results: list[list[Tensor]] = [[] for _ in rows]
+    def chunks(self, rows: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], zeros behind a row's own, and its counts."""
         for start in range(0, max(len(r) for r in rows), self.prefill_chunk):
             parts = [r[start : start + self.prefill_chunk] for r in rows]
-            counts = [len(p) for p in parts]
-            ids = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True).to(self.device)
+            yield pad_sequence(parts, batch_first=True).to(self.device), [len(p) for p in parts]
+
+    def prefill(
+        self, program: Program, session: KvSession, rows: list[Tensor], every: bool = False, trunk: Trunk | None = None
+    ) -> list[Tensor]:
+        """Append the rows' tokens in chunks; per row, logits [V] of its last token, or [T, V] if `every`.
+
+        After a `trunk` of the same rows, and in a session of `session_after`, only the steps behind it run.
+        """
+        session.require([len(r) for r in rows])
+        if self.deterministic and len(rows) > 1:
+            each = [None if trunk is None else trunk.take([i]) for i in range(len(rows))]
+            return [self.prefill(program, session.row(i), [r], every, each[i])[0] for i, r in enumerate(rows)]
+        results: list[list[Tensor]] = [[] for _ in rows]
+        for i, (ids, counts) in enumerate(self.chunks(rows)):
+            start = i * self.prefill_chunk
             last = [n - 1 if start + n == len(r) and n else -1 for n, r in zip(counts, rows, strict=True)]
-            logits = self._run(program, session, ids, counts, None if every else last)
+            done = None
+            if trunk is not None:
+                states = [h[start : start + n] for h, n in zip(trunk.hidden, counts, strict=True)]
+                done = trunk.num_steps, states[0][None] if len(states) == 1 else pad_sequence(states, batch_first=True)
+            logits = self._run(program, session, ids, counts, None if every else last, done)
             for i, (n, at) in enumerate(zip(counts, last, strict=True)):
                 if every and n:
                     results[i].append(logits[i, :n])  # type: ignore[index]
@@ -273,22 +342,31 @@ class CompiledModel:
 
     @torch.no_grad()
     def _run(
-        self, program: Program, session: KvSession, ids: Tensor, counts: list[int], select: list[int] | None
-    ) -> Tensor | None:
-        """One pass over ids [B, T]: logits [B, T, V], or of one position per row [B, 1, V] if `select` names any."""
+        self, program: Program, session: KvSession, ids: Tensor, counts: list[int], select: list[int] | None,
+        done: tuple[int, Tensor] | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        """One pass over ids [B, T]: logits [B, T, V], or of one position per row [B, 1, V] if `select` names any.
+
+        `done`: how many steps have run already, and the hidden states [B, T, d] after them.
+        """
         batch, tokens = ids.shape
         positions = session.positions(counts)
         ids = ids.contiguous()  # regions are compiled for dense operands
         shape = ShapeClass.of(batch, tokens, self.pool.length)
         slots, where = session.slots, None
         if select is None or tokens == 1:
-            decode = LinkedProgram.run if self.graphs is None or tokens > 1 else self.graphs.run
-            run = functools.partial(decode, self.linker.link(program, shape), ids, positions, slots)
+            linked = self.linker.link(program, shape)
+            if done is not None:
+                run = functools.partial(linked.run, ids, positions, slots, *done)
+            else:
+                decode = LinkedProgram.run if self.graphs is None or tokens > 1 else self.graphs.run
+                run = functools.partial(decode, linked, ids, positions, slots)
         else:
             if max(select) >= 0:  # else no row ends in this chunk: the head would be computed for nothing
                 where = torch.tensor([max(0, s) for s in select], device=ids.device)
-            run = functools.partial(self.linker.link(program, shape, every=False).run_last, ids, positions, slots, where)
-        one = batch == 1 and (where is not None or tokens == 1)
+            linked = self.linker.link(program, shape, every=False)
+            run = functools.partial(linked.run_last, ids, positions, slots, where, *(done or ()))
+        one = batch == 1 and (where is not None or tokens == 1) and done is None
         logits = self.tiers.run(program, shape, ids, positions, where, slots, run) if one else run()
         session.advance(counts)
         return logits

@@ -17,6 +17,7 @@ from .capture import CACHE
 from .errors import InputError, KvOverflowError
 from .kv_cache import KvSession
 from .program import Program
+from .trunk import Trunk, session_after
 
 if TYPE_CHECKING:
     from .compiled import CompiledModel
@@ -34,8 +35,8 @@ class _Running(GenerationMixin):
     input_modalities = ("text",)
     _is_stateful = False
 
-    def __init__(self, compiled: "CompiledModel", program: Program) -> None:
-        self.compiled, self.program = compiled, program
+    def __init__(self, compiled: "CompiledModel", program: Program, trunk: Trunk | None = None) -> None:
+        self.compiled, self.program, self.trunk = compiled, program, trunk
         self.config = compiled.config
         self.generation_config = copy.deepcopy(compiled.generation_config or GenerationConfig())
         self.device, self.dtype = compiled.device, compiled.dtype
@@ -63,7 +64,7 @@ class _Running(GenerationMixin):
         session: KvSession = cache or past_key_values
         if session.get_seq_length() == 0:
             rows, _ = self.compiled.rows(input_ids, attention_mask)
-            logits = torch.stack(self.compiled.prefill(self.program, session, rows))
+            logits = torch.stack(self.compiled.prefill(self.program, session, rows, trunk=self.trunk))
         else:
             logits = self.compiled.decode(self.program, session, input_ids[:, -1])
         return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: session})  # type: ignore[arg-type]
@@ -77,15 +78,32 @@ class Generator:
     def __init__(self, compiled: "CompiledModel") -> None:
         self.compiled = compiled
 
-    def run(self, input_ids: Tensor, program: Program, **kwargs: Any) -> Any:
-        """What transformers' `generate` returns; raises InputError and KvOverflowError before anything runs."""
+    def run(self, input_ids: Tensor, program: Program, trunk: Trunk | None = None, **kwargs: Any) -> Any:
+        """What transformers' `generate` returns; raises InputError and KvOverflowError before anything runs.
+
+        After a `trunk` of these rows only the steps behind it are prefilled.
+        """
+        compiled = self.compiled
+        rows = self.check(input_ids, **kwargs)
+        _, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
+        config = self._config(kwargs)
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        kwargs |= {"attention_mask": mask.long(), "use_cache": True}
+        if trunk is None:
+            with compiled.session(program, len(rows) * copies) as session:
+                return _Running(compiled, program).generate(input_ids, **{CACHE: session}, **kwargs)  # type: ignore[misc]
+        trunk = trunk if copies == 1 else trunk.take([r for r in range(len(rows)) for _ in range(copies)])
+        with session_after(compiled, program, trunk) as session:
+            return _Running(compiled, program, trunk).generate(input_ids, **{CACHE: session}, **kwargs)  # type: ignore[misc]
+
+    def check(self, input_ids: Tensor, **kwargs: Any) -> list[Tensor]:
+        """The rows of a generate call. Raises InputError and KvOverflowError as `run` does."""
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
                 raise InputError(f"generate() does not take {name}; the compiled model keeps its own KV cache")
         compiled = self.compiled
-        rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
-        running: Any = _Running(compiled, program)
-        config, _ = running._prepare_generation_config(kwargs.get("generation_config"), **_config_arguments(kwargs))
+        rows, _ = compiled.rows(input_ids, kwargs.get("attention_mask"))
+        config = self._config(kwargs)
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
         if longest + new - 1 > compiled.pool.max_length:  # the last token is never fed back
@@ -93,10 +111,17 @@ class Generator:
                 f"a prompt of {longest} tokens and max_new_tokens={new} exceed the KV pool of {compiled.pool.max_length}; "
                 f"shorten the prompt, lower max_new_tokens, or compile with max_length={longest + new}"
             )
-        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        kwargs |= {"attention_mask": mask.long(), "use_cache": True}
-        with compiled.session(program, len(rows) * copies) as session:
-            return running.generate(input_ids, **{CACHE: session}, **kwargs)
+        return rows
+
+    def pad_token(self, **kwargs: Any) -> int:
+        """What a call fills shorter continuations with: the pad token, else the end of the text, else 0."""
+        config = self._config(kwargs)
+        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        return next((t for t in (config.pad_token_id, end) if t is not None), 0)
+
+    def _config(self, kwargs: dict[str, Any]) -> Any:
+        running: Any = _Running(self.compiled, self.compiled.default_program)
+        return running._prepare_generation_config(kwargs.get("generation_config"), **_config_arguments(kwargs))[0]
 
 
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:

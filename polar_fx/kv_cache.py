@@ -149,6 +149,11 @@ class KvSession(Cache):
         """Note that the first `columns` columns of the slots are about to be written."""
         self._written = max(self._written, columns)
 
+    @property
+    def num_written(self) -> int:
+        """How many columns, from the first, may hold something."""
+        return self._written
+
     def clear(self) -> None:
         """Zero what was written: a later session must not meet the NaN of this one behind its mask (0 * NaN is NaN)."""
         for pair in self.slots:

@@ -52,22 +52,36 @@ class LinkedProgram:
     write_kv: Region | None = None
     last: "LinkedProgram | None" = None
 
-    def run(self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Logits [B, T, V] of every token; writes the slots in place."""
+    def run(
+        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]],
+        done: int = 0, hidden: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [B, T, V] of every token; writes the slots in place. `done` and `hidden` as in `run_last`."""
         values = self._start(input_ids, positions)
-        hidden, _ = self._steps(self.steps, values, values[3], slots, [])
+        before = values[3] if hidden is None else hidden
+        hidden, _ = self._steps(self.steps[done:], values, before, slots[done:], [])
         return self._head(hidden, values)
 
+    def run_first(
+        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]], num_steps: int
+    ) -> Tensor:  # fmt: skip
+        """Hidden states [B, T, d] after the first steps, 0 .. the number of steps - 1; writes their slots in place."""
+        values = self._start(input_ids, positions)
+        return self._steps(self.steps[:num_steps], values, values[3], slots, [])[0]
+
     def run_last(
-        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]], where: Tensor | None
-    ) -> Tensor | None:
+        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]], where: Tensor | None,
+        done: int = 0, hidden: Tensor | None = None,
+    ) -> Tensor | None:  # fmt: skip
         """Logits [B, 1, V] of one token per row, `where` i64[B]; or only the KV writes, if that is None.
 
-        What comes after the last step's keys and values runs for those tokens alone, as if they were decoded.
+        What comes after the last step's keys and values runs for those tokens alone, as if they were decoded. The first
+        `done` steps, of `run_first`, left `hidden` [B, T, d] and are not run again; none of them may open a blend.
         """
         assert self.write_kv is not None and self.last is not None
         values = self._start(input_ids, positions)
-        hidden, saved = self._steps(self.steps[:-1], values, values[3], slots, [])
+        before = values[3] if hidden is None else hidden
+        hidden, saved = self._steps(self.steps[done:-1], values, before, slots[done:], [])
         step = self.steps[-1]
         self.write_kv(step.operands(hidden, values, slots[-1]))
         if where is None:

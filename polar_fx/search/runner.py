@@ -6,7 +6,7 @@ work among them.
 
 import random
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from ..program import Program
 from .config import SearchConfig
 from .methods import get_method, question_seed
 from .records import Explored, SearchRecord
+from .scan import listed
 from .verdict import Verdict, get_reward
 
 
@@ -52,20 +53,24 @@ def run_searches(
     *,
     in_flight: int = 32,
     verifier: Evaluator | None = None,
+    programs: Mapping[str, Sequence[Program]] | None = None,
 ) -> Iterator[SearchRecord]:
     """A record a question, as they finish; `in_flight` are searched at a time.
 
     `verifier` judges every program found valid once more, by itself. The identity comes first in each search and is not
-    charged to its budget. `questions` is read as searches finish, so it may be a queue.
+    charged to its budget. `questions` is read as searches finish, so it may be a queue. With `programs`, by
+    question id, these are looked at instead of those that a method would choose.
     """
-    start, reward = get_method(config.method), get_reward(config.reward)
+    reward = get_reward(config.reward)
+    start = get_method(config.method) if programs is None else None
     waiting = iter(questions)
     running: list[_Running] = []
     while True:
         while len(running) < in_flight and (row := next(waiting, None)) is not None:
             question, encoded = row
             seed = question_seed(config.seed, question.id)
-            search = start(depth, config, random.Random(seed))
+            method = start or listed((programs or {})[question.id])
+            search = method(depth, config, random.Random(seed))
             running.append(_Running(question, encoded, seed, search, next(search)))
         if not running:
             return

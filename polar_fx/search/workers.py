@@ -16,6 +16,7 @@ from typing import Any
 from ..errors import CompileError, PolarError
 from ..evaluate.prompts import PromptTemplate
 from ..evaluate.question import EncodedQuestion, Question
+from ..program import Program
 from .config import SearchConfig
 from .records import SearchRecord
 from .runner import Evaluator, run_searches
@@ -28,7 +29,8 @@ class Workplace:
     """All that a process needs to judge programs: what to load, how to compile it, how to judge.
 
     `evaluator` is "teacher-forcing" or "generation"; `verify` judges valid programs once more by generation. `threads` None
-    shares the processors among `workers`.
+    shares the processors among `workers`. With `programs`, by question id, these
+    are looked at instead of those a search would choose.
     """
 
     model: str | None = None
@@ -42,6 +44,7 @@ class Workplace:
     cache_bytes: int = 2 << 30
     threads: int | None = None
     templates: Mapping[str, PromptTemplate] = field(default_factory=dict)
+    programs: Mapping[str, tuple[Program, ...]] | None = None
 
     def open(self, questions: Sequence[Question], loaded: tuple[Any, Any] | None = None) -> "OpenWorkplace":
         """Load, unless model and tokenizer are there, and compile. Raises what `polar_fx.load` and `polar_fx.compile` raise."""
@@ -78,9 +81,11 @@ class OpenWorkplace:
 
     def search(self, rows: Iterator[Row], config: SearchConfig) -> Iterator[SearchRecord]:
         """A record a question, as they finish."""
+        place = self.workplace
         return run_searches(
-            rows, self.evaluator, self.compiled.depth, config, in_flight=self.workplace.in_flight, verifier=self.verifier
-        )
+            rows, self.evaluator, self.compiled.depth, config, in_flight=place.in_flight, verifier=self.verifier,
+            programs=place.programs,
+        )  # fmt: skip
 
 
 def search_in_processes(workplace: Workplace, rows: Sequence[Row], config: SearchConfig, workers: int) -> Iterator[SearchRecord]:

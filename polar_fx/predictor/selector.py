@@ -1,0 +1,91 @@
+"""The menu selector: the probability that each program of a menu answers this input right.
+
+It is trained on dense labels (every program of the menu on every train question), so it needs no guess about programs that a
+search did not look at, and it scores whole programs: per-layer marginals of a set of valid programs would favor `keep`
+everywhere. Shape legend: B batch, F features, K programs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import InputError
+from .features import Features
+from .menu import Menu, Proposal
+from .policy import Calibration
+
+
+class SelectorNetwork(nn.Module):
+    """Features f32[B, F] -> logits f32[B, K]: standardized, one hidden layer, a bias that starts at the base rates.
+
+    With `width` 0 it is linear. Raises InputError for sizes below 1.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, num_features: int, num_programs: int, width: int = 64, dropout: float = 0.2) -> None:
+        super().__init__()
+        if min(num_features, num_programs) < 1 or width < 0:
+            raise InputError(f"a selector of {num_features} features, {num_programs} programs and width {width} cannot be made")
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("scale", torch.ones(num_features))
+        self.inner = nn.Linear(num_features, width) if width else None
+        self.dropout = nn.Dropout(dropout)
+        self.outer = nn.Linear(width or num_features, num_programs)
+
+    def forward(self, features: Tensor) -> Tensor:
+        seen = (features - self.mean) * self.scale
+        if self.inner is not None:
+            seen = nn.functional.gelu(self.inner(seen))
+        return self.outer(self.dropout(seen))
+
+    @torch.no_grad()
+    def start_from(self, features: Tensor, rates: Tensor) -> None:
+        """Standardize by these features f32[N, F], and begin with the programs' base rates f32[K]."""
+        self.mean.copy_(features.mean(0))
+        self.scale.copy_(1 / features.std(0).clamp_min(1e-6))
+        self.outer.weight.mul_(0.1)
+        self.outer.bias.copy_(torch.logit(rates.clamp(0.01, 0.99)))
+
+
+class Selector:
+    """A trained selector over a menu. `slopes` and `shifts` f32[K] calibrate the logits (Platt scaling on validation)."""
+
+    kind = "selector"
+
+    def __init__(
+        self, menu: Menu, features: Features, network: SelectorNetwork, calibration: Calibration | None = None,
+        slopes: Tensor | None = None, shifts: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.menu, self.features, self.network = menu, features, network.eval()
+        self.calibration = calibration or Calibration()
+        self.slopes = torch.ones(len(menu)) if slopes is None else slopes
+        self.shifts = torch.zeros(len(menu)) if shifts is None else shifts
+        if self.network.outer.out_features != len(menu):
+            raise InputError(
+                f"the selector scores {self.network.outer.out_features} programs but the menu has {len(menu)}; "
+                "use the menu it was trained with"
+            )
+
+    @property
+    def depth(self) -> int:
+        return self.menu.depth
+
+    @property
+    def num_features(self) -> int:
+        return len(self.network.mean)
+
+    @torch.no_grad()
+    def probabilities(self, features: Tensor) -> np.ndarray:
+        """Calibrated P(program answers right | input), f64[B, K], of pooled features f32[B, F]."""
+        logits = self.network(features)
+        return torch.sigmoid(logits.mul_(self.slopes).add_(self.shifts)).double().numpy()
+
+    @torch.no_grad()
+    def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
+        """A proposal a row, of its hidden states [T, d] after the features' steps."""
+        pooled = torch.stack([self.features.pooled(h) for h in hidden]).cpu()
+        return [Proposal(self.menu.programs, self.menu.steps, row) for row in self.probabilities(pooled)]

@@ -1,0 +1,1 @@
+"""Training of what predicts programs, from what searches found."""

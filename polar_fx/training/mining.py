@@ -1,0 +1,180 @@
+"""Mining a menu: from what a search found valid to the K programs that a selector can make most of.
+
+A program that one question's search found may be right there by luck: the best of 100 useless programs looks 7 points better
+on 250 questions. So candidates are tried again, all on the same train questions, before any is chosen, and chosen by three
+criteria: questions it adds to what the menu covers, how much better it is on a whole kind of question (which a selector can
+learn; single questions mostly not), and what it saves.
+
+Shape legend: N questions, K programs, G groups (task and cell).
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from ..errors import ProgramError
+from ..program import Edit, Op, Program, Segment
+from ..search.records import SearchRecord
+from ..trunk import shares_trunk
+from .verdict_table import VerdictTable
+
+BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # fractions of the identity's steps with a program each of their own
+_STEP_WEIGHT = 0.25  # what a question answered with no steps at all would count more than one answered with all
+
+
+def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> list[Program]:
+    """Up to `count` programs of the records that begin with the trunk of `num_steps` steps, most promising first.
+
+    Alternately those valid for most questions, those that correct most wrong answers, and the shortest that are right.
+    Verified verdicts count where there are any.
+    """
+    valid: Counter[Program] = Counter()
+    corrects: Counter[Program] = Counter()
+    for record in records:
+        for program in record.valid:
+            again = record.verified.get(program)
+            if shares_trunk(program, num_steps) and (again is None or again.correct):
+                valid[program] += 1
+                corrects[program] += not record.baseline.correct
+    orders = [
+        sorted(valid, key=lambda p: (-valid[p], p.num_steps, str(p))),
+        sorted(valid, key=lambda p: (-corrects[p], -valid[p], p.num_steps, str(p))),
+        sorted((p for p in valid if p.num_steps < p.depth), key=lambda p: (-valid[p] * (p.depth - p.num_steps), str(p))),
+    ]
+    found: dict[Program, None] = {}
+    for place in range(len(valid)):
+        for order in orders:
+            if place < len(order) and len(found) < count:
+                found[order[place]] = None
+    return list(found)
+
+
+def single_candidates(depth: int, num_steps: int) -> list[Program]:
+    """Every skip of 1 to 3 layers and every repeat of 1 or 2 behind the trunk: a start that needs no search."""
+    edits = [Edit(s, n, Op.SKIP) for n in (1, 2, 3) for s in range(num_steps, depth - n + 1)]
+    edits += [Edit(s, n, Op.REPEAT, 2) for n in (1, 2) for s in range(num_steps, depth - n + 1)]
+    made = [Program.from_edits([e], depth) for e in edits if e.op is Op.REPEAT or e.length < depth]
+    return [p for p in made if shares_trunk(p, num_steps)]
+
+
+def variations(table: VerdictTable, num_steps: int, count: int, damping: float = 0.5) -> list[Program]:
+    """Up to `count` new programs made of the best ones on the table: two of them at once, and repeats damped.
+
+    Which are best is asked for each group, by accuracy and, where that ties, likelihood.
+    """
+    best = _best_by_group(table)
+    found: dict[Program, None] = {}
+    for program in dict.fromkeys(p for order in best for p in order[:4]):
+        for other in (_damped(program, damping),):
+            if other is not None:
+                found[other] = None
+    pairs = sorted(
+        ((a + b, order[a], order[b]) for order in best for a in range(len(order)) for b in range(a + 1, len(order))),
+        key=lambda pair: (pair[0], str(pair[1]), str(pair[2])),
+    )
+    for _, one, other in pairs:
+        joined = _joined(one, other)
+        if joined is not None:
+            found[joined] = None
+    known = set(table.programs)
+    return [p for p in found if p not in known and shares_trunk(p, num_steps)][:count]
+
+
+def mine(table: VerdictTable, size: int) -> list[Program]:
+    """A menu of at most `size` programs, the identity first, chosen on the table's questions (train ones).
+
+    In turn: the program that adds most to the coverage weighted by steps, the one that adds most to the mean over groups of the
+    best program's accuracy (shrunk towards the identity's by 10 questions), and the most accurate within each of `BUDGETS`.
+    """
+    right = table.right.astype(np.float64)
+    saved = 1 - table.steps / table.depth
+    worth = right * (1 + _STEP_WEIGHT * saved)
+    groups = table.groups()
+    by_group = np.stack([_shrunk(right[groups == g]) for g in range(groups.max() + 1)])  # [G, K]
+    sizes = np.bincount(groups) / len(groups)
+    chosen = [0]
+    budgets = [_within(right.mean(0), table.steps, f * table.depth) for f in BUDGETS]
+    turn = 0
+    while len(chosen) < min(size, len(table.programs)):
+        left = np.array([k for k in range(len(table.programs)) if k not in chosen])
+        if turn % 3 == 0:
+            covered = worth[:, chosen].max(1, keepdims=True)
+            gains = np.maximum(worth[:, left] - covered, 0).sum(0)
+        elif turn % 3 == 1:
+            reached = by_group[:, chosen].max(1, keepdims=True)
+            gains = sizes @ np.maximum(by_group[:, left] - reached, 0)
+        else:
+            wanted = budgets.pop(0) if budgets else None
+            turn += 1
+            if wanted is not None and wanted not in chosen:
+                chosen.append(wanted)
+            continue
+        turn += 1
+        if gains.max() <= 0:
+            if turn > 3 * (size + len(BUDGETS)):
+                break
+            continue
+        chosen.append(int(left[gains.argmax()]))
+    return [table.programs[k] for k in chosen]
+
+
+def best_static(table: VerdictTable, max_steps: float | None = None) -> Program:
+    """The one program right most often (of equals, likelier, then shorter); at most `max_steps` steps."""
+    allowed = np.ones(len(table.programs), bool) if max_steps is None else table.steps <= max_steps
+    order = sorted(np.flatnonzero(allowed), key=lambda k: (-table.right[:, k].sum(), table.steps[k], k))
+    return table.programs[order[0]] if order else table.programs[0]
+
+
+def _within(accuracy: np.ndarray, steps: np.ndarray, limit: float) -> int | None:
+    allowed = steps <= limit + 1e-9
+    return int(np.where(allowed, accuracy, -1).argmax()) if allowed.any() else None
+
+
+def _shrunk(right: np.ndarray, weight: float = 10.0) -> np.ndarray:
+    """Accuracies [K] on one group, as if `weight` further questions had the identity's."""
+    return (right.sum(0) + weight * right[:, 0].mean()) / (len(right) + weight)
+
+
+def _best_by_group(table: VerdictTable, keep: int = 6) -> list[list[Program]]:
+    groups = table.groups()
+    likelihood = np.nan_to_num(np.exp(table.log_likelihood), nan=0.0)
+    found = []
+    for g in range(groups.max() + 1):
+        of_group = groups == g
+        score = _shrunk(table.right[of_group].astype(float)) + 0.5 * likelihood[of_group].mean(0)
+        order = np.argsort(-score, kind="stable")
+        found.append([table.programs[k] for k in order if k][:keep])
+    return found
+
+
+def _damped(program: Program, damping: float) -> Program | None:
+    try:
+        segments = program.segments()
+    except ProgramError:
+        return None
+    if not any(s.op is Op.REPEAT and s.damping == 1 for s in segments):
+        return None
+    return Program.from_segments([replace(s, damping=damping) if s.op is Op.REPEAT else s for s in segments], program.depth)
+
+
+def _joined(one: Program, other: Program) -> Program | None:
+    """The identity with the edits of both, if they touch different layers."""
+    try:
+        edits = [[s for s in p.segments() if s.op is not Op.KEEP] for p in (one, other)]
+    except ProgramError:
+        return None
+    layers: Sequence[set[int]] = [{i for s in each for i in range(s.start, s.stop)} for each in edits]
+    if layers[0] & layers[1] or len(layers[0] | layers[1]) >= one.depth:
+        return None
+    try:
+        return Program.from_edits([_edit(s) for s in (*edits[0], *edits[1])], one.depth)
+    except ProgramError:
+        return None
+
+
+def _edit(segment: Segment) -> Edit:
+    if segment.op is Op.SKIP:
+        return Edit(segment.start, segment.num_layers, Op.SKIP)
+    return Edit(segment.start, segment.num_layers, Op.REPEAT, segment.times, segment.damping)

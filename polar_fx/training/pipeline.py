@@ -1,0 +1,174 @@
+"""From search records to a predictor: mine a menu, label it densely, train, calibrate, set thresholds on validation.
+
+Everything is kept in one folder and gone on with where an interrupted run ended: verdicts in record files, features as
+safetensors. Test questions are not seen here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..predictor.features import Features
+from ..predictor.menu import Menu
+from ..predictor.policy import Calibration
+from ..predictor.selector import Selector
+from ..program import Program
+from ..protocol.calibration import ece, fit_platt, log_loss, risk_controlled_threshold
+from ..search.records import SearchRecord
+from .mining import BUDGETS, best_static, candidates, mine, single_candidates, variations
+from .selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
+from .verdict_table import Rows, VerdictTable
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Settings of a training run. Raises InputError on a value out of range.
+
+    `menu_size` programs, the identity among them, out of `num_candidates` that searches found and `num_variations` of the best
+    of these, all tried on `screen_questions` train questions. `risk` is the accuracy that leaving the identity may lose at most
+    (a share of questions), at confidence 1 - `delta` on validation.
+    """
+
+    features: Features = Features()  # noqa: RUF009
+    menu_size: int = 32
+    num_candidates: int = 96
+    num_variations: int = 64
+    screen_questions: int = 300
+    budgets: tuple[float, ...] = tuple(f for f in BUDGETS if f < 1)
+    risk: float = 0.01
+    delta: float = 0.05
+    selector: SelectorConfig = field(default_factory=SelectorConfig)
+
+    def __post_init__(self) -> None:
+        for name, least in (("menu_size", 2), ("num_candidates", 1), ("num_variations", 0), ("screen_questions", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least {least}")
+        if not all(0 < f < 1 for f in self.budgets):
+            raise InputError(f"budgets are {self.budgets}; give fractions of the identity's steps between 0 and 1")
+
+
+# dense(name, rows, programs): a table of every program on every question, kept under that name.
+Dense = Callable[[str, Rows, Sequence[Program]], VerdictTable]
+
+
+def mine_menu(records: Sequence[SearchRecord], train: Rows, dense: Dense, depth: int, config: TrainingConfig) -> VerdictTable:
+    """Screen what the records found valid, and variations of the best; the table's programs in `mine`'s order are the menu."""
+    num_steps = config.features.num_steps
+    found = candidates(records, num_steps, config.num_candidates)
+    if len(found) < config.num_candidates:  # a small search, or none: every short edit
+        found = list(dict.fromkeys([*found, *single_candidates(depth, num_steps)]))[: config.num_candidates]
+    screened = train[: config.screen_questions]
+    table = dense("screen", screened, found)
+    if config.num_variations and (more := variations(table, num_steps, config.num_variations)):
+        table = table.beside(dense("variations", screened, more))
+    return table
+
+
+def fit(
+    menu: Menu, train: Labels, validation: Labels, config: TrainingConfig,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> tuple[Selector, dict[str, Any]]:  # fmt: skip
+    """A calibrated selector, and what was measured on validation.
+
+    Raises InputError for labels that nothing can be learned from.
+    """
+    network, history = train_selector(train, validation, config.selector, progress)
+    with torch.no_grad():
+        logits = network(validation.features).double().numpy()
+    scaling = fit_platt(logits, validation.right)
+    slopes, shifts = (torch.full((len(menu),), value) for value in (scaling.slope, scaling.intercept))
+    selector = Selector(menu, config.features, network, None, slopes, shifts)
+    chances = selector.probabilities(validation.features)
+    before = 1 / (1 + np.exp(-logits))
+    best = choose_all(chances, menu.steps, menu.depth, -np.inf)
+    rows = np.arange(len(best))
+    gains = chances[rows, best] - chances[:, 0]
+    chosen_right, identity_right = validation.right[rows, best], validation.right[:, 0]
+    bound = risk_controlled_threshold(gains, chosen_right, identity_right, epsilon=config.risk, delta=config.delta, starts=4)
+    prices = {f: price_of(chances, menu.steps, menu.depth, f) for f in config.budgets}
+    selector.calibration = Calibration(bound.tau, prices)
+    measured = {
+        "training": history,
+        "scaling": scaling.to_dict(),
+        "ece": {"before": ece(before, validation.right), "after": ece(chances, validation.right)},
+        "log_loss": {
+            "base_rates": log_loss(np.broadcast_to(train.right.mean(0).clip(1e-3, 1 - 1e-3), chances.shape), validation.right),
+            "before": log_loss(before, validation.right), "after": log_loss(chances, validation.right),
+        },
+        "threshold": bound.to_dict(),
+        "validation": _accuracies(selector, validation, train),
+    }  # fmt: skip
+    return selector, measured
+
+
+def _accuracies(selector: Selector, validation: Labels, train: Labels) -> dict[str, Any]:
+    """Accuracy and mean steps on validation, which chose thresholds and prices: not an estimate of what tests will give."""
+    menu, right = selector.menu, validation.right
+    chances, rows = selector.probabilities(validation.features), np.arange(len(right))
+
+    def of(chosen: np.ndarray) -> dict[str, float]:
+        return {"accuracy": float(right[rows, chosen].mean()), "steps": float(menu.steps[chosen].mean())}
+
+    steps, depth, calibration = menu.steps, menu.depth, selector.calibration
+    static = int(train.right.mean(0).argmax())
+    return {
+        "identity": of(np.zeros(len(rows), int)),
+        "best_static_of_train": {**of(np.full(len(rows), static)), "program": str(menu.programs[static])},
+        "likeliest": of(choose_all(chances, steps, depth, -np.inf)),
+        "accuracy": of(choose_all(chances, steps, depth, calibration.threshold)),
+        **{f"mean_steps<={f:g}": of(choose_all(chances, steps, depth, -np.inf, p)) for f, p in calibration.prices.items()},
+        "oracle": {"accuracy": float(right.any(1).mean())},
+    }
+
+
+def labels_of(table: VerdictTable, features: Tensor) -> Labels:
+    """The table's verdicts beside features f32[N, F] of the same questions."""
+    return Labels(features, table.right, table.log_likelihood)
+
+
+def train_predictor(
+    records: Sequence[SearchRecord], train: Rows, validation: Rows, dense: Dense,
+    features_of: Callable[[str, Rows], Tensor], depth: int, config: TrainingConfig,
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> tuple[Selector, dict[str, Any]]:  # fmt: skip
+    """The whole way. `features_of(name, rows)` gives pooled features f32[N, F]. Returns the selector and the results."""
+    if not train or not validation:
+        raise InputError(f"{len(train)} train and {len(validation)} validation questions; both are needed")
+    screened = mine_menu(records, train, dense, depth, config)
+    menu = Menu.of(mine(screened, config.menu_size), depth)
+    tables = {name: dense(name, rows, menu.programs) for name, rows in (("train", train), ("validation", validation))}
+    features = {name: features_of(name, rows) for name, rows in (("train", train), ("validation", validation))}
+    parts = {name: labels_of(tables[name], features[name]) for name in tables}
+    selector, measured = fit(menu, parts["train"], parts["validation"], config, progress)
+    return selector, {
+        "menu": _menu_rows(menu, tables["train"], tables["validation"]),
+        "best_static": str(best_static(tables["train"])),
+        "questions": {"train": len(train), "validation": len(validation), "screened": len(screened.questions)},
+        "programs_screened": len(screened.programs),
+        "config": {**asdict(config), "features": asdict(config.features), "selector": asdict(config.selector)},
+        **measured,
+    }  # fmt: skip
+
+
+def _menu_rows(menu: Menu, train: VerdictTable, validation: VerdictTable) -> list[Mapping[str, Any]]:
+    return [
+        {"program": str(p), "steps": p.num_steps, "train": float(train.right[:, k].mean()),
+         "validation": float(validation.right[:, k].mean())}
+        for k, p in enumerate(menu.programs)
+    ]  # fmt: skip
+
+
+def folder_of(out: Path) -> Path:
+    """Where the parts of a run are kept, made if it is not there. Raises InputError."""
+    parts = out / "parts"
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{parts} cannot be made: {error.strerror or error}; name another folder") from error
+    return parts

@@ -1,0 +1,158 @@
+"""Training a menu selector: P(program answers right | input), calibrated on validation questions.
+
+Every program of the menu is a label of its own (binary cross-entropy), so no class has to win: an input may be answered by all
+programs or by none. The bias starts at the base rates, which is the best answer of a network that sees nothing; what is learned
+beyond has to lower the validation loss.
+
+Shape legend: N questions, F features, K programs.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..predictor.selector import SelectorNetwork
+
+
+@dataclass(frozen=True)
+class SelectorConfig:
+    """How a selector is trained. Raises InputError on a value out of range.
+
+    `likelihood_weight` mixes the probability of the accepted answer into the 0/1 label (0: the label alone): it says how close
+    a program came, and does not flip with numerics.
+    """
+
+    width: int = 64
+    dropout: float = 0.3
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    batch: int = 128
+    epochs: int = 200
+    patience: int = 20
+    likelihood_weight: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("width", 0, 1 << 16), ("dropout", 0, 0.95), ("learning_rate", 1e-8, 1), ("weight_decay", 0, 10),
+            ("batch", 1, 1 << 20), ("epochs", 1, 1 << 20), ("patience", 1, 1 << 20), ("likelihood_weight", 0, 1),
+        ):  # fmt: skip
+            if not low <= getattr(self, name) <= high:
+                raise InputError(f"{name} of selector training is {getattr(self, name)!r}; give a number from {low} to {high}")
+
+
+@dataclass(frozen=True, eq=False)
+class Labels:
+    """`features` f32[N, F], `right` bool[N, K], `log_likelihood` f64[N, K].
+
+    Raises InputError if they do not fit each other, or features are not finite.
+    """
+
+    features: Tensor
+    right: np.ndarray
+    log_likelihood: np.ndarray
+
+    def __post_init__(self) -> None:
+        if len(self.features) != len(self.right) or self.right.shape != self.log_likelihood.shape:
+            raise InputError(
+                f"{tuple(self.features.shape)} features, {self.right.shape} labels and {self.log_likelihood.shape} likelihoods "
+                "do not fit; give one row a question"
+            )
+        if not len(self.features):
+            raise InputError("there is no labelled question; train on at least one")
+        if not bool(torch.isfinite(self.features).all()):
+            row = int((~torch.isfinite(self.features)).any(1).nonzero()[0])
+            raise InputError(f"the features of question number {row} are not finite; leave it out, or train in another dtype")
+
+    def targets(self, likelihood_weight: float) -> Tensor:
+        """f32[N, K] in 0..1."""
+        target = self.right.astype(np.float64)
+        if likelihood_weight:
+            if np.isnan(self.log_likelihood).any():
+                raise InputError("likelihood_weight needs teacher-forced verdicts; use 0 with generated answers")
+            target = (1 - likelihood_weight) * target + likelihood_weight * np.exp(self.log_likelihood)
+        return torch.tensor(target, dtype=torch.float32)
+
+
+def train_selector(
+    train: Labels, validation: Labels, config: SelectorConfig = SelectorConfig(),
+    progress: Callable[[int, dict[str, float]], None] | None = None,
+) -> tuple[SelectorNetwork, dict[str, Any]]:  # fmt: skip
+    """The network of the epoch with the lowest validation loss, and the history.
+
+    Deterministic for a seed. `progress(epoch, losses)` is called after each epoch. Raises InputError if no program is right on
+    any train question, or every one on all: there is nothing to choose from.
+    """
+    if train.right.all() or not train.right.any():
+        what = "right" if train.right.any() else "wrong"
+        raise InputError(f"every program is {what} on all {len(train.right)} train questions: nothing can be learned; ask others")
+    generator = torch.Generator().manual_seed(config.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network = SelectorNetwork(train.features.shape[1], train.right.shape[1], config.width, config.dropout)
+        network.start_from(train.features, torch.tensor(train.right.mean(0), dtype=torch.float32))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        loss_of = torch.nn.BCEWithLogitsLoss()
+        target, held_out = train.targets(config.likelihood_weight), torch.tensor(validation.right, dtype=torch.float32)
+        best, best_state, best_epoch = _loss(network, validation.features, held_out), copy.deepcopy(network.state_dict()), 0
+        history = [{"epoch": 0, "train": float("nan"), "validation": best}]
+        for epoch in range(1, config.epochs + 1):
+            network.train()
+            total = 0.0
+            for part in torch.randperm(len(target), generator=generator).split(config.batch):
+                optimizer.zero_grad()
+                loss = loss_of(network(train.features[part]), target[part])
+                loss.backward()
+                optimizer.step()
+                total += float(loss.detach()) * len(part)
+            now = {"train": total / len(target), "validation": _loss(network, validation.features, held_out)}
+            history.append({"epoch": epoch, **now})
+            if progress is not None:
+                progress(epoch, now)
+            if now["validation"] < best:
+                best, best_state, best_epoch = now["validation"], copy.deepcopy(network.state_dict()), epoch
+            elif epoch - best_epoch >= config.patience:
+                break
+    network.load_state_dict(best_state)
+    start = history[0]["validation"]
+    return network.eval(), {
+        "config": asdict(config), "best_epoch": best_epoch, "validation_loss": best, "base_rate_loss": start, "history": history,
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def _loss(network: SelectorNetwork, features: Tensor, target: Tensor) -> float:
+    network.eval()
+    return float(torch.nn.functional.binary_cross_entropy_with_logits(network(features), target))
+
+
+def choose_all(probabilities: np.ndarray, steps: np.ndarray, depth: int, threshold: float, price: float = 0.0) -> np.ndarray:
+    """What each row of f64[N, K] would run at this price for steps, i64[N]: as `Policy` chooses, for all rows at once."""
+    scores = probabilities - price * steps / depth
+    ties = scores == scores.max(1, keepdims=True)
+    best = np.where(ties, steps, np.inf).argmin(1)
+    gain = np.take_along_axis(scores, best[:, None], 1)[:, 0] - scores[:, 0]
+    return np.where(gain >= threshold, best, 0)
+
+
+def price_of(probabilities: np.ndarray, steps: np.ndarray, depth: int, budget: float) -> float:
+    """The lowest price for steps at which the mean of those chosen is at most `budget` x depth; found by bisection."""
+
+    def mean_steps(price: float) -> float:
+        return float(steps[choose_all(probabilities, steps, depth, -np.inf, price)].mean())
+
+    low, high = 0.0, 1.0
+    if mean_steps(low) <= budget * depth:
+        return low
+    while mean_steps(high) > budget * depth and high < 1e6:
+        high *= 4
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (low, middle) if mean_steps(middle) <= budget * depth else (middle, high)
+    return high

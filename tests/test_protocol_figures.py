@@ -1,0 +1,175 @@
+"""Figures of the protocol: what they show, that they read well with many arms, and that they come out the same."""
+
+import xml.etree.ElementTree as ET
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from polar_fx.errors import InputError
+from polar_fx.protocol.calibration import Reliability, reliability
+from polar_fx.protocol.paired import IDENTITY, OVERALL, ArmComparison, ArmResult, compare_arms
+
+matplotlib = pytest.importorskip("matplotlib")
+
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+from polar_fx.protocol import figures  # noqa: E402
+
+TASKS = ("addition", "multiplication", "sequences")
+
+
+def results(arms: int = 4, tasks: tuple[str, ...] = TASKS, n: int = 120) -> list[ArmResult]:
+    """The identity, arms that get better and slower by number, and an oracle that is the last."""
+    found: list[ArmResult] = []
+    for at, task in enumerate(tasks):
+        rng = np.random.default_rng(at)
+        identity = rng.random(n) < 0.4
+        found.append(ArmResult(IDENTITY, task, identity, identity, np.full(n, 30), np.full(n, 30)))
+        for index in range(1, arms):
+            right = np.where(rng.random(n) < 0.3, rng.random(n) < index / arms, identity)
+            steps = rng.integers(18 + index, 24 + index, n)
+            found.append(ArmResult(f"arm {index}", task, right, identity, steps, np.full(n, 30), oracle=index == arms - 1))
+    return found
+
+
+def compared(**more: Any) -> list[ArmComparison]:
+    return compare_arms(results(**more), resamples=200)
+
+
+def calibrated(n: int = 500) -> dict[str, Reliability]:
+    rng = np.random.default_rng(0)
+    p = rng.random(n)
+    return {"raw": reliability(p**2, rng.random(n) < p), "scaled": reliability(p, rng.random(n) < p, equal="width")}
+
+
+def _points(axes: Axes) -> dict[tuple[float, float], Any]:
+    """Face color of each point."""
+    marks = [line for line in axes.lines if line.get_marker() not in ("None", "", None, "|", "_") and len(line.get_xdata()) == 1]  # type: ignore[arg-type]
+    return {(float(m.get_xdata()[0]), float(m.get_ydata()[0])): m.get_markerfacecolor() for m in marks}  # type: ignore[index]
+
+
+def test_pareto_has_a_point_an_arm_and_hollow_oracles() -> None:
+    rows = compared()
+    figure = figures.pareto(rows)
+    assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == [
+        f"{OVERALL}, n = 360", *(f"{task}, n = 120" for task in TASKS)
+    ]  # fmt: skip
+    for axes, task in zip(figure.axes, (OVERALL, *TASKS), strict=True):
+        here = [row for row in rows if row.arm.task == task]
+        points = _points(axes)
+        assert len(points) == len(here) == 4
+        for row in here:
+            assert row.paired.step_ratio is not None and row.paired.method.value is not None
+            face = points[row.paired.step_ratio.value, row.paired.method.value]
+            assert (face == "white") is row.arm.oracle
+    (legend,) = figure.legends
+    labels = [IDENTITY, "arm 1", "arm 2", "arm 3 (oracle)", "front, without oracles"]
+    assert [text.get_text() for text in legend.get_texts()] == labels
+
+
+def test_the_front_leaves_out_oracles_and_beaten_arms() -> None:
+    n = 10
+
+    def one(name: str, right: int, steps: int, oracle: bool = False) -> ArmResult:
+        return ArmResult(
+            name, "addition", np.arange(n) < right, np.arange(n) < 5, np.full(n, steps), np.full(n, 30), oracle=oracle
+        )
+
+    rows = compare_arms(
+        [one(IDENTITY, 5, 30), one("beaten", 4, 20), one("short", 4, 15), one("best", 7, 25), one("key", 9, 5, True)]
+    )
+    assert figures._front([row for row in rows if not row.arm.oracle]) == [(0.5, 0.4), (25 / 30, 0.7)]
+    (line,) = [line for line in figures.pareto(rows).axes[0].lines if line.get_drawstyle() == "steps-post"]
+    assert list(line.get_xdata()) == [0.5, 25 / 30] and list(line.get_ydata()) == [0.4, 0.7]
+
+
+def test_gains_show_intervals_and_color_what_leaves_out_zero() -> None:
+    rows = compared()
+    figure = figures.gains(rows)
+    for axes, task in zip(figure.axes, (OVERALL, *TASKS), strict=True):
+        here = [row for row in rows if row.arm.task == task and row.arm.name != IDENTITY]
+        points = _points(axes)
+        assert len(points) == len(here) == 3
+        for y, row in enumerate(here):
+            gain = row.paired.gain
+            color = figures.BETTER if gain.low > 0 else figures.WORSE if gain.high < 0 else figures.GRAY
+            assert points[gain.value, y] == ("white" if row.arm.oracle else color)
+            (bar,) = axes.collections[y].get_segments()  # type: ignore[attr-defined]
+            assert bar[:, 0].tolist() == pytest.approx([gain.low, gain.high])
+        assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["arm 1", "arm 2", "arm 3 (oracle)"]
+    assert "oracle" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_reliability_shows_bins_and_counts() -> None:
+    found = calibrated()
+    figure = figures.reliability_diagram(found)
+    curves, counts = figure.axes[:2], figure.axes[2:]
+    for (name, each), curve, count in zip(found.items(), curves, counts, strict=True):
+        line = next(line for line in curve.lines if line.get_marker() == "o")
+        assert list(line.get_ydata()) == [b.outcomes.count / b.outcomes.n for b in each.bins]
+        assert [patch.get_height() for patch in count.patches] == [b.outcomes.n for b in each.bins]  # type: ignore[attr-defined]
+        assert (curve.get_title(loc="left") or curve.get_title()).startswith(f"{name}\nECE {100 * each.ece:.1f} %")
+
+
+def test_fifteen_arms_differ_and_nothing_overlaps() -> None:
+    rows = compared(arms=16, tasks=(*TASKS, "subtraction", "word-problems"))
+    looks = figures._looks(rows)
+    assert len(looks) == 16 and len({(look["color"], look["marker"]) for look in looks.values()}) == 16
+    with figures.style():
+        for figure in (figures.pareto(rows), figures.gains(rows)):
+            figure.draw_without_rendering()
+            legend = figure.legends[0].get_window_extent()
+            assert len(figure.axes) == 6
+            boxes = [axes.get_tightbbox() for axes in figure.axes]
+            assert all(box is not None and not box.overlaps(legend) for box in boxes)
+            for box in (*boxes, legend):
+                assert box is not None and box.x0 >= -1 and box.y0 >= -1
+                assert box.x1 <= figure.bbox.x1 + 1 and box.y1 <= figure.bbox.y1 + 1
+
+
+def test_files_come_out_the_same(tmp_path: Path) -> None:
+    first, again = (
+        figures.write_figures(results(), tmp_path / name, reliability=calibrated(), resamples=200) for name in ("first", "again")
+    )
+    assert [each.name for each in first] == [
+        f"{name}.{end}" for name in ("pareto", "gains", "reliability") for end in ("svg", "png")
+    ]
+    for one, other in zip(first, again, strict=True):
+        assert one.read_bytes() == other.read_bytes()
+    for each in first:
+        if each.suffix == ".svg":
+            root = ET.fromstring(each.read_text())
+            assert root.tag.endswith("svg") and "<dc:date>" not in each.read_text()
+        else:
+            assert each.read_bytes().startswith(b"\x89PNG") and b"Software" not in each.read_bytes()
+
+
+def test_settings_are_those_of_the_user_afterwards(tmp_path: Path) -> None:
+    plain = figures.write_figures(results(), tmp_path / "plain", formats=["svg"], resamples=50)
+    with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "mine"}):
+        own = figures.write_figures(results(), tmp_path / "own", formats=["svg"], resamples=50)
+        assert matplotlib.rcParams["font.size"] == 30
+    assert [each.read_bytes() for each in plain] == [each.read_bytes() for each in own]
+
+
+def test_one_task_and_one_arm() -> None:
+    rows = compared(arms=2, tasks=("addition",))
+    assert [len(figure.axes) for figure in (figures.pareto(rows), figures.gains(rows))] == [1, 1]
+    assert isinstance(figures.pareto(rows[:1]), Figure)
+
+
+def test_refusals(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="unknown figure format 'gif'; use one of svg, png"):
+        figures.write_figures(results(), tmp_path, formats=["gif"])
+    for draw in (lambda: figures.pareto([]), lambda: figures.gains(compared(arms=1, tasks=("addition",)))):
+        with pytest.raises(InputError, match="no arms to draw"):
+            draw()
+    with pytest.raises(InputError, match="no reliability"):
+        figures.reliability_diagram({})
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot make the folder"):
+        figures.write_figures(results(), tmp_path / "file" / "folder", resamples=50)
