@@ -11,32 +11,35 @@ Examples:
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .options import add_model_arguments, status, whole
+from .questions import (
+    add_question_arguments,
+    encode,
+    file_names,
+    measured_difficulty,
+    measuring_questions,
+    questions_of,
+    row_length,
+    templates_of,
+)
 
 if TYPE_CHECKING:
-    from ..evaluate import EncodedQuestion, PromptTemplate, Question
     from ..search.records import SearchRecord
     from ..search.workers import OpenWorkplace, Workplace
 
-_LENGTH_BUCKET = 64  # so that other questions find regions compiled already
 _CONVERT: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": lambda v: {"true": True, "false": False}[v.lower()]}
-_PER_CELL = 60  # questions of the train split that measure a cell's difficulty
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    asked = parser.add_argument_group("questions")
-    asked.add_argument("--task", action="append", metavar="NAME", help="built-in task; may be given several times")
-    asked.add_argument("--data", action="append", type=Path, metavar="FILE", help="JSON lines with question and answer")
-    asked.add_argument("--questions", type=whole(1), metavar="N", help="of all tasks together (default: 100; all of --data)")
+    asked = add_question_arguments(parser, "100; all of --data")
     asked.add_argument("--split", choices=("train", "validation", "test"), help="of the built-in tasks (default: train)")
-    asked.add_argument("--prompt", default=None, help="few-shot, direct or plain (default: few-shot; direct with --data)")
     how = parser.add_argument_group("search")
     how.add_argument("--out", type=Path, required=True, metavar="FILE", help="search records, JSON lines")
     how.add_argument("--restart", action="store_true", help="begin anew; the old file stays as FILE.old")
@@ -59,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Search every question that has no record yet; returns and prints counts."""
     config = _config(options)
-    questions = _questions(options)
+    questions = questions_of(options)
     import torch  # after what can be refused without it
 
     from ..search.record_store import RecordStore
@@ -67,25 +70,21 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     from ..search.workers import Workplace
 
     name = options.prompt or ("direct" if options.data else "few-shot")
-    templates = _templates(name, questions)
+    templates = templates_of(name, questions)
     from ..models import load, position_limit
     from ..store import digest
 
     with status().status("loading the model ..."):
         model, tokenizer = load(options.model, getattr(torch, options.dtype))
-    limit = position_limit(model)
-    encoded = _encode(tokenizer, questions, templates)
-    measuring = _measuring(questions)
-    others = _encode(tokenizer, measuring, templates)
-    needed = max(
-        _length(e, templates[q.task], options)
-        for q, e in zip([*questions, *measuring], [*encoded, *others], strict=True)
-    )  # fmt: skip
-    length = -(-(needed + 1) // _LENGTH_BUCKET) * _LENGTH_BUCKET - 1
+    encoded = encode(tokenizer, questions, templates)
+    measuring = measuring_questions(questions)
+    others = encode(tokenizer, measuring, templates)
+    generated = options.judge == "generation" or options.verify
+    length = row_length([*encoded, *others], [*questions, *measuring], templates, position_limit(model), generated)
     threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
     workplace = Workplace(
-        options.model, options.dtype, options.backend, length if limit is None else max(needed, min(length, limit)),
-        options.deterministic, options.judge, options.verify, options.in_flight, threads=threads, templates=templates,
+        options.model, options.dtype, options.backend, length, options.deterministic, options.judge, options.verify,
+        options.in_flight, threads=threads, templates=templates,
     )  # fmt: skip
     with status().status("compiling ..."):
         place = workplace.open(questions, (model, tokenizer))
@@ -93,7 +92,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         for batch in (1, 2):
             place.compiled.warmup(batch=batch)
     asked = {
-        "tasks": sorted(templates), "questions": len(questions), "split": options.split, "data": _names(options.data),
+        "tasks": sorted(templates), "questions": len(questions), "split": options.split, "data": file_names(options.data),
         "sha256": digest({q.id: [q.question, *q.answers] for q in questions}),
     }  # fmt: skip
     how = {"judge": options.judge, "deterministic": options.deterministic, "verify": options.verify, "dtype": options.dtype}
@@ -105,7 +104,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         if len(store):
             left = len(questions) - len(store)
             status().print(f"{options.out} holds {len(store)} questions; {left} are left", style="dim", markup=False)
-        rows = zip(_with_difficulty(questions, measuring, others, place), encoded, strict=True)
+        rows = zip(measured_difficulty(questions, measuring, others, place), encoded, strict=True)
         left_rows = [(q, e) for q, e in rows if q.id not in store.done]
         began = time.perf_counter()
         found = _search(options, workplace, place, left_rows, config) if left_rows else iter(())
@@ -148,81 +147,6 @@ def _config(options: argparse.Namespace) -> Any:
         "method": options.method, "simulations": options.simulations, "reward": options.reward, "seed": options.seed,
         "nested": options.nested, **values,
     })  # fmt: skip
-
-
-def _questions(options: argparse.Namespace) -> "list[Question]":
-    from ..evaluate import generate, get_task, load_jsonl
-
-    if bool(options.task) == bool(options.data):
-        raise InputError("name questions with either --task or --data")
-    if options.data:
-        if options.split:
-            raise InputError("--split is for built-in tasks; split the files of --data yourself")
-        questions = [q for path in options.data for q in load_jsonl(path)]
-        if len({q.id for q in questions}) < len(questions):
-            raise InputError("two files of --data hold the same question id; make ids unique, or search the files one by one")
-        if options.questions is not None and options.questions > len(questions):
-            raise InputError(f"--questions {options.questions} but the files hold {len(questions)}; ask for fewer")
-        return questions[: options.questions]
-    options.split = options.split or "train"
-    tasks = list(dict.fromkeys(options.task))
-    for task in tasks:
-        get_task(task)
-    total = options.questions or 100
-    shares = [total // len(tasks) + (i < total % len(tasks)) for i in range(len(tasks))]
-    return [q for task, n in zip(tasks, shares, strict=True) if n for q in generate(task, n, options.seed, split=options.split)]
-
-
-def _templates(name: str, questions: "Sequence[Question]") -> "dict[str, PromptTemplate]":
-    from ..evaluate import get_template
-
-    return {task: get_template(name, task) for task in sorted({q.task for q in questions})}
-
-
-def _encode(tokenizer: Any, questions: "Sequence[Question]", templates: Any) -> "list[EncodedQuestion]":
-    found: dict[str, EncodedQuestion] = {}
-    for task, template in templates.items():
-        found |= {e.id: e for e in template.encode_all(tokenizer, [q for q in questions if q.task == task])}
-    return [found[q.id] for q in questions]
-
-
-def _length(encoded: "EncodedQuestion", template: "PromptTemplate", options: argparse.Namespace) -> int:
-    answer = max(map(len, encoded.targets))
-    if options.judge == "generation" or options.verify:
-        answer = max(answer, template.max_new_tokens)
-    return len(encoded.prefix) + len(encoded.prompt) + answer
-
-
-def _names(paths: Sequence[Path] | None) -> list[str]:
-    return [p.name for p in paths or ()]
-
-
-def _measuring(questions: "Sequence[Question]") -> "list[Question]":
-    """Questions whose answers by the identity tell the difficulty of the cells that are searched."""
-    from ..evaluate import TASKS, cell_sample
-
-    cells = sorted({(q.task, q.cell) for q in questions if q.difficulty is None and q.task in TASKS and q.cell})
-    return [other for task, cell in cells for other in cell_sample(task, cell, _PER_CELL, split="train")]
-
-
-def _with_difficulty(
-    questions: "Sequence[Question]", measuring: "Sequence[Question]", encoded: "Sequence[EncodedQuestion]", place: "OpenWorkplace"
-) -> "list[Question]":
-    """The questions, those of measured cells with the level of the identity's accuracy there."""
-    from ..evaluate import levels, with_difficulty
-    from ..program import Program
-
-    identity = Program.identity(place.compiled.depth)
-    verdicts = place.forcing.evaluate([(e, identity) for e in encoded])
-    place.forcing.forget([e.id for e in encoded])
-    right: dict[tuple[str, str], list[bool]] = {}
-    for question, verdict in zip(measuring, verdicts, strict=True):
-        right.setdefault((question.task, question.cell), []).append(verdict.correct)
-    made = {}
-    for task in {task for task, _ in right}:
-        found = levels({cell: (sum(r), len(r)) for (of, cell), r in right.items() if of == task})
-        made |= {q.id: q for q in with_difficulty([q for q in questions if q.task == task and q.cell in found], found)}
-    return [made.get(q.id, q) for q in questions]
 
 
 def _search(

@@ -1,0 +1,142 @@
+"""Compare a predictor with the identity and with baselines on test questions, each question paired with itself.
+
+The identity runs in the same job; the answer key is seen by the grader alone. Methods that need it to choose are marked oracles.
+Goes on where an interrupted run of the same settings ended.
+
+Examples:
+  python -m polar_fx evaluate predictor --questions 2000 --out report
+  python -m polar_fx evaluate predictor --records run.jsonl --answers 0 --out report
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from .labelling import Labeller
+from .options import add_model_arguments, status, whole
+from .questions import add_question_arguments, questions_of, templates_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("predictor", type=Path, metavar="FOLDER", help="of `train`")
+    add_question_arguments(parser, "2000; of --data all")
+    parser.add_argument("--seed", type=int, default=0)
+    what = parser.add_argument_group("comparison")
+    what.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="tables, figures, results and verdicts")
+    what.add_argument("--records", action="append", type=Path, metavar="FILE", help="search records, more labels for baselines")
+    what.add_argument("--answers", type=whole(0), default=400, metavar="N", help="questions to also generate answers for")
+    what.add_argument("--votes", type=whole(2), default=3, metavar="K", help="programs that vote (default: %(default)s)")
+    what.add_argument("--no-baselines", action="store_true", help="the predictor's own policies and static programs only")
+    what.add_argument("--no-figures", action="store_true", help="tables and numbers only")
+    run = parser.add_argument_group("running")
+    run.add_argument("--workers", type=whole(1), default=1, metavar="N", help="processes that judge (default: %(default)s)")
+    add_model_arguments(parser, backend="auto")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Evaluate; writes the report, returns the results."""
+    began = time.perf_counter()
+    from ..comparison.baselines import learned_choices, pruning_choices, static_choices, training_records
+    from ..comparison.choices import Choice, arm_results, by_policy, likeliest, oracle, static, top_k, wanted_programs
+    from ..comparison.generated import Answerer
+    from ..comparison.report import by_difficulty, calibration_report, write_report
+    from ..comparison.votes import generated_arms
+    from ..predictor.policy import Policy
+    from ..predictor.saved import load_selector, read_notes
+    from ..program import Program
+    from ..protocol.calibration import reliability
+    from ..training.verdict_table import VerdictTable
+
+    notes = read_notes(options.predictor)
+    if not options.task and not options.data:
+        options.task = list(notes["tasks"])
+    options.questions = options.questions or (None if options.data else 2000)
+    options.split = None if options.data else "test"
+    questions = questions_of(options)
+    templates = templates_of(options.prompt or ("direct" if options.data else "few-shot"), questions)
+    labeller = Labeller(options, templates, questions, generated=options.answers > 0)
+    selector, _ = load_selector(options.predictor, labeller.model_fingerprint)
+    questions = labeller.with_difficulty(questions)
+    rows = [(q, labeller.encoded[q.id]) for q in questions]
+    known = training_records(options.predictor, options.records or (), {q.id for q in questions})
+    features = labeller.features(rows, selector.features)
+    chances = selector.probabilities(features)
+    n, identity = len(rows), Program.identity(labeller.depth)
+
+    choices = [static("identity", identity, n), by_policy("selector: accuracy", selector, Policy("accuracy"), chances)]
+    choices.append(likeliest("selector: likeliest", selector, chances))
+    for budget in selector.calibration.prices:
+        choices.append(by_policy(f"selector: mean steps <= {budget:g}", selector, Policy("mean_steps", budget), chances))
+    choices.append(by_policy("selector: steps <= 0.9", selector, Policy("steps", 0.9), chances))
+    choices.append(oracle("any program of the menu", selector.menu, n))
+    choices.append(top_k("selector: pass@3", selector.menu, chances, 3))
+    choices.append(top_k("selector: pass@5", selector.menu, chances, 5))
+    choices += static_choices(known, selector, questions)
+    baselines: dict[str, Any] = {}
+    if not options.no_baselines:
+        with status().status("training the baselines ..."):
+            others = labeller.encode([r.question for r in (*known.train, *known.validation)], notes["prompt"])
+            encoded = {e.id: e for e in others}
+            test = [e for _, e in rows]
+            made, baselines["block_influences"] = pruning_choices(labeller.compiled, others, selector, n, options.seed)
+            more, trained = learned_choices(labeller.compiled, known, encoded, test, selector.features, options.seed)
+            choices += [*made, *more]
+            baselines |= trained
+    records = labeller.records(options.out / "verdicts.jsonl", rows, wanted_programs(choices, questions))
+    arms = arm_results(choices, records)
+    table = VerdictTable.of(records, selector.menu.programs)
+    answers, part = None, _part(rows, options.answers)
+    if part:
+        picked = Choice("selector: accuracy", tuple(choices[1].programs[i] for i in part))
+        answerer = Answerer(labeller.compiled, labeller.tokenizer, templates)
+        with status().status("generating answers ..."):
+            answers = generated_arms(
+                answerer, selector, chances[part], picked, [records[i] for i in part], [rows[i] for i in part], options.votes,
+                options.seed,
+            )
+    results: dict[str, Any] = {
+        "ok": True, "predictor": str(options.predictor.name), "model": labeller.model_fingerprint, "dtype": options.dtype,
+        "questions": n, "tasks": {t: sum(q.task == t for q in questions) for t in templates},
+        "trained_on": notes["tasks"], "out_of_distribution": sorted(set(templates) - set(notes["tasks"])),
+        "prompts": {task: template.key for task, template in templates.items()},
+        "calibration": calibration_report(chances, table.right), "threshold": selector.calibration.threshold,
+        "programs_used": _used(choices[1], n),
+        "difficulty": [row for c in choices[:3] for row in by_difficulty(c.name, *_outcome(c, records), records)],
+        "generated": None if answers is None else answers.to_dict(), "baselines": baselines,
+        "seconds": time.perf_counter() - began,
+    }  # fmt: skip
+    diagrams = {"selector, test questions": reliability(chances, table.right)}
+    written = write_report(options.out, arms, results, diagrams, not options.no_figures)
+    if answers is not None:
+        written += write_report(options.out / "answers", answers.arms, {"n": len(part)}, {}, not options.no_figures)
+    if not options.json:
+        print((options.out / "arms.md").read_text(encoding="utf-8"))
+        print(f"{len(written)} files in {options.out}; {time.perf_counter() - began:.0f} s")
+    return results
+
+
+def _outcome(choice: Any, records: Any) -> tuple[Any, Any]:
+    """Right and steps of a single-shot method, bool[N] and f64[N]."""
+    import numpy as np
+
+    right = []
+    for record, (program,) in zip(records, choice.programs, strict=True):
+        known = {e.program: e.verdict.correct for e in record.explored}
+        right.append(record.baseline.correct if program.is_identity else known[program])
+    return np.array(right), np.array([float(p.num_steps) for (p,) in choice.programs])
+
+
+def _used(choice: Any, n: int) -> list[dict[str, Any]]:
+    from collections import Counter
+
+    counts = Counter(program for (program,) in choice.programs)
+    return [{"program": str(p), "steps": p.num_steps, "share": c / n} for p, c in counts.most_common()]
+
+
+
+def _part(rows: Any, count: int) -> list[int]:
+    """The places of `count` rows, spread evenly over all, which stand task by task."""
+    count = min(count, len(rows))
+    return [i * len(rows) // count for i in range(count)]
