@@ -23,6 +23,7 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
+    from .bundle import BundleError, export, load_bundle
     from .compiled import CompiledModel, compile
     from .library import LayerLibrary
     from .models import load, load_default
@@ -32,18 +33,22 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Blend": "program",
+    "BundleError": "bundle",
     "CompiledModel": "compiled",
     "LayerLibrary": "library",
     "Op": "program",
     "Program": "program",
     "Segment": "program",
     "compile": "compiled",
+    "export": "bundle",
     "load": "models",
+    "load_bundle": "bundle",
     "load_default": "models",
 }
 
 __all__ = [
     "Blend",
+    "BundleError",
     "CacheError",
     "CaptureError",
     "CompiledModel",
@@ -63,7 +68,9 @@ __all__ = [
     "UnknownBackendError",
     "UnsupportedModelError",
     "compile",
+    "export",
     "load",
+    "load_bundle",
     "load_default",
 ]
 

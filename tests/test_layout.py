@@ -38,6 +38,7 @@ ORDER = (
     {"training"},
     {"comparison"},
     {"bundle"},
+    {"harness"},
     {"cli"},
     {"__main__"},
 )

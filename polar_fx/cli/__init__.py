@@ -1,4 +1,4 @@
-"""The command line: `python -m polar_fx run | inspect | compile | demo | cache | search | analyze | train | evaluate`.
+"""The command line: `python -m polar_fx run | inspect | compile | demo | cache | search | analyze | train | evaluate | export`.
 
 Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 1 done and
 found something wrong, 2 bad input, 130 interrupted. Commands import torch only when they run.
@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import PolarError
 
-COMMANDS = ("run", "inspect", "compile", "demo", "cache", "search", "analyze", "train", "evaluate")
+COMMANDS = ("run", "inspect", "compile", "demo", "cache", "search", "analyze", "train", "evaluate", "export")
 
 
 def _parser() -> argparse.ArgumentParser:

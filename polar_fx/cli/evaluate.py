@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..errors import InputError
 from .labelling import Labeller
 from .options import add_model_arguments, status, whole
 from .questions import add_question_arguments, questions_of, templates_of
@@ -38,7 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate; writes the report, returns the results."""
     began = time.perf_counter()
-    from ..comparison.baselines import learned_choices, pruning_choices, static_choices, training_records
+    from ..comparison.baselines import (
+        learned_choices,
+        pruning_choices,
+        seen_in_training,
+        static_choices,
+        training_records,
+    )
     from ..comparison.choices import Choice, arm_results, by_policy, likeliest, oracle, static, top_k, wanted_programs
     from ..comparison.generated import Answerer
     from ..comparison.report import by_difficulty, calibration_report, write_report
@@ -54,7 +61,13 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         options.task = list(notes["tasks"])
     options.questions = options.questions or (None if options.data else 2000)
     options.split = None if options.data else "test"
-    questions = questions_of(options)
+    seen = seen_in_training(options.predictor)
+    every = questions_of(options)
+    questions = [q for q in every if q.id not in seen]
+    if len(questions) < len(every):
+        status().print(f"{len(every) - len(questions)} questions were seen in training and are left out", style="dim")
+    if not questions:
+        raise InputError(f"all {len(every)} questions were seen in training; ask others")
     templates = templates_of(options.prompt or ("direct" if options.data else "few-shot"), questions)
     labeller = Labeller(options, templates, questions, generated=options.answers > 0)
     selector, _ = load_selector(options.predictor, labeller.model_fingerprint)

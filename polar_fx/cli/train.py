@@ -73,7 +73,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     from ..predictor.policy import Policy
     from ..predictor.saved import save_selector
     from ..search.menu_coverage import key
-    from ..training.pipeline import TrainingConfig, folder_of, train_predictor
+    from ..search.record_store import replace_file
+    from ..training.pipeline import MINED, TrainingConfig, folder_of, train_predictor
     from ..training.selector_training import SelectorConfig
 
     config = TrainingConfig(
@@ -90,6 +91,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     if (left := len(records) - len(usable)) or not usable:
         status().print(f"{left} records are of validation questions and not used", style="dim")
     parts = folder_of(options.out)
+    replace_file(parts / MINED, [json.dumps(sorted({r.question.id for r in usable})).encode()])
     encoded = labeller.encoded
 
     def dense(name: str, part: Any, programs: Any) -> Any:
@@ -117,8 +119,6 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     policy.check(selector.calibration, {selector.menu.programs[0]: 0.0})
     notes = {"tasks": sorted(templates), "prompt": name, "prompts": results["prompts"], "config": asdict(config)}
     save_selector(selector, options.out, labeller.model_fingerprint, policy, notes)
-    from ..search.record_store import replace_file
-
     replace_file(options.out / "results.json", [json.dumps(results, indent=1, default=str).encode() + b"\n"])
     if not options.json:
         _print(results, options.out)

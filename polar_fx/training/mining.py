@@ -8,7 +8,8 @@ learn; single questions mostly not), and what it saves.
 Shape legend: N questions, K programs, G groups (task and cell).
 """
 
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
@@ -21,28 +22,42 @@ from ..trunk import shares_trunk
 from .verdict_table import VerdictTable
 
 BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # fractions of the identity's steps with a program each of their own
+_PRIOR = 10  # questions on which a program is taken for the identity, beside those it ran on
 _STEP_WEIGHT = 0.25  # what a question answered with no steps at all would count more than one answered with all
 
 
 def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> list[Program]:
     """Up to `count` programs of the records that begin with the trunk of `num_steps` steps, most promising first.
 
-    Alternately those valid for most questions, those that correct most wrong answers, and the shortest that are right.
-    Verified verdicts count where there are any.
+    In turn: those valid for most questions, those that correct most wrong answers, the shortest that are right, and for each
+    task those that beat the identity by most there, in right answers and, where both were scored, in log-likelihood (an
+    answer that came closer tells more than one that is still wrong). Verified verdicts count where there are any.
     """
     valid: Counter[Program] = Counter()
     corrects: Counter[Program] = Counter()
+    gains: dict[str, dict[Program, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
-        for program in record.valid:
-            again = record.verified.get(program)
-            if shares_trunk(program, num_steps) and (again is None or again.correct):
+        base = record.baseline
+        for each in record.explored:
+            program, verdict = each.program, record.verified.get(each.program, each.verdict)
+            if not shares_trunk(program, num_steps):
+                continue
+            closer = 0.0
+            if each.verdict.log_likelihood is not None and base.log_likelihood is not None:
+                closer = math.exp(each.verdict.log_likelihood) - math.exp(base.log_likelihood)
+            gains[record.question.task][program].append(verdict.correct - base.correct + closer)
+            if verdict.correct and each.verdict.correct:
                 valid[program] += 1
-                corrects[program] += not record.baseline.correct
+                corrects[program] += not base.correct
     orders = [
         sorted(valid, key=lambda p: (-valid[p], p.num_steps, str(p))),
         sorted(valid, key=lambda p: (-corrects[p], -valid[p], p.num_steps, str(p))),
         sorted((p for p in valid if p.num_steps < p.depth), key=lambda p: (-valid[p] * (p.depth - p.num_steps), str(p))),
     ]
+    for _, of_task in sorted(gains.items()):
+        # as if it had been the identity on some questions more: one lucky question is no gain
+        worth = {p: sum(g) / (len(g) + _PRIOR) for p, g in of_task.items()}
+        orders.append(sorted((p for p in worth if p in valid), key=lambda p: (-worth[p], p.num_steps, str(p))))
     found: dict[Program, None] = {}
     for place in range(len(valid)):
         for order in orders:
@@ -132,7 +147,7 @@ def _within(accuracy: np.ndarray, steps: np.ndarray, limit: float) -> int | None
     return int(np.where(allowed, accuracy, -1).argmax()) if allowed.any() else None
 
 
-def _shrunk(right: np.ndarray, weight: float = 10.0) -> np.ndarray:
+def _shrunk(right: np.ndarray, weight: float = _PRIOR) -> np.ndarray:
     """Accuracies [K] on one group, as if `weight` further questions had the identity's."""
     return (right.sum(0) + weight * right[:, 0].mean()) / (len(right) + weight)
 

@@ -53,6 +53,9 @@ class TrainingConfig:
             raise InputError(f"budgets are {self.budgets}; give fractions of the identity's steps between 0 and 1")
 
 
+MINED = "mined.json"
+"""In the folder of parts: the ids of the questions whose records the menu was mined from."""
+
 # dense(name, rows, programs): a table of every program on every question, kept under that name.
 Dense = Callable[[str, Rows, Sequence[Program]], VerdictTable]
 

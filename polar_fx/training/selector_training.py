@@ -101,7 +101,7 @@ def train_selector(
         loss_of = torch.nn.BCEWithLogitsLoss()
         target, held_out = train.targets(config.likelihood_weight), torch.tensor(validation.right, dtype=torch.float32)
         best, best_state, best_epoch = _loss(network, validation.features, held_out), copy.deepcopy(network.state_dict()), 0
-        history = [{"epoch": 0, "train": float("nan"), "validation": best}]
+        history: list[dict[str, float]] = [{"epoch": 0, "validation": best}]
         for epoch in range(1, config.epochs + 1):
             network.train()
             total = 0.0

@@ -1,0 +1,122 @@
+"""What dispatching costs: the head apart from the choice, the split at the trunk, and each policy beside the identity.
+
+One prompt of 128 tokens, one row; medians of interleaved rounds, warm-up and compilation apart. The predictor's network is timed
+on real hidden states; what it chooses does not matter for the first table.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import polar_fx
+from measure import RESULTS, machine, paired_ratio, spread, write_json
+from polar_fx.predictor.features import Features
+from polar_fx.predictor.menu import Menu
+from polar_fx.predictor.policy import Calibration
+from polar_fx.predictor.saved import load_selector
+from polar_fx.predictor.selector import Selector, SelectorNetwork
+from polar_fx.program import Program
+from polar_fx.trunk import run_trunk, session_after
+
+_TOKENS = 128
+
+
+def _selector(folder: Path | None, depth: int, hidden_size: int) -> Selector:
+    """The one in the folder, or one of the same size with random weights."""
+    if folder is not None:
+        return load_selector(folder)[0]
+    menu = Menu.of([Program.parse(f"skip {i}", depth) for i in range(4, min(depth, 28))])
+    network = SelectorNetwork(2 * hidden_size, len(menu))
+    return Selector(menu, Features(), network, Calibration(0.0, {0.9: 0.1}))
+
+
+def _timed(work: Any) -> float:
+    start = time.perf_counter()
+    work()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--predictor", type=Path, help="folder of `train` (default: random weights of the same size)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    options = parser.parse_args()
+    model, _ = polar_fx.load(None, getattr(torch, options.dtype))
+    compiled = polar_fx.compile(model, max_length=191)
+    selector = _selector(options.predictor, compiled.depth, model.config.hidden_size)
+    dispatcher = compiled.dispatch_by(selector, policy="accuracy")
+    compiled.warmup()
+    rng = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, compiled.vocab_size, (1, _TOKENS), generator=rng)
+    rows, identity = [ids[0]], Program.identity(compiled.depth)
+
+    def plain() -> None:
+        with compiled.session(identity, 1) as session:
+            compiled.prefill(identity, session, rows)
+
+    def split() -> None:
+        with (
+            run_trunk(compiled, rows, dispatcher.num_steps) as trunk,
+            session_after(compiled, identity, trunk) as session,
+        ):
+            compiled.prefill(identity, session, rows, trunk=trunk)
+
+    with run_trunk(compiled, rows, dispatcher.num_steps) as trunk:
+        hidden = [trunk.hidden[0].clone()]
+    proposal = selector.propose(hidden)[0]
+    parts = {
+        "features and network": lambda: selector.propose(hidden),
+        "policy": lambda: dispatcher.policy.choose(proposal, dispatcher.calibration),
+        "features, network and policy": lambda: dispatcher.decide(hidden),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ("prefill", "prefill behind a trunk", *parts)}
+    for _ in range(options.rounds + 3):
+        times["prefill"].append(_timed(plain))
+        times["prefill behind a trunk"].append(_timed(split))
+        for name, work in parts.items():
+            times[name].append(statistics.median(_timed(work) for _ in range(20)))
+    times = {name: taken[3:] for name, taken in times.items()}
+    overhead = {name: spread(taken) for name, taken in times.items()}
+    ratios = {name: paired_ratio(taken, times["prefill"]) for name, taken in times.items() if name != "prefill"}
+    for name, taken in overhead.items():
+        ratio = f", {100 * ratios[name]['median']:.3f} % of a prefill" if name in ratios else ""
+        print(f"{name}: {taken['median']:.4f} ms{ratio}")
+
+    policies = ["identity", "accuracy", *(f"mean_steps<={f:g}" for f in selector.calibration.prices), "steps<=0.9"]
+    dispatchers = {policy: dispatcher.with_policy(policy) for policy in policies}
+    prompts = [torch.randint(0, compiled.vocab_size, (1, _TOKENS), generator=rng) for _ in range(options.rounds)]
+    arguments: dict[str, Any] = dict(max_new_tokens=options.new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    requests: dict[str, list[float]] = {policy: [] for policy in policies}
+    steps: dict[str, list[int]] = {policy: [] for policy in policies}
+    for prompt in (prompts[0], prompts[0], *prompts):
+        for policy, each in dispatchers.items():
+            start = time.perf_counter()
+            _, report = each.generate(prompt, **arguments)
+            requests[policy].append(1e3 * (time.perf_counter() - start))
+            steps[policy].append(report.decisions[0].num_steps)
+    requests = {policy: taken[2:] for policy, taken in requests.items()}
+    rates = {policy: paired_ratio(taken, requests["identity"]) for policy, taken in requests.items()}
+    for policy in policies:
+        print(
+            f"{policy}: {statistics.median(requests[policy]):.1f} ms a request, {rates[policy]['median']:.3f} of the identity's, "
+            f"{statistics.fmean(steps[policy][2:]):.1f} steps"
+        )
+    write_json(RESULTS / f"dispatch-cpu-{options.dtype}.json", {
+        "benchmark": "dispatch", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "prompt_tokens": _TOKENS,
+        "trained": options.predictor is not None, "menu": len(selector.menu), "shared_steps": dispatcher.num_steps,
+        "parameters": sum(p.numel() for p in selector.network.parameters()), "ms": overhead, "ratio_to_prefill": ratios,
+        "requests": {
+            policy: {"ms": spread(requests[policy]), "ratio": rates[policy], "steps": statistics.fmean(steps[policy][2:])}
+            for policy in policies
+        }, "new_tokens": options.new_tokens,
+    })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

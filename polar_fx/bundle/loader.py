@@ -1,0 +1,219 @@
+"""A bundle -> a model that runs its programs: no modeling code, no tracing, no compiler.
+
+The parts are those of `polar_fx.compile`: a library by its symbol table, a linker, a KV pool and a generator. Only what
+they are given differs: tensors from the weights file, and regions that are loaded or refused, never made.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from os import PathLike
+from pathlib import Path
+from typing import Any, NoReturn, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ..backends import AotInductorBackend, PersistentBackend, Region, ShapeClass
+from ..backends.aot_inductor import REGION
+from ..compiled import CompiledModel, ProgramLike
+from ..dispatch import Dispatcher
+from ..errors import InputError, ProgramError
+from ..kv_cache import KvPool
+from ..library import LayerLibrary
+from ..link import Linker
+from ..plain_text import count
+from ..program import Program
+from ..regions import RegionTable, Wanted
+from ..symbols import SymbolTable
+from ..tiers import TierPolicy, Tiers
+from ..variant import target_of
+from .contents import check_regions, check_weights, load_weights, read_table
+from .errors import BundleError
+from .files import check_file
+from .manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
+from .settings import read_config, read_generation
+
+_ELSEWHERE = "export the bundle on a machine like this one, or load it where it was made for"
+
+
+def verify_bundle(folder: str | PathLike[str], *, fingerprint: str | None = None, target: bool = True) -> Manifest:
+    """Check every file of a bundle, and that it fits this machine unless `target` is False; loads and runs nothing.
+
+    `fingerprint` is the `Manifest.fingerprint` that is expected, if it is known from elsewhere. Raises BundleError.
+    """
+    return _verified(Path(folder).resolve(), fingerprint, target)[0]
+
+
+def load_bundle(folder: str | PathLike[str], *, any_program: bool = False, fingerprint: str | None = None) -> "BundledModel":
+    """The model of a bundle, ready to run: every region is loaded, nothing is traced or compiled, now or later.
+
+    Args:
+        folder: what `export` wrote. A bundle holds compiled code: load those you trust.
+        any_program: run any program of the layers, not only those that the manifest names.
+        fingerprint: the `Manifest.fingerprint` that the bundle must have, noted when it was exported.
+
+    Raises BundleError before anything of a bundle that is not whole, or is not for this machine, is loaded.
+    """
+    place = Path(folder).resolve()
+    manifest, table = _verified(place, fingerprint, target=True)
+    return BundledModel(place, manifest, table, any_program)
+
+
+def _verified(place: Path, fingerprint: str | None, target: bool) -> tuple[Manifest, SymbolTable]:
+    """Manifest and symbol table, after all checks, from the cheapest to the ones that read everything."""
+    manifest = read_manifest(place)
+    if fingerprint is not None and manifest.fingerprint != fingerprint:
+        raise BundleError(place, f"has fingerprint {manifest.fingerprint}, not {fingerprint}", "load the bundle you mean")
+    if target:
+        _check_target(place / MANIFEST, manifest)
+    for file in manifest.files:
+        check_file(place, file.path, file.num_bytes, file.sha256)
+    table = read_table(place, manifest)
+    check_regions(place / MANIFEST, manifest, table)
+    check_weights(place, manifest, table)
+    config = read_config(place)
+    if config.num_hidden_layers != manifest.depth:
+        raise BundleError(place / MANIFEST, f"says {count(manifest.depth, 'layer')}, config.json {config.num_hidden_layers}")
+    read_generation(place)
+    return manifest, table
+
+
+def _check_target(path: Path, manifest: Manifest) -> None:
+    if manifest.device != "cpu":
+        raise BundleError(path, f"is of a bundle for device {manifest.device!r}; this polar_fx loads those for 'cpu'", _ELSEWHERE)
+    if manifest.backend != AotInductorBackend.name:
+        raise BundleError(
+            path, f"names backend {manifest.backend!r}, this polar_fx loads {AotInductorBackend.name!r}", _ELSEWHERE
+        )
+    own = f"{torch.__version__} {torch.version.git_version}"
+    if manifest.torch != own:
+        remedy = f"install torch {manifest.torch.partition(' ')[0]}, or export with this one"
+        raise BundleError(path, f"is of a bundle for torch {manifest.torch}, and this is {own}", remedy)
+    processor = target_of(torch.device("cpu"))
+    if manifest.processor != processor:
+        what = f"is of a bundle for processor {manifest.processor!r}, and this is {processor!r}"
+        raise BundleError(path, f"{what}: its instructions may be missing here", _ELSEWHERE)
+
+
+class BundledModel(CompiledModel):
+    """A model from a bundle: `forward`, `generate`, `warmup` and all else of `CompiledModel`, over its own programs.
+
+    `programs` are those of the manifest, the first the default one. Without regions for many rows, rows run one by one.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, table: SymbolTable, any_program: bool) -> None:
+        self.folder, self.manifest, self.any_program = folder, manifest, any_program
+        self.programs = manifest.programs
+        self._allowed = frozenset(manifest.programs)
+        pool = KvPool(manifest.max_length, torch.device("cpu"))
+        if pool.length != manifest.kv_length:
+            what = f"was compiled for {manifest.kv_length} KV columns, and this polar_fx allocates {pool.length}"
+            raise BundleError(folder / MANIFEST, what, "export the bundle with this polar_fx")
+        library = LayerLibrary.from_table(table, load_weights(folder, manifest, table), _no_graphs(folder))
+        stand_in = _StandIn(read_config(folder), read_generation(folder), manifest.vocab_size)
+        super().__init__(
+            cast(PreTrainedModel, stand_in), library, _Sealed(folder), manifest.max_length, manifest.prefill_chunk,
+            manifest.deterministic or not manifest.many_rows, manifest.programs[0],
+        )  # fmt: skip
+        self.regions = _BundledRegions(folder, manifest, library, self.backend)
+        self.linker = Linker(library, self.regions, self.pool)
+        self.tiers = Tiers(library, self.regions, self.pool.kv_index, "linked", TierPolicy())
+        # now, not in a request; and soon after their files were hashed
+        self.regions.get([f.region for f in manifest.files if f.region is not None])
+
+    def __repr__(self) -> str:
+        about = f"depth={self.depth}, {count(len(self.programs), 'program')}, max_length={self.pool.max_length}"
+        return f"BundledModel({self.manifest.model}, {about}, folder={str(self.folder)!r})"
+
+    def resolve(self, program: ProgramLike) -> Program:
+        """As in CompiledModel; raises ProgramError for one that the manifest does not name, unless `any_program`."""
+        chosen = super().resolve(program)
+        if self.any_program or chosen in self._allowed:
+            return chosen
+        raise ProgramError(
+            f"program {chosen} is not among the {count(len(self.programs), 'program')} of the bundle {self.folder}; add it with "
+            "add_program and load the bundle again, or load it with any_program=True"
+        )
+
+    def dispatch_by(self, *args: Any, **options: Any) -> Dispatcher:
+        """As in CompiledModel; raises ProgramError, unless `any_program`, if the menu names others than the bundle does."""
+        before, dispatcher = self.dispatcher, super().dispatch_by(*args, **options)
+        try:
+            if not self.any_program and dispatcher.unprepared == "link":
+                raise InputError("unprepared='link' runs programs of no menu; load the bundle with any_program=True for that")
+            for program in dispatcher.menu.programs:
+                self.resolve(program)
+        except BaseException:
+            self.dispatcher = before
+            raise
+        return dispatcher
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer that was exported. Raises InputError if there is none."""
+        if not any(f.path.startswith(TOKENIZER) for f in self.manifest.files):
+            raise InputError(f"the bundle {self.folder} holds no tokenizer; export it with tokenizer=")
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder / TOKENIZER, local_files_only=True, trust_remote_code=False)
+
+
+class _StandIn:
+    """What CompiledModel asks of a HuggingFace model: its settings, and how many token ids there are."""
+
+    def __init__(self, config: Any, generation_config: Any, vocab_size: int) -> None:
+        self.config, self.generation_config = config, generation_config
+        self.weight = torch.empty(vocab_size, 0)  # only its length is read
+
+    def get_input_embeddings(self) -> "_StandIn":
+        return self
+
+
+class _BundledRegions(RegionTable):
+    """Regions from the bundle's packages; what is not there is refused."""
+
+    def __init__(self, folder: Path, manifest: Manifest, library: LayerLibrary, backend: Any) -> None:
+        super().__init__(library, backend, manifest.max_length, None, 0)
+        self._folder = folder
+        self._packages = {f.region: folder / f.path for f in manifest.files if f.region is not None}
+
+    def files(self, name: str, shape: ShapeClass) -> Mapping[str, Path] | None:
+        path = self._packages.get((name, shape))
+        return None if path is None else {REGION: path}
+
+    def _build(self, backend: PersistentBackend, wanted: list[Wanted]) -> None:
+        for name, shape in wanted:
+            _refuse(self._folder, f"region {name} for {shape}")
+
+
+class _Sealed(AotInductorBackend):
+    """Loads packages as AotInductorBackend does, and compiles nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(passes=())
+        self._folder = folder
+
+    def load(self, files: Mapping[str, Path]) -> Region:
+        try:
+            return super().load(files)
+        except Exception as error:  # torch raises RuntimeErrors of many wordings
+            reason = str(error).strip().partition("\n")[0]
+            raise BundleError(files[REGION], f"cannot be loaded: {reason}") from error
+
+    def compile_region(self, body: Any, example: Sequence[Tensor], dynamic: Any) -> Region:
+        _refuse(self._folder, "a region")
+
+    def export(self, body: Any, example: Sequence[Tensor], dynamic: Any, folder: Path) -> None:
+        _refuse(self._folder, "a graph")
+
+    def build(self, folder: Path) -> None:
+        _refuse(self._folder, "a region")
+
+
+def _no_graphs(folder: Path) -> Any:
+    return lambda: _refuse(folder, "the model's graphs")
+
+
+def _refuse(folder: Path, what: str) -> NoReturn:
+    raise BundleError(folder, f"does not hold {what}, and nothing is traced or compiled for a bundle", "export it again")

@@ -1,0 +1,258 @@
+"""`export`: a compiled model -> a bundle, one folder that is there whole or not at all.
+
+Regions take weights as operands, so layers and programs share one copy of both: a program is a line of the manifest.
+"""
+
+import json
+import logging
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from datetime import UTC, datetime
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+
+from .. import __version__
+from ..backends import AotInductorBackend
+from ..backends.aot_inductor import REGION
+from ..compiled import CompiledModel, ProgramLike
+from ..errors import InputError
+from ..plain_text import count, size
+from ..program import Program
+from ..regions import RegionTable, Wanted
+from ..store import ArtifactStore
+from ..variant import target_of
+from .contents import region_names, stored_weights
+from .errors import BundleError
+from .files import copy_file, digest_of, os_errors, sync, write_file
+from .loader import BundledModel, verify_bundle
+from .manifest import (
+    CONFIG,
+    GENERATION,
+    MANIFEST,
+    REGIONS,
+    SYMBOLS,
+    TOKENIZER,
+    TOKENIZER_SUFFIXES,
+    WEIGHTS,
+    BundledFile,
+    Manifest,
+    write_manifest,
+)
+from .settings import config_fields, generation_fields
+
+log = logging.getLogger("polar_fx.bundle")
+
+_SPARE_BYTES = 1 << 20  # manifest, settings, file system
+
+
+def export(
+    compiled: CompiledModel,
+    out: str | PathLike[str],
+    programs: Iterable[ProgramLike] | None = None,
+    *,
+    buckets: Sequence[int] = (1,),
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write a bundle of `compiled` to the new folder `out`; compiles the regions that are not there yet.
+
+    Args:
+        compiled: of backend "aot_inductor", on the CPU. Its limits and generation defaults become the bundle's.
+        programs: the programs that may be run, the first by default (None: the model's default program).
+        buckets: rows that calls have. (1,): one at a time, batches row by row; with any number from 2 up: batches, too.
+        tokenizer: what has a `save_pretrained`, to be shipped along.
+        overwrite: replace a bundle that is there; anything else is never replaced.
+
+    Raises InputError, ProgramError, CompileError, and BundleError if the folder cannot be written. Whenever it is
+    interrupted, what is there under the name `out` is nothing, the former bundle or the new one, never a part of one.
+    """
+    if not isinstance(compiled, CompiledModel):
+        raise InputError(f"export takes what polar_fx.compile returns, got {type(compiled).__name__}")
+    if isinstance(compiled, BundledModel):
+        raise InputError(f"{compiled.folder} is a bundle already; copy the folder, and change its programs with add_program")
+    if type(compiled.backend) is not AotInductorBackend:
+        raise InputError(
+            f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with backend='aot_inductor'"
+        )
+    if compiled.device.type != "cpu":
+        raise InputError(f"bundles are for the CPU, and the model is on {compiled.device}; move it there and compile it again")
+    chosen = tuple(dict.fromkeys(compiled.resolve(p) for p in ((None,) if programs is None else programs)))
+    if not chosen:
+        raise InputError("a bundle needs at least one program; leave programs= out for the default one")
+    if not buckets or any(type(b) is not int or b < 1 for b in buckets):
+        raise InputError(f"buckets must be numbers of rows, such as (1,) or (1, 2), got {buckets!r}")
+    target = check_target(out, overwrite)
+    work = target.parent / f".{target.name}.{secrets.token_hex(8)}.part"
+    with os_errors(target), tempfile.TemporaryDirectory(prefix="polar_fx-") as spare:
+        many_rows = max(buckets) > 1 and not compiled.deterministic
+        draft = _draft(compiled, chosen, many_rows)
+        packages = _packages(compiled, region_names(compiled.library.table, draft.shapes), Path(spare))
+        try:
+            manifest = _write(compiled, draft, packages, tokenizer, work)
+            _place(work, target, overwrite)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
+    log.info("wrote %s: %s, %s", target, count(len(chosen), "program"), size(manifest.num_bytes))
+    return manifest
+
+
+def check_target(out: str | PathLike[str], overwrite: bool) -> Path:
+    """The absolute path of a bundle that may be written. Raises BundleError."""
+    target = Path(os.path.abspath(out))  # not resolved: a link under that name is an existing thing, too
+    if not target.parent.is_dir():
+        raise BundleError(target, "is in no folder that exists", f"make {target.parent} first")
+    if not os.path.lexists(target):
+        return target
+    if not overwrite:
+        raise BundleError(target, "exists already", "name another folder, or say overwrite=True")
+    if target.is_symlink() or not (target / MANIFEST).is_file():
+        raise BundleError(target, "is there and is no bundle, so it is not overwritten", "name another folder, or remove it")
+    return target
+
+
+def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bool) -> Manifest:
+    """The manifest without what is only known once the files are written."""
+    library = compiled.library
+    return Manifest(
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        polar_fx=__version__,
+        model=(compiled.config.architectures or [type(compiled.config).__name__])[0],
+        depth=library.depth,
+        dtype=str(library.dtype).removeprefix("torch."),
+        vocab_size=compiled.vocab_size,
+        device=compiled.device.type,
+        processor=target_of(compiled.device),
+        torch=f"{torch.__version__} {torch.version.git_version}",
+        threads=torch.get_num_threads(),
+        backend=compiled.backend.name,
+        max_length=compiled.pool.max_length,
+        kv_length=compiled.pool.length,
+        prefill_chunk=compiled.prefill_chunk,
+        many_rows=many_rows,
+        deterministic=compiled.deterministic,
+        graphs=library.fingerprint,
+        weights=library.model_fingerprint,
+        programs=programs,
+        ties={},
+        files=(),
+    )
+
+
+def _packages(compiled: CompiledModel, wanted: list[Wanted], spare: Path) -> dict[Wanted, Path]:
+    """Copies of the compiled packages, in `spare`: in the store others could remove them before they are shipped."""
+    regions = compiled.regions
+    found: dict[Wanted, Path] = {}
+    copies = spare / "regions"
+    copies.mkdir()
+
+    def take(table: RegionTable) -> None:
+        missing = [w for w in wanted if w not in found]
+        table.get(missing)
+        for name, shape in missing:
+            files = table.files(name, shape)
+            copy = copies / f"{len(found)}.pt2"
+            try:
+                if files is not None:
+                    copy_file(files[REGION], copy)
+                    found[name, shape] = copy
+            except FileNotFoundError:  # another process needed the room
+                copy.unlink(missing_ok=True)
+
+    if regions.store is not None:
+        take(regions)
+    if len(found) < len(wanted):  # without a store, or with one that has no room for all: once more, in a place of our own
+        store = ArtifactStore(spare / "store", limit_bytes=0)
+        take(RegionTable(compiled.library, compiled.backend, regions.max_length, store, regions.workers))
+    return found
+
+
+def _write(compiled: CompiledModel, draft: Manifest, packages: dict[Wanted, Path], tokenizer: Any, work: Path) -> Manifest:
+    """Write everything into the new folder `work`, then read it as a loader would."""
+    library = compiled.library
+    weights, ties = stored_weights(library.tensors, library.table)
+    needed = sum(t.numel() * t.element_size() for t in weights.values())
+    needed += sum(p.stat().st_size for p in packages.values()) + _SPARE_BYTES
+    if (free := shutil.disk_usage(work.parent).free) < needed:
+        raise BundleError(
+            work.parent,
+            f"has {size(free)} left, and the bundle takes {size(needed)}",
+            "free some space there, or name another disk",
+        )
+    work.mkdir()
+    (work / REGIONS).mkdir()
+    write_file(work / SYMBOLS, library.table.to_json().encode())
+    _save_weights(weights, work / WEIGHTS)
+    (work / WEIGHTS).chmod(stat.S_IMODE((work / SYMBOLS).stat().st_mode))  # safetensors writes for the owner alone
+    write_file(work / CONFIG, json.dumps(config_fields(compiled.config), indent=1).encode())
+    write_file(work / GENERATION, json.dumps(generation_fields(compiled.generation_config), indent=1).encode())
+    regions: dict[str, Wanted] = {}
+    for (name, shape), package in packages.items():
+        part = f"{name}.{'one-row' if shape.batch else 'rows'}.{'one-token' if shape.tokens else 'tokens'}.pt2"
+        regions[REGIONS + part] = name, shape
+        copy_file(package, work / REGIONS / part)
+    paths = [WEIGHTS, SYMBOLS, CONFIG, GENERATION, *regions, *_save_tokenizer(tokenizer, work)]
+    for folder in {(work / p).parent for p in paths}:
+        sync(folder)
+    files = tuple(BundledFile(p, (work / p).stat().st_size, digest_of(work / p), regions.get(p)) for p in paths)
+    manifest = replace(draft, ties=ties, files=files)
+    write_manifest(work, manifest)
+    verify_bundle(work)
+    return manifest
+
+
+def _save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    try:
+        save_file(weights, path)
+    except SafetensorError as error:  # in which the system's own error is but text
+        raise BundleError(
+            path, f"cannot be written: {error}", "free some space there, or name a folder on another disk"
+        ) from error
+    sync(path)
+
+
+def _save_tokenizer(tokenizer: Any, work: Path) -> list[str]:
+    """Paths of the tokenizer's files. Raises InputError for one that comes with code or formats of its own."""
+    if tokenizer is None:
+        return []
+    place = work / TOKENIZER
+    tokenizer.save_pretrained(place)
+    files = sorted(f for f in place.rglob("*") if not f.is_dir())
+    for file in files:
+        if file.suffix not in TOKENIZER_SUFFIXES:
+            raise InputError(f"the tokenizer saves {file.name}, which a bundle cannot ship; export without tokenizer=")
+        sync(file)
+    return [f.relative_to(work).as_posix() for f in files]
+
+
+def _place(work: Path, target: Path, overwrite: bool) -> None:
+    """Give the finished folder its name. There is never a half bundle under that name; for a moment there may be none."""
+    if overwrite and os.path.lexists(target):
+        check_target(target, overwrite)
+        former = work.with_suffix(".former")
+        os.rename(target, former)
+        try:
+            os.rename(work, target)
+        except BaseException:
+            with suppress(OSError):
+                os.rename(former, target)
+            raise
+        try:
+            sync(target.parent)
+        finally:
+            shutil.rmtree(former, ignore_errors=True)
+        return
+    if os.path.lexists(target):  # since it was looked for: rename would replace an empty folder
+        raise BundleError(target, "exists already", "name another folder, or say overwrite=True")
+    os.rename(work, target)
+    sync(target.parent)

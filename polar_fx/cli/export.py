@@ -1,0 +1,101 @@
+"""Ship a model as one folder that runs programs without modeling code and without compiling: weights, compiled code, programs.
+
+The folder runs on machines with this torch and this kind of processor; `polar_fx.load_bundle` loads it. More programs cost a line
+each: all of them share the weights and the compiled code.
+
+Examples:
+  python -m polar_fx export --out bundle --programs identity "skip 5" "repeat 10-11 x3 @0.5"
+  python -m polar_fx export --out bundle --programs menu.txt --overwrite     # one program a line, # begins a comment
+  python -m polar_fx export --out bundle --model ./my-model --dtype bfloat16 --max-length 1024 --batch 8
+"""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from ..plain_text import count, size
+from .options import add_length_argument, add_model_arguments, compile_model, load_model, row_length, status, whole
+
+_MAX_FILE_BYTES = 1 << 24
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the bundle; it must not exist yet")
+    parser.add_argument(
+        "--programs", nargs="+", metavar="FILE_OR_TEXT", default=["identity"],
+        help="program texts, and files of them; the first is what calls that name no program run (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--batch", type=whole(1), default=1, metavar="N", help="rows a call; from 2 up any number is served at once"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer's files out")
+    add_length_argument(parser, "256")
+    add_model_arguments(parser, backend="aot_inductor")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Compile what is missing and write the bundle; returns and prints what it holds."""
+    texts = _texts(options.programs)
+    if options.backend not in ("aot_inductor", "auto"):
+        raise InputError(f"--backend {options.backend} makes no code that can be shipped; leave it out, or name aot_inductor")
+    options.backend = "aot_inductor"
+
+    from ..bundle import export
+    from ..bundle.writer import check_target
+
+    check_target(options.out, options.overwrite)  # before anything is loaded
+    model, tokenizer = load_model(options)
+    compiled = compile_model(model, options, options.max_length or row_length(model))
+    start = time.perf_counter()
+    with status().status("compiling and writing ..."):
+        manifest = export(
+            compiled, options.out, texts, buckets=(1, options.batch),
+            tokenizer=None if options.no_tokenizer else tokenizer, overwrite=options.overwrite,
+        )  # fmt: skip
+    seconds = time.perf_counter() - start
+    if not options.json:
+        regions = [f for f in manifest.files if f.region]
+        print(
+            f"{options.out}: {count(len(manifest.programs), 'program')}, {size(manifest.num_bytes)}, of which "
+            f"{size(sum(f.num_bytes for f in regions))} are {count(len(regions), 'compiled region')}"
+        )
+        print(
+            f"up to {count(manifest.max_length, 'token')} a row, {'any number of rows' if manifest.many_rows else 'row by row'}"
+        )
+        print(f"for {manifest.processor}, torch {manifest.torch.partition(' ')[0]}")
+        print(f"fingerprint {manifest.fingerprint}")
+    return {
+        "folder": str(options.out), "fingerprint": manifest.fingerprint, "bytes": manifest.num_bytes, "seconds": seconds,
+        "compiled": len(compiled.compilations), "manifest": manifest.to_dict(),
+    }  # fmt: skip
+
+
+def _texts(given: list[str]) -> list[str]:
+    """The program texts, those of files line by line. Raises InputError."""
+    found: list[str] = []
+    for value in given:
+        if not _is_file(value):
+            found.append(value)
+            continue
+        path = Path(value)
+        try:
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise InputError(f"--programs {value} has {size(path.stat().st_size)}; a file of programs is much smaller")
+            lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"--programs {value} cannot be read: {error}") from error
+        found += [line for line in lines if line]
+        if not any(lines):
+            raise InputError(f"--programs {value} holds no program; write one a line")
+    return found
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):  # a text too long for a path, or with a null character
+        return False

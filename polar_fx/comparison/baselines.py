@@ -1,0 +1,157 @@
+"""The methods a selector has to beat, each trained on the same train questions and none on test ones."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..evaluate.question import EncodedQuestion
+from ..predictor.features import Features
+from ..predictor.selector import Selector
+from ..search.menu_coverage import merge
+from ..search.record_store import RecordReader
+from ..search.records import SearchRecord
+from ..training.collect import token_features
+from ..training.mining import best_static
+from ..training.network_training import TrainingConfig
+from ..training.pipeline import MINED
+from ..training.verdict_table import VerdictTable
+from .block_influence import block_influences, least_influence_program
+from .choices import Choice, random_skips, static, static_by_task
+from .layer_router import OPS, SKIP_OPS, pool_windows, router_labels, train_layer_router
+from .polar_arm import PolarArm, train_polar_arm
+
+if TYPE_CHECKING:
+    from ..compiled import CompiledModel
+
+_BUDGET = 0.9
+_INFLUENCE_PROMPTS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRecords:
+    """Records of train and validation questions. `dense` have every program of the menu, `train` whatever was tried."""
+
+    dense: list[SearchRecord]
+    train: list[SearchRecord]
+    validation: list[SearchRecord]
+    counts: dict[str, Any] = field(default_factory=dict)
+
+
+def training_records(predictor: Path, searches: Sequence[Path], test_ids: set[str]) -> TrainingRecords:
+    """What the predictor in a folder was trained on, and what searches found for other questions.
+
+    Raises InputError if a test question is among them, and RecordFileError for a file that cannot be read.
+    """
+    dense = list(RecordReader(predictor / "parts" / "train.jsonl"))
+    validation = list(RecordReader(predictor / "parts" / "validation.jsonl"))
+    held_out = {r.question.id for r in validation}
+    more = [r for path in searches for r in RecordReader(path) if r.question.id not in held_out]
+    train = merge([*more, *dense])
+    if shared := sorted(test_ids & ({r.question.id for r in train} | held_out)):
+        raise InputError(
+            f"test question {shared[0]!r} (and {len(shared) - 1} more) is one that the predictor was trained on; "
+            "ask questions of the test split"
+        )
+    return TrainingRecords(dense, train, validation)
+
+
+def seen_in_training(predictor: Path) -> set[str]:
+    """Ids of all questions that mining, training or validation looked at. Raises InputError, RecordFileError."""
+    parts = predictor / "parts"
+    try:
+        mined = json.loads((parts / MINED).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{parts / MINED} cannot be read: {error}; train again, or bring it back") from error
+    return {*mined, *(r.question.id for name in ("train", "validation") for r in RecordReader(parts / f"{name}.jsonl"))}
+
+
+def static_choices(known: TrainingRecords, selector: Selector, questions: Sequence[Any]) -> list[Choice]:
+    """The best programs of the menu on train questions: over all, within the budget, and a task each."""
+    table = VerdictTable.of(known.dense, selector.menu.programs)
+    n = len(questions)
+    tasks = list(dict.fromkeys(q.task for q in table.questions))
+    by_task = {}
+    for task in tasks:
+        of = [i for i, q in enumerate(table.questions) if q.task == task]
+        by_task[task] = best_static(table.rows(torch.tensor(of).numpy()))
+    within = best_static(table, _BUDGET * table.depth)
+    return [
+        static("best static program", best_static(table), n),
+        static(f"best static program <= {_BUDGET:g} steps", within, n),
+        static_by_task("best static program a task (told the task)", by_task, questions),
+    ]
+
+
+def pruning_choices(
+    model: "CompiledModel", encoded: Sequence[EncodedQuestion], selector: Selector, n: int, seed: int
+) -> tuple[list[Choice], list[float]]:  # fmt: skip
+    """Block-influence pruning (arXiv 2403.03853) at the budget, random programs of as many steps; and each layer's influence."""
+    trunk, depth = selector.features.num_steps, selector.depth
+    steps = int(_BUDGET * depth + 1e-9)
+    prompts = [torch.tensor((*e.prefix, *e.prompt)) for e in encoded[:: max(1, len(encoded) // _INFLUENCE_PROMPTS)]]
+    influences = block_influences(model, prompts[:_INFLUENCE_PROMPTS])
+    pruned = least_influence_program(influences, depth - steps, trunk)
+    made = [
+        static(f"block-influence pruning, {steps} steps", pruned, n),
+        random_skips(f"random program of {steps} steps", depth, steps, trunk, n, seed),
+    ]
+    return made, influences.tolist()
+
+
+def learned_choices(
+    model: "CompiledModel", known: TrainingRecords, encoded: Mapping[str, EncodedQuestion], test: Sequence[EncodedQuestion],
+    features: Features, seed: int,
+) -> tuple[list[Choice], dict[str, Any]]:  # fmt: skip
+    """Per-layer routers and PoLar's network, on the same states as the selector; and how their training went."""
+    depth, trunk = model.depth, features.num_steps
+    tokens = {split: _tokens(model, records, encoded, features) for split, records in _splits(known).items()}
+    seen = token_features(model, test, features)
+    windows = {split: {name: pool_windows(t) for name, t in found.items()} for split, found in tokens.items()}
+    asked = torch.stack([pool_windows(t) for t in seen])
+    labels = {split: router_labels(records, depth, trunk) for split, records in _splits(known).items()}
+    stacked = {split: torch.stack([windows[split][q] for q in labels[split].questions]) for split in labels}
+    notes: dict[str, Any] = {}
+    choices = []
+    for name, ops in (("per-layer router (DR.LLM-style)", OPS), (f"skip gate <= {_BUDGET:g} steps (MindSkip-style)", SKIP_OPS)):
+        router, history = train_layer_router(
+            stacked["train"], labels["train"].classes, stacked["validation"], labels["validation"].classes, trunk, ops
+        )
+        if ops == SKIP_OPS:
+            router = router.with_budget(torch.stack(list(windows["validation"].values())), _BUDGET)
+        choices.append(Choice.single(name, router.programs(asked)))
+        notes[name] = {k: v for k, v in history.items() if k != "history"}
+    trained, counts = train_polar_arm(
+        known.train, known.validation, {**tokens["train"], **tokens["validation"]}, depth, trunk,
+        training=TrainingConfig(epochs=10, seed=seed), seed=seed,
+    )  # fmt: skip
+    arm = PolarArm(trained.network, trunk)
+    ranked = arm.beam(seen)
+    choices += [
+        Choice.single("PoLar network, first of beam", [found[0] for found in ranked]),
+        Choice.single("PoLar network, joint decode", [found[0] for found in arm.joint(seen)]),
+        Choice.single(f"PoLar network, budget {_BUDGET:g}", arm.budget(seen, _BUDGET)),
+        Choice("PoLar network, pass@5", tuple(tuple(found) for found in ranked), True),
+    ]
+    notes["PoLar network"] = {
+        "best_epoch": trained.history["best_epoch"], "validation_loss": trained.history["best_validation_loss"],
+        "labels": {split: str(found) for split, found in counts.items()},
+        "identity_first": sum(found[0].is_identity for found in ranked) / len(ranked),
+    }  # fmt: skip
+    return choices, notes
+
+
+def _splits(known: TrainingRecords) -> dict[str, list[SearchRecord]]:
+    return {"train": known.train, "validation": known.validation}
+
+
+def _tokens(
+    model: "CompiledModel", records: Sequence[SearchRecord], encoded: Mapping[str, EncodedQuestion], features: Features
+) -> dict[str, Tensor]:
+    questions = [encoded[r.question.id] for r in records]
+    return dict(zip([q.id for q in questions], token_features(model, questions, features), strict=True))

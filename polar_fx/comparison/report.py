@@ -1,0 +1,70 @@
+"""What an evaluation writes: one JSON with every number, a Markdown and a CSV table, figures."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..protocol.calibration import Reliability, brier, ece, log_loss, reliability
+from ..protocol.paired import ArmResult, compare_arms
+from ..protocol.tables import write_tables
+from ..search.record_store import replace_file
+from ..search.records import SearchRecord
+
+
+def calibration_report(chances: np.ndarray, right: np.ndarray) -> dict[str, Any]:
+    """Of probabilities f64[N, K] against outcomes bool[N, K]: calibration error, Brier score, log loss, and the bins."""
+    return {
+        "ece": ece(chances, right), "brier": brier(chances, right), "log_loss": log_loss(chances, right),
+        "bins": reliability(chances, right).to_dict(),
+    }  # fmt: skip
+
+
+def by_difficulty(name: str, right: np.ndarray, steps: np.ndarray, records: Sequence[SearchRecord]) -> list[dict[str, Any]]:
+    """A method's accuracy, the identity's, and mean steps a difficulty level and in all, over all tasks."""
+    levels = np.array([r.question.difficulty or 0 for r in records])
+    identity = np.array([r.baseline.correct for r in records])
+    found = []
+    for level in sorted({int(v) for v in levels}):
+        of = levels == level
+        found.append({
+            "arm": name, "difficulty": level or None, "n": int(of.sum()), "identity": float(identity[of].mean()),
+            "accuracy": float(right[of].mean()), "steps": float(steps[of].mean()),
+        })  # fmt: skip
+    return found
+
+
+def write_report(
+    folder: Path, arms: Sequence[ArmResult], results: Mapping[str, Any], diagrams: Mapping[str, Reliability], figures: bool = True
+) -> list[Path]:
+    """Write `results.json`, `arms.md`, `arms.csv` and figures; returns the paths. Raises OSError.
+
+    Every arm of `results.json` has its comparison with the identity; per-question outcomes stay in the record files.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = compare_arms(arms)
+    compared = [
+        {"arm": row.label, "task": row.arm.task, "oracle": row.arm.oracle, "adjusted_p": row.adjusted_p,
+         **row.paired.to_dict(), **_means(row.arm)}
+        for row in rows
+    ]  # fmt: skip
+    path = folder / "results.json"
+    text = json.dumps({**results, "arms": compared}, indent=1, default=_as_json)
+    replace_file(path, [text.encode() + b"\n"])
+    written = [path, *write_tables(arms, folder)]
+    if figures:
+        from ..protocol.figures import write_figures
+
+        written += write_figures(arms, folder, reliability=dict(diagrams))
+    return written
+
+
+def _means(arm: ArmResult) -> dict[str, float | None]:
+    names = ("unique_layers", "format_valid", "generated_tokens")
+    return {name: None if getattr(arm, name) is None else float(np.mean(getattr(arm, name))) for name in names}
+
+
+def _as_json(value: Any) -> Any:
+    return value.item() if isinstance(value, np.generic) else str(value)

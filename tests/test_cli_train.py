@@ -1,0 +1,124 @@
+"""`train` and `evaluate`: from records to a predictor to a report, each gone on with, on a tiny model."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from polar_fx.cli import main
+from polar_fx.evaluate import EncodedQuestion, load_jsonl, split_of
+from polar_fx.program import Program
+from polar_fx.search.record_store import RecordReader
+from polar_fx.search.teacher_forcing import TeacherForcing
+from polar_fx.search.verdict import Verdict
+from tiny_search import save_tiny
+
+DEPTH = 6
+RIGHT = [Program.parse(text, DEPTH) for text in ("0-5", "skip 3", "skip 4-5", "repeat 2")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = save_tiny(tmp_path_factory.mktemp("model"))
+    # the letter tells which program answers
+    rows = [{"id": f"r{i}", "task": "odd", "question": f"{chr(65 + i % 4) * 3}{i}", "answer": str(i)} for i in range(240)]
+    (made / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return made
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Random weights answer nothing, so what is right is said here; everything else is as it is. Counts evaluations."""
+    counted = [0]
+
+    def evaluate(self: Any, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
+        counted[0] += len(pairs)
+        found = [p == RIGHT[int(q.id[1:]) % 4] for q, p in pairs]
+        return [Verdict(right, -0.1 if right else -4.0, 1.0 if right else -1.0) for right in found]
+
+    monkeypatch.setattr(TeacherForcing, "evaluate", evaluate)
+    return counted
+
+
+def arguments(folder: Path) -> list[str]:
+    return ["--model", str(folder), "--backend", "eager", "--data", str(folder / "rows.jsonl"), "--prompt", "plain"]
+
+
+def train_arguments(folder: Path, records: Path, out: Path, *more: str) -> list[str]:
+    sizes = ["--menu", "6", "--candidates", "12", "--variations", "4", "--screen-questions", "24", "--after-steps", "2"]
+    return ["train", str(records), *arguments(folder), *sizes, "--out", str(out), *more]
+
+
+@pytest.fixture
+def records(folder: Path, tmp_path: Path, world: list[int]) -> Path:
+    search = ["search", *arguments(folder), "--simulations", "60", "--questions", "24", "--method", "scan"]
+    assert main([*search, "--out", str(tmp_path / "run.jsonl"), "--set", "max_extra=1"]) == 0
+    return tmp_path / "run.jsonl"
+
+
+def test_from_records_to_a_report(
+    folder: Path, records: Path, tmp_path: Path, world: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, report = tmp_path / "predictor", tmp_path / "report"
+    capsys.readouterr()
+    assert main(train_arguments(folder, records, out, "--json")) == 0
+    results = json.loads(capsys.readouterr().out)
+    splits = [split_of(q.id) for q in load_jsonl(folder / "rows.jsonl")]
+    assert results["questions"] == {"train": splits.count("train"), "validation": splits.count("validation"), "screened": 24}
+    assert {str(p) for p in RIGHT} <= {row["program"] for row in results["menu"]} and len(results["menu"]) <= 6
+    assert results == json.loads((out / "results.json").read_text())
+    assert results["validation"]["likeliest"]["accuracy"] > results["validation"]["best_static_of_train"]["accuracy"]
+    asked = world[0]
+    assert main(train_arguments(folder, records, out, "--json")) == 0
+    again = json.loads(capsys.readouterr().out)
+    same = ("menu", "validation", "training", "threshold")
+    assert world[0] == asked and {k: again[k] for k in same} == {k: results[k] for k in same}, "nothing is asked twice"
+
+    evaluate = ["evaluate", str(out), *arguments(folder), "--records", str(records), "--answers", "6", "--out", str(report)]
+    assert main([*evaluate, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    mined = {r.question.id for r in RecordReader(records)}
+    asked_ids = {r.question.id for r in RecordReader(report / "verdicts.jsonl")}
+    assert asked_ids == {f"r{i}" for i, s in enumerate(splits) if s == "test" and f"r{i}" not in mined}
+    assert told["questions"] == len(asked_ids)
+    arms = {row["arm"]: row for row in json.loads((report / "results.json").read_text())["arms"]}
+    share = sum(int(name[1:]) % 4 == 0 for name in asked_ids) / len(asked_ids)
+    right = {name: row["gain"]["value"] / 100 + share for name, row in arms.items()}
+    assert right["identity"] == pytest.approx(share) and right["any program of the menu (oracle)"] == pytest.approx(1.0)
+    assert right["selector: likeliest"] > right["best static program"] + 0.1
+    names = {"per-layer router (DR.LLM-style)", "PoLar network, first of beam", "block-influence pruning, 5 steps"}
+    assert names <= set(arms) and told["generated"]["n"] == 6 and told["out_of_distribution"] == []
+    files = {p.name for p in report.iterdir()}
+    assert {"results.json", "arms.md", "arms.csv", "pareto.svg", "gains.png", "reliability.svg", "verdicts.jsonl"} <= files
+    assert "vote of 3 programs" in (report / "answers" / "arms.md").read_text()
+    asked = world[0]
+    assert main([*evaluate, "--json", "--no-figures"]) == 0
+    assert world[0] == asked, "the report is made of what is there"
+    assert main(["evaluate", str(out), *arguments(folder), "--dtype", "bfloat16", "--out", str(report)]) == 2
+    assert "was trained for a model of fingerprint" in capsys.readouterr().err
+
+
+def test_refusals(folder: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "predictor"
+    assert main(train_arguments(folder, records, out, "--dtype", "bfloat16")) == 2
+    assert "name that model and dtype" in capsys.readouterr().err
+    assert main(train_arguments(folder, records, out, "--policy", "fastest")) == 2
+    assert "none of identity" in capsys.readouterr().err
+    assert main(train_arguments(folder, records, out, "--budget", "1.5")) == 2
+    assert "between 0 and 1" in capsys.readouterr().err
+    assert main(["train", str(records), "--model", str(folder), "--out", str(out)]) == 2
+    assert "of no built-in task" in capsys.readouterr().err
+    assert main(["evaluate", str(out), *arguments(folder), "--out", str(tmp_path / "r")]) == 2
+    assert "holds no predictor" in capsys.readouterr().err
+    assert not out.exists() or not (out / "predictor.json").exists()
+
+
+def test_labels_that_say_nothing_are_refused(
+    folder: Path, records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TeacherForcing, "evaluate", lambda self, pairs: [Verdict(False, -4.0, -1.0) for _ in pairs])
+    assert main(train_arguments(folder, records, tmp_path / "p", "--questions", "30")) == 2
+    assert "every program is wrong on all 30 train questions" in capsys.readouterr().err
+    assert not (tmp_path / "p" / "predictor.json").exists()
