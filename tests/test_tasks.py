@@ -118,6 +118,10 @@ def test_a_cells_rows_do_not_depend_on_the_other_cells() -> None:
     assert alone == among
 
 
+def test_any_text_has_a_split() -> None:
+    assert split_of("half a pair \ud800") in ("train", "validation", "test")
+
+
 def test_shares_of_the_splits() -> None:
     counts = Counter(split_of(f"question {i}") for i in range(20_000))
     assert abs(counts["train"] - 12_000) < 300 and abs(counts["validation"] - 3_000) < 250 and abs(counts["test"] - 5_000) < 250

@@ -40,7 +40,7 @@ def split_of(question_id: str) -> Split:
     """
     numbers = iter(sorted(re.findall(r"\d+", question_id)))
     key = re.sub(r"\d+", lambda _: next(numbers), question_id)
-    at = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2**64
+    at = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
     for name, share in _SHARES:
         if at < share:
             return name
