@@ -143,6 +143,10 @@ class Dispatcher:
             self.model.warmup(self.menu.programs, batch)
         if self.policy.kind == "latency_ms":
             self.costs_ms = measure_costs(self.model, self.menu)
+        self.admit()
+
+    def admit(self) -> None:
+        """Take the whole menu as prepared: for where every region is there already."""
         self._prepared = {self.identity, *self.menu.programs}
 
     def with_policy(self, policy: str | Policy) -> "Dispatcher":

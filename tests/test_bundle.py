@@ -25,6 +25,10 @@ from polar_fx.backends import AotInductorBackend, EagerBackend, Region
 from polar_fx.bundle import BundledModel, BundleError, Manifest, add_program, export, load_bundle, read_manifest, remove_program
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, KvOverflowError, ProgramError
+from polar_fx.predictor.features import Features
+from polar_fx.predictor.menu import Menu
+from polar_fx.predictor.policy import Calibration
+from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
 from polar_fx.store import ArtifactStore
 from tiny_models import make, prompts
@@ -349,3 +353,24 @@ def test_without_a_store_and_with_one_that_has_no_room_regions_are_made_for_the_
         _, manifest = _bundled(make("llama"), store, tmp_path / f"bundle{number}")
         assert len([f for f in manifest.files if f.region]) == 7
         load_bundle(tmp_path / f"bundle{number}")
+
+
+def test_a_selector_is_shipped_with_its_menu_and_policy(tmp_path: Path) -> None:
+    model = compiled_model()
+    menu = Menu.of([Program.parse(text, DEPTH) for text in ("skip 2", "repeat 3")])
+    network = SelectorNetwork(2 * model.config.hidden_size, len(menu), 4)
+    selector = Selector(menu, Features(1, 8), network, Calibration(0.0, {0.9: 0.1}))
+    model.dispatch_by(selector, policy="mean_steps<=0.9").admit()
+    with pytest.raises(InputError, match="which is not among programs="):
+        export(model, tmp_path / "a", ["identity"])
+    manifest = export(model, tmp_path / "b", buckets=(1, 2))
+    assert manifest.programs == menu.programs
+    loaded = load_bundle(tmp_path / "b")
+    ids = torch.arange(12).reshape(3, 4)
+    options: dict[str, Any] = dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    (wanted, report), (got, again) = model.dispatch(ids, **options), loaded.dispatch(ids, **options)
+    assert torch.equal(got, wanted) and [d.program for d in again.decisions] == [d.program for d in report.decisions]
+    assert loaded.dispatcher is not None and str(loaded.dispatcher.policy) == "mean_steps<=0.9"
+    (tmp_path / "b" / "predictor" / "predictor.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"predictor\.json"):
+        load_bundle(tmp_path / "b")

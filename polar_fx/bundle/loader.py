@@ -23,6 +23,7 @@ from ..kv_cache import KvPool
 from ..library import LayerLibrary
 from ..link import Linker
 from ..plain_text import count
+from ..predictor.saved import load_selector
 from ..program import Program
 from ..regions import RegionTable, Wanted
 from ..symbols import SymbolTable
@@ -31,7 +32,7 @@ from ..variant import target_of
 from .contents import check_regions, check_weights, load_weights, read_table
 from .errors import BundleError
 from .files import check_file
-from .manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
+from .manifest import MANIFEST, PREDICTOR, PREDICTOR_FILES, TOKENIZER, Manifest, read_manifest
 from .settings import read_config, read_generation
 
 _ELSEWHERE = "export the bundle on a machine like this one, or load it where it was made for"
@@ -121,6 +122,8 @@ class BundledModel(CompiledModel):
         self.tiers = Tiers(library, self.regions, self.pool.kv_index, "linked", TierPolicy())
         # now, not in a request; and soon after their files were hashed
         self.regions.get([f.region for f in manifest.files if f.region is not None])
+        if any(f.path in PREDICTOR_FILES for f in manifest.files):
+            self._dispatch_as_exported()
 
     def __repr__(self) -> str:
         about = f"depth={self.depth}, {count(len(self.programs), 'program')}, max_length={self.pool.max_length}"
@@ -148,6 +151,13 @@ class BundledModel(CompiledModel):
             self.dispatcher = before
             raise
         return dispatcher
+
+    def _dispatch_as_exported(self) -> None:
+        try:
+            selector, policy = load_selector(self.folder / PREDICTOR, self.manifest.weights)
+            self.dispatch_by(selector, policy=policy).admit()
+        except (InputError, ProgramError) as error:
+            raise BundleError(self.folder / PREDICTOR, f"cannot be used: {error}", "export the bundle again") from error
 
     @cached_property
     def tokenizer(self) -> Any:

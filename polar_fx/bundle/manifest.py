@@ -35,6 +35,8 @@ KIND = "polar_fx_bundle"  # the name under which the format's version stands
 WEIGHTS, SYMBOLS, CONFIG, GENERATION = "weights.safetensors", "symbols.json", "config.json", "generation.json"
 REGIONS, TOKENIZER = "regions/", "tokenizer/"
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
+PREDICTOR = "predictor/"
+PREDICTOR_FILES = (PREDICTOR + "predictor.json", PREDICTOR + "predictor.safetensors")
 
 MAX_LENGTH = 1 << 22  # tokens a row
 _MAX_FILE_BYTES = 1 << 44
@@ -253,7 +255,7 @@ def _belongs(path: str, is_region: bool) -> bool:
         return path.startswith(REGIONS) and path.endswith(".pt2")
     if path.startswith(TOKENIZER):
         return path.endswith(TOKENIZER_SUFFIXES)
-    return path in (WEIGHTS, SYMBOLS, CONFIG, GENERATION)
+    return path in (WEIGHTS, SYMBOLS, CONFIG, GENERATION, *PREDICTOR_FILES)
 
 
 # ------------------------------------------------------------------------------------------------------------- writing

@@ -28,6 +28,8 @@ from ..backends.aot_inductor import REGION
 from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError
 from ..plain_text import count, size
+from ..predictor.saved import save_selector
+from ..predictor.selector import Selector
 from ..program import Program
 from ..regions import RegionTable, Wanted
 from ..store import ArtifactStore
@@ -40,6 +42,8 @@ from .manifest import (
     CONFIG,
     GENERATION,
     MANIFEST,
+    PREDICTOR,
+    PREDICTOR_FILES,
     REGIONS,
     SYMBOLS,
     TOKENIZER,
@@ -69,7 +73,8 @@ def export(
 
     Args:
         compiled: of backend "aot_inductor", on the CPU. Its limits and generation defaults become the bundle's.
-        programs: the programs that may be run, the first by default (None: the model's default program).
+        programs: the programs that may be run, the first by default (None: the model's default program, or the menu of its
+            dispatcher, whose selector and policy are shipped along).
         buckets: rows that calls have. (1,): one at a time, batches row by row; with any number from 2 up: batches, too.
         tokenizer: what has a `save_pretrained`, to be shipped along.
         overwrite: replace a bundle that is there; anything else is never replaced.
@@ -87,9 +92,16 @@ def export(
         )
     if compiled.device.type != "cpu":
         raise InputError(f"bundles are for the CPU, and the model is on {compiled.device}; move it there and compile it again")
-    chosen = tuple(dict.fromkeys(compiled.resolve(p) for p in ((None,) if programs is None else programs)))
+    dispatcher = compiled.dispatcher
+    by_default: Sequence[ProgramLike] = (None,) if dispatcher is None else dispatcher.menu.programs
+    chosen = tuple(dict.fromkeys(compiled.resolve(p) for p in (by_default if programs is None else programs)))
     if not chosen:
         raise InputError("a bundle needs at least one program; leave programs= out for the default one")
+    if dispatcher is not None:
+        if not isinstance(dispatcher.predictor, Selector):
+            raise InputError("the model's predictor is no Selector; set compiled.dispatcher = None to export without it")
+        if missing := [p for p in dispatcher.menu.programs if p not in chosen]:
+            raise InputError(f"the predictor may choose {missing[0]}, which is not among programs=; leave that out, or add it")
     if not buckets or any(type(b) is not int or b < 1 for b in buckets):
         raise InputError(f"buckets must be numbers of rows, such as (1,) or (1, 2), got {buckets!r}")
     target = check_target(out, overwrite)
@@ -201,7 +213,7 @@ def _write(compiled: CompiledModel, draft: Manifest, packages: dict[Wanted, Path
         part = f"{name}.{'one-row' if shape.batch else 'rows'}.{'one-token' if shape.tokens else 'tokens'}.pt2"
         regions[REGIONS + part] = name, shape
         copy_file(package, work / REGIONS / part)
-    paths = [WEIGHTS, SYMBOLS, CONFIG, GENERATION, *regions, *_save_tokenizer(tokenizer, work)]
+    paths = [WEIGHTS, SYMBOLS, CONFIG, GENERATION, *regions, *_save_tokenizer(tokenizer, work), *_save_predictor(compiled, work)]
     for folder in {(work / p).parent for p in paths}:
         sync(folder)
     files = tuple(BundledFile(p, (work / p).stat().st_size, digest_of(work / p), regions.get(p)) for p in paths)
@@ -233,6 +245,18 @@ def _save_tokenizer(tokenizer: Any, work: Path) -> list[str]:
             raise InputError(f"the tokenizer saves {file.name}, which a bundle cannot ship; export without tokenizer=")
         sync(file)
     return [f.relative_to(work).as_posix() for f in files]
+
+
+def _save_predictor(compiled: CompiledModel, work: Path) -> list[str]:
+    """Paths of the dispatcher's selector and policy."""
+    if compiled.dispatcher is None:
+        return []
+    selector = compiled.dispatcher.predictor
+    assert isinstance(selector, Selector)
+    save_selector(selector, work / PREDICTOR, compiled.library.model_fingerprint, compiled.dispatcher.policy)
+    for path in PREDICTOR_FILES:
+        sync(work / path)
+    return list(PREDICTOR_FILES)
 
 
 def _place(work: Path, target: Path, overwrite: bool) -> None:

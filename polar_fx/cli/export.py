@@ -25,12 +25,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the bundle; it must not exist yet")
     parser.add_argument(
-        "--programs", nargs="+", metavar="FILE_OR_TEXT", default=["identity"],
-        help="program texts, and files of them; the first is what calls that name no program run (default: %(default)s)",
+        "--programs", nargs="+", metavar="FILE_OR_TEXT",
+        help="program texts, and files of them; the first is what calls that name no program run (default: identity; with "
+        "--predictor its menu)",
     )  # fmt: skip
     parser.add_argument(
         "--batch", type=whole(1), default=1, metavar="N", help="rows a call; from 2 up any number is served at once"
     )
+    parser.add_argument("--predictor", type=Path, metavar="FOLDER", help="of `train`; its menu and policy are shipped along")
     parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer's files out")
     add_length_argument(parser, "256")
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Compile what is missing and write the bundle; returns and prints what it holds."""
-    texts = _texts(options.programs)
+    texts = _texts(options.programs) if options.programs else None
     if options.backend not in ("aot_inductor", "auto"):
         raise InputError(f"--backend {options.backend} makes no code that can be shipped; leave it out, or name aot_inductor")
     options.backend = "aot_inductor"
@@ -50,6 +52,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     check_target(options.out, options.overwrite)  # before anything is loaded
     model, tokenizer = load_model(options)
     compiled = compile_model(model, options, options.max_length or row_length(model))
+    if options.predictor is not None:
+        compiled.dispatch_by(options.predictor)
     start = time.perf_counter()
     with status().status("compiling and writing ..."):
         manifest = export(
