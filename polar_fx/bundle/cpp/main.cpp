@@ -1,0 +1,284 @@
+// polar_run: greedy generation from a polar_fx bundle, without Python. See docs/export.md.
+//
+// Shape legend: B batch (1 here), T tokens, L KV length, d hidden size, V vocabulary.
+
+#include <ATen/core/grad_mode.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/argmax.h>
+#include <ATen/ops/lerp.h>
+#include <ATen/ops/zeros.h>
+#include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+
+#include <iostream>
+#include <optional>
+
+#include "bundle.h"
+#include "program.h"
+
+using at::Tensor;
+using Tensors = std::vector<Tensor>;
+using Package = torch::inductor::AOTIModelPackageLoader;
+
+constexpr const char* kUsage =
+    "usage: polar_run BUNDLE --tokens 1,2,3 [options]\n"
+    "Generates greedily from a polar_fx bundle and prints the new token ids on one line.\n"
+    "  --tokens IDS       the prompt\n"
+    "  --program PATH     such as \"0-4 (5-6)*2@0.5 7-29\"; by default the bundle's first program\n"
+    "  --any-program      run a program that the bundle does not name\n"
+    "  --new N            at most so many tokens (16); an end-of-text token stops earlier\n"
+    "  --steps            print the program's steps, 'layer opens closes...' a line, and load nothing\n"
+    "  --sizes-only       do not hash the files, which takes seconds for large models\n"
+    "Exit codes: 0, 2 for what is refused (arguments, a bundle that is damaged or not for this machine), 1 for other errors.\n";
+
+// One call with everything that does not change from token to token.
+struct LinkedCall {
+  Package* code = nullptr;
+  std::vector<size_t> sides;
+  Tensors weights;
+
+  // The operands in the order of polar_fx.link: hidden state, side values, KV slots, weights.
+  Tensors operator()(const Tensors& first, const Tensors& values, const Tensors& slots) const {
+    Tensors operands = first;
+    for (const size_t side : sides) operands.push_back(values.at(side));
+    operands.insert(operands.end(), slots.begin(), slots.end());
+    operands.insert(operands.end(), weights.begin(), weights.end());
+    return code->boxed_run(std::move(operands));
+  }
+};
+
+// A program's calls for one token or for many.
+struct LinkedProgram {
+  LinkedCall prologue, epilogue;
+  std::vector<LinkedCall> steps;  // of many tokens, the last one only writes keys and values
+};
+
+// A program on one row of KV slots, a slot for each step: a layer that runs twice must not append twice to one slot.
+class Session {
+ public:
+  Session(Bundle& bundle, const Program& program, bool many_tokens)
+      : bundle_(bundle), program_(program), one_(link(false)), kv_index_(at::arange(bundle.kv_length)) {
+    if (many_tokens) many_ = link(true);
+    for (const Step& step : program) {
+      const KvSpec& spec = bundle.kv_specs.at(static_cast<size_t>(step.layer));
+      const auto options = at::TensorOptions().dtype(spec.dtype);
+      // zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
+      slots_.push_back({at::zeros({1, spec.heads, bundle.kv_length, spec.key_size}, options),
+                        at::zeros({1, spec.heads, bundle.kv_length, spec.value_size}, options)});
+    }
+  }
+
+  // Appends the prompt, in the parts that Python would; logits [1, 1, V] of its last token.
+  Tensor prefill(const std::vector<int64_t>& prompt) {
+    const auto total = static_cast<int64_t>(prompt.size());
+    const Tensor ids = at::arange(total);
+    std::copy(prompt.begin(), prompt.end(), ids.mutable_data_ptr<int64_t>());
+    Tensor logits;
+    for (int64_t start = 0; start < total; start += bundle_.prefill_chunk) {
+      const int64_t tokens = std::min(bundle_.prefill_chunk, total - start);
+      const Tensor part = ids.narrow(0, start, tokens).clone().unsqueeze(0);
+      logits = tokens == 1 ? append_one(part) : append_many(part, start + tokens == total);
+    }
+    return logits;
+  }
+
+  // Appends one token; logits [1, 1, V].
+  Tensor decode(int64_t token) { return append_one(at::zeros({1, 1}, at::kLong).fill_(token)); }
+
+ private:
+  LinkedProgram link(bool many_tokens) {
+    LinkedProgram made;
+    made.prologue = link(bundle_.prologue, "", many_tokens);
+    made.prologue.sides = {};  // its operands are the graph's inputs themselves, in order
+    if (!many_tokens) made.epilogue = link(bundle_.epilogue, "", many_tokens);  // logits are wanted of one token only
+    for (const Step& step : program_) {
+      const bool kv_only = many_tokens && &step == &program_.back();
+      made.steps.push_back(link(bundle_.layers.at(static_cast<size_t>(step.layer)), kv_only ? ".kv" : "", many_tokens));
+    }
+    return made;
+  }
+
+  LinkedCall link(const Call& call, const char* suffix, bool many_tokens) {
+    LinkedCall made{nullptr, call.sides, {}};
+    const std::string path = bundle_.package(call.target + suffix, many_tokens);
+    auto& package = packages_[path];
+    if (!package) package = std::make_unique<Package>(path, "model", false, 1, -1);
+    made.code = package.get();
+    for (const auto& [name, layout] : call.weights) made.weights.push_back(bundle_.weight(name, layout));
+    return made;
+  }
+
+  // The side values: three inputs, and what the prologue makes of them; the first of that is the hidden state.
+  Tensors start(const LinkedProgram& linked, const Tensor& ids, const Tensor& positions) const {
+    Tensors values = {ids, positions, kv_index_};
+    for (Tensor& made : linked.prologue(values, {}, {})) values.push_back(std::move(made));
+    return values;
+  }
+
+  static void close(const Step& step, Tensors& saved, Tensor& hidden) {
+    for (const double damping : step.closes) {
+      hidden = at::lerp(saved.back(), hidden, damping);
+      saved.pop_back();
+    }
+  }
+
+  // The first `num_steps` steps. `saved` holds the hidden states of blends that are still open.
+  Tensor run(const LinkedProgram& linked, size_t num_steps, const Tensors& values, Tensors& saved) const {
+    Tensor hidden = values.at(3);
+    for (size_t i = 0; i < num_steps; ++i) {
+      saved.insert(saved.end(), static_cast<size_t>(program_[i].opens), hidden);
+      hidden = linked.steps[i]({hidden}, values, slots_[i]).at(0);
+      close(program_[i], saved, hidden);
+    }
+    return hidden;
+  }
+
+  Tensor append_one(const Tensor& ids) {
+    const Tensors values = start(one_, ids, next_positions(1));
+    Tensors saved;
+    return head(run(one_, program_.size(), values, saved), values);
+  }
+
+  // Of the last step only the keys and values are needed for all tokens. What comes after runs for the last token alone,
+  // as if it were decoded, and not at all for a part of a prompt that does not end here.
+  Tensor append_many(const Tensor& ids, bool is_end) {
+    const Tensor positions = next_positions(ids.size(1));
+    Tensors values = start(many_, ids, positions), saved;
+    Tensor hidden = run(many_, program_.size() - 1, values, saved);
+    many_.steps.back()({hidden}, values, slots_.back());
+    if (!is_end) return {};
+    const auto pick = [](const Tensor& all) { return all.narrow(1, all.size(1) - 1, 1).clone(at::MemoryFormat::Contiguous); };
+    saved.insert(saved.end(), static_cast<size_t>(program_.back().opens), hidden);
+    for (Tensor& state : saved) state = pick(state);
+    values = start(one_, pick(ids), pick(positions));
+    hidden = one_.steps.back()({pick(hidden)}, values, slots_.back()).at(0);
+    close(program_.back(), saved, hidden);
+    return head(hidden, values);
+  }
+
+  Tensor head(const Tensor& hidden, const Tensors& values) const { return one_.epilogue({hidden}, values, {}).at(0); }
+
+  Tensor next_positions(int64_t tokens) {
+    num_tokens_ += tokens;
+    return at::arange(num_tokens_ - tokens, num_tokens_).unsqueeze(0);
+  }
+
+  Bundle& bundle_;
+  const Program& program_;
+  std::map<std::string, std::unique_ptr<Package>> packages_;  // a region is loaded once, however often its layer runs
+  LinkedProgram one_, many_;
+  Tensor kv_index_;
+  std::vector<Tensors> slots_;
+  int64_t num_tokens_ = 0;
+};
+
+struct Arguments {
+  std::string bundle;
+  std::optional<std::string> program;
+  std::vector<int64_t> tokens;
+  int64_t num_new = 16;
+  bool any_program = false, steps = false, sizes_only = false;
+};
+
+int64_t whole(const std::string& text, const std::string& option) {
+  int64_t number = 0;
+  const auto [stop, error] = std::from_chars(text.data(), text.data() + text.size(), number);
+  if (error != std::errc() || stop != text.data() + text.size()) throw Refused(option, "'" + text + "' is no whole number");
+  return number;
+}
+
+Arguments parse(int count, char** values) {
+  Arguments made;
+  for (int i = 1; i < count; ++i) {
+    const std::string name = values[i];
+    const auto value = [&]() -> std::string {
+      if (++i >= count) throw Refused(name, "needs a value; see polar_run --help");
+      return values[i];
+    };
+    if (name == "--program") {
+      made.program = value();
+    } else if (name == "--tokens") {
+      const std::string text = value();
+      for (size_t start = 0, end = 0; end != std::string::npos; start = end + 1) {
+        end = text.find(',', start);
+        made.tokens.push_back(whole(text.substr(start, end - start), name));
+      }
+    } else if (name == "--new") {
+      made.num_new = whole(value(), name);
+      if (made.num_new < 1) throw Refused(name, "give at least 1");
+    } else if (name == "--any-program") {
+      made.any_program = true;
+    } else if (name == "--steps") {
+      made.steps = true;
+    } else if (name == "--sizes-only") {
+      made.sizes_only = true;
+    } else if (name.starts_with("--") || !made.bundle.empty()) {
+      throw Refused(name, "is no option of polar_run; see polar_run --help");
+    } else {
+      made.bundle = name;
+    }
+  }
+  if (made.bundle.empty()) throw Refused("BUNDLE", "name the folder of a bundle; see polar_run --help");
+  if (made.tokens.empty() && !made.steps) throw Refused("--tokens", "a prompt needs at least one token");
+  return made;
+}
+
+void check_named(const Bundle& bundle, const Program& program, const std::string& text) {
+  for (const std::string& named : bundle.programs)
+    if (ProgramReader::read(named, bundle.depth) == program) return;
+  throw Refused("program '" + text + "'",
+                "is not among the " + std::to_string(bundle.programs.size()) +
+                    " programs of the bundle; add it with polar_fx.bundle.add_program, or say --any-program");
+}
+
+void print_steps(const Program& program) {
+  for (const Step& step : program) {
+    std::cout << step.layer << ' ' << step.opens;
+    for (const double damping : step.closes) {
+      char digits[32];
+      std::cout << ' ' << std::string_view(digits, std::to_chars(digits, digits + sizeof digits, damping).ptr);
+    }
+    std::cout << '\n';
+  }
+}
+
+void generate(Bundle& bundle, const Program& program, const Arguments& arguments) {
+  for (const int64_t token : arguments.tokens)
+    if (token < 0 || token >= bundle.vocab_size)
+      throw Refused("--tokens", std::to_string(token) + " is outside the vocabulary 0.." + std::to_string(bundle.vocab_size - 1));
+  const auto num_prompt = static_cast<int64_t>(arguments.tokens.size());
+  if (num_prompt > bundle.max_length || arguments.num_new - 1 > bundle.max_length - num_prompt)  // the last one is never fed back
+    throw Refused("--new", "a prompt of " + std::to_string(num_prompt) + " tokens and " + std::to_string(arguments.num_new) +
+                               " new ones exceed the " + std::to_string(bundle.max_length) + " that the bundle holds");
+  bundle.check_files();
+  const at::NoGradGuard no_grad;
+  Session session(bundle, program, std::min(num_prompt, bundle.prefill_chunk) > 1);
+  Tensor logits = session.prefill(arguments.tokens);
+  for (int64_t made = 1;; ++made) {
+    const auto token = at::argmax(logits.to(at::kFloat)).item<int64_t>();
+    std::cout << (made > 1 ? "," : "") << token << std::flush;
+    const bool is_end = std::find(bundle.end_tokens.begin(), bundle.end_tokens.end(), token) != bundle.end_tokens.end();
+    if (is_end || made == arguments.num_new) break;
+    logits = session.decode(token);
+  }
+  std::cout << std::endl;
+}
+
+int main(int count, char** values) {
+  if (count > 1 && std::string(values[1]) == "--help") return std::cout << kUsage, 0;
+  try {
+    const Arguments arguments = parse(count, values);
+    Bundle bundle(arguments.bundle, !arguments.sizes_only);
+    const std::string text = arguments.program.value_or(bundle.programs.front());
+    const Program program = ProgramReader::read(text, bundle.depth);
+    if (!arguments.any_program) check_named(bundle, program, text);
+    if (arguments.steps) print_steps(program);
+    else generate(bundle, program, arguments);
+    return 0;
+  } catch (const Refused& error) {
+    std::cerr << "polar_run: " << error.what() << std::endl;
+    return 2;
+  } catch (const std::exception& error) {
+    std::cerr << "polar_run: " << error.what() << std::endl;
+    return 1;
+  }
+}
