@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 READY := $(VENV)/.ready
+JOBS ?= 2
 
 .PHONY: help setup demo check lint types test bench clean
 .DEFAULT_GOAL := help
@@ -33,8 +34,9 @@ lint: setup ## Style and common mistakes
 types: setup ## Static types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-test: setup ## Run the tests
-	$(BIN)/python -m pytest -q
+# A thread each: compute threads of two processes that wait for each other's cores are many times slower than none.
+test: setup ## Run the tests in JOBS processes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 bench: setup ## Measure latency, many programs and warm start; writes bench/results/
 	$(BIN)/python bench/latency.py

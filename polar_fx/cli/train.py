@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--variations", type=whole(0), default=64, metavar="N", help="new ones made of the best")
     what.add_argument("--screen-questions", type=whole(1), default=300, metavar="N", help="for choosing the menu")
     what.add_argument("--after-steps", type=whole(0), default=4, metavar="N", help="steps that all programs share")
-    what.add_argument("--window", type=whole(1), default=64, metavar="N", help="last prompt tokens looked at")
+    what.add_argument("--window", type=whole(1), default=16, metavar="N", help="last prompt tokens looked at")
     what.add_argument("--budget", action="append", type=float, metavar="F", help="fraction of steps to set a price for")
     what.add_argument("--risk", type=float, default=0.01, metavar="SHARE", help="accuracy that leaving the identity may lose")
     what.add_argument("--policy", default="accuracy", help="saved with the predictor (default: %(default)s)")

@@ -21,7 +21,7 @@ class Features:
     """
 
     num_steps: int = 4
-    window: int = 64
+    window: int = 16
 
     def __post_init__(self) -> None:
         for name, least in (("num_steps", 0), ("window", 1)):
