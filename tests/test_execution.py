@@ -88,7 +88,7 @@ def test_the_reference_is_the_model_for_identity() -> None:
         ids = prompts(2 * WINDOW)[0]
         with torch.no_grad():
             want = _model(family)(ids[None]).logits[0]
-        torch.testing.assert_close(_plain_loop(_model(family), tuple(range(DEPTH)), ids), want, rtol=0, atol=1e-5)
+        torch.testing.assert_close(_plain_loop(_model(family), tuple(range(DEPTH)), ids), want, rtol=0, atol=5e-5)
 
 
 def test_two_hundred_programs_equal_a_plain_loop_over_the_layers() -> None:
@@ -147,7 +147,7 @@ def test_kv_law(name: str, backend: str) -> None:
     for row, mine in zip(rows, got, strict=True):
         with torch.no_grad(), compiled.session(program, 1) as session:
             whole = compiled.prefill(program, session, [row])[0]
-        torch.testing.assert_close(mine, whole, rtol=0, atol=1e-5)
+        torch.testing.assert_close(mine, whole, rtol=0, atol=5e-5)
 
 
 def test_decoding_ten_tokens_equals_one_prefill() -> None:
@@ -157,7 +157,7 @@ def test_decoding_ten_tokens_equals_one_prefill() -> None:
     with torch.no_grad(), compiled.session(program, 1) as session:
         steps = [compiled.prefill(program, session, [ids[:10]])[0]]
         steps += [compiled.decode(program, session, ids[i : i + 1])[0] for i in range(10, 20)]
-    torch.testing.assert_close(torch.stack(steps), whole[9:], rtol=0, atol=1e-5)
+    torch.testing.assert_close(torch.stack(steps), whole[9:], rtol=0, atol=5e-5)
 
 
 # ------------------------------------------------------------------------------------------ batches and backends
@@ -173,7 +173,7 @@ def test_padded_batches_equal_rows_alone(side: str) -> None:
     logits = compiled.forward(ids, mask, program="0 (1-2)*2 3 /4")
     for i, row in enumerate(rows):
         alone = compiled.forward(row[None], program="0 (1-2)*2 3 /4")[0]
-        torch.testing.assert_close(logits[i][mask[i].bool()], alone, rtol=0, atol=1e-5)
+        torch.testing.assert_close(logits[i][mask[i].bool()], alone, rtol=0, atol=5e-5)
     assert (logits[~mask.bool()] == 0).all()
 
 

@@ -61,7 +61,7 @@ def _same_slots(one: KvSession, two: KvSession) -> None:
         for got, want in zip(mine, theirs, strict=True):
             for row, length in enumerate(one.lengths):
                 assert want[row, :, :length].abs().sum(-1).min() > 0, "every token wrote something"
-                torch.testing.assert_close(got[row, :, :length], want[row, :, :length], rtol=0, atol=1e-5, msg=f"step {step}")
+                torch.testing.assert_close(got[row, :, :length], want[row, :, :length], rtol=0, atol=5e-5, msg=f"step {step}")
                 assert not got[row, :, length:-1].any(), "and nothing wrote behind them, but into the spare column"
 
 
