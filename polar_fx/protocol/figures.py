@@ -85,7 +85,8 @@ def pareto(rows: Sequence[ArmComparison]) -> Figure:
     """Accuracy by executed steps as a ratio to the identity's, a panel for each task and the overall, a point an arm.
 
     Bars are 95 % intervals: Wilson's for accuracy, the bootstrap's for steps. The line joins the arms that no other beats in
-    both, oracles aside, which are hollow and named so. Raises InputError without rows or steps.
+    both, oracles aside, which are hollow and named so; those that run many times the steps of any method stand at the right
+    edge with their ratio. Raises InputError without rows or steps.
     """
     panels = _panels(rows)
     looks = _looks(rows)
@@ -104,6 +105,9 @@ def pareto(rows: Sequence[ArmComparison]) -> Figure:
 
 
 def _draw_pareto(axes: Axes, group: Sequence[ArmComparison], looks: Mapping[str, dict[str, Any]]) -> None:
+    ratios = [row.paired.step_ratio.value for row in group if row.paired.step_ratio is not None and not row.arm.oracle]
+    # an oracle's cost would squeeze the methods, which are what is compared, into one column
+    edge = max(ratios) + max(0.1, 0.2 * (max(ratios) - min(ratios))) if ratios else math.inf
     for row in group:
         ratio, share = row.paired.step_ratio, row.paired.method
         if ratio is None:
@@ -112,8 +116,12 @@ def _draw_pareto(axes: Axes, group: Sequence[ArmComparison], looks: Mapping[str,
         low, high = wilson(share.count, share.n)
         # Percentile intervals may end a rounding error inside the value, and error bars must not be negative.
         x_error = [[max(0.0, ratio.value - ratio.low)], [max(0.0, ratio.high - ratio.value)]]
-        look = looks[row.label]
-        axes.errorbar([ratio.value], [at], xerr=x_error, yerr=[[at - low], [high - at]], ls="", elinewidth=0.9, **look)
+        look, place = looks[row.label], ratio.value
+        if place > edge:
+            place, x_error = edge, [[0.0], [0.0]]
+            note = f"{ratio.value:.1f} ×"
+            axes.annotate(note, (edge, at), xytext=(-5, 0), textcoords="offset points", ha="right", va="center", fontsize=6)
+        axes.errorbar([place], [at], xerr=x_error, yerr=[[at - low], [high - at]], ls="", elinewidth=0.9, **look)
     front = _front([row for row in group if not row.arm.oracle])
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), drawstyle="steps-post", zorder=1, **_FRONT)
