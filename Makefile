@@ -43,6 +43,7 @@ bench: setup ## Measure latency, many programs and warm start; writes bench/resu
 	$(BIN)/python bench/latency.py --dtype bfloat16
 	$(BIN)/python bench/programs.py
 	$(BIN)/python bench/warm_start.py
+	$(BIN)/python bench/dispatch.py
 
 clean: ## Remove the virtual environment and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

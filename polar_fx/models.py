@@ -40,6 +40,8 @@ def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype = torc
     name = os.fspath(source)
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
+        if (Path(name) / "manifest.json").exists() and (Path(name) / "symbols.json").exists():
+            raise ModelNotFoundError(f"{name} is a bundle, which needs no model; load it with polar_fx.load_bundle({name!r})")
         _require_safetensors(Path(name))
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)

@@ -105,3 +105,10 @@ def test_the_real_default_speaks(smollm2: Any) -> None:
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     assert tokenizer.decode(model(ids).logits[0, -1].argmax()).strip() == "Paris"
     assert tokenizer.chat_template
+
+
+def test_a_bundle_is_no_model(tmp_path: Path) -> None:
+    for name in ("manifest.json", "symbols.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ModelNotFoundError, match="load it with polar_fx.load_bundle"):
+        models.load(tmp_path)
