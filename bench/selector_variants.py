@@ -6,6 +6,7 @@ control, the task's name alone), and how the network is trained. Test questions 
 """
 
 import argparse
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from polar_fx.predictor.saved import load_selector, read_notes
 from polar_fx.protocol.calibration import log_loss
 from polar_fx.protocol.paired import compare
 from polar_fx.search.record_store import RecordReader
+from polar_fx.training.pipeline import MINED
 from polar_fx.training.selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from polar_fx.training.verdict_table import VerdictTable
 
@@ -50,7 +52,8 @@ def judged(chances: np.ndarray, table: VerdictTable) -> dict[str, Any]:
     choices = {f"threshold {t:g}": choose_all(chances, steps, table.depth, t) for t in _THRESHOLDS}
     for budget in _BUDGETS:
         price = price_of(chances, steps, table.depth, budget)
-        choices[f"mean steps <= {budget:g}"] = choose_all(chances, steps, table.depth, -np.inf, price)
+        if price is not None:
+            choices[f"mean steps <= {budget:g}"] = choose_all(chances, steps, table.depth, -np.inf, price)
     strata = [q.task for q in table.questions]
     for name, chosen in choices.items():
         paired = compare(right[rows, chosen], right[:, 0], steps=steps[chosen], identity_steps=float(table.depth), strata=strata)
@@ -65,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     selector, _ = load_selector(options.predictor)
     parts = options.predictor / "parts"
-    screened = {r.question.id for r in RecordReader(parts / "screen.jsonl")}
+    screened = {r.question.id for r in RecordReader(parts / "screen.jsonl")} | set(json.loads((parts / MINED).read_text()))
     records = [r for s in ("train", "validation") for r in RecordReader(parts / f"{s}.jsonl") if r.question.id not in screened]
     table = VerdictTable.of(records, selector.menu.programs)
     given: Any = SimpleNamespace(model=None, dtype=options.dtype, backend="auto", workers=1)

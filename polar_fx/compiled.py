@@ -77,8 +77,8 @@ def compile(
         tier: "linked" calls one region a step; "whole" compiles every program that runs as one graph; "auto" does so for
             programs that turn out hot, in the background, and keeps what is measured to be faster.
         tier_policy: when "auto" compiles and what it keeps.
-        predictor: proposes programs for each input (a predictor, or the folder `train` made); calls without `program=` are
-            then dispatched. Nothing is prepared before `warmup()`: until then inputs run the identity.
+        predictor: proposes programs for each input (a predictor, or the folder `train` made); `generate` without `program=`
+            is then dispatched, `forward` is not. Nothing is prepared before `warmup()`: until then inputs run the identity.
         menu: the programs that may run (default: the predictor's).
         policy: how one is chosen: "identity", "accuracy", "steps<=0.9", "mean_steps<=0.9", "latency_ms<=30" or a program
             (default: the one saved with the predictor, else "accuracy").
@@ -86,6 +86,8 @@ def compile(
 
     Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError.
     """
+    if program is not None and not (predictor is menu is policy is None):
+        raise InputError("compile takes either program=, which all calls run, or predictor=, menu= and policy=; leave one out")
     get_backend(backend)  # refuse an unknown one before anything is loaded
     from .models import load, position_limit
 
@@ -225,7 +227,7 @@ class CompiledModel:
         self, predictor: Predictor | str | PathLike[str] | None = None, menu: Menu | Iterable[ProgramLike] | None = None,
         policy: str | Policy | None = None, unprepared: Unprepared = "identity",
     ) -> Dispatcher:  # fmt: skip
-        """Dispatch calls without `program=` from now on; arguments as `compile` takes them.
+        """Dispatch `generate` without `program=` from now on; arguments as `compile` takes them.
 
         Raises InputError for a predictor of another model, and ProgramError for a program that does not share its first steps.
         """

@@ -127,6 +127,9 @@ class Dispatcher:
                     f"program {program} does not begin with the {self.num_steps} steps that the predictor looks behind; "
                     "leave it off the menu, or train a predictor with fewer shared steps"
                 )
+        own = getattr(predictor, "menu", None)
+        self._on = frozenset(self.menu.programs)
+        self._restricted = own is not None and not self._on.issuperset(own.programs)
         self.costs_ms: dict[Program, float] = {}
         self._prepared = {self.identity}
         if self.policy.kind != "latency_ms":
@@ -141,7 +144,7 @@ class Dispatcher:
         """Link every program of the menu, compile what they need for one row and for several, and measure their costs."""
         for batch in batches:
             self.model.warmup(self.menu.programs, batch)
-        if self.policy.kind == "latency_ms":
+        if self.predictor is not None:
             self.costs_ms = measure_costs(self.model, self.menu)
         self.admit()
 
@@ -164,7 +167,7 @@ class Dispatcher:
             wanted = self.policy.program or self.identity
             return [self._allowed(Decision(wanted))] * len(hidden)
         decisions = []
-        for proposal in self.predictor.propose(hidden):
+        for proposal in map(self._on_menu, self.predictor.propose(hidden)):
             chosen = self.policy.choose(proposal, self.calibration, self.costs_ms)
             chance, base = float(proposal.probabilities[chosen]), float(proposal.probabilities[0])
             if chance != chance or base != base:  # NaN features: nothing is known about this input
@@ -172,6 +175,14 @@ class Dispatcher:
                 continue
             decisions.append(self._allowed(Decision(proposal.programs[chosen], chance, chance - base)))
         return decisions
+
+    def _on_menu(self, proposal: Proposal) -> Proposal:
+        """The proposal without programs that are not on the menu; of predictors with a menu of their own alone."""
+        if not self._restricted:
+            return proposal
+        kept = [i for i, p in enumerate(proposal.programs) if p in self._on]
+        programs = [proposal.programs[i] for i in kept]
+        return Proposal(programs, proposal.steps[kept], proposal.probabilities[kept])
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
         """What each row of i64[B, T] would run; only the shared steps run. Raises what `forward` raises."""
@@ -196,12 +207,17 @@ class Dispatcher:
     def generate(self, input_ids: Tensor, **kwargs: Any) -> tuple[Any, DispatchReport]:
         """What `CompiledModel.generate` returns, each row by its own program, rows in order; and what was done.
 
-        Shorter continuations are padded as `generate` pads. Where rows run several programs, only token ids can be
-        returned. Raises what `CompiledModel.generate` raises, before anything runs.
+        Shorter continuations are padded as `generate` pads. Of several rows, which may run several programs, only token ids can
+        be returned. Raises what `CompiledModel.generate` raises, before anything runs, and InputError for arguments that
+        several groups of rows cannot share.
         """
+        if "program" in kwargs:
+            raise InputError("a dispatched call chooses the program itself; use generate(program=...) to name one")
         start = time.perf_counter()
         generator = self.model.generator
         rows = generator.check(input_ids, **kwargs)
+        if len(rows) > 1 and self.needs_trunk:
+            self._check_joinable(kwargs)
         if not self.needs_trunk:
             decisions = self.decide([torch.empty(0)] * len(rows))
             output = generator.run(input_ids, decisions[0].program, **kwargs)
@@ -213,11 +229,6 @@ class Dispatcher:
             groups: dict[Program, list[int]] = {}
             for row, decision in enumerate(decisions):
                 groups.setdefault(decision.program, []).append(row)
-            if len(groups) > 1 and (kwargs.get("return_dict_in_generate") or kwargs.get("streamer") is not None):
-                raise InputError(
-                    f"the rows of this batch run {len(groups)} programs, and only their token ids can be joined; pass rows one "
-                    "by one, or program=, to stream or to return more"
-                )
             parts = [
                 (members, self._group(input_ids, program, members, trunk, len(rows), kwargs))
                 for program, members in groups.items()
@@ -227,6 +238,16 @@ class Dispatcher:
         log.debug("%d rows by %d programs", len(rows), len(groups))
         return output, report
 
+    def _check_joinable(self, kwargs: dict[str, Any]) -> None:
+        more = ("streamer", "logits_processor", "stopping_criteria")
+        given = next((name for name in more if kwargs.get(name) not in (None, [])), None)
+        if self.model.generator.config(**kwargs).return_dict_in_generate:
+            given = "return_dict_in_generate"
+        if given is not None:
+            raise InputError(
+                f"{given} cannot be shared by rows that run different programs; pass rows one by one, or name the program= of all"
+            )
+
     def _group(
         self, input_ids: Tensor, program: Program, members: list[int], trunk: Trunk, batch: int, kwargs: dict[str, Any]
     ) -> Any:
@@ -234,6 +255,8 @@ class Dispatcher:
             return self.model.generator.run(input_ids, program, trunk=trunk, **kwargs)
         where = torch.tensor(members, device=input_ids.device)
         own = dict(kwargs)
+        if (allowed := own.get("prefix_allowed_tokens_fn")) is not None:
+            own["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(members[row], ids)  # rows count within the group
         if own.get("attention_mask") is not None:
             own["attention_mask"] = own["attention_mask"][where.to(own["attention_mask"].device)]
         return self.model.generator.run(input_ids[where], program, trunk=trunk.take(members), **own)

@@ -86,7 +86,7 @@ class Generator:
         compiled = self.compiled
         rows = self.check(input_ids, **kwargs)
         _, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
-        config = self._config(kwargs)
+        config = self.config(**kwargs)
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         kwargs |= {"attention_mask": mask.long(), "use_cache": True}
         if trunk is None:
@@ -103,7 +103,7 @@ class Generator:
                 raise InputError(f"generate() does not take {name}; the compiled model keeps its own KV cache")
         compiled = self.compiled
         rows, _ = compiled.rows(input_ids, kwargs.get("attention_mask"))
-        config = self._config(kwargs)
+        config = self.config(**kwargs)
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
         if longest + new - 1 > compiled.pool.max_length:  # the last token is never fed back
@@ -115,11 +115,12 @@ class Generator:
 
     def pad_token(self, **kwargs: Any) -> int:
         """What a call fills shorter continuations with: the pad token, else the end of the text, else 0."""
-        config = self._config(kwargs)
+        config = self.config(**kwargs)
         end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
         return next((t for t in (config.pad_token_id, end) if t is not None), 0)
 
-    def _config(self, kwargs: dict[str, Any]) -> Any:
+    def config(self, **kwargs: Any) -> GenerationConfig:
+        """The generation settings that a call with these arguments runs by."""
         running: Any = _Running(self.compiled, self.compiled.default_program)
         return running._prepare_generation_config(kwargs.get("generation_config"), **_config_arguments(kwargs))[0]
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 import polar_fx
 from polar_fx.compiled import CompiledModel
@@ -175,6 +176,31 @@ def test_latency_budgets_use_measured_costs(model: CompiledModel) -> None:
     assert tight.choose(torch.tensor([[1, 5]]))[0].program == IDENTITY
     with pytest.raises(InputError, match="warmup"):
         model.dispatch_by(ByFirstToken(model)).with_policy("latency_ms<=5")
+    other = model.dispatch_by(ByFirstToken(model))
+    other.warmup()
+    assert other.with_policy("latency_ms<=1000000").choose(torch.tensor([[1, 5]]))[0].program == PROGRAMS[0]
+
+
+def test_callbacks_meet_the_rows_they_were_given_for(model: CompiledModel) -> None:
+    model.dispatch_by(ByFirstToken(model)).warmup()
+    ids = torch.tensor([[1, 5], [2, 5], [1, 9], [3, 3]])
+    options: dict[str, Any] = dict(max_new_tokens=2, pad_token_id=0, eos_token_id=None)
+    got = model.generate(ids, prefix_allowed_tokens_fn=lambda row, _: [30 + row], **options)
+    assert got[:, 2:].tolist() == [[30 + row] * 2 for row in range(4)]
+
+
+def test_a_smaller_menu_is_what_the_policy_chooses_from(model: CompiledModel) -> None:
+    class Graded(ByFirstToken):
+        def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
+            chances = np.linspace(0.1, 0.9, len(self.menu))
+            return [Proposal(self.menu.programs, self.menu.steps, chances) for _ in hidden]
+
+    Graded.calibration = Calibration(0.0)
+    ids = torch.tensor([[1, 5]])
+    for menu, best in ((None, PROGRAMS[-1]), (PROGRAMS[:2], PROGRAMS[1])):
+        dispatcher = model.dispatch_by(Graded(model), menu=menu)
+        dispatcher.warmup()
+        assert dispatcher.choose(ids)[0].program == best
 
 
 def test_refusals_name_value_and_remedy(model: CompiledModel) -> None:
@@ -196,8 +222,15 @@ def test_refusals_name_value_and_remedy(model: CompiledModel) -> None:
         model.generate(torch.zeros(0, 3, dtype=torch.long))
     with pytest.raises(KvOverflowError):
         model.generate(torch.zeros(1, 40, dtype=torch.long), max_new_tokens=20)
-    with pytest.raises(InputError, match="2 programs"):
-        model.generate(torch.tensor([[1, 5], [2, 5]]), max_new_tokens=2, return_dict_in_generate=True, pad_token_id=0)
+    two, more = torch.tensor([[1, 5], [2, 5]]), dict(max_new_tokens=2, pad_token_id=0)
+    for options in (
+        {"return_dict_in_generate": True, **more}, {"logits_processor": [lambda ids, scores: scores], **more},
+        {"generation_config": GenerationConfig(return_dict_in_generate=True, **more)},
+    ):  # fmt: skip
+        with pytest.raises(InputError, match="cannot be shared by rows that run different programs"):
+            model.generate(two, **options)
+    with pytest.raises(InputError, match="chooses the program itself"):
+        dispatcher.generate(two, program="identity", **more)
     model.dispatcher = None
     with pytest.raises(InputError, match="nothing is dispatched"):
         model.dispatch(torch.tensor([[1]]))

@@ -1,5 +1,6 @@
 """Dense labels, mining of menus, training and calibration of selectors, on data with a known best answer."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -197,11 +198,14 @@ def test_prices_meet_their_budget_and_no_lower_one_does() -> None:
     rng = np.random.default_rng(5)
     chances, steps = rng.random((300, 4)), np.array([8.0, 6.0, 4.0, 10.0])
     last = -1.0
-    for budget in (1.2, 1.0, 0.8, 0.6, 0.5):
+    assert price_of(chances, steps, DEPTH, 0.5) is None and price_of(chances, steps, DEPTH, 0.4) is None, "out of reach"
+    for budget in (1.2, 1.0, 0.8, 0.6, 0.55):
         price = price_of(chances, steps, DEPTH, budget)
-        assert steps[choose_all(chances, steps, DEPTH, -np.inf, price)].mean() <= budget * DEPTH + 1e-9 and price >= last
+        assert price is not None and price >= last
+        assert steps[choose_all(chances, steps, DEPTH, -np.inf, price)].mean() <= budget * DEPTH + 1e-9
         if price > 1e-6:
-            assert steps[choose_all(chances, steps, DEPTH, -np.inf, price - 1e-6)].mean() > budget * DEPTH
+            lower = choose_all(chances, steps, DEPTH, -np.inf, price - 1e-6)
+            assert steps[lower].mean() > budget * DEPTH
         last = price
 
 
@@ -230,6 +234,7 @@ def test_from_records_to_a_predictor() -> None:
     """A world in which A answers questions of odd numbers and B those of even ones."""
     config = TrainingConfig(Features(1, 8), 4, 40, 4, 20, (0.9,), selector=SelectorConfig(width=8, epochs=80, learning_rate=0.02))
     asked: dict[str, int] = {}
+    drawn: list[list[Question]] = []
 
     def number(q: Question) -> int:
         return int(q.id[1:])
@@ -243,6 +248,7 @@ def test_from_records_to_a_predictor() -> None:
 
     def dense(name: str, part: Any, programs: Any) -> VerdictTable:
         asked[name] = len(part) * len(programs)
+        drawn.append([q for q, _ in part])
         listed = [p for p in programs if p != IDENTITY]
         return VerdictTable.of([record(q.id, right(q, IDENTITY), {p: right(q, p) for p in listed}) for q, _ in part])
 
@@ -253,9 +259,11 @@ def test_from_records_to_a_predictor() -> None:
     selector, results = train_predictor(searched, rows(0, 200), rows(500, 100), dense, features_of, DEPTH, config)
     assert {A, B} <= set(selector.menu.programs) and len(selector.menu) <= 4
     measured = results["validation"]
-    assert measured["accuracy"]["accuracy"] == 1.0 and measured["best_static_of_train"]["accuracy"] == 0.5
+    assert measured["accuracy"]["accuracy"] == 1.0 and abs(measured["best_static_of_train"]["accuracy"] - 0.5) < 0.1
     assert set(asked) == {"screen", "variations", "train", "validation"} and results["questions"]["screened"] == 20
-    screened = mine_menu([], rows(0, 200), dense, DEPTH, config)
+    with_tasks = [(replace(q, task=f"t{i // 50}"), e) for i, (q, e) in enumerate(rows(0, 200))]
+    screened = mine_menu([], with_tasks, dense, DEPTH, config)
+    assert len({q.task for q in drawn[-1]}) == 4, "questions of every task, wherever they stand"
     assert screened.programs[0] == IDENTITY and all(shares_trunk(p, 1) for p in screened.programs)
     with pytest.raises(InputError, match="0 validation questions"):
         train_predictor(searched, rows(0, 200), [], dense, features_of, DEPTH, config)

@@ -100,6 +100,10 @@ def export(
     if dispatcher is not None:
         if not isinstance(dispatcher.predictor, Selector):
             raise InputError("the model's predictor is no Selector; set compiled.dispatcher = None to export without it")
+        if dispatcher.menu != dispatcher.predictor.menu:
+            raise InputError("the model dispatches by another menu than its predictor's; only the predictor's own can be shipped")
+        if dispatcher.policy.kind == "latency_ms":
+            raise InputError("policy latency_ms<= is measured where it runs; set another one, and dispatch_by() after loading")
         if missing := [p for p in dispatcher.menu.programs if p not in chosen]:
             raise InputError(f"the predictor may choose {missing[0]}, which is not among programs=; leave that out, or add it")
     if not buckets or any(type(b) is not int or b < 1 for b in buckets):

@@ -44,11 +44,12 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         pruning_choices,
         seen_in_training,
         static_choices,
+        trained_questions,
         training_records,
     )
     from ..comparison.choices import Choice, arm_results, by_policy, likeliest, oracle, static, top_k, wanted_programs
     from ..comparison.generated import Answerer
-    from ..comparison.report import by_difficulty, calibration_report, write_report
+    from ..comparison.report import against, by_difficulty, calibration_report, write_report
     from ..comparison.votes import generated_arms
     from ..predictor.policy import Policy
     from ..predictor.saved import load_selector, read_notes
@@ -68,12 +69,13 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         status().print(f"{len(every) - len(questions)} questions were seen in training and are left out", style="dim")
     if not questions:
         raise InputError(f"all {len(every)} questions were seen in training; ask others")
-    templates = templates_of(options.prompt or ("direct" if options.data else "few-shot"), questions)
-    labeller = Labeller(options, templates, questions, generated=options.answers > 0)
+    templates = templates_of(options.prompt or notes["prompt"], questions)
+    also = [] if options.no_baselines else trained_questions(options.predictor)
+    labeller = Labeller(options, templates, questions, generated=options.answers > 0, also=also)
     selector, _ = load_selector(options.predictor, labeller.model_fingerprint)
     questions = labeller.with_difficulty(questions)
     rows = [(q, labeller.encoded[q.id]) for q in questions]
-    known = training_records(options.predictor, options.records or (), {q.id for q in questions})
+    known = training_records(options.predictor, options.records or (), {q.id for q in questions}, labeller.model_fingerprint)
     features = labeller.features(rows, selector.features)
     chances = selector.probabilities(features)
     n, identity = len(rows), Program.identity(labeller.depth)
@@ -100,7 +102,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     records = labeller.records(options.out / "verdicts.jsonl", rows, wanted_programs(choices, questions))
     arms = arm_results(choices, records)
     table = VerdictTable.of(records, selector.menu.programs)
-    answers, part = None, _part(rows, options.answers)
+    answers, part = None, _part(options.answers, n, options.seed)
     if part:
         picked = Choice("selector: accuracy", tuple(choices[1].programs[i] for i in part))
         answerer = Answerer(labeller.compiled, labeller.tokenizer, templates)
@@ -115,7 +117,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "trained_on": notes["tasks"], "out_of_distribution": sorted(set(templates) - set(notes["tasks"])),
         "prompts": {task: template.key for task, template in templates.items()},
         "calibration": calibration_report(chances, table.right), "threshold": selector.calibration.threshold,
-        "programs_used": _used(choices[1], n),
+        "programs_used": _used(choices[1], n), "against_static": against(arms, "selector: accuracy", "best static program"),
         "difficulty": [row for c in choices[:3] for row in by_difficulty(c.name, *_outcome(c, records), records)],
         "generated": None if answers is None else answers.to_dict(), "baselines": baselines,
         "seconds": time.perf_counter() - began,
@@ -149,7 +151,8 @@ def _used(choice: Any, n: int) -> list[dict[str, Any]]:
 
 
 
-def _part(rows: Any, count: int) -> list[int]:
-    """The places of `count` rows, spread evenly over all, which stand task by task."""
-    count = min(count, len(rows))
-    return [i * len(rows) // count for i in range(count)]
+def _part(count: int, total: int, seed: int) -> list[int]:
+    """The places of `count` rows, drawn: rows stand task by task, and within one in a rhythm of its cells."""
+    import numpy as np
+
+    return sorted(np.random.default_rng(seed).permutation(total)[:count].tolist())

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
 class Labeller:
     """Loads and compiles what the options name (`add_model_arguments`, --workers).
 
-    `encoded` has the questions as tokens, by id. Raises InputError if `header` is of another model.
+    `encoded` has the questions as tokens, by id; those of `also` fit the model, too. Raises InputError if `header` is of
+    another model.
     """
 
     def __init__(
         self, options: argparse.Namespace, templates: "Mapping[str, PromptTemplate]", questions: "Sequence[Question]",
-        header: "SearchHeader | None" = None, generated: bool = False,
+        header: "SearchHeader | None" = None, generated: bool = False, also: "Sequence[Question]" = (),
     ) -> None:  # fmt: skip
         import torch
 
@@ -40,7 +41,10 @@ class Labeller:
             model, self.tokenizer = load(options.model, getattr(torch, options.dtype))
         found = encode(self.tokenizer, questions, templates)
         self.encoded = {e.id: e for e in found}
-        length = row_length(found, questions, templates, position_limit(model), generated)
+        others = [*measuring_questions(questions), *also]
+        every = [*found, *encode(self.tokenizer, [q for q in others if q.task in templates], templates)]
+        asked = [*questions, *(q for q in others if q.task in templates)]
+        length = row_length(every, asked, templates, position_limit(model), generated)
         threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
         self.workers, self.templates, self._config = options.workers, templates, SearchConfig(method="listed")
         self.workplace = Workplace(

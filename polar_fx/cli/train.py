@@ -91,7 +91,6 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     if (left := len(records) - len(usable)) or not usable:
         status().print(f"{left} records are of validation questions and not used", style="dim")
     parts = folder_of(options.out)
-    replace_file(parts / MINED, [json.dumps(sorted({r.question.id for r in usable})).encode()])
     encoded = labeller.encoded
 
     def dense(name: str, part: Any, programs: Any) -> Any:
@@ -117,6 +116,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "dtype": options.dtype, "ok": True,
     }  # fmt: skip
     policy.check(selector.calibration, {selector.menu.programs[0]: 0.0})
+    replace_file(parts / MINED, [json.dumps(sorted({r.question.id for r in usable})).encode()])
     notes = {"tasks": sorted(templates), "prompt": name, "prompts": results["prompts"], "config": asdict(config)}
     save_selector(selector, options.out, labeller.model_fingerprint, policy, notes)
     replace_file(options.out / "results.json", [json.dumps(results, indent=1, default=str).encode() + b"\n"])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..evaluate.question import EncodedQuestion
+from ..evaluate.question import EncodedQuestion, Question
 from ..predictor.features import Features
 from ..predictor.selector import Selector
 from ..search.menu_coverage import merge
@@ -43,11 +43,15 @@ class TrainingRecords:
     counts: dict[str, Any] = field(default_factory=dict)
 
 
-def training_records(predictor: Path, searches: Sequence[Path], test_ids: set[str]) -> TrainingRecords:
+def training_records(predictor: Path, searches: Sequence[Path], test_ids: set[str], model: str) -> TrainingRecords:
     """What the predictor in a folder was trained on, and what searches found for other questions.
 
-    Raises InputError if a test question is among them, and RecordFileError for a file that cannot be read.
+    Raises InputError if a test question is among them or a search was of another model than that of fingerprint `model`, and
+    RecordFileError for a file that cannot be read.
     """
+    for path in searches:
+        if RecordReader(path).header.model != model:
+            raise InputError(f"{path} has records of another model; name searches of the model that is evaluated, in its dtype")
     dense = list(RecordReader(predictor / "parts" / "train.jsonl"))
     validation = list(RecordReader(predictor / "parts" / "validation.jsonl"))
     held_out = {r.question.id for r in validation}
@@ -55,8 +59,8 @@ def training_records(predictor: Path, searches: Sequence[Path], test_ids: set[st
     train = merge([*more, *dense])
     if shared := sorted(test_ids & ({r.question.id for r in train} | held_out)):
         raise InputError(
-            f"test question {shared[0]!r} (and {len(shared) - 1} more) is one that the predictor was trained on; "
-            "ask questions of the test split"
+            f"test question {shared[0]!r} (and {len(shared) - 1} more) is among the training records or in a file of --records; "
+            "ask questions of the test split, and search others"
         )
     return TrainingRecords(dense, train, validation)
 
@@ -69,6 +73,11 @@ def seen_in_training(predictor: Path) -> set[str]:
     except (OSError, ValueError) as error:
         raise InputError(f"{parts / MINED} cannot be read: {error}; train again, or bring it back") from error
     return {*mined, *(r.question.id for name in ("train", "validation") for r in RecordReader(parts / f"{name}.jsonl"))}
+
+
+def trained_questions(predictor: Path) -> list[Question]:
+    """The train and validation questions of a predictor. Raises RecordFileError."""
+    return [r.question for name in ("train", "validation") for r in RecordReader(predictor / "parts" / f"{name}.jsonl")]
 
 
 def static_choices(known: TrainingRecords, selector: Selector, questions: Sequence[Any]) -> list[Choice]:

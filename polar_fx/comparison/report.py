@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..protocol.calibration import Reliability, brier, ece, log_loss, reliability
-from ..protocol.paired import ArmResult, compare_arms
+from ..protocol.paired import ArmResult, compare, compare_arms, pool
 from ..protocol.tables import write_tables
 from ..search.record_store import replace_file
 from ..search.records import SearchRecord
@@ -34,6 +34,19 @@ def by_difficulty(name: str, right: np.ndarray, steps: np.ndarray, records: Sequ
             "accuracy": float(right[of].mean()), "steps": float(steps[of].mean()),
         })  # fmt: skip
     return found
+
+
+def against(arms: Sequence[ArmResult], method: str, other: str) -> list[dict[str, Any]]:
+    """One method beside another instead of the identity, by task and over all."""
+    by_name = {name: [a for a in arms if a.name == name] for name in (method, other)}
+    pairs = list(zip(*by_name.values(), strict=True))
+    if len(pairs) > 1:
+        pairs.insert(0, (pool(by_name[method]), pool(by_name[other])))
+    return [
+        {"method": method, "against": other, "task": one.task,
+         **compare(one.right, two.right, steps=one.steps, identity_steps=two.steps, strata=one.strata).to_dict()}
+        for one, two in pairs
+    ]  # fmt: skip
 
 
 def write_report(

@@ -1,6 +1,7 @@
 """A selector on disk: `predictor.json` (menu, features, calibration, the model it was trained for) and `predictor.safetensors`.
 
-Nothing in them is executed. The folder is written under another name and moved, so it is there whole or not at all.
+Nothing in them is executed. Both are written under other names and moved; the JSON has the tensors' sha256, so files of two
+predictors are never taken for one.
 """
 
 import hashlib

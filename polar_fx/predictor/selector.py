@@ -46,7 +46,8 @@ class SelectorNetwork(nn.Module):
     def start_from(self, features: Tensor, rates: Tensor) -> None:
         """Standardize by these features f32[N, F], and begin with the programs' base rates f32[K]."""
         self.mean.copy_(features.mean(0))
-        self.scale.copy_(1 / features.std(0).clamp_min(1e-6))
+        spread = features.std(0, correction=0)
+        self.scale.copy_(torch.where(spread > 1e-4, 1 / spread.clamp_min(1e-4), 0.0))  # what never varied tells nothing
         self.outer.weight.mul_(0.1)
         self.outer.bias.copy_(torch.logit(rates.clamp(0.01, 0.99)))
 

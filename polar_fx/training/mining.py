@@ -136,7 +136,7 @@ def mine(table: VerdictTable, size: int) -> list[Program]:
 
 
 def best_static(table: VerdictTable, max_steps: float | None = None) -> Program:
-    """The one program right most often (of equals, likelier, then shorter); at most `max_steps` steps."""
+    """The one program right most often (of equals, the shorter) of at most `max_steps` steps; the identity if there is none."""
     allowed = np.ones(len(table.programs), bool) if max_steps is None else table.steps <= max_steps
     order = sorted(np.flatnonzero(allowed), key=lambda k: (-table.right[:, k].sum(), table.steps[k], k))
     return table.programs[order[0]] if order else table.programs[0]

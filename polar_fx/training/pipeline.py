@@ -66,7 +66,9 @@ def mine_menu(records: Sequence[SearchRecord], train: Rows, dense: Dense, depth:
     found = candidates(records, num_steps, config.num_candidates)
     if len(found) < config.num_candidates:  # a small search, or none: every short edit
         found = list(dict.fromkeys([*found, *single_candidates(depth, num_steps)]))[: config.num_candidates]
-    screened = train[: config.screen_questions]
+    # drawn: rows stand task by task, and within one in a rhythm of its cells
+    order = np.random.default_rng(config.selector.seed).permutation(len(train))
+    screened = [train[i] for i in sorted(order[: config.screen_questions])]
     table = dense("screen", screened, found)
     if config.num_variations and (more := variations(table, num_steps, config.num_variations)):
         table = table.beside(dense("variations", screened, more))
@@ -79,35 +81,49 @@ def fit(
 ) -> tuple[Selector, dict[str, Any]]:  # fmt: skip
     """A calibrated selector, and what was measured on validation.
 
-    Raises InputError for labels that nothing can be learned from.
+    Half of the validation questions choose the epoch and scale the probabilities, the others set threshold and prices: what
+    chose the predictor cannot certify it. Raises InputError for labels that nothing can be learned from.
     """
-    network, history = train_selector(train, validation, config.selector, progress)
+    fitting, setting = _halves(validation, config.selector.seed)
+    network, history = train_selector(train, fitting, config.selector, progress)
     with torch.no_grad():
-        logits = network(validation.features).double().numpy()
-    scaling = fit_platt(logits, validation.right)
+        logits = network(fitting.features).double().numpy()
+        others = network(setting.features).double().numpy()
+    scaling = fit_platt(logits, fitting.right)
     slopes, shifts = (torch.full((len(menu),), value) for value in (scaling.slope, scaling.intercept))
     selector = Selector(menu, config.features, network, None, slopes, shifts)
-    chances = selector.probabilities(validation.features)
-    before = 1 / (1 + np.exp(-logits))
+    chances = selector.probabilities(setting.features)
+    before = 1 / (1 + np.exp(-others))
     best = choose_all(chances, menu.steps, menu.depth, -np.inf)
     rows = np.arange(len(best))
     gains = chances[rows, best] - chances[:, 0]
-    chosen_right, identity_right = validation.right[rows, best], validation.right[:, 0]
+    chosen_right, identity_right = setting.right[rows, best], setting.right[:, 0]
     bound = risk_controlled_threshold(gains, chosen_right, identity_right, epsilon=config.risk, delta=config.delta, starts=4)
     prices = {f: price_of(chances, menu.steps, menu.depth, f) for f in config.budgets}
-    selector.calibration = Calibration(bound.tau, prices)
+    selector.calibration = Calibration(bound.tau, {f: price for f, price in prices.items() if price is not None})
     measured = {
         "training": history,
         "scaling": scaling.to_dict(),
-        "ece": {"before": ece(before, validation.right), "after": ece(chances, validation.right)},
+        "ece": {"before": ece(before, setting.right), "after": ece(chances, setting.right)},
         "log_loss": {
-            "base_rates": log_loss(np.broadcast_to(train.right.mean(0).clip(1e-3, 1 - 1e-3), chances.shape), validation.right),
-            "before": log_loss(before, validation.right), "after": log_loss(chances, validation.right),
+            "base_rates": log_loss(np.broadcast_to(train.right.mean(0).clip(1e-3, 1 - 1e-3), chances.shape), setting.right),
+            "before": log_loss(before, setting.right), "after": log_loss(chances, setting.right),
         },
         "threshold": bound.to_dict(),
-        "validation": _accuracies(selector, validation, train),
+        "budgets_out_of_reach": [f for f, price in prices.items() if price is None],
+        "validation": _accuracies(selector, setting, train),
     }  # fmt: skip
     return selector, measured
+
+
+def _halves(labels: Labels, seed: int) -> tuple[Labels, Labels]:
+    """Half of the rows, drawn, and the others. Raises InputError for fewer than two."""
+    if len(labels.right) < 2:
+        raise InputError("validation takes at least 2 questions, half of them to fit and half to set thresholds; ask more")
+    order = np.random.default_rng(seed).permutation(len(labels.right))
+    parts = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+    first, second = (Labels(labels.features[torch.tensor(p)], labels.right[p], labels.log_likelihood[p]) for p in parts)
+    return first, second
 
 
 def _accuracies(selector: Selector, validation: Labels, train: Labels) -> dict[str, Any]:

@@ -141,8 +141,13 @@ def choose_all(probabilities: np.ndarray, steps: np.ndarray, depth: int, thresho
     return np.where(gain >= threshold, best, 0)
 
 
-def price_of(probabilities: np.ndarray, steps: np.ndarray, depth: int, budget: float) -> float:
-    """The lowest price for steps at which the mean of those chosen is at most `budget` x depth; found by bisection."""
+def price_of(probabilities: np.ndarray, steps: np.ndarray, depth: int, budget: float) -> float | None:
+    """The lowest price for steps at which the mean of those chosen is at most `budget` x depth; found by bisection.
+
+    None if no program is short enough, or only always running the shortest would do.
+    """
+    if steps.min() >= budget * depth:
+        return None
 
     def mean_steps(price: float) -> float:
         return float(steps[choose_all(probabilities, steps, depth, -np.inf, price)].mean())
@@ -150,7 +155,7 @@ def price_of(probabilities: np.ndarray, steps: np.ndarray, depth: int, budget: f
     low, high = 0.0, 1.0
     if mean_steps(low) <= budget * depth:
         return low
-    while mean_steps(high) > budget * depth and high < 1e6:
+    while mean_steps(high) > budget * depth:  # a price beyond any probability chooses the shortest
         high *= 4
     for _ in range(60):
         middle = (low + high) / 2
