@@ -39,7 +39,7 @@ def out_of_fold(features: torch.Tensor, table: VerdictTable, config: dict[str, A
         parts = [Labels(features[torch.tensor(p)], table.right[p], table.log_likelihood[p]) for p in (learn, stop)]
         asked = features[torch.tensor(np.flatnonzero(fold == held_out))]
         for seed in range(seeds):
-            network, _ = train_selector(*parts, SelectorConfig(seed=seed, **config))
+            network, _ = train_selector(parts[0], parts[1], SelectorConfig(seed=seed, **config))
             with torch.no_grad():
                 chances[fold == held_out] += torch.sigmoid(network(asked)).double().numpy() / seeds
     return chances
