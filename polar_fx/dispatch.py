@@ -8,7 +8,7 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -71,7 +71,11 @@ class DispatchReport:
     trunk_s: float
     predict_s: float
     total_s: float
-    groups: int = field(default=0)
+
+    @property
+    def groups(self) -> int:
+        """How many programs ran."""
+        return len({d.program for d in self.decisions})
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
@@ -141,10 +145,10 @@ class Dispatcher:
         return frozenset(self._prepared)
 
     def warmup(self, batches: Sequence[int] = (1, 2)) -> None:
-        """Link every program of the menu, compile what they need for one row and for several, and measure their costs."""
+        """Link every program of the menu, compile what they need for one row and for several; measure costs if they count."""
         for batch in batches:
             self.model.warmup(self.menu.programs, batch)
-        if self.predictor is not None:
+        if self.policy.kind == "latency_ms":
             self.costs_ms = measure_costs(self.model, self.menu)
         self.admit()
 
@@ -153,9 +157,11 @@ class Dispatcher:
         self._prepared = {self.identity, *self.menu.programs}
 
     def with_policy(self, policy: str | Policy) -> "Dispatcher":
-        """The same with another policy; what is prepared stays so."""
+        """The same with another policy; what is prepared stays so, and costs that it needs are measured."""
         other = Dispatcher(self.model, self.predictor, self.menu, policy, self.unprepared)
         other.costs_ms, other._prepared = self.costs_ms, set(self._prepared)
+        if other.policy.kind == "latency_ms" and not other.costs_ms and other._prepared.issuperset(other.menu.programs):
+            other.costs_ms = measure_costs(self.model, other.menu)
         other.policy.check(other.calibration, other.costs_ms or None)
         return other
 
@@ -163,7 +169,7 @@ class Dispatcher:
 
     def decide(self, hidden: Sequence[Tensor]) -> list[Decision]:
         """A decision a row, of its hidden states [T, d] after `num_steps` steps."""
-        if self.predictor is None or self.policy.kind in ("identity", "program"):
+        if self.predictor is None or not self.needs_trunk:
             wanted = self.policy.program or self.identity
             return [self._allowed(Decision(wanted))] * len(hidden)
         decisions = []
@@ -215,13 +221,13 @@ class Dispatcher:
             raise InputError("a dispatched call chooses the program itself; use generate(program=...) to name one")
         start = time.perf_counter()
         generator = self.model.generator
-        rows = generator.check(input_ids, **kwargs)
-        if len(rows) > 1 and self.needs_trunk:
-            self._check_joinable(kwargs)
+        rows, _, config = generator.check(input_ids, **kwargs)
         if not self.needs_trunk:
             decisions = self.decide([torch.empty(0)] * len(rows))
             output = generator.run(input_ids, decisions[0].program, **kwargs)
-            return output, self._report(decisions, 0.0, 0.0, start, 1)
+            return output, DispatchReport(tuple(decisions), 0.0, 0.0, time.perf_counter() - start)
+        if len(rows) > 1:
+            _check_joinable(kwargs, bool(config.return_dict_in_generate))
         with run_trunk(self.model, rows, self.num_steps) as trunk:
             ran = time.perf_counter()
             decisions = self.decide(trunk.hidden)
@@ -234,19 +240,9 @@ class Dispatcher:
                 for program, members in groups.items()
             ]
         output = parts[0][1] if len(parts) == 1 else self._joined(input_ids, parts, kwargs)
-        report = self._report(decisions, ran - start, decided - ran, start, len(groups))
+        report = DispatchReport(tuple(decisions), ran - start, decided - ran, time.perf_counter() - start)
         log.debug("%d rows by %d programs", len(rows), len(groups))
         return output, report
-
-    def _check_joinable(self, kwargs: dict[str, Any]) -> None:
-        more = ("streamer", "logits_processor", "stopping_criteria")
-        given = next((name for name in more if kwargs.get(name) not in (None, [])), None)
-        if self.model.generator.config(**kwargs).return_dict_in_generate:
-            given = "return_dict_in_generate"
-        if given is not None:
-            raise InputError(
-                f"{given} cannot be shared by rows that run different programs; pass rows one by one, or name the program= of all"
-            )
 
     def _group(
         self, input_ids: Tensor, program: Program, members: list[int], trunk: Trunk, batch: int, kwargs: dict[str, Any]
@@ -271,8 +267,16 @@ class Dispatcher:
             joined[where, : ids.shape[1]] = ids.to(joined.device)
         return joined
 
-    def _report(self, decisions: list[Decision], trunk_s: float, predict_s: float, start: float, groups: int) -> DispatchReport:
-        return DispatchReport(tuple(decisions), trunk_s, predict_s, time.perf_counter() - start, groups)
+
+def _check_joinable(kwargs: dict[str, Any], return_dict: bool) -> None:
+    more = ("streamer", "logits_processor", "stopping_criteria")
+    given = next((name for name in more if kwargs.get(name) not in (None, [])), None)
+    if return_dict:
+        given = "return_dict_in_generate"
+    if given is not None:
+        raise InputError(
+            f"{given} cannot be shared by rows that run different programs; pass rows one by one, or name the program= of all"
+        )
 
 
 def measure_costs(model: "CompiledModel", menu: Menu, tokens: int = _COST_TOKENS) -> dict[Program, float]:

@@ -84,25 +84,24 @@ class Generator:
         After a `trunk` of these rows only the steps behind it are prefilled.
         """
         compiled = self.compiled
-        rows = self.check(input_ids, **kwargs)
-        _, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
-        config = self.config(**kwargs)
+        rows, mask, config = self.check(input_ids, **kwargs)
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
         kwargs |= {"attention_mask": mask.long(), "use_cache": True}
         if trunk is None:
-            with compiled.session(program, len(rows) * copies) as session:
-                return _Running(compiled, program).generate(input_ids, **{CACHE: session}, **kwargs)  # type: ignore[misc]
-        trunk = trunk if copies == 1 else trunk.take([r for r in range(len(rows)) for _ in range(copies)])
-        with session_after(compiled, program, trunk) as session:
+            opened = compiled.session(program, len(rows) * copies)
+        else:
+            trunk = trunk if copies == 1 else trunk.take([r for r in range(len(rows)) for _ in range(copies)])
+            opened = session_after(compiled, program, trunk)
+        with opened as session:
             return _Running(compiled, program, trunk).generate(input_ids, **{CACHE: session}, **kwargs)  # type: ignore[misc]
 
-    def check(self, input_ids: Tensor, **kwargs: Any) -> list[Tensor]:
-        """The rows of a generate call. Raises InputError and KvOverflowError as `run` does."""
+    def check(self, input_ids: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor, GenerationConfig]:
+        """Rows, mask and settings of a generate call. Raises InputError and KvOverflowError as `run` does."""
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
                 raise InputError(f"generate() does not take {name}; the compiled model keeps its own KV cache")
         compiled = self.compiled
-        rows, _ = compiled.rows(input_ids, kwargs.get("attention_mask"))
+        rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
         config = self.config(**kwargs)
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
@@ -111,7 +110,7 @@ class Generator:
                 f"a prompt of {longest} tokens and max_new_tokens={new} exceed the KV pool of {compiled.pool.max_length}; "
                 f"shorten the prompt, lower max_new_tokens, or compile with max_length={longest + new}"
             )
-        return rows
+        return rows, mask, config
 
     def pad_token(self, **kwargs: Any) -> int:
         """What a call fills shorter continuations with: the pad token, else the end of the text, else 0."""

@@ -135,6 +135,16 @@ def write_whole(content: bytes, path: str | os.PathLike[str]) -> Path:
     return target
 
 
+def made_folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder, made if it is not there. Raises InputError."""
+    place = Path(folder)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {place}: {error.strerror or error}; name one that can be made") from error
+    return place
+
+
 def _blocks(program: Program) -> tuple[list[_Block], bool]:
     """The boxes in order, and whether they are the program's segments."""
     try:

@@ -252,7 +252,7 @@ def test_from_records_to_a_predictor() -> None:
         listed = [p for p in programs if p != IDENTITY]
         return VerdictTable.of([record(q.id, right(q, IDENTITY), {p: right(q, p) for p in listed}) for q, _ in part])
 
-    def features_of(name: str, part: Any) -> torch.Tensor:
+    def features_of(part: Any) -> torch.Tensor:
         return torch.tensor([[float(number(q) % 2), 1.0] for q, _ in part])
 
     searched = [record(f"q{i}", False, {A: bool(i % 2), C: False}) for i in range(1000, 1010)]

@@ -40,11 +40,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate; writes the report, returns the results."""
     began = time.perf_counter()
     from ..comparison.baselines import (
+        TrainedOn,
         learned_choices,
         pruning_choices,
-        seen_in_training,
         static_choices,
-        trained_questions,
         training_records,
     )
     from ..comparison.choices import Choice, arm_results, by_policy, likeliest, oracle, static, top_k, wanted_programs
@@ -62,26 +61,26 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         options.task = list(notes["tasks"])
     options.questions = options.questions or (None if options.data else 2000)
     options.split = None if options.data else "test"
-    seen = seen_in_training(options.predictor)
+    trained_on = TrainedOn.read(options.predictor)
     every = questions_of(options)
-    questions = [q for q in every if q.id not in seen]
+    questions = [q for q in every if q.id not in trained_on.ids]
     if len(questions) < len(every):
         status().print(f"{len(every) - len(questions)} questions were seen in training and are left out", style="dim")
     if not questions:
         raise InputError(f"all {len(every)} questions were seen in training; ask others")
     templates = templates_of(options.prompt or notes["prompt"], questions)
-    also = [] if options.no_baselines else trained_questions(options.predictor)
+    also = [] if options.no_baselines else trained_on.questions
     labeller = Labeller(options, templates, questions, generated=options.answers > 0, also=also)
     selector, _ = load_selector(options.predictor, labeller.model_fingerprint)
     questions = labeller.with_difficulty(questions)
     rows = [(q, labeller.encoded[q.id]) for q in questions]
-    known = training_records(options.predictor, options.records or (), {q.id for q in questions}, labeller.model_fingerprint)
+    known = training_records(trained_on, options.records or (), {q.id for q in questions}, labeller.model_fingerprint)
     features = labeller.features(rows, selector.features)
     chances = selector.probabilities(features)
     n, identity = len(rows), Program.identity(labeller.depth)
 
     choices = [static("identity", identity, n), by_policy("selector: accuracy", selector, Policy("accuracy"), chances)]
-    choices.append(likeliest("selector: likeliest", selector, chances))
+    choices.append(likeliest("selector: likeliest", selector.menu, chances))
     for budget in selector.calibration.prices:
         choices.append(by_policy(f"selector: mean steps <= {budget:g}", selector, Policy("mean_steps", budget), chances))
     choices.append(by_policy("selector: steps <= 0.9", selector, Policy("steps", 0.9), chances))
@@ -118,7 +117,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "prompts": {task: template.key for task, template in templates.items()},
         "calibration": calibration_report(chances, table.right), "threshold": selector.calibration.threshold,
         "programs_used": _used(choices[1], n), "against_static": against(arms, "selector: accuracy", "best static program"),
-        "difficulty": [row for c in choices[:3] for row in by_difficulty(c.name, *_outcome(c, records), records)],
+        "difficulty": [row for c in choices[:3] for row in by_difficulty(c, records)],
         "generated": None if answers is None else answers.to_dict(), "baselines": baselines,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
@@ -132,23 +131,11 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     return results
 
 
-def _outcome(choice: Any, records: Any) -> tuple[Any, Any]:
-    """Right and steps of a single-shot method, bool[N] and f64[N]."""
-    import numpy as np
-
-    right = []
-    for record, (program,) in zip(records, choice.programs, strict=True):
-        known = {e.program: e.verdict.correct for e in record.explored}
-        right.append(record.baseline.correct if program.is_identity else known[program])
-    return np.array(right), np.array([float(p.num_steps) for (p,) in choice.programs])
-
-
 def _used(choice: Any, n: int) -> list[dict[str, Any]]:
     from collections import Counter
 
     counts = Counter(program for (program,) in choice.programs)
     return [{"program": str(p), "steps": p.num_steps, "share": c / n} for p, c in counts.most_common()]
-
 
 
 def _part(count: int, total: int, seed: int) -> list[int]:

@@ -96,7 +96,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     def dense(name: str, part: Any, programs: Any) -> Any:
         return labeller.table(parts / f"{name}.jsonl", part, programs)
 
-    def features_of(name: str, part: Any) -> "Tensor":
+    def features_of(part: Any) -> "Tensor":
         return labeller.features(part, config.features)
 
     pairs = {split: [(q, encoded[q.id]) for q in rows[split]] for split in rows}

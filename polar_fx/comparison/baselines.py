@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +40,39 @@ class TrainingRecords:
     dense: list[SearchRecord]
     train: list[SearchRecord]
     validation: list[SearchRecord]
-    counts: dict[str, Any] = field(default_factory=dict)
 
 
-def training_records(predictor: Path, searches: Sequence[Path], test_ids: set[str], model: str) -> TrainingRecords:
-    """What the predictor in a folder was trained on, and what searches found for other questions.
+@dataclass(frozen=True, eq=False)
+class TrainedOn:
+    """What a predictor was made of: dense records of its train and validation questions, and ids of those it was mined from."""
+
+    train: list[SearchRecord]
+    validation: list[SearchRecord]
+    mined: frozenset[str]
+
+    @classmethod
+    def read(cls, predictor: Path) -> "TrainedOn":
+        """Of the predictor's folder. Raises InputError, RecordFileError."""
+        parts = predictor / "parts"
+        try:
+            mined = json.loads((parts / MINED).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{parts / MINED} cannot be read: {error}; train again, or bring it back") from error
+        train, validation = (list(RecordReader(parts / f"{name}.jsonl")) for name in ("train", "validation"))
+        return cls(train, validation, frozenset(mined))
+
+    @property
+    def questions(self) -> list[Question]:
+        return [r.question for r in (*self.train, *self.validation)]
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """Of all questions that mining, training or validation looked at."""
+        return self.mined | {q.id for q in self.questions}
+
+
+def training_records(trained_on: TrainedOn, searches: Sequence[Path], test_ids: set[str], model: str) -> TrainingRecords:
+    """What a predictor was trained on, and what searches found for other questions.
 
     Raises InputError if a test question is among them or a search was of another model than that of fingerprint `model`, and
     RecordFileError for a file that cannot be read.
@@ -52,8 +80,7 @@ def training_records(predictor: Path, searches: Sequence[Path], test_ids: set[st
     for path in searches:
         if RecordReader(path).header.model != model:
             raise InputError(f"{path} has records of another model; name searches of the model that is evaluated, in its dtype")
-    dense = list(RecordReader(predictor / "parts" / "train.jsonl"))
-    validation = list(RecordReader(predictor / "parts" / "validation.jsonl"))
+    dense, validation = trained_on.train, trained_on.validation
     held_out = {r.question.id for r in validation}
     more = [r for path in searches for r in RecordReader(path) if r.question.id not in held_out]
     train = merge([*more, *dense])
@@ -63,21 +90,6 @@ def training_records(predictor: Path, searches: Sequence[Path], test_ids: set[st
             "ask questions of the test split, and search others"
         )
     return TrainingRecords(dense, train, validation)
-
-
-def seen_in_training(predictor: Path) -> set[str]:
-    """Ids of all questions that mining, training or validation looked at. Raises InputError, RecordFileError."""
-    parts = predictor / "parts"
-    try:
-        mined = json.loads((parts / MINED).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{parts / MINED} cannot be read: {error}; train again, or bring it back") from error
-    return {*mined, *(r.question.id for name in ("train", "validation") for r in RecordReader(parts / f"{name}.jsonl"))}
-
-
-def trained_questions(predictor: Path) -> list[Question]:
-    """The train and validation questions of a predictor. Raises RecordFileError."""
-    return [r.question for name in ("train", "validation") for r in RecordReader(predictor / "parts" / f"{name}.jsonl")]
 
 
 def static_choices(known: TrainingRecords, selector: Selector, questions: Sequence[Any]) -> list[Choice]:

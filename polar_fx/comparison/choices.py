@@ -11,8 +11,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..evaluate.question import Question
-from ..predictor.menu import Menu
-from ..predictor.policy import Calibration, Policy
+from ..predictor.menu import Menu, Proposal
+from ..predictor.policy import Policy
 from ..predictor.selector import Selector
 from ..program import Program
 from ..protocol.paired import ArmResult
@@ -44,23 +44,15 @@ def by_policy(name: str, selector: Selector, policy: Policy, chances: np.ndarray
     """A selector's choices under a policy, of probabilities f64[N, K]."""
     menu, calibration = selector.menu, selector.calibration
     policy.check(calibration, None)
-    if policy.kind == "accuracy":
-        chosen = choose_all(chances, menu.steps, menu.depth, calibration.threshold)
-    elif policy.kind == "mean_steps":
-        chosen = choose_all(chances, menu.steps, menu.depth, -np.inf, calibration.prices[policy.limit])
-    elif policy.kind == "steps":
-        allowed = menu.steps <= policy.limit * menu.depth + 1e-9
-        within = np.where(allowed, chances, -1.0)
-        chosen = choose_all(within, menu.steps, menu.depth, -np.inf) if allowed.any() else np.zeros(len(chances), int)
-    else:
+    if policy.kind not in ("accuracy", "mean_steps", "steps"):
         raise InputError(f"policy {policy} is not compared here; use accuracy, steps<= or mean_steps<=")
+    chosen = [policy.choose(Proposal(menu.programs, menu.steps, row), calibration) for row in chances]
     return Choice.single(name, [menu.programs[k] for k in chosen])
 
 
-def likeliest(name: str, selector: Selector, chances: np.ndarray) -> Choice:
+def likeliest(name: str, menu: Menu, chances: np.ndarray) -> Choice:
     """The likeliest program of each question, whatever the threshold."""
-    always = Selector(selector.menu, selector.features, selector.network, Calibration(-np.inf), selector.slopes, selector.shifts)
-    return by_policy(name, always, Policy("accuracy"), chances)
+    return Choice.single(name, [menu.programs[k] for k in choose_all(chances, menu.steps, menu.depth, -np.inf)])
 
 
 def static(name: str, program: Program, n: int) -> Choice:
@@ -111,9 +103,7 @@ def arm_results(choices: Sequence[Choice], records: Sequence[SearchRecord]) -> l
 
     Raises InputError if a record lacks a program.
     """
-    verdicts = [{e.program: e.verdict.correct for e in r.explored} for r in records]
-    for known, record in zip(verdicts, records, strict=True):
-        known[Program.identity(record.depth)] = record.baseline.correct
+    verdicts = [r.verdicts for r in records]
     tasks = list(dict.fromkeys(r.question.task for r in records))
     members = {task: [i for i, r in enumerate(records) if r.question.task == task] for task in tasks}
     found = []
@@ -124,7 +114,7 @@ def arm_results(choices: Sequence[Choice], records: Sequence[SearchRecord]) -> l
                 programs = choice.programs[i]
                 if missing := [p for p in programs if p not in verdicts[i]]:
                     raise InputError(f"question {records[i].question.id!r} has no verdict of {missing[0]} of {choice.name!r}")
-                right.append(any(verdicts[i][p] for p in programs))
+                right.append(any(verdicts[i][p].correct for p in programs))
                 steps.append(float(sum(p.num_steps for p in programs)))
                 unique.append(float(np.mean([p.num_unique_layers for p in programs])))
             identity = np.array([records[i].baseline.correct for i in members[task]])

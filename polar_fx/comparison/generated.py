@@ -17,6 +17,7 @@ from ..evaluate.grading import extract, grade
 from ..evaluate.prompts import PromptTemplate
 from ..evaluate.question import EncodedQuestion, Question
 from ..program import Program
+from ..search.generation import generate_arguments
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
@@ -78,19 +79,11 @@ class Answerer:
     def _generate(
         self, questions: Sequence[EncodedQuestion], program: Program, template: PromptTemplate, options: dict[str, Any]
     ) -> list[Answer]:
-        rows = [torch.tensor(q.prefix + q.prompt) for q in questions]
-        longest = max(map(len, rows))
-        ids = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0)) for r in rows])
-        mask = torch.stack([torch.arange(longest) >= longest - len(r) for r in rows]).long()
         stop = template.decode_stop(self.tokenizer)
-        arguments: dict[str, Any] = {"max_new_tokens": stop.max_new_tokens, **options}
-        if stop.token_ids:
-            arguments |= {"eos_token_id": list(stop.token_ids), "pad_token_id": stop.token_ids[0]}
-        if stop.strings:
-            arguments |= {"stop_strings": list(stop.strings), "tokenizer": self.tokenizer}
-        arguments |= {"return_dict_in_generate": True, "output_logits": True}
-        out = self.compiled.generate(ids, program=program, attention_mask=mask, **arguments)
-        new = out.sequences[:, longest:]
+        ids, arguments = generate_arguments(questions, self.tokenizer, stop)
+        arguments |= {**options, "return_dict_in_generate": True, "output_logits": True}
+        out = self.compiled.generate(ids, program=program, **arguments)
+        new = out.sequences[:, ids.shape[1] :]
         scores = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, new[..., None])[..., 0]
         return [self._answer(row, of_row, stop) for row, of_row in zip(new, scores, strict=True)]
 

@@ -15,7 +15,6 @@ validation makes the mean number of steps meet a budget.
 Shape legend: N questions, T tokens, d hidden size, W windows, L layers after the trunk, C classes.
 """
 
-import copy
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..program import Program
 from ..search.records import SearchRecord
+from ..training.early_stopping import check_ranges, train_to_best
 from ..trunk import shares_trunk
 
 OPS = ("skip", "execute", "repeat")
@@ -253,12 +253,10 @@ class RouterConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("width", 1, 1 << 16), ("gamma", 0, 10), ("beta", 0, 1 - 1e-12), ("learning_rate", 1e-8, 1),
-            ("weight_decay", 0, 10), ("batch", 1, 1 << 20), ("epochs", 1, 1 << 20), ("patience", 1, 1 << 20),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} of router training is {getattr(self, name)!r}; give a number from {low} to {high}")
+        check_ranges(self, "router training", {
+            "width": (1, 1 << 16), "gamma": (0, 10), "beta": (0, 1 - 1e-12), "learning_rate": (1e-8, 1),
+            "weight_decay": (0, 10), "batch": (1, 1 << 20), "epochs": (1, 1 << 20), "patience": (1, 1 << 20),
+        })  # fmt: skip
 
 
 def train_layer_router(
@@ -281,41 +279,17 @@ def train_layer_router(
     target, held_out = (c.clamp(max=len(ops) - 1) for c in (classes, validation_classes))
     counts = torch.bincount(target.flatten(), minlength=len(ops))
     weights = class_weights(counts, config.beta)
-    generator = torch.Generator().manual_seed(config.seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = RouterNetwork(windows.shape[-1], classes.shape[1], len(ops), config.width)
     network.standardize_by(windows)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-
-    @torch.no_grad()
-    def validation_loss() -> float:
-        return float(focal_loss(network(validation_windows), held_out, weights, config.gamma))
-
-    best, best_state, best_epoch = validation_loss(), copy.deepcopy(network.state_dict()), 0
-    history = [{"epoch": 0, "train": None, "validation": best}]
-    for epoch in range(1, config.epochs + 1):
-        total = 0.0
-        for part in torch.randperm(len(target), generator=generator).split(config.batch):
-            optimizer.zero_grad()
-            loss = focal_loss(network(windows[part]), target[part], weights, config.gamma)
-            loss.backward()
-            optimizer.step()
-            total += float(loss.detach()) * len(part)
-        now = {"train": total / len(target), "validation": validation_loss()}
-        history.append({"epoch": epoch, **now})
-        if progress is not None:
-            progress(epoch, now)
-        if now["validation"] < best:
-            best, best_state, best_epoch = now["validation"], copy.deepcopy(network.state_dict()), epoch
-        elif epoch - best_epoch >= config.patience:
-            break
-    network.load_state_dict(best_state)
+    found = train_to_best(
+        network, len(target), lambda part: focal_loss(network(windows[part]), target[part], weights, config.gamma),
+        lambda: float(focal_loss(network(validation_windows), held_out, weights, config.gamma)), config, progress,
+    )  # fmt: skip
     router = LayerRouter(network, num_steps, ops)
-    return router, {
-        "config": asdict(config), "ops": list(ops), "class_counts": counts.tolist(), "class_weights": weights.tolist(),
-        "best_epoch": best_epoch, "validation_loss": best, "history": history,
-    }  # fmt: skip
+    counted = {"class_counts": counts.tolist(), "class_weights": weights.tolist()}
+    return router, {"config": asdict(config), "ops": list(ops), **counted, **found}
 
 
 def _check_trunk(depth: int, num_steps: int) -> None:

@@ -9,9 +9,10 @@ import numpy as np
 
 from ..protocol.calibration import Reliability, brier, ece, log_loss, reliability
 from ..protocol.paired import ArmResult, compare, compare_arms, pool
-from ..protocol.tables import write_tables
+from ..protocol.tables import write_compared
 from ..search.record_store import replace_file
 from ..search.records import SearchRecord
+from .choices import Choice
 
 
 def calibration_report(chances: np.ndarray, right: np.ndarray) -> dict[str, Any]:
@@ -22,15 +23,18 @@ def calibration_report(chances: np.ndarray, right: np.ndarray) -> dict[str, Any]
     }  # fmt: skip
 
 
-def by_difficulty(name: str, right: np.ndarray, steps: np.ndarray, records: Sequence[SearchRecord]) -> list[dict[str, Any]]:
-    """A method's accuracy, the identity's, and mean steps a difficulty level and in all, over all tasks."""
+def by_difficulty(choice: Choice, records: Sequence[SearchRecord]) -> list[dict[str, Any]]:
+    """A single-shot method's accuracy, the identity's, and mean steps a difficulty level, over all tasks."""
+    programs = [program for (program,) in choice.programs]
+    right = np.array([r.verdicts[p].correct for r, p in zip(records, programs, strict=True)])
+    steps = np.array([float(p.num_steps) for p in programs])
     levels = np.array([r.question.difficulty or 0 for r in records])
     identity = np.array([r.baseline.correct for r in records])
     found = []
     for level in sorted({int(v) for v in levels}):
         of = levels == level
         found.append({
-            "arm": name, "difficulty": level or None, "n": int(of.sum()), "identity": float(identity[of].mean()),
+            "arm": choice.name, "difficulty": level or None, "n": int(of.sum()), "identity": float(identity[of].mean()),
             "accuracy": float(right[of].mean()), "steps": float(steps[of].mean()),
         })  # fmt: skip
     return found
@@ -66,11 +70,11 @@ def write_report(
     path = folder / "results.json"
     text = json.dumps({**results, "arms": compared}, indent=1, default=_as_json)
     replace_file(path, [text.encode() + b"\n"])
-    written = [path, *write_tables(arms, folder)]
+    written = [path, *write_compared(rows, folder)]
     if figures:
-        from ..protocol.figures import write_figures
+        from ..protocol.figures import draw_compared
 
-        written += write_figures(arms, folder, reliability=dict(diagrams))
+        written += draw_compared(rows, folder, reliability=dict(diagrams))
     return written
 
 

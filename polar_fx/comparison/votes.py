@@ -79,8 +79,7 @@ def generated_arms(
         for name, (found, steps, tokens) in made.items() for task in tasks
     ]  # fmt: skip
     exact = [r.baseline.correct for r in records]
-    known = [{e.program: e.verdict.correct for e in r.explored} | {identity: r.baseline.correct} for r in records]
-    method = [known[i][singles[i]] for i in range(n)]
+    method = [r.verdicts[p].correct for r, p in zip(records, singles, strict=True)]
     flags = (exact, graded["identity"], method, graded["selector: accuracy"])
     rescues = {task: Rescues.of(*([f[i] for i in members[task]] for f in flags)) for task in tasks}
     rescues["overall"] = Rescues.of(*flags)

@@ -6,12 +6,10 @@ pyplot or its state.
 
 import io
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -20,22 +18,16 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from ..errors import InputError
 from ..plain_text import count
-from ..program_picture import write_whole
+from ..program_picture import made_folder, write_whole
+from ..search.figure_style import FORMATS, style
 from ..search.intervals import wilson
 from .calibration import Reliability
 from .paired import IDENTITY, RESAMPLES, ArmComparison, ArmResult, compare_arms
 
-FORMATS = ("svg", "png")
 INK, GRAY = "#333333", "#7F7F7F"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")  # with the colors: 70 arms before one comes again
 WORSE, BETTER = "#D55E00", "#0072B2"
-_STYLE: dict[str, Any] = {
-    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "legend.frameon": False, "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "grid.linewidth": 0.7, "grid.color": "#E4E4E4", "figure.constrained_layout.use": True, "savefig.dpi": 150,
-    "svg.hashsalt": "polar_fx",
-}  # fmt: skip
 _FRONT: dict[str, Any] = {"color": GRAY, "lw": 0.9, "ls": "--"}
 _percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 
@@ -49,17 +41,20 @@ def write_figures(
     Returns the files, `<figure>.<format>`. The same results give the same bytes, with one version of matplotlib. Raises
     InputError for unknown formats, a folder that cannot be written, no results, or what `compare_arms` refuses.
     """
-    if unknown := [each for each in formats if each not in FORMATS]:
-        raise InputError(f"unknown figure format {unknown[0]!r}; use one of {', '.join(FORMATS)}")
-    rows = compare_arms(results, seed=seed, resamples=resamples)
+    _check(formats)
+    return draw_compared(compare_arms(results, seed=seed, resamples=resamples), folder, reliability=reliability, formats=formats)
+
+
+def draw_compared(
+    rows: Sequence[ArmComparison], folder: str | Path, *, reliability: Mapping[str, Reliability] | None = None,
+    formats: Sequence[str] = FORMATS,
+) -> list[Path]:  # fmt: skip
+    """`write_figures` of what `compare_arms` returned."""
+    _check(formats)
     drawings: dict[str, Callable[[], Figure]] = {"pareto": lambda: pareto(rows), "gains": lambda: gains(rows)}
     if reliability:
         drawings["reliability"] = lambda: reliability_diagram(reliability)
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror or error}; name one that can be made") from error
+    folder = made_folder(folder)
     made = []
     for name, draw in drawings.items():
         with style():
@@ -72,13 +67,9 @@ def write_figures(
     return made
 
 
-@contextmanager
-def style() -> Iterator[None]:
-    """Settings to draw and save with; a user's own do not matter inside, and are back afterwards."""
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]
-        yield
+def _check(formats: Sequence[str]) -> None:
+    if unknown := [each for each in formats if each not in FORMATS]:
+        raise InputError(f"unknown figure format {unknown[0]!r}; use one of {', '.join(FORMATS)}")
 
 
 def pareto(rows: Sequence[ArmComparison]) -> Figure:

@@ -8,8 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import InputError
-from ..program_picture import write_whole
+from ..program_picture import made_folder, write_whole
 from ..search.intervals import Share
 from .paired import IDENTITY, RESAMPLES, ArmComparison, ArmResult, Estimate, compare_arms
 
@@ -29,12 +28,12 @@ def write_tables(
     results: Iterable[ArmResult], folder: str | Path, *, seed: int = 0, resamples: int = RESAMPLES, stem: str = "arms"
 ) -> list[Path]:
     """Compare the arms and write `<stem>.md` and `<stem>.csv` into a folder, which is made; returns both. Raises InputError."""
-    rows = compare_arms(results, seed=seed, resamples=resamples)
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror or error}; name one that can be made") from error
+    return write_compared(compare_arms(results, seed=seed, resamples=resamples), folder, stem)
+
+
+def write_compared(rows: Sequence[ArmComparison], folder: str | Path, stem: str = "arms") -> list[Path]:
+    """`write_tables` of what `compare_arms` returned."""
+    folder = made_folder(folder)
     texts = {"md": markdown(rows), "csv": csv_text(rows)}
     return [write_whole(text.encode(), folder / f"{stem}.{ending}") for ending, text in texts.items()]
 

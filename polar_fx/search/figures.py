@@ -5,11 +5,9 @@ Colors are those of Okabe and Ito, which the color-blind tell apart. Nothing her
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,21 +15,15 @@ from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from ..errors import InputError
 from ..plain_text import count
-from ..program_picture import write_whole
+from ..program_picture import made_folder, write_whole
 from .effect_maps import MAP_HEIGHT, draw_effects, kinds_of, measures_of, percent
+from .figure_style import FORMATS, style
 from .intervals import wilson
 
-FORMATS = ("svg", "png")
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
 ACCURACIES = {"baseline": ("identity", GRAY), "skip_only": ("+ skips only", BLUE), "repeat_only": ("+ repeats only", ORANGE),
               "both": ("+ any explored", GREEN)}  # fmt: skip
 _MOST_GROUPS = 12  # bars beyond are too thin to read; the tables have all
-_STYLE: dict[str, Any] = {
-    "font.size": 9, "axes.titlesize": 9.5, "axes.titlelocation": "left", "axes.titleweight": "bold",
-    "legend.frameon": False, "legend.fontsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
-    "grid.linewidth": 0.7, "grid.color": "#E4E4E4", "figure.constrained_layout.use": True, "savefig.dpi": 150,
-    "svg.hashsalt": "polar_fx",
-}  # fmt: skip
 
 
 def write_figures(report: Mapping[str, Any], folder: str | Path, format: str = "svg") -> list[Path]:
@@ -42,26 +34,14 @@ def write_figures(report: Mapping[str, Any], folder: str | Path, format: str = "
     """
     if format not in FORMATS:
         raise InputError(f"unknown figure format {format!r}; use one of {', '.join(FORMATS)}")
-    folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror or error}; name one that can be made") from error
+    folder = made_folder(folder)
     made = []
-    with _style():
+    with style():
         for name, figure in figures(report):
             file = io.BytesIO()
             figure.savefig(file, format=format, metadata={"Date": None} if format == "svg" else None)
             made.append(write_whole(file.getvalue(), folder / f"{name}.{format}"))
     return made
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    with matplotlib.rc_context():
-        matplotlib.rcdefaults()  # a user's own settings would change the figures
-        matplotlib.rcParams.update(_STYLE)  # type: ignore[arg-type]
-        yield
 
 
 def figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:

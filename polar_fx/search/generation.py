@@ -8,7 +8,7 @@ import torch
 
 from ..compiled import CompiledModel
 from ..evaluate.grading import grade
-from ..evaluate.prompts import PromptTemplate
+from ..evaluate.prompts import DecodeStop, PromptTemplate
 from ..evaluate.question import EncodedQuestion, Question
 from ..program import Program
 from .verdict import Verdict
@@ -53,15 +53,22 @@ class Generation:
 
     def answers(self, questions: Sequence[EncodedQuestion], program: Program, template: PromptTemplate) -> list[str]:
         """What greedy decoding answers, up to the stop (and maybe beyond it)."""
-        rows = [torch.tensor(q.prefix + q.prompt) for q in questions]
-        longest = max(map(len, rows))
-        ids = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0)) for r in rows])
-        mask = torch.stack([torch.arange(longest) >= longest - len(r) for r in rows]).long()
-        stop = template.decode_stop(self.tokenizer)
-        arguments: dict[str, Any] = {"max_new_tokens": stop.max_new_tokens, "do_sample": False}
-        if stop.token_ids:
-            arguments |= {"eos_token_id": list(stop.token_ids), "pad_token_id": stop.token_ids[0]}
-        if stop.strings:
-            arguments |= {"stop_strings": list(stop.strings), "tokenizer": self.tokenizer}
-        out = self.compiled.generate(ids, program=program, attention_mask=mask, **arguments)[:, longest:]
+        ids, arguments = generate_arguments(questions, self.tokenizer, template.decode_stop(self.tokenizer))
+        out = self.compiled.generate(ids, program=program, do_sample=False, **arguments)[:, ids.shape[1] :]
         return self.tokenizer.batch_decode(out, skip_special_tokens=True)
+
+
+def generate_arguments(
+    questions: Sequence[EncodedQuestion], tokenizer: Any, stop: DecodeStop
+) -> tuple[torch.Tensor, dict[str, Any]]:  # fmt: skip
+    """The prompts i64[B, T], padded on the left, and the other arguments of a `generate` that ends at `stop`."""
+    rows = [torch.tensor(q.prefix + q.prompt) for q in questions]
+    longest = max(map(len, rows))
+    ids = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0)) for r in rows])
+    mask = torch.stack([torch.arange(longest) >= longest - len(r) for r in rows]).long()
+    arguments: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": stop.max_new_tokens}
+    if stop.token_ids:
+        arguments |= {"eos_token_id": list(stop.token_ids), "pad_token_id": stop.token_ids[0]}
+    if stop.strings:
+        arguments |= {"stop_strings": list(stop.strings), "tokenizer": tokenizer}
+    return ids, arguments

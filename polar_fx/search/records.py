@@ -62,6 +62,11 @@ class SearchRecord:
             raise InputError(f"{where}, program {twice} was explored twice; give its first verdict only")
 
     @property
+    def verdicts(self) -> dict[Program, Verdict]:
+        """The first verdict of every program that ran, the identity included."""
+        return {Program.identity(self.depth): self.baseline} | {each.program: each.verdict for each in self.explored}
+
+    @property
     def valid(self) -> tuple[Program, ...]:
         """The explored programs that answer right; `verified` may tell otherwise of some."""
         return tuple(each.program for each in self.explored if each.verdict.correct)

@@ -82,16 +82,14 @@ def variations(table: VerdictTable, num_steps: int, count: int, damping: float =
     best = _best_by_group(table)
     found: dict[Program, None] = {}
     for program in dict.fromkeys(p for order in best for p in order[:4]):
-        for other in (_damped(program, damping),):
-            if other is not None:
-                found[other] = None
+        if (other := _damped(program, damping)) is not None:
+            found[other] = None
     pairs = sorted(
         ((a + b, order[a], order[b]) for order in best for a in range(len(order)) for b in range(a + 1, len(order))),
         key=lambda pair: (pair[0], str(pair[1]), str(pair[2])),
     )
     for _, one, other in pairs:
-        joined = _joined(one, other)
-        if joined is not None:
+        if (joined := _joined(one, other)) is not None:
             found[joined] = None
     known = set(table.programs)
     return [p for p in found if p not in known and shares_trunk(p, num_steps)][:count]

@@ -1,7 +1,7 @@
 """From search records to a predictor: mine a menu, label it densely, train, calibrate, set thresholds on validation.
 
-Everything is kept in one folder and gone on with where an interrupted run ended: verdicts in record files, features as
-safetensors. Test questions are not seen here.
+Verdicts are kept in record files of one folder and gone on with where an interrupted run ended; features are made anew. Test
+questions are not seen here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +19,7 @@ from ..predictor.menu import Menu
 from ..predictor.policy import Calibration
 from ..predictor.selector import Selector
 from ..program import Program
+from ..program_picture import made_folder
 from ..protocol.calibration import ece, fit_platt, log_loss, risk_controlled_threshold
 from ..search.records import SearchRecord
 from .mining import BUDGETS, best_static, candidates, mine, single_candidates, variations
@@ -153,17 +154,17 @@ def labels_of(table: VerdictTable, features: Tensor) -> Labels:
 
 def train_predictor(
     records: Sequence[SearchRecord], train: Rows, validation: Rows, dense: Dense,
-    features_of: Callable[[str, Rows], Tensor], depth: int, config: TrainingConfig,
+    features_of: Callable[[Rows], Tensor], depth: int, config: TrainingConfig,
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> tuple[Selector, dict[str, Any]]:  # fmt: skip
-    """The whole way. `features_of(name, rows)` gives pooled features f32[N, F]. Returns the selector and the results."""
+    """The whole way. `features_of(rows)` gives pooled features f32[N, F]. Returns the selector and the results."""
     if not train or not validation:
         raise InputError(f"{len(train)} train and {len(validation)} validation questions; both are needed")
     screened = mine_menu(records, train, dense, depth, config)
     menu = Menu.of(mine(screened, config.menu_size), depth)
-    tables = {name: dense(name, rows, menu.programs) for name, rows in (("train", train), ("validation", validation))}
-    features = {name: features_of(name, rows) for name, rows in (("train", train), ("validation", validation))}
-    parts = {name: labels_of(tables[name], features[name]) for name in tables}
+    splits = {"train": train, "validation": validation}
+    tables = {name: dense(name, rows, menu.programs) for name, rows in splits.items()}
+    parts = {name: labels_of(tables[name], features_of(rows)) for name, rows in splits.items()}
     selector, measured = fit(menu, parts["train"], parts["validation"], config, progress)
     return selector, {
         "menu": _menu_rows(menu, tables["train"], tables["validation"]),
@@ -185,9 +186,4 @@ def _menu_rows(menu: Menu, train: VerdictTable, validation: VerdictTable) -> lis
 
 def folder_of(out: Path) -> Path:
     """Where the parts of a run are kept, made if it is not there. Raises InputError."""
-    parts = out / "parts"
-    try:
-        parts.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{parts} cannot be made: {error.strerror or error}; name another folder") from error
-    return parts
+    return made_folder(out / "parts")

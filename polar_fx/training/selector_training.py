@@ -7,7 +7,6 @@ beyond has to lower the validation loss.
 Shape legend: N questions, F features, K programs.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..predictor.selector import SelectorNetwork
+from .early_stopping import check_ranges, train_to_best
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,10 @@ class SelectorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("width", 0, 1 << 16), ("dropout", 0, 0.95), ("learning_rate", 1e-8, 1), ("weight_decay", 0, 10),
-            ("batch", 1, 1 << 20), ("epochs", 1, 1 << 20), ("patience", 1, 1 << 20), ("likelihood_weight", 0, 1),
-        ):  # fmt: skip
-            if not low <= getattr(self, name) <= high:
-                raise InputError(f"{name} of selector training is {getattr(self, name)!r}; give a number from {low} to {high}")
+        check_ranges(self, "selector training", {
+            "width": (0, 1 << 16), "dropout": (0, 0.95), "learning_rate": (1e-8, 1), "weight_decay": (0, 10),
+            "batch": (1, 1 << 20), "epochs": (1, 1 << 20), "patience": (1, 1 << 20), "likelihood_weight": (0, 1),
+        })  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,44 +90,17 @@ def train_selector(
     if train.right.all() or not train.right.any():
         what = "right" if train.right.any() else "wrong"
         raise InputError(f"every program is {what} on all {len(train.right)} train questions: nothing can be learned; ask others")
-    generator = torch.Generator().manual_seed(config.seed)
+    target, held_out = train.targets(config.likelihood_weight), torch.tensor(validation.right, dtype=torch.float32)
+    loss_of = torch.nn.BCEWithLogitsLoss()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = SelectorNetwork(train.features.shape[1], train.right.shape[1], config.width, config.dropout)
         network.start_from(train.features, torch.tensor(train.right.mean(0), dtype=torch.float32))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        loss_of = torch.nn.BCEWithLogitsLoss()
-        target, held_out = train.targets(config.likelihood_weight), torch.tensor(validation.right, dtype=torch.float32)
-        best, best_state, best_epoch = _loss(network, validation.features, held_out), copy.deepcopy(network.state_dict()), 0
-        history: list[dict[str, float]] = [{"epoch": 0, "validation": best}]
-        for epoch in range(1, config.epochs + 1):
-            network.train()
-            total = 0.0
-            for part in torch.randperm(len(target), generator=generator).split(config.batch):
-                optimizer.zero_grad()
-                loss = loss_of(network(train.features[part]), target[part])
-                loss.backward()
-                optimizer.step()
-                total += float(loss.detach()) * len(part)
-            now = {"train": total / len(target), "validation": _loss(network, validation.features, held_out)}
-            history.append({"epoch": epoch, **now})
-            if progress is not None:
-                progress(epoch, now)
-            if now["validation"] < best:
-                best, best_state, best_epoch = now["validation"], copy.deepcopy(network.state_dict()), epoch
-            elif epoch - best_epoch >= config.patience:
-                break
-    network.load_state_dict(best_state)
-    start = history[0]["validation"]
-    return network.eval(), {
-        "config": asdict(config), "best_epoch": best_epoch, "validation_loss": best, "base_rate_loss": start, "history": history,
-    }  # fmt: skip
-
-
-@torch.no_grad()
-def _loss(network: SelectorNetwork, features: Tensor, target: Tensor) -> float:
-    network.eval()
-    return float(torch.nn.functional.binary_cross_entropy_with_logits(network(features), target))
+        found = train_to_best(
+            network, len(target), lambda part: loss_of(network(train.features[part]), target[part]),
+            lambda: float(loss_of(network(validation.features), held_out)), config, progress,
+        )  # fmt: skip
+    return network, {"config": asdict(config), **found, "base_rate_loss": found["history"][0]["validation"]}
 
 
 def choose_all(probabilities: np.ndarray, steps: np.ndarray, depth: int, threshold: float, price: float = 0.0) -> np.ndarray:

@@ -50,7 +50,7 @@ class VerdictTable:
         right = np.zeros((len(rows), len(wanted)), dtype=bool)
         likelihood = np.full((len(rows), len(wanted)), np.nan)
         for i, record in enumerate(rows):
-            known = {each.program: each.verdict for each in record.explored} | {identity: record.baseline}
+            known = record.verdicts
             for k, program in enumerate(wanted):
                 verdict = known.get(program)
                 if verdict is None:
