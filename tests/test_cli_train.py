@@ -48,6 +48,7 @@ def arguments(folder: Path) -> list[str]:
 
 def train_arguments(folder: Path, records: Path, out: Path, *more: str) -> list[str]:
     sizes = ["--menu", "6", "--candidates", "12", "--variations", "4", "--screen-questions", "24", "--after-steps", "2"]
+    sizes += ["--edits", "12", "--finalists", "8", "--final-questions", "16"]
     return ["train", str(records), *arguments(folder), *sizes, "--out", str(out), *more]
 
 
@@ -66,7 +67,7 @@ def test_from_records_to_a_report(
     assert main(train_arguments(folder, records, out, "--json")) == 0
     results = json.loads(capsys.readouterr().out)
     splits = [split_of(q.id) for q in load_jsonl(folder / "rows.jsonl")]
-    assert results["questions"] == {"train": splits.count("train"), "validation": splits.count("validation"), "screened": 24}
+    assert results["questions"] == {"train": splits.count("train"), "validation": splits.count("validation"), "screened": 40}
     assert {str(p) for p in RIGHT} <= {row["program"] for row in results["menu"]} and len(results["menu"]) <= 6
     assert results == json.loads((out / "results.json").read_text())
     assert results["validation"]["likeliest"]["accuracy"] > results["validation"]["best_static_of_train"]["accuracy"]

@@ -12,10 +12,11 @@ from polar_fx.errors import InputError, RecordFileError
 from polar_fx.evaluate import EncodedQuestion, Question
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu
+from polar_fx.predictor.selector import SelectorNetwork
 from polar_fx.program import Program
 from polar_fx.search.records import Explored, SearchRecord
 from polar_fx.search.verdict import Verdict
-from polar_fx.training.mining import best_static, candidates, mine, single_candidates, variations
+from polar_fx.training.mining import best_static, candidates, finalists, mine, single_edits, variations
 from polar_fx.training.pipeline import TrainingConfig, fit, mine_menu, train_predictor
 from polar_fx.training.selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from polar_fx.training.verdict_table import VerdictTable, listed_records
@@ -110,8 +111,27 @@ def test_candidates_are_valid_share_the_trunk_and_were_not_overturned() -> None:
     assert set(candidates(records, 1, 10)) == {A, B}, "D skips the trunk, C was found wrong again"
     assert set(candidates(records, 0, 10)) == {A, B, D}
     assert candidates(records, 1, 1) == [A]
-    found = single_candidates(DEPTH, 3)
-    assert all(shares_trunk(p, 3) for p in found) and A in found and B in found and C in found and D not in found
+    found = single_edits(DEPTH, 3)
+    assert all(shares_trunk(p, 3) for p in found) and len(set(found)) == len(found)
+    assert {A, B, C, Program.parse("repeat 5-6 @0.5", DEPTH)} <= set(found) and D not in found
+    assert Program.parse("skip 4-9", 30) in single_edits(30, 4), "some long ones"
+
+
+def test_finalists_are_the_best_of_each_task_and_within_each_budget() -> None:
+    # A is best on one task, C on the other; B is the best of few steps; the fourth is good for nothing
+    other = Program.parse("repeat 4", DEPTH)
+    made = table([(False, {A: i < 6, B: i % 6 == 0, C: i >= 6, other: False}) for i in range(12)])
+    questions = tuple(replace(q, task="one" if i < 6 else "two") for i, q in enumerate(made.questions))
+    tasks = replace(made, questions=questions)
+    assert finalists(tasks, 3) == [A, C, B] and IDENTITY not in finalists(tasks, 9) and finalists(tasks, 9)[-1] == other
+    more = replace(made, questions=tuple(replace(q, id=f"m{q.id}") for q in questions))
+    joined = made.choose([B]).above(more)
+    assert joined.programs == (IDENTITY, B) and len(joined.questions) == 24
+    assert joined.right[12:].tolist() == joined.right[:12].tolist()
+    with pytest.raises(InputError, match="'q0' is in both"):
+        made.above(made)
+    with pytest.raises(InputError, match="lacks program 0-2 4-7"):
+        made.above(more.choose([B]))
 
 
 def test_mining_takes_what_adds_most() -> None:
@@ -121,6 +141,9 @@ def test_mining_takes_what_adds_most() -> None:
     assert mine(made, 3) == [IDENTITY, A, B]
     assert mine(made, 2) == [IDENTITY, A] and mine(made, 4)[:3] == [IDENTITY, A, B]
     assert best_static(made) == A and best_static(made, 6) == B and best_static(made, 1) == IDENTITY
+    # three of four right in the small group look better than 40 of 60 on its whole task; they are not taken for that
+    small = [(False, {A: i % 3 < 2, B: i < 4 and i != 1}) for i in range(64)]
+    assert mine(table(small, ["x"] * 4 + ["y"] * 60), 2) == [IDENTITY, A]
     cheaper = table([(True, {A: True, B: True}) for _ in range(4)])
     assert mine(cheaper, 2) == [IDENTITY, B], "as right, in fewer steps"
 
@@ -163,6 +186,23 @@ def test_a_planted_signal_is_learned_and_calibrated() -> None:
     assert mean <= 0.8 * DEPTH
     again, same = fit(menu, planted(600, 0), planted(600, 1), CONFIG)
     assert np.array_equal(again.probabilities(test.features), chances) and same == measured
+
+
+@pytest.mark.parametrize("width", [0, 16])
+def test_the_mean_of_networks_is_one_network(width: int) -> None:
+    config = SelectorConfig(width=width, epochs=3, learning_rate=0.01)
+    parts = [train_selector(planted(200, 0), planted(200, 1), replace(config, networks=1, seed=s))[0] for s in (5, 1005, 2005)]
+    epochs: list[int] = []
+    whole, told = train_selector(
+        planted(200, 0), planted(200, 1), replace(config, networks=3, seed=5), lambda epoch, _: epochs.append(epoch)
+    )
+    features = planted(50, 2).features
+    with torch.no_grad():
+        torch.testing.assert_close(whole(features), torch.stack([part(features) for part in parts]).mean(0), rtol=0, atol=1e-5)
+    assert epochs == list(range(1, 10)) and len(told["networks"]) == 3
+    assert whole.inner is None if width == 0 else whole.inner is not None and whole.inner.out_features == 48
+    with pytest.raises(InputError, match="at least one"):
+        SelectorNetwork.mean_of([])
 
 
 def planted_chances(selector: Any) -> np.ndarray:
@@ -232,7 +272,10 @@ def test_what_cannot_be_trained_on(labels: Any, match: str) -> None:
 
 def test_from_records_to_a_predictor() -> None:
     """A world in which A answers questions of odd numbers and B those of even ones."""
-    config = TrainingConfig(Features(1, 8), 4, 40, 4, 20, (0.9,), selector=SelectorConfig(width=8, epochs=80, learning_rate=0.02))
+    config = TrainingConfig(
+        Features(1, 8), 4, num_candidates=40, num_edits=30, num_variations=4, screen_questions=20, num_finalists=8,
+        final_questions=40, budgets=(0.9,), selector=SelectorConfig(width=8, epochs=80, learning_rate=0.02),
+    )  # fmt: skip
     asked: dict[str, int] = {}
     drawn: list[list[Question]] = []
 
@@ -260,10 +303,14 @@ def test_from_records_to_a_predictor() -> None:
     assert {A, B} <= set(selector.menu.programs) and len(selector.menu) <= 4
     measured = results["validation"]
     assert measured["accuracy"]["accuracy"] == 1.0 and abs(measured["best_static_of_train"]["accuracy"] - 0.5) < 0.1
-    assert set(asked) == {"screen", "variations", "train", "validation"} and results["questions"]["screened"] == 20
+    assert set(asked) == {"screen", "variations", "finalists", "train", "validation"}
+    assert results["questions"]["screened"] == 60 and results["finalists"] == 9 and asked["finalists"] == 40 * 8
+    assert not {q.id for q in drawn[0]} & {q.id for q in drawn[2]}, "the best are tried on other questions"
     with_tasks = [(replace(q, task=f"t{i // 50}"), e) for i, (q, e) in enumerate(rows(0, 200))]
     screened = mine_menu([], with_tasks, dense, DEPTH, config)
     assert len({q.task for q in drawn[-1]}) == 4, "questions of every task, wherever they stand"
     assert screened.programs[0] == IDENTITY and all(shares_trunk(p, 1) for p in screened.programs)
+    with pytest.raises(InputError, match="no program to screen"):
+        mine_menu([], with_tasks, dense, DEPTH, replace(config, num_edits=0))
     with pytest.raises(InputError, match="0 validation questions"):
         train_predictor(searched, rows(0, 200), [], dense, features_of, DEPTH, config)

@@ -33,9 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("predictor")
     what.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the predictor, and what it was made of")
     what.add_argument("--menu", type=whole(2), default=32, metavar="K", help="programs to choose from (default: %(default)s)")
-    what.add_argument("--candidates", type=whole(1), default=96, metavar="N", help="programs of the records that are screened")
+    what.add_argument("--candidates", type=whole(0), default=96, metavar="N", help="programs of the records that are screened")
+    what.add_argument("--edits", type=whole(0), default=128, metavar="N", help="single edits that are screened as well")
     what.add_argument("--variations", type=whole(0), default=64, metavar="N", help="new ones made of the best")
-    what.add_argument("--screen-questions", type=whole(1), default=300, metavar="N", help="for choosing the menu")
+    what.add_argument("--screen-questions", type=whole(1), default=250, metavar="N", help="to screen all of them on")
+    what.add_argument("--finalists", type=whole(1), default=64, metavar="N", help="the best of them")
+    what.add_argument("--final-questions", type=whole(0), default=750, metavar="N", help="to try those on, out of the rest")
     what.add_argument("--after-steps", type=whole(0), default=4, metavar="N", help="steps that all programs share")
     what.add_argument("--window", type=whole(1), default=16, metavar="N", help="last prompt tokens looked at")
     what.add_argument("--budget", action="append", type=float, metavar="F", help="fraction of steps to set a price for")
@@ -44,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     learn = parser.add_argument_group("training")
     learn.add_argument("--width", type=whole(0), default=64, help="of the hidden layer; 0: none (default: %(default)s)")
     learn.add_argument("--likelihood-weight", type=float, default=0.0, metavar="W", help="of the answer's probability in labels")
+    learn.add_argument("--networks", type=whole(1), default=4, metavar="N", help="whose mean is used (default: %(default)s)")
     learn.add_argument("--epochs", type=whole(1), default=200)
     learn.add_argument("--seed", type=int, default=0)
     learn.add_argument("--tensorboard", type=Path, metavar="FOLDER", help="write losses there (needs tensorboard)")
@@ -78,10 +82,12 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     from ..training.selector_training import SelectorConfig
 
     config = TrainingConfig(
-        Features(options.after_steps, options.window), options.menu, options.candidates, options.variations,
-        options.screen_questions, tuple(options.budget or TrainingConfig().budgets), options.risk,
+        Features(options.after_steps, options.window), options.menu, options.candidates, options.edits, options.variations,
+        options.screen_questions, options.finalists, options.final_questions,
+        tuple(options.budget or TrainingConfig().budgets), options.risk,
         selector=SelectorConfig(
-            width=options.width, likelihood_weight=options.likelihood_weight, epochs=options.epochs, seed=options.seed
+            width=options.width, likelihood_weight=options.likelihood_weight, epochs=options.epochs,
+            networks=options.networks, seed=options.seed,
         ),
     )  # fmt: skip
     policy = Policy.parse(options.policy, labeller.depth)

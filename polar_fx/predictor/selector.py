@@ -42,6 +42,29 @@ class SelectorNetwork(nn.Module):
             seen = nn.functional.gelu(self.inner(seen))
         return self.outer(self.dropout(seen))
 
+    @classmethod
+    @torch.no_grad()
+    def mean_of(cls, networks: "Sequence[SelectorNetwork]") -> "SelectorNetwork":
+        """One network whose logits are the mean of those of networks that were started from the same features.
+
+        Its hidden layer is theirs side by side, so it costs one network of that width. Raises InputError if there is none.
+        """
+        if not networks:
+            raise InputError("a mean of no networks cannot be made; give at least one")
+        first, n = networks[0], len(networks)
+        inners = [network.inner for network in networks if network.inner is not None]
+        weights = [network.outer.weight for network in networks]
+        width = sum(inner.out_features for inner in inners)
+        merged = cls(len(first.mean), first.outer.out_features, width, first.dropout.p)
+        merged.mean.copy_(first.mean)
+        merged.scale.copy_(first.scale)
+        if merged.inner is not None:
+            merged.inner.weight.copy_(torch.cat([inner.weight for inner in inners]))
+            merged.inner.bias.copy_(torch.cat([inner.bias for inner in inners]))
+        merged.outer.weight.copy_(torch.cat(weights, 1) / n if inners else torch.stack(weights).mean(0))
+        merged.outer.bias.copy_(torch.stack([network.outer.bias for network in networks]).mean(0))
+        return merged.eval()
+
     @torch.no_grad()
     def start_from(self, features: Tensor, rates: Tensor) -> None:
         """Standardize by these features f32[N, F], and begin with the programs' base rates f32[K]."""

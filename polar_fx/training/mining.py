@@ -1,9 +1,9 @@
 """Mining a menu: from what a search found valid to the K programs that a selector can make most of.
 
 A program that one question's search found may be right there by luck: the best of 100 useless programs looks 7 points better
-on 250 questions. So candidates are tried again, all on the same train questions, before any is chosen, and chosen by three
-criteria: questions it adds to what the menu covers, how much better it is on a whole kind of question (which a selector can
-learn; single questions mostly not), and what it saves.
+on 250 questions. So candidates are tried again, all on the same train questions, the best of each task on more of them, and
+the menu is chosen by three criteria: questions a program adds to what the menu covers, how much better it is on a whole kind
+of question (which a selector can learn; single questions mostly not), and what it saves.
 
 Shape legend: N questions, K programs, G groups (task and cell).
 """
@@ -21,8 +21,10 @@ from ..search.records import SearchRecord
 from ..trunk import shares_trunk
 from .verdict_table import VerdictTable
 
-BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7)  # fractions of the identity's steps with a program each of their own
-_PRIOR = 10  # questions on which a program is taken for the identity, beside those it ran on
+BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5)  # fractions of the identity's steps with a program each of their own
+_PRIOR = 30  # questions on which a program is taken for the identity, beside those it ran on
+_FEW = 10  # the same for candidates of searches, which ran on few questions each
+_LONG_SKIPS = ((6, 3), (9, 4), (12, 5), (15, 6))  # layers, and how far apart such skips begin
 _STEP_WEIGHT = 0.25  # what a question answered with no steps at all would count more than one answered with all
 
 
@@ -56,7 +58,7 @@ def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> l
     ]
     for _, of_task in sorted(gains.items()):
         # as if it had been the identity on some questions more: one lucky question is no gain
-        worth = {p: sum(g) / (len(g) + _PRIOR) for p, g in of_task.items()}
+        worth = {p: sum(g) / (len(g) + _FEW) for p, g in of_task.items()}
         orders.append(sorted((p for p in worth if p in valid), key=lambda p: (-worth[p], p.num_steps, str(p))))
     found: dict[Program, None] = {}
     for place in range(len(valid)):
@@ -66,12 +68,36 @@ def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> l
     return list(found)
 
 
-def single_candidates(depth: int, num_steps: int) -> list[Program]:
-    """Every skip of 1 to 3 layers and every repeat of 1 or 2 behind the trunk: a start that needs no search."""
-    edits = [Edit(s, n, Op.SKIP) for n in (1, 2, 3) for s in range(num_steps, depth - n + 1)]
-    edits += [Edit(s, n, Op.REPEAT, 2) for n in (1, 2) for s in range(num_steps, depth - n + 1)]
-    made = [Program.from_edits([e], depth) for e in edits if e.op is Op.REPEAT or e.length < depth]
-    return [p for p in made if shares_trunk(p, num_steps)]
+def single_edits(depth: int, num_steps: int) -> list[Program]:
+    """Single edits behind the trunk, which need no search, the shortest first.
+
+    Every skip of 1 to 3 layers, every repeat of 1 to 3, whole and at half strength, and some longer skips.
+    """
+    edits: list[Edit] = []
+    for n in (1, 2, 3):
+        starts = range(num_steps, depth - n + 1)
+        edits += [Edit(s, n, Op.SKIP) for s in starts if n < depth]
+        edits += [Edit(s, n, Op.REPEAT, 2, damping) for damping in (1.0, 0.5) for s in starts]
+    edits += [Edit(s, n, Op.SKIP) for n, stride in _LONG_SKIPS if n < depth for s in range(num_steps, depth - n + 1, stride)]
+    return [p for p in (Program.from_edits([e], depth) for e in edits) if shares_trunk(p, num_steps)]
+
+
+def finalists(table: VerdictTable, count: int) -> list[Program]:
+    """Up to `count` programs to try on more questions: in turn the best of each task, and the best within each of `BUDGETS`.
+
+    Which are best is told by accuracy and, where that ties, likelihood.
+    """
+    orders = _best(table, table.tasks(), len(table.programs))
+    accuracy = table.right.mean(0)
+    for fraction in BUDGETS:
+        within = [k for k in range(1, len(accuracy)) if table.steps[k] <= fraction * table.depth + 1e-9]
+        orders.append([table.programs[k] for k in sorted(within, key=lambda k: (-accuracy[k], table.steps[k], k))])
+    found: dict[Program, None] = {}
+    for place in range(len(table.programs)):
+        for order in orders:
+            if place < len(order) and len(found) < count:
+                found[order[place]] = None
+    return list(found)
 
 
 def variations(table: VerdictTable, num_steps: int, count: int, damping: float = 0.5) -> list[Program]:
@@ -79,7 +105,7 @@ def variations(table: VerdictTable, num_steps: int, count: int, damping: float =
 
     Which are best is asked for each group, by accuracy and, where that ties, likelihood.
     """
-    best = _best_by_group(table)
+    best = _best(table, table.groups(), 6)
     found: dict[Program, None] = {}
     for program in dict.fromkeys(p for order in best for p in order[:4]):
         if (other := _damped(program, damping)) is not None:
@@ -99,13 +125,14 @@ def mine(table: VerdictTable, size: int) -> list[Program]:
     """A menu of at most `size` programs, the identity first, chosen on the table's questions (train ones).
 
     In turn: the program that adds most to the coverage weighted by steps, the one that adds most to the mean over groups of the
-    best program's accuracy (shrunk towards the identity's by 10 questions), and the most accurate within each of `BUDGETS`.
+    best program's accuracy (shrunk to what its gain is on the whole task, and that to none), and the most accurate within each
+    of `BUDGETS`.
     """
     right = table.right.astype(np.float64)
     saved = 1 - table.steps / table.depth
     worth = right * (1 + _STEP_WEIGHT * saved)
     groups = table.groups()
-    by_group = np.stack([_shrunk(right[groups == g]) for g in range(groups.max() + 1)])  # [G, K]
+    by_group = _accuracy_by_group(right, groups, table.tasks())
     sizes = np.bincount(groups) / len(groups)
     chosen = [0]
     budgets = [_within(right.mean(0), table.steps, f * table.depth) for f in BUDGETS]
@@ -145,19 +172,29 @@ def _within(accuracy: np.ndarray, steps: np.ndarray, limit: float) -> int | None
     return int(np.where(allowed, accuracy, -1).argmax()) if allowed.any() else None
 
 
-def _shrunk(right: np.ndarray, weight: float = _PRIOR) -> np.ndarray:
-    """Accuracies [K] on one group, as if `weight` further questions had the identity's."""
-    return (right.sum(0) + weight * right[:, 0].mean()) / (len(right) + weight)
-
-
-def _best_by_group(table: VerdictTable, keep: int = 6) -> list[list[Program]]:
-    groups = table.groups()
-    likelihood = np.nan_to_num(np.exp(table.log_likelihood), nan=0.0)
+def _accuracy_by_group(right: np.ndarray, groups: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+    """Accuracies [G, K] in each group, their gains over the identity shrunk to the task's, and those to none."""
+    gains = right - right[:, :1]
     found = []
     for g in range(groups.max() + 1):
         of_group = groups == g
-        score = _shrunk(table.right[of_group].astype(float)) + 0.5 * likelihood[of_group].mean(0)
-        order = np.argsort(-score, kind="stable")
+        of_task = tasks == tasks[of_group][0]
+        found.append(right[of_group, 0].mean() + _shrunk(gains[of_group], _shrunk(gains[of_task], 0.0)))
+    return np.stack(found)
+
+
+def _shrunk(values: np.ndarray, towards: np.ndarray | float) -> np.ndarray:
+    """Means [K] over rows, as if `_PRIOR` further rows had the values `towards`."""
+    return (values.sum(0) + _PRIOR * np.asarray(towards)) / (len(values) + _PRIOR)
+
+
+def _best(table: VerdictTable, groups: np.ndarray, keep: int) -> list[list[Program]]:
+    """The best `keep` programs of each group, the identity left out."""
+    likelihood = np.nan_to_num(np.exp(table.log_likelihood), nan=0.0)
+    score = table.right + 0.5 * likelihood
+    found = []
+    for g in range(groups.max() + 1):
+        order = np.argsort(-_shrunk((score - score[:, :1])[groups == g], 0.0), kind="stable")
         found.append([table.programs[k] for k in order if k][:keep])
     return found
 

@@ -22,7 +22,7 @@ from ..program import Program
 from ..program_picture import made_folder
 from ..protocol.calibration import ece, fit_platt, log_loss, risk_controlled_threshold
 from ..search.records import SearchRecord
-from .mining import BUDGETS, best_static, candidates, mine, single_candidates, variations
+from .mining import BUDGETS, best_static, candidates, finalists, mine, single_edits, variations
 from .selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from .verdict_table import Rows, VerdictTable
 
@@ -31,23 +31,28 @@ from .verdict_table import Rows, VerdictTable
 class TrainingConfig:
     """Settings of a training run. Raises InputError on a value out of range.
 
-    `menu_size` programs, the identity among them, out of `num_candidates` that searches found and `num_variations` of the best
-    of these, all tried on `screen_questions` train questions. `risk` is the accuracy that leaving the identity may lose at most
-    (a share of questions), at confidence 1 - `delta` on validation.
+    `menu_size` programs, the identity among them, out of `num_candidates` that searches found, `num_edits` single edits and
+    `num_variations` of the best of these, all tried on `screen_questions` train questions, and the best `num_finalists` of them
+    on `final_questions` more. `risk` is the accuracy that leaving the identity may lose at most (a share of questions), at
+    confidence 1 - `delta` on validation.
     """
 
     features: Features = Features()  # noqa: RUF009
     menu_size: int = 32
     num_candidates: int = 96
+    num_edits: int = 128
     num_variations: int = 64
-    screen_questions: int = 300
+    screen_questions: int = 250
+    num_finalists: int = 64
+    final_questions: int = 750
     budgets: tuple[float, ...] = tuple(f for f in BUDGETS if f < 1)
     risk: float = 0.01
     delta: float = 0.05
     selector: SelectorConfig = field(default_factory=SelectorConfig)
 
     def __post_init__(self) -> None:
-        for name, least in (("menu_size", 2), ("num_candidates", 1), ("num_variations", 0), ("screen_questions", 1)):
+        least_of = {"menu_size": 2, "num_candidates": 0, "num_edits": 0, "num_variations": 0, "screen_questions": 1}
+        for name, least in {**least_of, "num_finalists": 1, "final_questions": 0}.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least {least}")
         if not all(0 < f < 1 for f in self.budgets):
@@ -62,17 +67,26 @@ Dense = Callable[[str, Rows, Sequence[Program]], VerdictTable]
 
 
 def mine_menu(records: Sequence[SearchRecord], train: Rows, dense: Dense, depth: int, config: TrainingConfig) -> VerdictTable:
-    """Screen what the records found valid, and variations of the best; the table's programs in `mine`'s order are the menu."""
+    """Screen programs and try the best again; the table's programs in `mine`'s order are the menu.
+
+    What a single question's search found, and single edits, run on some questions, then variations of the best of them, and the
+    best of all on further questions, because what came first among many has been lucky. Raises InputError if there is nothing
+    to screen.
+    """
     num_steps = config.features.num_steps
-    found = candidates(records, num_steps, config.num_candidates)
-    if len(found) < config.num_candidates:  # a small search, or none: every short edit
-        found = list(dict.fromkeys([*found, *single_candidates(depth, num_steps)]))[: config.num_candidates]
+    pool = [*candidates(records, num_steps, config.num_candidates), *single_edits(depth, num_steps)[: config.num_edits]]
+    if not pool:
+        raise InputError("there is no program to screen: the records hold none that fits, and num_edits is 0; allow some edits")
     # drawn: rows stand task by task, and within one in a rhythm of its cells
     order = np.random.default_rng(config.selector.seed).permutation(len(train))
-    screened = [train[i] for i in sorted(order[: config.screen_questions])]
-    table = dense("screen", screened, found)
+    first, second = config.screen_questions, config.screen_questions + config.final_questions
+    screened = [train[i] for i in sorted(order[:first])]
+    table = dense("screen", screened, list(dict.fromkeys(pool)))
     if config.num_variations and (more := variations(table, num_steps, config.num_variations)):
         table = table.beside(dense("variations", screened, more))
+    if others := [train[i] for i in sorted(order[first:second])]:
+        best = finalists(table, config.num_finalists)
+        table = table.choose(best).above(dense("finalists", others, best))
     return table
 
 
@@ -170,7 +184,7 @@ def train_predictor(
         "menu": _menu_rows(menu, tables["train"], tables["validation"]),
         "best_static": str(best_static(tables["train"])),
         "questions": {"train": len(train), "validation": len(validation), "screened": len(screened.questions)},
-        "programs_screened": len(screened.programs),
+        "finalists": len(screened.programs),
         "config": {**asdict(config), "features": asdict(config.features), "selector": asdict(config.selector)},
         **measured,
     }  # fmt: skip

@@ -8,7 +8,7 @@ Shape legend: N questions, F features, K programs.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,8 +24,9 @@ from .early_stopping import check_ranges, train_to_best
 class SelectorConfig:
     """How a selector is trained. Raises InputError on a value out of range.
 
-    `likelihood_weight` mixes the probability of the accepted answer into the 0/1 label (0: the label alone): it says how close
-    a program came, and does not flip with numerics.
+    `networks` of them are trained from different beginnings, and their mean is used. `likelihood_weight` mixes the probability
+    of the accepted answer into the 0/1 label (0: the label alone): it says how close a program came, and does not flip with
+    numerics.
     """
 
     width: int = 64
@@ -36,12 +37,14 @@ class SelectorConfig:
     epochs: int = 200
     patience: int = 20
     likelihood_weight: float = 0.0
+    networks: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_ranges(self, "selector training", {
             "width": (0, 1 << 16), "dropout": (0, 0.95), "learning_rate": (1e-8, 1), "weight_decay": (0, 10),
             "batch": (1, 1 << 20), "epochs": (1, 1 << 20), "patience": (1, 1 << 20), "likelihood_weight": (0, 1),
+            "networks": (1, 64),
         })  # fmt: skip
 
 
@@ -82,25 +85,43 @@ def train_selector(
     train: Labels, validation: Labels, config: SelectorConfig = SelectorConfig(),
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> tuple[SelectorNetwork, dict[str, Any]]:  # fmt: skip
-    """The network of the epoch with the lowest validation loss, and the history.
+    """The mean of networks, each of the epoch with its lowest validation loss, and their histories.
 
-    Deterministic for a seed. `progress(epoch, losses)` is called after each epoch. Raises InputError if no program is right on
-    any train question, or every one on all: there is nothing to choose from.
+    Deterministic for a seed. `progress(epoch, losses)` is called after each epoch, counted over all networks. Raises InputError
+    if no program is right on any train question, or every one on all: there is nothing to choose from.
     """
     if train.right.all() or not train.right.any():
         what = "right" if train.right.any() else "wrong"
         raise InputError(f"every program is {what} on all {len(train.right)} train questions: nothing can be learned; ask others")
+    made: list[tuple[SelectorNetwork, dict[str, Any]]] = []
+    for member in range(config.networks):
+        epochs = sum(len(history["history"]) - 1 for _, history in made)
+
+        def note(epoch: int, losses: dict[str, float], before: int = epochs) -> None:
+            if progress is not None:
+                progress(before + epoch, losses)
+
+        made.append(_train_one(train, validation, replace(config, seed=config.seed + 1000 * member), note))
+    histories = [history for _, history in made]
+    return SelectorNetwork.mean_of([network for network, _ in made]), {
+        "config": asdict(config), "networks": histories, "base_rate_loss": histories[0]["history"][0]["validation"]
+    }  # fmt: skip
+
+
+def _train_one(
+    train: Labels, validation: Labels, config: SelectorConfig, progress: Callable[[int, dict[str, float]], None]
+) -> tuple[SelectorNetwork, dict[str, Any]]:
     target, held_out = train.targets(config.likelihood_weight), torch.tensor(validation.right, dtype=torch.float32)
     loss_of = torch.nn.BCEWithLogitsLoss()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = SelectorNetwork(train.features.shape[1], train.right.shape[1], config.width, config.dropout)
         network.start_from(train.features, torch.tensor(train.right.mean(0), dtype=torch.float32))
-        found = train_to_best(
+        history = train_to_best(
             network, len(target), lambda part: loss_of(network(train.features[part]), target[part]),
             lambda: float(loss_of(network(validation.features), held_out)), config, progress,
         )  # fmt: skip
-    return network, {"config": asdict(config), **found, "base_rate_loss": found["history"][0]["validation"]}
+    return network, history
 
 
 def choose_all(probabilities: np.ndarray, steps: np.ndarray, depth: int, threshold: float, price: float = 0.0) -> np.ndarray:

@@ -93,6 +93,23 @@ class VerdictTable:
             np.hstack([self.right, other.right[:, new]]), np.hstack([self.log_likelihood, other.log_likelihood[:, new]]),
         )  # fmt: skip
 
+    def above(self, other: "VerdictTable") -> "VerdictTable":
+        """Both tables' questions, of this one's programs. Raises InputError if the other lacks one, or shares a question."""
+        if twice := {q.id for q in self.questions} & {q.id for q in other.questions}:
+            raise InputError(f"question {min(twice)!r} is in both verdict tables; join tables of different questions")
+        if missing := [p for p in self.programs if p not in other.programs]:
+            raise InputError(f"the other verdict table lacks program {missing[0]}; run it on those questions as well")
+        same = other.choose(self.programs)
+        return VerdictTable(
+            (*self.questions, *same.questions), self.programs, np.vstack([self.right, same.right]),
+            np.vstack([self.log_likelihood, same.log_likelihood]),
+        )  # fmt: skip
+
+    def tasks(self) -> np.ndarray:
+        """Number of each question's task, i64[N], in order of first appearance."""
+        names: dict[str, int] = {}
+        return np.array([names.setdefault(q.task, len(names)) for q in self.questions])
+
     def groups(self) -> np.ndarray:
         """Number of each question's task and cell, i64[N], in order of first appearance."""
         names: dict[tuple[str, str], int] = {}
