@@ -16,9 +16,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..plain_text import count, size
-from .options import add_length_argument, add_model_arguments, compile_model, load_model, row_length, status, whole
-
-_MAX_FILE_BYTES = 1 << 24
+from .options import add_length_argument, add_model_arguments, compile_model, load_model, program_texts, row_length, status, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Compile what is missing and write the bundle; returns and prints what it holds."""
-    texts = _texts(options.programs) if options.programs else None
+    texts = program_texts(options.programs) if options.programs else None
     if options.backend not in ("aot_inductor", "auto"):
         raise InputError(f"--backend {options.backend} makes no code that can be shipped; leave it out, or name aot_inductor")
     options.backend = "aot_inductor"
@@ -76,30 +74,3 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "folder": str(options.out), "fingerprint": manifest.fingerprint, "bytes": manifest.num_bytes, "seconds": seconds,
         "compiled": len(compiled.compilations), "manifest": manifest.to_dict(),
     }  # fmt: skip
-
-
-def _texts(given: list[str]) -> list[str]:
-    """The program texts, those of files line by line. Raises InputError."""
-    found: list[str] = []
-    for value in given:
-        if not _is_file(value):
-            found.append(value)
-            continue
-        path = Path(value)
-        try:
-            if path.stat().st_size > _MAX_FILE_BYTES:
-                raise InputError(f"--programs {value} has {size(path.stat().st_size)}; a file of programs is much smaller")
-            lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"--programs {value} cannot be read: {error}") from error
-        found += [line for line in lines if line]
-        if not any(lines):
-            raise InputError(f"--programs {value} holds no program; write one a line")
-    return found
-
-
-def _is_file(value: str) -> bool:
-    try:
-        return Path(value).is_file()
-    except (OSError, ValueError):  # a text too long for a path, or with a null character
-        return False

@@ -2,15 +2,20 @@
 
 import argparse
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+
+from ..errors import InputError
+from ..plain_text import size
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
     from ..tiers import Tier
 
 _SHORTEST = 256
+_MAX_FILE_BYTES = 1 << 24
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -92,3 +97,30 @@ def warm_up(compiled: "CompiledModel", programs: Any, batch: int = 1) -> float:
     if regions:
         status().print(f"[dim]compiled {len(regions)} regions in {seconds:.1f} s; every program runs on them[/]")
     return seconds
+
+
+def program_texts(given: list[str]) -> list[str]:
+    """The program texts among `given`, and those of the files among it, one a line; # begins a comment. Raises InputError."""
+    found: list[str] = []
+    for value in given:
+        if not _is_file(value):
+            found.append(value)
+            continue
+        path = Path(value)
+        try:
+            if path.stat().st_size > _MAX_FILE_BYTES:
+                raise InputError(f"{value} has {size(path.stat().st_size)}; a file of programs is much smaller")
+            lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{value} cannot be read: {error}") from error
+        found += [line for line in lines if line]
+        if not any(lines):
+            raise InputError(f"{value} holds no program; write one a line")
+    return found
+
+
+def _is_file(value: str) -> bool:
+    try:
+        return Path(value).is_file()
+    except (OSError, ValueError):  # a text too long for a path, or with a null character
+        return False
