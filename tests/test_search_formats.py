@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,15 @@ def records(draw: st.DrawFn) -> SearchRecord:
         draw(TEXTS), draw(TEXTS), draw(TEXTS), tuple(draw(st.lists(TEXTS, min_size=1, max_size=3))), level, draw(TEXTS)
     )
     return SearchRecord(question, DEPTH, Verdict(draw(st.booleans())), tuple(explored))
+
+
+def test_second_verdicts_are_those_written(file: Path) -> None:
+    again = {ONE.explored[0].program: Verdict(False), Program.identity(DEPTH): Verdict(True)}
+    found = replace(ONE, verified=again)
+    for export, read in ((export_official, import_official), (export_re_polar, import_re_polar)):
+        export([found], file)
+        (record,) = read(file)
+        assert record.baseline.correct and not record.valid and len(record.explored) == len(ONE.explored)
 
 
 RECORDS = st.lists(records(), min_size=1, max_size=4, unique_by=lambda record: record.question.id)

@@ -114,5 +114,17 @@ def test_a_record_tells_what_was_valid_and_rescued() -> None:
     assert not dataclasses.replace(wrong, baseline=Verdict(True)).is_rescued and hash(wrong) == hash(wrong)
 
 
+def test_second_verdicts_count() -> None:
+    one, other, third = IDENTITY.skip(1), IDENTITY.skip(2), IDENTITY.skip(3)
+    verdicts = {one: Verdict(True), other: Verdict(True), third: Verdict(False)}
+    found = dataclasses.replace(
+        record(0), baseline=Verdict(True), explored=tuple(Explored(p, v, 0.0) for p, v in verdicts.items()),
+        verified={other: Verdict(False), IDENTITY: Verdict(False), third: Verdict(True)},
+    )  # fmt: skip
+    assert found.valid == (one, third) and not found.identity_correct and found.is_rescued
+    assert found.verdicts == {IDENTITY: Verdict(True), **verdicts}, "the first ones are kept"
+    assert not dataclasses.replace(found, explored=found.explored[1:2]).is_rescued
+
+
 def test_headers_name_the_software() -> None:
     assert {"polar_fx", "python", "torch", "transformers"} <= SearchHeader("", 1, SearchConfig()).software.keys()

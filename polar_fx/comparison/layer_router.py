@@ -67,14 +67,8 @@ class RouterLabels:
 
 
 def right_programs(record: SearchRecord, num_steps: int) -> tuple[bool, tuple[Program, ...]]:
-    """Whether the identity is right, and the explored programs that are and share the trunk. Verified verdicts count first."""
-
-    def confirmed(program: Program) -> bool:
-        again = record.verified.get(program)
-        return again is None or again.correct
-
-    identity = record.verified.get(Program.identity(record.depth), record.baseline).correct
-    return identity, tuple(p for p in record.valid if shares_trunk(p, num_steps) and confirmed(p))
+    """Whether the identity is right, and the explored programs that are and share the trunk. Second verdicts count."""
+    return record.identity_correct, tuple(p for p in record.valid if shares_trunk(p, num_steps))
 
 
 def best_program(record: SearchRecord, num_steps: int) -> Program | None:

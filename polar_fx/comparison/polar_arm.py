@@ -85,11 +85,9 @@ def train_polar_arm(
 def _lost(records: Iterable[SearchRecord], num_steps: int) -> tuple[int, int]:
     off_trunk = overturned = 0
     for record in records:
-        again = {p: verdict.correct for p, verdict in record.verified.items()}
-        right = [*record.valid, *([Program.identity(record.depth)] if record.baseline.correct else [])]
-        wrong = [p for p in right if not again.get(p, True)]
-        overturned += len(wrong)
-        off_trunk += sum(not shares_trunk(p, num_steps) for p in right if p not in wrong)
+        again = record.verified
+        overturned += sum(p in again and not again[p].correct for p, verdict in record.verdicts.items() if verdict.correct)
+        off_trunk += sum(not shares_trunk(p, num_steps) for p in record.valid)
     return off_trunk, overturned
 
 

@@ -63,7 +63,7 @@ def summary(records: Iterable[SearchRecord]) -> dict[str, Any]:
     depths = sorted({record.depth for record in records})
     if len(depths) > 1:
         raise InputError(f"records of models of {depths[0]} and {depths[1]} layers; summarize each model alone")
-    right, wrong = ([r for r in records if r.baseline.correct is side] for side in (True, False))
+    right, wrong = ([r for r in records if r.identity_correct is side] for side in (True, False))
     shortest = [steps for record in records if (steps := _shortest(record)) is not None]
     timed = [(len(record.explored) + 1, record.seconds) for record in records if record.seconds is not None]
     evaluations, seconds = sum(n for n, _ in timed), math.fsum(s for _, s in timed)
@@ -72,9 +72,9 @@ def summary(records: Iterable[SearchRecord]) -> dict[str, Any]:
         "depth": depths[0] if depths else None,
         "accuracy": {
             "baseline": Share(len(right), len(records)).to_dict(),
-            "skip_only": Share.of(r.baseline.correct or any(map(is_skip_only, r.valid)) for r in records).to_dict(),
-            "repeat_only": Share.of(r.baseline.correct or any(map(is_repeat_only, r.valid)) for r in records).to_dict(),
-            "both": Share.of(r.baseline.correct or bool(r.valid) for r in records).to_dict(),
+            "skip_only": Share.of(r.identity_correct or any(map(is_skip_only, r.valid)) for r in records).to_dict(),
+            "repeat_only": Share.of(r.identity_correct or any(map(is_repeat_only, r.valid)) for r in records).to_dict(),
+            "both": Share.of(r.identity_correct or bool(r.valid) for r in records).to_dict(),
         },
         "shorter": {
             "right": Share.of(map(_has_shorter, right)).to_dict(),
@@ -103,7 +103,7 @@ def _has_shorter(record: SearchRecord) -> bool:
 
 def _shortest(record: SearchRecord) -> int | None:
     """Steps of the shortest right program."""
-    identity = [record.depth] if record.baseline.correct else []
+    identity = [record.depth] if record.identity_correct else []
     return min([*identity, *(program.num_steps for program in record.valid)], default=None)
 
 

@@ -3,8 +3,9 @@
 Both name theirs `merged_mcts_samples.json`: one object whose `samples` are rows, one a question, that list programs as
 flat paths of layer numbers. Names ending in .gz are compressed. A file is read whole, being one JSON value.
 
-What neither layout can hold: log-likelihoods and margins, other rewards than right and wrong, a question's seed, seconds and
-verified verdicts, and damped programs, which are refused. The depth is not in the files: the identity in them tells it.
+What neither layout can hold: log-likelihoods and margins, other rewards than right and wrong, a question's seed and seconds,
+first verdicts where there are second ones, and damped programs, which are refused. The depth is not in the files: the identity
+in them tells it.
 """
 
 import gzip
@@ -48,7 +49,7 @@ def export_official(records: Iterable[SearchRecord], file: str | Path) -> None:
             "query_id": question.id,
             "question": question.question,
             "gt_ans": question.answers[0],
-            "initial_score": float(record.baseline.correct),
+            "initial_score": float(record.identity_correct),
             **_path_lists(record),
             "sample_info": {"question": question.question, "ground_truth": question.answers[0], "prompt_text": ""},
         }
@@ -97,7 +98,7 @@ def export_re_polar(records: Iterable[SearchRecord], file: str | Path) -> None:
     """
 
     def row(_: int, record: SearchRecord) -> Row:
-        question = record.question
+        question, right = record.question, set(record.valid)
         text = {"question": question.question, "gt_ans": _gt_ans(question)} if question.question else {}
         info = {
             "query_id": question.id,
@@ -109,10 +110,10 @@ def export_re_polar(records: Iterable[SearchRecord], file: str | Path) -> None:
         return {
             **text,
             **_path_lists(record),
-            "initial_transition_metric": float(record.baseline.correct),
+            "initial_transition_metric": float(record.identity_correct),
             "sample_info": info,
             "search_trajectory": [
-                {"path": list(each.program.path), "parent_path": None, "reward": float(each.verdict.correct)}
+                {"path": list(each.program.path), "parent_path": None, "reward": float(each.program in right)}
                 for each in record.explored
             ],
         }
@@ -308,10 +309,11 @@ def _path_lists(record: SearchRecord) -> Row:
     """Both lists, with the identity first in the one it belongs to."""
     lists: dict[bool, list[list[int]]] = {True: [], False: []}
     baseline = Explored(Program.identity(record.depth), record.baseline, 0.0)
+    right = {*record.valid, *([baseline.program] if record.identity_correct else [])}
     for each in (baseline, *record.explored):
         if each.program.blends:
             raise InputError(f"program {each.program} is damped, which a list of layers cannot say")
-        lists[each.verdict.correct].append(list(each.program.path))
+        lists[each.program in right].append(list(each.program.path))
     return {"final_valid_transitions": lists[True], "final_invalid_transitions": lists[False]}
 
 

@@ -66,7 +66,7 @@ def greedy_menu(records: Sequence[SearchRecord], size: int, with_identity: bool)
         for index in valid[program]:
             programs_of[index].append(number)
     left = np.array([len(valid[p]) for p in programs], dtype=np.int64)
-    covered = [with_identity and record.baseline.correct for record in records]
+    covered = [with_identity and record.identity_correct for record in records]
     for index, done in enumerate(covered):
         if done:
             left[programs_of[index]] -= 1
@@ -92,7 +92,7 @@ def coverage(menu: Menu, records: Sequence[SearchRecord]) -> Coverage:
         verdicts = {each.program: each.verdict.correct for each in record.explored}
         known = [verdicts.get(program) for program in menu.programs]
         hit = known.index(True) + 1 if True in known else size + 1
-        if menu.with_identity and record.baseline.correct:
+        if menu.with_identity and record.identity_correct:
             hit = 0
         unknown = known.index(None) + 1 if None in known else size + 1
         if hit <= size:
@@ -105,14 +105,15 @@ def coverage(menu: Menu, records: Sequence[SearchRecord]) -> Coverage:
 
 
 def merge(records: Iterable[SearchRecord]) -> list[SearchRecord]:
-    """One record a question, of all that was explored; the first verdict of a program counts."""
+    """One record a question, of all that was explored; of a program in several, the first record's verdicts count."""
     merged: dict[tuple[str, str], SearchRecord] = {}
     for record in records:
         first = merged.setdefault(key(record), record)
         if first is not record:
             known = {each.program for each in first.explored}
             added = tuple(each for each in record.explored if each.program not in known)
-            merged[key(record)] = replace(first, explored=first.explored + added)
+            again = {each.program: record.verified[each.program] for each in added if each.program in record.verified}
+            merged[key(record)] = replace(first, explored=first.explored + added, verified={**first.verified, **again})
     return list(merged.values())
 
 
@@ -160,7 +161,7 @@ def menu_report(train: Sequence[SearchRecord], held_out: Sequence[SearchRecord],
                 for part, curve in curves.items()
             },
             "ceiling": {
-                part: Share.of(bool(r.valid) or (with_identity and r.baseline.correct) for r in records).to_dict()
+                part: Share.of(bool(r.valid) or (with_identity and r.identity_correct) for r in records).to_dict()
                 for part, records in parts.items()
             },
         }

@@ -68,13 +68,18 @@ class SearchRecord:
 
     @property
     def valid(self) -> tuple[Program, ...]:
-        """The explored programs that answer right; `verified` may tell otherwise of some."""
-        return tuple(each.program for each in self.explored if each.verdict.correct)
+        """The explored programs that answer right; where a program has a second verdict (`verified`), that one counts."""
+        return tuple(each.program for each in self.explored if self.verified.get(each.program, each.verdict).correct)
+
+    @property
+    def identity_correct(self) -> bool:
+        """Whether the identity answers right, by its second verdict where it has one."""
+        return self.verified.get(Program.identity(self.depth), self.baseline).correct
 
     @property
     def is_rescued(self) -> bool:
-        """Whether some explored program is right where the identity is wrong."""
-        return not self.baseline.correct and bool(self.valid)
+        """Whether some explored program is right where the identity is wrong; second verdicts count."""
+        return not self.identity_correct and bool(self.valid)
 
 
 def _software() -> dict[str, str]:
