@@ -34,6 +34,22 @@ GOLDEN = {
             ("addition:41+79", "41 + 79", "120"),
         ],
     ),
+    "comparison": (
+        "239afebfb7006811",
+        [
+            ("comparison:4,2", "max(4, 2)", "4"),
+            ("comparison:9,1,5", "max(9, 1, 5)", "9"),
+            ("comparison:50,72", "max(50, 72)", "72"),
+        ],
+    ),
+    "division": (
+        "967a3500c83d8008",
+        [
+            ("division:36/4", "36 / 4", "9"),
+            ("division:54/18", "54 / 18", "3"),
+            ("division:612/6", "612 / 6", "102"),
+        ],
+    ),
     "multiplication": (
         "9e9cc25875b9fd40",
         [
@@ -138,13 +154,25 @@ def test_splits_are_pinned() -> None:
     assert [split_of(i) for i in ids] == ["train", "train", "train", "train", "train", "test"]
 
 
-@pytest.mark.parametrize("sign", ["+", "-", "*"])
+@pytest.mark.parametrize("sign", ["+", "-", "*", "/"])
 def test_arithmetic_is_right(sign: str) -> None:
-    task = {"+": "addition", "-": "subtraction", "*": "multiplication"}[sign]
+    task = {"+": "addition", "-": "subtraction", "*": "multiplication", "/": "division"}[sign]
     for q in generate(task, 800, 5):
         a, b = (int(part) for part in q.question.split(f" {sign} "))
-        assert int(q.answers[0]) == {"+": a + b, "-": a - b, "*": a * b}[sign] >= 0
+        assert int(q.answers[0]) == {"+": a + b, "-": a - b, "*": a * b, "/": a / b}[sign] >= 0
         assert re.sub(r"\D", " ", q.cell).split() == [str(len(str(a))), str(len(str(b)))]
+
+
+def test_comparisons_are_right() -> None:
+    places: Counter[tuple[str, int]] = Counter()
+    for q in generate("comparison", 1500, 5):
+        numbers = [int(n) for n in re.findall(r"\d+", q.question)]
+        assert int(q.answers[0]) == max(numbers) and len(set(numbers)) == len(numbers)
+        assert q.cell == f"{len(numbers)} of {len(str(numbers[0]))} digit{'s' if numbers[0] > 9 else ''}"
+        places[q.cell, numbers.index(max(numbers))] += 1
+    for cell in TASKS["comparison"].cells:  # the place of the largest tells nothing
+        counts = [count for (of, _), count in places.items() if of == cell.name]
+        assert len(counts) == int(cell.name[0]) and max(counts) < 2 * min(counts)
 
 
 def test_sequences_are_right() -> None:
@@ -214,8 +242,8 @@ def test_a_dry_cell_leaves_its_rows_to_the_others() -> None:
     ("options", "message"),
     [
         (
-            {"task": "division"},
-            "unknown task 'division'; use one of addition, subtraction, multiplication, word",
+            {"task": "roots"},
+            "unknown task 'roots'; use one of addition, subtraction, multiplication, word",
         ),
         ({"cells": ["9+9 digits"]}, "unknown cell '9+9 digits' of addition; use some of 1+1 digits, 2+1 digits"),
         ({"cells": []}, "no cells of addition were named; use some of 1+1 digits"),

@@ -1,4 +1,4 @@
-"""Addition, subtraction and multiplication; cells by the digits of both numbers."""
+"""Addition, subtraction, multiplication and exact division; cells by the digits of both numbers."""
 
 from collections.abc import Callable
 
@@ -21,6 +21,10 @@ def _multiply(a: int, b: int) -> Row:
     return Row(f"{a}x{b}", f"{a} * {b}", str(a * b))
 
 
+def _divide(a: int, b: int) -> Row | None:
+    return Row(f"{a}/{b}", f"{a} / {b}", str(a // b)) if a % b == 0 and a > b else None
+
+
 def _cells(sign: str, make: Callable[[int, int], Row | None], digits: str, least: int = 1) -> tuple[Cell, ...]:
     pairs = [(int(d[0]), int(d[1])) for d in digits.split()]
     return tuple(Cell(f"{a}{sign}{b} digits", (Pool((_digits(a, least), _digits(b, least)), make),)) for a, b in pairs)
@@ -38,3 +42,4 @@ SUBTRACTION = Task(
 MULTIPLICATION = Task(
     "multiplication", _cells("x", _multiply, "11 21 31 22", least=2), _examples(_multiply, (3, 4), (8, 5), (21, 6), (13, 12))
 )
+DIVISION = Task("division", _cells("/", _divide, "21 22 31 32", least=2), _examples(_divide, (8, 2), (54, 6), (84, 21), (135, 5)))

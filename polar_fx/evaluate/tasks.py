@@ -12,8 +12,9 @@ from itertools import islice
 from typing import Literal, TypeVar, get_args
 
 from ..errors import InputError
-from .arithmetic import ADDITION, MULTIPLICATION, SUBTRACTION
+from .arithmetic import ADDITION, DIVISION, MULTIPLICATION, SUBTRACTION
 from .cells import Cell, Pool, Row, Task
+from .comparison import COMPARISON
 from .question import Question
 from .sequences import SEQUENCES
 from .word_problems import WORD_PROBLEMS
@@ -21,7 +22,9 @@ from .word_problems import WORD_PROBLEMS
 T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
 
-TASKS: dict[str, Task] = {t.name: t for t in (ADDITION, SUBTRACTION, MULTIPLICATION, WORD_PROBLEMS, SEQUENCES)}
+TASKS: dict[str, Task] = {
+    t.name: t for t in (ADDITION, SUBTRACTION, MULTIPLICATION, WORD_PROBLEMS, SEQUENCES, DIVISION, COMPARISON)
+}
 
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.60), ("validation", 0.15), ("test", 0.25))
 

@@ -33,6 +33,8 @@ FEW_SHOT = {
         _few_shot("multiplication", "The result of {question} is {answer}\n"),
         _few_shot("word-problems", "{question} Answer: {answer}\n"),
         _few_shot("sequences", "{question}, {answer},\n", stop=",", shots=0),
+        _few_shot("division", "{question} = {answer}\n"),
+        _few_shot("comparison", "{question} = {answer}\n"),
     )
 }
 
