@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +104,50 @@ def test_processes_find_what_one_finds(folder: Path, tmp_path: Path, undisturbed
     assert records(tmp_path / "run.jsonl") == undisturbed
 
 
-def test_a_cluster_finds_what_one_process_finds(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+TWO_MACHINES = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+other = cluster.add_node(num_cpus=1)
+print(cluster.address, flush=True)
+sys.stdin.readline()
+cluster.remove_node(other, allow_graceful=False)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
+@pytest.fixture
+def two_machines() -> Iterator[subprocess.Popen[str]]:
+    """A Ray cluster of two nodes with room for one worker each: it prints its address, and loses a node when told a line."""
     pytest.importorskip("ray")
-    out = tmp_path / "run.jsonl"
-    command = [sys.executable, "-m", "polar_fx", *arguments(folder, out, "--deterministic", "--workers", "2", "--ray")]
-    subprocess.run(command, check=True, timeout=300)
-    assert records(out) == undisturbed
+    command = [sys.executable, "-c", TWO_MACHINES]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+        yield cluster
+        cluster.communicate()
+
+
+def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(folder: Path, tmp_path: Path, two_machines: Any) -> None:
+    address = two_machines.stdout.readline().strip()
+    longer = ("--simulations", "100")
+    assert main(arguments(folder, tmp_path / "alone.jsonl", "--deterministic", *longer)) == 0
+    wanted, out = records(tmp_path / "alone.jsonl"), tmp_path / "run.jsonl"
+    first = process(folder, out, *longer, "--workers", "2", "--ray")  # on a cluster of its own
+    wait_for_records(out, 1, first)
+    first.kill()
+    _, errors = first.communicate()
+    assert out.exists(), errors
+    finished = records(out)
+    assert finished and all(wanted[name] == found for name, found in finished.items())
+    # one worker more than there is room for
+    second = process(folder, out, *longer, "--workers", "3", "--ray", address)
+    wait_for_records(out, len(finished) + 1, second)
+    two_machines.stdin.write("\n")
+    two_machines.stdin.flush()
+    _, errors = second.communicate(timeout=300)
+    assert second.returncode == 0, errors
+    assert "an actor was lost" in errors
+    assert records(out) == wanted
 
 
 def test_a_cluster_without_ray(
@@ -119,13 +158,19 @@ def test_a_cluster_without_ray(
     assert "needs ray, which is not installed; pip install" in capsys.readouterr().err
 
 
+def test_a_cluster_that_is_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray")
+    assert main(arguments(folder, tmp_path / "run.jsonl", "--ray", "nowhere")) == 2
+    assert "no Ray cluster can be reached at 'nowhere'" in capsys.readouterr().err
+
+
 def test_what_fails_in_a_worker_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments(folder, tmp_path / "run.jsonl", "--workers", "2", "--judge", "generation", "--reward", "margin")) == 2
     assert "the reward 'margin' needs teacher-forced verdicts" in capsys.readouterr().err
 
 
-def process(folder: Path, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "polar_fx", *arguments(folder, out, "--deterministic", "--in-flight", "1")]
+def process(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "polar_fx", *arguments(folder, out, "--deterministic", "--in-flight", "1", *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 

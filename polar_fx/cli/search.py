@@ -82,6 +82,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     generated = options.judge == "generation" or options.verify
     length = row_length([*encoded, *others], [*questions, *measuring], templates, position_limit(model), generated)
     threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
+    if options.ray is not None:
+        threads = 1  # this machine's number says nothing about the cluster's
     workplace = Workplace(
         options.model, options.dtype, options.backend, length, options.deterministic, options.judge, options.verify,
         options.in_flight, threads=threads, templates=templates,

@@ -3,53 +3,96 @@
 Ray is optional (`pip install 'polar_fx[ray]'`). The driver alone writes the store.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ..errors import CompileError, InputError
+from ..errors import CompileError, InputError, PolarError
+from ..plain_text import count
 from .config import SearchConfig
 from .records import SearchRecord
 from .workers import Row, Workplace
+
+log = logging.getLogger("polar_fx.search")
+
+_ROUNDS = 4  # parts of the questions that each worker is dealt, so that a slow machine does not keep what others could do
 
 
 def search_on_ray(
     workplace: Workplace, rows: Sequence[Row], config: SearchConfig, workers: int, address: str | None = None
 ) -> Iterator[SearchRecord]:
-    """Records as they finish, from `workers` actors. `address` None starts Ray on this machine.
+    """Records as they finish, from up to `workers` actors of `workplace.threads` processors (default: 1) each.
 
-    Questions are dealt out in turn. Raises InputError if Ray is not installed, CompileError if an actor is lost (searching again
-    finishes its questions), and what goes wrong in an actor.
+    Args:
+        workers: actors asked for. Questions are dealt to those that run; where the cluster has room for fewer, fewer search.
+        address: the cluster's; None starts Ray on this machine.
+
+    Questions of an actor that is lost, with its machine or alone, are dealt out again and another actor is asked for.
+    Raises InputError if Ray is not installed, CompileError once more actors than `workers` were lost, and what goes wrong in one.
     """
     try:
-        import ray  # type: ignore[import-not-found]
+        import ray
     except ImportError as error:
         raise InputError("searching on a cluster needs ray, which is not installed; pip install 'polar_fx[ray]'") from error
 
     class Searcher:
+        place: Any = None
+
         def search(self, rows: Sequence[Row]) -> Iterator[SearchRecord]:
-            place = workplace.open([question for question, _ in rows])
-            yield from place.search(iter(rows), config)
+            if self.place is None:
+                self.place = workplace.open(questions)
+            yield from self.place.search(iter(rows), config)
 
     started_here = not ray.is_initialized()
     if started_here:
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
+        try:
+            ray.init(address=address or "local", include_dashboard=False, log_to_driver=False)
+        except (ConnectionError, ValueError) as error:
+            raise InputError(f"no Ray cluster can be reached at {address!r}: {error}") from error
+    questions = [question for question, _ in rows]
+    size = min(-(-len(rows) // workers), max(workplace.in_flight, -(-len(rows) // (_ROUNDS * workers))))
+    waiting = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     actor_class: Any = ray.remote(num_cpus=workplace.threads or 1)(Searcher)
+    running: dict[Any, tuple[Any, dict[str, Row]]] = {}  # a stream of records -> its actor, and the questions still to come
+
+    def deal(actor: Any, share: Sequence[Row]) -> None:
+        stream = actor.search.options(num_returns="streaming").remote(share)
+        running[stream] = actor, {question.id: (question, encoded) for question, encoded in share}
+
     try:
-        shares = [rows[i::workers] for i in range(min(workers, len(rows)))]
-        actors = [actor_class.remote() for _ in shares]
-        streams = [a.search.options(num_returns="streaming").remote(share) for a, share in zip(actors, shares, strict=True)]
-        while streams:
-            ready, _ = ray.wait(streams, num_returns=1, fetch_local=False)
-            for stream in ready:
-                try:
-                    reference = next(stream)
-                except StopIteration:
-                    streams.remove(stream)
-                    continue
-                try:
-                    yield ray.get(reference)
-                except ray.exceptions.RayActorError as error:
-                    raise CompileError(f"an actor was lost: {error}; search again to finish its questions") from error
+        # no question at first: one dealt to an actor that the cluster has no room for would never be searched
+        for _ in waiting[:workers]:
+            deal(actor_class.remote(), ())
+        left, lost = len(rows), 0
+        while left:
+            (stream,), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            actor, share = running[stream]
+            try:
+                record = ray.get(next(stream))
+            except StopIteration:
+                del running[stream]
+                if waiting:
+                    deal(actor, waiting.pop(0))
+            except (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
+                del running[stream]
+                ray.kill(actor)  # it may only have been out of reach, and would keep its place
+                lost += 1
+                if lost > workers:
+                    raise CompileError(f"{lost} actors were lost: {error}; search again to finish their questions") from error
+                log.warning("an actor was lost; %s of its share will be searched again", count(len(share), "question"))
+                if share:
+                    waiting.append(list(share.values()))
+                deal(actor_class.remote(), ())
+            except ray.exceptions.RayTaskError as error:
+                if isinstance(error.cause, PolarError):
+                    raise error.cause from error
+                raise CompileError(f"a search actor failed: {error}") from error
+            else:
+                del share[record.question.id]
+                left -= 1
+                yield record
     finally:
+        for actor, _ in running.values():
+            ray.kill(actor)
         if started_here:
             ray.shutdown()
