@@ -10,6 +10,7 @@ from .options import whole
 
 if TYPE_CHECKING:
     from ..evaluate import EncodedQuestion, PromptTemplate, Question
+    from ..search.records import SearchHeader
     from ..search.workers import OpenWorkplace
 
 _LENGTH_BUCKET = 64
@@ -54,6 +55,22 @@ def templates_of(name: str, questions: "Sequence[Question]") -> "dict[str, Promp
     from ..evaluate import get_template
 
     return {task: get_template(name, task) for task in sorted({q.task for q in questions})}
+
+
+def check_same_prompts(
+    headers: "Sequence[SearchHeader]", paths: Sequence[Path], templates: "Mapping[str, PromptTemplate]"
+) -> None:
+    """Raise InputError if a file has records of one of these tasks that were asked in another prompt."""
+    for header, path in zip(headers, paths, strict=True):
+        for task, template in templates.items():
+            theirs = header.prompt.get(task, template.key)  # imported files name none
+            if theirs != template.key:
+                name, same = (str(key).partition("@")[0].partition(":")[0] for key in (theirs, template.key))
+                remedy = "search again" if name == same else f"train with --prompt {name}, or search with --prompt {same}"
+                raise InputError(
+                    f"{path} has records of {task} in the prompt {theirs}, but {template.key} would be trained on, in which "
+                    f"other programs are right; {remedy}"
+                )
 
 
 def encode(tokenizer: Any, questions: "Sequence[Question]", templates: Any) -> "list[EncodedQuestion]":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .options import add_model_arguments, status, whole
-from .questions import add_question_arguments, questions_of, templates_of
+from .questions import add_question_arguments, check_same_prompts, questions_of, templates_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -70,6 +70,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     name = options.prompt or ("direct" if options.data else "few-shot")
     everything = [*rows["train"], *rows["validation"]]
     templates = templates_of(name, everything)
+    check_same_prompts(headers, options.records, templates)
     from .labelling import Labeller
 
     labeller = Labeller(options, templates, everything, headers[0])
