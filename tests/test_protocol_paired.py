@@ -14,20 +14,9 @@ import numpy as np
 import pytest
 
 from polar_fx.errors import InputError
-from polar_fx.protocol.paired import (
-    IDENTITY,
-    OVERALL,
-    ArmResult,
-    Estimate,
-    best_of_useless,
-    compare,
-    compare_arms,
-    holm,
-    mcnemar,
-    minimum_questions,
-    pool,
-)
-from polar_fx.protocol.tables import NOTE, csv_text, markdown, write_tables
+from polar_fx.protocol.arms import IDENTITY, OVERALL, SEEN, UNSEEN, ArmResult, compare_arms, pool
+from polar_fx.protocol.paired import Estimate, best_of_useless, compare, holm, mcnemar, minimum_questions
+from polar_fx.protocol.tables import NOTE, UNSEEN_NOTE, csv_text, markdown, write_tables
 from polar_fx.search.intervals import Share, wilson
 
 
@@ -262,6 +251,24 @@ def test_arms_are_compared_by_task_and_together() -> None:
     assert here[IDENTITY].adjusted_p is None and here["best"].adjusted_p is None and here["best"].label == "best (oracle)"
     assert here["menu"].adjusted_p == pytest.approx(2 * 74 / 256)  # of two candidates
     assert here["menu"].paired.step_ratio == Estimate(0.8, 0.8, 0.8)
+
+
+def test_tasks_not_trained_on_are_pooled_apart() -> None:
+    tasks = {"addition": False, "sequences": False, "division": True, "words": True, "svamp": True}
+    results = [arm(name, task, unseen=unseen) for task, unseen in tasks.items() for name in (IDENTITY, "menu")]
+    rows = compare_arms(results, resamples=50)
+    menu = {row.arm.task: row for row in rows if row.arm.name == "menu"}
+    assert list(menu) == [SEEN, UNSEEN, *tasks] and [menu[name].paired.n for name in (SEEN, UNSEEN)] == [40, 60]
+    assert menu[UNSEEN].arm.strata == ("division",) * 20 + ("words",) * 20 + ("svamp",) * 20
+    labels = [SEEN, UNSEEN, "addition", "sequences", *(f"{task} ({UNSEEN})" for task in ("division", "words", "svamp"))]
+    assert [row.task_label for row in menu.values()] == labels
+    assert [row["out_of_distribution"] for row in csv.DictReader(io.StringIO(csv_text(list(menu.values()))))] == list("0100111")
+    assert markdown(rows).splitlines()[-1] == f"{NOTE} {UNSEEN_NOTE}" and UNSEEN_NOTE not in markdown([menu["addition"]])
+    alone = compare_arms([each for each in results if each.task in ("addition", "division")], resamples=50)
+    assert [row.arm.task for row in alone] == ["addition", "addition", "division", "division"], "one of a kind is not pooled"
+    assert ArmResult.from_dict(json.loads(json.dumps(menu[UNSEEN].arm.to_dict()))).unseen
+    with pytest.raises(InputError, match=f"a task is named {UNSEEN}"):
+        compare_arms([*results, arm("menu", UNSEEN, unseen=True)])
 
 
 def test_arms_on_other_questions_are_refused() -> None:

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--records", action="append", type=Path, metavar="FILE", help="search records, more labels for baselines")
     what.add_argument("--answers", type=whole(0), default=400, metavar="N", help="questions to also generate answers for")
     what.add_argument("--votes", type=whole(2), default=3, metavar="K", help="programs that vote (default: %(default)s)")
+    what.add_argument("--encoder", metavar="FOLDER", help="text encoder (or its id), for PoLar's network as the paper has it")
     what.add_argument("--no-baselines", action="store_true", help="the predictor's own policies and static programs only")
     what.add_argument("--no-figures", action="store_true", help="tables and numbers only")
     run = parser.add_argument_group("running")
@@ -39,24 +40,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate; writes the report, returns the results."""
     began = time.perf_counter()
+    import torch
+
     from ..comparison.baselines import (
         TrainedOn,
+        encoder_choices,
         learned_choices,
         pruning_choices,
         static_choices,
         training_records,
     )
-    from ..comparison.choices import Choice, arm_results, by_policy, likeliest, oracle, static, top_k, wanted_programs
+    from ..comparison.choices import arm_results, by_policy, likeliest, oracle, static, top_k, wanted_programs
     from ..comparison.generated import Answerer
-    from ..comparison.report import against, by_difficulty, calibration_report, write_report
+    from ..comparison.report import against, distributions, selector_report, write_report
     from ..comparison.votes import generated_arms
     from ..predictor.policy import Policy
     from ..predictor.saved import load_selector, read_notes
+    from ..predictor.text_encoder import TextEncoder
     from ..program import Program
     from ..protocol.calibration import reliability
     from ..training.verdict_table import VerdictTable
 
+    if options.encoder is not None and options.no_baselines:
+        raise InputError("--encoder is for one of the baselines, which --no-baselines leaves out; give one of them")
     notes = read_notes(options.predictor)
+    encoder = None if options.encoder is None else TextEncoder.load(options.encoder)
     if not options.task and not options.data:
         options.task = list(notes["tasks"])
     options.questions = options.questions or (None if options.data else 2000)
@@ -68,15 +76,16 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         status().print(f"{len(every) - len(questions)} questions were seen in training and are left out", style="dim")
     if not questions:
         raise InputError(f"all {len(every)} questions were seen in training; ask others")
-    templates = templates_of(options.prompt or notes["prompt"], questions)
-    also = [] if options.no_baselines else trained_on.questions
+    ours = "direct" if options.data and notes["prompt"] == "few-shot" else notes["prompt"]  # which tasks of files have not
+    templates = templates_of(options.prompt or ours, questions)
+    also = ([] if options.no_baselines else trained_on.questions, notes["prompt"])
     labeller = Labeller(options, templates, questions, generated=options.answers > 0, also=also)
     selector, _ = load_selector(options.predictor, labeller.model_fingerprint)
     questions = labeller.with_difficulty(questions)
     rows = [(q, labeller.encoded[q.id]) for q in questions]
     known = training_records(trained_on, options.records or (), {q.id for q in questions}, labeller.model_fingerprint)
-    features = labeller.features(rows, selector.features)
-    chances = selector.probabilities(features)
+    states = labeller.states(rows, selector.features)
+    chances = selector.probabilities(torch.stack([selector.features.pooled(each) for each in states]))
     n, identity = len(rows), Program.identity(labeller.depth)
 
     choices = [static("identity", identity, n), by_policy("selector: accuracy", selector, Policy("accuracy"), chances)]
@@ -93,35 +102,43 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         with status().status("training the baselines ..."):
             others = labeller.encode([r.question for r in (*known.train, *known.validation)], notes["prompt"])
             encoded = {e.id: e for e in others}
-            test = [e for _, e in rows]
             made, baselines["block_influences"] = pruning_choices(labeller.compiled, others, selector, n, options.seed)
-            more, trained = learned_choices(labeller.compiled, known, encoded, test, selector.features, options.seed)
+            more, trained = learned_choices(labeller.compiled, known, encoded, states, selector.features, options.seed)
             choices += [*made, *more]
             baselines |= trained
+            if encoder is not None:
+                trunk = selector.features.num_steps
+                more, trained = encoder_choices(encoder, known, questions, labeller.depth, trunk, options.seed)
+                choices += more
+                baselines |= trained
     records = labeller.records(options.out / "verdicts.jsonl", rows, wanted_programs(choices, questions))
-    arms = arm_results(choices, records)
+    unseen = sorted(set(templates) - set(notes["tasks"]))
+    arms = arm_results(choices, records, unseen)
     table = VerdictTable.of(records, selector.menu.programs)
     answers, part = None, _part(options.answers, n, options.seed)
     if part:
-        picked = Choice("selector: accuracy", tuple(choices[1].programs[i] for i in part))
         answerer = Answerer(labeller.compiled, labeller.tokenizer, templates)
         with status().status("generating answers ..."):
             answers = generated_arms(
-                answerer, selector, chances[part], picked, [records[i] for i in part], [rows[i] for i in part], options.votes,
-                options.seed,
-            )
+                answerer, selector, chances[part], choices[1].at(part), [records[i] for i in part], [rows[i] for i in part],
+                options.votes, options.seed, unseen,
+            )  # fmt: skip
+    parts, singles = distributions(questions, notes["tasks"]), (choices[1], choices[0], choices[2])
     results: dict[str, Any] = {
         "ok": True, "predictor": str(options.predictor.name), "model": labeller.model_fingerprint, "dtype": options.dtype,
         "questions": n, "tasks": {t: sum(q.task == t for q in questions) for t in templates},
-        "trained_on": notes["tasks"], "out_of_distribution": sorted(set(templates) - set(notes["tasks"])),
+        "trained_on": notes["tasks"], "out_of_distribution": unseen,
         "prompts": {task: template.key for task, template in templates.items()},
-        "calibration": calibration_report(chances, table.right), "threshold": selector.calibration.threshold,
-        "programs_used": _used(choices[1], n), "against_static": against(arms, "selector: accuracy", "best static program"),
-        "difficulty": [row for c in choices[:3] for row in by_difficulty(c, records)],
+        "threshold": selector.calibration.threshold,
+        "against_static": against(arms, "selector: accuracy", "best static program"),
+        "distributions": {
+            name: selector_report([c.at(at) for c in singles], [records[i] for i in at], chances[at], table.right[at])
+            for name, at in parts.items()
+        },
         "generated": None if answers is None else answers.to_dict(), "baselines": baselines,
         "seconds": time.perf_counter() - began,
     }  # fmt: skip
-    diagrams = {"selector, test questions": reliability(chances, table.right)}
+    diagrams = {f"selector, {name}": reliability(chances[at], table.right[at]) for name, at in parts.items()}
     written = write_report(options.out, arms, results, diagrams, not options.no_figures)
     if answers is not None:
         written += write_report(options.out / "answers", answers.arms, {"n": len(part)}, {}, not options.no_figures)
@@ -129,13 +146,6 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         print((options.out / "arms.md").read_text(encoding="utf-8"))
         print(f"{len(written)} files in {options.out}; {time.perf_counter() - began:.0f} s")
     return results
-
-
-def _used(choice: Any, n: int) -> list[dict[str, Any]]:
-    from collections import Counter
-
-    counts = Counter(program for (program,) in choice.programs)
-    return [{"program": str(p), "steps": p.num_steps, "share": c / n} for p, c in counts.most_common()]
 
 
 def _part(count: int, total: int, seed: int) -> list[int]:

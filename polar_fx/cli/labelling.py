@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 class Labeller:
     """Loads and compiles what the options name (`add_model_arguments`, --workers).
 
-    `encoded` has the questions as tokens, by id; those of `also` fit the model, too. Raises InputError if `header` is of
-    another model.
+    `encoded` has the questions as tokens, by id; those of `also`, in the built-in prompt of that name, fit the model, too.
+    Raises InputError if `header` is of another model.
     """
 
     def __init__(
         self, options: argparse.Namespace, templates: "Mapping[str, PromptTemplate]", questions: "Sequence[Question]",
-        header: "SearchHeader | None" = None, generated: bool = False, also: "Sequence[Question]" = (),
+        header: "SearchHeader | None" = None, generated: bool = False,
+        also: "tuple[Sequence[Question], str]" = ((), "plain"),
     ) -> None:  # fmt: skip
         import torch
 
@@ -41,10 +42,12 @@ class Labeller:
             model, self.tokenizer = load(options.model, getattr(torch, options.dtype))
         found = encode(self.tokenizer, questions, templates)
         self.encoded = {e.id: e for e in found}
-        others = [*measuring_questions(questions), *also]
-        every = [*found, *encode(self.tokenizer, [q for q in others if q.task in templates], templates)]
-        asked = [*questions, *(q for q in others if q.task in templates)]
-        length = row_length(every, asked, templates, position_limit(model), generated)
+        limit, others, theirs = position_limit(model), also[0], templates_of(also[1], also[0])
+        measuring = measuring_questions(questions)
+        every = [*found, *encode(self.tokenizer, measuring, templates)]
+        length = row_length(every, [*questions, *measuring], templates, limit, generated)
+        if others:
+            length = max(length, row_length(encode(self.tokenizer, others, theirs), others, theirs, limit, False))
         threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
         self.workers, self.templates, self._config = options.workers, templates, SearchConfig(method="listed")
         self.workplace = Workplace(
@@ -117,6 +120,13 @@ class Labeller:
             how: dict[str, Any] = {task: template.key for task, template in self.templates.items()}
             how |= {"judge": "teacher-forcing", "dtype": self.workplace.dtype}
             return listed_records(path, rows, programs, self.model_fingerprint, self.depth, how, run, progress)
+
+    def states(self, rows: "Rows", features: "Features") -> "list[Tensor]":
+        """Hidden states of each row, [T, d] as the model has them."""
+        from ..training.collect import token_features
+
+        with status().status(f"features of {len(rows)} questions ..."):
+            return token_features(self.compiled, [encoded for _, encoded in rows], features)
 
     def features(self, rows: "Rows", features: "Features") -> "Tensor":
         """Pooled features of the rows, f32[N, F]."""

@@ -13,6 +13,7 @@ from ..errors import InputError
 from ..evaluate.question import EncodedQuestion, Question
 from ..predictor.features import Features
 from ..predictor.selector import Selector
+from ..predictor.text_encoder import TextEncoder
 from ..search.menu_coverage import merge
 from ..search.record_store import RecordReader
 from ..search.records import SearchRecord
@@ -126,13 +127,16 @@ def pruning_choices(
 
 
 def learned_choices(
-    model: "CompiledModel", known: TrainingRecords, encoded: Mapping[str, EncodedQuestion], test: Sequence[EncodedQuestion],
+    model: "CompiledModel", known: TrainingRecords, encoded: Mapping[str, EncodedQuestion], seen: Sequence[Tensor],
     features: Features, seed: int,
 ) -> tuple[list[Choice], dict[str, Any]]:  # fmt: skip
-    """Per-layer routers and PoLar's network, on the same states as the selector; and how their training went."""
+    """Per-layer routers and PoLar's network, on the same states as the selector; and how their training went.
+
+    `seen` are those of the test questions (`token_features`).
+    """
     depth, trunk = model.depth, features.num_steps
     tokens = {split: _tokens(model, records, encoded, features) for split, records in _splits(known).items()}
-    seen = token_features(model, test, features)
+    seen = [states.float() for states in seen]
     windows = {split: {name: pool_windows(t) for name, t in found.items()} for split, found in tokens.items()}
     asked = torch.stack([pool_windows(t) for t in seen])
     labels = {split: router_labels(records, depth, trunk) for split, records in _splits(known).items()}
@@ -147,24 +151,47 @@ def learned_choices(
             router = router.with_budget(torch.stack(list(windows["validation"].values())), _BUDGET)
         choices.append(Choice.single(name, router.programs(asked)))
         notes[name] = {k: v for k, v in history.items() if k != "history"}
+    more, notes["PoLar network"] = polar_choices(
+        "PoLar network", known, {**tokens["train"], **tokens["validation"]}, seen, depth, trunk, seed
+    )
+    return choices + more, notes
+
+
+def encoder_choices(
+    encoder: TextEncoder, known: TrainingRecords, test: Sequence[Question], depth: int, trunk: int, seed: int
+) -> tuple[list[Choice], dict[str, Any]]:
+    """PoLar's network on what the paper gives it: a frozen text encoder's states of the question; and how its training went."""
+    learned = [r.question for records in _splits(known).values() for r in records]
+    states = encoder.states([q.question for q in (*learned, *test)])
+    by_id = dict(zip([q.id for q in learned], states, strict=False))
+    name = "PoLar network on a text encoder"
+    choices, notes = polar_choices(name, known, by_id, states[len(learned) :], depth, trunk, seed)
+    return choices, {name: {**notes, "encoder": encoder.fingerprint}}
+
+
+def polar_choices(
+    name: str, known: TrainingRecords, tokens: Mapping[str, Tensor], seen: Sequence[Tensor], depth: int, trunk: int, seed: int
+) -> tuple[list[Choice], dict[str, Any]]:
+    """PoLar's network by several decoders, and how its training went.
+
+    `tokens` has token features f32[T, Q] of the searched questions by id, `seen` those of the test questions.
+    """
     trained, counts = train_polar_arm(
-        known.train, known.validation, {**tokens["train"], **tokens["validation"]}, depth, trunk,
-        training=TrainingConfig(epochs=10, seed=seed), seed=seed,
-    )  # fmt: skip
+        known.train, known.validation, tokens, depth, trunk, training=TrainingConfig(epochs=10, seed=seed), seed=seed
+    )
     arm = PolarArm(trained.network, trunk)
     ranked = arm.beam(seen)
-    choices += [
-        Choice.single("PoLar network, first of beam", [found[0] for found in ranked]),
-        Choice.single("PoLar network, joint decode", [found[0] for found in arm.joint(seen)]),
-        Choice.single(f"PoLar network, budget {_BUDGET:g}", arm.budget(seen, _BUDGET)),
-        Choice("PoLar network, pass@5", tuple(tuple(found) for found in ranked), True),
+    choices = [
+        Choice.single(f"{name}, first of beam", [found[0] for found in ranked]),
+        Choice.single(f"{name}, joint decode", [found[0] for found in arm.joint(seen)]),
+        Choice.single(f"{name}, budget {_BUDGET:g}", arm.budget(seen, _BUDGET)),
+        Choice(f"{name}, pass@5", tuple(tuple(found) for found in ranked), True),
     ]
-    notes["PoLar network"] = {
+    return choices, {
         "best_epoch": trained.history["best_epoch"], "validation_loss": trained.history["best_validation_loss"],
         "labels": {split: str(found) for split, found in counts.items()},
         "identity_first": sum(found[0].is_identity for found in ranked) / len(ranked),
     }  # fmt: skip
-    return choices, notes
 
 
 def _splits(known: TrainingRecords) -> dict[str, list[SearchRecord]]:
@@ -175,4 +202,5 @@ def _tokens(
     model: "CompiledModel", records: Sequence[SearchRecord], encoded: Mapping[str, EncodedQuestion], features: Features
 ) -> dict[str, Tensor]:
     questions = [encoded[r.question.id] for r in records]
-    return dict(zip([q.id for q in questions], token_features(model, questions, features), strict=True))
+    found = token_features(model, questions, features)
+    return {q.id: states.float() for q, states in zip(questions, found, strict=True)}

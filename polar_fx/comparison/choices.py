@@ -4,7 +4,7 @@ Shape legend: N questions, K programs of a menu.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..predictor.menu import Menu, Proposal
 from ..predictor.policy import Policy
 from ..predictor.selector import Selector
 from ..program import Program
-from ..protocol.paired import ArmResult
+from ..protocol.arms import ArmResult
 from ..search.records import SearchRecord
 from ..training.selector_training import choose_all
 
@@ -34,6 +34,10 @@ class Choice:
     @classmethod
     def single(cls, name: str, programs: Sequence[Program]) -> "Choice":
         return cls(name, tuple((p,) for p in programs))
+
+    def at(self, places: Sequence[int]) -> "Choice":
+        """The method on some of the questions."""
+        return Choice(self.name, tuple(self.programs[i] for i in places), self.oracle)
 
     def __post_init__(self) -> None:
         if not self.oracle and any(len(each) != 1 for each in self.programs):
@@ -98,10 +102,12 @@ def wanted_programs(choices: Sequence[Choice], questions: Sequence[Question]) ->
     return {name: tuple(programs) for name, programs in found.items()}
 
 
-def arm_results(choices: Sequence[Choice], records: Sequence[SearchRecord]) -> list[ArmResult]:
+def arm_results(
+    choices: Sequence[Choice], records: Sequence[SearchRecord], unseen: Collection[str] = ()
+) -> list[ArmResult]:  # fmt: skip
     """A result a method and task, from records of all that the methods run, in the order of their questions.
 
-    Raises InputError if a record lacks a program.
+    `unseen` are tasks the predictor was not trained on. Raises InputError if a record lacks a program.
     """
     verdicts = [r.verdicts for r in records]
     tasks = list(dict.fromkeys(r.question.task for r in records))
@@ -121,7 +127,7 @@ def arm_results(choices: Sequence[Choice], records: Sequence[SearchRecord]) -> l
             found.append(
                 ArmResult(
                     choice.name, task, np.array(right), identity, np.array(steps), np.full(len(right), float(records[0].depth)),
-                    unique_layers=np.array(unique), oracle=choice.oracle,
+                    unique_layers=np.array(unique), oracle=choice.oracle, unseen=task in unseen,
                 )
             )  # fmt: skip
     return found

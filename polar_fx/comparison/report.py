@@ -1,14 +1,17 @@
 """What an evaluation writes: one JSON with every number, a Markdown and a CSV table, figures."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..evaluate.question import Question
+from ..protocol.arms import SEEN, UNSEEN, ArmResult, compare_arms, pool, pooled_names
 from ..protocol.calibration import Reliability, brier, ece, log_loss, reliability
-from ..protocol.paired import ArmResult, compare, compare_arms, pool
+from ..protocol.paired import compare
 from ..protocol.tables import write_compared
 from ..search.record_store import replace_file
 from ..search.records import SearchRecord
@@ -20,6 +23,32 @@ def calibration_report(chances: np.ndarray, right: np.ndarray) -> dict[str, Any]
     return {
         "ece": ece(chances, right), "brier": brier(chances, right), "log_loss": log_loss(chances, right),
         "bins": reliability(chances, right).to_dict(),
+    }  # fmt: skip
+
+
+def distributions(questions: Sequence[Question], trained_on: Collection[str]) -> dict[str, list[int]]:
+    """The places of questions of tasks the predictor was trained on, and of others; without what there is none of."""
+    found: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        found.setdefault(SEEN if question.task in trained_on else UNSEEN, []).append(place)
+    return found
+
+
+def selector_report(
+    choices: Sequence[Choice], records: Sequence[SearchRecord], chances: np.ndarray, right: np.ndarray
+) -> dict[str, Any]:
+    """What single-shot methods, the selector's first, do on these questions: programs it uses, calibration, difficulty.
+
+    `chances` f64[N, K] are its probabilities, `right` bool[N, K] what came true.
+    """
+    counts = Counter(program for (program,) in choices[0].programs)
+    return {
+        "questions": len(records),
+        "calibration": calibration_report(chances, right),
+        "programs_used": [
+            {"program": str(p), "steps": p.num_steps, "share": c / len(records)} for p, c in counts.most_common()
+        ],
+        "difficulty": [row for choice in choices for row in by_difficulty(choice, records)],
     }  # fmt: skip
 
 
@@ -44,8 +73,8 @@ def against(arms: Sequence[ArmResult], method: str, other: str) -> list[dict[str
     """One method beside another instead of the identity, by task and over all."""
     by_name = {name: [a for a in arms if a.name == name] for name in (method, other)}
     pairs = list(zip(*by_name.values(), strict=True))
-    if len(pairs) > 1:
-        pairs.insert(0, (pool(by_name[method]), pool(by_name[other])))
+    together = pooled_names(by_name[method]).items()
+    pairs[:0] = [tuple(pool([a for a in each if a.task in of], label) for each in by_name.values()) for label, of in together]
     return [
         {"method": method, "against": other, "task": one.task,
          **compare(one.right, two.right, steps=one.steps, identity_steps=two.steps, strata=one.strata).to_dict()}
@@ -63,7 +92,8 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     rows = compare_arms(arms)
     compared = [
-        {"arm": row.label, "task": row.arm.task, "oracle": row.arm.oracle, "adjusted_p": row.adjusted_p,
+        {"arm": row.label, "task": row.arm.task, "out_of_distribution": row.arm.unseen, "oracle": row.arm.oracle,
+         "adjusted_p": row.adjusted_p,
          **row.paired.to_dict(), **_means(row.arm)}
         for row in rows
     ]  # fmt: skip

@@ -4,7 +4,7 @@ A vote over k programs runs all k; its cost is counted so. Answers are graded as
 teacher forcing: the identity is generated and graded beside them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from ..predictor.selector import Selector
 from ..program import Program
-from ..protocol.paired import ArmResult
+from ..protocol.arms import ArmResult, pooled_names
 from ..search.records import SearchRecord
 from .choices import Choice
 from .generated import Answer, Answerer, Rescues, Row, is_parsable, is_right, majority, most_confident
@@ -22,7 +22,7 @@ _TEMPERATURE = 0.7
 
 @dataclass(frozen=True, eq=False)
 class GeneratedArms:
-    """Arms of generated answers, and of the selector what became of its gains, as a whole and by task."""
+    """Arms of generated answers, and of the selector what became of its gains, by task and over several."""
 
     arms: list[ArmResult]
     rescues: dict[str, Rescues]
@@ -37,9 +37,12 @@ class GeneratedArms:
 
 def generated_arms(
     answerer: Answerer, selector: Selector, chances: np.ndarray, chosen: Choice, records: Sequence[SearchRecord],
-    rows: Sequence[Row], votes: int, seed: int,
+    rows: Sequence[Row], votes: int, seed: int, unseen: Collection[str] = (),
 ) -> GeneratedArms:  # fmt: skip
-    """Generate, grade and compare on these rows, whose probabilities f64[N, K], choices and records are in the same order."""
+    """Generate, grade and compare on these rows, whose probabilities f64[N, K], choices and records are in the same order.
+
+    `unseen` are tasks the predictor was not trained on.
+    """
     n, identity = len(rows), Program.identity(selector.depth)
     order = np.argsort(-chances, axis=1, kind="stable")
     ranked = [_with_identity(selector, row, votes) for row in order]
@@ -74,15 +77,15 @@ def generated_arms(
             np.array([graded["identity"][i] for i in members[task]]),
             np.array([steps[i] for i in members[task]]), np.full(len(members[task]), float(selector.depth)),
             format_valid=np.array([is_parsable(found[i], rows[i][0]) for i in members[task]]),
-            generated_tokens=np.array([tokens[i] for i in members[task]]),
+            generated_tokens=np.array([tokens[i] for i in members[task]]), unseen=task in unseen,
         )
         for name, (found, steps, tokens) in made.items() for task in tasks
     ]  # fmt: skip
     exact = [r.baseline.correct for r in records]
     method = [r.verdicts[p].correct for r, p in zip(records, singles, strict=True)]
     flags = (exact, graded["identity"], method, graded["selector: accuracy"])
-    rescues = {task: Rescues.of(*([f[i] for i in members[task]] for f in flags)) for task in tasks}
-    rescues["overall"] = Rescues.of(*flags)
+    together = {**{task: [task] for task in tasks}, **pooled_names(arms)}
+    rescues = {name: Rescues.of(*([f[i] for task in of for i in members[task]] for f in flags)) for name, of in together.items()}
     return GeneratedArms(arms, rescues, float(np.mean([e == g for e, g in zip(exact, graded["identity"], strict=True)])))
 
 

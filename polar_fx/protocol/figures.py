@@ -21,8 +21,9 @@ from ..plain_text import count
 from ..program_picture import made_folder, write_whole
 from ..search.figure_style import FORMATS, style
 from ..search.intervals import wilson
+from .arms import IDENTITY, ArmComparison, ArmResult, compare_arms
 from .calibration import Reliability
-from .paired import IDENTITY, RESAMPLES, ArmComparison, ArmResult, compare_arms
+from .paired import RESAMPLES
 
 INK, GRAY = "#333333", "#7F7F7F"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -203,12 +204,12 @@ def reliability_diagram(reliability: Mapping[str, Reliability]) -> Figure:
 
 
 def _panels(rows: Sequence[ArmComparison]) -> dict[str, list[ArmComparison]]:
-    """Rows by task, in the order given."""
+    """Rows by title, in the order given: the task, marked in a second line where the predictor was not trained on it."""
     if not rows:
         raise InputError("no arms to draw; give results of at least one besides the identity")
     panels: dict[str, list[ArmComparison]] = {}
     for row in rows:
-        panels.setdefault(row.arm.task, []).append(row)
+        panels.setdefault(row.task_label.replace(" (", "\n("), []).append(row)
     return panels
 
 

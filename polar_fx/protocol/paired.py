@@ -1,11 +1,11 @@
 """One method against the identity on the same questions: gain, its uncertainty, tests, steps, and how many questions it takes.
 
-Gains are in points (hundredths of accuracy), all other shares are 0 to 1. An arm is a method on the questions of a task.
+Gains are in points (hundredths of accuracy), all other shares are 0 to 1.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
@@ -15,8 +15,6 @@ from ..errors import InputError
 from ..search.intervals import Share
 
 RESAMPLES = 10_000
-IDENTITY = "identity"  # name of the arm the others are compared with
-OVERALL = "overall"  # task name of all tasks pooled
 _Z = NormalDist().inv_cdf(0.975)
 _Z_POWER = NormalDist().inv_cdf(0.8)
 _MOST_DRAWS = 4_000_000  # numbers drawn at once; bounds memory to some 30 MB
@@ -129,7 +127,7 @@ def compare(
     theirs = flags("identity_right", identity_right, n)
     if resamples < 1:
         raise InputError(f"{resamples} resamples; give at least one, {RESAMPLES:,} for a report")
-    codes = _codes(strata, n)
+    codes = strata_codes(strata, n)
     difference = mine.astype(np.float64) - theirs
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     means = _resampled_means(difference[:, None], codes, resamples, np.random.default_rng([seed, 0]))
@@ -140,7 +138,7 @@ def compare(
     if (steps is None) is not (identity_steps is None):
         raise InputError("steps of one side only; give steps and identity_steps, or neither")
     if steps is not None:
-        both = np.stack([_steps("steps", steps, n), _steps("identity_steps", identity_steps, n)], axis=1)
+        both = np.stack([step_counts("steps", steps, n), step_counts("identity_steps", identity_steps, n)], axis=1)
         if (both[:, 1] == 0).any():
             raise InputError("identity_steps has a 0; the identity runs at least one step a question")
         means = _resampled_means(both, codes, resamples, np.random.default_rng([seed, 1]))
@@ -150,15 +148,16 @@ def compare(
     return Paired(n, *shares, gain, score, gained, lost, mcnemar(gained, lost), mean_steps, ratio)
 
 
-def _steps(name: str, values: Any, n: int) -> np.ndarray:
+def step_counts(name: str, values: Any, n: int) -> np.ndarray:
+    """`numbers` of at least 0; one number stands for all questions. Raises InputError."""
     array = numbers(name, np.full(n, values) if np.ndim(values) == 0 else values, n)  # one number stands for all
     if array.min() < 0:
         raise InputError(f"{name}[{int(array.argmin())}] is {array.min():g}; give executed steps, 0 or more")
     return array
 
 
-def _codes(strata: Sequence[Any] | None, n: int) -> np.ndarray:
-    """A number for each question's stratum."""
+def strata_codes(strata: Sequence[Any] | None, n: int) -> np.ndarray:
+    """A number for each question's stratum. Raises InputError if there is not one a question."""
     if strata is None:
         return np.zeros(n, dtype=np.int64)
     if len(strata) != n:
@@ -263,132 +262,3 @@ def best_of_useless(num_programs: int, discordance: float, n: int, rng: np.rando
         pairs = rng.binomial(n, discordance, size=(min(chunk, simulations - start), num_programs))
         total += float((2 * rng.binomial(pairs, 0.5) - pairs).max(axis=1).sum())
     return 100 * total / (n * simulations)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ArmResult:
-    """A method on the n questions of a task, beside the identity on the same ones; arrays are [n], copied and frozen.
-
-    right, identity_right: booleans; steps, identity_steps: executed steps (one number stands for all questions);
-    unique_layers: distinct layers run; format_valid: whether an answer could be read; generated_tokens: how many.
-    `oracle`: chosen by the answer key. `strata`: the task of each question of a pooled result. Raises InputError.
-    """
-
-    name: str
-    task: str
-    right: np.ndarray
-    identity_right: np.ndarray
-    steps: np.ndarray
-    identity_steps: np.ndarray
-    unique_layers: np.ndarray | None = None
-    format_valid: np.ndarray | None = None
-    generated_tokens: np.ndarray | None = None
-    oracle: bool = False
-    strata: tuple[str, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.name, str) and isinstance(self.task, str) and self.name and self.task):
-            raise InputError(f"an arm named {self.name!r} on task {self.task!r}; give two texts")
-        if not isinstance(self.oracle, bool):
-            raise InputError(f"{self.name} on {self.task}: oracle is {self.oracle!r}; give True or False")
-        where = f"{self.name} on {self.task}: "
-        n = len(flags(where + "right", self.right))
-        for field in ("right", "identity_right", "format_valid"):
-            if (value := getattr(self, field)) is not None:
-                object.__setattr__(self, field, flags(where + field, value, n))
-        for field in ("steps", "identity_steps", "unique_layers", "generated_tokens"):
-            if (value := getattr(self, field)) is not None:
-                object.__setattr__(self, field, _steps(where + field, value, n))
-        if self.strata is not None:
-            _codes(self.strata, n)
-            object.__setattr__(self, "strata", tuple(self.strata))
-
-    @property
-    def n(self) -> int:
-        return len(self.right)
-
-    def paired(self, *, seed: int = 0, resamples: int = RESAMPLES) -> Paired:
-        """`compare` of this arm."""
-        extra = {"strata": self.strata, "seed": seed, "resamples": resamples}
-        return compare(self.right, self.identity_right, steps=self.steps, identity_steps=self.identity_steps, **extra)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values, for `from_dict`."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        lists = {name: value.tolist() for name, value in values.items() if isinstance(value, np.ndarray)}
-        return {"n": self.n, **values, **lists, "strata": None if self.strata is None else list(self.strata)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "ArmResult":
-        """Raises InputError for missing or unknown fields, or an n that is not the number of answers."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known - {"n"}):
-            raise InputError(f"unknown fields of an arm: {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-        needed = {field.name for field in fields(cls) if field.default is MISSING}
-        if missing := sorted(needed - set(values)):
-            raise InputError(f"an arm lacks {', '.join(missing)}; give what `to_dict` wrote")
-        arm = cls(**{name: value for name, value in values.items() if name != "n"})
-        if values.get("n", arm.n) != arm.n:
-            raise InputError(f"{arm.name} on {arm.task} says n = {values['n']} and has {arm.n} answers; give them all")
-        return arm
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ArmComparison:
-    """An arm, what `compare` says of it, and Holm's p among the arms of its task; None for identity and oracles."""
-
-    arm: ArmResult
-    paired: Paired
-    adjusted_p: float | None
-
-    @property
-    def label(self) -> str:
-        """The arm's name, marked where the answer key chose."""
-        return f"{self.arm.name} (oracle)" if self.arm.oracle else self.arm.name
-
-
-def pool(results: Sequence[ArmResult], task: str = OVERALL) -> ArmResult:
-    """One arm over the questions of several tasks, which become its strata. Values that not all tasks have are left out."""
-    if len({(each.name, each.oracle) for each in results}) != 1:
-        raise InputError(f"pooled arms are {sorted({each.name for each in results})}; give results of one arm")
-
-    def join(field: str) -> Any:
-        parts = [getattr(each, field) for each in results]
-        return None if any(part is None for part in parts) else np.concatenate(parts)
-
-    optional = {field: join(field) for field in ("unique_layers", "format_valid", "generated_tokens")}
-    strata = tuple(each.task for each in results for _ in range(each.n))
-    needed = [join(field) for field in ("right", "identity_right", "steps", "identity_steps")]
-    return ArmResult(results[0].name, task, *needed, **optional, oracle=results[0].oracle, strata=strata)
-
-
-def compare_arms(results: Iterable[ArmResult], *, seed: int = 0, resamples: int = RESAMPLES) -> list[ArmComparison]:
-    """Every arm and task, in the order given; first, where there are several tasks, the overall of each arm that ran them all.
-
-    Holm's correction is over the arms of one task, or of the overall, without the identity and oracles, which are no
-    candidates. Raises InputError where arms of a task did not run on the same questions, or one is there twice.
-    """
-    results = list(results)
-    tasks = list(dict.fromkeys(each.task for each in results))
-    first: dict[str, ArmResult] = {}
-    found: dict[tuple[str, str], ArmResult] = {}
-    for each in results:
-        same = first.setdefault(each.task, each)
-        if not all(np.array_equal(getattr(each, side), getattr(same, side)) for side in ("identity_right", "identity_steps")):
-            raise InputError(f"{each.name} and {same.name} on {each.task} differ in the identity; run both on the same questions")
-        if (each.task, each.name) in found:
-            raise InputError(f"two results of {each.name} on {each.task}; give each arm once a task")
-        found[each.task, each.name] = each
-    groups = [[each for each in results if each.task == task] for task in tasks]
-    if len(tasks) > 1:
-        if OVERALL in tasks:
-            raise InputError(f"a task is named {OVERALL}, as all of them together are; give it another name")
-        names = [name for name in dict.fromkeys(each.name for each in results) if all((task, name) in found for task in tasks)]
-        groups.insert(0, [pool([found[task, name] for task in tasks]) for name in names])
-    rows: list[ArmComparison] = []
-    for group in groups:
-        paired = [each.paired(seed=seed, resamples=resamples) for each in group]
-        candidates = [i for i, each in enumerate(group) if each.name != IDENTITY and not each.oracle]
-        adjusted = dict(zip(candidates, holm([paired[i].p_value for i in candidates]), strict=True))
-        rows += [ArmComparison(each, paired[i], adjusted.get(i)) for i, each in enumerate(group)]
-    return rows

@@ -10,13 +10,15 @@ import numpy as np
 
 from ..program_picture import made_folder, write_whole
 from ..search.intervals import Share
-from .paired import IDENTITY, RESAMPLES, ArmComparison, ArmResult, Estimate, compare_arms
+from .arms import IDENTITY, UNSEEN, ArmComparison, ArmResult, compare_arms
+from .paired import RESAMPLES, Estimate
 
 NOTE = (
     "Accuracies in % with Wilson's 95 % interval; gains over the identity in points with the paired bootstrap's; p of the exact "
     "McNemar test, and after Holm among the arms of a task; steps in % of the identity's. Oracles choose by the answer key: "
     "bounds, not methods, and not tested."
 )
+UNSEEN_NOTE = f"The predictor was not trained on tasks that are {UNSEEN}."
 _HEAD = (
     "task", "arm", "n", "accuracy", "gain", "gained / lost", "McNemar p", "Holm p", "steps %", "unique layers",
     "format valid %", "tokens",
@@ -40,6 +42,8 @@ def write_compared(rows: Sequence[ArmComparison], folder: str | Path, stem: str 
 
 def markdown(rows: Sequence[ArmComparison], note: str = NOTE) -> str:
     """One table, a line for each arm and task in the order given, with what its columns mean below it."""
+    if note and any(row.arm.unseen for row in rows):
+        note = f"{note} {UNSEEN_NOTE}"
     head = [*_HEAD]
     lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *(_cells(row) for row in rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -51,7 +55,7 @@ def _cells(row: ArmComparison) -> list[str]:
     compared = arm.name != IDENTITY
     tested = compared and not arm.oracle
     return [
-        _escape(arm.task),
+        _escape(row.task_label),
         _escape(row.label),
         f"{paired.n:,}",
         _interval(_accuracy(paired.method), ".1f"),
@@ -102,6 +106,7 @@ _COLUMNS: dict[str, Callable[[ArmComparison], Any]] = {
     "task": lambda row: row.arm.task,
     "arm": lambda row: row.arm.name,
     "oracle": lambda row: int(row.arm.oracle),
+    "out_of_distribution": lambda row: int(row.arm.unseen),
     "n": lambda row: row.paired.n,
     "accuracy": lambda row: row.paired.method.value,
     "accuracy_low": lambda row: row.paired.method.to_dict()["low"],

@@ -28,8 +28,11 @@ def token_features(
     model: "CompiledModel", questions: Sequence[EncodedQuestion], features: Features,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:  # fmt: skip
-    """A question's states f32[T, d], T at most the window. Raises KvOverflowError for a prompt that does not fit the model."""
-    return _each(model, questions, features, lambda hidden: features.tokens(hidden).float(), progress)
+    """A question's states [T, d] as the model has them, T at most the window; pooled they are the `pooled_features`.
+
+    Raises KvOverflowError for a prompt that does not fit the model.
+    """
+    return _each(model, questions, features, features.tokens, progress)
 
 
 def _each(
