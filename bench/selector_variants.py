@@ -143,7 +143,7 @@ def main() -> None:
             "prompt text": [labeller.templates[q.task].text(labeller.tokenizer, q.question) for q in table.questions],
             "question text": [q.question for q in table.questions],
         }
-        encoder_notes = {"fingerprint": encoder.fingerprint, "name": Path(options.encoder).name, "one_text_cpu_ms": {}}
+        encoder_notes = {"fingerprint": encoder.fingerprint, "name": Path(str(options.encoder)).name, "one_text_cpu_ms": {}}
         for name, each in texts.items():
             states = encoder.states(each)
             whole = Features(0, max(map(len, states)))

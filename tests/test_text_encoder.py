@@ -1,6 +1,7 @@
 """A frozen text encoder: its states are what transformers gives, whatever the batch; what cannot be one is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,7 +51,7 @@ def test_the_fingerprint_tells_weights_and_vocabulary(tmp_path: Path) -> None:
 def test_of_a_model_with_a_decoder_the_encoder_is_used(encoder: TextEncoder) -> None:
     from transformers import T5Config, T5Model
 
-    sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    sizes: dict[str, Any] = dict(d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     whole = T5Model(T5Config(vocab_size=len(encoder.tokenizer), **sizes))
     (states,) = TextEncoder(whole, encoder.tokenizer).states(["abc"])
     with torch.no_grad():
