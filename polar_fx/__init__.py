@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from .bundle import BundleError, export, load_bundle
     from .compiled import CompiledModel, compile
     from .library import LayerLibrary
-    from .models import load, load_default
+    from .models import load_default
     from .program import Blend, Op, Program, Segment
+    from .sources import load
 
 __version__ = "0.1.0"
 
@@ -41,7 +42,7 @@ _LAZY = {
     "Segment": "program",
     "compile": "compiled",
     "export": "bundle",
-    "load": "models",
+    "load": "sources",
     "load_bundle": "bundle",
     "load_default": "models",
 }

@@ -1,10 +1,15 @@
 """Fixtures every test may use."""
 
+import shutil
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from tiny_bundles import Mutable
 
 # a busy machine is no failure
 settings.register_profile("polar_fx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,3 +40,22 @@ def smollm2() -> tuple[Any, Any]:
         return load_default()
     except ModelNotFoundError as error:
         pytest.skip(str(error).partition(";")[0])
+
+
+@pytest.fixture(scope="session")
+def whole_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a tiny model with three programs and a tokenizer, which nobody writes to."""
+    from polar_fx.bundle import export
+    from tiny_bundles import PROGRAMS, compiled_model, tokenizer_of_words
+
+    place = tmp_path_factory.mktemp("bundles") / "bundle"
+    export(compiled_model(), place, PROGRAMS, tokenizer=tokenizer_of_words())
+    return place
+
+
+@pytest.fixture
+def mutable(whole_bundle: Path, tmp_path: Path) -> "Mutable":
+    """A bundle of one's own, to be damaged or edited."""
+    from tiny_bundles import Mutable
+
+    return Mutable(shutil.copytree(whole_bundle, tmp_path / "bundle", copy_function=lambda a, b: Path(b).hardlink_to(a)))

@@ -15,11 +15,8 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from polar_fx.backends import AotInductorBackend, EagerBackend, Region
 from polar_fx.bundle import BundledModel, BundleError, Manifest, add_program, export, load_bundle, read_manifest, remove_program
@@ -31,23 +28,8 @@ from polar_fx.predictor.policy import Calibration
 from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
 from polar_fx.store import ArtifactStore
+from tiny_bundles import DEPTH, LENGTH, PROGRAMS, compiled_model, tokenizer_of_words
 from tiny_models import make, prompts
-
-DEPTH, LENGTH = 4, 63
-PROGRAMS = ("identity", "skip 1", "0 (1-2)*2@0.5 3")
-
-
-def compiled_model() -> CompiledModel:
-    """A tiny model whose regions are compiled once a test session: the session's store keeps them."""
-    return compile(make("llama"), "aot_inductor", max_length=LENGTH, workers=2)
-
-
-def words() -> Any:
-    """A tokenizer of the tiny models' vocabulary."""
-    vocabulary = {f"w{i}": i for i in range(100)}
-    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()  # type: ignore[assignment]
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +41,7 @@ def compiled() -> CompiledModel:
 def folder(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("bundles") / "bundle"
     compiled.generation_config.max_new_tokens = 6
-    export(compiled, place, PROGRAMS, tokenizer=words())
+    export(compiled, place, PROGRAMS, tokenizer=tokenizer_of_words())
     return place
 
 
@@ -189,7 +171,7 @@ def test_a_fresh_process_needs_no_modeling_code_and_no_compiler(compiled: Compil
     tokens, text, modeling, models, regions, events = json.loads(other.stdout.splitlines()[-1])
     assert (modeling, models, events) == ([], [], [])
     assert regions == [["loaded"] * 7, 0, False] and not (tmp_path / "cache").exists()
-    assert tokens == compiled.generate(ids, do_sample=False).tolist() and text == words().decode(tokens[0])
+    assert tokens == compiled.generate(ids, do_sample=False).tolist() and text == tokenizer_of_words().decode(tokens[0])
     logits = load_file(tmp_path / "out.safetensors")
     assert len(logits) == len(PROGRAMS)
     for program in PROGRAMS:

@@ -15,13 +15,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors import SafetensorError
-from test_bundle import LENGTH, PROGRAMS, compiled_model, words
 
 from polar_fx.bundle import BundleError, add_program, export, load_bundle, verify_bundle
 from polar_fx.cli import export as command
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, ProgramError
 from polar_fx.program import Program
+from tiny_bundles import LENGTH, PROGRAMS, compiled_model, tokenizer_of_words
 from tiny_models import make, prompts
 
 STEPS = ("fsync", "rename", "replace", "mkdir", "chmod")  # of the operating system, that an export takes
@@ -82,7 +82,7 @@ def test_what_is_there_is_not_replaced_unless_it_is_a_bundle_and_that_is_asked_f
 def test_a_tokenizer_with_files_of_its_own_is_refused(compiled: CompiledModel, tmp_path: Path) -> None:
     class Odd:
         def save_pretrained(self, place: Path) -> None:
-            words().save_pretrained(place)
+            tokenizer_of_words().save_pretrained(place)
             (place / "tokenization_odd.py").write_text("print('hello')")
 
     with pytest.raises(InputError, match=r"saves tokenization_odd\.py, which a bundle cannot ship"):
@@ -92,7 +92,7 @@ def test_a_tokenizer_with_files_of_its_own_is_refused(compiled: CompiledModel, t
 
 def test_files_are_for_those_who_run_the_bundle(compiled: CompiledModel, tmp_path: Path) -> None:
     """What the artifact store keeps for its owner alone is shipped with the usual modes; no path of this machine is told."""
-    export(compiled, tmp_path / "bundle", tokenizer=words())
+    export(compiled, tmp_path / "bundle", tokenizer=tokenizer_of_words())
     (tmp_path / "plain").touch()
     usual = (tmp_path / "plain").stat().st_mode
     files = [p for p in (tmp_path / "bundle").rglob("*") if p.is_file()]
@@ -273,7 +273,7 @@ def test_programs_that_are_added_at_the_same_time_are_all_there(compiled: Compil
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("models") / "tiny"
     make("llama").save_pretrained(place)
-    words().save_pretrained(place)
+    tokenizer_of_words().save_pretrained(place)
     return place
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,23 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_bundle import PROGRAMS, compiled_model, words
 from test_bundle_refusals import MUTATIONS as OTHERS
-from test_bundle_refusals import REGION, WEIGHTS, Mutable, Mutation, as_folder, check_refused, cut, fifo, removed
+from test_bundle_refusals import REGION, WEIGHTS, Mutation, as_folder, check_refused, cut, fifo, removed
 
-from polar_fx.bundle import BundleError, export, load_bundle, verify_bundle
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("bundles") / "bundle"
-    export(compiled_model(), place, PROGRAMS, tokenizer=words())
-    return place
-
-
-@pytest.fixture
-def mutable(folder: Path, tmp_path: Path) -> Mutable:
-    return Mutable(shutil.copytree(folder, tmp_path / "bundle", copy_function=lambda a, b: Path(b).hardlink_to(a)))
+from polar_fx.bundle import BundleError, load_bundle, verify_bundle
+from polar_fx.bundle.weights import load_weights
+from tiny_bundles import Mutable
 
 
 def symbols(change: Callable[[dict[str, Any]], Any]) -> Mutation:
@@ -179,3 +167,19 @@ def test_a_package_that_does_not_load_is_an_error_that_names_it(mutable: Mutable
     mutable.forge(REGION, b"PK\3\4 no package")
     with pytest.raises(BundleError, match=r"one-token\.pt2: cannot be loaded: "):
         load_bundle(mutable.folder)
+
+
+def test_a_region_exchanged_after_it_was_hashed_is_not_opened(
+    mutable: Mutable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is opened is a private copy, made while it was hashed, and removed when it is loaded."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+
+    def meddle(*args: Any) -> Any:
+        mutable.put(REGION, b"PK\3\4 no package")
+        return load_weights(*args)
+
+    monkeypatch.setattr("polar_fx.bundle.loader.load_weights", meddle)
+    assert len(load_bundle(mutable.folder).regions.records) == 7
+    assert not list((tmp_path / "temporary").glob("polar_fx-*"))

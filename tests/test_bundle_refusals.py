@@ -1,54 +1,19 @@
 """Bundles that are damaged, foreign or made up are refused: with the file, the reason and a remedy, before anything is loaded."""
 
-import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_bundle import PROGRAMS, compiled_model, words
 
 from polar_fx.backends import AotInductorBackend
-from polar_fx.bundle import BundleError, export, load_bundle, verify_bundle
+from polar_fx.bundle import BundleError, load_bundle, verify_bundle
 from polar_fx.errors import PolarError
-from polar_fx.store import digest
+from tiny_bundles import Mutable
 
 REGION = "regions/layer_kind_0.one-row.one-token.pt2"
-
-
-class Mutable:
-    """A bundle of one's own: hard links, so a file is never written to but replaced."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def manifest(self) -> dict[str, Any]:
-        return json.loads((self.folder / "manifest.json").read_text())
-
-    def put(self, path: str, content: bytes) -> None:
-        """Replace a file, and tell the manifest nothing."""
-        place = self.folder / path
-        place.unlink(missing_ok=True)
-        place.write_bytes(content)
-
-    def sign(self, manifest: dict[str, Any]) -> None:
-        """Write a manifest with the checksum it should have."""
-        manifest = {k: v for k, v in manifest.items() if k != "checksum"}
-        self.put("manifest.json", json.dumps({**manifest, "checksum": digest(manifest)}).encode())
-
-    def forge(self, path: str, content: bytes) -> None:
-        """Replace a file and make the manifest fit."""
-        self.put(path, content)
-        manifest, sha256 = self.manifest(), hashlib.sha256(content).hexdigest()
-        for file in manifest["files"]:
-            if file["path"] == path:
-                file |= {"bytes": len(content), "sha256": sha256}
-        if path == "symbols.json":
-            manifest["fingerprints"]["graphs"] = sha256
-        self.sign(manifest)
 
 
 Mutation = Callable[[Mutable], None]
@@ -152,25 +117,13 @@ def check_refused(mutate: Mutation, reason: str, bundle: Mutable, monkeypatch: p
     mutate(bundle)
     loaded: list[Any] = []
     monkeypatch.setattr(AotInductorBackend, "load", lambda *a: loaded.append(a))
-    monkeypatch.setattr("polar_fx.bundle.loader.load_weights", lambda *a: loaded.append(a))
+    monkeypatch.setattr("polar_fx.bundle.loader.BundledModel", lambda *a: loaded.append(a))
     with pytest.raises(BundleError, match=reason) as caught:
         load_bundle(bundle.folder, any_program=True)
     assert not loaded, "refused before anything was loaded"
     error = caught.value
     assert isinstance(error, PolarError) and error.path.startswith(str(bundle.folder)) and error.reason and error.remedy
     assert str(error) == f"{error.path}: {error.reason}; {error.remedy}"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("bundles") / "bundle"
-    export(compiled_model(), place, PROGRAMS, tokenizer=words())
-    return place
-
-
-@pytest.fixture
-def mutable(folder: Path, tmp_path: Path) -> Mutable:
-    return Mutable(shutil.copytree(folder, tmp_path / "bundle", copy_function=lambda a, b: Path(b).hardlink_to(a)))
 
 
 WEIGHTS = "weights.safetensors"
@@ -237,7 +190,10 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "length zero": (field("limits.max_length", 0), r"limits\.max_length is 0"),
     "length absurd": (field("limits.max_length", 10**12), r"limits\.max_length is 1000000000000, outside"),
     "columns too few": (field("limits.kv_length", 63), r"limits\.kv_length is 63, outside"),
-    "columns of no region": (field("limits.kv_length", 80), r"does not name region \S+ for B=1 \S+ L=80"),
+    "columns another": (field("limits.kv_length", 80), r"was compiled for 80 KV columns, and this polar_fx allocates 64"),
+    "columns of no region": (
+        edit(lambda m: m["limits"].update(max_length=79, kv_length=80)), r"does not name region \S+ for B=1 \S+ L=80"
+    ),
     "length another": (field("limits.max_length", 31), r"was compiled for 64 KV columns, and this polar_fx allocates 32"),
     "chunk zero": (field("limits.prefill_chunk", 0), r"limits\.prefill_chunk is 0"),
     "rows a number": (field("limits.many_rows", 1), r"limits\.many_rows must be true or false"),

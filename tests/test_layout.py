@@ -38,6 +38,7 @@ ORDER = (
     {"training"},
     {"comparison"},
     {"bundle"},
+    {"sources"},
     {"harness"},
     {"cli"},
     {"__main__"},

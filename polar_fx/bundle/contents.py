@@ -1,21 +1,19 @@
 """What is inside a bundle's files, held against each other before anything runs.
 
 Compiled code reads its operands by the sizes and strides it was compiled for and checks nothing itself. So the symbol
-table, the weights file, the regions and the limits of the manifest must say the same.
+table, the weights file (see weights.py), the regions and the limits of the manifest must say the same.
 
 Shape legend: B batch, T tokens, L KV length.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from ..backends.base import ShapeClass
 from ..plain_text import count
@@ -23,15 +21,15 @@ from ..regions import KV_WRITES, Wanted
 from ..symbols import Operand, Symbol, SymbolTable
 from .errors import BundleError
 from .fields import SHA256
-from .files import parse_json, read_small
-from .manifest import SYMBOLS, WEIGHTS, Manifest
+from .files import parse_json
+from .manifest import Manifest
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 _DTYPE_NAMES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _ROLES = ("input", "hidden", "side", "kv", "weight")
 _BODY = re.compile(r"[A-Za-z0-9_]{1,128}")
@@ -64,7 +62,7 @@ def weight_operands(table: SymbolTable) -> dict[str, Operand]:
 
 def layout(operand: Operand) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
     """Size, stride and dtype of a weight."""
-    return tuple(map(int, operand.size)), tuple(map(int, operand.stride)), _NAMES[operand.dtype]
+    return tuple(map(int, operand.size)), tuple(map(int, operand.stride)), NAMES[operand.dtype]
 
 
 def num_elements(size: Iterable[int], stride: Iterable[int]) -> int:
@@ -76,10 +74,8 @@ def num_elements(size: Iterable[int], stride: Iterable[int]) -> int:
 # ------------------------------------------------------------------------------------------------------- symbol table
 
 
-def read_table(folder: Path, manifest: Manifest) -> SymbolTable:
-    """The symbol table, after everything it says was held against the manifest. Raises BundleError."""
-    path = folder / SYMBOLS
-    text = read_small(path)
+def read_table(path: Path, text: bytes, manifest: Manifest) -> SymbolTable:
+    """The symbol table, after everything it says was held against the manifest. Raises BundleError naming `path`."""
     parse_json(path, text)  # the table's own reader would take a name twice
     try:
         table = SymbolTable.from_json(text.decode())
@@ -118,7 +114,7 @@ def _problem_of_table(table: SymbolTable, manifest: Manifest) -> str | None:
 
 
 def _problem_of_operand(operand: Operand) -> str | None:
-    if operand.role not in _ROLES or operand.dtype not in (_NAMES if operand.role == "weight" else _DTYPE_NAMES):
+    if operand.role not in _ROLES or operand.dtype not in (NAMES if operand.role == "weight" else _DTYPE_NAMES):
         return f"is a {operand.role!r} of dtype {operand.dtype!r}"
     if len(operand.size) != len(operand.stride) or len(operand.size) > _MAX_AXES:
         return f"has sizes {operand.size} and strides {operand.stride}"
@@ -146,44 +142,7 @@ def _is_text(value: Any, pattern: re.Pattern[str]) -> bool:
     return type(value) is str and pattern.fullmatch(value) is not None
 
 
-# ----------------------------------------------------------------------------------------------------- weights, regions
-
-
-def check_weights(folder: Path, manifest: Manifest, table: SymbolTable) -> None:
-    """Hold the header of the weights file against the symbol table; no weight is read. Raises BundleError."""
-    path, wanted = folder / WEIGHTS, weight_operands(table)
-    stored = {name: manifest.ties.get(name, name) for name in wanted}
-    if strangers := sorted(set(manifest.ties) - set(wanted)):
-        raise BundleError(path, f"is said to hold {strangers[0]!r} under another name, and nothing takes that tensor")
-    try:
-        with safe_open(path, "pt") as file:
-            there = set(file.keys())
-            for name, operand in wanted.items():
-                if stored[name] not in there:
-                    raise BundleError(path, f"holds no tensor {stored[name]!r}, which {name} needs")
-                part = file.get_slice(stored[name])
-                found, dtype = tuple(part.get_shape()), DTYPES.get(part.get_dtype())
-                size, stride, expected = layout(operand)
-                if found != size or dtype != expected:
-                    raise BundleError(
-                        path, f"holds {stored[name]} as {part.get_dtype()} {found}, and the code takes {operand.dtype} {size}"
-                    )
-                if num_elements(size, stride) != num_elements(size, _dense(size)):
-                    raise BundleError(folder / SYMBOLS, f"gives {name} strides {stride} that leave gaps or overlap")
-                if stored[name] in wanted and layout(wanted[stored[name]]) != (size, stride, expected):
-                    raise BundleError(
-                        folder / SYMBOLS, f"takes {name} to be laid out otherwise than {stored[name]}, its other name"
-                    )
-    except SafetensorError as error:
-        raise BundleError(path, f"is no safetensors file: {error}") from error
-    if surplus := sorted(there - set(stored.values())):
-        raise BundleError(path, f"holds a tensor {surplus[0]!r} that nothing takes")
-    dtypes = [dtype for _, _, dtype in map(layout, wanted.values()) if dtype.is_floating_point]
-    if not dtypes or str(dtypes[0]) != f"torch.{manifest.dtype}":
-        raise BundleError(folder / SYMBOLS, f"has weights of other dtypes than {manifest.dtype}, as the manifest says")
-    rows = [layout(wanted[name])[0][:1] for name in table.prologue.weights]
-    if max((r[0] for r in rows if r), default=0) < manifest.vocab_size:
-        raise BundleError(folder / SYMBOLS, f"has no table of {manifest.vocab_size:,} token ids, as the manifest says")
+# ------------------------------------------------------------------------------------------------------------- regions
 
 
 def check_regions(path: Path, manifest: Manifest, table: SymbolTable) -> None:
@@ -193,64 +152,3 @@ def check_regions(path: Path, manifest: Manifest, table: SymbolTable) -> None:
         if regions:
             name, shape = min(regions, key=str)
             raise BundleError(path, f"{what} region {name} for {shape}")
-
-
-def load_weights(folder: Path, manifest: Manifest, table: SymbolTable) -> dict[str, Tensor]:
-    """The weights by name, each in memory of its own, laid out as the code reads it; tied names share a tensor."""
-    found: dict[str, Tensor] = {}
-    loaded: dict[str, Tensor] = {}
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            for name, operand in weight_operands(table).items():
-                source = manifest.ties.get(name, name)
-                if source not in loaded:
-                    size, stride, dtype = layout(operand)
-                    # not mapped from the file: that would be slower to read at every token, and could change under us
-                    loaded[source] = torch.empty_strided(size, stride, dtype=dtype).copy_(file.get_tensor(source))
-                found[name] = loaded[source]
-    except (SafetensorError, OSError) as error:
-        raise BundleError(folder / WEIGHTS, f"cannot be read: {error}") from error
-    return found
-
-
-def stored_weights(tensors: Mapping[str, Tensor], table: SymbolTable) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors to write, dense and each once, and the names that are another one's. Raises BundleError."""
-    written: dict[str, Tensor] = {}
-    ties: dict[str, str] = {}
-    first: dict[Any, str] = {}
-    for name, operand in weight_operands(table).items():
-        tensor = tensors[name]
-        if operand.dtype not in _NAMES:
-            raise BundleError(
-                WEIGHTS, f"cannot hold {name}: safetensors has no {operand.dtype}", "load the model in another dtype"
-            )
-        size, stride, dtype = layout(operand)
-        given = [step for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
-        taken = [step for n, step in zip(size, stride, strict=True) if n > 1]
-        if tuple(tensor.shape) != size or given != taken or tensor.dtype != dtype:
-            raise BundleError(
-                WEIGHTS, f"cannot hold {name}: it is not laid out as the code that reads it takes it", "report this model"
-            )
-        if num_elements(size, stride) != num_elements(size, _dense(size)):
-            raise BundleError(
-                WEIGHTS, f"cannot hold {name}: its strides {stride} leave gaps or overlap", "load it as a dense tensor"
-            )
-        key = (tensor.data_ptr(), size, stride, dtype) if tensor.numel() else name
-        if key in first:
-            ties[name] = first[key]
-            continue
-        first[key] = name
-        dense = tensor.detach().cpu().contiguous()
-        # a slice of a larger tensor would be written as part of that one
-        whole = dense.untyped_storage().nbytes() == dense.numel() * dense.element_size()
-        written[name] = dense if whole else dense.clone()
-    return written, ties
-
-
-def _dense(size: tuple[int, ...]) -> tuple[int, ...]:
-    strides: list[int] = []
-    step = 1
-    for n in reversed(size):
-        strides.append(step)
-        step *= n
-    return tuple(reversed(strides))

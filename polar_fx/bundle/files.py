@@ -1,7 +1,7 @@
 """Files of a bundle: where they may be, whether they are what the manifest says, and how they are written.
 
 A bundle comes from elsewhere. So every path is checked before it is opened, links are not followed, and each file is
-hashed whole before anything in it is used.
+hashed whole before anything in it is used; what is used are the very bytes that were hashed, if `verified` hands them out.
 """
 
 import errno
@@ -12,7 +12,9 @@ import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from .errors import BundleError
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"
 _PATH = re.compile(rf"{_PART}(?:/{_PART}){{0,3}}")
 _CHUNK = 1 << 20
+_PART_BYTES = 8 << 20  # read by one thread while the other hashes the one before
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 MAX_JSON_BYTES = 64 << 20
@@ -36,8 +39,53 @@ def problem_of_path(path: str) -> str | None:
     return None if _PATH.fullmatch(path) else "is not a plain relative path"
 
 
-def check_file(root: Path, path: str, num_bytes: int, sha256: str) -> None:
-    """Hash the whole file. Raises BundleError if it is not what the manifest says, or is reached through a link."""
+class Reader:
+    """A file of a bundle, read once and in order: what is handed out is what is hashed, in a thread beside the reading."""
+
+    def __init__(self, path: Path, file: FileIO, hasher: Executor) -> None:
+        self.path = path
+        self._file, self._hasher, self._sha256 = file, hasher, hashlib.sha256()
+
+    def readinto(self, memory: memoryview) -> None:
+        """Fill a block of bytes, which must stay as it is until the file is closed. Raises BundleError where the file ends."""
+        while memory:
+            part = memory[:_PART_BYTES]
+            num_read = self._file.readinto(part)
+            if not num_read:
+                raise BundleError(self.path, "ended while it was read")
+            self._hasher.submit(self._sha256.update, part[:num_read])
+            memory = memory[num_read:]
+
+    def read(self, num_bytes: int) -> bytes:
+        """The next bytes. Raises BundleError where the file ends."""
+        memory = bytearray(num_bytes)
+        self.readinto(memoryview(memory))
+        return bytes(memory)
+
+    def copy_to(self, target: Path) -> None:
+        """Write the rest of the file to a new one. Raises BundleError."""
+        with os_errors(target):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("xb") as new:
+                while chunk := self._file.read(_CHUNK):
+                    self._hasher.submit(self._sha256.update, chunk)
+                    new.write(chunk)
+
+    def finish(self) -> str:
+        """Sha256 of the whole file, the rest of which is read."""
+        self._hasher.shutdown()  # all that was handed out is hashed now
+        while chunk := self._file.read(_CHUNK):
+            self._sha256.update(chunk)
+        return self._sha256.hexdigest()
+
+
+@contextmanager
+def verified(root: Path, path: str, num_bytes: int, sha256: str) -> Iterator[Reader]:
+    """A file to be read once; at the end, the rest of it is read and the whole is held against the manifest.
+
+    What was read may be used only after that. Raises BundleError if it is not what the manifest says, whatever else was
+    found wrong with it, or if it is reached through a link.
+    """
     place = root
     for part in path.split("/")[:-1]:
         place /= part
@@ -47,18 +95,33 @@ def check_file(root: Path, path: str, num_bytes: int, sha256: str) -> None:
     if status.st_size != num_bytes:
         what = "truncated" if status.st_size < num_bytes else "longer than it was"
         raise BundleError(full, f"is {what}: {status.st_size:,} bytes, the manifest says {num_bytes:,}")
-    if digest_of(full) != sha256:
-        raise BundleError(full, "was changed or exchanged: its sha256 is not the one in the manifest")
+    with ThreadPoolExecutor(1) as hasher, _open(full) as file:
+        reader, problem = Reader(full, file, hasher), None
+        try:
+            yield reader
+        except BundleError as error:
+            problem = error
+        if reader.finish() != sha256:
+            raise BundleError(full, "was changed or exchanged: its sha256 is not the one in the manifest")
+        if problem is not None:
+            raise problem
+
+
+@contextmanager
+def _open(path: Path) -> Iterator[FileIO]:
+    """A plain file, unbuffered, links not followed. Raises BundleError, also for what fails while it is read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+        with open(handle, "rb", buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise BundleError(path, f"cannot be read ({error.strerror or error})") from error
 
 
 def digest_of(path: Path) -> str:
     """Sha256 of a plain file, links not followed. Raises BundleError."""
-    try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
-        with open(handle, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise BundleError(path, f"cannot be read ({error.strerror or error})") from error
+    with _open(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_small(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:

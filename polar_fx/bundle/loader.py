@@ -4,7 +4,9 @@ The parts are those of `polar_fx.compile`: a library by its symbol table, a link
 they are given differs: tensors from the weights file, and regions that are loaded or refused, never made.
 """
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from ..backends import AotInductorBackend, PersistentBackend, Region, ShapeClass
 from ..backends.aot_inductor import REGION
@@ -29,11 +31,23 @@ from ..regions import RegionTable, Wanted
 from ..symbols import SymbolTable
 from ..tiers import TierPolicy, Tiers
 from ..variant import target_of
-from .contents import check_regions, check_weights, load_weights, read_table
+from .contents import check_regions, read_table
 from .errors import BundleError
-from .files import check_file
-from .manifest import MANIFEST, PREDICTOR, PREDICTOR_FILES, TOKENIZER, Manifest, read_manifest
+from .files import verified
+from .manifest import (
+    CONFIG,
+    GENERATION,
+    MANIFEST,
+    PREDICTOR,
+    PREDICTOR_FILES,
+    SYMBOLS,
+    TOKENIZER,
+    WEIGHTS,
+    Manifest,
+    read_manifest,
+)
 from .settings import read_config, read_generation
+from .weights import check_weights, load_weights
 
 _ELSEWHERE = "export the bundle on a machine like this one, or load it where it was made for"
 
@@ -43,7 +57,10 @@ def verify_bundle(folder: str | PathLike[str], *, fingerprint: str | None = None
 
     `fingerprint` is the `Manifest.fingerprint` that is expected, if it is known from elsewhere. Raises BundleError.
     """
-    return _verified(Path(folder).resolve(), fingerprint, target)[0]
+    place = Path(folder).resolve()
+    contents = _verified(place, fingerprint, target)
+    check_weights(place, contents.manifest, contents.table)
+    return contents.manifest
 
 
 def load_bundle(folder: str | PathLike[str], *, any_program: bool = False, fingerprint: str | None = None) -> "BundledModel":
@@ -57,27 +74,47 @@ def load_bundle(folder: str | PathLike[str], *, any_program: bool = False, finge
     Raises BundleError before anything of a bundle that is not whole, or is not for this machine, is loaded.
     """
     place = Path(folder).resolve()
-    manifest, table = _verified(place, fingerprint, target=True)
-    return BundledModel(place, manifest, table, any_program)
+    with tempfile.TemporaryDirectory(prefix="polar_fx-") as packages:
+        contents = _verified(place, fingerprint, target=True, packages=Path(packages))
+        weights = load_weights(place, contents.manifest, contents.table)
+        return BundledModel(place, contents, weights, Path(packages), any_program)
 
 
-def _verified(place: Path, fingerprint: str | None, target: bool) -> tuple[Manifest, SymbolTable]:
-    """Manifest and symbol table, after all checks, from the cheapest to the ones that read everything."""
+@dataclass(frozen=True)
+class _Contents:
+    """What a bundle says, all of it checked."""
+
+    manifest: Manifest
+    table: SymbolTable
+    config: PreTrainedConfig
+    generation_config: GenerationConfig
+
+
+def _verified(place: Path, fingerprint: str | None, target: bool, packages: Path | None = None) -> _Contents:
+    """All checks but that of the weights, from the cheapest to the ones that read everything.
+
+    Regions are copied to `packages`, if that is given: what is opened there is what was hashed, whoever can write to the bundle.
+    """
     manifest = read_manifest(place)
     if fingerprint is not None and manifest.fingerprint != fingerprint:
         raise BundleError(place, f"has fingerprint {manifest.fingerprint}, not {fingerprint}", "load the bundle you mean")
     if target:
         _check_target(place / MANIFEST, manifest)
+    texts: dict[str, bytes] = {}
     for file in manifest.files:
-        check_file(place, file.path, file.num_bytes, file.sha256)
-    table = read_table(place, manifest)
+        if file.path == WEIGHTS:  # last, because it is the largest by far, and read once
+            continue
+        with verified(place, file.path, file.num_bytes, file.sha256) as reader:
+            if file.path in (SYMBOLS, CONFIG, GENERATION):
+                texts[file.path] = reader.read(file.num_bytes)
+            elif file.region is not None and packages is not None:
+                reader.copy_to(packages / file.path)
+    table = read_table(place / SYMBOLS, texts[SYMBOLS], manifest)
     check_regions(place / MANIFEST, manifest, table)
-    check_weights(place, manifest, table)
-    config = read_config(place)
+    config = read_config(place / CONFIG, texts[CONFIG])
     if config.num_hidden_layers != manifest.depth:
         raise BundleError(place / MANIFEST, f"says {count(manifest.depth, 'layer')}, config.json {config.num_hidden_layers}")
-    read_generation(place)
-    return manifest, table
+    return _Contents(manifest, table, config, read_generation(place / GENERATION, texts[GENERATION]))
 
 
 def _check_target(path: Path, manifest: Manifest) -> None:
@@ -95,6 +132,10 @@ def _check_target(path: Path, manifest: Manifest) -> None:
     if manifest.processor != processor:
         what = f"is of a bundle for processor {manifest.processor!r}, and this is {processor!r}"
         raise BundleError(path, f"{what}: its instructions may be missing here", _ELSEWHERE)
+    length = KvPool(manifest.max_length, torch.device("cpu")).length
+    if manifest.kv_length != length:
+        what = f"was compiled for {manifest.kv_length} KV columns, and this polar_fx allocates {length}"
+        raise BundleError(path, what, "export the bundle with this polar_fx")
 
 
 class BundledModel(CompiledModel):
@@ -103,24 +144,21 @@ class BundledModel(CompiledModel):
     `programs` are those of the manifest, the first the default one. Without regions for many rows, rows run one by one.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, table: SymbolTable, any_program: bool) -> None:
+    def __init__(self, folder: Path, contents: _Contents, weights: dict[str, Tensor], packages: Path, any_program: bool) -> None:
+        manifest = contents.manifest
         self.folder, self.manifest, self.any_program = folder, manifest, any_program
         self.programs = manifest.programs
         self._allowed = frozenset(manifest.programs)
-        pool = KvPool(manifest.max_length, torch.device("cpu"))
-        if pool.length != manifest.kv_length:
-            what = f"was compiled for {manifest.kv_length} KV columns, and this polar_fx allocates {pool.length}"
-            raise BundleError(folder / MANIFEST, what, "export the bundle with this polar_fx")
-        library = LayerLibrary.from_table(table, load_weights(folder, manifest, table), _no_graphs(folder))
-        stand_in = _StandIn(read_config(folder), read_generation(folder), manifest.vocab_size)
+        library = LayerLibrary.from_table(contents.table, weights, _no_graphs(folder))
+        stand_in = _StandIn(contents.config, contents.generation_config, manifest.vocab_size)
         super().__init__(
-            cast(PreTrainedModel, stand_in), library, _Sealed(folder), manifest.max_length, manifest.prefill_chunk,
+            cast(PreTrainedModel, stand_in), library, _Sealed(folder, packages), manifest.max_length, manifest.prefill_chunk,
             manifest.deterministic or not manifest.many_rows, manifest.programs[0],
         )  # fmt: skip
-        self.regions = _BundledRegions(folder, manifest, library, self.backend)
+        self.regions = _BundledRegions(folder, packages, manifest, library, self.backend)
         self.linker = Linker(library, self.regions, self.pool)
         self.tiers = Tiers(library, self.regions, self.pool.kv_index, "linked", TierPolicy())
-        # now, not in a request; and soon after their files were hashed
+        # now, not in a request, and while the copies that were hashed are there
         self.regions.get([f.region for f in manifest.files if f.region is not None])
         if any(f.path in PREDICTOR_FILES for f in manifest.files):
             self._dispatch_as_exported()
@@ -159,10 +197,15 @@ class BundledModel(CompiledModel):
         except (InputError, ProgramError) as error:
             raise BundleError(self.folder / PREDICTOR, f"cannot be used: {error}", "export the bundle again") from error
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer was exported."""
+        return any(f.path.startswith(TOKENIZER) for f in self.manifest.files)
+
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that was exported. Raises InputError if there is none."""
-        if not any(f.path.startswith(TOKENIZER) for f in self.manifest.files):
+        """The tokenizer that was exported, loaded when it is first asked for. Raises InputError if there is none."""
+        if not self.has_tokenizer:
             raise InputError(f"the bundle {self.folder} holds no tokenizer; export it with tokenizer=")
         from transformers import AutoTokenizer
 
@@ -183,10 +226,10 @@ class _StandIn:
 class _BundledRegions(RegionTable):
     """Regions from the bundle's packages; what is not there is refused."""
 
-    def __init__(self, folder: Path, manifest: Manifest, library: LayerLibrary, backend: Any) -> None:
+    def __init__(self, folder: Path, packages: Path, manifest: Manifest, library: LayerLibrary, backend: Any) -> None:
         super().__init__(library, backend, manifest.max_length, None, 0)
         self._folder = folder
-        self._packages = {f.region: folder / f.path for f in manifest.files if f.region is not None}
+        self._packages = {f.region: packages / f.path for f in manifest.files if f.region is not None}
 
     def files(self, name: str, shape: ShapeClass) -> Mapping[str, Path] | None:
         path = self._packages.get((name, shape))
@@ -200,16 +243,17 @@ class _BundledRegions(RegionTable):
 class _Sealed(AotInductorBackend):
     """Loads packages as AotInductorBackend does, and compiles nothing."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, packages: Path) -> None:
         super().__init__(passes=())
-        self._folder = folder
+        self._folder, self._packages = folder, packages
 
     def load(self, files: Mapping[str, Path]) -> Region:
         try:
             return super().load(files)
         except Exception as error:  # torch raises RuntimeErrors of many wordings
             reason = str(error).strip().partition("\n")[0]
-            raise BundleError(files[REGION], f"cannot be loaded: {reason}") from error
+            place = self._folder / files[REGION].relative_to(self._packages)
+            raise BundleError(place, f"cannot be loaded: {reason}") from error
 
     def compile_region(self, body: Any, example: Sequence[Tensor], dynamic: Any) -> Region:
         _refuse(self._folder, "a region")

@@ -94,6 +94,10 @@ class Manifest:
         """Bytes of all files but the manifest."""
         return sum(f.num_bytes for f in self.files)
 
+    def file(self, path: str) -> BundledFile:
+        """The file of that path, which must be there."""
+        return next(f for f in self.files if f.path == path)
+
     @property
     def fingerprint(self) -> str:
         """Sha256 of everything here but the programs: the same before and after `add_program` and `remove_program`."""

@@ -10,8 +10,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedConfig
 
 from .errors import BundleError
-from .files import parse_json, read_small
-from .manifest import CONFIG, GENERATION
+from .files import parse_json
 
 # what generation asks for under these names, whatever the family calls them
 _ASKED = ("vocab_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
@@ -32,10 +31,9 @@ def generation_fields(config: GenerationConfig | None) -> dict[str, Any]:
     return {k: v for k, v in (config.to_dict() if config is not None else {}).items() if v is not None}
 
 
-def read_config(folder: Path) -> PreTrainedConfig:
-    """Raises BundleError."""
-    path = folder / CONFIG
-    fields = _object(path)
+def read_config(path: Path, text: bytes) -> PreTrainedConfig:
+    """Raises BundleError naming `path`."""
+    fields = _object(path, text)
     if not isinstance(fields.get("is_encoder_decoder", False), bool) or fields.get("is_encoder_decoder"):
         raise BundleError(path, "is that of an encoder-decoder, which has no programs of layers")
     names = fields.get("architectures")
@@ -50,18 +48,17 @@ def read_config(folder: Path) -> PreTrainedConfig:
         raise BundleError(path, f"is no config: {type(error).__name__} {error}") from error
 
 
-def read_generation(folder: Path) -> GenerationConfig:
-    """Raises BundleError."""
-    path = folder / GENERATION
-    fields = _object(path)
+def read_generation(path: Path, text: bytes) -> GenerationConfig:
+    """Raises BundleError naming `path`."""
+    fields = _object(path, text)
     try:
         return GenerationConfig.from_dict(fields)
     except Exception as error:  # as above
         raise BundleError(path, f"has no generation defaults: {type(error).__name__} {error}") from error
 
 
-def _object(path: Path) -> dict[str, Any]:
-    fields = parse_json(path, read_small(path))
+def _object(path: Path, text: bytes) -> dict[str, Any]:
+    fields = parse_json(path, text)
     if not isinstance(fields, dict):
         raise BundleError(path, "is no JSON object")
     return fields

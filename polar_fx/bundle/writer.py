@@ -34,7 +34,7 @@ from ..program import Program
 from ..regions import RegionTable, Wanted
 from ..store import ArtifactStore
 from ..variant import target_of
-from .contents import region_names, stored_weights
+from .contents import region_names
 from .errors import BundleError
 from .files import copy_file, digest_of, os_errors, sync, write_file
 from .loader import BundledModel, verify_bundle
@@ -54,6 +54,7 @@ from .manifest import (
     write_manifest,
 )
 from .settings import config_fields, generation_fields
+from .weights import stored_weights
 
 log = logging.getLogger("polar_fx.bundle")
 

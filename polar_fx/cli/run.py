@@ -5,6 +5,7 @@ Examples:
   echo "The moon is" | python -m polar_fx run --prompt - --raw --max-new-tokens 20 --json
   python -m polar_fx run --prompt "Name a color." --program "0-9 (10-11)*2 12-29" --sample --temperature 0.7
   python -m polar_fx run --prompt "Name a color." --backend auto     # with regions that `compile` made, if there are any
+  python -m polar_fx run --prompt "Name a color." --model bundle     # the code in a bundle is run: name one you trust
 """
 
 import argparse
@@ -13,6 +14,8 @@ from typing import Any
 
 from ..errors import InputError
 from .options import add_length_argument, add_model_arguments, compile_model, load_model, row_length, status, warm_up, whole
+
+_BACKEND = "eager"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of sampling, the same for every program")
-    add_model_arguments(parser, backend="eager")
+    add_model_arguments(parser, backend=_BACKEND)
+    parser.set_defaults(dtype=None, backend=None)  # so that what is given can be told from what is not
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
@@ -40,18 +44,26 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ..backends import get_backend
+    from ..sources import is_bundle
     from .stopwatch import Stopwatch
 
-    get_backend(options.backend)  # refuse an unknown one before anything is loaded
-    model, tokenizer = load_model(options)
+    bundled = options.model is not None and is_bundle(options.model)
+    if bundled:
+        model, tokenizer = _load_bundle(options)
+    else:
+        options.dtype, options.backend = options.dtype or "float32", options.backend or _BACKEND
+        get_backend(options.backend)  # refuse an unknown one before anything is loaded
+        model, tokenizer = load_model(options)
     ids = _encode(tokenizer, text, options.raw)
     tokens = ids.shape[1] + options.max_new_tokens - 1  # the last one is never fed back
-    max_length = options.max_length or row_length(model, tokens)
+    max_length = model.pool.max_length if bundled else options.max_length or row_length(model, tokens)
     if max_length < tokens:
         needed = f"a prompt of {ids.shape[1]} tokens and --max-new-tokens {options.max_new_tokens}"
-        raise InputError(f"--max-length {max_length} is too short for {needed}; name at least {tokens}")
-    compiled = compile_model(model, options, max_length)
-    programs = [compiled.resolve(p) for p in options.program or ["identity"]]
+        remedy = f"ask for fewer tokens, or export it with --max-length {tokens}" if bundled else f"name at least {tokens}"
+        what = "the bundle's length of" if bundled else "--max-length"
+        raise InputError(f"{what} {max_length} is too short for {needed}; {remedy}")
+    compiled = model if bundled else compile_model(model, options, max_length)
+    programs = [compiled.resolve(p) for p in options.program or [None]]
     compile_s = warm_up(compiled, programs)
     arguments: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample}
     if options.sample:
@@ -68,9 +80,22 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         if not options.json:
             _show(results[-1])
     return {
-        "prompt_tokens": ids.shape[1], "max_length": max_length, "backend": options.backend, "compile_s": compile_s,
-        "results": results,
+        "prompt_tokens": ids.shape[1], "max_length": max_length, "backend": options.backend or compiled.backend.name,
+        "compile_s": compile_s, "results": results,
     }  # fmt: skip
+
+
+def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
+    from ..sources import load
+
+    for name in ("dtype", "backend", "max_length"):
+        if getattr(options, name):
+            raise InputError(f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its own, leave it out")
+    with status().status("loading the bundle ..."):
+        bundle, tokenizer = load(options.model)
+    if tokenizer is None:
+        raise InputError(f"the bundle {options.model} holds no tokenizer to read a prompt with; export it with one")
+    return bundle, tokenizer
 
 
 def _encode(tokenizer: Any, text: str, raw: bool) -> Any:
