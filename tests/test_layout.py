@@ -39,7 +39,7 @@ ORDER = (
     {"comparison"},
     {"bundle"},
     {"sources"},
-    {"harness"},
+    {"harness", "serving"},
     {"cli"},
     {"__main__"},
 )

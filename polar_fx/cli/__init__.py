@@ -1,5 +1,5 @@
 """The command line: `python -m polar_fx run | inspect | compile | demo | cache | search | analyze | train | evaluate | export |
-bundle`.
+bundle | serve`.
 
 Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 1 done and
 found something wrong, 2 bad input, 130 interrupted. Commands import torch only when they run.
@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import PolarError
 
-COMMANDS = ("run", "inspect", "compile", "demo", "cache", "search", "analyze", "train", "evaluate", "export", "bundle")
+COMMANDS = ("run", "inspect", "compile", "demo", "cache", "search", "analyze", "train", "evaluate", "export", "bundle", "serve")
 
 
 def _parser() -> argparse.ArgumentParser:

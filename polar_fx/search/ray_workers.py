@@ -32,6 +32,7 @@ def search_on_ray(
     """
     try:
         import ray
+        from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
     except ImportError as error:
         raise InputError("searching on a cluster needs ray, which is not installed; pip install 'polar_fx[ray]'") from error
 
@@ -65,15 +66,16 @@ def search_on_ray(
             deal(actor_class.remote(), ())
         left, lost = len(rows), 0
         while left:
-            (stream,), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            stream: Any = ready[0]
             actor, share = running[stream]
             try:
-                record = ray.get(next(stream))
+                record: Any = ray.get(next(stream))
             except StopIteration:
                 del running[stream]
                 if waiting:
                     deal(actor, waiting.pop(0))
-            except (ray.exceptions.RayActorError, ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
+            except (RayActorError, NodeDiedError, ObjectLostError) as error:
                 del running[stream]
                 ray.kill(actor)  # it may only have been out of reach, and would keep its place
                 lost += 1
@@ -83,7 +85,7 @@ def search_on_ray(
                 if share:
                     waiting.append(list(share.values()))
                 deal(actor_class.remote(), ())
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 if isinstance(error.cause, PolarError):
                     raise error.cause from error
                 raise CompileError(f"a search actor failed: {error}") from error

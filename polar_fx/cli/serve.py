@@ -1,0 +1,81 @@
+"""Serve a bundle over HTTP, by routes that OpenAI clients speak: completions, chat, models; health and metrics.
+
+There is no authentication: keep it on loopback, or behind something that asks who is there. Ctrl-C ends it.
+
+Examples:
+  python -m polar_fx serve bundle
+  python -m polar_fx serve bundle --port 9000 --max-batch 16 --threads 4
+  curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
+    -d '{"model": "bundle", "prompt": "6 * 7 =", "max_tokens": 4, "temperature": 0, "program": "skip 5"}'
+"""
+
+import argparse
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+from ..errors import InputError
+from .options import status, whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("bundle", type=Path, metavar="FOLDER", help="what `export` wrote, with its tokenizer")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
+    parser.add_argument("--port", type=whole(1), default=8000, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument("--fingerprint", metavar="HASH", help="refuse the bundle if it has another one")
+    parser.add_argument("--threads", type=whole(1), metavar="N", help="(default: as many as it was exported with)")
+    parser.add_argument("--max-batch", type=whole(1), default=8, metavar="N", help="prompts at once (default: %(default)s)")
+    parser.add_argument(
+        "--wait-ms", type=whole(0), default=5, metavar="N", help="how long a prompt waits for others (default: %(default)s)"
+    )
+    parser.add_argument("--timeout", type=whole(1), default=300, metavar="S", help="seconds a request may take (%(default)s)")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Serve until interrupted."""
+    from ..bundle import verify_bundle
+    from ..bundle.manifest import TOKENIZER
+
+    manifest = verify_bundle(options.bundle, fingerprint=options.fingerprint)
+    if not any(f.path.startswith(TOKENIZER) for f in manifest.files):
+        raise InputError(f"the bundle {options.bundle} holds no tokenizer; export it with one")
+    _check_free(options.host, options.port)
+    try:
+        import ray
+        from ray import serve
+
+        from ..serving.app import build
+    except ImportError as error:
+        raise InputError("serving needs ray, which is not installed; pip install 'polar_fx[serve]'") from error
+    given = {
+        "bundle": str(options.bundle), "name": options.name, "fingerprint": options.fingerprint,
+        "threads": options.threads or manifest.threads or 1, "max_batch": options.max_batch, "wait_ms": options.wait_ms,
+    }  # fmt: skip
+    with status().status("starting ..."):
+        ray.init(address="local", include_dashboard=False)
+    try:
+        serve.start(
+            http_options={"host": options.host, "port": options.port, "request_timeout_s": options.timeout},
+        )
+        serve.run(build({k: v for k, v in given.items() if v is not None}))
+        url = f"http://{options.host}:{options.port}"
+        about = f"serving {options.bundle} at {url}/v1; {url}/health, {url}/metrics; Ctrl-C ends it"
+        status().print(about, markup=False, soft_wrap=True)
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        status().print("ending ...")
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+    return {"bundle": str(options.bundle), "host": options.host, "port": options.port}
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise InputError if nothing can listen there."""
+    try:
+        socket.create_server((host, port)).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"nothing can listen at {host}:{port}: {error}; name another --host or --port") from error
