@@ -19,12 +19,13 @@ from .base import Pass, PassError, PassResult, role
 _ROLE_ORDER = {"hidden": 0, "input": 0, "side": 1, "kv": 2, "weight": 3}
 
 
-def _is_size(node: Node) -> bool:
+def is_size(node: Node) -> bool:
+    """Whether its value is a size, not a tensor."""
     return isinstance(node.meta.get("val"), (torch.SymInt, int))
 
 
-class _Body:
-    """Collects the nodes of one region, then builds its graph with every outside tensor as an operand."""
+class Body:
+    """Collects nodes, then builds their graph with every outside tensor as an operand; `operands` are these, in order."""
 
     def __init__(self, name: str, nodes: list[Node], operand_role: Callable[[Node], str], always: Iterable[Node] = ()) -> None:
         self.name, self.nodes = name, nodes
@@ -32,7 +33,7 @@ class _Body:
         seen: dict[Node, None] = dict.fromkeys(always)
         for node in nodes:
             for source in node.all_input_nodes:
-                if source not in inside and not _is_size(source):
+                if source not in inside and not is_size(source):
                     seen.setdefault(source)
         roles = {n: operand_role(n) for n in seen}
         first_use = {n: i for i, n in enumerate(seen)}
@@ -93,7 +94,7 @@ class _Body:
 
 
 # body, kind, layer, values it hands on, whether that is one value rather than a tuple
-_Region = tuple[_Body, str, int | None, list[Node], bool]
+_Region = tuple[Body, str, int | None, list[Node], bool]
 
 
 def _split(gm: GraphModule) -> tuple[list[Node], list[list[Node]], list[Node]]:
@@ -105,7 +106,7 @@ def _split(gm: GraphModule) -> tuple[list[Node], list[list[Node]], list[Node]]:
     for node in gm.graph.nodes:
         layer = node.meta.get("layer")
         depends[node] = layer is not None or any(depends[i] for i in node.all_input_nodes)
-        if node.op in ("placeholder", "get_attr", "output") or (_is_size(node) and layer is None):
+        if node.op in ("placeholder", "get_attr", "output") or (is_size(node) and layer is None):
             continue
         if layer is not None:
             layers.setdefault(layer, []).append(node)
@@ -201,14 +202,14 @@ class OutlineLayers(Pass):
                 return "weight"
             return "input" if role(node) == "input" else "side"
 
-        bodies = [_Body(f"layer_{i}", nodes, layer_role(i)) for i, nodes in enumerate(layers)]
-        head = _Body("epilogue", after, end_role)
+        bodies = [Body(f"layer_{i}", nodes, layer_role(i)) for i, nodes in enumerate(layers)]
+        head = Body("epilogue", after, end_role)
         result = next(n for n in gm.graph.nodes if n.op == "output").args[0]
         sides = dict.fromkeys([hidden[0], *(o for b in (*bodies, head) for o in b.operands if b.roles[o] == "side")])
         inputs = {n for n in sides if n.op == "placeholder"}
         made = [n for n in sides if n not in inputs]
         given = [n for n in gm.graph.nodes if n.op == "placeholder" and role(n) == "input"]
-        start = _Body("prologue", before, lambda n: "weight" if n.op == "get_attr" else "input", always=given)
+        start = Body("prologue", before, lambda n: "weight" if n.op == "get_attr" else "input", always=given)
         regions: list[_Region] = [(start, "prologue", None, made, False)]
         regions += [(b, "layer", i, [outputs[i]], True) for i, b in enumerate(bodies)]
         regions.append((head, "epilogue", None, [result], True))
@@ -216,7 +217,7 @@ class OutlineLayers(Pass):
 
     def _layer_output(self, index: int, nodes: list[Node], depth: int) -> Node:
         inside = set(nodes)
-        used = [n for n in nodes if not _is_size(n) and any(u not in inside for u in n.users)]
+        used = [n for n in nodes if not is_size(n) and any(u not in inside for u in n.users)]
         if len(used) != 1:
             names = ", ".join(str(n) for n in used) or "nothing"
             raise PassError(

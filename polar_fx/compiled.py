@@ -65,8 +65,8 @@ def compile(
         model: a causal LM, a local folder or a model id; None loads the embedded default. It is not changed, and its
             weights are shared, not copied.
         backend: "aot_inductor" compiles each distinct layer graph once per shape class, ahead of time, into files that later
-            processes load; "inductor" compiles them in this process; "eager" interprets. "auto" is "aot_inductor" on the
-            CPU and "inductor" elsewhere.
+            processes load; "inductor" compiles them in this process; "eager" interprets; "tensorrt" builds engines
+            (docs/tensorrt.md). "auto" is "aot_inductor" on the CPU and "inductor" elsewhere.
         max_length: tokens a row may hold, prompt and continuation (default: the model's own limit, at most 1024).
         prefill_chunk: prompt tokens run at a time.
         deterministic: run rows one by one, so that a row's logits have the same bits alone and in any batch.
@@ -84,7 +84,7 @@ def compile(
             (default: the one saved with the predictor, else "accuracy").
         unprepared: what runs in place of a program that is not prepared: "identity", or the program all the same ("link").
 
-    Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError.
+    Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError; CompileError for a backend that cannot run here.
     """
     if program is not None and not (predictor is menu is policy is None):
         raise InputError("compile takes either program=, which all calls run, or predictor=, menu= and policy=; leave one out")

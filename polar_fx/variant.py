@@ -83,7 +83,7 @@ class VariantKey:
             dtype=str(dtype).removeprefix("torch."),
             device=str(device),
             target=target_of(device),
-            backend=backend.name if type(backend).__module__.startswith("polar_fx.") else _qualified(type(backend)),
+            backend=f"{_name(type(backend))} {backend.compiler}".rstrip(),
             options=json.dumps(backend.options, sort_keys=True, default=str),
             threads=torch.get_num_threads() if device.type == "cpu" else 0,
             torch_version=f"{torch.__version__} {torch.version.git_version}",
@@ -114,8 +114,8 @@ class RegionRecord:
     num_bytes: int = 0
 
 
-def _qualified(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+def _name(kind: type[Backend]) -> str:
+    return kind.name if kind.__module__.startswith("polar_fx.") else f"{kind.__module__}.{kind.__qualname__}"
 
 
 class VariantCache:

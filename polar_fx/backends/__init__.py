@@ -7,12 +7,13 @@ from .aot_inductor import AotInductorBackend
 from .base import Backend, PersistentBackend, Region, ShapeClass
 from .eager import EagerBackend
 from .inductor import InductorBackend
+from .tensorrt import TensorRTBackend
 
-BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (AotInductorBackend, EagerBackend, InductorBackend)}
+BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (AotInductorBackend, EagerBackend, InductorBackend, TensorRTBackend)}
 
 __all__ = [
     "BACKENDS", "AotInductorBackend", "Backend", "EagerBackend", "InductorBackend", "PersistentBackend", "Region", "ShapeClass",
-    "get_backend",
+    "TensorRTBackend", "get_backend",
 ]  # fmt: skip
 
 

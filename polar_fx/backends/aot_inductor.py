@@ -4,7 +4,6 @@ The adapter around torch's semi-public `aot_compile`, `package_aoti` and package
 touches them.
 """
 
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.fx import GraphModule
 from ..passes.base import Pass
 from .base import Dynamic, PersistentBackend, Region
 from .inductor import REGION_PASSES
-from .specialize import example_values, graph_of, specialize
+from .specialize import example_values, graph_of, save, specialize
 
 GRAPH, REGION = "graph.pt2", "region.pt2"
 
@@ -33,18 +32,8 @@ class AotInductorBackend(PersistentBackend):
     def __init__(self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = REGION_PASSES) -> None:
         super().__init__(options, passes)
 
-    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
-        with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
-            self.export(body, example, dynamic, Path(place))
-            self.build(Path(place))
-            return self.load({REGION: Path(place, REGION)})
-
     def export(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path) -> None:
-        exported = specialize(body, example, dynamic)
-        exported.example_inputs = None  # type: ignore[assignment]  # the user's weights are among them
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.export.save(exported, folder / GRAPH)
+        save(specialize(body, example, dynamic), folder / GRAPH)
 
     def build(self, folder: Path) -> None:
         with torch.no_grad(), warnings.catch_warnings():

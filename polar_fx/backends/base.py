@@ -1,5 +1,6 @@
 """What a backend does: body graph + example operands -> region."""
 
+import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -57,13 +58,29 @@ class Backend(ABC):
     def __init__(self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()) -> None:
         self.options, self.passes = dict(options or {}), tuple(passes)
 
+    @property
+    def compiler(self) -> str:
+        """What else decides the code and is no part of torch, for keys: a library, the machine it measured on."""
+        return ""
+
     @abstractmethod
     def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
         """A callable for the body on operands of the example's shape class; KV operands are written in place."""
 
 
 class PersistentBackend(Backend):
-    """A backend whose compiled regions are files: they can be stored, and loaded by another process in milliseconds."""
+    """A backend whose compiled regions are files: they can be stored, and loaded by another process in milliseconds.
+
+    `in_workers` says that other processes may compile as well, several at once.
+    """
+
+    in_workers: ClassVar[bool] = True
+
+    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
+        with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
+            self.export(body, example, dynamic, Path(place))
+            self.build(Path(place))
+            return self.load({p.name: p for p in Path(place).iterdir()})
 
     @abstractmethod
     def export(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path) -> None:

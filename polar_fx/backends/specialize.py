@@ -1,7 +1,8 @@
 """A body for one shape class: `torch.export` with the sizes that may vary as symbols and the others fixed."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +24,18 @@ class _Body(torch.nn.Module):
         return self.body(*operands)
 
 
-def specialize(body: torch.nn.Module, example: Sequence[Tensor], dynamic: Dynamic) -> ExportedProgram:
-    """The body exported for the example's shape class. Raises CaptureError if it holds tensors of its own."""
+_LARGEST = 1 << 20
+
+
+def specialize(
+    body: torch.nn.Module, example: Sequence[Tensor], dynamic: Dynamic, largest: Mapping[str, int] | None = None
+) -> ExportedProgram:
+    """The body exported for the example's shape class; `largest` bounds the sizes that may vary, by their names.
+
+    Raises CaptureError if it holds tensors of its own.
+    """
     names = sorted({name for axes in dynamic for name in axes.values()})
-    dims = {name: torch.export.Dim(name, min=2, max=1 << 20) for name in names}
+    dims = {name: torch.export.Dim(name, min=2, max=(largest or {}).get(name, _LARGEST)) for name in names}
     shapes = tuple({axis: dims[name] for axis, name in axes.items()} or None for axes in dynamic)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
@@ -34,6 +43,14 @@ def specialize(body: torch.nn.Module, example: Sequence[Tensor], dynamic: Dynami
     if exported.graph_signature.buffers_to_mutate or exported.constants:
         raise CaptureError(f"region {body} holds state of its own; report this model")
     return exported
+
+
+def save(exported: ExportedProgram, path: Path) -> None:
+    """Write the graph, without the example operands: the user's weights are among them."""
+    exported.example_inputs = None  # type: ignore[assignment]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(exported, path)
 
 
 def graph_of(exported: ExportedProgram, passes: Sequence[Pass] = ()) -> GraphModule:
@@ -51,3 +68,14 @@ def example_values(graph_module: GraphModule) -> list[Any]:
     heads could then not differ.
     """
     return [n.meta["val"] for n in graph_module.graph.find_nodes(op="placeholder")]
+
+
+def like(value: Tensor) -> Tensor:
+    """A real tensor of a traced value's layout, with the example sizes of its symbols; its contents are arbitrary."""
+    sizes, strides = [example_size(s) for s in value.shape], [example_size(s) for s in value.stride()]
+    return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
+
+
+def example_size(size: int | torch.SymInt) -> int:
+    """A size as in the example; unlike `int`, this does not make a symbol that size for good."""
+    return size.node.hint if isinstance(size, torch.SymInt) else size

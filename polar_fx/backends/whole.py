@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Dynamic, PersistentBackend
+from .specialize import like
 
 
 @dataclass(frozen=True)
@@ -89,18 +90,13 @@ class _Whole(torch.nn.Module):
         return run("epilogue", hidden, *(values[i] for i in plan.epilogue.sides), of=plan.epilogue.weights)[0]
 
 
-def _like(value: Tensor) -> Tensor:
-    """A real tensor of a traced operand's layout, with the example sizes of its symbols."""
-    return torch.empty_strided([int(s) for s in value.shape], [int(s) for s in value.stride()], dtype=value.dtype)
-
-
 def compose(backend: PersistentBackend, plain: dict[str, Any], folder: Path) -> None:
     """Write the graph of a whole program into `folder`, ready for `backend.build`."""
     plan = WholePlan.from_dict(plain)
     bodies = {name: torch.export.load(path).graph_module for name, path in plan.bodies.items()}
 
     def operands(name: str) -> list[Tensor]:
-        return [_like(n.meta["val"]) for n in bodies[name].graph.find_nodes(op="placeholder")]
+        return [like(n.meta["val"]) for n in bodies[name].graph.find_nodes(op="placeholder")]
 
     weights: dict[int, Tensor] = {}
 

@@ -28,7 +28,7 @@ def describe(backend: Backend) -> dict[str, Any] | None:
     from . import BACKENDS
 
     known = type(backend) is BACKENDS.get(backend.name) and all(type(p) is PASSES.get(p.name) for p in backend.passes)
-    if not known or not isinstance(backend, PersistentBackend):
+    if not known or not isinstance(backend, PersistentBackend) or not backend.in_workers:
         return None
     try:
         return json.loads(json.dumps({

@@ -27,6 +27,7 @@ GRAPHS = {
     "after": "the step graph of the program",
     "flat": "the program inlined to one graph",
     "diff": "library against step graph",
+    "engines": "what of each region backend='tensorrt' would run in engines; needs no TensorRT",
 }
 
 
@@ -55,9 +56,12 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _graph(compiled: "CompiledModel", program: "Program", which: str) -> str:
+    from ..backends.tensorrt_graph import partition_report
     from ..passes import graph_diff, graph_text
 
     library = compiled.library
+    if which == "engines":
+        return partition_report(library).text()
     if which == "diff":
         return graph_diff(library.graph_module, library.program_graph(program))
     graph = {

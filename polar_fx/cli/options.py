@@ -38,7 +38,8 @@ def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
     """--model, --dtype, --backend."""
     parser.add_argument("--model", metavar="ID_OR_FOLDER", help="model to run (default: the embedded SmolLM2-135M-Instruct)")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--backend", default=backend, help=f"auto, aot_inductor, eager or inductor (default: {backend})")
+    known = "auto, aot_inductor, eager, inductor or tensorrt"
+    parser.add_argument("--backend", default=backend, help=f"{known} (default: {backend})")
 
 
 def add_length_argument(parser: argparse.ArgumentParser, least: str) -> None:
