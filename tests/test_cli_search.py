@@ -144,7 +144,7 @@ def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(folder: Path, t
     wait_for_records(out, len(finished) + 1, second)
     two_machines.stdin.write("\n")
     two_machines.stdin.flush()
-    _, errors = second.communicate(timeout=300)
+    _, errors = second.communicate(timeout=900)
     assert second.returncode == 0, errors
     assert "an actor was lost" in errors
     assert records(out) == wanted
