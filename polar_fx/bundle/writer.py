@@ -10,8 +10,8 @@ import secrets
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
@@ -93,11 +93,7 @@ def export(
         )
     if compiled.device.type != "cpu":
         raise InputError(f"bundles are for the CPU, and the model is on {compiled.device}; move it there and compile it again")
-    dispatcher = compiled.dispatcher
-    by_default: Sequence[ProgramLike] = (None,) if dispatcher is None else dispatcher.menu.programs
-    chosen = tuple(dict.fromkeys(compiled.resolve(p) for p in (by_default if programs is None else programs)))
-    if not chosen:
-        raise InputError("a bundle needs at least one program; leave programs= out for the default one")
+    chosen, dispatcher = programs_to_ship(compiled, programs), compiled.dispatcher
     if dispatcher is not None:
         if not isinstance(dispatcher.predictor, Selector):
             raise InputError("the model's predictor is no Selector; set compiled.dispatcher = None to export without it")
@@ -110,22 +106,31 @@ def export(
     if not buckets or any(type(b) is not int or b < 1 for b in buckets):
         raise InputError(f"buckets must be numbers of rows, such as (1,) or (1, 2), got {buckets!r}")
     target = check_target(out, overwrite)
-    work = target.parent / f".{target.name}.{secrets.token_hex(8)}.part"
     with os_errors(target), tempfile.TemporaryDirectory(prefix="polar_fx-") as spare:
         many_rows = max(buckets) > 1 and not compiled.deterministic
         draft = _draft(compiled, chosen, many_rows)
         packages = _packages(compiled, region_names(compiled.library.table, draft.shapes), Path(spare))
-        try:
-            manifest = _write(compiled, draft, packages, tokenizer, work)
-            _place(work, target, overwrite)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
+        weights, ties = stored_weights(compiled.library.tensors, compiled.library.table)
+        require_room(target.parent, sum(t.nbytes for t in weights.values()) + sum(p.stat().st_size for p in packages.values()))
+        with new_folder(target, overwrite) as work:
+            save_weights(weights, work / WEIGHTS)
+            manifest = _write(compiled, replace(draft, ties=ties), packages, tokenizer, work)
     log.info("wrote %s: %s, %s", target, count(len(chosen), "program"), size(manifest.num_bytes))
     return manifest
 
 
-def check_target(out: str | PathLike[str], overwrite: bool) -> Path:
-    """The absolute path of a bundle that may be written. Raises BundleError."""
+def programs_to_ship(compiled: CompiledModel, programs: Iterable[ProgramLike] | None) -> tuple[Program, ...]:
+    """The programs, each once; None: the default one, or the dispatcher's menu. Raises InputError and ProgramError."""
+    dispatcher = compiled.dispatcher
+    by_default: Sequence[ProgramLike] = (None,) if dispatcher is None else dispatcher.menu.programs
+    chosen = tuple(dict.fromkeys(compiled.resolve(p) for p in (by_default if programs is None else programs)))
+    if not chosen:
+        raise InputError("an export needs at least one program; leave programs= out for the default one")
+    return chosen
+
+
+def check_target(out: str | PathLike[str], overwrite: bool, mark: str = MANIFEST) -> Path:
+    """The absolute path of a folder that may be written; what is overwritten must hold a file `mark`. Raises BundleError."""
     target = Path(os.path.abspath(out))  # not resolved: a link under that name is an existing thing, too
     if not target.parent.is_dir():
         raise BundleError(target, "is in no folder that exists", f"make {target.parent} first")
@@ -133,9 +138,35 @@ def check_target(out: str | PathLike[str], overwrite: bool) -> Path:
         return target
     if not overwrite:
         raise BundleError(target, "exists already", "name another folder, or say overwrite=True")
-    if target.is_symlink() or not (target / MANIFEST).is_file():
-        raise BundleError(target, "is there and is no bundle, so it is not overwritten", "name another folder, or remove it")
+    if target.is_symlink() or not (target / mark).is_file():
+        what = "is no bundle" if mark == MANIFEST else f"holds no {mark}"
+        raise BundleError(target, f"is there and {what}, so it is not overwritten", "name another folder, or remove it")
     return target
+
+
+def require_room(folder: Path, num_bytes: int) -> None:
+    """Raises BundleError if the disk has less left, and some for manifest, settings and file system."""
+    needed = num_bytes + _SPARE_BYTES
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise BundleError(
+            folder, f"has {size(free)} left, and the bundle takes {size(needed)}", "free some space there, or name another disk"
+        )
+
+
+@contextmanager
+def new_folder(target: Path, overwrite: bool, mark: str = MANIFEST) -> Iterator[Path]:
+    """A hidden folder beside `target` to write into, which then gets that name; removed if that does not come to pass.
+
+    Raises BundleError for what the operating system refuses, and as `check_target`.
+    """
+    work = target.parent / f".{target.name}.{secrets.token_hex(8)}.part"
+    with os_errors(target):
+        try:
+            work.mkdir()
+            yield work
+            _place(work, target, overwrite, mark)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
 
 
 def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bool) -> Manifest:
@@ -195,22 +226,9 @@ def _packages(compiled: CompiledModel, wanted: list[Wanted], spare: Path) -> dic
 
 
 def _write(compiled: CompiledModel, draft: Manifest, packages: dict[Wanted, Path], tokenizer: Any, work: Path) -> Manifest:
-    """Write everything into the new folder `work`, then read it as a loader would."""
-    library = compiled.library
-    weights, ties = stored_weights(library.tensors, library.table)
-    needed = sum(t.numel() * t.element_size() for t in weights.values())
-    needed += sum(p.stat().st_size for p in packages.values()) + _SPARE_BYTES
-    if (free := shutil.disk_usage(work.parent).free) < needed:
-        raise BundleError(
-            work.parent,
-            f"has {size(free)} left, and the bundle takes {size(needed)}",
-            "free some space there, or name another disk",
-        )
-    work.mkdir()
+    """Write everything but the weights into `work`, then read it as a loader would."""
     (work / REGIONS).mkdir()
-    write_file(work / SYMBOLS, library.table.to_json().encode())
-    _save_weights(weights, work / WEIGHTS)
-    (work / WEIGHTS).chmod(stat.S_IMODE((work / SYMBOLS).stat().st_mode))  # safetensors writes for the owner alone
+    write_file(work / SYMBOLS, compiled.library.table.to_json().encode())
     write_file(work / CONFIG, json.dumps(config_fields(compiled.config), indent=1).encode())
     write_file(work / GENERATION, json.dumps(generation_fields(compiled.generation_config), indent=1).encode())
     regions: dict[str, Wanted] = {}
@@ -222,19 +240,21 @@ def _write(compiled: CompiledModel, draft: Manifest, packages: dict[Wanted, Path
     for folder in {(work / p).parent for p in paths}:
         sync(folder)
     files = tuple(BundledFile(p, (work / p).stat().st_size, digest_of(work / p), regions.get(p)) for p in paths)
-    manifest = replace(draft, ties=ties, files=files)
+    manifest = replace(draft, files=files)
     write_manifest(work, manifest)
     verify_bundle(work)
     return manifest
 
 
-def _save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a new safetensors file, durably. Raises BundleError."""
     try:
         save_file(weights, path)
     except SafetensorError as error:  # in which the system's own error is but text
         raise BundleError(
             path, f"cannot be written: {error}", "free some space there, or name a folder on another disk"
         ) from error
+    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)  # safetensors writes for the owner alone
     sync(path)
 
 
@@ -264,10 +284,10 @@ def _save_predictor(compiled: CompiledModel, work: Path) -> list[str]:
     return list(PREDICTOR_FILES)
 
 
-def _place(work: Path, target: Path, overwrite: bool) -> None:
+def _place(work: Path, target: Path, overwrite: bool, mark: str) -> None:
     """Give the finished folder its name. There is never a half bundle under that name; for a moment there may be none."""
     if overwrite and os.path.lexists(target):
-        check_target(target, overwrite)
+        check_target(target, overwrite, mark)
         former = work.with_suffix(".former")
         os.rename(target, former)
         try:

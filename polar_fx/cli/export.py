@@ -1,12 +1,14 @@
 """Ship a model as one folder that runs programs without modeling code and without compiling: weights, compiled code, programs.
 
 The folder runs on machines with this torch and this kind of processor; `polar_fx.load_bundle` loads it. More programs cost a line
-each: all of them share the weights and the compiled code.
+each: all of them share the weights and the compiled code. With `--form onnx` the folder holds no compiled code but an ONNX graph
+a program, for other runtimes; all of them share one file of weights.
 
 Examples:
   python -m polar_fx export --out bundle --programs identity "skip 5" "repeat 10-11 x3 @0.5"
   python -m polar_fx export --out bundle --programs menu.txt --overwrite     # one program a line, # begins a comment
   python -m polar_fx export --out bundle --model ./my-model --dtype bfloat16 --max-length 1024 --batch 8
+  python -m polar_fx export --out graphs --form onnx --programs identity "skip 5"
 """
 
 import argparse
@@ -21,7 +23,8 @@ from .options import add_length_argument, add_model_arguments, compile_model, lo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the bundle; it must not exist yet")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write; it must not exist yet")
+    parser.add_argument("--form", choices=("bundle", "onnx"), default="bundle", help="(default: %(default)s)")
     parser.add_argument(
         "--programs", nargs="+", metavar="FILE_OR_TEXT",
         help="program texts, and files of them; the first is what calls that name no program run (default: identity; with "
@@ -31,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=whole(1), default=1, metavar="N", help="rows a call; from 2 up any number is served at once"
     )
     parser.add_argument("--predictor", type=Path, metavar="FOLDER", help="of `train`; its menu and policy are shipped along")
-    parser.add_argument("--overwrite", action="store_true", help="replace a bundle that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of that form that is there")
     parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer's files out")
     add_length_argument(parser, "256")
     add_model_arguments(parser, backend="aot_inductor")
@@ -42,6 +45,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     texts = program_texts(options.programs) if options.programs else None
     if options.backend not in ("aot_inductor", "auto"):
         raise InputError(f"--backend {options.backend} makes no code that can be shipped; leave it out, or name aot_inductor")
+    if options.form == "onnx":
+        return _onnx(options, texts)
     options.backend = "aot_inductor"
 
     from ..bundle import export
@@ -74,3 +79,29 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "folder": str(options.out), "fingerprint": manifest.fingerprint, "bytes": manifest.num_bytes, "seconds": seconds,
         "compiled": len(compiled.compilations), "manifest": manifest.to_dict(),
     }  # fmt: skip
+
+
+def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any]:
+    """Write ONNX files; returns and prints what the folder holds."""
+    bundles_only = {"--predictor": options.predictor, "--max-length": options.max_length, "--batch": options.batch - 1}
+    if given := [name for name, value in bundles_only.items() if value]:
+        raise InputError(f"{given[0]} is for bundles: ONNX graphs take any batch and length, and no predictor; leave it out")
+
+    from ..bundle import export_onnx
+    from ..bundle.onnx_files import ABOUT
+    from ..bundle.writer import check_target
+
+    check_target(options.out, options.overwrite, ABOUT)  # before anything is loaded
+    options.backend = "eager"  # nothing is compiled
+    model, _ = load_model(options)
+    compiled = compile_model(model, options, row_length(model))
+    start = time.perf_counter()
+    with status().status("exporting and writing ..."):
+        about = export_onnx(compiled, options.out, texts, overwrite=options.overwrite)
+    seconds = time.perf_counter() - start
+    num_bytes = sum(entry["bytes"] for entry in (about["weights"], *about["programs"]))
+    if not options.json:
+        share = size(about["weights"]["bytes"])
+        print(f"{options.out}: {count(len(about['programs']), 'program')}, {size(num_bytes)}, of which {share} are weights")
+        print(f"fingerprint {about['fingerprint']}")
+    return {"folder": str(options.out), "bytes": num_bytes, "seconds": seconds, "programs": about}
