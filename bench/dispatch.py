@@ -1,7 +1,8 @@
 """What dispatching costs: the head apart from the choice, the split at the trunk, and each policy beside the identity.
 
-One prompt of 128 tokens, one row; medians of interleaved rounds, warm-up and compilation apart. The predictor's network is timed
-on real hidden states; what it chooses does not matter for the first table.
+First, one prompt of 128 random tokens, one row: the predictor's network is timed on real hidden states, and what it chooses
+does not matter. Then requests: test questions of the built-in tasks in few-shot prompts, one at a time and several of all tasks
+in a batch, which falls into groups by program. Medians of interleaved rounds, warm-up and compilation apart.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import torch
 
 import polar_fx
 from measure import RESULTS, machine, paired_ratio, spread, write_json
+from polar_fx.dispatch import Dispatcher
+from polar_fx.evaluate import TASKS, generate, get_template
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu
 from polar_fx.predictor.policy import Calibration
@@ -34,6 +37,49 @@ def _selector(folder: Path | None, depth: int, hidden_size: int) -> Selector:
     return Selector(menu, Features(), network, Calibration(0.0, {0.9: 0.1}))
 
 
+def _prompts(tokenizer: Any, count: int, batch: int) -> list[dict[str, torch.Tensor]]:
+    """`count` batches of test questions of all tasks, padded on the left."""
+    each = -(-count * batch // len(TASKS))
+    rows = [
+        torch.tensor((*q.prefix, *q.prompt))
+        for task in TASKS
+        for q in get_template("few-shot", task).encode_all(tokenizer, generate(task, each, 3, split="test"))
+    ]
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+    made = []
+    for start in range(0, count * batch, batch):
+        part = [rows[i] for i in order[start : start + batch]]
+        padded = torch.nn.utils.rnn.pad_sequence([r.flip(0) for r in part], batch_first=True, padding_value=-1).flip(1)
+        made.append({"input_ids": padded.clamp_min(0), "attention_mask": (padded >= 0).long()})
+    return made
+
+
+def _requests(
+    dispatchers: dict[str, Dispatcher], prompts: list[dict[str, torch.Tensor]], new_tokens: int
+) -> dict[str, dict[str, Any]]:
+    """By policy: milliseconds of a request, its ratio to the identity's of the same round, steps of a row, groups of a batch."""
+    arguments: dict[str, Any] = dict(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    taken: dict[str, list[float]] = {policy: [] for policy in dispatchers}
+    steps: dict[str, list[float]] = {policy: [] for policy in dispatchers}
+    groups: dict[str, list[int]] = {policy: [] for policy in dispatchers}
+    for i, prompt in enumerate((prompts[0], prompts[0], *prompts)):
+        for policy, each in dispatchers.items():
+            start = time.perf_counter()
+            _, report = each.generate(**prompt, **arguments)
+            milliseconds = 1e3 * (time.perf_counter() - start)
+            if i > 1:  # the first two warm up
+                taken[policy].append(milliseconds)
+                steps[policy].append(statistics.fmean(d.num_steps for d in report.decisions))
+                groups[policy].append(len({d.program for d in report.decisions}))
+    return {
+        policy: {
+            "ms": spread(times), "ratio": paired_ratio(times, taken["identity"]), "steps": statistics.fmean(steps[policy]),
+            "groups": statistics.fmean(groups[policy]),
+        }
+        for policy, times in taken.items()
+    }  # fmt: skip
+
+
 def _timed(work: Any) -> float:
     start = time.perf_counter()
     work()
@@ -45,9 +91,10 @@ def main() -> None:
     parser.add_argument("--predictor", type=Path, help="folder of `train` (default: random weights of the same size)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--new-tokens", type=int, default=16)
     options = parser.parse_args()
-    model, _ = polar_fx.load(None, getattr(torch, options.dtype))
+    model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
     compiled = polar_fx.compile(model, max_length=191)
     selector = _selector(options.predictor, compiled.depth, model.config.hidden_size)
     dispatcher = compiled.dispatch_by(selector, policy="accuracy")
@@ -90,31 +137,21 @@ def main() -> None:
 
     policies = ["identity", "accuracy", *(f"mean_steps<={f:g}" for f in selector.calibration.prices), "steps<=0.9"]
     dispatchers = {policy: dispatcher.with_policy(policy) for policy in policies}
-    prompts = [torch.randint(0, compiled.vocab_size, (1, _TOKENS), generator=rng) for _ in range(options.rounds)]
-    arguments: dict[str, Any] = dict(max_new_tokens=options.new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
-    requests: dict[str, list[float]] = {policy: [] for policy in policies}
-    steps: dict[str, list[int]] = {policy: [] for policy in policies}
-    for prompt in (prompts[0], prompts[0], *prompts):
-        for policy, each in dispatchers.items():
-            start = time.perf_counter()
-            _, report = each.generate(prompt, **arguments)
-            requests[policy].append(1e3 * (time.perf_counter() - start))
-            steps[policy].append(report.decisions[0].num_steps)
-    requests = {policy: taken[2:] for policy, taken in requests.items()}
-    rates = {policy: paired_ratio(taken, requests["identity"]) for policy, taken in requests.items()}
-    for policy in policies:
-        print(
-            f"{policy}: {statistics.median(requests[policy]):.1f} ms a request, {rates[policy]['median']:.3f} of the identity's, "
-            f"{statistics.fmean(steps[policy][2:]):.1f} steps"
-        )
+    requests = {
+        f"batch {batch}": _requests(dispatchers, _prompts(tokenizer, options.rounds + 2, batch), options.new_tokens)
+        for batch in (1, options.batch)
+    }
+    for name, found in requests.items():
+        for policy, row in found.items():
+            print(
+                f"{name}, {policy}: {row['ms']['median']:.1f} ms, {row['ratio']['median']:.3f} of the identity's, "
+                f"{row['steps']:.1f} steps, {row['groups']:.1f} groups"
+            )
     write_json(RESULTS / f"dispatch-cpu-{options.dtype}.json", {
         "benchmark": "dispatch", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "prompt_tokens": _TOKENS,
         "trained": options.predictor is not None, "menu": len(selector.menu), "shared_steps": dispatcher.num_steps,
         "parameters": sum(p.numel() for p in selector.network.parameters()), "ms": overhead, "ratio_to_prefill": ratios,
-        "requests": {
-            policy: {"ms": spread(requests[policy]), "ratio": rates[policy], "steps": statistics.fmean(steps[policy][2:])}
-            for policy in policies
-        }, "new_tokens": options.new_tokens,
+        "requests": requests, "new_tokens": options.new_tokens,
     })  # fmt: skip
 
 

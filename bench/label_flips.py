@@ -2,8 +2,10 @@
 
     python bench/label_flips.py                       # float32
     python bench/label_flips.py --dtype bfloat16
+    python bench/label_flips.py --dtype bfloat16 --records run.jsonl
 
-The pairs are what Monte Carlo tree searches look at. Replications report 5 to 13 % in bf16, from batch shapes alone.
+The pairs are what Monte Carlo tree searches look at; of the records of a search, half are drawn from those found right and half
+are those whose margin is nearest to a tie. Replications report 5 to 13 % in bf16, from batch shapes alone.
 """
 
 import argparse
@@ -16,8 +18,10 @@ import torch
 
 import polar_fx
 from measure import RESULTS, machine, write_json
-from polar_fx.evaluate import generate, get_template
+from polar_fx.evaluate import Question, generate, get_template
 from polar_fx.search import SearchConfig, TeacherForcing, Verdict, run_searches
+from polar_fx.search.record_store import RecordReader
+from polar_fx.search.records import Explored
 from search_speed import Pair, Plain
 
 
@@ -38,34 +42,59 @@ def judge(forcing: TeacherForcing, pairs: list[Pair], seed: int, size: int) -> l
     return [found[i] for i in range(len(pairs))]
 
 
+def chosen(listed: list[tuple[Question, Explored]], count: int) -> list[tuple[Question, Explored]]:
+    """Half of `count` drawn from what was found right, and half of what was nearest to a tie."""
+    right = [each for each in listed if each[1].verdict.correct]
+    drawn = random.Random(0).sample(right, min(count // 2, len(right)))
+    margins = {id(each): abs(each[1].verdict.margin or 0.0) for each in listed}
+    taken = {id(each) for each in drawn}
+    close = sorted((each for each in listed if id(each) not in taken), key=lambda each: margins[id(each)])
+    return drawn + close[: count - len(drawn)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="multiplication")
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--simulations", type=int, default=40)
+    parser.add_argument("--records", type=Path, help="of a search with few-shot prompts of built-in tasks, in this dtype")
+    parser.add_argument("--pairs", type=int, default=600, help="taken from the records")
     parser.add_argument("--generated", type=int, default=96, help="pairs that are generated as well")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
-    compiled = polar_fx.compile(model, max_length=127)
-    template = get_template("few-shot", options.task)
-    rows = generate(options.task, options.questions, split="train")
-    encoded = dict(zip([q.id for q in rows], template.encode_all(tokenizer, rows), strict=True))
-    # the likelihood leads to right answers and near ones: where verdicts are close
-    config = SearchConfig(simulations=options.simulations, reward="likelihood", length_penalty=0.0)
-    records = list(run_searches([(q, encoded[q.id]) for q in rows], TeacherForcing(compiled), compiled.depth, config))
-    pairs = [(encoded[r.question.id], e.program) for r in records for e in r.explored]
-    first = [e.verdict.correct for r in records for e in r.explored]
+    compiled = polar_fx.compile(model, max_length=255 if options.records else 127)
+    if options.records:
+        records = list(RecordReader(options.records))
+        listed = chosen([(r.question, e) for r in records for e in r.explored], options.pairs)
+    else:
+        rows = generate(options.task, options.questions, split="train")
+        encoded = get_template("few-shot", options.task).encode_all(tokenizer, rows)
+        # the likelihood leads to right answers and near ones: where verdicts are close
+        config = SearchConfig(simulations=options.simulations, reward="likelihood", length_penalty=0.0)
+        rounds = run_searches(list(zip(rows, encoded, strict=True)), TeacherForcing(compiled), compiled.depth, config)
+        listed = [(r.question, e) for r in rounds for e in r.explored]
+    questions = {q.id: q for q, _ in listed}
+    tasks = sorted({q.task for q in questions.values()})
+    templates = {task: get_template("few-shot", task) for task in tasks}
+    of = {e.id: e for t in tasks for e in templates[t].encode_all(tokenizer, [q for q in questions.values() if q.task == t])}
+    pairs = [(of[q.id], e.program) for q, e in listed]
+    first = [e.verdict.correct for _, e in listed]
     alone = judge(TeacherForcing(compiled, deterministic=True), pairs, 1, 64)
     again = judge(TeacherForcing(compiled, deterministic=True), pairs, 2, 7)
     batched = judge(TeacherForcing(compiled), pairs, 3, 64)
     sample = random.Random(0).sample(range(len(pairs)), min(options.generated, len(pairs)))
-    generated = Plain(model, tokenizer, template).evaluate([pairs[i] for i in sample])
+    generated = [False] * len(sample)
+    for task in tasks:
+        members = [i for i, k in enumerate(sample) if listed[k][0].task == task]
+        told = Plain(model, tokenizer, templates[task]).evaluate([pairs[sample[i]] for i in members])
+        for i, verdict in zip(members, told, strict=True):
+            generated[i] = verdict
     right = [v.correct for v in alone]
     report = {
-        "benchmark": "label flips", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "task": options.task,
-        "questions": len(rows), "pairs": len(pairs),
+        "benchmark": "label flips", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "tasks": tasks,
+        "questions": len(questions), "pairs": len(pairs),
         "deterministic, asked again in another order": {
             **flips(right, [v.correct for v in again]), "same_bits": sum(a == b for a, b in zip(alone, again, strict=True))
         },
@@ -74,7 +103,8 @@ def main() -> None:
         "deterministic against HF generate": flips([right[i] for i in sample], generated),
         "batched against HF generate": flips([first[i] for i in sample], generated),
     }  # fmt: skip
-    write_json(options.output or RESULTS / f"label-flips-cpu-{options.dtype}.json", report)
+    name = f"label-flips{'-records' if options.records else ''}-cpu-{options.dtype}.json"
+    write_json(options.output or RESULTS / name, report)
     for name, found in report.items():
         if isinstance(found, dict) and "flips" in found:
             print(f"{name}: {found}")

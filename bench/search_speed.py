@@ -37,7 +37,7 @@ Pair = tuple[EncodedQuestion, Program]
 
 # Questions, and programs of a grid or of each search; the plain method takes seconds for each where answers ramble on.
 _SIZES = {
-    ("few-shot", "grid"): (32, 16), ("few-shot", "search"): (16, 40), ("direct", "grid"): (32, 4), ("direct", "search"): (16, 12)
+    ("few-shot", "grid"): (32, 16), ("few-shot", "search"): (16, 40), ("direct", "grid"): (32, 16), ("direct", "search"): (16, 12)
 }  # fmt: skip
 _SAMPLE = 2  # pairs a round that the plain method judges in the pattern "search"
 
