@@ -38,12 +38,14 @@ types: setup ## Static types
 test: setup ## Run the tests in JOBS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-bench: setup ## Measure latency, many programs and warm start; writes bench/results/
+bench: setup ## Measure latency, many programs, warm start, dispatch and bundles; writes bench/results/
 	$(BIN)/python bench/latency.py
 	$(BIN)/python bench/latency.py --dtype bfloat16
 	$(BIN)/python bench/programs.py
 	$(BIN)/python bench/warm_start.py
 	$(BIN)/python bench/dispatch.py
+	$(BIN)/python bench/bundle.py
+	$(BIN)/python bench/bundle.py --dtype bfloat16
 
 clean: ## Remove the virtual environment and build leftovers
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
