@@ -1,6 +1,7 @@
 """Serve a bundle over HTTP, by routes that OpenAI clients speak: completions, chat, models; health and metrics.
 
-There is no authentication: keep it on loopback, or behind something that asks who is there. Ctrl-C ends it.
+There is no authentication: keep it on loopback, or behind something that asks who is there. Ctrl-C or SIGTERM
+ends it.
 
 Examples:
   python -m polar_fx serve bundle
@@ -10,6 +11,7 @@ Examples:
 """
 
 import argparse
+import signal
 import socket
 import threading
 from pathlib import Path
@@ -56,6 +58,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
     with status().status("starting ..."):
         ray.init(address="local", include_dashboard=False)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what service managers send ends it as Ctrl-C does
     try:
         serve.start(
             http_options={"host": options.host, "port": options.port, "request_timeout_s": options.timeout},
