@@ -36,7 +36,6 @@ from polar_fx.protocol.calibration import log_loss
 from polar_fx.protocol.paired import compare
 from polar_fx.search.record_store import RecordReader
 from polar_fx.search.records import SearchRecord
-from polar_fx.training.collect import token_features
 from polar_fx.training.pipeline import MINED
 from polar_fx.training.selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from polar_fx.training.verdict_table import VerdictTable
@@ -76,8 +75,8 @@ def folds(n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         yield np.setdiff1d(others, others[::6]), others[::6], np.flatnonzero(fold == held_out)
 
 
-def judged(chances: np.ndarray, table: VerdictTable) -> dict[str, Any]:
-    """Log loss, and the gain over the identity in points with its interval, by threshold and by budget."""
+def judged(chances: np.ndarray, table: VerdictTable) -> tuple[dict[str, Any], np.ndarray]:
+    """Log loss, and the gain over the identity in points with its interval, by threshold and by budget; and the likeliest."""
     rows, right, steps = np.arange(len(chances)), table.right, table.steps
     found: dict[str, Any] = {"log_loss": log_loss(chances.clip(1e-6, 1 - 1e-6), right)}
     choices = {f"threshold {t:g}": choose_all(chances, steps, table.depth, t) for t in _THRESHOLDS}
@@ -89,7 +88,7 @@ def judged(chances: np.ndarray, table: VerdictTable) -> dict[str, Any]:
     for name, chosen in choices.items():
         paired = compare(right[rows, chosen], right[:, 0], steps=steps[chosen], identity_steps=float(table.depth), strata=strata)
         found[name] = {**paired.gain.to_dict(), "steps": float(steps[chosen].mean())}
-    return found
+    return found, right[rows, choices["threshold 0"]]
 
 
 def alone(encoder: TextEncoder, texts: list[str], count: int = 40) -> dict[str, float]:
@@ -110,23 +109,28 @@ def main() -> None:
     options = parser.parse_args()
     selector, _ = load_selector(options.predictor)
     parts = options.predictor / "parts"
-    screened = {r.question.id for r in RecordReader(parts / "screen.jsonl")} | set(json.loads((parts / MINED).read_text()))
-    records = [r for s in ("train", "validation") for r in RecordReader(parts / f"{s}.jsonl") if r.question.id not in screened]
+    known = set(json.loads((parts / MINED).read_text()))  # what chose the menu cannot judge it
+    for path in parts.glob("*.jsonl"):
+        if path.stem not in ("train", "validation"):
+            known |= {r.question.id for r in RecordReader(path)}
+    records = [r for s in ("train", "validation") for r in RecordReader(parts / f"{s}.jsonl") if r.question.id not in known]
     table = VerdictTable.of(records, selector.menu.programs)
     given: Any = SimpleNamespace(model=None, dtype=options.dtype, backend="auto", workers=1)
     labeller = Labeller(given, templates_of(read_notes(options.predictor)["prompt"], table.questions), table.questions)
     rows = [(q, labeller.encoded[q.id]) for q in table.questions]
     trunk, window = selector.features.num_steps, selector.features.window
-    seen = {(n, w): labeller.features(rows, Features(n, w)) for n, w in [(0, window), (2, window), (trunk, window), (8, window)]}
-    own, longer = seen[trunk, window], labeller.features(rows, Features(trunk, 64))
+    seen = {n: labeller.features(rows, Features(n, window)) for n in (0, 2, 8)}
+    kept = labeller.states(rows, Features(trunk, max(64, window)))
+    own, longer = (torch.stack([Features(trunk, w).pooled(each) for each in kept]) for w in (window, 64))
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(1))
     tasks = sorted({q.task for q in table.questions})
     names = torch.tensor([[float(q.task == task) for task in tasks] for q in table.questions])
+    base = f"hidden states after {trunk} steps"
     variants: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
-        "token embeddings": (seen[0, window], {}),
-        "hidden states after 2 steps": (seen[2, window], {}),
-        f"hidden states after {trunk} steps (as trained)": (own, {}),
-        "hidden states after 8 steps (the menu shares fewer)": (seen[8, window], {}),
+        "token embeddings": (seen[0], {}),
+        "hidden states after 2 steps": (seen[2], {}),
+        base: (own, {}),
+        "hidden states after 8 steps (the menu shares fewer)": (seen[8], {}),
         "last 64 tokens": (longer, {}),
         "the task's name alone": (names, {"width": 0, "dropout": 0.0, "learning_rate": 0.01}),
         "another question's features (control)": (own[order], {}),
@@ -150,16 +154,20 @@ def main() -> None:
             variants[f"text encoder, {name}"] = (torch.stack([whole.pooled(s) for s in states]), {})
             encoder_notes["one_text_cpu_ms"][name] = {"tokens": float(np.mean([len(s) for s in states])), **alone(encoder, each)}
         print(encoder_notes, flush=True)
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    likeliest: dict[str, np.ndarray] = {}
     for name, (features, config) in variants.items():
-        results[name] = judged(out_of_fold(features, table, config), table)
+        results[name], likeliest[name] = judged(out_of_fold(features, table, config), table)
         gains = {k: v for k, v in results[name].items() if k != "log_loss"}
         shown = ", ".join(f"{k} {v['value']:+.2f} [{v['low']:+.2f}, {v['high']:+.2f}]" for k, v in gains.items())
         print(f"{name}: log loss {results[name]['log_loss']:.4f}; {shown}", flush=True)
+    strata = [q.task for q in table.questions]
+    for name, right in likeliest.items():
+        results[name]["beside hidden states"] = compare(right, likeliest[base], strata=strata).gain.to_dict()
     polar = {}
     if encoder is not None:
-        kept = token_features(labeller.compiled, [e for _, e in rows], selector.features)
-        choices = polar_out_of_fold("PoLar network, hidden states", [t.float() for t in kept], records, table.depth, trunk)
+        hidden = [selector.features.tokens(each).float() for each in kept]
+        choices = polar_out_of_fold("PoLar network, hidden states", hidden, records, table.depth, trunk)
         choices += polar_out_of_fold("PoLar network, text encoder, question text", states, records, table.depth, trunk)
         with tempfile.TemporaryDirectory() as folder:
             judged_on = labeller.records(Path(folder) / "polar.jsonl", rows, wanted_programs(choices, list(table.questions)))
