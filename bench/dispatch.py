@@ -17,6 +17,7 @@ import polar_fx
 from measure import RESULTS, machine, paired_ratio, spread, write_json
 from polar_fx.dispatch import Dispatcher
 from polar_fx.evaluate import TASKS, generate, get_template
+from polar_fx.generate import padded_rows
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu
 from polar_fx.predictor.policy import Calibration
@@ -41,16 +42,15 @@ def _prompts(tokenizer: Any, count: int, batch: int) -> list[dict[str, torch.Ten
     """`count` batches of test questions of all tasks, padded on the left."""
     each = -(-count * batch // len(TASKS))
     rows = [
-        torch.tensor((*q.prefix, *q.prompt))
+        (*q.prefix, *q.prompt)
         for task in TASKS
         for q in get_template("few-shot", task).encode_all(tokenizer, generate(task, each, 3, split="test"))
     ]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     made = []
     for start in range(0, count * batch, batch):
-        part = [rows[i] for i in order[start : start + batch]]
-        padded = torch.nn.utils.rnn.pad_sequence([r.flip(0) for r in part], batch_first=True, padding_value=-1).flip(1)
-        made.append({"input_ids": padded.clamp_min(0), "attention_mask": (padded >= 0).long()})
+        ids, mask = padded_rows([rows[i] for i in order[start : start + batch]])
+        made.append({"input_ids": ids, "attention_mask": mask})
     return made
 
 

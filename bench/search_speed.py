@@ -28,6 +28,7 @@ from torch import nn
 import polar_fx
 from measure import RESULTS, machine, spread, write_json
 from polar_fx.evaluate import EncodedQuestion, PromptTemplate, generate, get_template
+from polar_fx.generate import padded_rows
 from polar_fx.program import Program
 from polar_fx.search.config import SearchConfig
 from polar_fx.search.methods import get_method, question_seed
@@ -81,11 +82,9 @@ class Plain:
         right = [False] * len(pairs)
         for program, members in groups.items():
             rows = [pairs[i][0].prefix + pairs[i][0].prompt for i in members]
-            longest = max(map(len, rows))
-            ids = torch.tensor([[self.pad] * (longest - len(r)) + list(r) for r in rows])
-            mask = torch.tensor([[0] * (longest - len(r)) + [1] * len(r) for r in rows])
+            ids, mask = padded_rows(rows, self.pad)
             with swapped(self.model, program):
-                out = self.model.generate(ids, attention_mask=mask, **self.arguments)[:, longest:]
+                out = self.model.generate(ids, attention_mask=mask, **self.arguments)[:, ids.shape[1] :]
             for i, tokens in zip(members, out.tolist(), strict=True):
                 right[i] = any(tuple(tokens[: len(t)]) == t for t in pairs[i][0].targets)
         return right

@@ -152,6 +152,11 @@ class CompiledModel:
     # ------------------------------------------------------------------------------------------- properties
 
     @property
+    def architecture(self) -> str:
+        """Name of the model's class."""
+        return (self.config.architectures or [type(self.config).__name__])[0]
+
+    @property
     def depth(self) -> int:
         return self.library.depth
 

@@ -6,10 +6,12 @@ only answers its forward calls. Its overhead per token is measured in bench/late
 
 import contextlib
 import copy
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -25,6 +27,12 @@ if TYPE_CHECKING:
 _UNSUPPORTED = (
     "assistant_model", "past_key_values", "cache", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids"
 )  # fmt: skip
+
+
+def padded_rows(rows: Sequence[Sequence[int]], fill: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
+    """Token rows as `generate` takes them: ids i64[B, T], padded with `fill`, and the mask i64[B, T] of real ones."""
+    ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=fill, padding_side=side)
+    return ids, pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], batch_first=True, padding_side=side)
 
 
 class _Running(GenerationMixin):

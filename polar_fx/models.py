@@ -40,6 +40,12 @@ def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype = torc
     return load_pretrained(AutoModelForCausalLM, source, dtype, "a causal language model")
 
 
+def is_bundle(source: str | os.PathLike[str]) -> bool:
+    """Whether a local folder looks like a bundle (polar_fx.bundle), whole or not; no file of it is opened."""
+    folder = Path(source).expanduser()
+    return (folder / "manifest.json").exists() and (folder / "symbols.json").exists()
+
+
 def load_pretrained(auto: Any, source: str | os.PathLike[str], dtype: torch.dtype, what: str) -> tuple[PreTrainedModel, Any]:
     """What `auto` (a class such as AutoModel) makes of a local folder or HuggingFace id, in eval mode, and its tokenizer.
 
@@ -48,7 +54,7 @@ def load_pretrained(auto: Any, source: str | os.PathLike[str], dtype: torch.dtyp
     name = os.fspath(source)
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
-        if (Path(name) / "manifest.json").exists() and (Path(name) / "symbols.json").exists():
+        if is_bundle(name):
             raise ModelNotFoundError(f"{name} is a bundle, which needs no model; load it with polar_fx.load_bundle({name!r})")
         _require_safetensors(Path(name))
     try:

@@ -101,10 +101,9 @@ def report(compiled: "CompiledModel") -> Report:
         entries = regions.store.entries()
         refused = tuple((r.key, r.reason) for r in regions.store.refusals)
         store = StoreReport(str(regions.store.root), len(entries), total_bytes(entries), regions.store.limit_bytes, refused)
-    names = compiled.config.architectures or [type(compiled.config).__name__]
     return Report(
-        model=names[0], depth=library.depth, dtype=str(library.dtype).removeprefix("torch."), device=str(library.device),
-        backend=compiled.backend.name, max_length=pool.max_length,
+        model=compiled.architecture, depth=library.depth, dtype=str(library.dtype).removeprefix("torch."),
+        device=str(library.device), backend=compiled.backend.name, max_length=pool.max_length,
         is_traced=library.is_traced, capture_s=captured and captured.seconds, layer_path=captured and captured.layer_path,
         kinds=kinds_of(compiled), passes=library.records if captured else (), regions=tuple(regions.records),
         num_programs=compiled.linker.num_programs,

@@ -8,7 +8,7 @@ import torch
 
 from . import models
 from .bundle import load_bundle
-from .bundle.manifest import MANIFEST, SYMBOLS, read_manifest
+from .bundle.manifest import read_manifest
 from .errors import InputError
 
 if TYPE_CHECKING:
@@ -38,16 +38,10 @@ def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None
 
     Raises ModelNotFoundError naming the remedy, BundleError, and InputError for a dtype that a bundle does not have.
     """
-    if source is None or not is_bundle(source):
+    if source is None or not models.is_bundle(source):
         return models.load(source, dtype or torch.float32)
     folder = Path(source).expanduser()
     if dtype is not None and (own := f"torch.{read_manifest(folder).dtype}") != str(dtype):
         raise InputError(f"{source} is a bundle of dtype {own}, not {dtype}; leave dtype out, or export the model in that one")
     bundle = load_bundle(folder)
     return bundle, bundle.tokenizer if bundle.has_tokenizer else None
-
-
-def is_bundle(source: str | os.PathLike[str]) -> bool:
-    """Whether a local folder looks like a bundle, whole or not; no file of it is opened."""
-    folder = Path(source).expanduser()
-    return (folder / MANIFEST).exists() and (folder / SYMBOLS).exists()

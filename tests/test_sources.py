@@ -11,7 +11,7 @@ import torch
 import polar_fx
 from polar_fx.bundle import BundledModel, BundleError, export
 from polar_fx.errors import InputError, ModelNotFoundError
-from polar_fx.sources import is_bundle
+from polar_fx.models import is_bundle
 from tiny_bundles import PROGRAMS, Mutable, compiled_model
 from tiny_models import make, prompts
 

@@ -200,7 +200,7 @@ class BundledModel(CompiledModel):
     @property
     def has_tokenizer(self) -> bool:
         """Whether a tokenizer was exported."""
-        return any(f.path.startswith(TOKENIZER) for f in self.manifest.files)
+        return self.manifest.has_tokenizer
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -94,6 +94,11 @@ class Manifest:
         """Bytes of all files but the manifest."""
         return sum(f.num_bytes for f in self.files)
 
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether a tokenizer was exported."""
+        return any(f.path.startswith(TOKENIZER) for f in self.files)
+
     def file(self, path: str) -> BundledFile:
         """The file of that path, which must be there."""
         return next(f for f in self.files if f.path == path)

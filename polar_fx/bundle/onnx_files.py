@@ -22,6 +22,7 @@ from ..plain_text import count, size
 from .files import digest_of, sync, write_file
 from .loader import BundledModel
 from .manifest import WEIGHTS
+from .portable import described_slots
 from .weights import stored_weights
 from .writer import check_target, new_folder, programs_to_ship, require_room, save_weights
 
@@ -68,13 +69,13 @@ def export_onnx(
         for number, program in enumerate(chosen):
             file = work / f"program_{number}.onnx"
             write_file(file, graphs.program_graph(library, program, functions, places))
-            slots = [{"heads": s.heads, "key_size": s.key_size, "value_size": s.value_size} for s in library.kv_specs(program)]
+            slots = described_slots(library.kv_specs(program))
             entries.append({"program": str(program), **_described(file), "slots": slots})
         about = {
             "polar_fx_onnx": 1,
             "polar_fx": __version__,
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "model": (compiled.config.architectures or [type(compiled.config).__name__])[0],
+            "model": compiled.architecture,
             "depth": library.depth,
             "dtype": "float32",
             "vocab_size": compiled.vocab_size,

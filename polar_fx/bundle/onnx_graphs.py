@@ -30,12 +30,12 @@ from ..program import Program
 from ..symbols import Symbol
 from .contents import DTYPES
 from .files import parse_json
+from .portable import SIZES
 
 OPSET = opset23.version  # the first with attention, rotary embedding and RMS norm as operators
 _IR_VERSION = 10
 _DOMAIN = "polar_fx"  # of the functions
 _AXES = {"B": "batch", "T": "tokens", "L": "length"}
-_SIZES = {"B": 3, "T": 7, "L": 23}  # distinct primes, so that no two axes are taken for one another
 aten = torch.ops.aten
 
 
@@ -68,7 +68,7 @@ class _Functional(nn.Module):
 def _export(library: LayerLibrary, name: str) -> ir.Function:
     operands = library.table.bodies[name].operands
     body = _Functional(_writing_by_head(library.bodies[name]), [i for i, o in enumerate(operands) if o.role == "kv"])
-    example = [o.example(_SIZES, library.device) for o in operands]
+    example = [o.example(SIZES, library.device) for o in operands]
     dynamic = [{i: _AXES[size] for i, size in enumerate(o.size) if size in _AXES} for o in operands]
     try:
         with _quiet():

@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from os import PathLike
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..capture import KvSpec
 from ..errors import CaptureError, InputError
 from .errors import BundleError
 from .files import os_errors, sync
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from ..compiled import CompiledModel, ProgramLike
 
 ABOUT = "polar_fx.json"  # the extra file that tells what the program is
-_B, _T, _L = 3, 7, 23  # distinct primes, so that no two axes are taken for one another
+SIZES = {"B": 3, "T": 7, "L": 23}  # of examples: distinct primes, so that no two axes are taken for one another
 
 
 class _Flat(nn.Module):
@@ -60,17 +62,17 @@ def export_program(
     if os.path.lexists(target) and not (overwrite and target.is_file()):
         raise BundleError(target, "exists already", "name another file, or say overwrite=True")
     chosen, library = compiled.resolve(program), compiled.library
-    specs, device = library.kv_specs(chosen), library.device
-    positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
-    slots = [torch.zeros(s, dtype=spec.dtype, device=device) for spec in specs for s in spec.shapes(_B, _L)]
+    specs, device, (b, t, n) = library.kv_specs(chosen), library.device, SIZES.values()
+    positions = torch.arange(t, device=device) + torch.arange(b, device=device)[:, None]
+    slots = [torch.zeros(s, dtype=spec.dtype, device=device) for spec in specs for s in spec.shapes(b, n)]
     batch, tokens, length = (torch.export.Dim(name) for name in ("batch", "tokens", "length"))
     rows = {0: batch, 1: tokens}
     shapes = (rows, rows, {0: length}, [{0: batch, 2: length}] * len(slots))
-    example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), slots)
+    example = (torch.zeros_like(positions), positions, torch.arange(n, device=device), slots)
     about = {
         "program": str(chosen), "depth": chosen.depth, "dtype": str(library.dtype).removeprefix("torch."),
         "fingerprint": library.model_fingerprint,
-        "slots": [{"heads": s.heads, "key_size": s.key_size, "value_size": s.value_size} for s in specs],
+        "slots": described_slots(specs),
     }  # fmt: skip
     work = target.with_name(f".{target.stem}.{secrets.token_hex(8)}.pt2")
     with torch.no_grad(), warnings.catch_warnings():
@@ -90,6 +92,11 @@ def export_program(
             with suppress(OSError):
                 work.unlink()  # gone already if all went well
     return target
+
+
+def described_slots(specs: Sequence[KvSpec]) -> list[dict[str, int]]:
+    """Sizes of each step's slot, for JSON."""
+    return [{"heads": s.heads, "key_size": s.key_size, "value_size": s.value_size} for s in specs]
 
 
 def _save(exported: torch.export.ExportedProgram, about: str, path: Path) -> None:

@@ -175,7 +175,7 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bo
     return Manifest(
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         polar_fx=__version__,
-        model=(compiled.config.architectures or [type(compiled.config).__name__])[0],
+        model=compiled.architecture,
         depth=library.depth,
         dtype=str(library.dtype).removeprefix("torch."),
         vocab_size=compiled.vocab_size,

@@ -44,7 +44,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from ..backends import get_backend
-    from ..sources import is_bundle
+    from ..models import is_bundle
     from .stopwatch import Stopwatch
 
     bundled = options.model is not None and is_bundle(options.model)

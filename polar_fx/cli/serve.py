@@ -39,10 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Serve until interrupted."""
     from ..bundle import verify_bundle
-    from ..bundle.manifest import TOKENIZER
 
     manifest = verify_bundle(options.bundle, fingerprint=options.fingerprint)
-    if not any(f.path.startswith(TOKENIZER) for f in manifest.files):
+    if not manifest.has_tokenizer:
         raise InputError(f"the bundle {options.bundle} holds no tokenizer; export it with one")
     _check_free(options.host, options.port)
     try:
@@ -60,9 +59,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         ray.init(address="local", include_dashboard=False)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what service managers send ends it as Ctrl-C does
     try:
-        serve.start(
-            http_options={"host": options.host, "port": options.port, "request_timeout_s": options.timeout},
-        )
+        serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": options.timeout})
         serve.run(build({k: v for k, v in given.items() if v is not None}))
         url = f"http://{options.host}:{options.port}"
         about = f"serving {options.bundle} at {url}/v1; {url}/health, {url}/metrics; Ctrl-C ends it"

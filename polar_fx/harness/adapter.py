@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..compiled import CompiledModel, ProgramLike, compile
 from ..dispatch import Decision, Dispatcher
 from ..errors import InputError
+from ..generate import padded_rows
 from ..models import load
 from ..program import Program
 from .generation import Asked, StopStrings, new_text
@@ -242,7 +242,7 @@ class PolarLM(TemplateLM):
         return tuple(tokens[-room:])
 
     def _generate(self, program: Program, contexts: Sequence[Tokens], asked: Asked) -> list[str]:
-        ids, mask = _padded(contexts, "left")
+        ids, mask = padded_rows(contexts)
         special = {s: self.tokenizer.convert_tokens_to_ids(s) for s in asked.until if s in self.tokenizer.all_special_tokens}
         strings = [s for s in asked.until if s not in special]
         ends = [*self._ends, *special.values()]
@@ -275,7 +275,7 @@ class PolarLM(TemplateLM):
             return [Decision(self.program or self.compiled.default_program)] * len(contexts)
         found: dict[Tokens, Decision] = {}
         for batch in self._batches(dict.fromkeys(contexts), len):
-            found.update(zip(batch, dispatcher.choose(*_padded(batch, "right")), strict=True))
+            found.update(zip(batch, dispatcher.choose(*padded_rows(batch, side="right")), strict=True))
         return [found[context] for context in contexts]
 
     def _batches(self, items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
@@ -283,13 +283,6 @@ class PolarLM(TemplateLM):
         ordered = sorted(items, key=length, reverse=True)
         for start in range(0, len(ordered), self.batch_size):
             yield ordered[start : start + self.batch_size]
-
-
-def _padded(rows: Sequence[Tokens], side: str) -> tuple[Tensor, Tensor]:
-    """Token ids i64[B, T], zeros where a row has none, and the mask [B, T]."""
-    ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_side=side)
-    mask = pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], batch_first=True, padding_side=side)
-    return ids, mask
 
 
 def _score(logits: Tensor, continuation: Tokens) -> tuple[float, bool]:

@@ -137,9 +137,9 @@ def pooled_names(results: Iterable[ArmResult]) -> dict[str, list[str]]:
 def compare_arms(results: Iterable[ArmResult], *, seed: int = 0, resamples: int = RESAMPLES) -> list[ArmComparison]:
     """Every arm and task, in the order given; first, where there are several tasks, the overall of each arm that ran them all.
 
-    Where the predictor was not trained on some of them, those are pooled apart (`pooled_names`). Holm's correction is over
-    the arms of one task, or of the overall, without the identity and oracles, which are no
-    candidates. Raises InputError where arms of a task did not run on the same questions, or one is there twice.
+    Where the predictor was not trained on some of them, those are pooled apart (`pooled_names`). Holm's correction is over the
+    arms of one task, or of the overall, without the identity and oracles, which are no candidates. Raises InputError where arms
+    of a task did not run on the same questions, or one is there twice.
     """
     results = list(results)
     tasks = list(dict.fromkeys(each.task for each in results))

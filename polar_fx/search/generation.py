@@ -10,6 +10,7 @@ from ..compiled import CompiledModel
 from ..evaluate.grading import grade
 from ..evaluate.prompts import DecodeStop, PromptTemplate
 from ..evaluate.question import EncodedQuestion, Question
+from ..generate import padded_rows
 from ..program import Program
 from .verdict import Verdict
 
@@ -62,10 +63,7 @@ def generate_arguments(
     questions: Sequence[EncodedQuestion], tokenizer: Any, stop: DecodeStop
 ) -> tuple[torch.Tensor, dict[str, Any]]:  # fmt: skip
     """The prompts i64[B, T], padded on the left, and the other arguments of a `generate` that ends at `stop`."""
-    rows = [torch.tensor(q.prefix + q.prompt) for q in questions]
-    longest = max(map(len, rows))
-    ids = torch.stack([torch.nn.functional.pad(r, (longest - len(r), 0)) for r in rows])
-    mask = torch.stack([torch.arange(longest) >= longest - len(r) for r in rows]).long()
+    ids, mask = padded_rows([q.prefix + q.prompt for q in questions])
     arguments: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": stop.max_new_tokens}
     if stop.token_ids:
         arguments |= {"eos_token_id": list(stop.token_ids), "pad_token_id": stop.token_ids[0]}

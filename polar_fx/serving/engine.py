@@ -16,6 +16,7 @@ from transformers import StoppingCriteria
 
 from ..bundle import BundledModel
 from ..errors import ProgramError
+from ..generate import padded_rows
 from ..plain_text import count
 from ..program import Program
 from .answers import Answer
@@ -145,7 +146,7 @@ class Engine:
         """Name the program of each, by the dispatcher."""
         if not asks or self.bundle.dispatcher is None:
             return
-        for ask, decision in zip(asks, self.bundle.dispatcher.choose(*_left_padded(asks, 0)), strict=True):
+        for ask, decision in zip(asks, self.bundle.dispatcher.choose(*padded_rows([a.ids for a in asks])), strict=True):
             ask.program, ask.probability = decision.program, decision.probability
 
     def _batches(self, asks: Sequence[Ask]) -> list[list[Ask]]:
@@ -162,7 +163,7 @@ class Engine:
         start = time.perf_counter()
         settings = self.bundle.generator.config()
         fill = self.bundle.generator.pad_token()
-        ids, mask = _left_padded(batch, fill)
+        ids, mask = padded_rows([a.ids for a in batch], fill)
         ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
         watch = _Watch(batch, ids.shape[1], frozenset(ends), self.tokenizer)
         how: dict[str, Any] = {"do_sample": False}
@@ -226,11 +227,3 @@ class _Watch(StoppingCriteria):
 def _row_length(asks: Sequence[Ask]) -> int:
     """Tokens that a row must hold if these run together; the last new one is never fed back."""
     return max(len(a.ids) for a in asks) + max(a.new_tokens for a in asks) - 1
-
-
-def _left_padded(asks: Sequence[Ask], fill: int) -> tuple[Tensor, Tensor]:
-    """Ids i64[B, T] and the mask of real ones."""
-    width = max(len(a.ids) for a in asks)
-    ids = torch.tensor([[fill] * (width - len(a.ids)) + a.ids for a in asks])
-    mask = torch.tensor([[0] * (width - len(a.ids)) + [1] * len(a.ids) for a in asks])
-    return ids, mask

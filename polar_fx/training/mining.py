@@ -12,6 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import zip_longest
 
 import numpy as np
 
@@ -60,12 +61,7 @@ def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> l
         # as if it had been the identity on some questions more: one lucky question is no gain
         worth = {p: sum(g) / (len(g) + _FEW) for p, g in of_task.items()}
         orders.append(sorted((p for p in worth if p in valid), key=lambda p: (-worth[p], p.num_steps, str(p))))
-    found: dict[Program, None] = {}
-    for place in range(len(valid)):
-        for order in orders:
-            if place < len(order) and len(found) < count:
-                found[order[place]] = None
-    return list(found)
+    return _in_turn(orders, count)
 
 
 def single_edits(depth: int, num_steps: int) -> list[Program]:
@@ -92,12 +88,7 @@ def finalists(table: VerdictTable, count: int) -> list[Program]:
     for fraction in BUDGETS:
         within = [k for k in range(1, len(accuracy)) if table.steps[k] <= fraction * table.depth + 1e-9]
         orders.append([table.programs[k] for k in sorted(within, key=lambda k: (-accuracy[k], table.steps[k], k))])
-    found: dict[Program, None] = {}
-    for place in range(len(table.programs)):
-        for order in orders:
-            if place < len(order) and len(found) < count:
-                found[order[place]] = None
-    return list(found)
+    return _in_turn(orders, count)
 
 
 def variations(table: VerdictTable, num_steps: int, count: int, damping: float = 0.5) -> list[Program]:
@@ -165,6 +156,12 @@ def best_static(table: VerdictTable, max_steps: float | None = None) -> Program:
     allowed = np.ones(len(table.programs), bool) if max_steps is None else table.steps <= max_steps
     order = sorted(np.flatnonzero(allowed), key=lambda k: (-table.right[:, k].sum(), table.steps[k], k))
     return table.programs[order[0]] if order else table.programs[0]
+
+
+def _in_turn(orders: Iterable[Sequence[Program]], count: int) -> list[Program]:
+    """Up to `count` programs: the first of each order, then the second of each, and so on."""
+    taken = (p for places in zip_longest(*orders) for p in places if p is not None)
+    return list(dict.fromkeys(taken))[:count]
 
 
 def _within(accuracy: np.ndarray, steps: np.ndarray, limit: float) -> int | None:

@@ -7,8 +7,8 @@ beyond has to lower the validation loss.
 Shape legend: N questions, F features, K programs.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError
 from ..predictor.selector import SelectorNetwork
-from .early_stopping import check_ranges, train_to_best
+from .early_stopping import Progress, check_ranges, train_to_best
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,7 @@ class Labels:
 
 
 def train_selector(
-    train: Labels, validation: Labels, config: SelectorConfig = SelectorConfig(),
-    progress: Callable[[int, dict[str, float]], None] | None = None,
+    train: Labels, validation: Labels, config: SelectorConfig = SelectorConfig(), progress: Progress | None = None
 ) -> tuple[SelectorNetwork, dict[str, Any]]:  # fmt: skip
     """The mean of networks, each of the epoch with its lowest validation loss, and their histories.
 
@@ -93,23 +92,21 @@ def train_selector(
     if train.right.all() or not train.right.any():
         what = "right" if train.right.any() else "wrong"
         raise InputError(f"every program is {what} on all {len(train.right)} train questions: nothing can be learned; ask others")
-    made: list[tuple[SelectorNetwork, dict[str, Any]]] = []
-    for member in range(config.networks):
-        epochs = sum(len(history["history"]) - 1 for _, history in made)
+    epochs = count(1)
 
-        def note(epoch: int, losses: dict[str, float], before: int = epochs) -> None:
-            if progress is not None:
-                progress(before + epoch, losses)
+    def note(_: int, losses: dict[str, float]) -> None:
+        if progress is not None:
+            progress(next(epochs), losses)
 
-        made.append(_train_one(train, validation, replace(config, seed=config.seed + 1000 * member), note))
-    histories = [history for _, history in made]
-    return SelectorNetwork.mean_of([network for network, _ in made]), {
-        "config": asdict(config), "networks": histories, "base_rate_loss": histories[0]["history"][0]["validation"]
+    seeds = [config.seed + 1000 * member for member in range(config.networks)]
+    networks, histories = zip(*[_train_one(train, validation, replace(config, seed=s), note) for s in seeds], strict=True)
+    return SelectorNetwork.mean_of(networks), {
+        "config": asdict(config), "networks": list(histories), "base_rate_loss": histories[0]["history"][0]["validation"]
     }  # fmt: skip
 
 
 def _train_one(
-    train: Labels, validation: Labels, config: SelectorConfig, progress: Callable[[int, dict[str, float]], None]
+    train: Labels, validation: Labels, config: SelectorConfig, progress: Progress
 ) -> tuple[SelectorNetwork, dict[str, Any]]:
     target, held_out = train.targets(config.likelihood_weight), torch.tensor(validation.right, dtype=torch.float32)
     loss_of = torch.nn.BCEWithLogitsLoss()
