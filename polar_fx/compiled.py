@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
@@ -37,6 +37,8 @@ from .trunk import Trunk
 from .variant import RegionRecord
 
 _MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
+_PREFILL_CHUNK, _GPU_PREFILL_CHUNK = 512, 4096  # a GPU needs many tokens at a time to be busy
+_GPU_TOKENS = 64
 
 ProgramLike = Program | str | Sequence[int] | None
 
@@ -46,7 +48,7 @@ def compile(
     backend: str | Backend = "auto",
     *,
     max_length: int | None = None,
-    prefill_chunk: int = 512,
+    prefill_chunk: int | None = None,
     deterministic: bool = False,
     program: ProgramLike = None,
     check: bool = True,
@@ -58,6 +60,8 @@ def compile(
     menu: Menu | Iterable[ProgramLike] | None = None,
     policy: str | Policy | None = None,
     unprepared: Unprepared = "identity",
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> "CompiledModel":
     """Capture `model` once and return it as a `CompiledModel`.
 
@@ -68,7 +72,7 @@ def compile(
             processes load; "inductor" compiles them in this process; "eager" interprets; "tensorrt" builds engines
             (docs/tensorrt.md). "auto" is "aot_inductor" on the CPU and "inductor" elsewhere.
         max_length: tokens a row may hold, prompt and continuation (default: the model's own limit, at most 1024).
-        prefill_chunk: prompt tokens run at a time.
+        prefill_chunk: prompt tokens run at a time (default: 512 on the CPU, 4,096 on a GPU).
         deterministic: run rows one by one, so that a row's logits have the same bits alone and in any batch.
         program: what calls without `program=` run (default: identity).
         check: compare the captured graph with the model on a few tokens before returning it.
@@ -82,6 +86,8 @@ def compile(
         menu: the programs that may run (default: the predictor's).
         policy: how one is chosen: "identity", "accuracy", "steps<=0.9", "mean_steps<=0.9", "latency_ms<=30" or a program
             (default: the one saved with the predictor, else "accuracy").
+        device, dtype: where and in what type to load a model that is named, as `polar_fx.load` takes them (default: on the CPU
+            in float32). A model that is loaded already runs where and as it is.
         unprepared: what runs in place of a program that is not prepared: "identity", or the program all the same ("link").
 
     Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError; CompileError for a backend that cannot run here.
@@ -92,10 +98,17 @@ def compile(
     from .models import load, position_limit
 
     if model is None or isinstance(model, (str, PathLike)):
-        model, _ = load(model)
+        model, _ = load(model, torch.float32 if dtype is None else dtype, device)
+    elif device is not None or dtype is not None:
+        raise InputError(
+            f"device={device!r} and dtype={dtype!r} are for models that are named; this one is loaded already: move it "
+            "(model.to(...)) before it is compiled, and leave both out"
+        )
     check_supported(model)
     limit = position_limit(model)
     max_length = min(limit or _MAX_LENGTH, _MAX_LENGTH) if max_length is None else max_length
+    if prefill_chunk is None:
+        prefill_chunk = _GPU_PREFILL_CHUNK if embedding_weight(model).device.type == "cuda" else _PREFILL_CHUNK
     for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
@@ -281,7 +294,7 @@ class CompiledModel:
         return self.pool.session(self.library.kv_specs(program), batch)
 
     def rows(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
-        """Validated input: the real tokens of each row, and the boolean mask [B, T] that says where they stood."""
+        """Validated input, on the CPU: the real tokens of each row, and the boolean mask [B, T] that says where they stood."""
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
             what = f"a tensor of shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
             raise InputError(f"input_ids must be an integer tensor [batch, tokens], got {what}")
@@ -294,7 +307,7 @@ class CompiledModel:
         if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
             got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
             raise InputError(f"attention_mask must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, got {got}")
-        mask = attention_mask.to(input_ids.device).bool()
+        input_ids, mask = input_ids.cpu(), attention_mask.cpu().bool()  # once: looking at each row would wait for the device
         rows = [ids[m].long() for ids, m in zip(input_ids, mask, strict=True)]
         for i, row in enumerate(rows):
             if row.numel() == 0:
@@ -306,10 +319,16 @@ class CompiledModel:
         return rows, mask
 
     def chunks(self, rows: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], zeros behind a row's own, and its counts."""
+        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], zeros after a row's own, and its counts.
+
+        On a GPU, T of several tokens is a multiple of 64: its attention library makes a plan for each new size.
+        """
         for start in range(0, max(len(r) for r in rows), self.prefill_chunk):
             parts = [r[start : start + self.prefill_chunk] for r in rows]
-            yield pad_sequence(parts, batch_first=True).to(self.device), [len(p) for p in parts]
+            ids = pad_sequence(parts, batch_first=True)
+            if self.device.type == "cuda" and ids.shape[1] > 1:
+                ids = nn.functional.pad(ids, (0, -ids.shape[1] % _GPU_TOKENS))
+            yield ids.to(self.device), [len(p) for p in parts]
 
     def prefill(
         self, program: Program, session: KvSession, rows: list[Tensor], every: bool = False, trunk: Trunk | None = None
@@ -328,8 +347,8 @@ class CompiledModel:
             last = [n - 1 if start + n == len(r) and n else -1 for n, r in zip(counts, rows, strict=True)]
             done = None
             if trunk is not None:
-                states = [h[start : start + n] for h, n in zip(trunk.hidden, counts, strict=True)]
-                done = trunk.num_steps, states[0][None] if len(states) == 1 else pad_sequence(states, batch_first=True)
+                states = pad_sequence([h[start : start + n] for h, n in zip(trunk.hidden, counts, strict=True)], batch_first=True)
+                done = trunk.num_steps, nn.functional.pad(states, (0, 0, 0, ids.shape[1] - states.shape[1]))
             logits = self._run(program, session, ids, counts, None if every else last, done)
             for i, (n, at) in enumerate(zip(counts, last, strict=True)):
                 if every and n:
@@ -357,7 +376,7 @@ class CompiledModel:
         `done`: how many steps have run already, and the hidden states [B, T, d] after them.
         """
         batch, tokens = ids.shape
-        positions = session.positions(counts)
+        positions = session.positions(counts, tokens)
         ids = ids.contiguous()  # regions are compiled for dense operands
         shape = ShapeClass.of(batch, tokens, self.pool.length)
         slots, where = session.slots, None
@@ -370,7 +389,7 @@ class CompiledModel:
                 run = functools.partial(decode, linked, ids, positions, slots)
         else:
             if max(select) >= 0:  # else no row ends in this chunk: the head would be computed for nothing
-                where = torch.tensor([max(0, s) for s in select], device=ids.device)
+                where = self.pool.on_device([max(0, s) for s in select])
             linked = self.linker.link(program, shape, every=False)
             run = functools.partial(linked.run_last, ids, positions, slots, where, *(done or ()))
         one = batch == 1 and (where is not None or tokens == 1) and done is None

@@ -222,6 +222,7 @@ class Dispatcher:
         start = time.perf_counter()
         generator = self.model.generator
         rows, _, config = generator.check(input_ids, **kwargs)
+        input_ids = input_ids.to(self.model.device)
         if not self.needs_trunk:
             decisions = self.decide([torch.empty(0)] * len(rows))
             output = generator.run(input_ids, decisions[0].program, **kwargs)

@@ -87,14 +87,18 @@ class Generator:
         self.compiled = compiled
 
     def run(self, input_ids: Tensor, program: Program, trunk: Trunk | None = None, **kwargs: Any) -> Any:
-        """What transformers' `generate` returns; raises InputError and KvOverflowError before anything runs.
+        """What transformers' `generate` returns, on the model's device, wherever the prompts are.
+
+        Raises InputError and KvOverflowError before anything runs.
 
         After a `trunk` of these rows only the steps behind it are prefilled.
         """
         compiled = self.compiled
         rows, mask, config = self.check(input_ids, **kwargs)
         copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        kwargs |= {"attention_mask": mask.long(), "use_cache": True}
+        # transformers appends what comes from the model's device to what it was given
+        input_ids = input_ids.to(compiled.device)
+        kwargs |= {"attention_mask": mask.long().to(compiled.device), "use_cache": True}
         if trunk is None:
             opened = compiled.session(program, len(rows) * copies)
         else:

@@ -59,6 +59,11 @@ class KvPool:
         """Bytes of those slots."""
         return sum(t.numel() * t.element_size() for t in self._allocated)
 
+    def on_device(self, numbers: Sequence[int]) -> Tensor:
+        """Numbers i64[N] on the device; from pinned memory if that is a GPU, so that the host does not wait for it."""
+        values = torch.tensor(numbers, pin_memory=self.device.type == "cuda")
+        return values.to(self.device, non_blocking=True)
+
     @torch.inference_mode(False)  # slots outlive the mode they are first asked for in
     def _take(self, spec: KvSpec, batch: int) -> _Slot:
         with self._lock:
@@ -94,47 +99,62 @@ class KvPool:
 class KvSession(Cache):
     """The KV state of one running batch: a slot per step and a length per row.
 
+    Lengths are kept twice: as numbers, to refuse what does not fit without asking the device, and on the device, where the
+    positions of a decoded token are made of them without a copy from the host or a wait.
+
     It is a transformers `Cache`, so that generation utilities may carry it around; they never index it.
     """
 
     is_compileable = False  # type: ignore[assignment]
 
-    def __init__(self, pool: KvPool, slots: list[tuple[Tensor, Tensor]], batch: int) -> None:
+    def __init__(
+        self, pool: KvPool, slots: list[tuple[Tensor, Tensor]], batch: int, next_positions: Tensor | None = None
+    ) -> None:
         self.layers = []
         self.pool, self.slots = pool, slots
-        self.lengths = [0] * batch
+        self._lengths = [0] * batch
+        if next_positions is None:
+            with torch.inference_mode(False):  # or it could not be advanced outside of inference mode
+                next_positions = torch.zeros(batch, 1, dtype=torch.long, device=pool.device)
+        self._next = next_positions  # i64[B, 1], the lengths on the device
         self._written = 0  # columns 0 .. _written - 1 may hold something
 
     @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row; `advance` changes them."""
+        return list(self._lengths)
+
+    @property
     def batch(self) -> int:
-        return len(self.lengths)
+        return len(self._lengths)
 
     def row(self, index: int) -> "KvSession":
         """One row as a session of its own, on the same storage; lengths flow back through `advance`."""
         return _Row(self, index)
 
-    def positions(self, counts: Sequence[int]) -> Tensor:
+    def positions(self, counts: Sequence[int], tokens: int | None = None) -> Tensor:
         """Positions i64[B, T] of the next counts[b] tokens of each row, T = max(counts).
 
-        Padding (beyond a row's count) is sent to the spare last column. Raises KvOverflowError before anything is
-        written if a row would exceed the pool.
+        Padding (beyond a row's count) is sent to the spare last column. `tokens` may ask for more than the longest row has.
+        Where all rows have T tokens, nothing is copied from the host. Raises KvOverflowError before anything is written if
+        a row would exceed the pool.
         """
         self.require(counts)
-        tokens = max(counts)
-        ends = [start + n for start, n in zip(self.lengths, counts, strict=True)]
-        self.will_write(max(ends) if min(counts) == tokens else self.pool.length)
-        if min(counts) == tokens:
-            starts = torch.tensor(self.lengths)[:, None]
-            return (starts + torch.arange(tokens)).to(self.pool.device)
-        steps = torch.arange(tokens)
-        rows = [
-            torch.where(steps < n, start + steps, self.pool.length - 1) for start, n in zip(self.lengths, counts, strict=True)
-        ]
-        return torch.stack(rows).to(self.pool.device)
+        tokens = max(counts) if tokens is None else tokens
+        ends = [start + n for start, n in zip(self._lengths, counts, strict=True)]
+        padded = min(counts) < tokens
+        self.will_write(self.pool.length if padded else max(ends))
+        if tokens == 1 and not padded:
+            return self._next.clone()  # the caller's own: `advance` changes the other in place
+        columns = self.pool.kv_index[:tokens] if tokens <= self.pool.length else torch.arange(tokens, device=self.pool.device)
+        places = self._next + columns
+        if not padded:
+            return places
+        return torch.where(columns < self.pool.on_device(counts)[:, None], places, self.pool.length - 1)
 
     def require(self, counts: Sequence[int]) -> None:
         """Raise KvOverflowError unless every row has room for counts[b] more tokens."""
-        for row, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+        for row, (start, count) in enumerate(zip(self._lengths, counts, strict=True)):
             if start + count > self.pool.max_length:
                 raise KvOverflowError(
                     f"row {row} needs {start + count} token positions but the KV pool holds {self.pool.max_length}; "
@@ -143,7 +163,9 @@ class KvSession(Cache):
 
     def advance(self, counts: Sequence[int]) -> None:
         """The tokens of the last `positions(counts)` are there now."""
-        self.lengths = [a + b for a, b in zip(self.lengths, counts, strict=True)]
+        self._lengths = [a + b for a, b in zip(self._lengths, counts, strict=True)]
+        first = counts[0]
+        self._next += first if all(n == first for n in counts) else self.pool.on_device(counts)[:, None]
 
     def will_write(self, columns: int) -> None:
         """Note that the first `columns` columns of the slots are about to be written."""
@@ -163,7 +185,7 @@ class KvSession(Cache):
     # ---- what transformers' generation asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0 if not any(self.lengths) else max(self.lengths)
+        return max(self._lengths)
 
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         return self.pool.max_length
@@ -174,7 +196,8 @@ class KvSession(Cache):
         for pair in self.slots:
             for slot in pair:
                 slot.copy_(slot.index_select(0, beam_idx.to(slot.device)))
-        self.lengths = [self.lengths[i] for i in order]
+        self._lengths = [self._lengths[i] for i in order]
+        self._next.copy_(self._next.index_select(0, beam_idx.to(self._next.device)))
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -188,13 +211,14 @@ class KvSession(Cache):
 
 class _Row(KvSession):
     def __init__(self, parent: KvSession, index: int) -> None:
-        super().__init__(parent.pool, [(k[index : index + 1], v[index : index + 1]) for k, v in parent.slots], 1)
+        own = slice(index, index + 1)
+        super().__init__(parent.pool, [(k[own], v[own]) for k, v in parent.slots], 1, parent._next[own])
         self._parent, self._index = parent, index
-        self.lengths = [parent.lengths[index]]
+        self._lengths = [parent.lengths[index]]
 
     def advance(self, counts: Sequence[int]) -> None:
         super().advance(counts)
-        self._parent.lengths[self._index] = self.lengths[0]
+        self._parent._lengths[self._index] = self._lengths[0]
 
     def will_write(self, columns: int) -> None:
         self._parent.will_write(columns)

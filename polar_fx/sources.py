@@ -10,25 +10,30 @@ from . import models
 from .bundle import load_bundle
 from .bundle.manifest import read_manifest
 from .errors import InputError
+from .models import Device, Dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
 @overload
-def load(source: None = None, dtype: torch.dtype | None = None) -> "tuple[PreTrainedModel, Any]": ...
+def load(source: None = None, dtype: Dtype | None = None, device: Device = None) -> "tuple[PreTrainedModel, Any]": ...
 
 
 @overload
-def load(source: str | os.PathLike[str], dtype: torch.dtype | None = None) -> tuple[Any, Any]: ...
+def load(source: str | os.PathLike[str], dtype: Dtype | None = None, device: Device = None) -> tuple[Any, Any]: ...
 
 
-def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None = None) -> tuple[Any, Any]:
+def load(
+    source: str | os.PathLike[str] | None = None, dtype: Dtype | None = None, device: Device = None
+) -> tuple[Any, Any]:
     """A causal LM in eval mode, or the model of a bundle, and its tokenizer.
 
     Args:
         source: None for the embedded default, a local folder, or a HuggingFace id.
-        dtype: of the weights; None is float32, and of a bundle what it was exported with.
+        dtype: of the weights: a torch.dtype, its name, or "auto" for what they were saved in; None is float32, and of a bundle
+            what it was exported with.
+        device: where to put the weights, such as "cuda"; None is the CPU, and of a bundle the device it was exported for.
 
     Returns a `transformers.PreTrainedModel`, to be given to `polar_fx.compile`, and its tokenizer. If `source` is a folder
     that `export` wrote, it returns a `BundledModel`, ready to run, and its tokenizer or None; no modeling code is imported.
@@ -36,12 +41,18 @@ def load(source: str | os.PathLike[str] | None = None, dtype: torch.dtype | None
     **Loading a bundle runs the code in it**; of other folders only safetensors are read, because a pickled checkpoint could
     run code. Load bundles that you trust; `load_bundle` takes the fingerprint that one must have.
 
-    Raises ModelNotFoundError naming the remedy, BundleError, and InputError for a dtype that a bundle does not have.
+    Raises ModelNotFoundError naming the remedy, BundleError, and InputError for a dtype or device that a bundle
+    does not have, or that is not here.
     """
     if source is None or not models.is_bundle(source):
-        return models.load(source, dtype or torch.float32)
+        return models.load(source, dtype or torch.float32, device)
     folder = Path(source).expanduser()
-    if dtype is not None and (own := f"torch.{read_manifest(folder).dtype}") != str(dtype):
+    manifest = read_manifest(folder)
+    if dtype not in (None, "auto") and (own := f"torch.{manifest.dtype}") != f"torch.{str(dtype).removeprefix('torch.')}":
         raise InputError(f"{source} is a bundle of dtype {own}, not {dtype}; leave dtype out, or export the model in that one")
+    if device is not None and (place := models.checked_device(device)).type != manifest.device:
+        raise InputError(
+            f"{source} is a bundle for {manifest.device}, not {place.type}; leave device out, or export it from there"
+        )
     bundle = load_bundle(folder)
     return bundle, bundle.tokenizer if bundle.has_tokenizer else None

@@ -81,7 +81,7 @@ def _hidden(model: "CompiledModel", identity: Program, session: KvSession, rows:
     for ids, counts in model.chunks(rows):
         shape = ShapeClass.of(ids.shape[0], ids.shape[1], model.pool.length)
         linked = model.linker.link(identity, shape, every=shape.tokens == 1)  # as a prefill asks for it: nothing more to compile
-        hidden = linked.run_first(ids, session.positions(counts), session.slots, num_steps)
+        hidden = linked.run_first(ids, session.positions(counts, ids.shape[1]), session.slots, num_steps)
         session.advance(counts)
         for of_row, states, count in zip(found, hidden, counts, strict=True):
             if count:
@@ -109,7 +109,7 @@ def session_after(model: "CompiledModel", program: Program, trunk: Trunk) -> Ite
         return
     with model.pool.session(specs, len(trunk.rows)) as session:
         length = max(map(len, trunk.hidden))
-        rows = torch.tensor(trunk.rows, device=model.device)
+        rows = model.pool.on_device(trunk.rows)
         session.will_write(length)
         for of_trunk, own in zip(lent.slots, session.slots, strict=False):
             for source, copy in zip(of_trunk, own, strict=True):

@@ -24,7 +24,8 @@ def target_of(device: torch.device) -> str:
     """The machine code's target: the processor's vector instructions, or the GPU's architecture."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        return f"sm{major}{minor}"
+        # the name as well: Inductor chooses between kernels by their time on this card
+        return f"sm{major}{minor} {torch.cuda.get_device_name(device)}"
     if device.type != "cpu":
         return device.type
     # Inductor compiles for the very processor it runs on
@@ -81,7 +82,7 @@ class VariantKey:
             passes="+".join((*passes, *(p.content_id for p in backend.passes))),
             bucket=str(shape),
             dtype=str(dtype).removeprefix("torch."),
-            device=str(device),
+            device=device.type,  # not its number: a package runs on every card of its kind
             target=target_of(device),
             backend=f"{_name(type(backend))} {backend.compiler}".rstrip(),
             options=json.dumps(backend.options, sort_keys=True, default=str),

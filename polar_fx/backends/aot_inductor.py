@@ -18,7 +18,7 @@ from torch.fx import GraphModule
 from ..passes.base import Pass
 from .base import Dynamic, PersistentBackend, Region
 from .inductor import REGION_PASSES
-from .specialize import example_values, graph_of, save, specialize
+from .specialize import compiler_options, example_values, graph_of, save, specialize
 
 GRAPH, REGION = "graph.pt2", "region.pt2"
 
@@ -39,11 +39,16 @@ class AotInductorBackend(PersistentBackend):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own internals
             graph_module = graph_of(torch.export.load(folder / GRAPH), self.passes)
-            options = {"aot_inductor.package": True, **self.options}
+            options = {"aot_inductor.package": True, **compiler_options(graph_module, self.options)}
             files: Any = torch._inductor.aot_compile(graph_module, tuple(example_values(graph_module)), options=options)
             package_aoti(str(folder / REGION), files)
 
     def load(self, files: Mapping[str, Path]) -> Region:
         # torch's Python loader would first ask which vector instructions there are by running a compiler; the variant key
         # already says so
-        return AOTIModelPackageLoader(str(files[REGION]), "model", False, 1, -1).boxed_run
+        path = str(files[REGION])
+        about: Any = AOTIModelPackageLoader.load_metadata_from_package(path, "model")  # type: ignore[attr-defined]
+        # On a GPU a package would wait for its own last run before each run, which a graph capture does not allow; streams
+        # order runs there. On the CPU the wait is what keeps two threads out of one package.
+        single_threaded = about["AOTI_DEVICE_KEY"] != "cpu"
+        return AOTIModelPackageLoader(path, "model", single_threaded, 1, -1).boxed_run

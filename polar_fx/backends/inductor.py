@@ -15,7 +15,7 @@ from ..passes.attention_to_reduction import AttentionToReduction
 from ..passes.base import Pass
 from ..passes.matvec_to_reduction import MatvecToReduction
 from .base import Backend, Dynamic, Region
-from .specialize import example_values, graph_of, specialize
+from .specialize import compiler_options, example_values, graph_of, specialize
 
 # What pays on a region of known sizes (docs/performance.md); both leave graphs on other devices alone.
 REGION_PASSES: tuple[Pass, ...] = (MatvecToReduction(), AttentionToReduction())
@@ -36,6 +36,7 @@ class InductorBackend(Backend):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own internals
             graph_module = graph_of(exported, self.passes)
+            options = compiler_options(graph_module, self.options)
             if symbolic:
                 for node in graph_module.graph.output_node().all_input_nodes:
                     node.meta["example_value"] = node.meta["val"]  # where Inductor looks for the values' fake mode
@@ -43,6 +44,6 @@ class InductorBackend(Backend):
                 graph_module,
                 example_values(graph_module) if symbolic else list(example),
                 dynamic_shapes="from_graph" if symbolic else "from_example_inputs",
-                options={"config_patches": dict(self.options)} if self.options else None,
+                options={"config_patches": options} if options else None,
             )
         return lambda operands: artifact(*operands)

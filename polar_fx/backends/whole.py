@@ -112,7 +112,7 @@ def compose(backend: PersistentBackend, plain: dict[str, Any], folder: Path) -> 
         before = 1 + len(step.sides) + 2
         slots += note(step.target, step.weights, before)[before - 2 : before]
     note("epilogue", plan.epilogue.weights, 1 + len(plan.epilogue.sides))
-    where = [torch.zeros(1, dtype=torch.long)] if plan.prefill else []
+    where = [torch.zeros(1, dtype=torch.long, device=inputs[0].device)] if plan.prefill else []
     example = [*inputs, *where, *slots, *(weights[i] for i in sorted(weights))]
     varies = {1: "tokens"} if plan.prefill else {}
     dynamic: Dynamic = [varies, varies, *({} for _ in example[2:])]

@@ -77,6 +77,9 @@ def load_bundle(folder: str | PathLike[str], *, any_program: bool = False, finge
     with tempfile.TemporaryDirectory(prefix="polar_fx-") as packages:
         contents = _verified(place, fingerprint, target=True, packages=Path(packages))
         weights = load_weights(place, contents.manifest, contents.table)
+        if contents.manifest.device != "cpu":
+            moved = {id(t): t.to(contents.manifest.device) for t in weights.values()}  # shared ones stay shared
+            weights = {name: moved[id(t)] for name, t in weights.items()}
         return BundledModel(place, contents, weights, Path(packages), any_program)
 
 
@@ -118,8 +121,11 @@ def _verified(place: Path, fingerprint: str | None, target: bool, packages: Path
 
 
 def _check_target(path: Path, manifest: Manifest) -> None:
-    if manifest.device != "cpu":
-        raise BundleError(path, f"is of a bundle for device {manifest.device!r}; this polar_fx loads those for 'cpu'", _ELSEWHERE)
+    if manifest.device not in ("cpu", "cuda"):
+        what = f"is of a bundle for device {manifest.device!r}; this polar_fx loads those for 'cpu' and 'cuda'"
+        raise BundleError(path, what, _ELSEWHERE)
+    if manifest.device == "cuda" and not torch.cuda.is_available():
+        raise BundleError(path, "is of a bundle for an NVIDIA GPU, and torch sees none here", _ELSEWHERE)
     if manifest.backend != AotInductorBackend.name:
         raise BundleError(
             path, f"names backend {manifest.backend!r}, this polar_fx loads {AotInductorBackend.name!r}", _ELSEWHERE
@@ -128,7 +134,7 @@ def _check_target(path: Path, manifest: Manifest) -> None:
     if manifest.torch != own:
         remedy = f"install torch {manifest.torch.partition(' ')[0]}, or export with this one"
         raise BundleError(path, f"is of a bundle for torch {manifest.torch}, and this is {own}", remedy)
-    processor = target_of(torch.device("cpu"))
+    processor = target_of(torch.device(manifest.device))
     if manifest.processor != processor:
         what = f"is of a bundle for processor {manifest.processor!r}, and this is {processor!r}"
         raise BundleError(path, f"{what}: its instructions may be missing here", _ELSEWHERE)

@@ -91,8 +91,10 @@ def export(
         raise InputError(
             f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with backend='aot_inductor'"
         )
-    if compiled.device.type != "cpu":
-        raise InputError(f"bundles are for the CPU, and the model is on {compiled.device}; move it there and compile it again")
+    if compiled.device.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"bundles are for the CPU and CUDA, and the model is on {compiled.device}; compile it on one of them"
+        )
     chosen, dispatcher = programs_to_ship(compiled, programs), compiled.dispatcher
     if dispatcher is not None:
         if not isinstance(dispatcher.predictor, Selector):

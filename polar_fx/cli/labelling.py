@@ -39,7 +39,8 @@ class Labeller:
         from ..search.workers import Workplace
 
         with status().status("loading the model ..."):
-            model, self.tokenizer = load(options.model, getattr(torch, options.dtype))
+            model, self.tokenizer = load(options.model, options.dtype, options.device)
+        options.dtype = str(model.dtype).removeprefix("torch.")
         found = encode(self.tokenizer, questions, templates)
         self.encoded = {e.id: e for e in found}
         limit, others, theirs = position_limit(model), also[0], templates_of(also[1], also[0])
@@ -51,7 +52,8 @@ class Labeller:
         threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
         self.workers, self.templates, self._config = options.workers, templates, SearchConfig(method="listed")
         self.workplace = Workplace(
-            options.model, options.dtype, options.backend, length, threads=threads, templates=dict(templates)
+            options.model, options.dtype, options.backend, length, threads=threads, templates=dict(templates),
+            device=options.device,
         )  # fmt: skip
         with status().status("compiling ..."):
             self.place = self.workplace.open(questions, (model, self.tokenizer))

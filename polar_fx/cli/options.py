@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _SHORTEST = 256
 _MAX_FILE_BYTES = 1 << 24
-DTYPES = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "auto")
 
 
 def whole(minimum: int) -> Any:
@@ -35,9 +35,10 @@ def whole(minimum: int) -> Any:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
-    """--model, --dtype, --backend."""
+    """--model, --dtype, --device, --backend."""
     parser.add_argument("--model", metavar="ID_OR_FOLDER", help="model to run (default: the embedded SmolLM2-135M-Instruct)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; auto: as saved (default: float32)")
+    parser.add_argument("--device", metavar="NAME", help="where to run: cpu, cuda, cuda:1 (default: cpu)")
     known = "auto, aot_inductor, eager, inductor or tensorrt"
     parser.add_argument("--backend", default=backend, help=f"{known} (default: {backend})")
 
@@ -64,14 +65,13 @@ def status() -> Console:
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model and tokenizer that the options name. Raises ModelNotFoundError."""
-    import torch
     from transformers.utils import logging
 
     from ..models import load
 
     logging.disable_progress_bar()
     with status().status("loading the model ..."):
-        return load(options.model, getattr(torch, options.dtype))
+        return load(options.model, options.dtype, options.device)
 
 
 def compile_model(model: Any, options: argparse.Namespace, max_length: int | None, tier: "Tier" = "linked") -> "CompiledModel":

@@ -88,7 +88,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
     from ..sources import load
 
-    for name in ("dtype", "backend", "max_length"):
+    for name in ("dtype", "device", "backend", "max_length"):
         if getattr(options, name):
             raise InputError(f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its own, leave it out")
     with status().status("loading the bundle ..."):

@@ -75,7 +75,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     from ..store import digest
 
     with status().status("loading the model ..."):
-        model, tokenizer = load(options.model, getattr(torch, options.dtype))
+        model, tokenizer = load(options.model, options.dtype, options.device)
+    options.dtype = str(model.dtype).removeprefix("torch.")
     encoded = encode(tokenizer, questions, templates)
     measuring = measuring_questions(questions)
     others = encode(tokenizer, measuring, templates)
@@ -86,7 +87,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         threads = 1  # this machine's number says nothing about the cluster's
     workplace = Workplace(
         options.model, options.dtype, options.backend, length, options.deterministic, options.judge, options.verify,
-        options.in_flight, threads=threads, templates=templates,
+        options.in_flight, threads=threads, templates=templates, device=options.device,
     )  # fmt: skip
     with status().status("compiling ..."):
         place = workplace.open(questions, (model, tokenizer))

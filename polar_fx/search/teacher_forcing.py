@@ -301,11 +301,15 @@ class TeacherForcing:
         margin = (chosen - others)[..., 0]
         # greedy decoding takes the first of equals
         right = (margin > 0) | ((margin == 0) & (wanted < place)[..., 0])
-        sizes = [len(row.target) for row, _ in batch]  # type: ignore[arg-type]
-        return [
-            (bool(right[i, :n].all()), float(log_likelihood[i, :n].double().sum()), float(margin[i, :n].min()))
-            for i, n in enumerate(sizes)
-        ]
+        sizes = self.compiled.pool.on_device([len(row.target) for row, _ in batch])  # type: ignore[arg-type]
+        beyond = torch.arange(count, device=sizes.device) >= sizes[:, None]
+        found = (
+            right.masked_fill(beyond, True).all(-1).double(),
+            log_likelihood.double().masked_fill(beyond, 0).sum(-1),
+            margin.masked_fill(beyond, torch.inf).amin(-1).double(),
+        )
+        # read once: each number read by itself would wait for the device
+        return [(bool(sure), likelihood, lead) for sure, likelihood, lead in torch.stack(found, -1).tolist()]
 
 
 def _pad(tensors: Sequence[Tensor], tokens: int) -> Tensor:

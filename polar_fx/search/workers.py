@@ -45,6 +45,7 @@ class Workplace:
     threads: int | None = None
     templates: Mapping[str, PromptTemplate] = field(default_factory=dict)
     programs: Mapping[str, tuple[Program, ...]] | None = None
+    device: str | None = None
 
     def open(self, questions: Sequence[Question], loaded: tuple[Any, Any] | None = None) -> "OpenWorkplace":
         """Load, unless model and tokenizer are there, and compile. Raises what `polar_fx.load` and `polar_fx.compile` raise."""
@@ -59,7 +60,7 @@ class Workplace:
         logging.disable_progress_bar()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        model, tokenizer = loaded or load(self.model, getattr(torch, self.dtype))
+        model, tokenizer = loaded or load(self.model, self.dtype, self.device)
         compiled = compile(model, self.backend, max_length=self.max_length, deterministic=self.deterministic)
         by_id = {q.id: q for q in questions}
         generation = Generation(compiled, tokenizer, by_id, self.templates)

@@ -131,7 +131,9 @@ class Engine:
     def answer(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
         """An answer each, in order; an error instead for those whose batch failed."""
         found: dict[int, Answer | RequestError] = {}
-        with self._lock, torch.random.fork_rng(devices=[]):
+        device = self.bundle.device
+        gpus = [device.index or 0] if device.type == "cuda" else []
+        with self._lock, torch.random.fork_rng(devices=gpus):  # a request's seed is nobody else's
             self._choose([ask for ask in asks if ask.program is None])
             for batch in self._batches(asks):
                 try:
