@@ -29,6 +29,7 @@ RESULTS = Path(__file__).parent / "results" / "gpu"
 CHECKS = ("correct", "search", "aoti", "bundle", "tests")
 OF_MODELS = ("speed", "graphs", "table4", "mixed", "generate", "profile")
 STAGES = (*CHECKS, *OF_MODELS, "micro")
+TINY_STAGES = tuple(stage for stage in STAGES if stage not in ("aoti", "bundle"))  # which wait for a C++ compiler
 FAMILIES = (("llama", "qwen2", "phi3", "gemma2"), ("qwen2_moe", "mistral", "olmo2"), ("gemma3_text", "qwen3", "gpt2"))
 # Seconds, at most, a worker may take: checks in all, the others for their turn on the machine. What is done by then counts.
 _LIMITS = {"environment": 75.0, "correct": 200.0, "search": 90.0, "files": 240.0, "tests": 150.0, "micro": 45.0, "model": 75.0}
@@ -106,8 +107,8 @@ def coordinate(options: argparse.Namespace, out: Path) -> None:
 
         def start(job: Job, until: float) -> None:
             given = {
-                **asdict(job), "out": str(out), "device": options.device, "tiny": options.tiny, "started": started, "until": until,
-                "turns": scratch, "stages": options.stages,
+                **asdict(job), "out": str(out), "device": options.device, "tiny": options.tiny, "stages": options.stages,
+                "started": started, "until": until, "turns": scratch,
             }  # fmt: skip
             command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(given)]
             team.start(job.name, command, until if not job.timed else end)
@@ -122,7 +123,8 @@ def coordinate(options: argparse.Namespace, out: Path) -> None:
                 start(job, go if job.timed else min(go, time.time() + job.limit))
             checks = [job.name for job in jobs if not job.timed]
             timed = [job for job in jobs if job.timed]
-            team.wait_until(lambda: not any(map(team.is_running, checks)) and all(map(team.is_settled, (j.name for j in timed))), go)
+            waited_for = [job.name for job in timed]
+            team.wait_until(lambda: not any(map(team.is_running, checks)) and all(map(team.is_settled, waited_for)), go)
             for name in checks:
                 team.stop(name)
             team.say("go", ready=[job.name for job in timed if team.is_ready(job.name)], after_s=round(time.time() - started, 1))
@@ -199,13 +201,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=_between(1, 86400), default=540.0, help="seconds for everything (default: 540)")
     parser.add_argument("--go", type=_between(0, 1), default=0.47, help="share of them for preparation, at most (default: 0.47)")
-    parser.add_argument("--stages", type=_names(STAGES, "stage"), default=list(STAGES), help=f"of {','.join(STAGES)}")
-    parser.add_argument("--models", type=_names([*SHAPES], "model"), help=f"of {','.join(SHAPES)} (default: all that fit the card)")
+    parser.add_argument("--stages", type=_names(STAGES, "stage"), help=f"of {','.join(STAGES)} (default: all)")
+    parser.add_argument("--models", type=_names([*SHAPES], "model"), help=f"of {','.join(SHAPES)} (default: all that fit)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="models of a few thousand weights, nearly nothing compiled: a trial")
     parser.add_argument("--out", type=Path, help="folder of results (default: bench/results/gpu/<date>-<card>)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    options.stages = options.stages or list(TINY_STAGES if options.tiny else STAGES)
     if options.worker is None:
         if options.device == "cpu" and not options.tiny:
             parser.error("--device cpu needs --tiny: the models have up to 14 billion weights")

@@ -21,7 +21,6 @@ from polar_fx import CompiledModel, Program
 from polar_fx.capture.support import find_stack, shared_view
 from polar_fx.evaluate.question import EncodedQuestion
 from polar_fx.search import TeacherForcing
-from polar_fx.store import ArtifactStore
 from tiny_models import make
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +75,7 @@ def _compared(worker: Worker, family: str, dtype: torch.dtype, backend: str) -> 
     paths = [[*range(depth)], [*range(1, depth)], [0, 1, 1, *range(2, depth)]]
     paths += [[pick.randrange(depth) for _ in range(pick.randint(2, 2 * depth))] for _ in range(3)]
     ids = torch.randint(3, 90, (1, 21), generator=torch.Generator().manual_seed(1)).to(worker.device)
-    worst = dict.fromkeys(("loop", "hf_itself", "kv_law", "replay_minus_linked"), 0.0)
+    worst: dict[str, float] = {"loop": 0.0, "hf_itself": 0.0, "kv_law": 0.0, "replay_minus_linked": 0.0}
 
     def note(name: str, got: Tensor, want: Tensor, scale: float = 1.0) -> None:
         worst[name] = max(worst[name], float((got - want).abs().max()) / scale)
@@ -142,13 +141,12 @@ def aoti(worker: Worker) -> None:
     """Regions as files: made in this process and by two others, run, captured, and loaded again without compiling."""
     for workers, dtype in ((0, torch.float32),) if worker.tiny else ((0, torch.float32), (2, torch.bfloat16)):
         about = {"workers": workers, "dtype": str(dtype)[6:]}
-        with worker.attempt("aoti", **about), tempfile.TemporaryDirectory() as folder, torch.no_grad():
-            start, store = time.perf_counter(), ArtifactStore(Path(folder))
-            model = tiny(worker, "llama", dtype)
-            compiled = polar_fx.compile(model, "aot_inductor", max_length=47, cache=store, workers=workers)
+        with worker.attempt("aoti", **about), torch.no_grad():
+            start, model = time.perf_counter(), tiny(worker, "llama", dtype)
+            compiled = polar_fx.compile(model, "aot_inductor", max_length=47, workers=workers)
             found = _as_interpreted(worker, compiled, model)
             seconds, start = round(time.perf_counter() - start, 1), time.perf_counter()
-            again = polar_fx.compile(model, "aot_inductor", max_length=47, cache=store, workers=0)
+            again = polar_fx.compile(model, "aot_inductor", max_length=47, workers=0)
             again.generate(_prompt(worker), max_new_tokens=6, **_GREEDY)
             warm = round(time.perf_counter() - start, 2)
             worker.say("aoti", **about, **found, seconds=seconds, warm_seconds=warm, warm_compiled=len(again.compilations))
@@ -159,8 +157,7 @@ def bundle(worker: Worker) -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         start, place = time.perf_counter(), Path(folder) / "bundle"
         model = tiny(worker, "llama", torch.float32)
-        store = ArtifactStore(Path(folder) / "store")
-        compiled = polar_fx.compile(model, "aot_inductor", max_length=47, cache=store, workers=0)
+        compiled = polar_fx.compile(model, "aot_inductor", max_length=47, workers=0)
         polar_fx.export(compiled, place, programs=["skip 1"])
         loaded = polar_fx.load(place)
         found = _as_interpreted(worker, cast(Any, loaded), model)

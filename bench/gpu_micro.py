@@ -40,9 +40,7 @@ def environment(worker: Worker) -> None:
     other = torch.empty_like(values)
     copied = worker.replay_ms(worker.captured(lambda: other.copy_(values)), inner=5)
     summed = worker.replay_ms(worker.captured(values.sum), inner=5)
-    worker.say(
-        "bandwidth", copy_gbs=round(2 * values.nbytes / copied / 1e6, 1), sum_gbs=round(values.nbytes / summed / 1e6, 1)
-    )
+    worker.say("bandwidth", copy_gbs=round(2 * values.nbytes / copied / 1e6, 1), sum_gbs=round(values.nbytes / summed / 1e6, 1))
 
 
 @dataclass

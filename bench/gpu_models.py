@@ -52,7 +52,7 @@ class ModelBench:
         self.tokens, self.num_programs = (3, 3) if worker.tiny else (30, 16)
         self.lengths = (47, 95) if worker.tiny else (271, 4111)  # of rows; a slot has one column more
         # a long slot is nearly filled, since dynamic caches are only as long as what they hold
-        self.prompts = dict(zip(self.lengths, (12, 60) if worker.tiny else (128, 3840), strict=True))
+        self.prompts: dict[int, int] = dict(zip(self.lengths, (12, 60) if worker.tiny else (128, 3840), strict=True))
         self.ways: list[Way] = []
         self._first_logits: dict[tuple[int, int], Tensor] = {}
         start = time.perf_counter()
@@ -72,7 +72,7 @@ class ModelBench:
         self.prefill_chunk = first.prefill_chunk
         kinds = sorted(self.library.bodies)
         worker.say("capture", model=name, kinds=kinds, seconds=round(time.perf_counter() - start, 1))
-        # A trial run interprets all but one way: it is to show that the benchmark works, not to wait for a compiler.
+        # A trial run interprets all ways: it is to show that the benchmark works, not to wait for a compiler.
         self.linked = self.compiled("eager" if worker.tiny else "inductor", self.lengths[0])
 
     # --------------------------------------------------------------------------------------------------- preparation
@@ -125,7 +125,7 @@ class ModelBench:
             self.add("linked+graph", lambda: Linked(self.linked, self.identity), 20)
             return
         (short, long), tiny, linked = self.lengths, self.worker.tiny, self.linked
-        model, identity, tuned = self.model, self.identity, InductorBackend(TUNED)
+        model, identity, tuned = self.model, self.identity, linked.backend if tiny else InductorBackend(TUNED)
         self.add("linked+graph", lambda: Linked(linked, identity), 20)
         self.add("linked cdt+graph", lambda: Linked(self.compiled(tuned, short, linked), identity), 25)
         self.add("linked", lambda: Linked(linked, identity, graph=False), 5)
@@ -133,8 +133,7 @@ class ModelBench:
         self.add("HF compile", lambda: HfReduceOverhead(model, 1, short, tiny), 35)
         far = self.compiled(linked.backend, long)
         self.add("linked+graph", lambda: Linked(far, identity), 15, length=long)
-        if not tiny:
-            self.add("linked cdt+graph", lambda: Linked(self.compiled(tuned, long, far), identity), 20, length=long)
+        self.add("linked cdt+graph", lambda: Linked(self.compiled(tuned, long, far), identity), 20, length=long)
         self.add("HF eager", lambda: HfEager(model), 5, length=long)
         self.add("whole+graph", lambda: Whole(self.worker, linked, identity, tiny), 40)
         self.add("linked+graph", lambda: Linked(linked, identity), 15, batch=8)
@@ -189,7 +188,8 @@ class ModelBench:
         share = chosen / of if chosen and of else 1.0
         weights, kv = decode_bytes(self.library, self.identity, slot_length(way.length), way.batch, share)
         return {
-            "prefill_tokens": ids.shape[1], "prefill": prefill, "decode_ms": round(ms, 4), "decode_all": [round(t, 4) for t in taken],
+            "prefill_tokens": ids.shape[1], "prefill": prefill,
+            "decode_ms": round(ms, 4), "decode_all": [round(t, 4) for t in taken],
             "device_ms": alone, "host_ms": None if alone is None else round(ms - alone, 4),
             "weight_mb": round(weights / 1e6, 2), "kv_mb": round(kv / 1e6, 2), "gbs": round((weights + kv) / ms / 1e6, 2),
         }  # fmt: skip

@@ -171,7 +171,8 @@ def kernels(bench: "ModelBench") -> None:
         ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
         worker.say(
             "profile", model=bench.name, way=way.label, length=way.length, kernels=sum(map(len, times.values())),
-            us=round(sum(map(sum, times.values())), 1), most=[[name, len(each), round(sum(each), 1)] for name, each in ranked[:14]],
+            us=round(sum(map(sum, times.values())), 1),
+            most=[[name, len(each), round(sum(each), 1)] for name, each in ranked[:14]],
         )  # fmt: skip
 
 

@@ -22,12 +22,14 @@ SHAPES: dict[str, Shape] = {
         hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
         vocab_size=151936, tie_word_embeddings=True, **_QWEN2), 0.92, ("graphs", "profile")),
     "llama-3.2-3b": Shape("llama", dict(
-        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8, head_dim=128,
-        vocab_size=128256, tie_word_embeddings=True, max_position_embeddings=32768, rope_theta=5e5), 5.98, ("profile",)),
+        hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24, num_key_value_heads=8,
+        head_dim=128, vocab_size=128256, tie_word_embeddings=True, max_position_embeddings=32768, rope_theta=5e5),
+        5.98, ("profile",)),
     "qwen1.5-moe-a2.7b": Shape("qwen2_moe", dict(
         hidden_size=2048, intermediate_size=5632, moe_intermediate_size=1408, shared_expert_intermediate_size=5632,
         num_hidden_layers=24, num_attention_heads=16, num_key_value_heads=16, num_experts=60, num_experts_per_tok=4,
-        vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=8192, rope_theta=1e6), 26.67, ("table4", "profile")),
+        vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=8192, rope_theta=1e6),
+        26.67, ("table4", "profile")),
     "smollm2-135m": Shape("llama", dict(
         hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, head_dim=64,
         vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192, rope_theta=1e5), 0.25,

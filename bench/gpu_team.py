@@ -50,9 +50,10 @@ class Team:
         if process is None:
             return
         early = process.poll() is None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        if early:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
         if early and not self.is_done(name):
             self.say("stopped", worker=name, reason="its time was up")
         elif not early and process.returncode:

@@ -91,6 +91,7 @@ class Whole(Linked):
         how: dict[str, Any] = {"backend": "eager"} if interpreted else {}
         self.flat: Any = torch.compile(flat, dynamic=False, fullgraph=True, **how)
         self.worker, self.captured = worker, None
+        self.logits: Tensor
 
     def decode(self, token: Tensor) -> Tensor:
         at = self.session.positions([1])
