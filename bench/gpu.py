@@ -21,15 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import gpu_results
-from gpu_shapes import SHAPES, TINY_MODELS, that_fit
+from gpu_shapes import PARTS, SHAPES, TINY_MODELS, parts_of, that_fit
 from gpu_team import Team
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 # What is done, the most valuable first.
 CHECKS = ("correct", "search", "aoti", "bundle", "tests")
-OF_MODELS = ("speed", "graphs", "table4", "mixed", "generate", "profile")
-STAGES = (*CHECKS, *OF_MODELS, "micro")
-TINY_STAGES = tuple(stage for stage in STAGES if stage not in ("aoti", "bundle"))  # which wait for a C++ compiler
+STAGES = (*CHECKS, *PARTS, "micro")
+TINY_STAGES = tuple(stage for stage in STAGES if stage not in ("aoti", "bundle", "tests"))  # which take minutes on two cores
 FAMILIES = (("llama", "qwen2", "phi3", "gemma2"), ("qwen2_moe", "mistral", "olmo2"), ("gemma3_text", "qwen3", "gpt2"))
 # Seconds, at most, a worker may take: checks in all, the others for their turn on the machine. What is done by then counts.
 _LIMITS = {"environment": 75.0, "correct": 200.0, "search": 90.0, "files": 240.0, "tests": 150.0, "micro": 45.0, "model": 75.0}
@@ -59,7 +58,7 @@ def plan(stages: Sequence[str], models: Sequence[str], tiny: bool) -> list[Job]:
     if tiny and jobs:  # there are few cores: one process imports torch once
         together = tuple(each for job in jobs for each in job.work)
         jobs = [Job("checks", together, sum(job.limit for job in jobs))]
-    needed = [m for m in models if "speed" in stages or set(SHAPES[m].parts) & set(stages)]
+    needed = [m for m in models if set(parts_of(m, tiny)) & set(stages)]
     jobs += [Job(m, (f"model:{m}",), _LIMITS["model"] * scale, timed=True) for m in needed]
     if "micro" in stages:
         jobs.append(Job("micro", ("micro",), _LIMITS["micro"] * scale, timed=True))

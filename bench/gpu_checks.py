@@ -159,7 +159,7 @@ def bundle(worker: Worker) -> None:
         model = tiny(worker, "llama", torch.float32)
         compiled = polar_fx.compile(model, "aot_inductor", max_length=47, workers=0)
         polar_fx.export(compiled, place, programs=["skip 1"])
-        loaded = polar_fx.load(place)
+        loaded, _ = polar_fx.load(place)
         found = _as_interpreted(worker, cast(Any, loaded), model)
         worker.say("bundle", **found, seconds=round(time.perf_counter() - start, 1))
 

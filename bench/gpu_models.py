@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 import polar_fx
 from contenders import Contender
 from gpu_parts import PARTS
-from gpu_shapes import SHAPES, config_of
+from gpu_shapes import SHAPES, config_of, parts_of
 from gpu_ways import HfEager, HfReduceOverhead, Linked, Whole, slot_length
 from gpu_worker import TUNED, Worker
 from polar_fx import CompiledModel, Program
@@ -48,7 +48,7 @@ class ModelBench:
 
     def __init__(self, worker: Worker, name: str, stages: Collection[str]) -> None:
         self.worker, self.name = worker, name
-        self.parts = [part for part in ("speed", *PARTS) if part in stages and (part == "speed" or part in SHAPES[name].parts)]
+        self.parts = [part for part in parts_of(name, worker.tiny) if part in stages]
         self.tokens, self.num_programs = (3, 3) if worker.tiny else (30, 16)
         self.lengths = (47, 95) if worker.tiny else (271, 4111)  # of rows; a slot has one column more
         # a long slot is nearly filled, since dynamic caches are only as long as what they hold
@@ -138,8 +138,9 @@ class ModelBench:
         self.add("whole+graph", lambda: Whole(self.worker, linked, identity, tiny), 40)
         self.add("linked+graph", lambda: Linked(linked, identity), 15, batch=8)
         self.add("HF eager", lambda: HfEager(model), 5, batch=8)
-        self.add("HF compile", lambda: HfReduceOverhead(model, 8, short, tiny), 35, batch=8)
-        self.add("HF compile", lambda: HfReduceOverhead(model, 1, long, tiny), 35, length=long)
+        if not tiny:  # a trial has traced one
+            self.add("HF compile", lambda: HfReduceOverhead(model, 8, short), 35, batch=8)
+            self.add("HF compile", lambda: HfReduceOverhead(model, 1, long), 35, length=long)
 
     # -------------------------------------------------------------------------------------------------------- timing
 

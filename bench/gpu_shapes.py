@@ -6,6 +6,8 @@ from typing import Any
 
 _QWEN2: dict[str, Any] = dict(max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6)
 
+PARTS = ("speed", "graphs", "table4", "mixed", "generate", "profile")  # what may be measured of a model, in this order
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -54,6 +56,11 @@ def config_of(name: str, tiny: bool) -> dict[str, Any]:
     """The sizes of a model."""
     config = SHAPES[name].config
     return {**config, **{key: value for key, value in _TINY.items() if key in config}} if tiny else config
+
+
+def parts_of(name: str, tiny: bool) -> tuple[str, ...]:
+    """What is measured of a model; with tiny ones everything of each."""
+    return tuple(part for part in PARTS if tiny or part == "speed" or part in SHAPES[name].parts)
 
 
 def that_fit(names: Iterable[str], gib: float) -> list[str]:
