@@ -19,7 +19,7 @@ from gpu_shapes import SHAPES, config_of, parts_of
 from gpu_ways import HfEager, HfReduceOverhead, Linked, Whole, slot_length
 from gpu_worker import UNTUNED, Worker
 from polar_fx import CompiledModel, Program
-from polar_fx.backends import AotInductorBackend, Backend, InductorBackend, get_backend
+from polar_fx.backends import Backend, InductorBackend, get_backend
 from polar_fx.library import LayerLibrary
 
 
@@ -127,8 +127,6 @@ class ModelBench:
         (short, long), tiny, linked = self.lengths, self.worker.tiny, self.linked
         model, identity, untuned = self.model, self.identity, linked.backend if tiny else InductorBackend(UNTUNED)
         self.add("linked+graph", lambda: Linked(linked, identity), 20)
-        files = linked.backend if tiny else AotInductorBackend()
-        self.add("linked aot+graph", lambda: Linked(self.compiled(files, short), identity), 40)
         self.add("linked", lambda: Linked(linked, identity, graph=False), 5)
         self.add("HF eager", lambda: HfEager(model), 5)
         self.add("HF compile", lambda: HfReduceOverhead(model, 1, short, tiny), 35)
