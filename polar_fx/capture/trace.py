@@ -63,7 +63,15 @@ def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.Ex
     shapes = (rows, rows, {0: length}, [{0: batch, 2: length}] * len(kv))
     example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), kv)
     with torch.no_grad(), _quiet():
-        return torch.export.export(_Traced(view), example, dynamic_shapes=shapes, strict=False)
+        return torch.export.export(
+            _Traced(view),
+            example,
+            dynamic_shapes=shapes,
+            strict=False,
+            # torch before 2.13 cannot prove relations such as min(16 * L, 32 * L) == 16 * L, which grouped heads lead to, and
+            # would refuse the model; the sizes our tables hand over fulfil them
+            prefer_deferred_runtime_asserts_over_guards=True,
+        )
 
 
 def _flatten(exported: torch.export.ExportedProgram, stack: str) -> GraphModule:
