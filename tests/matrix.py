@@ -33,22 +33,24 @@ TABLE = ROOT / "docs" / "versions.md"
 OLDEST_TORCH = (2, 11)  # the newest patch of every minor version from here on is tried
 TRANSFORMERS = ("5.17.0", "5.20.0")  # and the newest
 
-# Each kind of layer that traces differently: grouped heads, logit caps, sinks, ALiBi, experts, latent attention.
-FAMILIES = ("llama", "gemma2", "gpt_oss", "bloom", "gpt2", "qwen3_moe", "deepseek_v3")
+# Each kind of layer that traces differently: grouped heads, logit caps, sinks, ALiBi, latent attention with experts.
+FAMILIES = ("llama", "gemma2", "gpt_oss", "bloom", "deepseek_v3")
+# Models that are refused: what transformers itself raises for them changes from version to version.
+REFUSED = ("jamba", "lfm2", "gemma3n_text")
 # Capture, families, forward and generate, compiled regions, bundles, passes.
 SUBSET = (
     "tests/test_capture.py",
     *(f"tests/test_families.py::test_identity_is_the_model[{family}]" for family in FAMILIES),
     "tests/test_families.py::test_rotary_frequencies_that_depend_on_the_length",
     "tests/test_families.py::test_rotary_frequencies_of_some_layers_that_depend_on_the_length",
-    "tests/test_families.py::test_refused_with_reason_and_remedy",
+    *(f"tests/test_families.py::test_refused_with_reason_and_remedy[{family}]" for family in REFUSED),
     "tests/test_generate.py",
     "tests/test_regions.py",
-    "tests/test_compiled.py",
-    "tests/test_library_cache.py",
+    "tests/test_compiled.py::test_warmup_compiles_all_that_a_call_needs",
+    "tests/test_compiled.py::test_any_batch_size_from_two_up_is_one_class",
+    "tests/test_compiled.py::test_no_weight_is_copied",
     "tests/test_bundle.py::test_logits_are_those_of_the_compiled_model",
     "tests/test_bundle.py::test_generation_is_that_of_the_compiled_model",
-    "tests/test_bundle.py::test_a_fresh_process_needs_no_modeling_code_and_no_compiler",
     "tests/test_bundle_portable.py",
     "tests/test_passes_units.py",
     "tests/test_passes_reductions.py",
