@@ -8,7 +8,7 @@ TORCH_INDEX ?=
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: help setup demo check lint types test bench clean
+.PHONY: help setup demo check lint types test bench matrix clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -47,5 +47,9 @@ bench: setup ## Measure latency, many programs, warm start, dispatch and bundles
 	$(BIN)/python bench/bundle.py
 	$(BIN)/python bench/bundle.py --dtype bfloat16
 
+# Downloads several GB, so CI does not run it; ARGUMENTS="--pair 2.13.0:5.24.0" tries one pair, --help tells the rest.
+matrix: ## Try pairs of torch and transformers versions, each in an environment of its own; writes docs/versions.md
+	$(PYTHON) tests/matrix.py $(ARGUMENTS)
+
 clean: ## Remove the virtual environment and build leftovers
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -100,6 +100,15 @@ def test_rotary_frequencies_that_depend_on_the_length(tokens: int) -> None:
     assert _worst(model, tokens) < 1e-4
 
 
+def test_rotary_frequencies_of_some_layers_that_depend_on_the_length() -> None:
+    """Layers of one type choose their frequencies by the length, those of another do not."""
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    longer = {**plain, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    longer["original_max_position_embeddings"] = 16
+    model = make("gemma3_text", rope_parameters={"sliding_attention": plain, "full_attention": longer})
+    assert max(_worst(model, tokens) for tokens in (12, 24)) < 1e-4
+
+
 def _worst(model: PreTrainedModel, tokens: int) -> float:
     from polar_fx.library import LayerLibrary
 

@@ -120,10 +120,7 @@ class _TracingCache(Cache):
     is_initialized = property(lambda self: True)
 
     def _stateful(self, *args: Any, **kwargs: Any) -> Any:
-        raise UnsupportedModelError(
-            "a layer keeps recurrent or convolutional state",
-            "skipping or repeating such a layer has no defined meaning; use a pure attention model",
-        )
+        raise NotImplementedError("a layer keeps recurrent or convolutional state")  # `probe` names the model and the remedy
 
     update_conv_state = update_recurrent_state = has_previous_state = _stateful
 

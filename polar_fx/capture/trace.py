@@ -25,6 +25,7 @@ from ..errors import CaptureError, UnsupportedModelError
 from ..passes.base import storage, writes
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
+from .rotary import choose_frequencies_by_operator
 from .support import attention_variants, check_supported, embedding_weight, find_stack, probe, shared_view, unwrapped
 
 log = logging.getLogger("polar_fx.capture")
@@ -150,6 +151,7 @@ def capture(model: PreTrainedModel, attention: str | None = None) -> CapturedMod
     stack = find_stack(model)
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
     view = unwrapped(shared_view(model, attention or attention_variants(model)[0]))
+    choose_frequencies_by_operator(view)
     specs = probe(view, depth)
     try:
         exported = _export(view, specs)

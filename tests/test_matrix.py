@@ -1,0 +1,100 @@
+"""The matrix of versions: which pairs it tries, what it leaves out, and how it tells the result."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import matrix
+from matrix import counts, edge_pairs, newest_of_each_minor, other_requirements, still_to_do, table, with_result
+
+REPORT = """<testsuites><testsuite>
+  <testcase classname="tests.test_a" name="test_one[llama]"/>
+  <testcase classname="tests.test_a" name="test_two"><failure message="no"/></testcase>
+  <testcase classname="tests.test_b" name="test_three"><error message="no"/></testcase>
+  <testcase classname="tests.test_b" name="test_four"><skipped message="no GPU"/></testcase>
+</testsuite></testsuites>"""
+
+
+def _result(torch: str, transformers: str, **more: Any) -> dict[str, Any]:
+    return {"torch": torch, "transformers": transformers, "passed": 9, "failed": 0, "skipped": 0, "failures": [], **more}
+
+
+def test_the_newest_patch_of_each_minor_version_is_tried() -> None:
+    versions = ["2.13.0+cpu", "2.14.0", "2.14.1", "2.11.0", "2.13.0", "2.10.0", "1.13.1", "2.15.0rc1"]
+    assert newest_of_each_minor(versions) == ["2.11.0", "2.13.0", "2.14.1"]
+
+
+def test_the_edges_are_tried_and_each_pair_once() -> None:
+    pairs = edge_pairs(["2.11.0", "2.12.1", "2.13.0"], ["5.17.0", "5.20.0", "5.24.0"])
+    oldest, newest = [("2.11.0", "5.17.0")], [("2.13.0", "5.24.0")]
+    each_transformers = [("2.13.0", "5.17.0"), ("2.13.0", "5.20.0")]
+    each_torch = [("2.12.1", "5.24.0"), ("2.11.0", "5.24.0")]
+    assert pairs == oldest + newest + each_transformers + each_torch
+    assert edge_pairs(["2.11.0"], ["5.17.0"]) == oldest
+
+
+def test_what_was_measured_is_not_measured_again_but_what_did_not_run_is() -> None:
+    done, broken, new = ("2.11.0", "5.17.0"), ("2.12.1", "5.24.0"), ("2.13.0", "5.24.0")
+    results = [_result(*done, failed=3), {"torch": broken[0], "transformers": broken[1], "error": "no space left"}]
+    assert still_to_do([done, broken, new], results) == [broken, new]
+
+
+def test_a_new_result_takes_the_place_of_the_old_one_and_versions_stay_in_order() -> None:
+    results: list[dict[str, Any]] = []
+    for torch in ("2.13.0", "2.9.0", "2.11.0", "2.13.0"):
+        results = with_result(results, _result(torch, "5.24.0", passed=len(results)))
+    assert [(r["torch"], r["passed"]) for r in results] == [("2.9.0", 1), ("2.11.0", 2), ("2.13.0", 3)]
+
+
+def test_a_report_of_pytest_is_counted() -> None:
+    failures = ["test_a::test_two", "test_b::test_three"]
+    assert counts(REPORT) == {"passed": 1, "failed": 2, "skipped": 1, "failures": failures}
+
+
+def test_the_table_has_a_row_a_torch_and_names_what_failed() -> None:
+    results = [
+        _result("2.9.0", "5.24.0", skipped=2),
+        _result("2.11.0", "5.17.0", failed=1, failures=["test_a::test_two"]),
+        {"torch": "2.11.0", "transformers": "5.24.0", "error": "no space left"},
+    ]
+    text = table(results)
+    assert "| torch | transformers 5.17.0 | transformers 5.24.0 |" in text
+    assert "| 2.9.0 | – | 9 passed, 2 skipped |\n| 2.11.0 | **1 failed**, 9 passed | did not run |" in text
+    assert "torch 2.11.0 with transformers 5.17.0:\n\n- `test_a::test_two`" in text
+    assert "torch 2.11.0 with transformers 5.24.0:\n\n- no space left" in text
+
+
+def test_the_pair_itself_is_not_among_the_other_requirements() -> None:
+    names = other_requirements()
+    assert not [name for name in names if name.startswith(("torch", "transformers"))]
+    assert "pytest" in names and any(name.startswith("safetensors") for name in names)
+
+
+def test_the_tests_it_runs_exist() -> None:
+    for one in matrix.SUBSET:
+        file, _, name = one.partition("::")
+        text = (matrix.ROOT / file).read_text(encoding="utf-8")
+        assert not name or f"def {name.partition('[')[0]}(" in text, one
+
+
+def test_the_table_in_the_docs_is_that_of_the_results() -> None:
+    assert matrix.TABLE.read_text(encoding="utf-8") == table(matrix.load(matrix.RESULTS))
+
+
+def test_a_pair_that_was_measured_needs_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matrix, "RESULTS", tmp_path / "results.json")
+    monkeypatch.setattr(matrix, "TABLE", tmp_path / "versions.md")
+    monkeypatch.setattr(matrix, "measure", lambda pair, *_: _result(*pair))
+    arguments = ["--folder", str(tmp_path / "environments"), "--pair", "2.13.0:5.24.0"]
+    matrix.main(arguments)
+    assert matrix.load(matrix.RESULTS) == [_result("2.13.0", "5.24.0")] and matrix.TABLE.exists()
+    monkeypatch.setattr(matrix, "measure", lambda *_: pytest.fail("measured again"))
+    matrix.main(arguments)
+
+
+@pytest.mark.parametrize("pair", ["2.13.0", "2.13:5.24.0", "newest:newest"])
+def test_a_pair_that_is_none_is_refused(pair: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        matrix.main(["--pair", pair])
+    assert "a pair is two versions of three numbers, as in --pair 2.13.0:5.24.0" in capsys.readouterr().err
