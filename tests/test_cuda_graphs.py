@@ -19,9 +19,9 @@ from torch import Tensor
 
 from polar_fx.backends import ShapeClass
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.cuda_graphs import CudaApi, CudaGraphs
-from polar_fx.link import LinkedProgram
 from polar_fx.program import Program
+from polar_fx.runtime.cuda_graphs import CudaApi, CudaGraphs
+from polar_fx.runtime.link import LinkedProgram
 from tiny_models import make, prompts
 
 DEPTH = 4
