@@ -78,7 +78,7 @@ def test_running_a_model_or_a_copy_of_it_changes_nothing(store: ArtifactStore) -
 def test_facts_are_equal_in_every_process() -> None:
     families = ("llama", "gemma2", "gpt2", "qwen2_moe", "phi3")
     code = (
-        "import json; from tiny_models import make; from polar_fx.library.cached import model_facts; "
+        "import json; from tiny_models import make; from polar_fx.library.model_facts import model_facts; "
         f"print(json.dumps([model_facts(make(f)) for f in {families}]))"
     )
     here = Path(__file__).parent
