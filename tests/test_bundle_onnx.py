@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import polar_fx.bundle
+import polar_fx.graph_files
 from polar_fx.bundle import BundleError
 from polar_fx.cli import export as command
 from polar_fx.compiled import CompiledModel, compile
@@ -200,7 +200,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         with pytest.raises(BundleError, match=r"cannot be written: .*No space left .*; free some space there"):
             export_onnx(compiled, tmp_path / "new")
     with monkeypatch.context() as patch:
-        patch.delattr(polar_fx.bundle, "onnx_graphs")
+        patch.delattr(polar_fx.graph_files, "onnx_graphs")
         patch.delitem(sys.modules, "polar_fx.graph_files.onnx_graphs")
         patch.setitem(sys.modules, "onnx_ir", None)
         with pytest.raises(InputError, match=r"pip install 'polar_fx\[onnx\]'"):

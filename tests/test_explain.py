@@ -74,7 +74,7 @@ def untraced(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> CompiledM
 
     monkeypatch.setattr("polar_fx.library.cached.capture_checked", refuse)
     compiled = compile(make("llama"), "aot_inductor", max_length=31, cache=store)
-    for name in ("regions.RegionTable._make", "store.ArtifactStore.get", "store.ArtifactStore.get_or_make"):
+    for name in ("runtime.regions.RegionTable._make", "store.ArtifactStore.get", "store.ArtifactStore.get_or_make"):
         monkeypatch.setattr(f"polar_fx.{name}", refuse)
     return compiled
 

@@ -208,7 +208,8 @@ def test_threads_share_the_process(worker: Any) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_has_a_process_of_its_own() -> None:
     code = (
-        "import os; from polar_fx.questions import grade, grading, Question\n"
+        "import os; from polar_fx.judge import grading; from polar_fx.judge.grading import grade\n"
+        "from polar_fx.questions import Question\n"
         "def right(i): return grade(f'x+{i}', Question('q', 't', '?', (f'{i}+x',)))\n"
         "assert right(1); pid = grading._WORKER._process.pid\n"
         "child = os.fork()\n"
