@@ -24,6 +24,7 @@ log = logging.getLogger("polar_fx.library")
 
 _TABLE = "symbols.json"
 
+
 def load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | None) -> LayerLibrary:
     """The model's library: from its table in `store` if that is there, else captured, and kept there.
 
