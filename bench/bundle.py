@@ -48,7 +48,7 @@ for name in ("torch", "transformers", "polar_fx"):
         from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
     else:
         from polar_fx.bundle import load_bundle, loader
-        from polar_fx.regions import RegionTable
+        from polar_fx.runtime.regions import RegionTable
     report["imports_s"][name] = time.perf_counter() - before
     report["memory"][name] = memory()
 

@@ -15,16 +15,16 @@ import torch
 
 import polar_fx
 from measure import RESULTS, machine, paired_ratio, spread, write_json
-from polar_fx.dispatch import Dispatcher
-from polar_fx.evaluate import TASKS, generate, get_template
-from polar_fx.generate import padded_rows
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu
 from polar_fx.predictor.policy import Calibration
 from polar_fx.predictor.saved import load_selector
 from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
-from polar_fx.trunk import run_trunk, session_after
+from polar_fx.questions import TASKS, generate, get_template
+from polar_fx.runtime.dispatcher import Dispatcher
+from polar_fx.runtime.generator import padded_rows
+from polar_fx.runtime.trunk import run_trunk, session_after
 
 _TOKENS = 128
 

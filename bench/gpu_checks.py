@@ -19,7 +19,7 @@ import polar_fx
 from gpu_worker import Worker
 from polar_fx import CompiledModel, Program
 from polar_fx.capture.support import find_stack, shared_view
-from polar_fx.evaluate.question import EncodedQuestion
+from polar_fx.questions.question import EncodedQuestion
 from polar_fx.search import TeacherForcing
 from tiny_models import make
 

@@ -20,7 +20,7 @@ from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu, Proposal
 from polar_fx.predictor.policy import Calibration
 from polar_fx.predictor.selector import Selector, SelectorNetwork
-from polar_fx.trunk import run_trunk, session_after
+from polar_fx.runtime.trunk import run_trunk, session_after
 
 if TYPE_CHECKING:
     from gpu_models import ModelBench

@@ -18,10 +18,10 @@ import torch
 
 import polar_fx
 from measure import RESULTS, machine, write_json
-from polar_fx.evaluate import Question, generate, get_template
+from polar_fx.questions import Question, generate, get_template
 from polar_fx.search import SearchConfig, TeacherForcing, Verdict, run_searches
-from polar_fx.search.record_store import RecordReader
-from polar_fx.search.records import Explored
+from polar_fx.search.records.record_file import RecordReader
+from polar_fx.search.records.records import Explored
 from search_speed import Pair, Plain
 
 

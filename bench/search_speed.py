@@ -27,12 +27,12 @@ from torch import nn
 
 import polar_fx
 from measure import RESULTS, machine, spread, write_json
-from polar_fx.evaluate import EncodedQuestion, PromptTemplate, generate, get_template
-from polar_fx.generate import padded_rows
+from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.program import Program
+from polar_fx.questions import EncodedQuestion, PromptTemplate, generate, get_template
+from polar_fx.runtime.generator import padded_rows
 from polar_fx.search.config import SearchConfig
-from polar_fx.search.methods import get_method, question_seed
-from polar_fx.search.teacher_forcing import TeacherForcing
+from polar_fx.search.methods.registry import get_method, question_seed
 
 Pair = tuple[EncodedQuestion, Program]
 

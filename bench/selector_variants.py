@@ -26,16 +26,16 @@ import torch
 from measure import RESULTS, machine, spread, write_json
 from polar_fx.cli.labelling import Labeller
 from polar_fx.cli.questions import templates_of
-from polar_fx.comparison.baselines import TrainingRecords, polar_choices
-from polar_fx.comparison.choices import Choice, arm_results, wanted_programs
+from polar_fx.evaluation.baselines import TrainingRecords, polar_choices
+from polar_fx.evaluation.choices import Choice, arm_results, wanted_programs
+from polar_fx.evaluation.polar.text_encoder import TextEncoder
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.saved import load_selector, read_notes
-from polar_fx.predictor.text_encoder import TextEncoder
-from polar_fx.protocol.arms import pool
-from polar_fx.protocol.calibration import log_loss
-from polar_fx.protocol.paired import compare
-from polar_fx.search.record_store import RecordReader
-from polar_fx.search.records import SearchRecord
+from polar_fx.search.records.record_file import RecordReader
+from polar_fx.search.records.records import SearchRecord
+from polar_fx.stats.arms import pool
+from polar_fx.stats.calibration import log_loss
+from polar_fx.stats.paired import compare
 from polar_fx.training.pipeline import MINED
 from polar_fx.training.selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from polar_fx.training.verdict_table import VerdictTable

@@ -21,16 +21,15 @@ from .errors import (
     UnknownBackendError,
     UnsupportedModelError,
 )
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .bundle import BundleError, export, load_bundle
     from .compiled import CompiledModel, compile
     from .library import LayerLibrary
+    from .loading import load
     from .models import load_default
     from .program import Blend, Op, Program, Segment
-    from .sources import load
-
-__version__ = "0.1.0"
 
 _LAZY = {
     "Blend": "program",
@@ -42,7 +41,7 @@ _LAZY = {
     "Segment": "program",
     "compile": "compiled",
     "export": "bundle",
-    "load": "sources",
+    "load": "loading",
     "load_bundle": "bundle",
     "load_default": "models",
 }

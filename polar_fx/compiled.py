@@ -16,25 +16,25 @@ from transformers import PreTrainedModel
 
 from .backends import Backend, ShapeClass, get_backend
 from .capture import check_supported, embedding_weight
-from .check import warn_if_not_finite
-from .cuda_graphs import CudaApi, CudaGraphs
-from .dispatch import Dispatcher, DispatchReport, Predictor, Unprepared
+from .capture.checked import warn_if_not_finite
 from .errors import InputError
-from .explain import Explanation, Report, explain, report
-from .generate import Generator
-from .kv_cache import KvPool, KvSession
+from .explain.program_report import Explanation, Report, explain, report
 from .library import LayerLibrary
-from .library_cache import load_library
-from .link import LinkedProgram, Linker
+from .library.cached import load_library
 from .predictor.menu import Menu
 from .predictor.policy import Policy
 from .predictor.saved import load_selector
 from .program import Program
-from .regions import RegionTable
+from .runtime.code_key import RegionRecord
+from .runtime.cuda_graphs import CudaApi, CudaGraphs
+from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
+from .runtime.generator import Generator
+from .runtime.kv_cache import KvPool, KvSession
+from .runtime.link import LinkedProgram, Linker
+from .runtime.regions import RegionTable
+from .runtime.tiers import Tier, TierPolicy, Tiers
+from .runtime.trunk import Trunk
 from .store import ArtifactStore
-from .tiers import Tier, TierPolicy, Tiers
-from .trunk import Trunk
-from .variant import RegionRecord
 
 _MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
 _PREFILL_CHUNK, _GPU_PREFILL_CHUNK = 512, 4096  # a GPU needs many tokens at a time to be busy

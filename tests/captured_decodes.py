@@ -13,9 +13,9 @@ from torch import Tensor
 
 from polar_fx.backends import ShapeClass
 from polar_fx.compiled import CompiledModel
-from polar_fx.cuda_graphs import CudaGraphs
-from polar_fx.link import LinkedProgram
 from polar_fx.program import Program
+from polar_fx.runtime.cuda_graphs import CudaGraphs
+from polar_fx.runtime.link import LinkedProgram
 from tiny_models import prompts
 
 aten = torch.ops.aten

@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from polar_fx.evaluate.question import Question
+from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
+from polar_fx.questions.question import Question
 from polar_fx.search.config import SearchConfig
-from polar_fx.search.record_store import RecordStore
-from polar_fx.search.records import Explored, SearchHeader, SearchRecord
-from polar_fx.search.verdict import Verdict
+from polar_fx.search.records.record_file import RecordStore
+from polar_fx.search.records.records import Explored, SearchHeader, SearchRecord
 
 DEPTH = 6
 IDENTITY = Program.identity(DEPTH)

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from polar_fx.store import ArtifactStore, digest
+from polar_fx.output.digest import digest
+from polar_fx.store import ArtifactStore
 
 
 def contents(number: int) -> dict[str, bytes]:

@@ -14,14 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_fx.errors import InputError
-from polar_fx.evaluate import split_of
+from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
-from polar_fx.search.analysis import SearchFile, analyze, group_summaries, is_repeat_only, is_skip_only, summary
-from polar_fx.search.edit_effects import EditEffect, edit_effects
-from polar_fx.search.intervals import Share, ranks, spearman, wilson
-from polar_fx.search.menu_coverage import Menu, coverage, greedy_menu, menu_report, merge, split_records
-from polar_fx.search.records import SearchRecord
-from polar_fx.search.verdict import Verdict
+from polar_fx.questions import split_of
+from polar_fx.search.analysis import summary
+from polar_fx.search.analysis.edit_effects import EditEffect, edit_effects
+from polar_fx.search.analysis.menu_coverage import Menu, coverage, greedy_menu, menu_report, merge, split_records
+from polar_fx.search.analysis.summary import SearchFile, analyze, group_summaries, is_repeat_only, is_skip_only
+from polar_fx.search.records.records import SearchRecord
+from polar_fx.stats.intervals import Share, ranks, spearman, wilson
 from search_samples import DAMPED, DEPTH, HEADER, IDENTITY, MIXED, MOVED, REPEAT, SAMPLES, SKIP, SKIP_TWO, record, simple
 
 
@@ -288,7 +289,7 @@ KINDS = ("accuracy", "steps", "edits", "menu", "effects", "overview")
 
 
 def test_svg_figures_are_whole_and_the_same_each_time(tmp_path: Path) -> None:
-    write_figures = pytest.importorskip("polar_fx.search.figures").write_figures
+    write_figures = pytest.importorskip("polar_fx.search.analysis.figures").write_figures
     report = _report(SAMPLES)
     first, second = (write_figures(report, tmp_path / name) for name in ("new/a", "b"))
     assert [path.name for path in first] == [f"one-{kind}.svg" for kind in KINDS]
@@ -299,7 +300,7 @@ def test_svg_figures_are_whole_and_the_same_each_time(tmp_path: Path) -> None:
 
 
 def test_png_figures_of_several_files(tmp_path: Path) -> None:
-    write_figures = pytest.importorskip("polar_fx.search.figures").write_figures
+    write_figures = pytest.importorskip("polar_fx.search.analysis.figures").write_figures
     drawn = write_figures(_report(SAMPLES, "a/run.jsonl", "b/run.jsonl"), tmp_path, "png")
     assert [path.name for path in drawn if "overview" in path.name] == ["run-overview.png", "run-2-overview.png"]
     assert len([path for path in drawn if "menu" in path.name]) == 1  # the model's
@@ -318,14 +319,14 @@ def test_png_figures_of_several_files(tmp_path: Path) -> None:
 def test_figures_are_left_out_where_there_are_no_data(
     records: list[SearchRecord], kinds: tuple[str, ...], tmp_path: Path
 ) -> None:
-    write_figures = pytest.importorskip("polar_fx.search.figures").write_figures
+    write_figures = pytest.importorskip("polar_fx.search.analysis.figures").write_figures
     drawn = [re.sub(r"one-|\.svg", "", path.name) for path in write_figures(_report(records), tmp_path)]
     assert [kind for kind in drawn if kind != "menu"] == list(kinds)
 
 
 def test_figures_say_how_many(tmp_path: Path) -> None:
     """Bars, labels and limits of the accuracy figure."""
-    figures = pytest.importorskip("polar_fx.search.figures")
+    figures = pytest.importorskip("polar_fx.search.analysis.figures")
     (axes,) = dict(figures.figures(_report(SAMPLES)))["one-accuracy"].axes
     assert [label.get_text() for label in axes.get_xticklabels()] == ["all\nn = 6", "add\nn = 3", "mul\nn = 3"]
     heights = [bar.get_height() for bar in axes.patches]
@@ -336,7 +337,7 @@ def test_figures_say_how_many(tmp_path: Path) -> None:
 
 
 def test_bad_figure_arguments(tmp_path: Path) -> None:
-    write_figures = pytest.importorskip("polar_fx.search.figures").write_figures
+    write_figures = pytest.importorskip("polar_fx.search.analysis.figures").write_figures
     with pytest.raises(InputError, match="unknown figure format 'gif'; use one of svg, png"):
         write_figures(_report(SAMPLES), tmp_path, "gif")
     (tmp_path / "file").write_text("")

@@ -136,7 +136,7 @@ IN_ANOTHER_PROCESS = """
 import json, re, sys
 import torch
 from polar_fx.bundle import load_bundle
-from polar_fx.variant import target_of
+from polar_fx.runtime.code_key import target_of
 from safetensors.torch import load_file, save_file
 folder, inputs, results = sys.argv[1:]
 torch.set_num_threads(int(inputs.partition(":")[0]))

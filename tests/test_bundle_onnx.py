@@ -17,11 +17,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-import polar_fx.bundle
-from polar_fx.bundle import BundleError, export_onnx
+import polar_fx.graph_files
+from polar_fx.bundle import BundleError
 from polar_fx.cli import export as command
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, ProgramError
+from polar_fx.graph_files import export_onnx
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
 from tiny_models import make, prompts, reference, run_rows
@@ -158,7 +159,7 @@ def compiled() -> CompiledModel:
 @pytest.fixture
 def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write texts in place of graphs, in no time: for tests that run none."""
-    from polar_fx.bundle import onnx_graphs
+    from polar_fx.graph_files import onnx_graphs
 
     monkeypatch.setattr(onnx_graphs, "export_functions", lambda library: {})
     monkeypatch.setattr(onnx_graphs, "program_graph", lambda library, program, *rest: str(program).encode())
@@ -199,8 +200,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         with pytest.raises(BundleError, match=r"cannot be written: .*No space left .*; free some space there"):
             export_onnx(compiled, tmp_path / "new")
     with monkeypatch.context() as patch:
-        patch.delattr(polar_fx.bundle, "onnx_graphs")
-        patch.delitem(sys.modules, "polar_fx.bundle.onnx_graphs")
+        patch.delattr(polar_fx.graph_files, "onnx_graphs")
+        patch.delitem(sys.modules, "polar_fx.graph_files.onnx_graphs")
         patch.setitem(sys.modules, "onnx_ir", None)
         with pytest.raises(InputError, match=r"pip install 'polar_fx\[onnx\]'"):
             export_onnx(compiled, tmp_path / "new")

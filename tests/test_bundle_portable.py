@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from polar_fx.bundle import BundleError, export_program
+from polar_fx.bundle import BundleError
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, ProgramError
+from polar_fx.graph_files import export_program
 from tiny_models import make, make_slots, prompts
 
 PROGRAM = "0 (1-2)*2@0.5 3"

@@ -17,7 +17,7 @@ from polar_fx.bundle import BundleError, Manifest
 from polar_fx.bundle.files import Reader
 from polar_fx.bundle.manifest import WEIGHTS, BundledFile
 from polar_fx.bundle.weights import check_weights, load_weights, stored_weights
-from polar_fx.symbols import BodySymbols, Operand, Symbol, SymbolTable
+from polar_fx.library.symbols import BodySymbols, Operand, Symbol, SymbolTable
 
 
 def _table(weights: dict[str, Tensor]) -> SymbolTable:

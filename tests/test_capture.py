@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from polar_fx.capture import CapturedModel, KvSpec, attention_variants, capture
-from polar_fx.check import capture_checked, max_difference
+from polar_fx.capture.checked import capture_checked, max_difference
 from polar_fx.errors import CaptureError, UnsupportedModelError
 from polar_fx.library import LayerLibrary
 from polar_fx.passes.text import graph_text
@@ -210,7 +210,7 @@ def test_the_check_sees_a_wrong_graph(monkeypatch: pytest.MonkeyPatch) -> None:
         captured.graph_module.recompile()
         return captured
 
-    monkeypatch.setattr("polar_fx.check.capture", wrong)
+    monkeypatch.setattr("polar_fx.capture.checked.capture", wrong)
     with pytest.raises(
         CaptureError, match="LlamaForCausalLM is not supported: traced with .* logits differ .* by .*; use a model"
     ):

@@ -13,8 +13,8 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from polar_fx.cli import main
 from polar_fx.cli.options import row_length
+from polar_fx.explain.picture import picture
 from polar_fx.program import Program
-from polar_fx.program_picture import picture
 from tiny_models import make
 
 

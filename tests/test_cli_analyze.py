@@ -12,7 +12,7 @@ import pytest
 
 from polar_fx.cli import main
 from polar_fx.cli.analyze import FORMATS
-from polar_fx.search.analysis import SearchFile, analyze
+from polar_fx.search.analysis.summary import SearchFile, analyze
 from search_samples import HEADER, SAMPLES, SKIP, simple, write
 
 ROOT = Path(__file__).parent.parent
@@ -92,7 +92,7 @@ def test_files_without_questions_or_with_one(
 
 
 def test_figures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = pytest.importorskip("polar_fx.search.figures")
+    figures = pytest.importorskip("polar_fx.search.analysis.figures")
     assert figures.FORMATS == FORMATS
     folder = tmp_path / "figures"
     drawn = [Path(path) for path in _json(capsys, run, "--figures", folder)["figures"]]

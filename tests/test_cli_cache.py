@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from polar_fx.cli import main
-from polar_fx.store import ArtifactStore, digest
+from polar_fx.output.digest import digest
+from polar_fx.store import ArtifactStore
 
 FACTS: list[dict[str, Any]] = [
     {"kind": "layer", "body": "layer_kind_0", "graph": "a" * 64, "bucket": "[1, T]", "backend": "inductor", "device": "cpu",

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from polar_fx.cli import main
-from polar_fx.search.record_store import RecordReader
+from polar_fx.search.records.record_file import RecordReader
 from tiny_search import save_tiny
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from polar_fx.cli import main
-from polar_fx.evaluate import EncodedQuestion, load_jsonl, split_of
+from polar_fx.judge.teacher_forcing import TeacherForcing
+from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
-from polar_fx.search.record_store import RecordReader
-from polar_fx.search.teacher_forcing import TeacherForcing
-from polar_fx.search.verdict import Verdict
+from polar_fx.questions import EncodedQuestion, load_jsonl, split_of
+from polar_fx.search.records.record_file import RecordReader
 from tiny_search import save_tiny, save_tiny_encoder
 
 DEPTH = 6

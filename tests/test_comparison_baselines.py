@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 
 import polar_fx
-from polar_fx.comparison import layer_router as routers
-from polar_fx.comparison.block_influence import block_influences, least_influence_program
-from polar_fx.comparison.layer_router import OPS, SKIP_OPS, LayerRouter, RouterConfig, RouterNetwork, train_layer_router
-from polar_fx.comparison.polar_arm import PolarArm, question_programs, train_polar_arm
 from polar_fx.errors import InputError, KvOverflowError
-from polar_fx.predictor.decode import decode_budget
-from polar_fx.predictor.network import NetworkConfig, PolarNetwork
+from polar_fx.evaluation import layer_router as routers
+from polar_fx.evaluation.block_influence import block_influences, least_influence_program
+from polar_fx.evaluation.layer_router import OPS, SKIP_OPS, LayerRouter, RouterConfig, RouterNetwork, train_layer_router
+from polar_fx.evaluation.polar.arm import PolarArm, question_programs, train_polar_arm
+from polar_fx.evaluation.polar.decode import decode_budget
+from polar_fx.evaluation.polar.network import NetworkConfig, PolarNetwork
+from polar_fx.evaluation.polar.training import TrainingConfig
+from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
-from polar_fx.search.records import SearchRecord
-from polar_fx.search.verdict import Verdict
-from polar_fx.training.network_training import TrainingConfig
-from polar_fx.trunk import shares_trunk
+from polar_fx.runtime.trunk import shares_trunk
+from polar_fx.search.records.records import SearchRecord
 from search_samples import record, simple
 from tiny_search import peaked
 

@@ -172,7 +172,7 @@ def test_nan_of_one_call_does_not_reach_the_next(deterministic: bool) -> None:
 
 
 def test_linked_programs_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("polar_fx.link._MAX_LINKED", 3)
+    monkeypatch.setattr("polar_fx.runtime.link._MAX_LINKED", 3)
     compiled = compile(make("llama"), "eager", max_length=31)
     for layer in (0, 1, 2, 3, 0):
         compiled.forward(prompts(3)[0][None], program=[layer])

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from captured_decodes import DEPTH, PROGRAMS, FakeApi, Pair, decode, step, steps
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.cuda_graphs import CudaGraphs
-from polar_fx.link import LinkedProgram
 from polar_fx.program import Program
+from polar_fx.runtime.cuda_graphs import CudaGraphs
+from polar_fx.runtime.link import LinkedProgram
 from tiny_models import make, prompts
 
 aten = torch.ops.aten

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from captured_decodes import DEPTH, PROGRAMS, Pair, decode, steps
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.cuda_graphs import CudaApi, CudaGraphs
-from polar_fx.link import LinkedProgram
 from polar_fx.program import Program
+from polar_fx.runtime.cuda_graphs import CudaApi, CudaGraphs
+from polar_fx.runtime.link import LinkedProgram
 from tiny_models import make
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures real CUDA graphs: needs an NVIDIA GPU")

@@ -11,13 +11,13 @@ from transformers import GenerationConfig
 
 import polar_fx
 from polar_fx.compiled import CompiledModel
-from polar_fx.dispatch import Dispatcher
 from polar_fx.errors import InputError, KvOverflowError, ProgramError
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu, Proposal
 from polar_fx.predictor.policy import Calibration
 from polar_fx.program import Program
-from polar_fx.trunk import run_trunk, session_after, shares_trunk
+from polar_fx.runtime.dispatcher import Dispatcher
+from polar_fx.runtime.trunk import run_trunk, session_after, shares_trunk
 from tiny_search import peaked
 
 DEPTH = 6

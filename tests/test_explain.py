@@ -15,12 +15,12 @@ import torch
 from polar_fx.backends import EagerBackend, Region, ShapeClass
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, PolarError, ProgramError
-from polar_fx.explain import IN_MEMORY, INTERPRETED, ON_DISK, TO_COMPILE, Explanation, Report
-from polar_fx.plain_text import size
+from polar_fx.explain.program_report import IN_MEMORY, INTERPRETED, ON_DISK, TO_COMPILE, Explanation, Report
+from polar_fx.output.plain_text import size
 from polar_fx.program import Program
+from polar_fx.runtime.code_key import VariantKey
+from polar_fx.runtime.tiers import TierPolicy, Tiers
 from polar_fx.store import ArtifactStore
-from polar_fx.tiers import TierPolicy, Tiers
-from polar_fx.variant import VariantKey
 from tiny_models import make, prompts
 
 GOLDEN = Path(__file__).parent / "golden" / "program.dot"
@@ -72,9 +72,9 @@ def untraced(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> CompiledM
     def refuse(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("this may only look")
 
-    monkeypatch.setattr("polar_fx.library_cache.capture_checked", refuse)
+    monkeypatch.setattr("polar_fx.library.cached.capture_checked", refuse)
     compiled = compile(make("llama"), "aot_inductor", max_length=31, cache=store)
-    for name in ("regions.RegionTable._make", "store.ArtifactStore.get", "store.ArtifactStore.get_or_make"):
+    for name in ("runtime.regions.RegionTable._make", "store.ArtifactStore.get", "store.ArtifactStore.get_or_make"):
         monkeypatch.setattr(f"polar_fx.{name}", refuse)
     return compiled
 
@@ -156,7 +156,7 @@ def test_refused_artifacts_are_named(store: ArtifactStore) -> None:
     (entry,) = store.root.glob("entries/*.json")
     entry.write_text("{}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("polar_fx.store._log.warning", lambda *_: None)
+        patch.setattr("polar_fx.store.store._log.warning", lambda *_: None)
         report = _fresh(cache=store).report()
     assert report.store is not None and [key for key, _ in report.store.refused] == [entry.stem]
     assert f"{entry.stem[:12]} refused: its entry is malformed" in report.text()

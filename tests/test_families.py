@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from polar_fx.capture import capture
-from polar_fx.check import capture_checked
+from polar_fx.capture.checked import capture_checked
 from polar_fx.errors import CaptureError, UnsupportedModelError
 from polar_fx.program import Program
 from tiny_models import FAMILIES, WINDOW, make, prompts, reference, run_rows, snapshot, tiny

@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_fx.errors import InputError
-from polar_fx.evaluate import Extracted, Question, extract, grade, grading
+from polar_fx.judge import grading
+from polar_fx.judge.grading import Extracted, extract, grade
+from polar_fx.questions import Question
 
 pytest.importorskip("math_verify")
 
@@ -133,7 +135,7 @@ def test_gigantic_expressions_are_wrong_within_seconds(text: str) -> None:
 
 def _worker_code(body: str) -> str:
     """A grading process with something replaced; `g` is its module."""
-    return f"import sys; sys.path.insert(0, sys.argv[1]); import polar_fx.evaluate.grading_worker as g\n{body}\ng.main()"
+    return f"import sys; sys.path.insert(0, sys.argv[1]); import polar_fx.judge.grading_worker as g\n{body}\ng.main()"
 
 
 def test_what_nothing_can_interrupt_ends_the_process(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,7 +208,8 @@ def test_threads_share_the_process(worker: Any) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_has_a_process_of_its_own() -> None:
     code = (
-        "import os; from polar_fx.evaluate import grade, grading, Question\n"
+        "import os; from polar_fx.judge import grading; from polar_fx.judge.grading import grade\n"
+        "from polar_fx.questions import Question\n"
         "def right(i): return grade(f'x+{i}', Question('q', 't', '?', (f'{i}+x',)))\n"
         "assert right(1); pid = grading._WORKER._process.pid\n"
         "child = os.fork()\n"

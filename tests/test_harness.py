@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import polar_fx
 from polar_fx.errors import InputError
-from polar_fx.evaluate import DIRECT
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu, Proposal
 from polar_fx.predictor.policy import Calibration, Policy
 from polar_fx.predictor.saved import save_selector
 from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
-from polar_fx.trunk import run_trunk
+from polar_fx.questions import DIRECT
+from polar_fx.runtime.trunk import run_trunk
 from tiny_search import save_tiny
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'polar_fx[harness]'")
@@ -33,7 +33,7 @@ from lm_eval.api.model import CachingLM  # noqa: E402
 from lm_eval.api.registry import get_model  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
-from polar_fx.harness import PolarLM, local_task  # noqa: E402
+from polar_fx.lm_harness import PolarLM, local_task  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("default")  # lm-eval's and datasets' own are not ours to fail on
 
@@ -393,8 +393,8 @@ def test_refusals_name_value_and_remedy(folder: Path, compiled: Any, tokenizer: 
 
 
 def test_without_lm_eval_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [n for n in sys.modules if n.startswith("polar_fx.harness")]:
+    for name in [n for n in sys.modules if n.startswith("polar_fx.lm_harness")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(InputError, match="pip install"):
-        __import__("polar_fx.harness")
+        __import__("polar_fx.lm_harness")

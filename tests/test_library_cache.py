@@ -20,9 +20,9 @@ from transformers.models.gemma2 import modeling_gemma2
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 
-from polar_fx import library_cache
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.library_cache import model_facts
+from polar_fx.library import cached as library_cache
+from polar_fx.library.model_facts import model_facts
 from polar_fx.store import ArtifactStore
 from tiny_models import FAMILIES, make, prompts, reference
 
@@ -78,7 +78,7 @@ def test_running_a_model_or_a_copy_of_it_changes_nothing(store: ArtifactStore) -
 def test_facts_are_equal_in_every_process() -> None:
     families = ("llama", "gemma2", "gpt2", "qwen2_moe", "phi3")
     code = (
-        "import json; from tiny_models import make; from polar_fx.library_cache import model_facts; "
+        "import json; from tiny_models import make; from polar_fx.library.model_facts import model_facts; "
         f"print(json.dumps([model_facts(make(f)) for f in {families}]))"
     )
     here = Path(__file__).parent

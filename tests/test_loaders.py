@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from polar_fx.errors import InputError
-from polar_fx.evaluate import Question, load_dataset, load_jsonl
+from polar_fx.questions import Question, load_dataset, load_jsonl
 
 DATA = Path("/work/shared/data")
 

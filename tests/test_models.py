@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from polar_fx import models
-from polar_fx.check import warn_if_not_finite
+from polar_fx.capture.checked import warn_if_not_finite
 from polar_fx.environment import cache_dir
 from polar_fx.errors import ModelNotFoundError, ModelWarning
 from tiny_models import make

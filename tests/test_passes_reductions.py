@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from polar_fx.backends.specialize import graph_of, specialize
-from polar_fx.library import Call, LayerLibrary
+from polar_fx.library import LayerLibrary
+from polar_fx.library.library import Call
 from polar_fx.passes import PASSES, Pipeline, library_pipeline
 from polar_fx.passes.base import Pass, PassError
 from polar_fx.passes.keep_kv_writes import KeepKvWrites

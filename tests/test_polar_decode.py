@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from polar_fx.errors import InputError
-from polar_fx.predictor.decode import Decoded, decode_beam, decode_budget, decode_joint, segment_starts
-from polar_fx.predictor.labels import parse_labels
+from polar_fx.evaluation.polar.decode import Decoded, decode_beam, decode_budget, decode_joint, segment_starts
+from polar_fx.evaluation.polar.labels import parse_labels
 from polar_fx.program import Edit, Op, Program
 
 Derivation = tuple[tuple[int, ...], tuple[int, ...], float]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from polar_fx.errors import InputError, NotSegmentableError, ProgramError
-from polar_fx.predictor.labels import LabelCounts, QuestionPrograms, label_losses, label_rows, label_tensors, parse_labels
+from polar_fx.evaluation.polar.labels import LabelCounts, QuestionPrograms, label_losses, label_rows, label_tensors, parse_labels
 from polar_fx.program import Edit, Op, Program
 
 

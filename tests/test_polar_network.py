@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from polar_fx.errors import InputError
-from polar_fx.predictor.decode import decode_beam
-from polar_fx.predictor.labels import LabelRow, QuestionPrograms, label_losses, label_rows, label_tensors, parse_labels
-from polar_fx.predictor.network import NetworkConfig, PolarNetwork, pad_features
+from polar_fx.evaluation.polar.decode import decode_beam
+from polar_fx.evaluation.polar.labels import LabelRow, QuestionPrograms, label_losses, label_rows, label_tensors, parse_labels
+from polar_fx.evaluation.polar.network import NetworkConfig, PolarNetwork, pad_features
+from polar_fx.evaluation.polar.training import LabelledQuestions, TrainingConfig, train_network
 from polar_fx.program import Program
-from polar_fx.training.network_training import LabelledQuestions, TrainingConfig, train_network
 
 SIZES = dict(depth=5, feature_size=6, width=8, heads=2, blocks=1, dropout=0.1)
 PROGRAMS = [Program.from_path(path, 5) for path in ([0, 1, 2, 3], [0, 1, 2, 3, 4, 4], [0, 2, 3, 4], [0, 1, 1, 2, 3, 4])]
@@ -184,7 +184,7 @@ def test_each_epoch_sees_every_row_in_another_order(monkeypatch: pytest.MonkeyPa
         return pad_features(features)
 
     data = LabelledQuestions(TRAIN.questions, TRAIN.features, [row for row in TRAIN.rows if not row.program.is_identity])
-    monkeypatch.setattr("polar_fx.training.network_training.pad_features", spy)
+    monkeypatch.setattr("polar_fx.evaluation.polar.training.pad_features", spy)
     train_network(data, data, NETWORK, TrainingConfig(batch_size=8, epochs=3))
     passes = [seen[i : i + 16] for i in range(0, len(seen), 16)]  # training, validation, training ...
     assert len(passes) == 6 and all(sorted(each) == list(range(16)) for each in passes)

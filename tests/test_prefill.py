@@ -11,8 +11,8 @@ from torch import Tensor
 
 from polar_fx.backends import ShapeClass
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.kv_cache import KvSession
 from polar_fx.program import Program
+from polar_fx.runtime.kv_cache import KvSession
 from tiny_models import WINDOW, make, prompts
 
 PROGRAMS = {

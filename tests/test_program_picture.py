@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from polar_fx.errors import InputError, PolarError
-from polar_fx.plain_text import count, ranges, size, table
+from polar_fx.explain.picture import program_dot, render_svg
+from polar_fx.output.plain_text import count, ranges, size, table
 from polar_fx.program import Program
-from polar_fx.program_picture import program_dot, render_svg
 
 NEEDS_DOT = pytest.mark.skipif(shutil.which("dot") is None, reason="graphviz is not installed (apt install graphviz)")
 BOX = re.compile(r"  block[0-9]+ \[(.*)\];")

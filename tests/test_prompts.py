@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_fx.errors import InputError
-from polar_fx.evaluate import DIRECT, PLAIN, TASKS, DecodeStop, PromptTemplate, Question, extract, generate, get_template
+from polar_fx.judge.grading import extract
+from polar_fx.questions import DIRECT, PLAIN, TASKS, DecodeStop, PromptTemplate, Question, generate, get_template
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
@@ -220,7 +221,7 @@ def test_generated_text_is_graded_as_the_target(smollm2: tuple[Any, Any]) -> Non
     import torch
 
     pytest.importorskip("math_verify")
-    from polar_fx.evaluate import grade
+    from polar_fx.judge.grading import grade
 
     model, tokenizer = smollm2
     template = get_template("few-shot", "multiplication")

@@ -8,20 +8,9 @@ import numpy as np
 import pytest
 
 from polar_fx.errors import InputError
-from polar_fx.protocol.calibration import (
-    THRESHOLDS,
-    Scaling,
-    binomial_cdf,
-    brier,
-    ece,
-    fit_platt,
-    fit_temperature,
-    log_loss,
-    reliability,
-    risk_controlled_threshold,
-    risk_p_value,
-)
-from polar_fx.search.intervals import Share
+from polar_fx.stats.calibration import Scaling, brier, ece, fit_platt, fit_temperature, log_loss, reliability
+from polar_fx.stats.intervals import Share
+from polar_fx.stats.risk import THRESHOLDS, binomial_cdf, risk_controlled_threshold, risk_p_value
 
 # Reliability
 

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from polar_fx.errors import InputError
-from polar_fx.protocol.arms import IDENTITY, OVERALL, SEEN, UNSEEN, ArmComparison, ArmResult, compare_arms
-from polar_fx.protocol.calibration import Reliability, reliability
+from polar_fx.stats.arms import IDENTITY, OVERALL, SEEN, UNSEEN, ArmComparison, ArmResult, compare_arms
+from polar_fx.stats.calibration import Reliability, reliability
 
 matplotlib = pytest.importorskip("matplotlib")
 
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from polar_fx.protocol import figures  # noqa: E402
+from polar_fx.stats import figures  # noqa: E402
 
 TASKS = ("addition", "multiplication", "sequences")
 

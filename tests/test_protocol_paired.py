@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 
 from polar_fx.errors import InputError
-from polar_fx.protocol.arms import IDENTITY, OVERALL, SEEN, UNSEEN, ArmResult, compare_arms, pool
-from polar_fx.protocol.paired import Estimate, best_of_useless, compare, holm, mcnemar, minimum_questions
-from polar_fx.protocol.tables import NOTE, UNSEEN_NOTE, csv_text, markdown, write_tables
-from polar_fx.search.intervals import Share, wilson
+from polar_fx.stats.arms import IDENTITY, OVERALL, SEEN, UNSEEN, ArmResult, compare_arms, pool
+from polar_fx.stats.intervals import Share, wilson
+from polar_fx.stats.paired import Estimate, best_of_useless, compare, holm, mcnemar, minimum_questions
+from polar_fx.stats.tables import NOTE, UNSEEN_NOTE, csv_text, markdown, write_tables
 
 
 def pairs(gained: int, lost: int, both: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
@@ -325,7 +325,7 @@ def test_tables_are_written(tmp_path: Path) -> None:
 
 def test_neither_torch_nor_matplotlib_is_needed() -> None:
     code = (
-        "import sys, polar_fx.protocol.tables, polar_fx.protocol.calibration\n"
+        "import sys, polar_fx.stats.tables, polar_fx.stats.calibration\n"
         "assert not {'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)"
     )
     done = subprocess.run(

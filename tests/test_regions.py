@@ -72,9 +72,9 @@ def test_what_was_built_beside_a_failure_is_kept(workers: int, kept: int, monkey
 
     backend.build = third_fails  # type: ignore[method-assign]
     if workers:  # a thread of this process in their place: torch.export takes one at a time
-        monkeypatch.setattr("polar_fx.regions.ThreadPoolExecutor", lambda number: ThreadPoolExecutor(1))
-        monkeypatch.setattr("polar_fx.regions.describe", lambda backend: {})
-        monkeypatch.setattr("polar_fx.regions._in_worker", lambda pool, job: backend.build)
+        monkeypatch.setattr("polar_fx.runtime.regions.ThreadPoolExecutor", lambda number: ThreadPoolExecutor(1))
+        monkeypatch.setattr("polar_fx.runtime.regions.describe", lambda backend: {})
+        monkeypatch.setattr("polar_fx.runtime.regions._in_worker", lambda pool, job: backend.build)
     compiled = _compile(make("llama"), False, backend=backend, workers=workers)
     with pytest.raises(CompileError, match="out of luck"):
         _answer(compiled)

@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_fx.errors import InputError, RecordFileError
-from polar_fx.evaluate.question import Question
+from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
-from polar_fx.search.formats import export_official, export_re_polar, import_official, import_re_polar
-from polar_fx.search.records import Explored, SearchRecord
-from polar_fx.search.verdict import Verdict
+from polar_fx.questions.question import Question
+from polar_fx.search.records.formats import export_official, export_re_polar, import_official, import_re_polar
+from polar_fx.search.records.records import Explored, SearchRecord
 
 DEPTH = 4
 IDENTITY, SKIPPED, REPEATED, NESTED = [0, 1, 2, 3], [0, 1, 3], [0, 1, 2, 1, 2, 3], [0, 1, 1, 0, 3]

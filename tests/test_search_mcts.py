@@ -16,8 +16,8 @@ import pytest
 
 from polar_fx.program import Program
 from polar_fx.search.config import SearchConfig
-from polar_fx.search.edits import runs
-from polar_fx.search.mcts import Node, Tree, format_tree
+from polar_fx.search.methods.edits import runs
+from polar_fx.search.methods.mcts import Node, Tree, format_tree
 from toy_search import constant, drive, sparse
 
 GOLDEN = Path(__file__).parent / "golden" / "search"

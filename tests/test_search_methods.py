@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from polar_fx.errors import InputError
 from polar_fx.program import Edit, Op, Program
 from polar_fx.search.config import SearchConfig
-from polar_fx.search.edits import Sampler, layer_mask, max_steps, single_edits, union_mask
-from polar_fx.search.evolution import cross, mutate
-from polar_fx.search.methods import METHODS, get_method, question_seed
+from polar_fx.search.methods.edits import Sampler, layer_mask, max_steps, single_edits, union_mask
+from polar_fx.search.methods.evolution import cross, mutate
+from polar_fx.search.methods.registry import METHODS, get_method, question_seed
 from toy_search import HIDDEN, constant, drive, likeness, sparse
 
 configs = st.builds(

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from search_store_worker import DEPTH, HEADER, record
 
 from polar_fx.errors import InputError
-from polar_fx.evaluate.question import Question
+from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Blend, Program
+from polar_fx.questions.question import Question
 from polar_fx.search.config import SearchConfig
-from polar_fx.search.record_store import RecordStore
-from polar_fx.search.records import (
+from polar_fx.search.records.record_file import RecordStore
+from polar_fx.search.records.records import (
     Explored,
     SearchHeader,
     SearchRecord,
@@ -25,7 +26,6 @@ from polar_fx.search.records import (
     record_from_fields,
     record_to_fields,
 )
-from polar_fx.search.verdict import Verdict
 
 IDENTITY = Program.identity(DEPTH)
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 import pytest
 
 from polar_fx.errors import InputError
-from polar_fx.evaluate import EncodedQuestion, Question
+from polar_fx.judge.verdict import REWARDS, Verdict, get_reward
 from polar_fx.program import Program
+from polar_fx.questions import EncodedQuestion, Question
 from polar_fx.search.config import SearchConfig
-from polar_fx.search.methods import METHODS
-from polar_fx.search.runner import run_searches
-from polar_fx.search.verdict import REWARDS, Verdict, get_reward
+from polar_fx.search.lockstep import run_searches
+from polar_fx.search.methods.registry import METHODS
 
 DEPTH = 8
 ROWS = [(Question(f"q{i}", "toy", f"question {i}", ("1",)), EncodedQuestion(f"q{i}", (), (i + 1,), ((1,),))) for i in range(7)]

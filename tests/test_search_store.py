@@ -17,16 +17,12 @@ import search_store_worker
 from search_store_worker import DEPTH, HEADER, record
 
 from polar_fx.errors import InputError, RecordFileError
-from polar_fx.evaluate.question import Question
+from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
+from polar_fx.questions.question import Question
 from polar_fx.search.config import SearchConfig
-from polar_fx.search.record_store import RecordReader, RecordStore
-from polar_fx.search.records import (
-    SearchRecord,
-    encode_line,
-    record_to_fields,
-)
-from polar_fx.search.verdict import Verdict
+from polar_fx.search.records.record_file import RecordReader, RecordStore
+from polar_fx.search.records.records import SearchRecord, encode_line, record_to_fields
 
 ROOT = Path(__file__).parent.parent
 IDENTITY = Program.identity(DEPTH)
@@ -396,5 +392,5 @@ def test_kills_at_any_moment_lose_nothing_finished(path: Path) -> None:
 
 
 def test_reading_and_writing_need_no_torch() -> None:
-    code = "import sys, polar_fx.search.record_store, polar_fx.search.formats; assert 'torch' not in sys.modules"
+    code = "import sys, polar_fx.search.records.record_file, polar_fx.search.records.formats; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -9,18 +9,18 @@ import pytest
 import torch
 
 from polar_fx.errors import InputError, RecordFileError
-from polar_fx.evaluate import EncodedQuestion, Question
+from polar_fx.judge.verdict import Verdict
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu
 from polar_fx.predictor.selector import SelectorNetwork
 from polar_fx.program import Program
-from polar_fx.search.records import Explored, SearchRecord
-from polar_fx.search.verdict import Verdict
+from polar_fx.questions import EncodedQuestion, Question
+from polar_fx.runtime.trunk import shares_trunk
+from polar_fx.search.records.records import Explored, SearchRecord
 from polar_fx.training.mining import best_static, candidates, finalists, mine, single_edits, variations
 from polar_fx.training.pipeline import TrainingConfig, fit, mine_menu, train_predictor
 from polar_fx.training.selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from polar_fx.training.verdict_table import VerdictTable, listed_records
-from polar_fx.trunk import shares_trunk
 
 DEPTH = 8
 IDENTITY = Program.identity(DEPTH)

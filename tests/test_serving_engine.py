@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.generate import Generator
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu
 from polar_fx.predictor.policy import Calibration
 from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
+from polar_fx.runtime.generator import Generator
 
 pytest.importorskip("pydantic", reason="serving needs pip install 'polar_fx[serve]'")
 pytest.importorskip("prometheus_client", reason="serving needs pip install 'polar_fx[serve]'")

@@ -32,7 +32,7 @@ def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
 
 def test_a_bundle_has_the_dtype_it_was_exported_with(whole_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert polar_fx.load(whole_bundle, torch.float32)[0].dtype == torch.float32
-    monkeypatch.setattr("polar_fx.sources.load_bundle", lambda *a: pytest.fail("its code was run"))
+    monkeypatch.setattr("polar_fx.loading.load_bundle", lambda *a: pytest.fail("its code was run"))
     with pytest.raises(InputError, match=r"is a bundle of dtype torch\.float32, not torch\.bfloat16; leave dtype out"):
         polar_fx.load(whole_bundle, torch.bfloat16)
 

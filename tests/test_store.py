@@ -14,7 +14,8 @@ from store_worker import contents, facts, key, maker, put, read
 
 from polar_fx.environment import cache_limit_bytes
 from polar_fx.errors import CacheError, InputError
-from polar_fx.store import ArtifactStore, Refusal, digest, total_bytes
+from polar_fx.output.digest import digest
+from polar_fx.store import ArtifactStore, Refusal, total_bytes
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,7 +15,7 @@ from store_worker import contents, facts, key, maker, put, read
 
 from polar_fx.errors import CacheError, InputError
 from polar_fx.store import ArtifactStore, total_bytes
-from polar_fx.store_entry import UnfitError
+from polar_fx.store.entry import UnfitError
 
 ROOT = Path(__file__).parent.parent
 
@@ -147,7 +147,7 @@ def test_what_another_process_changes_meanwhile_is_not_damage(
             put(ArtifactStore(store.root, 0), 1)
         raise UnfitError("code.pt2 is missing", file.path)
 
-    monkeypatch.setattr("polar_fx.store.check_file", check)
+    monkeypatch.setattr("polar_fx.store.store.check_file", check)
     assert read(store.get(key(1), facts(1))) == (None if then == "evicted" else contents(1))
     assert store.refusals == [] and store.verify() == []
 

@@ -18,9 +18,9 @@ from torch.fx import GraphModule
 from polar_fx.capture import CapturedModel
 from polar_fx.errors import CaptureError
 from polar_fx.library import LayerLibrary
+from polar_fx.library.symbols import Operand, SymbolTable, read_symbols
 from polar_fx.passes import library_pipeline
 from polar_fx.program import Program
-from polar_fx.symbols import Operand, SymbolTable, read_symbols
 from tiny_models import make_slots, prompts, tiny
 
 FAMILIES = ("llama", "gemma2", "gpt2", "qwen2_moe", "phi3", "deepseek_v3")

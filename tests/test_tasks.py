@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_fx.errors import InputError
-from polar_fx.evaluate import TASKS, cell_sample, generate, get_task, levels, split_of, with_difficulty
+from polar_fx.questions import TASKS, cell_sample, generate, get_task, levels, split_of, with_difficulty
 
 ROOT = Path(__file__).parent.parent
 
@@ -266,7 +266,7 @@ def test_one_cell_may_be_named_without_a_list() -> None:
 
 def test_tasks_need_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, polar_fx.evaluate.tasks, polar_fx.evaluate; print({'torch', 'transformers', 'sympy'} & sys.modules.keys())"
+        "import sys, polar_fx.questions.tasks, polar_fx.questions; print({'torch', 'transformers', 'sympy'} & sys.modules.keys())"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert result.stdout.strip() == "set()", result.stderr

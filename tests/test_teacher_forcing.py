@@ -9,11 +9,11 @@ import torch
 import polar_fx
 from polar_fx.compiled import CompiledModel
 from polar_fx.errors import InputError, KvOverflowError, ProgramError
-from polar_fx.evaluate import EncodedQuestion, generate, get_template
+from polar_fx.judge.by_generation import Generation
+from polar_fx.judge.teacher_forcing import TeacherForcing
+from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
-from polar_fx.search.generation import Generation
-from polar_fx.search.teacher_forcing import TeacherForcing
-from polar_fx.search.verdict import Verdict
+from polar_fx.questions import EncodedQuestion, generate, get_template
 from tiny_search import generated, peaked, questions, random_programs
 
 DEPTH = 6

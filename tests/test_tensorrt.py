@@ -20,15 +20,17 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from polar_fx import backends, compile, compiled
-from polar_fx.backends import EagerBackend, Region, ShapeClass, TensorRTBackend, tensorrt
-from polar_fx.backends.tensorrt import export_engines, find_library, profile
-from polar_fx.backends.tensorrt_graph import ENGINE_OPS, Part, engines, partition_report, parts_of, split
+from polar_fx.backends import EagerBackend, Region, ShapeClass, TensorRTBackend
+from polar_fx.backends.experimental import tensorrt
+from polar_fx.backends.experimental.tensorrt import export_engines, find_library, profile
+from polar_fx.backends.experimental.tensorrt_graph import ENGINE_OPS, engines, split
 from polar_fx.cli.inspect import GRAPHS
 from polar_fx.compiled import CompiledModel
 from polar_fx.errors import CompileError, InputError
+from polar_fx.explain.tensorrt_parts import Part, partition_report, parts_of
 from polar_fx.passes.base import writes
 from polar_fx.passes.outline_layers import is_size
-from polar_fx.regions import RegionTable
+from polar_fx.runtime.regions import RegionTable
 from polar_fx.store import ArtifactStore
 from tiny_models import make, prompts, tiny
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from polar_fx.errors import InputError, ModelNotFoundError
+from polar_fx.evaluation.polar.text_encoder import TextEncoder
 from polar_fx.predictor.features import Features
-from polar_fx.predictor.text_encoder import TextEncoder
 from tiny_search import save_tiny_encoder
 
 TEXTS = ["ab", "7", "q3x9 hello", "zzzzz"]

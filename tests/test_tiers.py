@@ -11,8 +11,8 @@ from torch import Tensor
 from polar_fx.backends import worker
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import CompileError, InputError
+from polar_fx.runtime.tiers import TierPolicy
 from polar_fx.store import ArtifactStore
-from polar_fx.tiers import TierPolicy
 from tiny_models import make, prompts
 
 PROGRAMS = ("identity", "skip 0", "0 (1-2)*2@0.5 (3)*2@0.25")

@@ -15,7 +15,7 @@ from torch import Tensor
 from polar_fx.backends import AotInductorBackend, Backend, EagerBackend, InductorBackend, ShapeClass
 from polar_fx.backends.inductor import REGION_PASSES
 from polar_fx.passes.matvec_to_reduction import MatvecToReduction
-from polar_fx.variant import RegionRecord, VariantCache, VariantKey, target_of
+from polar_fx.runtime.code_key import RegionRecord, VariantCache, VariantKey, target_of
 
 CPU = torch.device("cpu")
 OPTIONS = {"max_autotune": False}
@@ -104,7 +104,7 @@ def test_the_number_of_threads_is_part_of_a_key_on_the_cpu(monkeypatch: pytest.M
 def test_the_processors_instructions_are_part_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, info = _key(), tmp_path / "cpuinfo"
     info.write_text("processor : 0\nflags : sse2 avx2 an_instruction_of_its_own\n", encoding="utf-8")
-    monkeypatch.setattr("polar_fx.variant.Path", lambda name: info)
+    monkeypatch.setattr("polar_fx.runtime.code_key.Path", lambda name: info)
     target_of.cache_clear()
     try:
         assert _changed(_key(), before) == {"target"}

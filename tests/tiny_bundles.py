@@ -11,7 +11,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import PreTrainedTokenizerFast
 
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.store import digest
+from polar_fx.output.digest import digest
 from tiny_models import make
 
 DEPTH, LENGTH = 4, 63

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from polar_fx.capture import CapturedModel
-from polar_fx.check import capture_checked
+from polar_fx.capture.checked import capture_checked
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
 

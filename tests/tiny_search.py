@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from polar_fx.compiled import CompiledModel
-from polar_fx.evaluate import EncodedQuestion
 from polar_fx.program import Edit, Op, Program
+from polar_fx.questions import EncodedQuestion
 from tiny_models import make
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from difflib import SequenceMatcher
 
 from polar_fx.program import Program
-from polar_fx.search.edits import Search
+from polar_fx.search.methods.edits import Search
 
 HIDDEN = Program.parse("skip 3, repeat 7-8", depth=12)
 

@@ -6,8 +6,8 @@ from ..errors import UnknownBackendError
 from .aot_inductor import AotInductorBackend
 from .base import Backend, PersistentBackend, Region, ShapeClass
 from .eager import EagerBackend
+from .experimental.tensorrt import TensorRTBackend
 from .inductor import InductorBackend
-from .tensorrt import TensorRTBackend
 
 BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (AotInductorBackend, EagerBackend, InductorBackend, TensorRTBackend)}
 

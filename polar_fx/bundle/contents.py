@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from ..backends.base import ShapeClass
-from ..plain_text import count
-from ..regions import KV_WRITES, Wanted
-from ..symbols import Operand, Symbol, SymbolTable
+from ..library.symbols import Operand, Symbol, SymbolTable
+from ..output.plain_text import count
+from ..runtime.regions import KV_WRITES, Wanted
 from .errors import BundleError
 from .fields import SHA256
 from .files import parse_json

@@ -1,10 +1,9 @@
-"""Files of a bundle: where they may be, whether they are what the manifest says, and how they are written.
+"""Files of a bundle: where they may be, and whether they are what the manifest says.
 
 A bundle comes from elsewhere. So every path is checked before it is opened, links are not followed, and each file is
 hashed whole before anything in it is used; what is used are the very bytes that were hashed, if `verified` hands them out.
 """
 
-import errno
 import hashlib
 import json
 import os
@@ -19,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import PolarError
+from ..output.files import DISK_FULL
 from .errors import BundleError
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,127}"
 _PATH = re.compile(rf"{_PART}(?:/{_PART}){{0,3}}")
 _CHUNK = 1 << 20
 _PART_BYTES = 8 << 20  # read by one thread while the other hashes the one before
-_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 MAX_JSON_BYTES = 64 << 20
 
@@ -162,38 +161,9 @@ def os_errors(path: Path) -> Iterator[None]:
     except PolarError:  # some of which are OSErrors, and say what is wrong
         raise
     except OSError as error:
-        full = error.errno in _FULL
+        full = error.errno in DISK_FULL
         remedy = "free some space there, or name a folder on another disk" if full else "name a place you can write to"
         raise BundleError(path, f"cannot be written: {error.strerror or error}", remedy) from error
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a new file, durably."""
-    with path.open("xb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """Copy contents (not modes: what is private in the artifact store is meant to be shipped), durably."""
-    with source.open("rb") as old, target.open("xb") as new:
-        while chunk := old.read(_CHUNK):
-            new.write(chunk)
-        new.flush()
-        os.fsync(new.fileno())
-
-
-def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno in _FULL or not path.is_dir():  # some file systems do not sync folders
-            raise
-    finally:
-        os.close(handle)
 
 
 def _require(path: Path, is_kind: Any, what: str) -> os.stat_result:

@@ -19,18 +19,18 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from ..backends import AotInductorBackend, PersistentBackend, Region, ShapeClass
 from ..backends.aot_inductor import REGION
 from ..compiled import CompiledModel, ProgramLike
-from ..dispatch import Dispatcher
 from ..errors import InputError, ProgramError
-from ..kv_cache import KvPool
 from ..library import LayerLibrary
-from ..link import Linker
-from ..plain_text import count
+from ..library.symbols import SymbolTable
+from ..output.plain_text import count
 from ..predictor.saved import load_selector
 from ..program import Program
-from ..regions import RegionTable, Wanted
-from ..symbols import SymbolTable
-from ..tiers import TierPolicy, Tiers
-from ..variant import target_of
+from ..runtime.code_key import target_of
+from ..runtime.dispatcher import Dispatcher
+from ..runtime.kv_cache import KvPool
+from ..runtime.link import Linker
+from ..runtime.regions import RegionTable, Wanted
+from ..runtime.tiers import TierPolicy, Tiers
 from .contents import check_regions, read_table
 from .errors import BundleError
 from .files import verified

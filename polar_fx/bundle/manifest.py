@@ -16,12 +16,13 @@ from typing import Any
 
 from ..backends.base import ShapeClass
 from ..errors import ProgramError
-from ..plain_text import count
+from ..output.digest import digest
+from ..output.files import sync, write_file
+from ..output.plain_text import count
 from ..program import MAX_STEPS, Program
-from ..store import digest
 from .errors import AGAIN, BundleError
 from .fields import SHA256, Fields
-from .files import MAX_JSON_BYTES, os_errors, parse_json, problem_of_path, read_small, sync, write_file
+from .files import MAX_JSON_BYTES, os_errors, parse_json, problem_of_path, read_small
 
 try:
     import fcntl

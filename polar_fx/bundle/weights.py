@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..symbols import SymbolTable
+from ..library.symbols import SymbolTable
 from .contents import DTYPES, NAMES, layout, num_elements, weight_operands
 from .errors import BundleError
 from .fields import Fields

@@ -22,21 +22,22 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from .. import __version__
 from ..backends import AotInductorBackend
 from ..backends.aot_inductor import REGION
 from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError
-from ..plain_text import count, size
+from ..output.files import copy_file, sync, write_file
+from ..output.plain_text import count, size
 from ..predictor.saved import save_selector
 from ..predictor.selector import Selector
 from ..program import Program
-from ..regions import RegionTable, Wanted
+from ..runtime.code_key import target_of
+from ..runtime.regions import RegionTable, Wanted
 from ..store import ArtifactStore
-from ..variant import target_of
+from ..version import __version__
 from .contents import region_names
 from .errors import BundleError
-from .files import copy_file, digest_of, os_errors, sync, write_file
+from .files import digest_of, os_errors
 from .loader import BundledModel, verify_bundle
 from .manifest import (
     CONFIG,

@@ -17,7 +17,7 @@ COMMANDS = ("run", "inspect", "compile", "demo", "cache", "search", "analyze", "
 
 
 def _parser() -> argparse.ArgumentParser:
-    from .. import __version__
+    from ..version import __version__
 
     parser = argparse.ArgumentParser(
         prog="polar_fx", description="Run a language model by programs of its layers: skip, keep or repeat any of them."

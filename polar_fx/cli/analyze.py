@@ -21,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
-from ..plain_text import count
+from ..output.plain_text import count
 from .options import status, whole
 
 FORMATS = ("svg", "png")
@@ -52,14 +52,14 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     if options.figures and importlib.util.find_spec("matplotlib") is None:
         raise InputError("--figures needs matplotlib, which is not installed; pip install 'polar_fx[search]', or leave it out")
 
-    from ..search.analysis import MENU_SIZES, SearchFile, analyze  # numpy takes a while
+    from ..search.analysis.summary import MENU_SIZES, SearchFile, analyze  # numpy takes a while
 
     with status().status("reading ..."):
         files, held_out = ([SearchFile.read(path) for path in paths] for paths in (options.files, options.held_out))
         report = analyze(files, held_out, options.menu or MENU_SIZES)
     figures: list[Path] = []
     if options.figures:
-        from ..search.figures import write_figures
+        from ..search.analysis.figures import write_figures
 
         with status().status("drawing ..."):
             figures = write_figures(report, options.figures, options.format or "svg")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..plain_text import count, size
+from ..output.plain_text import count, size
 from .options import program_texts
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import InputError
-from ..plain_text import count, size
+from ..output.plain_text import count, size
 from ..store import ArtifactStore, Entry, total_bytes
 from .options import whole
 

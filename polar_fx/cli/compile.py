@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..program_picture import find_dot, write_whole
+from ..explain.picture import find_dot
+from ..output.files import write_whole
 from .options import add_length_argument, add_model_arguments, compile_model, load_model, row_length, status, warm_up, whole
 
 if TYPE_CHECKING:
-    from ..explain import Explanation
+    from ..explain.program_report import Explanation
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

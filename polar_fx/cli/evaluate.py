@@ -42,7 +42,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     import torch
 
-    from ..comparison.baselines import (
+    from ..evaluation.answers import Answerer
+    from ..evaluation.baselines import (
         TrainedOn,
         encoder_choices,
         learned_choices,
@@ -50,15 +51,14 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         static_choices,
         training_records,
     )
-    from ..comparison.choices import arm_results, by_policy, likeliest, oracle, static, top_k, wanted_programs
-    from ..comparison.generated import Answerer
-    from ..comparison.report import against, distributions, selector_report, write_report
-    from ..comparison.votes import generated_arms
+    from ..evaluation.choices import arm_results, by_policy, likeliest, oracle, static, top_k, wanted_programs
+    from ..evaluation.polar.text_encoder import TextEncoder
+    from ..evaluation.report import against, distributions, selector_report, write_report
+    from ..evaluation.votes import generated_arms
     from ..predictor.policy import Policy
     from ..predictor.saved import load_selector, read_notes
-    from ..predictor.text_encoder import TextEncoder
     from ..program import Program
-    from ..protocol.calibration import reliability
+    from ..stats.calibration import reliability
     from ..training.verdict_table import VerdictTable
 
     if options.encoder is not None and options.no_baselines:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InputError
-from ..plain_text import count, size
+from ..output.plain_text import count, size
 from .options import add_length_argument, add_model_arguments, compile_model, load_model, program_texts, row_length, status, whole
 
 
@@ -87,9 +87,9 @@ def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any
     if given := [name for name, value in bundles_only.items() if value]:
         raise InputError(f"{given[0]} is for bundles: ONNX graphs take any batch and length, and no predictor; leave it out")
 
-    from ..bundle import export_onnx
-    from ..bundle.onnx_files import ABOUT
     from ..bundle.writer import check_target
+    from ..graph_files import export_onnx
+    from ..graph_files.onnx_files import ABOUT
 
     check_target(options.out, options.overwrite, ABOUT)  # before anything is loaded
     options.backend = "eager"  # nothing is compiled

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from ..plain_text import ranges
-from ..program_picture import picture
+from ..explain.picture import picture
+from ..output.plain_text import ranges
 from .options import add_model_arguments, compile_model, load_model
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _graph(compiled: "CompiledModel", program: "Program", which: str) -> str:
-    from ..backends.tensorrt_graph import partition_report
+    from ..explain.tensorrt_parts import partition_report
     from ..passes import graph_diff, graph_text
 
     library = compiled.library

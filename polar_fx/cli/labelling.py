@@ -13,10 +13,10 @@ from .questions import encode, measured_difficulty, measuring_questions, row_len
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..evaluate import EncodedQuestion, PromptTemplate, Question
     from ..predictor.features import Features
     from ..program import Program
-    from ..search.records import SearchHeader, SearchRecord
+    from ..questions import EncodedQuestion, PromptTemplate, Question
+    from ..search.records.records import SearchHeader, SearchRecord
     from ..training.verdict_table import Rows, VerdictTable
 
 

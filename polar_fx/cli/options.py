@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from ..errors import InputError
-from ..plain_text import size
+from ..output.plain_text import size
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
-    from ..tiers import Tier
+    from ..runtime.tiers import Tier
 
 _SHORTEST = 256
 _MAX_FILE_BYTES = 1 << 24

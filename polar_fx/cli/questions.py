@@ -9,8 +9,8 @@ from ..errors import InputError
 from .options import whole
 
 if TYPE_CHECKING:
-    from ..evaluate import EncodedQuestion, PromptTemplate, Question
-    from ..search.records import SearchHeader
+    from ..questions import EncodedQuestion, PromptTemplate, Question
+    from ..search.records.records import SearchHeader
     from ..search.workers import OpenWorkplace
 
 _LENGTH_BUCKET = 64
@@ -29,7 +29,7 @@ def add_question_arguments(parser: argparse.ArgumentParser, default: str) -> Any
 
 def questions_of(options: argparse.Namespace) -> "list[Question]":
     """The questions the options name, those of built-in tasks from `options.split`. Raises InputError."""
-    from ..evaluate import generate, get_task, load_jsonl
+    from ..questions import generate, get_task, load_jsonl
 
     if bool(options.task) == bool(options.data):
         raise InputError("name questions with either --task or --data")
@@ -52,7 +52,7 @@ def questions_of(options: argparse.Namespace) -> "list[Question]":
 
 
 def templates_of(name: str, questions: "Sequence[Question]") -> "dict[str, PromptTemplate]":
-    from ..evaluate import get_template
+    from ..questions import get_template
 
     return {task: get_template(name, task) for task in sorted({q.task for q in questions})}
 
@@ -104,7 +104,7 @@ def file_names(paths: Sequence[Path] | None) -> list[str]:
 
 def measuring_questions(questions: "Sequence[Question]") -> "list[Question]":
     """Questions whose answers by the identity tell the difficulty of the cells that are searched."""
-    from ..evaluate import TASKS, cell_sample
+    from ..questions import TASKS, cell_sample
 
     cells = sorted({(q.task, q.cell) for q in questions if q.difficulty is None and q.task in TASKS and q.cell})
     return [other for task, cell in cells for other in cell_sample(task, cell, _PER_CELL, split="train")]
@@ -114,8 +114,8 @@ def measured_difficulty(
     questions: "Sequence[Question]", measuring: "Sequence[Question]", encoded: "Sequence[EncodedQuestion]", place: "OpenWorkplace"
 ) -> "list[Question]":
     """The questions, those of measured cells with the level of the identity's accuracy there."""
-    from ..evaluate import levels, with_difficulty
     from ..program import Program
+    from ..questions import levels, with_difficulty
 
     identity = Program.identity(place.compiled.depth)
     verdicts = place.forcing.evaluate([(e, identity) for e in encoded])

@@ -86,7 +86,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
-    from ..sources import load
+    from ..loading import load
 
     for name in ("dtype", "device", "backend", "max_length"):
         if getattr(options, name):

@@ -30,7 +30,7 @@ from .questions import (
 )
 
 if TYPE_CHECKING:
-    from ..search.records import SearchRecord
+    from ..search.records.records import SearchRecord
     from ..search.workers import OpenWorkplace, Workplace
 
 _CONVERT: dict[str, Any] = {"str": str, "int": int, "float": float, "bool": lambda v: {"true": True, "false": False}[v.lower()]}
@@ -65,14 +65,14 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     questions = questions_of(options)
     import torch  # after what can be refused without it
 
-    from ..search.record_store import RecordStore
-    from ..search.records import SearchHeader
+    from ..search.records.record_file import RecordStore
+    from ..search.records.records import SearchHeader
     from ..search.workers import Workplace
 
     name = options.prompt or ("direct" if options.data else "few-shot")
     templates = templates_of(name, questions)
     from ..models import load, position_limit
-    from ..store import digest
+    from ..output.digest import digest
 
     with status().status("loading the model ..."):
         model, tokenizer = load(options.model, options.dtype, options.device)
@@ -130,9 +130,9 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(options: argparse.Namespace) -> Any:
+    from ..judge.verdict import get_reward
     from ..search.config import SearchConfig
-    from ..search.methods import get_method
-    from ..search.verdict import get_reward
+    from ..search.methods.registry import get_method
 
     get_method(options.method)
     get_reward(options.reward)

@@ -22,7 +22,7 @@ from .questions import add_question_arguments, check_same_prompts, questions_of,
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..search.records import SearchHeader
+    from ..search.records.records import SearchHeader
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Train; writes predictor and results, returns the results."""
-    from ..search.record_store import RecordReader
+    from ..search.records.record_file import RecordReader
 
     began = time.perf_counter()
     readers = [RecordReader(path) for path in options.records]
@@ -74,11 +74,11 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     from .labelling import Labeller
 
     labeller = Labeller(options, templates, everything, headers[0])
+    from ..output.files import replace_file
     from ..predictor.features import Features
     from ..predictor.policy import Policy
     from ..predictor.saved import save_selector
-    from ..search.menu_coverage import key
-    from ..search.record_store import replace_file
+    from ..search.analysis.menu_coverage import key
     from ..training.pipeline import MINED, TrainingConfig, folder_of, train_predictor
     from ..training.selector_training import SelectorConfig
 
@@ -141,7 +141,7 @@ def _check_same_model(headers: "Sequence[SearchHeader]", paths: Sequence[Path]) 
 def _default_questions(options: argparse.Namespace, header: "SearchHeader") -> None:
     """The tasks of the records, if none are named."""
     if not options.task and not options.data:
-        from ..evaluate import TASKS
+        from ..questions import TASKS
 
         options.task = [task for task in header.task.get("tasks", ()) if task in TASKS]
         if not options.task:
@@ -151,7 +151,7 @@ def _default_questions(options: argparse.Namespace, header: "SearchHeader") -> N
 def _split_questions(options: argparse.Namespace) -> dict[str, list[Any]]:
     """Train and validation questions; of --data by `split_of` their id."""
     if options.data:
-        from ..evaluate import split_of
+        from ..questions import split_of
 
         options.split = None
         every = questions_of(argparse.Namespace(**{**vars(options), "questions": None}))

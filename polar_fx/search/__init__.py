@@ -4,18 +4,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ..judge.by_generation import Generation
+    from ..judge.teacher_forcing import TeacherForcing
+    from ..judge.verdict import Verdict
     from .config import SearchConfig
-    from .generation import Generation
-    from .record_store import RecordReader, RecordStore
-    from .records import Explored, SearchHeader, SearchRecord
-    from .runner import Evaluator, run_searches
-    from .teacher_forcing import TeacherForcing
-    from .verdict import Verdict
+    from .lockstep import Evaluator, run_searches
+    from .records.record_file import RecordReader, RecordStore
+    from .records.records import Explored, SearchHeader, SearchRecord
 
 _HOMES = {
-    "SearchConfig": "config", "Generation": "generation", "RecordReader": "record_store", "RecordStore": "record_store",
-    "Explored": "records", "SearchHeader": "records", "SearchRecord": "records", "Evaluator": "runner",
-    "run_searches": "runner", "TeacherForcing": "teacher_forcing", "Verdict": "verdict",
+    "SearchConfig": ".config", "Generation": "..judge.by_generation", "RecordReader": ".records.record_file",
+    "RecordStore": ".records.record_file", "Explored": ".records.records", "SearchHeader": ".records.records",
+    "SearchRecord": ".records.records", "Evaluator": ".lockstep", "run_searches": ".lockstep",
+    "TeacherForcing": "..judge.teacher_forcing", "Verdict": "..judge.verdict",
 }  # fmt: skip
 
 __all__ = [
@@ -35,5 +36,5 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:  # torch is loaded by those who judge, not by those who read records
     if name in _HOMES:
-        return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+        return getattr(importlib.import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

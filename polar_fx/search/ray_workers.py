@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ..errors import CompileError, InputError, PolarError
-from ..plain_text import count
+from ..output.plain_text import count
 from .config import SearchConfig
-from .records import SearchRecord
+from .records.records import SearchRecord
 from .workers import Row, Workplace
 
 log = logging.getLogger("polar_fx.search")

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import CompileError, PolarError
-from ..evaluate.prompts import PromptTemplate
-from ..evaluate.question import EncodedQuestion, Question
 from ..program import Program
+from ..questions.prompts import PromptTemplate
+from ..questions.question import EncodedQuestion, Question
 from .config import SearchConfig
-from .records import SearchRecord
-from .runner import Evaluator, run_searches
+from .lockstep import Evaluator, run_searches
+from .records.records import SearchRecord
 
 Row = tuple[Question, EncodedQuestion]
 
@@ -53,9 +53,9 @@ class Workplace:
         from transformers.utils import logging
 
         from ..compiled import compile
+        from ..judge.by_generation import Generation
+        from ..judge.teacher_forcing import TeacherForcing
         from ..models import load
-        from .generation import Generation
-        from .teacher_forcing import TeacherForcing
 
         logging.disable_progress_bar()
         if self.threads is not None:

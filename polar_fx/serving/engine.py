@@ -16,9 +16,9 @@ from transformers import StoppingCriteria
 
 from ..bundle import BundledModel
 from ..errors import ProgramError
-from ..generate import padded_rows
-from ..plain_text import count
+from ..output.plain_text import count
 from ..program import Program
+from ..runtime.generator import padded_rows
 from .answers import Answer
 from .measures import Measures
 from .requests import Chat, Completion, RequestError, Settings

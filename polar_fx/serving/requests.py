@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import PolarError
-from ..plain_text import size
+from ..output.plain_text import size
 
 MAX_BODY_BYTES = 4 << 20
 MAX_PROMPTS = 64

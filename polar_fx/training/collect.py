@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..evaluate.question import EncodedQuestion
 from ..predictor.features import Features
-from ..trunk import run_trunk
+from ..questions.question import EncodedQuestion
+from ..runtime.trunk import run_trunk
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel

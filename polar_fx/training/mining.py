@@ -18,8 +18,8 @@ import numpy as np
 
 from ..errors import ProgramError
 from ..program import Edit, Op, Program, Segment
-from ..search.records import SearchRecord
-from ..trunk import shares_trunk
+from ..runtime.trunk import shares_trunk
+from ..search.records.records import SearchRecord
 from .verdict_table import VerdictTable
 
 BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5)  # fractions of the identity's steps with a program each of their own

@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..output.files import made_folder
 from ..predictor.features import Features
 from ..predictor.menu import Menu
 from ..predictor.policy import Calibration
 from ..predictor.selector import Selector
 from ..program import Program
-from ..program_picture import made_folder
-from ..protocol.calibration import ece, fit_platt, log_loss, risk_controlled_threshold
-from ..search.records import SearchRecord
+from ..search.records.records import SearchRecord
+from ..stats.calibration import ece, fit_platt, log_loss
+from ..stats.risk import risk_controlled_threshold
 from .mining import BUDGETS, best_static, candidates, finalists, mine, single_edits, variations
 from .selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from .verdict_table import Rows, VerdictTable

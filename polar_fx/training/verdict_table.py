@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from ..errors import InputError
-from ..evaluate.question import EncodedQuestion, Question
+from ..output.digest import digest
 from ..program import Program
+from ..questions.question import EncodedQuestion, Question
 from ..search.config import SearchConfig
-from ..search.record_store import RecordReader, RecordStore
-from ..search.records import SearchHeader, SearchRecord
-from ..store import digest
+from ..search.records.record_file import RecordReader, RecordStore
+from ..search.records.records import SearchHeader, SearchRecord
 
 Rows = Sequence[tuple[Question, EncodedQuestion]]
 

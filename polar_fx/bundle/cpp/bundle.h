@@ -60,7 +60,7 @@ inline at::ScalarType dtype_of(const std::string& name) {
   return found->second;
 }
 
-// As `polar_fx.variant.target_of` says it: regions hold instructions of the processor they were compiled on.
+// As `polar_fx.runtime.code_key.target_of` says it: regions hold instructions of the processor they were compiled on.
 inline std::string this_processor() {
   utsname system{};
   uname(&system);

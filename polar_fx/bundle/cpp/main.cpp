@@ -36,7 +36,7 @@ struct LinkedCall {
   std::vector<size_t> sides;
   Tensors weights;
 
-  // The operands in the order of polar_fx.link: hidden state, side values, KV slots, weights.
+  // The operands in the order of polar_fx.runtime.link: hidden state, side values, KV slots, weights.
   Tensors operator()(const Tensors& first, const Tensors& values, const Tensors& slots) const {
     Tensors operands = first;
     for (const size_t side : sides) operands.push_back(values.at(side));

@@ -1,7 +1,7 @@
 // Programs in the path form that Python prints, such as `0-9 (10-11)*3@0.5 12-29 /30`.
 //
 // They are read here and not prepared by Python, so that any program can be run where there is no Python: its layers are all
-// in the bundle, and the text is all that a program is. The rules are those of polar_fx/program_text.py and
+// in the bundle, and the text is all that a program is. The rules are those of polar_fx/program/text.py and
 // Program.schedule(); the tests hold both against each other.
 #pragma once
 

@@ -1,0 +1,1 @@
+"""Backends that were never run on what they are for."""

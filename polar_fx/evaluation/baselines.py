@@ -1,0 +1,206 @@
+"""The methods a selector has to beat, each trained on the same train questions and none on test ones."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..predictor.features import Features
+from ..predictor.selector import Selector
+from ..questions.question import EncodedQuestion, Question
+from ..search.analysis.menu_coverage import merge
+from ..search.records.record_file import RecordReader
+from ..search.records.records import SearchRecord
+from ..training.collect import token_features
+from ..training.mining import best_static
+from ..training.pipeline import MINED
+from ..training.verdict_table import VerdictTable
+from .block_influence import block_influences, least_influence_program
+from .choices import Choice, random_skips, static, static_by_task
+from .layer_router import OPS, SKIP_OPS, pool_windows, router_labels, train_layer_router
+from .polar.arm import PolarArm, train_polar_arm
+from .polar.text_encoder import TextEncoder
+from .polar.training import TrainingConfig
+
+if TYPE_CHECKING:
+    from ..compiled import CompiledModel
+
+_BUDGET = 0.9
+_INFLUENCE_PROMPTS = 64
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingRecords:
+    """Records of train and validation questions. `dense` have every program of the menu, `train` whatever was tried."""
+
+    dense: list[SearchRecord]
+    train: list[SearchRecord]
+    validation: list[SearchRecord]
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedOn:
+    """What a predictor was made of: dense records of its train and validation questions, and ids of those it was mined from."""
+
+    train: list[SearchRecord]
+    validation: list[SearchRecord]
+    mined: frozenset[str]
+
+    @classmethod
+    def read(cls, predictor: Path) -> "TrainedOn":
+        """Of the predictor's folder. Raises InputError, RecordFileError."""
+        parts = predictor / "parts"
+        try:
+            mined = json.loads((parts / MINED).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{parts / MINED} cannot be read: {error}; train again, or bring it back") from error
+        train, validation = (list(RecordReader(parts / f"{name}.jsonl")) for name in ("train", "validation"))
+        return cls(train, validation, frozenset(mined))
+
+    @property
+    def questions(self) -> list[Question]:
+        return [r.question for r in (*self.train, *self.validation)]
+
+    @property
+    def ids(self) -> frozenset[str]:
+        """Of all questions that mining, training or validation looked at."""
+        return self.mined | {q.id for q in self.questions}
+
+
+def training_records(trained_on: TrainedOn, searches: Sequence[Path], test_ids: set[str], model: str) -> TrainingRecords:
+    """What a predictor was trained on, and what searches found for other questions.
+
+    Raises InputError if a test question is among them or a search was of another model than that of fingerprint `model`, and
+    RecordFileError for a file that cannot be read.
+    """
+    for path in searches:
+        if RecordReader(path).header.model != model:
+            raise InputError(f"{path} has records of another model; name searches of the model that is evaluated, in its dtype")
+    dense, validation = trained_on.train, trained_on.validation
+    held_out = {r.question.id for r in validation}
+    more = [r for path in searches for r in RecordReader(path) if r.question.id not in held_out]
+    train = merge([*more, *dense])
+    if shared := sorted(test_ids & ({r.question.id for r in train} | held_out)):
+        raise InputError(
+            f"test question {shared[0]!r} (and {len(shared) - 1} more) is among the training records or in a file of --records; "
+            "ask questions of the test split, and search others"
+        )
+    return TrainingRecords(dense, train, validation)
+
+
+def static_choices(known: TrainingRecords, selector: Selector, questions: Sequence[Any]) -> list[Choice]:
+    """The best programs of the menu on train questions: over all, within the budget, and a task each."""
+    table = VerdictTable.of(known.dense, selector.menu.programs)
+    n = len(questions)
+    tasks = list(dict.fromkeys(q.task for q in table.questions))
+    by_task = {}
+    for task in tasks:
+        of = [i for i, q in enumerate(table.questions) if q.task == task]
+        by_task[task] = best_static(table.rows(torch.tensor(of).numpy()))
+    within = best_static(table, _BUDGET * table.depth)
+    return [
+        static("best static program", best_static(table), n),
+        static(f"best static program <= {_BUDGET:g} steps", within, n),
+        static_by_task("best static program a task (told the task)", by_task, questions),
+    ]
+
+
+def pruning_choices(
+    model: "CompiledModel", encoded: Sequence[EncodedQuestion], selector: Selector, n: int, seed: int
+) -> tuple[list[Choice], list[float]]:  # fmt: skip
+    """Block-influence pruning (arXiv 2403.03853) at the budget, random programs of as many steps; and each layer's influence."""
+    trunk, depth = selector.features.num_steps, selector.depth
+    steps = int(_BUDGET * depth + 1e-9)
+    prompts = [torch.tensor((*e.prefix, *e.prompt)) for e in encoded[:: max(1, len(encoded) // _INFLUENCE_PROMPTS)]]
+    influences = block_influences(model, prompts[:_INFLUENCE_PROMPTS])
+    pruned = least_influence_program(influences, depth - steps, trunk)
+    made = [
+        static(f"block-influence pruning, {steps} steps", pruned, n),
+        random_skips(f"random program of {steps} steps", depth, steps, trunk, n, seed),
+    ]
+    return made, influences.tolist()
+
+
+def learned_choices(
+    model: "CompiledModel", known: TrainingRecords, encoded: Mapping[str, EncodedQuestion], seen: Sequence[Tensor],
+    features: Features, seed: int,
+) -> tuple[list[Choice], dict[str, Any]]:  # fmt: skip
+    """Per-layer routers and PoLar's network, on the same states as the selector; and how their training went.
+
+    `seen` are those of the test questions (`token_features`).
+    """
+    depth, trunk = model.depth, features.num_steps
+    tokens = {split: _tokens(model, records, encoded, features) for split, records in _splits(known).items()}
+    seen = [states.float() for states in seen]
+    windows = {split: {name: pool_windows(t) for name, t in found.items()} for split, found in tokens.items()}
+    asked = torch.stack([pool_windows(t) for t in seen])
+    labels = {split: router_labels(records, depth, trunk) for split, records in _splits(known).items()}
+    stacked = {split: torch.stack([windows[split][q] for q in labels[split].questions]) for split in labels}
+    notes: dict[str, Any] = {}
+    choices = []
+    for name, ops in (("per-layer router (DR.LLM-style)", OPS), (f"skip gate <= {_BUDGET:g} steps (MindSkip-style)", SKIP_OPS)):
+        router, history = train_layer_router(
+            stacked["train"], labels["train"].classes, stacked["validation"], labels["validation"].classes, trunk, ops
+        )
+        if ops == SKIP_OPS:
+            router = router.with_budget(torch.stack(list(windows["validation"].values())), _BUDGET)
+        choices.append(Choice.single(name, router.programs(asked)))
+        notes[name] = {k: v for k, v in history.items() if k != "history"}
+    more, notes["PoLar network"] = polar_choices(
+        "PoLar network", known, {**tokens["train"], **tokens["validation"]}, seen, depth, trunk, seed
+    )
+    return choices + more, notes
+
+
+def encoder_choices(
+    encoder: TextEncoder, known: TrainingRecords, test: Sequence[Question], depth: int, trunk: int, seed: int
+) -> tuple[list[Choice], dict[str, Any]]:
+    """PoLar's network on what the paper gives it: a frozen text encoder's states of the question; and how its training went."""
+    learned = [r.question for records in _splits(known).values() for r in records]
+    states = encoder.states([q.question for q in (*learned, *test)])
+    by_id = dict(zip([q.id for q in learned], states, strict=False))
+    name = "PoLar network on a text encoder"
+    choices, notes = polar_choices(name, known, by_id, states[len(learned) :], depth, trunk, seed)
+    return choices, {name: {**notes, "encoder": encoder.fingerprint}}
+
+
+def polar_choices(
+    name: str, known: TrainingRecords, tokens: Mapping[str, Tensor], seen: Sequence[Tensor], depth: int, trunk: int, seed: int
+) -> tuple[list[Choice], dict[str, Any]]:
+    """PoLar's network by several decoders, and how its training went.
+
+    `tokens` has token features f32[T, Q] of the searched questions by id, `seen` those of the test questions.
+    """
+    trained, counts = train_polar_arm(
+        known.train, known.validation, tokens, depth, trunk, training=TrainingConfig(epochs=10, seed=seed), seed=seed
+    )
+    arm = PolarArm(trained.network, trunk)
+    ranked = arm.beam(seen)
+    choices = [
+        Choice.single(f"{name}, first of beam", [found[0] for found in ranked]),
+        Choice.single(f"{name}, joint decode", [found[0] for found in arm.joint(seen)]),
+        Choice.single(f"{name}, budget {_BUDGET:g}", arm.budget(seen, _BUDGET)),
+        Choice(f"{name}, pass@5", tuple(tuple(found) for found in ranked), True),
+    ]
+    return choices, {
+        "best_epoch": trained.history["best_epoch"], "validation_loss": trained.history["best_validation_loss"],
+        "labels": {split: str(found) for split, found in counts.items()},
+        "identity_first": sum(found[0].is_identity for found in ranked) / len(ranked),
+    }  # fmt: skip
+
+
+def _splits(known: TrainingRecords) -> dict[str, list[SearchRecord]]:
+    return {"train": known.train, "validation": known.validation}
+
+
+def _tokens(
+    model: "CompiledModel", records: Sequence[SearchRecord], encoded: Mapping[str, EncodedQuestion], features: Features
+) -> dict[str, Tensor]:
+    questions = [encoded[r.question.id] for r in records]
+    found = token_features(model, questions, features)
+    return {q.id: states.float() for q, states in zip(questions, found, strict=True)}

@@ -1,0 +1,133 @@
+"""What each method runs on each question, decided before any answer is graded.
+
+Shape legend: N questions, K programs of a menu.
+"""
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import InputError
+from ..predictor.menu import Menu, Proposal
+from ..predictor.policy import Policy
+from ..predictor.selector import Selector
+from ..program import Program
+from ..questions.question import Question
+from ..search.records.records import SearchRecord
+from ..stats.arms import ArmResult
+from ..training.selector_training import choose_all
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A method: the programs it runs on each of N questions, one each unless it needs the answer key to tell which is right.
+
+    With several, the question counts as answered if any of them is right, all of them count as executed, and it is an `oracle`.
+    """
+
+    name: str
+    programs: tuple[tuple[Program, ...], ...]
+    oracle: bool = False
+
+    @classmethod
+    def single(cls, name: str, programs: Sequence[Program]) -> "Choice":
+        return cls(name, tuple((p,) for p in programs))
+
+    def at(self, places: Sequence[int]) -> "Choice":
+        """The method on some of the questions."""
+        return Choice(self.name, tuple(self.programs[i] for i in places), self.oracle)
+
+    def __post_init__(self) -> None:
+        if not self.oracle and any(len(each) != 1 for each in self.programs):
+            raise InputError(f"method {self.name!r} runs several programs on a question: only an oracle can choose among them")
+
+
+def by_policy(name: str, selector: Selector, policy: Policy, chances: np.ndarray) -> Choice:
+    """A selector's choices under a policy, of probabilities f64[N, K]."""
+    menu, calibration = selector.menu, selector.calibration
+    policy.check(calibration, None)
+    if policy.kind not in ("accuracy", "mean_steps", "steps"):
+        raise InputError(f"policy {policy} is not compared here; use accuracy, steps<= or mean_steps<=")
+    chosen = [policy.choose(Proposal(menu.programs, menu.steps, row), calibration) for row in chances]
+    return Choice.single(name, [menu.programs[k] for k in chosen])
+
+
+def likeliest(name: str, menu: Menu, chances: np.ndarray) -> Choice:
+    """The likeliest program of each question, whatever the threshold."""
+    return Choice.single(name, [menu.programs[k] for k in choose_all(chances, menu.steps, menu.depth, -np.inf)])
+
+
+def static(name: str, program: Program, n: int) -> Choice:
+    """One program for all questions."""
+    return Choice.single(name, [program] * n)
+
+
+def static_by_task(name: str, programs: Mapping[str, Program], questions: Sequence[Question]) -> Choice:
+    """One program a task, which has to be told which task a question is of; the identity for unknown ones."""
+    depth = next(iter(programs.values())).depth
+    return Choice.single(name, [programs.get(q.task, Program.identity(depth)) for q in questions])
+
+
+def random_skips(name: str, depth: int, num_steps: int, trunk: int, n: int, seed: int) -> Choice:
+    """For each question a random program of `num_steps` steps: layers behind the trunk left out at random."""
+    rng = random.Random(seed)
+    found = []
+    for _ in range(n):
+        skipped = set(rng.sample(range(trunk, depth), depth - num_steps))
+        found.append(Program.from_path([i for i in range(depth) if i not in skipped], depth))
+    return Choice.single(name, found)
+
+
+def oracle(name: str, menu: Menu, n: int) -> Choice:
+    """Whether any program of the menu is right: what no selector among them can beat."""
+    return Choice(name, tuple(menu.programs for _ in range(n)), True)
+
+
+def top_k(name: str, menu: Menu, chances: np.ndarray, k: int) -> Choice:
+    """The k likeliest programs of each question, judged by the answer key (pass@k)."""
+    order = np.argsort(-chances, axis=1, kind="stable")[:, :k]
+    return Choice(name, tuple(tuple(menu.programs[j] for j in row) for row in order), True)
+
+
+def wanted_programs(choices: Sequence[Choice], questions: Sequence[Question]) -> dict[str, tuple[Program, ...]]:
+    """All programs that any method runs on each question, by its id, without the identity, which always runs."""
+    found: dict[str, dict[Program, None]] = {q.id: {} for q in questions}
+    for choice in choices:
+        if len(choice.programs) != len(questions):
+            raise InputError(f"method {choice.name!r} has programs for {len(choice.programs)} questions, not {len(questions)}")
+        for question, programs in zip(questions, choice.programs, strict=True):
+            found[question.id] |= dict.fromkeys(p for p in programs if not p.is_identity)
+    return {name: tuple(programs) for name, programs in found.items()}
+
+
+def arm_results(
+    choices: Sequence[Choice], records: Sequence[SearchRecord], unseen: Collection[str] = ()
+) -> list[ArmResult]:  # fmt: skip
+    """A result a method and task, from records of all that the methods run, in the order of their questions.
+
+    `unseen` are tasks the predictor was not trained on. Raises InputError if a record lacks a program.
+    """
+    verdicts = [r.verdicts for r in records]
+    tasks = list(dict.fromkeys(r.question.task for r in records))
+    members = {task: [i for i, r in enumerate(records) if r.question.task == task] for task in tasks}
+    found = []
+    for choice in choices:
+        for task in tasks:
+            right, steps, unique = [], [], []
+            for i in members[task]:
+                programs = choice.programs[i]
+                if missing := [p for p in programs if p not in verdicts[i]]:
+                    raise InputError(f"question {records[i].question.id!r} has no verdict of {missing[0]} of {choice.name!r}")
+                right.append(any(verdicts[i][p].correct for p in programs))
+                steps.append(float(sum(p.num_steps for p in programs)))
+                unique.append(float(np.mean([p.num_unique_layers for p in programs])))
+            identity = np.array([records[i].baseline.correct for i in members[task]])
+            found.append(
+                ArmResult(
+                    choice.name, task, np.array(right), identity, np.array(steps), np.full(len(right), float(records[0].depth)),
+                    unique_layers=np.array(unique), oracle=choice.oracle, unseen=task in unseen,
+                )
+            )  # fmt: skip
+    return found

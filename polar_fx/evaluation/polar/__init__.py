@@ -1,0 +1,1 @@
+"""PoLar's own predictor, a baseline: labels, network, decoding, training."""

@@ -1,0 +1,202 @@
+"""What a compiled model holds and how it came by it, in words and as JSON.
+
+`report` only looks: it traces nothing, compiles nothing and touches no artifact.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..output.plain_text import count, ranges, size, table
+from ..passes.pipeline import PassRecord
+from ..program import Program
+from ..runtime.code_key import RegionRecord
+from ..runtime.tiers import TierRecord
+from ..store import total_bytes
+
+if TYPE_CHECKING:
+    from ..compiled import CompiledModel
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Layers that share one graph, and so its regions; `weight_bytes` are those of one layer. The ends have no layers."""
+
+    body: str
+    layers: tuple[int, ...]
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class StoreReport:
+    """The artifact store: its entries are of all models; `limit_bytes` 0 is no limit; `refused` lists keys and reasons."""
+
+    folder: str
+    num_entries: int
+    num_bytes: int
+    limit_bytes: int
+    refused: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compiled model holds and how it came by it.
+
+    `capture_s` and `layer_path` are None, and `passes` empty, if nothing was traced in this process. `num_programs` counts
+    linked programs. Weights are the model's own, each tensor counted once; KV slots hold L = `kv_length` tokens a row.
+    """
+
+    model: str
+    depth: int
+    dtype: str
+    device: str
+    backend: str
+    max_length: int
+    is_traced: bool
+    capture_s: float | None
+    layer_path: str | None
+    kinds: tuple[Kind, ...]
+    passes: tuple[PassRecord, ...]
+    regions: tuple[RegionRecord, ...]
+    num_programs: int
+    tier: str
+    tiers: tuple[TierRecord, ...]
+    weight_bytes: int
+    num_weights: int
+    kv_bytes: int
+    num_kv_slots: int
+    kv_length: int
+    store: StoreReport | None
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """Regions compiled and the seconds of the slowest (several are compiled at once), regions loaded and the seconds of
+        all, their bytes, and the bytes of weights and KV slots."""
+        compiled, loaded = ([r for r in self.regions if r.source == source] for source in ("compiled", "loaded"))
+        return {
+            "num_compiled": len(compiled), "slowest_compiled_s": max((r.seconds for r in compiled), default=0.0),
+            "num_loaded": len(loaded), "loaded_s": sum(r.seconds for r in loaded),
+            "region_bytes": sum(r.num_bytes for r in self.regions), "held_bytes": self.weight_bytes + self.kv_bytes,
+        }  # fmt: skip
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `json` writes and reads back unchanged."""
+        return {**plain(self), "totals": self.totals}
+
+    def text(self) -> str:
+        """Tables for a terminal."""
+        return "\n".join(_report_lines(self))
+
+    __str__ = text
+
+
+def report(compiled: "CompiledModel") -> Report:
+    """What `compiled` holds by now."""
+    library, regions, pool = compiled.library, compiled.regions, compiled.pool
+    captured = library.captured if library.is_traced else None
+    store = None
+    if regions.store is not None:
+        entries = regions.store.entries()
+        refused = tuple((r.key, r.reason) for r in regions.store.refusals)
+        store = StoreReport(str(regions.store.root), len(entries), total_bytes(entries), regions.store.limit_bytes, refused)
+    return Report(
+        model=compiled.architecture, depth=library.depth, dtype=str(library.dtype).removeprefix("torch."),
+        device=str(library.device), backend=compiled.backend.name, max_length=pool.max_length,
+        is_traced=library.is_traced, capture_s=captured and captured.seconds, layer_path=captured and captured.layer_path,
+        kinds=kinds_of(compiled), passes=library.records if captured else (), regions=tuple(regions.records),
+        num_programs=compiled.linker.num_programs,
+        tier=compiled.tiers.tier, tiers=tuple(replace(t) for t in compiled.tiers.records),
+        weight_bytes=tensor_bytes(library.tensors.values()), num_weights=len(_distinct(library.tensors.values())),
+        kv_bytes=pool.num_bytes, num_kv_slots=pool.num_slots, kv_length=pool.length, store=store,
+    )  # fmt: skip
+
+
+def kinds_of(compiled: "CompiledModel") -> tuple[Kind, ...]:
+    """Prologue, the kinds of layers, epilogue."""
+    library = compiled.library
+    found: dict[str, list[int]] = {}
+    for layer, call in enumerate(library.layers):
+        found.setdefault(call.target, []).append(layer)
+    layers = [Kind(body, tuple(of), tensor_bytes(library.layers[of[0]].weights)) for body, of in found.items()]
+    start, head = (Kind(call.target, (), tensor_bytes(call.weights)) for call in (library.prologue, library.epilogue))
+    return (start, *layers, head)
+
+
+def _distinct(tensors: Iterable[Tensor]) -> dict[tuple[int, int], Tensor]:
+    """Tensors by place and size: tied ones are one."""
+    return {(t.data_ptr(), t.numel() * t.element_size()): t for t in tensors}
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors, tied ones counted once."""
+    return sum(num_bytes for _, num_bytes in _distinct(tensors))
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses, tuples and programs as dicts, lists and text."""
+    if isinstance(value, Program):
+        return str(value)
+    if is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _report_lines(r: Report) -> Iterator[str]:
+    kinds, totals = [k for k in r.kinds if k.layers], r.totals
+    where = f"{r.dtype} on {r.device}, backend {r.backend}"
+    yield f"{r.model}: {count(r.depth, 'layer')}, {where}, up to {count(r.max_length, 'token')} a row"
+    yield ""
+    if r.is_traced:
+        yield f"captured  in {r.capture_s:.1f} s, layers at {r.layer_path}"
+    else:
+        yield "captured  earlier: from the symbol table on disk; nothing was traced, so no pass ran"
+    yield f"layers    {r.depth} -> {count(len(kinds), 'kind')}"
+    yield f"weights   {size(r.weight_bytes)} in {count(r.num_weights, 'tensor')}, each counted once"
+    yield f"KV pool   {size(r.kv_bytes)} in {count(r.num_kv_slots, 'slot')} of {count(r.kv_length, 'token')}"
+    yield f"linked    {count(r.num_programs, 'program')}"
+    slowest = f", the slowest in {totals['slowest_compiled_s']:.1f} s" if totals["num_compiled"] else ""
+    loaded = f", {totals['num_loaded']} loaded in {totals['loaded_s']:.2f} s"
+    yield f"regions   {totals['num_compiled']} compiled{slowest}{loaded}, {size(totals['region_bytes'])}"
+    yield f"tier 1    {r.tier}" + ("" if r.tier != "linked" else ": whole programs are not compiled")
+    if r.store is None:
+        yield "store     none: nothing is kept for later processes"
+    else:
+        limit = f" of {size(r.store.limit_bytes)}" if r.store.limit_bytes else ""
+        entries = f"{r.store.num_entries:,} {'entry' if r.store.num_entries == 1 else 'entries'}"
+        yield f"store     {entries}, {size(r.store.num_bytes)}{limit}, {len(r.store.refused)} refused, in {r.store.folder}"
+        yield from (f"          {key[:12]} refused: {reason}" for key, reason in r.store.refused)
+    yield ""
+    rows = [(k.body, ranges(k.layers), str(len(k.layers) or 1), size(k.weight_bytes)) for k in r.kinds]
+    yield from table(("graph", "layers", "calls", "weights each"), rows, ("calls", "weights each"))
+    if r.passes:
+        yield ""
+        rows = [(p.name, _counts(p), f"{p.time_ms:.0f}") for p in r.passes]
+        yield from table(("pass", "what it did", "ms"), rows, ("ms",))
+    if r.regions:
+        yield ""
+        rows = [(g.body, g.shapes, g.source, f"{g.seconds:.2f}", size(g.num_bytes)) for g in r.regions]
+        yield from table(("region", "shapes", "how", "s", "size"), rows, ("s", "size"))
+    if r.tiers:
+        yield ""
+        yield from _tier_table(r.tiers)
+
+
+def _counts(record: PassRecord) -> str:
+    return ", ".join(f"{name} {value}" for name, value in record.counts.items()) or "unchanged"
+
+
+def _tier_table(records: Iterable[TierRecord]) -> list[str]:
+    def ms(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}"
+
+    cells = [
+        (str(t.program), t.phase, t.state, str(t.calls), f"{t.compile_s:.1f}", ms(t.linked_ms), ms(t.whole_ms),
+         size(t.num_bytes), t.reason)
+        for t in records
+    ]  # fmt: skip
+    numbers = ("calls", "compile s", "linked ms", "whole ms", "size")
+    return table(("program", "phase", "state", *numbers, "why"), cells, numbers)

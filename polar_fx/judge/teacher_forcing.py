@@ -1,0 +1,320 @@
+"""Verdicts by teacher forcing: one pass over prompt and answer instead of a generation, and no step run twice.
+
+Greedy decoding gives an answer exactly when, with the answer's tokens fed in, each of them (and the stop) is the argmax of
+the logits before it. Three things are shared:
+
+- programs that begin with the same steps share the hidden states after them (`StepTrie`);
+- questions of one prompt share its constant prefix: its tokens run once per step, their KV serves every question;
+- at each step the rows, whatever their question and program, that need the same layer next run as one batch.
+
+Shape legend: B batch, T tokens, P prefix tokens, A answer tokens, d hidden size, H KV heads, L KV length, E head size,
+V vocabulary.
+"""
+
+import math
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from ..backends.base import Region, ShapeClass
+from ..capture import KvSpec
+from ..compiled import CompiledModel
+from ..errors import InputError, KvOverflowError
+from ..program import Program
+from ..questions.question import EncodedQuestion
+from .step_trie import Node, State, StepTrie
+from .verdict import Verdict
+
+_MAX_SIDES = 256
+_WORTH_A_CALL = 6  # rows; with fewer, padding costs less than another call
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Row:
+    """Tokens run together: a prompt's prefix, or a question's own tokens and one of its answers behind that prefix."""
+
+    name: Hashable
+    ids: Tensor  # i64[T]
+    prefix: "_Row | None" = None
+    target: Tensor | None = None  # i64[A], the answer and the stop
+
+    @property
+    def start(self) -> int:
+        return len(self.prefix.ids) if self.prefix else 0
+
+
+_Task = tuple[_Row, Node]
+
+
+class TeacherForcing:
+    """Judges (question, program) pairs on a compiled model.
+
+    Args:
+        compiled: its regions run the layers; its `max_length` bounds prompt and answer.
+        deterministic: run every row alone, so that a verdict has the same bits whatever is judged beside it.
+        max_rows, max_tokens: of one batch.
+        cache_bytes: what hidden states and KV kept for later programs may take.
+        share: keep states for later programs at all; only benchmarks turn it off.
+
+    `steps_run` counts executed (row, step) pairs, `steps_asked` those that running each pair by itself would have needed.
+    """
+
+    def __init__(
+        self, compiled: CompiledModel, *, deterministic: bool = False, max_rows: int = 64, max_tokens: int = 1024,
+        cache_bytes: int = 2 << 30, share: bool = True,
+    ) -> None:  # fmt: skip
+        self.compiled, self.deterministic = compiled, deterministic
+        self.max_rows, self.max_tokens = (1, max_tokens) if deterministic else (max_rows, max_tokens)
+        self.trie = StepTrie(cache_bytes if share else 0)
+        self.steps_run = self.steps_asked = 0
+        self._rows: dict[str, tuple[EncodedQuestion, tuple[_Row, ...]]] = {}
+        self._prefixes: dict[tuple[int, ...], _Row] = {}
+        self._sides: OrderedDict[tuple[_Row, ...], list[Tensor]] = OrderedDict()
+        self._slots: dict[KvSpec, tuple[Tensor, ...]] = {}
+
+    # ------------------------------------------------------------------------------------------------ judging
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
+        """A verdict a pair, in order. Raises InputError, KvOverflowError or ProgramError before anything runs."""
+        for question, program in pairs:
+            self.compiled.library.check(program)
+            self._rows_of(question)
+        verdicts: dict[int, Verdict] = {}
+        # neighbors in this order share most steps, so little is held at a time
+        order = sorted(range(len(pairs)), key=lambda i: pairs[i][1].path)
+        for start in range(0, len(order), 4 * self.max_rows):
+            chosen = order[start : start + 4 * self.max_rows]
+            scored = self._score([(pairs[i][0], pairs[i][1]) for i in chosen])
+            verdicts |= dict(zip(chosen, scored, strict=True))
+            self.trie.shrink()
+        return [verdicts[i] for i in range(len(pairs))]
+
+    def forget(self, question_ids: Iterable[str]) -> None:
+        """Drop what is kept for these questions; prefixes stay."""
+        rows = {row for q in question_ids for row in self._rows.pop(q, (None, ()))[1]}
+        self.trie.forget(rows)
+        for key in [k for k in self._sides if not rows.isdisjoint(k)]:
+            del self._sides[key]
+
+    def _rows_of(self, question: EncodedQuestion) -> tuple[_Row, ...]:
+        known = self._rows.get(question.id)
+        if known is None or known[0] != question:
+            if known is not None:
+                self.forget([question.id])
+            known = self._rows[question.id] = (question, self._new_rows(question))
+        return known[1]
+
+    def _new_rows(self, question: EncodedQuestion) -> tuple[_Row, ...]:
+        if not question.prompt or not question.targets or not all(question.targets):
+            raise InputError(f"question {question.id!r} has an empty prompt or answer; encode it with a PromptTemplate")
+        longest = len(question.prefix) + len(question.prompt) + max(map(len, question.targets)) - 1
+        if longest > self.compiled.pool.max_length:
+            raise KvOverflowError(
+                f"question {question.id!r} and its answer take {longest} tokens but the model was compiled for "
+                f"{self.compiled.pool.max_length}; compile with max_length={longest} or more"
+            )
+        tokens = (*question.prefix, *question.prompt, *(t for target in question.targets for t in target))
+        if not 0 <= min(tokens) <= max(tokens) < self.compiled.vocab_size:
+            raise InputError(f"question {question.id!r} holds token ids outside the vocabulary 0..{self.compiled.vocab_size - 1}")
+        prefix = None
+        if question.prefix:
+            if question.prefix not in self._prefixes:
+                self._prefixes[question.prefix] = _Row(f"prefix {len(self._prefixes)}", self._tensor(question.prefix))
+            prefix = self._prefixes[question.prefix]
+        return tuple(
+            _Row((question.id, i), self._tensor((*question.prompt, *target[:-1])), prefix, self._tensor(target))
+            for i, target in enumerate(question.targets)
+        )
+
+    def _tensor(self, ids: Sequence[int]) -> Tensor:
+        return torch.tensor(ids, device=self.compiled.device)
+
+    def _score(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
+        ends = [(self._rows_of(q), self.trie.leaf(p)) for q, p in pairs]
+        self.steps_asked += sum(len(rows) * p.num_steps for (rows, _), (_, p) in zip(ends, pairs, strict=True))
+        tasks = list(dict.fromkeys((row, leaf) for rows, leaf in ends for row in rows))
+        self._run(tasks)
+        scores: dict[_Task, tuple[bool, float, float]] = {}
+        for batch in self._batches(tasks, lambda row: len(row.target)):  # type: ignore[arg-type]
+            scores |= dict(zip(batch, self._heads(batch), strict=True))
+        verdicts = []
+        for rows, leaf in ends:
+            found = [scores[row, leaf] for row in rows]
+            verdicts.append(Verdict(*max(found, key=lambda s: (s[0], -math.inf if math.isnan(s[1]) else s[1]))))
+        return verdicts
+
+    # ---------------------------------------------------------------------------------------- running steps
+
+    def _run(self, tasks: Sequence[_Task]) -> None:
+        """Bring the rows to their nodes: run every step on the way that is not known yet, by layer, most rows first."""
+        waiting: dict[_Task, int] = {}
+        followers: dict[_Task, list[_Task]] = defaultdict(list)
+        for row, leaf in tasks:
+            for task in self._missing(row, leaf, waiting):
+                needs = [(row, task[1].parent), *([(row.prefix, task[1])] if row.prefix else [])]
+                if row.prefix:
+                    for other in self._missing(row.prefix, task[1], waiting):
+                        before = (row.prefix, other[1].parent)
+                        waiting[other] = int(before in waiting)
+                        followers[before].append(other)  # type: ignore[index]
+                waiting[task] = sum(n in waiting for n in needs)
+                for need in needs:
+                    followers[need].append(task)  # type: ignore[index]
+        ready: dict[tuple[int, int], list[_Task]] = defaultdict(list)
+        for task, count in waiting.items():
+            if not count:
+                ready[task[1].layer, task[0].start].append(task)
+        while ready:
+            # the fullest batch first; early layers before late ones, so that the rows behind catch up
+            key = max(ready, key=lambda k: (len(ready[k]), -k[0]))
+            for batch in self._batches(ready.pop(key), lambda row: len(row.ids)):
+                self._step(batch)
+                for task in batch:
+                    for follower in followers.pop(task, ()):
+                        waiting[follower] -= 1
+                        if not waiting[follower]:
+                            ready[follower[1].layer, follower[0].start].append(follower)
+
+    def _missing(self, row: _Row, leaf: Node, planned: dict[_Task, int]) -> list[_Task]:
+        """The steps above `leaf` whose states of `row` are neither known nor planned, first one first."""
+        found: list[_Task] = []
+        for node in leaf.upwards():
+            if row in node.states:
+                self.trie.touch(node, row)
+                break
+            if (row, node) in planned:
+                break
+            found.append((row, node))
+        return found[::-1]
+
+    def _batches(self, tasks: list[_Task], size: Callable[[_Row], int]) -> Iterator[list[_Task]]:
+        """Slices of at most `max_rows` rows and `max_tokens` tokens, padding counted."""
+        batch: list[_Task] = []
+        for task in sorted(tasks, key=lambda t: size(t[0])):
+            length = size(task[0])
+            full = len(batch) >= self.max_rows or (len(batch) + 1) * length > self.max_tokens
+            # where enough rows are of one length, they go without padding
+            if batch and (full or (len(batch) >= _WORTH_A_CALL and size(batch[-1][0]) < length)):
+                yield batch
+                batch = []
+            batch.append(task)
+        if batch:
+            yield batch
+
+    def _step(self, batch: list[_Task]) -> None:
+        """One layer for rows that stand before it; each node must be one of that layer's."""
+        layer = batch[0][1].layer
+        rows = tuple(row for row, _ in batch)
+        self.steps_run += len(rows)
+        before = [self._state(row, node.parent) for row, node in batch]
+        values, tokens = self._inputs(rows)
+        call = self.compiled.library.layers[layer]
+        keys, slot_values = self._scratch(layer, batch)
+        region = self._region(call.target, len(rows), tokens)
+        hidden = _pad([s.hidden for s in before], tokens)
+        out = region([hidden, *[values[i] for i in call.sides], keys, slot_values, *call.weights])[0]
+        for i, ((row, node), state) in enumerate(zip(batch, before, strict=True)):
+            after = out[i, : len(row.ids)]
+            saved = [*state.saved, *[state.hidden] * node.opens]
+            for damping in node.closes:
+                after = torch.lerp(saved.pop(), after, damping)
+            # clones: a view would keep the whole batch
+            kv = None if row.target is not None else tuple(t[i, :, : len(row.ids)].clone() for t in (keys, slot_values))
+            self.trie.put(node, row, State(after.clone(), tuple(saved), kv))  # type: ignore[arg-type]
+
+    def _state(self, row: _Row, node: Node | None) -> State:
+        assert node is not None
+        if node.parent is not None:
+            return node.states[row]
+        return State(self._inputs((row,))[0][3][0, : len(row.ids)])
+
+    def _scratch(self, layer: int, batch: list[_Task]) -> tuple[Tensor, Tensor]:
+        """A step's slot [B, H, L, E] for this batch alone, the prefix's keys and values in place, zeros behind them."""
+        spec = self.compiled.library.table.kv_specs[layer]
+        if spec not in self._slots or len(self._slots[spec][0]) < len(batch):
+            shapes = spec.shapes(len(batch), self.compiled.pool.length)
+            self._slots[spec] = tuple(torch.zeros(s, dtype=spec.dtype, device=self.compiled.device) for s in shapes)
+        keys, values = (slot[: len(batch)] for slot in self._slots[spec])
+        pair = keys, values
+        for which, slot in enumerate(pair):
+            slot.zero_()  # a NaN left there would reach these rows behind their masks
+            for i, (row, node) in enumerate(batch):
+                if row.prefix:
+                    slot[i, :, : row.start] = node.states[row.prefix].kv[which]  # type: ignore[index]
+        return pair
+
+    def _inputs(self, rows: tuple[_Row, ...]) -> tuple[list[Tensor], int]:
+        """Side values of a batch, the hidden state after the embedding among them, and its padded tokens."""
+        tokens = max(2, *(len(r.ids) for r in rows))
+        if rows not in self._sides:
+            ids = _pad([r.ids for r in rows], tokens)
+            self._sides[rows] = self._prologue(ids, torch.stack([self._positions(r, tokens) for r in rows]))
+            if len(self._sides) > _MAX_SIDES:
+                self._sides.popitem(last=False)
+        self._sides.move_to_end(rows)
+        return self._sides[rows], tokens
+
+    def _prologue(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
+        inputs = [ids, positions, self.compiled.pool.kv_index]
+        start = self.compiled.library.prologue
+        return [*inputs, *self._region(start.target, *ids.shape)([*inputs, *start.weights])]
+
+    def _positions(self, row: _Row, tokens: int) -> Tensor:
+        # padding goes to the spare last column, as in a ragged batch of KvSession
+        places = torch.full((tokens,), self.compiled.pool.length - 1, device=self.compiled.device)
+        places[: len(row.ids)] = torch.arange(row.start, row.start + len(row.ids), device=self.compiled.device)
+        return places
+
+    def _region(self, target: str, batch: int, tokens: int) -> Region:
+        found = self.compiled.regions.get([(target, ShapeClass.of(batch, tokens, self.compiled.pool.length))])
+        return next(iter(found.values()))
+
+    # ---------------------------------------------------------------------------------------------- the head
+
+    def _heads(self, batch: list[_Task]) -> list[tuple[bool, float, float]]:
+        """Per row: whether every target token is the argmax, their log-probability, their smallest lead in logits."""
+        count = max(2, *(len(row.target) for row, _ in batch))  # type: ignore[arg-type]
+        ids, positions, hidden, gold = [], [], [], []
+        for row, node in batch:
+            target = row.target
+            assert target is not None
+            # logits that decide the answer stand at the prompt's last token and at every answer token but the stop
+            where = torch.arange(len(row.ids) - len(target), len(row.ids), device=target.device)
+            where = torch.nn.functional.pad(where, (0, count - len(target)), value=len(row.ids) - 1)
+            ids.append(row.ids[where])
+            positions.append(where + row.start)
+            hidden.append(node.states[row].hidden[where])
+            gold.append(torch.nn.functional.pad(target, (0, count - len(target))))
+        values = self._prologue(torch.stack(ids), torch.stack(positions))
+        head = self.compiled.library.epilogue
+        region = self._region(head.target, len(batch), count)
+        logits = region([torch.stack(hidden), *[values[i] for i in head.sides], *head.weights])[0].float()
+        wanted = torch.stack(gold)[..., None]
+        chosen = logits.gather(-1, wanted)
+        log_likelihood = (chosen - logits.logsumexp(-1, keepdim=True))[..., 0]
+        others, place = logits.scatter_(-1, wanted, -torch.inf).max(-1, keepdim=True)
+        margin = (chosen - others)[..., 0]
+        # greedy decoding takes the first of equals
+        right = (margin > 0) | ((margin == 0) & (wanted < place)[..., 0])
+        sizes = self.compiled.pool.on_device([len(row.target) for row, _ in batch])  # type: ignore[arg-type]
+        beyond = torch.arange(count, device=sizes.device) >= sizes[:, None]
+        found = (
+            right.masked_fill(beyond, True).all(-1).double(),
+            log_likelihood.double().masked_fill(beyond, 0).sum(-1),
+            margin.masked_fill(beyond, torch.inf).amin(-1).double(),
+        )
+        # read once: each number read by itself would wait for the device
+        return [(bool(sure), likelihood, lead) for sure, likelihood, lead in torch.stack(found, -1).tolist()]
+
+
+def _pad(tensors: Sequence[Tensor], tokens: int) -> Tensor:
+    """[B, tokens, ...], zeros behind what is shorter."""
+    padded = pad_sequence(list(tensors), batch_first=True)
+    if padded.shape[1] < tokens:
+        padded = torch.nn.functional.pad(padded, (0, 0) * (padded.dim() - 2) + (0, tokens - padded.shape[1]))
+    return padded

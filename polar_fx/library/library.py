@@ -1,0 +1,187 @@
+"""The layer library: distinct layer graphs, the weights they are called with, and the plain interpreter.
+
+A transformer's layers are object files and a program is a link order. `LayerLibrary` holds the object files
+(one graph per kind of layer, prologue and epilogue) and the symbol table (which weights and side values each
+layer's call takes). Everything that runs programs reads this table; `interpret` is the oracle they are tested
+against: it runs the step graph that the passes build, node by node, and knows nothing of linking.
+"""
+
+import functools
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..capture import CapturedModel, KvSpec
+from ..errors import CaptureError, ProgramError
+from ..passes.base import PassError, kind, layer_calls
+from ..passes.pipeline import PassRecord, Pipeline, PipelineResult, flat_pipeline, library_pipeline, program_pipeline
+from ..program import Program
+from .symbols import Symbol, SymbolTable, read_symbols
+
+
+@dataclass(frozen=True)
+class Call:
+    """A symbol bound to the model's own tensors."""
+
+    target: str
+    sides: tuple[int, ...]
+    weights: tuple[Tensor, ...]
+
+
+class LayerLibrary:
+    """A captured model as callable pieces. The graphs are made when first asked for, if only the table is known yet.
+
+    `table` is the symbol table, `tensors` the model's own weights by name.
+    """
+
+    def __init__(self, captured: CapturedModel, pipeline: Pipeline | None = None) -> None:
+        self.pipeline = pipeline or library_pipeline()
+        self._capture: Callable[[], CapturedModel] = lambda: captured
+        self._prepare(read_symbols(self.graph_module, captured.kv_specs))
+
+    @classmethod
+    def from_table(
+        cls,
+        table: SymbolTable,
+        tensors: Mapping[str, Tensor],
+        capture: Callable[[], CapturedModel],
+        pipeline: Pipeline | None = None,
+    ) -> "LayerLibrary":
+        """A library known by its table; `capture` traces the model should its graphs be needed after all."""
+        self = cls.__new__(cls)
+        self.pipeline = pipeline or library_pipeline()
+        self._capture = capture
+        self._prepare(table, tensors)
+        return self
+
+    def _prepare(self, table: SymbolTable, tensors: Mapping[str, Tensor] | None = None) -> None:
+        self.table = table
+
+        names = dict.fromkeys(n for symbol in table.calls() for n in symbol.weights)
+        self.tensors = {n: (tensors[n] if tensors is not None else self._attribute(n)).detach() for n in names}
+
+        def bind(symbol: Symbol) -> Call:
+            return Call(symbol.target, symbol.sides, tuple(self.tensors[n] for n in symbol.weights))
+
+        self.prologue, self.epilogue = bind(table.prologue), bind(table.epilogue)
+        self.layers = tuple(bind(s) for s in table.layers)
+        self._program_graph = functools.lru_cache(maxsize=64)(self._build_program_graph)
+
+    # ------------------------------------------------------------------------------------------------ the graphs
+
+    @functools.cached_property
+    def captured(self) -> CapturedModel:
+        """The flat graph and what is known of it; traces the model if that has not happened in this process."""
+        return self._capture()
+
+    @functools.cached_property
+    def _pipeline_result(self) -> PipelineResult:
+        try:
+            result = self.pipeline.run(self.captured.graph_module)
+        except PassError as error:
+            raise CaptureError(f"the captured graph cannot be taken apart into layers: {error}") from error
+        calls = layer_calls(result.graph_module)
+        ends = {kind(n) for n in result.graph_module.graph.nodes}
+        if len(calls) != self.captured.depth or not {"prologue", "epilogue"} <= ends:
+            raise ProgramError(
+                f"the pipeline {self.pipeline} left {len(calls)} layer calls of {self.captured.depth}; keep outline-layers in it"
+            )
+        table = read_symbols(result.graph_module, self.captured.kv_specs)
+        if hasattr(self, "table") and table != self.table:
+            raise CaptureError(
+                "the model's graph is not the one its cached symbol table was made from; "
+                "run `python -m polar_fx cache clear` and report this model"
+            )
+        return result
+
+    @property
+    def records(self) -> tuple[PassRecord, ...]:
+        """What each pass of the pipeline did."""
+        return self._pipeline_result.records
+
+    @property
+    def graph_module(self) -> GraphModule:
+        """The outlined graph: prologue, one call per layer, epilogue."""
+        return self._pipeline_result.graph_module
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether the graphs exist in this process."""
+        return "captured" in self.__dict__
+
+    @property
+    def bodies(self) -> dict[str, GraphModule]:
+        """Graphs by name: `prologue`, `layer_kind_0` ..., `epilogue`."""
+        return {n: self.graph_module.get_submodule(n) for n in self.table.bodies}  # type: ignore[misc]
+
+    # ------------------------------------------------------------------------------------------------- the table
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.tensors.values())).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(t.dtype for t in self.tensors.values() if t.is_floating_point())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies graphs and wiring (sha256), not weights."""
+        return hashlib.sha256(self.table.to_json().encode()).hexdigest()
+
+    @functools.cached_property
+    def model_fingerprint(self) -> str:
+        """Identifies graphs, wiring and weights (sha256); reads every weight once."""
+        found = hashlib.sha256(self.fingerprint.encode())
+        for name, tensor in sorted(self.tensors.items()):
+            found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            found.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+        return found.hexdigest()
+
+    def kv_specs(self, program: Program) -> list[KvSpec]:
+        """Slot geometry of each step."""
+        return [self.table.kv_specs[layer] for layer in program.path]
+
+    def check(self, program: Program) -> None:
+        """Raise ProgramError if the program is of another depth."""
+        if program.depth != self.depth:
+            raise ProgramError(
+                f"program {program} has depth {program.depth} but the model has {self.depth} layers; write it for /{self.depth}"
+            )
+
+    # ---------------------------------------------------------------------------------------- graphs of programs
+
+    def program_graph(self, program: Program) -> GraphModule:
+        """Step graph of a program (cached): prologue, one call per step with its own KV slot, epilogue."""
+        self.check(program)
+        return self._program_graph(program)
+
+    def _build_program_graph(self, program: Program) -> GraphModule:
+        blends = tuple((b.start, b.stop, b.damping) for b in program.blends)
+        return program_pipeline(program.path, blends).run(self.graph_module).graph_module
+
+    def flat_graph(self, program: Program) -> GraphModule:
+        """One graph of operators for the whole program."""
+        return flat_pipeline().run(self.program_graph(program)).graph_module
+
+    @torch.no_grad()
+    def interpret(
+        self, program: Program, input_ids: Tensor, positions: Tensor, kv_index: Tensor, slots: list[tuple[Tensor, Tensor]]
+    ) -> Tensor:
+        """Logits [B, T, V] of the step graph, run operator by operator; writes the slots in place."""
+        return self.program_graph(program)(input_ids, positions, kv_index, *(t for pair in slots for t in pair))
+
+    def _attribute(self, target: str) -> Tensor:
+        value = self.graph_module
+        for part in target.split("."):
+            value = getattr(value, part)
+        assert isinstance(value, Tensor)
+        return value

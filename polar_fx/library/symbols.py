@@ -1,0 +1,157 @@
+"""The symbol table of a captured model: what links need to know of its bodies, without their graphs.
+
+It is plain data and prints as JSON, so a process that finds it and the compiled regions on disk links and runs programs
+without tracing anything.
+
+Shape legend: B batch, T tokens, L KV length.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from ..capture import KvSpec
+from ..passes.base import body, kind, layer_calls, role
+from ..passes.text import structure_text
+
+_AXES = {"B": "batch", "T": "tokens"}
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One operand of a body. Sizes and strides are text: a number, or an expression of B, T and L."""
+
+    role: str
+    dtype: str
+    size: tuple[str, ...]
+    stride: tuple[str, ...]
+
+    def example(self, sizes: Mapping[str, int], device: torch.device) -> Tensor:
+        """An operand of that layout, for B, T and L of `sizes`; its contents are arbitrary."""
+        import sympy  # half a second, and only compiling needs it
+
+        def numbers(texts: tuple[str, ...]) -> list[int]:
+            return [int(sympy.sympify(text).subs(sizes)) for text in texts]  # type: ignore[arg-type]
+
+        return torch.empty_strided(numbers(self.size), numbers(self.stride), dtype=getattr(torch, self.dtype), device=device)
+
+    def axes(self) -> dict[int, str]:
+        """The axes that follow the batch or the tokens of a call."""
+        return {i: _AXES[s] for i, s in enumerate(self.size) if s in _AXES}
+
+
+@dataclass(frozen=True)
+class BodySymbols:
+    """A body as its callers see it. `fingerprint` (sha256) covers operators, wiring, literals and operands."""
+
+    fingerprint: str
+    operands: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Symbol:
+    """One call: the body's name, and the operands it passes beside hidden state and KV.
+
+    `sides` index the list of side values (graph inputs, then prologue results); `weights` name the model's tensors.
+    """
+
+    target: str
+    sides: tuple[int, ...]
+    weights: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class SymbolTable:
+    """Everything about a captured model but graphs and weights."""
+
+    bodies: dict[str, BodySymbols]
+    prologue: Symbol
+    layers: tuple[Symbol, ...]
+    epilogue: Symbol
+    kv_specs: tuple[KvSpec, ...]
+
+    def calls(self) -> tuple[Symbol, ...]:
+        """Every call, in the order of the identity program."""
+        return (self.prologue, *self.layers, self.epilogue)
+
+    def to_json(self) -> str:
+        """Readable JSON; `from_json` is the inverse."""
+        table = asdict(self)
+        for spec, plain in zip(self.kv_specs, table["kv_specs"], strict=True):
+            plain["dtype"] = _name(spec.dtype)
+        return json.dumps(table, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "SymbolTable":
+        """Raises KeyError, TypeError, ValueError or AttributeError on text that is not a symbol table."""
+        table: dict[str, Any] = json.loads(text)
+        bodies = {
+            name: BodySymbols(
+                b["fingerprint"],
+                tuple(Operand(o["role"], o["dtype"], tuple(o["size"]), tuple(o["stride"])) for o in b["operands"]),
+            )
+            for name, b in table["bodies"].items()
+        }
+        specs = [KvSpec(s["heads"], s["key_size"], s["value_size"], getattr(torch, s["dtype"])) for s in table["kv_specs"]]
+
+        def call(entry: dict[str, Any]) -> Symbol:
+            return Symbol(entry["target"], tuple(entry["sides"]), tuple(entry["weights"]))
+
+        layers = tuple(call(c) for c in table["layers"])
+        return cls(bodies, call(table["prologue"]), layers, call(table["epilogue"]), tuple(specs))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def read_symbols(graph_module: GraphModule, kv_specs: tuple[KvSpec, ...]) -> SymbolTable:
+    """The symbol table of an outlined graph."""
+    graph = graph_module.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and role(n) == "input"]
+    ends = {kind(n): n for n in graph.nodes if kind(n) in ("prologue", "epilogue")}
+    results = {u: len(inputs) + int(u.args[1]) for u in ends["prologue"].users if u.op == "call_function"}  # type: ignore[arg-type]
+    places: dict[Node, int] = {**{n: i for i, n in enumerate(inputs)}, **results}
+    (batch, tokens), (length,) = inputs[0].meta["val"].shape, inputs[2].meta["val"].shape
+    names = {str(size): name for size, name in ((batch, "B"), (tokens, "T"), (length, "L"))}
+    calls = (ends["prologue"], *layer_calls(graph_module), ends["epilogue"])
+    symbols = [_symbol(graph_module, c, places) for c in calls]
+    bodies = {str(c.target): _body(body(graph_module, c), names) for c in calls}
+    return SymbolTable(bodies, symbols[0], tuple(symbols[1:-1]), symbols[-1], kv_specs)
+
+
+def _symbol(graph_module: GraphModule, call: Node, places: dict[Node, int]) -> Symbol:
+    roles = [role(n) for n in body(graph_module, call).graph.find_nodes(op="placeholder")]
+    sides: list[int] = []
+    weights: list[str] = []
+    for operand_role, argument in zip(roles, call.args, strict=True):
+        assert isinstance(argument, Node)
+        if operand_role in ("side", "input"):
+            sides.append(places[argument])
+        elif operand_role == "weight":
+            weights.append(str(argument.target))
+    return Symbol(str(call.target), tuple(sides), tuple(weights))
+
+
+def _body(graph_module: GraphModule, names: Mapping[str, str]) -> BodySymbols:
+    import sympy
+
+    def text(size: Any) -> str:
+        if not isinstance(size, torch.SymInt):
+            return str(size)
+        expression = size.node.expr
+        return str(expression.xreplace({s: sympy.Symbol(names.get(str(s), str(s))) for s in expression.free_symbols}))
+
+    operands = []
+    for node in graph_module.graph.find_nodes(op="placeholder"):
+        value = node.meta["val"]
+        size, stride = tuple(map(text, value.shape)), tuple(map(text, value.stride()))
+        operands.append(Operand(str(role(node)), _name(value.dtype), size, stride))
+    whole = structure_text(graph_module) + "\n" + "\n".join(map(str, operands))
+    return BodySymbols(hashlib.sha256(whole.encode()).hexdigest(), tuple(operands))

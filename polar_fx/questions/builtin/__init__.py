@@ -1,0 +1,1 @@
+"""Built-in tasks, each a module of cells with their questions."""

@@ -1,0 +1,141 @@
+"""transformers' generation loop on top of prefill and decode.
+
+Sampling, beams, stop tokens and strings, logits processors and streamers are transformers' own; this adapter
+only answers its forward calls. Its overhead per token is measured in bench/latency.py.
+"""
+
+import contextlib
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig, GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..capture import CACHE
+from ..errors import InputError, KvOverflowError
+from ..program import Program
+from .kv_cache import KvSession
+from .trunk import Trunk, session_after
+
+if TYPE_CHECKING:
+    from ..compiled import CompiledModel
+
+_UNSUPPORTED = (
+    "assistant_model", "past_key_values", "cache", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids"
+)  # fmt: skip
+
+
+def padded_rows(rows: Sequence[Sequence[int]], fill: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
+    """Token rows as `generate` takes them: ids i64[B, T], padded with `fill`, and the mask i64[B, T] of real ones."""
+    ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=fill, padding_side=side)
+    return ids, pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], batch_first=True, padding_side=side)
+
+
+class _Running(GenerationMixin):
+    """What GenerationMixin takes for a model, for the duration of one call."""
+
+    main_input_name = "input_ids"
+    base_model_prefix = "model"
+    input_modalities = ("text",)
+    _is_stateful = False
+
+    def __init__(self, compiled: "CompiledModel", program: Program, trunk: Trunk | None = None) -> None:
+        self.compiled, self.program, self.trunk = compiled, program, trunk
+        self.config = compiled.config
+        self.generation_config = copy.deepcopy(compiled.generation_config or GenerationConfig())
+        self.device, self.dtype = compiled.device, compiled.dtype
+
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True
+
+    def is_remote_code(self) -> bool:
+        return False
+
+    def _optimize_model_for_decode(self) -> Any:
+        return contextlib.nullcontext()  # transformers would switch its own modules' expert kernels here
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        cache: Any = None, past_key_values: Any = None, **kwargs: Any,
+    ) -> dict[str, Any]:
+        return {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: cache or past_key_values}
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None,
+        cache: Any = None, past_key_values: Any = None, **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        session: KvSession = cache or past_key_values
+        if session.get_seq_length() == 0:
+            rows, _ = self.compiled.rows(input_ids, attention_mask)
+            logits = torch.stack(self.compiled.prefill(self.program, session, rows, trunk=self.trunk))
+        else:
+            logits = self.compiled.decode(self.program, session, input_ids[:, -1])
+        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: session})  # type: ignore[arg-type]
+
+    __call__ = forward
+
+
+class Generator:
+    """Checks the arguments of a generate call, opens a KV session for it and runs transformers' loop."""
+
+    def __init__(self, compiled: "CompiledModel") -> None:
+        self.compiled = compiled
+
+    def run(self, input_ids: Tensor, program: Program, trunk: Trunk | None = None, **kwargs: Any) -> Any:
+        """What transformers' `generate` returns, on the model's device, wherever the prompts are.
+
+        Raises InputError and KvOverflowError before anything runs.
+
+        After a `trunk` of these rows only the steps behind it are prefilled.
+        """
+        compiled = self.compiled
+        rows, mask, config = self.check(input_ids, **kwargs)
+        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
+        # transformers appends what comes from the model's device to what it was given
+        input_ids = input_ids.to(compiled.device)
+        kwargs |= {"attention_mask": mask.long().to(compiled.device), "use_cache": True}
+        if trunk is None:
+            opened = compiled.session(program, len(rows) * copies)
+        else:
+            trunk = trunk if copies == 1 else trunk.take([r for r in range(len(rows)) for _ in range(copies)])
+            opened = session_after(compiled, program, trunk)
+        with opened as session:
+            return _Running(compiled, program, trunk).generate(input_ids, **{CACHE: session}, **kwargs)  # type: ignore[misc]
+
+    def check(self, input_ids: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor, GenerationConfig]:
+        """Rows, mask and settings of a generate call. Raises InputError and KvOverflowError as `run` does."""
+        for name in _UNSUPPORTED:
+            if kwargs.get(name) is not None:
+                raise InputError(f"generate() does not take {name}; the compiled model keeps its own KV cache")
+        compiled = self.compiled
+        rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
+        config = self.config(**kwargs)
+        prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
+        new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
+        if longest + new - 1 > compiled.pool.max_length:  # the last token is never fed back
+            raise KvOverflowError(
+                f"a prompt of {longest} tokens and max_new_tokens={new} exceed the KV pool of {compiled.pool.max_length}; "
+                f"shorten the prompt, lower max_new_tokens, or compile with max_length={longest + new}"
+            )
+        return rows, mask, config
+
+    def pad_token(self, **kwargs: Any) -> int:
+        """What a call fills shorter continuations with: the pad token, else the end of the text, else 0."""
+        config = self.config(**kwargs)
+        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        return next((t for t in (config.pad_token_id, end) if t is not None), 0)
+
+    def config(self, **kwargs: Any) -> GenerationConfig:
+        """The generation settings that a call with these arguments runs by."""
+        running: Any = _Running(self.compiled, self.compiled.default_program)
+        return running._prepare_generation_config(kwargs.get("generation_config"), **_config_arguments(kwargs))[0]
+
+
+def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    known = GenerationConfig().to_dict()
+    return {name: value for name, value in kwargs.items() if name in known}

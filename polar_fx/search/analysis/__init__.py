@@ -1,0 +1,1 @@
+"""What records say: summaries, effects of edits, coverage by menus, figures."""

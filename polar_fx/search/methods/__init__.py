@@ -1,0 +1,1 @@
+"""Search methods. They know programs and rewards only."""

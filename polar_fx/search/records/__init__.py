@@ -1,0 +1,1 @@
+"""What searches found: records, their files, other projects' formats."""
