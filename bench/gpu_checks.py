@@ -103,7 +103,7 @@ def _compared(worker: Worker, family: str, dtype: torch.dtype, backend: str) -> 
     alone = compiled.forward(rows[1:2, 4:])[0].float()
     ragged = float((compiled.forward(rows, mask)[1, 4:].float() - alone).abs().max() / alone.abs().max())
     limit = max(_TOLERANCE[dtype], 3 * worst["hf_itself"])
-    records = compiled.graphs.records if compiled.graphs else ()
+    records = compiled.graphs.records if compiled.graphs is not None else ()
     right = max(worst["loop"], worst["kv_law"], ragged) < limit and worst["replay_minus_linked"] == 0
     return {
         "ok": right and found.get("same_tokens", True), **worst, "ragged": ragged, **found,
@@ -175,7 +175,7 @@ def _as_interpreted(worker: Worker, compiled: CompiledModel, model: Any, program
     same = bool((compiled.generate(ids, **options) == plain.generate(ids, **options)).all())
     want = plain.forward(ids, program=program).float()
     apart = float((compiled.forward(ids, program=program).float() - want).abs().max() / want.abs().max())
-    records = compiled.graphs.records if getattr(compiled, "graphs", None) else ()  # type: ignore[union-attr]
+    records = compiled.graphs.records if compiled.graphs is not None else ()
     return {
         "ok": apart < _TOLERANCE[plain.dtype] and (same or plain.dtype != torch.float32) and not any(r.reason for r in records),
         "apart": apart, "same_tokens": same, "captured": sum(r.reason is None for r in records),

@@ -33,7 +33,7 @@ def graphs(bench: "ModelBench") -> None:
     compiled, worker, pick = bench.linked, bench.worker, random.Random(0)
     ids, link, first = bench.ids(1), [], []
     reserved = torch.cuda.memory_reserved() if worker.on_gpu else 0
-    known = len(compiled.graphs.records) if compiled.graphs else 0
+    known = len(compiled.graphs.records) if compiled.graphs is not None else 0
     for _ in range(bench.num_programs):
         program = compiled.resolve(sorted(pick.sample(range(compiled.depth), compiled.depth - pick.randint(1, 4))))
         shape = ShapeClass.of(1, 1, compiled.pool.length)
@@ -41,7 +41,7 @@ def graphs(bench: "ModelBench") -> None:
         with compiled.session(program, 1) as session:
             compiled.prefill(program, session, [ids[0]])
             first.append(timed(lambda p=program, s=session: compiled.decode(p, s, ids[:, 0]), worker.device))
-    records = list(compiled.graphs.records)[known:] if compiled.graphs else []
+    records = list(compiled.graphs.records)[known:] if compiled.graphs is not None else []
     worker.say(
         "graphs", model=bench.name, programs=len(first), link_ms=round(statistics.median(link), 3),
         first_decode_ms=round(statistics.median(first), 2), slowest_ms=round(max(first), 2),
@@ -148,7 +148,7 @@ def generate(bench: "ModelBench") -> None:
 def kernels(bench: "ModelBench") -> None:
     """The kernels of one token (on the CPU: the operators), by the way the model is run."""
     worker = bench.worker
-    shown = ("linked+graph", "linked cdt+graph", "HF compile", "whole+graph")
+    shown = ("linked+graph", "linked untuned+graph", "HF compile", "whole+graph")
     for way in [w for w in bench.ways if w.batch == 1 and w.label in shown]:
         if worker.left() < 4:
             return

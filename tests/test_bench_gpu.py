@@ -23,7 +23,7 @@ from tiny_models import make
 
 BENCH = Path(gpu.__file__)
 STAGES = ("correct", "search", "speed", "graphs", "table4", "mixed", "generate", "profile", "micro")
-WAYS = {"linked+graph", "linked cdt+graph", "linked", "HF eager", "HF compile", "whole+graph"}
+WAYS = {"linked+graph", "linked untuned+graph", "linked", "HF eager", "HF compile", "whole+graph"}
 
 
 @pytest.fixture(scope="module")
