@@ -103,6 +103,8 @@ def load_pretrained(auto: Any, source: str | os.PathLike[str], dtype: Dtype, wha
             f"cannot load {name!r}: {reason}; name a folder written by save_pretrained, or a model id that the HuggingFace "
             f"hub, or its local cache, has as {what}"
         ) from error
+    if getattr(tokenizer, "pad_token", "") is None:
+        tokenizer.pad_token = tokenizer.eos_token  # so that batches can be padded; what pads is masked, and never read
     return model.eval(), tokenizer
 
 
