@@ -234,6 +234,16 @@ def test_the_check_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch, what: str) 
         capture_checked(make("llama"))
 
 
+def test_the_check_goes_by_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where all logits are below 0.3, a third of the largest is no rounding."""
+    model = make("cohere").to(torch.bfloat16)
+    worst, scale = max_difference(model, capture(model))
+    assert worst < 0.02 * scale < 0.006
+    monkeypatch.setattr("polar_fx.capture.checked.max_difference", lambda *_: (0.33 * scale, scale))
+    with pytest.raises(CaptureError, match="logits differ"):
+        capture_checked(model)
+
+
 def test_the_second_attention_variant_is_tried() -> None:
     """Falcon compares the name of its attention with "sdpa" itself: only the eager trace computes what it does."""
     model = make("falcon")

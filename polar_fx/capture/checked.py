@@ -11,7 +11,8 @@ from . import CapturedModel, attention_variants, capture, embedding_weight, shar
 
 log = logging.getLogger("polar_fx.check")
 
-# Largest accepted difference of logits, relative to the largest logit.
+# Largest accepted difference of logits, relative to the largest logit, whatever its size: rounding grows with the numbers. In
+# bfloat16 it is up to 0.025 for tiny models of 44 families, and 0.06 between two ways to run a random one of 28 layers.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _LENGTHS, _SPLITS = (9, 6), (5, 2)
 _REMEDY = "use a model whose code follows transformers' current cache and mask interfaces; docs/models.md says what is needed"
@@ -72,7 +73,7 @@ def capture_checked(model: PreTrainedModel, check: bool = True) -> CapturedModel
             error = error or failed
             continue
         worst, scale = max_difference(model, captured)
-        if worst <= _TOLERANCE[captured.dtype] * max(scale, 1.0):
+        if worst <= _TOLERANCE[captured.dtype] * (scale or 1.0):
             log.info("identity agrees with the model: largest logit difference %.1e", worst)
             return captured
         problems.append(f"traced with {variant}, logits differ from the model's by {worst:.2g} (largest logit {scale:.2g})")
