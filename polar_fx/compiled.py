@@ -95,7 +95,7 @@ def compile(
     if program is not None and not (predictor is menu is policy is None):
         raise InputError("compile takes either program=, which all calls run, or predictor=, menu= and policy=; leave one out")
     get_backend(backend)  # refuse an unknown one before anything is loaded
-    from .models import load, position_limit
+    from .models import check_row_length, load, longest_row
 
     if model is None or isinstance(model, (str, PathLike)):
         model, _ = load(model, torch.float32 if dtype is None else dtype, device)
@@ -105,15 +105,14 @@ def compile(
             "(model.to(...)) before it is compiled, and leave both out"
         )
     check_supported(model)
-    limit = position_limit(model)
-    max_length = min(limit or _MAX_LENGTH, _MAX_LENGTH) if max_length is None else max_length
+    if max_length is None:
+        max_length = longest_row(model, _MAX_LENGTH)
     if prefill_chunk is None:
         prefill_chunk = _GPU_PREFILL_CHUNK if embedding_weight(model).device.type == "cuda" else _PREFILL_CHUNK
     for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
-    if limit is not None and max_length > limit:
-        raise InputError(f"max_length={max_length} exceeds the {limit} positions the model was built for; use at most {limit}")
+    check_row_length(model, max_length)
     if deterministic and tier == "auto":
         raise InputError("deterministic=True needs tier='linked' or 'whole': 'auto' changes over from one form to another")
     warn_if_not_finite(model)

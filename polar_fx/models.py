@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from .capture.captured import ALIGNMENT
 from .environment import cache_dir
 from .errors import InputError, ModelNotFoundError
 
@@ -64,11 +65,13 @@ def _checked_dtype(dtype: Dtype) -> Dtype:
 
 
 def checked_device(device: Device) -> torch.device:
-    """The device of that name, which torch must see here; None is the CPU. Raises InputError."""
+    """The device of that name; None is the CPU. Raises InputError for one that is unknown, and a GPU that torch does not see."""
     try:
         place = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
         raise InputError(f"unknown device {device!r}; use cpu, cuda or cuda:0") from error
+    if place.type == "meta":
+        raise InputError("device 'meta' holds no numbers; use cpu, cuda or cuda:0")
     if place.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count <= (place.index or 0):
@@ -111,6 +114,47 @@ def load_pretrained(auto: Any, source: str | os.PathLike[str], dtype: Dtype, wha
 def position_limit(model: PreTrainedModel) -> int | None:
     """Token positions the model was built for; None if its config names none."""
     return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+
+
+def longest_row(model: PreTrainedModel, most: int) -> int:
+    """The largest `max_length` up to `most` that the model takes."""
+    limits = [position_limit(model), _before_the_switch(model)]
+    return min([most, *(limit for limit in limits if limit is not None)])
+
+
+def check_row_length(model: PreTrainedModel, max_length: int) -> None:
+    """Raise InputError unless the model takes rows of `max_length` tokens; it names the most."""
+    limit, longest = position_limit(model), _before_the_switch(model)
+    if limit is not None and max_length > limit:
+        raise InputError(f"max_length={max_length} exceeds the {limit} positions the model was built for; use at most {limit}")
+    if longest is not None and max_length > longest:
+        raise InputError(
+            f"max_length={max_length} reaches the positions after which this model's rotary frequencies (longrope) change for "
+            f"the whole batch, so that rows would depend on one another; use at most {longest}"
+        )
+
+
+def _before_the_switch(model: PreTrainedModel) -> int | None:
+    """`max_length` of slots that end before the model's rotary frequencies change, spare column included; None if never."""
+    switch = frequency_switch(model)
+    return None if switch is None else switch // ALIGNMENT * ALIGNMENT - 1
+
+
+def frequency_switch(model: PreTrainedModel) -> int | None:
+    """How many positions a row may have before the model's rotary frequencies change for the whole batch; None if never.
+
+    transformers chooses them by the largest position of a batch ("longrope"): rows of several lengths, and prompts in parts,
+    would then not be what each is alone.
+    """
+    config: Any = model.config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
+    switches = [
+        kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min((s for s in switches if s), default=None)
 
 
 def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:

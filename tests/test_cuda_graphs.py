@@ -110,7 +110,7 @@ def test_each_program_and_batch_is_captured_once_from_one_pool(pair: Pair) -> No
 def test_a_replay_waits_for_the_last_user_of_the_buffers_and_limit_zero_makes_none(pair: Pair) -> None:
     api = FakeApi()
     decode(pair.model, CudaGraphs(api).run, "identity")
-    assert [entry.split()[0] for entry in api.log] == ["pool", "capture", *["wait", "replay"] * 3]
+    assert [entry.split()[0] for entry in api.log] == ["pool", "wait", "capture", *["wait", "replay"] * 3]
     decode(pair.model, CudaGraphs(none := FakeApi(), limit=0).run, "identity")
     assert none.log == ["pool"]
 
@@ -194,7 +194,7 @@ class _HostWork(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_adecoded_token_neither_copies_from_the_host_nor_waits(pair: Pair, batch: int) -> None:
+def test_a_decoded_token_neither_copies_from_the_host_nor_waits(pair: Pair, batch: int) -> None:
     model, chosen = pair.model, pair.model.resolve("skip 1")
     model.graphs = CudaGraphs(FakeApi(keep=False))  # replays nothing: what is left is the work around it
     token = torch.full((batch,), 5)

@@ -42,7 +42,7 @@ def _all_captured(graphs: CudaGraphs) -> bool:
 @needs_cuda
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_cudadecodes_equal_eager_ones(gpu: Pair, program: str, batch: int) -> None:
+def test_cuda_decodes_equal_eager_ones(gpu: Pair, program: str, batch: int) -> None:
     graphs = _real()
     for _ in range(2):
         gpu.check(graphs, program, batch)

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 
+import polar_fx
 from polar_fx import models
 from polar_fx.capture.checked import warn_if_not_finite
 from polar_fx.environment import cache_dir
-from polar_fx.errors import ModelNotFoundError, ModelWarning
+from polar_fx.errors import InputError, ModelNotFoundError, ModelWarning
 from tiny_models import make
 
 
@@ -32,6 +33,32 @@ def test_the_default_is_converted_once(fake_default: Path, monkeypatch: pytest.M
     assert tokenizer == "tokenizer" and not first.training
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert models.load_default(torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_types_are_named_or_those_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("llama").to(torch.bfloat16).save_pretrained(tmp_path)
+    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *a, **kw: "tokenizer")
+    for dtype, expected in (("auto", torch.bfloat16), ("float16", torch.float16), (torch.float32, torch.float32)):
+        model, _ = polar_fx.load(tmp_path, dtype, device="cpu")
+        assert model.dtype == expected and model.device.type == "cpu"
+    compiled = polar_fx.compile(str(tmp_path), "eager", dtype="auto", max_length=31, cache=False)
+    assert compiled.dtype == torch.bfloat16
+
+
+def test_types_and_devices_that_are_unknown_or_not_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(InputError, match=r"unknown dtype 'int3'; use one of auto, float32, bfloat16, float16"):
+        polar_fx.load(dtype="int3")
+    with pytest.raises(InputError, match=r"unknown device 'gpu0'; use cpu, cuda or cuda:0"):
+        polar_fx.load(device="gpu0")
+    with pytest.raises(InputError, match=r"device 'cuda' is not here: torch sees no GPU .*leave device out for the CPU"):
+        polar_fx.compile("no/such-model", device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match=r"device 'cuda:2' is not here: torch sees 2 GPUs"):
+        polar_fx.load(device="cuda:2")
+    with pytest.raises(InputError, match=r"device='cpu' and dtype=None are for models that are named.*model\.to"):
+        polar_fx.compile(make("llama"), device="cpu")
 
 
 def test_an_interrupted_conversion_leaves_nothing(fake_default: Path, monkeypatch: pytest.MonkeyPatch) -> None:

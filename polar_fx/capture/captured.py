@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule
 
+ALIGNMENT = 16  # slots are a multiple of so many columns long
+
 
 @dataclass(frozen=True)
 class KvSpec:

@@ -82,6 +82,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     others = encode(tokenizer, measuring, templates)
     generated = options.judge == "generation" or options.verify
     length = row_length([*encoded, *others], [*questions, *measuring], templates, position_limit(model), generated)
+    if options.ray is not None and model.device.type != "cpu":
+        raise InputError(f"--ray searches on CPUs, and --device is {options.device}; leave one of them out")
     threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
     if options.ray is not None:
         threads = 1  # this machine's number says nothing about the cluster's

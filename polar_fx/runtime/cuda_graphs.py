@@ -7,6 +7,7 @@ none leaves anything in the pool that is read later.
 Shape legend: B batch, V vocabulary; a decode is of one token a row.
 """
 
+import contextlib
 import logging
 import sys
 import threading
@@ -27,6 +28,7 @@ log = logging.getLogger("polar_fx.cuda_graphs")
 
 _MAX_REMEMBERED = 1024  # records, and programs that failed
 _TRIES = 3  # failures after which nothing further is tried, if nothing was ever captured
+_MAX_POOLS = 8  # new ones after failures: each keeps the memory it took
 _GRACE = 4  # a graph used in the last _GRACE * limit runs is not dropped for a new one
 
 # Linked program, batch and the addresses of the slots.
@@ -91,28 +93,29 @@ class CudaApi:
     def capture(self, pool: Any, function: Callable[[], object]) -> Graph:
         graph = torch.cuda.CUDAGraph()
         with self._capturing, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
-            begun = ended = False
+            ended = False
             try:
                 graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate meanwhile
-                begun = True
                 try:
                     function()
                 finally:
                     graph.capture_end()
                     ended = True
             except BaseException:
-                self._mend(pool, recording=begun and not ended)
+                self._mend(None if ended else pool)
                 raise
         return graph
 
-    def _mend(self, pool: Any, recording: bool) -> None:
+    def _mend(self, pool: Any) -> None:
         """Undo what torch leaves after a capture that could not be begun or ended (pytorch#180395).
 
-        The pool would go on taking every allocation of this stream, and the generator would refuse ordinary calls.
+        The pool, unless it is None, would go on taking every allocation of this stream, and the generator would refuse
+        ordinary calls.
         """
         index = torch.cuda.current_device()
-        if recording:
-            torch._C._cuda_endAllocateToPool(index, pool)
+        if pool is not None:
+            with contextlib.suppress(RuntimeError):  # it is not recording: the capture failed before that
+                torch._C._cuda_endAllocateToPool(index, pool)
         generator = torch.cuda.default_generators[index]
         state = generator.get_state()
         try:
@@ -205,9 +208,10 @@ class CudaGraphs:
     def run(self, linked: LinkedProgram, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """Logits [B, 1, V] of one token a row (ids and positions i64[B, 1]), a tensor of the caller's own.
 
-        Writes the slots in place. The first run of a program, batch size and set of slots captures and replays; where it
-        runs code that has not run for this batch size yet, or cannot be captured, it is an ordinary run, with the capture on
-        the side. Sessions of a program meet their graph again as far as the pool hands out the same slots in the same order.
+        Writes the slots in place. The first run of a program, batch size and set of slots captures and replays. Where it
+        needs code that has not run for this batch size yet, the first run is an ordinary one, and the capture follows it; a
+        program that cannot be captured runs as it is linked. Sessions of a program meet their graph again as far as the pool
+        hands out the same slots in the same order.
         """
         assert input_ids.shape[1] == 1, "a decode is of one token a row"
         # not the address of kv_index: it is the linked program's own
@@ -256,6 +260,7 @@ class CudaGraphs:
     ) -> "_Captured | None":  # fmt: skip
         """Capture such a run; on failure, remember and log the reason."""
         buffers = self._static(input_ids, positions, out)
+        self._api.wait()  # a graph that uses these buffers may still run on another stream
         # A capture writes nothing. Should a part of it run after all, it writes this token's keys and values once more.
         buffers.fill(input_ids, positions)
         handled, start = sys.exception(), time.perf_counter()
@@ -273,7 +278,6 @@ class CudaGraphs:
         log.info("captured %s for batch %d in %.1f ms", program, batch, milliseconds)
         self._num_captured += 1
         made = self._graphs[key] = _Captured(graph, linked, buffers, self._num_runs)
-        # afterwards, because the pool must not be without a graph: it would be given up
         while len(self._graphs) > self.limit:
             self._api.synchronize()  # it may still be running on another stream
             self._graphs.popitem(last=False)[1].graph.reset()
@@ -287,7 +291,8 @@ class CudaGraphs:
         if not self._num_captured and len(self._failed) == _TRIES:
             log.warning("no decode could be captured; none is tried any more")
         self._api.synchronize()
-        self._pool = self._api.new_pool()  # what the failed one left in the other is unknown; graphs keep theirs
+        if len(self._failed) <= _MAX_POOLS:
+            self._pool = self._api.new_pool()  # what the failed one left in the other is unknown; graphs keep theirs
 
     def _static(self, input_ids: Tensor, positions: Tensor, out: _Output) -> _Buffers:
         shape, dtype = out

@@ -89,9 +89,8 @@ class Generator:
     def run(self, input_ids: Tensor, program: Program, trunk: Trunk | None = None, **kwargs: Any) -> Any:
         """What transformers' `generate` returns, on the model's device, wherever the prompts are.
 
-        Raises InputError and KvOverflowError before anything runs.
-
-        After a `trunk` of these rows only the steps behind it are prefilled.
+        After a `trunk` of these rows only the steps after it are prefilled. Raises InputError and KvOverflowError before
+        anything runs.
         """
         compiled = self.compiled
         rows, mask, config = self.check(input_ids, **kwargs)

@@ -20,9 +20,8 @@ from torch import Tensor
 from transformers import Cache
 
 from ..capture import KvSpec
+from ..capture.captured import ALIGNMENT
 from ..errors import KvOverflowError
-
-_ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +40,7 @@ class KvPool:
 
     def __init__(self, max_length: int, device: torch.device) -> None:
         self.max_length = max_length
-        self.length = -(-(max_length + 1) // _ALIGNMENT) * _ALIGNMENT
+        self.length = -(-(max_length + 1) // ALIGNMENT) * ALIGNMENT
         self.device = device
         self.kv_index = torch.arange(self.length, device=device)
         self._free: dict[KvSpec, list[_Slot]] = defaultdict(list)

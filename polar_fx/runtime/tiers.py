@@ -101,9 +101,10 @@ class Tiers:
         self._chance = random.Random(0)
         self._background: _Background | None = None
         self._job = describe(regions.backend)
-        if tier != "linked" and (self._job is None or regions.store is None):
+        # not on a GPU: whole programs are in no CUDA graph yet, without which they lose more than they gain (docs/gpu.md)
+        if tier != "linked" and (self._job is None or regions.store is None or library.device.type != "cpu"):
             raise InputError(
-                f"tier={tier!r} needs the artifact store and a backend that compiles to files; "
+                f"tier={tier!r} needs the CPU, the artifact store and a backend that compiles to files; "
                 "compile with backend='aot_inductor', its own passes and cache=True, or with tier='linked'"
             )
 
