@@ -43,7 +43,7 @@ types: setup ## Static types
 test: setup ## Run the tests in JOBS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
-fast: setup ## Run the tests that need no real model and no other process, in under a minute
+fast: setup ## Run the tests that need no real model and no child process: under a minute on two free cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not child_process" $(FAST:%=tests/test_%.py)
 
 bench: setup ## Measure latency, many programs, warm start, dispatch and bundles; writes bench/results/
