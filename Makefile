@@ -8,7 +8,12 @@ TORCH_INDEX ?=
 READY := $(VENV)/.ready
 JOBS ?= 2
 
-.PHONY: help setup demo check lint types test bench matrix clean
+# Files of tests without a real model, each quick; of these, tests that start Python processes are left out by their mark.
+FAST := layout loaders matrix passes_contract passes_golden passes_units polar_decode polar_labels predictor program \
+	program_picture program_segments program_text protocol_calibration protocol_figures protocol_paired search_formats \
+	search_mcts search_methods search_records search_runner symbols tasks
+
+.PHONY: help setup demo check lint types test fast bench matrix clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -37,6 +42,9 @@ types: setup ## Static types
 # A thread each: compute threads of two processes that wait for each other's cores are many times slower than none.
 test: setup ## Run the tests in JOBS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+
+fast: setup ## Run the tests that need no real model and no child process: under a minute on two free cores
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not child_process" $(FAST:%=tests/test_%.py)
 
 bench: setup ## Measure latency, many programs, warm start, dispatch and bundles; writes bench/results/
 	$(BIN)/python bench/latency.py

@@ -17,10 +17,9 @@ from polar_fx.errors import InputError
 from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
 from polar_fx.questions import split_of
-from polar_fx.search.analysis import summary
 from polar_fx.search.analysis.edit_effects import EditEffect, edit_effects
 from polar_fx.search.analysis.menu_coverage import Menu, coverage, greedy_menu, menu_report, merge, split_records
-from polar_fx.search.analysis.summary import SearchFile, analyze, group_summaries, is_repeat_only, is_skip_only
+from polar_fx.search.analysis.summary import SearchFile, analyze, group_summaries, is_repeat_only, is_skip_only, summary
 from polar_fx.search.records.records import SearchRecord
 from polar_fx.stats.intervals import Share, ranks, spearman, wilson
 from search_samples import DAMPED, DEPTH, HEADER, IDENTITY, MIXED, MOVED, REPEAT, SAMPLES, SKIP, SKIP_TWO, record, simple

@@ -41,6 +41,13 @@ def test_the_wheel_holds_every_module_once(wheel: Path) -> None:
     assert set(names) == here
 
 
+def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
+    """The mark of annotated packages, and the sources of the C++ runner; nothing else."""
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith(".py") and ".dist-info/" not in n}
+    runner = {str(p.relative_to(ROOT)) for p in (ROOT / "polar_fx" / "bundle" / "cpp").iterdir() if p.is_file()}
+    assert runner and names == {"polar_fx/py.typed"} | runner
+
+
 def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = (

@@ -135,6 +135,7 @@ def test_content_ids_tell_passes_options_and_versions_apart() -> None:
     assert ScheduleLayers(PATH, BLENDS).content_id == ScheduleLayers(list(PATH), [[1, 3, 0.5]]).content_id  # type: ignore[arg-type]
 
 
+@pytest.mark.child_process
 def test_content_ids_are_stable_across_processes() -> None:
     code = (
         "from polar_fx.passes import *; "

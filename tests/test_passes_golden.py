@@ -58,6 +58,7 @@ def test_every_pass_has_a_golden() -> None:
     assert {p.stem for p in GOLDEN.glob("*.txt")} == CASES.keys()
 
 
+@pytest.mark.child_process
 def test_text_and_fingerprint_are_equal_in_another_process() -> None:
     here = Path(__file__).parent
     code = "from test_passes_golden import *; g = library(); print(graph_fingerprint(g)); print(graph_text(g), end='')"

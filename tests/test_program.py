@@ -222,6 +222,7 @@ def test_fingerprint_is_the_documented_hash() -> None:
     assert program.fingerprint == "22f2da529a31f94f314db0ada9f39f60"
 
 
+@pytest.mark.child_process
 def test_fingerprint_is_stable_across_processes() -> None:
     code = "from polar_fx.program import Program; print(Program.parse('0-3 (4)*3@0.1 9 /12').fingerprint)"
     found = set()
@@ -248,6 +249,7 @@ def test_large_programs_are_fast() -> None:
         assert best < 0.05  # about 2 ms here
 
 
+@pytest.mark.child_process
 def test_import_loads_neither_torch_nor_transformers() -> None:
     code = "import sys, polar_fx.program; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -323,6 +323,7 @@ def test_tables_are_written(tmp_path: Path) -> None:
         write_tables([arm("menu")], tmp_path / "file" / "folder")
 
 
+@pytest.mark.child_process
 def test_neither_torch_nor_matplotlib_is_needed() -> None:
     code = (
         "import sys, polar_fx.stats.tables, polar_fx.stats.calibration\n"

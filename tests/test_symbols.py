@@ -63,6 +63,7 @@ def test_text_that_is_no_table_is_refused(name: str) -> None:
         SymbolTable.from_json(DAMAGE[name](text))
 
 
+@pytest.mark.child_process
 def test_tables_are_equal_in_another_process() -> None:
     code = "from tiny_models import tiny; print(tiny('gemma2').library.table.to_json(), end='')"
     here = Path(__file__).parent

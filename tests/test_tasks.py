@@ -264,6 +264,7 @@ def test_one_cell_may_be_named_without_a_list() -> None:
     assert get_task("addition").cells[0].name == "1+1 digits"
 
 
+@pytest.mark.child_process
 def test_tasks_need_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, polar_fx.questions.tasks, polar_fx.questions; print({'torch', 'transformers', 'sympy'} & sys.modules.keys())"
