@@ -46,8 +46,9 @@ class _Running(GenerationMixin):
     def __init__(self, compiled: "CompiledModel", program: Program, trunk: Trunk | None = None) -> None:
         self.compiled, self.program, self.trunk = compiled, program, trunk
         self.config = compiled.config
-        self.generation_config = copy.deepcopy(compiled.generation_config or GenerationConfig())
+        self.generation_config = _without_chunks(compiled.generation_config or GenerationConfig())
         self.device, self.dtype = compiled.device, compiled.dtype
+        self._columns = 0  # of the tokens [B, T] that the loop holds, those that the session has seen, padding included
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -69,13 +70,26 @@ class _Running(GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         cache: Any = None, past_key_values: Any = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast:
+        """Logits [B, 1, V] of the last token; [B, n, V] of a later call that brings n > 1 new tokens a row.
+
+        The loop passes either all tokens so far or, shorter than the mask, the new ones alone.
+        """
         session: KvSession = cache or past_key_values
-        if session.get_seq_length() == 0:
+        width = input_ids.shape[1]
+        whole = attention_mask is None or attention_mask.shape[1] == width
+        new = width - self._columns if whole and width > self._columns else width
+        first, self._columns = session.get_seq_length() == 0, self._columns + new
+        if first:
             rows, _ = self.compiled.rows(input_ids, attention_mask)
-            logits = torch.stack(self.compiled.prefill(self.program, session, rows, trunk=self.trunk))
+            logits = torch.stack(self.compiled.prefill(self.program, session, rows, trunk=self.trunk))[:, None]
+        elif new == 1:
+            logits = self.compiled.decode(self.program, session, input_ids[:, -1])[:, None]
         else:
-            logits = self.compiled.decode(self.program, session, input_ids[:, -1])
-        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: session})  # type: ignore[arg-type]
+            rows, mask = self.compiled.rows(input_ids[:, -new:], None if attention_mask is None else attention_mask[:, -new:])
+            if not bool(mask.all()):
+                raise InputError(f"{new} tokens a row follow the prompt at once, some of them padding; pass rows of equal length")
+            logits = torch.stack(self.compiled.prefill(self.program, session, rows, every=True))
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: session})  # type: ignore[arg-type]
 
     __call__ = forward
 
@@ -99,6 +113,9 @@ class Generator:
         # transformers appends what comes from the model's device to what it was given
         input_ids = input_ids.to(compiled.device)
         kwargs |= {"attention_mask": mask.long().to(compiled.device), "use_cache": True}
+        kwargs.pop("prefill_chunk_size", None)
+        if (given := kwargs.get("generation_config")) is not None:
+            kwargs["generation_config"] = _without_chunks(given)
         if trunk is None:
             opened = compiled.session(program, len(rows) * copies)
         else:
@@ -139,3 +156,10 @@ class Generator:
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     known = GenerationConfig().to_dict()
     return {name: value for name, value in kwargs.items() if name in known}
+
+
+def _without_chunks(config: GenerationConfig) -> GenerationConfig:
+    """A copy without transformers' way of cutting a prompt (`prefill_chunk_size`): `prefill` cuts it in chunks of its own."""
+    config = copy.deepcopy(config)
+    config.prefill_chunk_size = None
+    return config
