@@ -132,6 +132,47 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         _compiled().generate(prompts(9)[0][None], assistant_model=_model(), max_new_tokens=2)
 
 
+REFUSED: dict[str, dict[str, Any]] = {
+    "cache_implementation='static'": dict(cache_implementation="static"),
+    "cache_implementation='offloaded'": dict(cache_implementation="offloaded"),
+    "output_hidden_states=True": dict(output_hidden_states=True, return_dict_in_generate=True),
+    "output_attentions=True": dict(output_attentions=True, return_dict_in_generate=True),
+    "guidance_scale=2.0": dict(guidance_scale=2.0),
+    "prompt_lookup_num_tokens=2": dict(prompt_lookup_num_tokens=2),
+    "assistant_early_exit=1": dict(assistant_early_exit=1),
+    "dola_layers='low'": dict(dola_layers="low"),
+    "penalty_alpha=0.6": dict(penalty_alpha=0.6, top_k=4),
+    "force_words_ids=": dict(force_words_ids=[[5]], num_beams=2),
+}
+
+
+@pytest.mark.parametrize("place", ["argument", "configuration", "the model's own"])
+@pytest.mark.parametrize("named", REFUSED)
+def test_settings_that_only_the_model_can_follow_are_refused_wherever_they_stand(
+    named: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, given = REFUSED[named], {}
+    if place == "argument":
+        given = settings
+    elif place == "configuration":
+        given = {"generation_config": GenerationConfig(**settings)}
+    else:
+        for name, value in settings.items():
+            monkeypatch.setattr(_compiled().generation_config, name, value)
+    monkeypatch.setattr(CompiledModel, "prefill", None)  # nothing may run
+    ids = prompts(9)[0][None]
+    with pytest.raises(InputError, match=named.partition("=")[0] if "cache" in named else named):
+        _compiled().generate(ids, max_new_tokens=2, do_sample=False, **given)
+
+
+def test_settings_without_effect_are_no_reason_to_refuse() -> None:
+    ids = prompts(9)[0][None]
+    options: dict[str, Any] = dict(max_new_tokens=3, do_sample=False)
+    want = _compiled().generate(ids, **options)
+    for extra in ({"guidance_scale": 1.0}, {"output_attentions": True}, {"use_cache": False}, {"num_beam_groups": 1}):
+        assert torch.equal(_compiled().generate(ids, **options, **extra), want)
+
+
 def test_the_models_configuration_is_left_alone() -> None:
     before = _model().generation_config.to_dict()
     _compiled().generate(prompts(9)[0][None], max_new_tokens=2, do_sample=True, temperature=0.3)

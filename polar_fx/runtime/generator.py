@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 _UNSUPPORTED = (
     "assistant_model", "past_key_values", "cache", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids"
 )  # fmt: skip
+_LOGITS_ONLY = ("output_hidden_states", "output_attentions")
+# settings that ask for a loop of transformers that takes more from a model than its next logits
+_OTHER_LOOPS = (
+    "constraints", "force_words_ids", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers",
+    "penalty_alpha", "num_beam_groups",
+)  # fmt: skip
+_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
 def padded_rows(rows: Sequence[Sequence[int]], fill: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
@@ -132,6 +139,7 @@ class Generator:
         compiled = self.compiled
         rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
         config = self.config(**kwargs)
+        _refuse_settings(config)
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
         if longest + new - 1 > compiled.pool.max_length:  # the last token is never fed back
@@ -156,6 +164,25 @@ class Generator:
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     known = GenerationConfig().to_dict()
     return {name: value for name, value in kwargs.items() if name in known}
+
+
+def _refuse_settings(config: GenerationConfig) -> None:
+    """Raise InputError for settings that only the model itself can follow, wherever they were given."""
+    if (kind := getattr(config, "cache_implementation", None)) is not None:
+        raise InputError(
+            f"cache_implementation={kind!r} cannot be followed: the compiled model keeps its own KV cache, allocated once; "
+            "set cache_implementation of the generation_config (the model's own, if none was passed) to None"
+        )
+    for name in _LOGITS_ONLY:
+        if config.return_dict_in_generate and getattr(config, name, None):
+            raise InputError(f"{name}=True: the compiled model hands out logits only; leave it out, or ask the model itself")
+    if (scale := config.guidance_scale) is not None and scale != 1:
+        raise InputError(f"guidance_scale={scale!r} needs a second, unguided prompt beside each; leave it out")
+    mode = config.get_generation_mode().value
+    asked = next((n for n in _OTHER_LOOPS if getattr(config, n, None)), None)
+    if mode not in _MODES:
+        what = f"{asked}={getattr(config, asked)!r}" if asked else "its settings"
+        raise InputError(f"generate() runs greedy search, sampling and beams; {what} asks for {mode}: leave it out")
 
 
 def _without_chunks(config: GenerationConfig) -> GenerationConfig:
