@@ -20,6 +20,7 @@ from .errors import (
     ProgramTextError,
     UnknownBackendError,
     UnsupportedModelError,
+    WeightsReplacedError,
 )
 from .version import __version__ as __version__
 
@@ -67,6 +68,7 @@ __all__ = [
     "Segment",
     "UnknownBackendError",
     "UnsupportedModelError",
+    "WeightsReplacedError",
     "compile",
     "export",
     "load",

@@ -25,6 +25,7 @@ from .predictor.menu import Menu
 from .predictor.policy import Policy
 from .predictor.saved import load_selector
 from .program import Program
+from .runtime.bound_weights import BoundWeights
 from .runtime.code_key import RegionRecord
 from .runtime.cuda_graphs import CudaApi, CudaGraphs
 from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
@@ -33,6 +34,7 @@ from .runtime.kv_cache import KvPool, KvSession
 from .runtime.link import LinkedProgram, Linker
 from .runtime.regions import RegionTable
 from .runtime.tiers import Tier, TierPolicy, Tiers
+from .runtime.token_rows import token_rows
 from .runtime.trunk import Trunk
 from .store import ArtifactStore
 
@@ -149,6 +151,7 @@ class CompiledModel:
     ) -> None:
         self.config, self.generation_config = model.config, model.generation_config
         self.library, self.backend = library, backend
+        self.bound = BoundWeights(model, library.tensors)
         self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
         self.pool = KvPool(max_length, library.device)
         self.regions = RegionTable(library, backend, max_length, store, workers)
@@ -289,33 +292,13 @@ class CompiledModel:
     # --------------------------------------------------------------------- prefill and decode of one session
 
     def session(self, program: Program, batch: int) -> Any:
-        """A context manager giving an empty KvSession for `batch` rows of `program`."""
+        """A context manager giving an empty KvSession for `batch` rows of `program`. Raises WeightsReplacedError."""
+        self.bound.check()
         return self.pool.session(self.library.kv_specs(program), batch)
 
     def rows(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
         """Validated input, on the CPU: the real tokens of each row, and the boolean mask [B, T] that says where they stood."""
-        if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-            what = f"a tensor of shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
-            raise InputError(f"input_ids must be an integer tensor [batch, tokens], got {what}")
-        if input_ids.dtype not in (torch.int64, torch.int32):
-            raise InputError(f"input_ids must be integers, got {input_ids.dtype}; pass the tokenizer's input_ids")
-        if input_ids.numel() == 0:
-            raise InputError(f"input_ids is empty (shape {tuple(input_ids.shape)}); a prompt needs at least one token")
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-            got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-            raise InputError(f"attention_mask must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, got {got}")
-        input_ids, mask = input_ids.cpu(), attention_mask.cpu().bool()  # once: looking at each row would wait for the device
-        rows = [ids[m].long() for ids, m in zip(input_ids, mask, strict=True)]
-        for i, row in enumerate(rows):
-            if row.numel() == 0:
-                raise InputError(f"row {i} has no token: its attention_mask is all zero")
-            low, high = int(row.min()), int(row.max())
-            if low < 0 or high >= self.vocab_size:
-                bad = low if low < 0 else high
-                raise InputError(f"row {i} holds token id {bad}, outside the vocabulary 0..{self.vocab_size - 1}")
-        return rows, mask
+        return token_rows(input_ids, attention_mask, self.vocab_size)
 
     def chunks(self, rows: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
         """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], zeros after a row's own, and its counts.

@@ -60,6 +60,10 @@ class CaptureError(ModelError):
     """Tracing a supported model failed, or the traced graph does not compute what the model computes."""
 
 
+class WeightsReplacedError(ModelError):
+    """The model's tensors were exchanged after it was compiled; compile it again."""
+
+
 class ModelNotFoundError(ModelError, FileNotFoundError):
     """No model where one was named, or no default model installed; the message says how to get one."""
 

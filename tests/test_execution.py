@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from polar_fx.capture.support import last_position
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.program import Program
-from tiny_models import WINDOW, make, prompts
+from polar_fx.runtime.generator import padded_rows
+from tiny_models import WINDOW, make, prompts, reference
 
 FAMILIES = ("llama", "gemma2", "qwen3")
 DEPTH = 4
@@ -218,3 +220,21 @@ def _last_and_next(compiled: CompiledModel, text: str, rows: list[Tensor]) -> Te
     with torch.no_grad(), compiled.session(program, len(rows)) as session:
         last = torch.stack(compiled.prefill(program, session, rows))
         return torch.stack([last, compiled.decode(program, session, torch.full((len(rows),), 7))], 1)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gptj", "codegen", "biogpt", "gpt_bigcode", "llama"])
+def test_rows_of_different_length_fit_a_table_of_positions_to_its_last_row(family: str) -> None:
+    limits = dict(n_positions=32) if family in ("gpt2", "gptj", "codegen", "gpt_bigcode") else {}
+    model = make(family, max_position_embeddings=32, **limits)
+    compiled = compile(model, "eager")
+    assert compiled.pool.max_length == 32
+    rows = prompts(32, 7)
+    ids, mask = padded_rows([r.tolist() for r in rows])
+    got = compiled.forward(ids, mask)
+    for row, logits, want in zip(rows, got, reference(model, rows), strict=True):
+        torch.testing.assert_close(logits[32 - len(row) :], want, rtol=1e-3, atol=1e-4)
+
+
+def test_only_a_model_with_a_table_of_positions_is_told_its_end() -> None:
+    found = {family: last_position(make(family)) for family in ("gpt2", "opt", "gptj", "llama", "bloom", "gemma2")}
+    assert found == {"gpt2": 255, "opt": 255, "gptj": 255, "llama": None, "bloom": None, "gemma2": None}

@@ -11,6 +11,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, KvOverflowError
+from polar_fx.runtime.generator import _Running
 from tiny_models import make, prompts
 
 PROGRAM = "0 (1-2)*2 3"
@@ -131,10 +132,91 @@ def test_what_cannot_work_is_refused_by_name() -> None:
         _compiled().generate(prompts(9)[0][None], assistant_model=_model(), max_new_tokens=2)
 
 
+REFUSED: dict[str, dict[str, Any]] = {
+    "cache_implementation='static'": dict(cache_implementation="static"),
+    "cache_implementation='offloaded'": dict(cache_implementation="offloaded"),
+    "output_hidden_states=True": dict(output_hidden_states=True, return_dict_in_generate=True),
+    "output_attentions=True": dict(output_attentions=True, return_dict_in_generate=True),
+    "guidance_scale=2.0": dict(guidance_scale=2.0),
+    "prompt_lookup_num_tokens=2": dict(prompt_lookup_num_tokens=2),
+    "assistant_early_exit=1": dict(assistant_early_exit=1),
+    "dola_layers='low'": dict(dola_layers="low"),
+    "penalty_alpha=0.6": dict(penalty_alpha=0.6, top_k=4),
+    "force_words_ids=": dict(force_words_ids=[[5]], num_beams=2),
+}
+
+
+@pytest.mark.parametrize("place", ["argument", "configuration", "the model's own"])
+@pytest.mark.parametrize("named", REFUSED)
+def test_settings_that_only_the_model_can_follow_are_refused_wherever_they_stand(
+    named: str, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, given = REFUSED[named], {}
+    if place == "argument":
+        given = settings
+    elif place == "configuration":
+        given = {"generation_config": GenerationConfig(**settings)}
+    else:
+        for name, value in settings.items():
+            monkeypatch.setattr(_compiled().generation_config, name, value)
+    monkeypatch.setattr(CompiledModel, "prefill", None)  # nothing may run
+    ids = prompts(9)[0][None]
+    with pytest.raises(InputError, match=named.partition("=")[0] if "cache" in named else named):
+        _compiled().generate(ids, max_new_tokens=2, do_sample=False, **given)
+
+
+def test_settings_without_effect_are_no_reason_to_refuse() -> None:
+    ids = prompts(9)[0][None]
+    options: dict[str, Any] = dict(max_new_tokens=3, do_sample=False)
+    want = _compiled().generate(ids, **options)
+    for extra in ({"guidance_scale": 1.0}, {"output_attentions": True}, {"use_cache": False}, {"num_beam_groups": 1}):
+        assert torch.equal(_compiled().generate(ids, **options, **extra), want)
+
+
 def test_the_models_configuration_is_left_alone() -> None:
     before = _model().generation_config.to_dict()
     _compiled().generate(prompts(9)[0][None], max_new_tokens=2, do_sample=True, temperature=0.3)
     assert _model().generation_config.to_dict() == before
+
+
+@pytest.mark.parametrize("size", [1, 4, 9, 20])
+def test_a_prompt_that_transformers_would_cut_up_is_read_as_a_whole(size: int) -> None:
+    rows = torch.stack(prompts(11, 11))
+    options: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    want = _model().generate(rows, **options)
+    assert torch.equal(_compiled().generate(rows, prefill_chunk_size=size, **options), want)
+    config = GenerationConfig(prefill_chunk_size=size, **options)
+    assert torch.equal(_compiled().generate(rows, generation_config=config), want)
+    assert config.prefill_chunk_size == size
+    mask = torch.ones_like(rows)
+    mask[1, :6] = 0
+    padded = _compiled().generate(rows, attention_mask=mask, prefill_chunk_size=size, **options)
+    assert torch.equal(padded, _compiled().generate(rows, attention_mask=mask, **options))
+
+
+def test_a_loop_may_append_any_number_of_tokens_at_once() -> None:
+    rows = torch.stack(prompts(12, 12))
+    want = _compiled().forward(rows, program=PROGRAM)
+    with _compiled().session(program := _compiled().resolve(PROGRAM), 2) as session:
+        loop = _Running(_compiled(), program)
+        ones = torch.ones_like(rows)
+        for end in (4, 7):  # all tokens so far, as a loop of its own may pass them
+            got = loop(rows[:, :end], ones[:, :end], session).logits
+            torch.testing.assert_close(got[:, -1], want[:, end - 1])
+        torch.testing.assert_close(got, want[:, 4:7])
+        torch.testing.assert_close(loop(rows[:, 7:11], ones[:, :11], session).logits, want[:, 7:11])  # the new ones alone
+        torch.testing.assert_close(loop(rows, ones, session).logits[:, 0], want[:, 11])
+
+
+def test_padding_among_tokens_that_follow_is_refused() -> None:
+    rows = torch.stack(prompts(9, 9))
+    mask = torch.ones_like(rows)
+    mask[0, 7] = 0
+    with _compiled().session(program := _compiled().resolve(PROGRAM), 2) as session:
+        loop = _Running(_compiled(), program)
+        loop(rows[:, :4], mask[:, :4], session)
+        with pytest.raises(InputError, match="5 tokens a row follow the prompt at once, some of them padding"):
+            loop(rows, mask, session)
 
 
 @pytest.fixture(scope="module", params=["eager", "inductor"])

@@ -40,9 +40,12 @@ ORDER = (
 RANK = {room: i for i, rooms in enumerate(ORDER) for room in rooms}
 # The same inside large rooms: a module or folder may import from those before it.
 INNER = {
-    "runtime": ("code_key", "kv_cache", "regions", "link", "cuda_graphs", "tiers", "trunk", "generator", "dispatcher"),
+    "runtime": (
+        "token_rows", "bound_weights", "code_key", "kv_cache", "regions", "link", "cuda_graphs", "tiers", "trunk", "generator",
+        "dispatcher",
+    ),
     "search": ("config", "methods", "records", "analysis", "lockstep", "workers", "ray_workers"),
-}
+}  # fmt: skip
 # These take a CompiledModel, which stands above them, and name it for type checking only. Nobody else may do so.
 TAKE_COMPILED = {
     f"polar_fx/{name}.py"

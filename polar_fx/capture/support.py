@@ -13,6 +13,8 @@ from ..errors import UnsupportedModelError
 from .captured import KvSpec
 from .extension import CACHE, EAGER, SDPA, Recorder
 
+_MORE_ROWS = 16  # a table of positions may have: OPT's begins at 2
+
 
 def attention_variants(model: PreTrainedModel) -> tuple[str, ...]:
     """Names under which the model's attention may be traced, the one it was loaded with first.
@@ -67,6 +69,25 @@ def find_stack(model: PreTrainedModel) -> str:
             f"{type(model).__name__} has no stack of layers (no nn.ModuleList)", "pass a decoder-only causal language model"
         )
     return max(fits, key=lambda n: sum(p.numel() for p in outermost[n].parameters()))
+
+
+def last_position(model: PreTrainedModel) -> int | None:
+    """The last position a model can look up, if it keeps a table of them, learned or computed ahead; None if it needs none.
+
+    A table is known by its length: that of the config, or a few rows more. To take something else for one costs an operator.
+    """
+    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is None:
+        return None
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            found = module is not model.get_input_embeddings() and limit <= module.num_embeddings < limit + _MORE_ROWS
+        else:
+            own = (*module._buffers.values(), *vars(module).values())
+            found = any(isinstance(t, Tensor) and t.dim() > 1 and limit <= t.shape[-2] < limit + _MORE_ROWS for t in own)
+        if found:
+            return int(limit) - 1
+    return None
 
 
 def check_supported(model: Any) -> None:

@@ -26,7 +26,7 @@ from ..passes.base import storage, writes
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
 from .rotary import choose_frequencies_by_operator
-from .support import attention_variants, check_supported, embedding_weight, find_stack, probe, shared_view, unwrapped
+from .support import attention_variants, check_supported, embedding_weight, find_stack, last_position, probe, shared_view, unwrapped
 
 log = logging.getLogger("polar_fx.capture")
 
@@ -35,16 +35,18 @@ _B, _T, _L = 3, 7, 23
 
 
 class _Traced(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, last: int | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.last = model, last
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]) -> Tensor:
         cache = Slots(positions, kv_index, kv)
         # "no padding", for code that would otherwise make such a mask from a length it believes to be a number
         mask = torch.ones_like(kv_index).expand(input_ids.shape[0], -1)
         given: dict[str, Any] = {CACHE: cache}
-        return self.model(input_ids=input_ids, attention_mask=mask, position_ids=positions, use_cache=True, **given).logits
+        # padding is written to a spare column, which may lie beyond the model's own table of positions: only the table is spared
+        places = positions if self.last is None else positions.clamp(max=self.last)
+        return self.model(input_ids=input_ids, attention_mask=mask, position_ids=places, use_cache=True, **given).logits
 
 
 @contextmanager
@@ -65,7 +67,7 @@ def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.Ex
     example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), kv)
     with torch.no_grad(), _quiet():
         return torch.export.export(
-            _Traced(view),
+            _Traced(view, last_position(view)),
             example,
             dynamic_shapes=shapes,
             strict=False,

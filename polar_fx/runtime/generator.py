@@ -27,6 +27,13 @@ if TYPE_CHECKING:
 _UNSUPPORTED = (
     "assistant_model", "past_key_values", "cache", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids"
 )  # fmt: skip
+_LOGITS_ONLY = ("output_hidden_states", "output_attentions")
+# settings that ask for a loop of transformers that takes more from a model than its next logits
+_OTHER_LOOPS = (
+    "constraints", "force_words_ids", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers",
+    "penalty_alpha", "num_beam_groups",
+)  # fmt: skip
+_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
 def padded_rows(rows: Sequence[Sequence[int]], fill: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
@@ -46,8 +53,9 @@ class _Running(GenerationMixin):
     def __init__(self, compiled: "CompiledModel", program: Program, trunk: Trunk | None = None) -> None:
         self.compiled, self.program, self.trunk = compiled, program, trunk
         self.config = compiled.config
-        self.generation_config = copy.deepcopy(compiled.generation_config or GenerationConfig())
+        self.generation_config = _without_chunks(compiled.generation_config or GenerationConfig())
         self.device, self.dtype = compiled.device, compiled.dtype
+        self._columns = 0  # of the tokens [B, T] that the loop holds, those that the session has seen, padding included
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -69,13 +77,26 @@ class _Running(GenerationMixin):
         self, input_ids: Tensor, attention_mask: Tensor | None = None,
         cache: Any = None, past_key_values: Any = None, **kwargs: Any,
     ) -> CausalLMOutputWithPast:
+        """Logits [B, 1, V] of the last token; [B, n, V] of a later call that brings n > 1 new tokens a row.
+
+        The loop passes either all tokens so far or, shorter than the mask, the new ones alone.
+        """
         session: KvSession = cache or past_key_values
-        if session.get_seq_length() == 0:
+        width = input_ids.shape[1]
+        whole = attention_mask is None or attention_mask.shape[1] == width
+        new = width - self._columns if whole and width > self._columns else width
+        first, self._columns = session.get_seq_length() == 0, self._columns + new
+        if first:
             rows, _ = self.compiled.rows(input_ids, attention_mask)
-            logits = torch.stack(self.compiled.prefill(self.program, session, rows, trunk=self.trunk))
+            logits = torch.stack(self.compiled.prefill(self.program, session, rows, trunk=self.trunk))[:, None]
+        elif new == 1:
+            logits = self.compiled.decode(self.program, session, input_ids[:, -1])[:, None]
         else:
-            logits = self.compiled.decode(self.program, session, input_ids[:, -1])
-        return CausalLMOutputWithPast(logits=logits[:, None], **{CACHE: session})  # type: ignore[arg-type]
+            rows, mask = self.compiled.rows(input_ids[:, -new:], None if attention_mask is None else attention_mask[:, -new:])
+            if not bool(mask.all()):
+                raise InputError(f"{new} tokens a row follow the prompt at once, some of them padding; pass rows of equal length")
+            logits = torch.stack(self.compiled.prefill(self.program, session, rows, every=True))
+        return CausalLMOutputWithPast(logits=logits, **{CACHE: session})  # type: ignore[arg-type]
 
     __call__ = forward
 
@@ -98,6 +119,9 @@ class Generator:
         # transformers appends what comes from the model's device to what it was given
         input_ids = input_ids.to(compiled.device)
         kwargs |= {"attention_mask": mask.long().to(compiled.device), "use_cache": True}
+        kwargs.pop("prefill_chunk_size", None)
+        if (given := kwargs.get("generation_config")) is not None:
+            kwargs["generation_config"] = _without_chunks(given)
         if trunk is None:
             opened = compiled.session(program, len(rows) * copies)
         else:
@@ -114,6 +138,7 @@ class Generator:
         compiled = self.compiled
         rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
         config = self.config(**kwargs)
+        _refuse_settings(config)
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
         if longest + new - 1 > compiled.pool.max_length:  # the last token is never fed back
@@ -138,3 +163,29 @@ class Generator:
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     known = GenerationConfig().to_dict()
     return {name: value for name, value in kwargs.items() if name in known}
+
+
+def _refuse_settings(config: GenerationConfig) -> None:
+    """Raise InputError for settings that only the model itself can follow, wherever they were given."""
+    if (kind := getattr(config, "cache_implementation", None)) is not None:
+        raise InputError(
+            f"cache_implementation={kind!r} cannot be followed: the compiled model keeps its own KV cache, allocated once; "
+            "set cache_implementation of the generation_config (the model's own, if none was passed) to None"
+        )
+    for name in _LOGITS_ONLY:
+        if config.return_dict_in_generate and getattr(config, name, None):
+            raise InputError(f"{name}=True: the compiled model hands out logits only; leave it out, or ask the model itself")
+    if (scale := config.guidance_scale) is not None and scale != 1:
+        raise InputError(f"guidance_scale={scale!r} needs a second, unguided prompt beside each; leave it out")
+    mode = config.get_generation_mode().value
+    asked = next((n for n in _OTHER_LOOPS if getattr(config, n, None)), None)
+    if mode not in _MODES:
+        what = f"{asked}={getattr(config, asked)!r}" if asked else "its settings"
+        raise InputError(f"generate() runs greedy search, sampling and beams; {what} asks for {mode}: leave it out")
+
+
+def _without_chunks(config: GenerationConfig) -> GenerationConfig:
+    """A copy without transformers' way of cutting a prompt (`prefill_chunk_size`): `prefill` cuts it in chunks of its own."""
+    config = copy.deepcopy(config)
+    config.prefill_chunk_size = None
+    return config

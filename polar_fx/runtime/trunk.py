@@ -66,6 +66,7 @@ def run_trunk(model: "CompiledModel", rows: list[Tensor], num_steps: int) -> Ite
     """
     identity = Program.identity(model.depth)
     check_trunk(identity, num_steps)
+    model.bound.check()
     with model.pool.session(model.library.kv_specs(identity)[:num_steps], len(rows)) as session:
         session.require([len(r) for r in rows])
         if model.deterministic and len(rows) > 1:
