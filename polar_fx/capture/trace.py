@@ -26,7 +26,16 @@ from ..passes.base import storage, writes
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
 from .rotary import choose_frequencies_by_operator
-from .support import attention_variants, check_supported, embedding_weight, find_stack, last_position, probe, shared_view, unwrapped
+from .support import (
+    attention_variants,
+    check_supported,
+    embedding_weight,
+    find_stack,
+    last_position,
+    probe,
+    shared_view,
+    unwrapped,
+)
 
 log = logging.getLogger("polar_fx.capture")
 
