@@ -218,7 +218,8 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "program endless": (field("programs", ["0 " * 100_000]), "at most 65,536 characters"),
     "program of odd damping": (field("programs", ["(0-3)*2@7"]), "which is no program"),
     # where the machine differs
-    "device": (field("target.device", "cuda"), r"for device 'cuda'; this polar_fx loads those for 'cpu'"),
+    "device": (field("target.device", "tpu"), r"for device 'tpu'; this polar_fx loads those for 'cpu' and 'cuda'"),
+    "no GPU": (field("target.device", "cuda"), r"for an NVIDIA GPU, and torch sees none here"),
     "processor": (field("target.processor", "Linux aarch64 SVE 00000000"), "for processor 'Linux aarch64 .* may be missing here"),
     "torch": (field("target.torch", "2.12.0 abc"), r"for torch 2\.12\.0 abc, .*; install torch 2\.12\.0"),
     "backend": (field("target.backend", "tensorrt"), "names backend 'tensorrt'"),
