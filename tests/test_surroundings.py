@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from polar_fx.backends.worker import compiler_reason
 from polar_fx.compiled import compile
 from polar_fx.errors import CaptureError, InputError, UnsupportedModelError
 from tiny_models import make, prompts, reference
@@ -76,12 +75,3 @@ def test_layers_that_share_a_module_are_refused_by_their_stack() -> None:
     model.model.layers[1].mlp = model.model.layers[0].mlp
     with pytest.raises(CaptureError, match=r"of the 3 layers in model\.layers, the trace tells \d apart.*share submodules"):
         compile(model, "eager", max_length=31, cache=False)
-
-
-def test_a_compilers_own_words_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError("C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nold\ng++: fatal error: no input files")
-    monkeypatch.setattr("tempfile.tempdir", "/tmp")
-    assert compiler_reason(error) == "RuntimeError: C++ compile error: g++: fatal error: no input files"
-    monkeypatch.setattr("tempfile.tempdir", "/tmp/two words")
-    assert compiler_reason(error).endswith("'/tmp/two words', has a space in its name: set TMPDIR to one without")
-    assert compiler_reason(ValueError("short\nlong")) == "ValueError: short"

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 
 from ..backends.aot_inductor import GRAPH
 from ..backends.base import Backend, Dynamic, PersistentBackend, Region, ShapeClass
-from ..backends.worker import WorkerPool, compiler_reason, describe, worker_pool
+from ..backends.worker import WorkerPool, describe, worker_pool
 from ..capture.trace import TRACING
 from ..errors import CaptureError, CompileError, PolarError
 from ..library import LayerLibrary
@@ -160,7 +160,10 @@ class RegionTable:
             except PolarError:
                 raise
             except Exception as error:
-                raise CompileError(f"{backend.name} cannot compile {name} for {shape}: {compiler_reason(error)}") from error
+                reason = str(error).strip().partition("\n")[0]
+                raise CompileError(
+                    f"{backend.name} cannot compile {name} for {shape}: {type(error).__name__}: {reason}"
+                ) from error
             if name == self.library.prologue.target:  # before it is stored: what is loaded is not looked at again
                 self._check_prologue(region, shape)
             made.append((region, _size(_files(folder))))
