@@ -20,7 +20,6 @@ from torch.fx import GraphModule
 from ..backends.aot_inductor import GRAPH
 from ..backends.base import Backend, Dynamic, PersistentBackend, Region, ShapeClass
 from ..backends.worker import WorkerPool, describe, worker_pool
-from ..capture.trace import TRACING
 from ..errors import CaptureError, CompileError, PolarError
 from ..library import LayerLibrary
 from ..passes.keep_kv_writes import KeepKvWrites
@@ -64,6 +63,7 @@ class RegionTable:
         self.records: list[RegionRecord] = []
         self._regions: dict[Wanted, Region] = {}
         self._lock = threading.RLock()
+        self._tracing = threading.Lock()
 
     def get(self, wanted: Sequence[Wanted]) -> dict[Wanted, Region]:
         """The wanted regions, made if missing: all of them at once, if workers can.
@@ -140,7 +140,7 @@ class RegionTable:
             for w in wanted:
                 self._build_one(backend, *w, backend.build)
             return
-        with TRACING:
+        with self._tracing:
             _ = self.library.graph_module  # once, before threads ask for it
         with worker_pool(min(self.workers, len(wanted))) as pool, ThreadPoolExecutor(len(wanted)) as threads:
             made = [threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted]
@@ -153,7 +153,7 @@ class RegionTable:
 
         def make(folder: Path) -> None:
             try:
-                with TRACING:  # torch.export is not made for threads
+                with self._tracing:  # torch.export is not made for threads
                     backend.export(*self._source(name, shape), folder)
                 build(folder)
                 region = backend.load(_files(folder))  # from here: once stored, it may be evicted at any time
