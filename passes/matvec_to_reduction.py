@@ -15,12 +15,12 @@ from .base import Caller, Pass, PassResult, copy_graph_module
 aten = torch.ops.aten
 
 
-def _is_single_row(node: Node) -> bool:
-    """A linear on the CPU whose input is one vector, by static sizes."""
+def is_single_row(node: Node, device: str) -> bool:
+    """A linear on that type of device whose input is one vector, by static sizes."""
     if node.op != "call_function" or node.target is not aten.linear.default:
         return False
     value, weight = node.meta.get("val"), node.args[1].meta["val"]  # type: ignore[union-attr]
-    if not isinstance(value, torch.Tensor) or value.device.type != "cpu" or not value.is_floating_point() or weight.dim() != 2:
+    if not isinstance(value, torch.Tensor) or value.device.type != device or not value.is_floating_point() or weight.dim() != 2:
         return False
     return all(isinstance(size, int) and size == 1 for size in value.shape[:-1])
 
@@ -44,10 +44,10 @@ class MatvecToReduction(Pass):
             raise ValueError(f"streams must be at least 1, got {self.streams}")
 
     def run(self, gm: GraphModule) -> PassResult:
-        if not any(_is_single_row(n) for n in gm.graph.nodes):
+        if not any(is_single_row(n, "cpu") for n in gm.graph.nodes):
             return PassResult(gm, False)
         new, graph = copy_graph_module(gm)
-        found = [n for n in graph.nodes if _is_single_row(n)]
+        found = [n for n in graph.nodes if is_single_row(n, "cpu")]
         rows: dict[Node, Node] = {}
         for node in found:
             with graph.inserting_before(node):

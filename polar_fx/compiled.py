@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from .backends import Backend, ShapeClass, get_backend
@@ -34,7 +33,7 @@ from .runtime.kv_cache import KvPool, KvSession
 from .runtime.link import LinkedProgram, Linker
 from .runtime.regions import RegionTable
 from .runtime.tiers import Tier, TierPolicy, Tiers
-from .runtime.token_rows import token_rows
+from .runtime.token_rows import padded, token_rows
 from .runtime.trunk import Trunk
 from .store import ArtifactStore
 
@@ -307,10 +306,11 @@ class CompiledModel:
         """
         for start in range(0, max(len(r) for r in rows), self.prefill_chunk):
             parts = [r[start : start + self.prefill_chunk] for r in rows]
-            ids = pad_sequence(parts, batch_first=True)
-            if self.device.type == "cuda" and ids.shape[1] > 1:
-                ids = nn.functional.pad(ids, (0, -ids.shape[1] % _GPU_TOKENS))
-            yield ids.to(self.device), [len(p) for p in parts]
+            counts = [len(p) for p in parts]
+            tokens = max(counts)
+            if self.device.type == "cuda" and tokens > 1:
+                tokens += -tokens % _GPU_TOKENS
+            yield padded(parts, tokens).to(self.device), counts
 
     def prefill(
         self, program: Program, session: KvSession, rows: list[Tensor], every: bool = False, trunk: Trunk | None = None
@@ -329,8 +329,8 @@ class CompiledModel:
             last = [n - 1 if start + n == len(r) and n else -1 for n, r in zip(counts, rows, strict=True)]
             done = None
             if trunk is not None:
-                states = pad_sequence([h[start : start + n] for h, n in zip(trunk.hidden, counts, strict=True)], batch_first=True)
-                done = trunk.num_steps, nn.functional.pad(states, (0, 0, 0, ids.shape[1] - states.shape[1]))
+                states = [h[start : start + n] for h, n in zip(trunk.hidden, counts, strict=True)]
+                done = trunk.num_steps, padded(states, ids.shape[1])
             logits = self._run(program, session, ids, counts, None if every else last, done)
             for i, (n, at) in enumerate(zip(counts, last, strict=True)):
                 if every and n:

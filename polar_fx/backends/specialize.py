@@ -12,6 +12,7 @@ from torch.fx import GraphModule
 
 from ..errors import CaptureError
 from ..passes.base import Pass
+from ..passes.matvec_to_reduction import is_single_row
 from .base import Dynamic
 
 
@@ -67,10 +68,8 @@ def compiler_options(graph_module: GraphModule, options: Mapping[str, Any]) -> d
     With tuning, Inductor turns a product of one row into a reduction, and reads the weights at up to 2.4 times the rate of
     cuBLAS (H200, bf16, 896 x 4,864: 4,015 against 1,682 GB/s; 3,584 x 18,944: 4,366 against 3,616; docs/gpu.md).
     """
-    linears = graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default)
-    values = [n.meta["val"] for n in linears]
-    rows = [v for v in values if v.device.type == "cuda" and all(type(s) is int and s == 1 for s in v.shape[:-1])]
-    return {**({"coordinate_descent_tuning": True} if rows else {}), **options}
+    one_row = any(is_single_row(node, "cuda") for node in graph_module.graph.nodes)
+    return {**({"coordinate_descent_tuning": True} if one_row else {}), **options}
 
 
 def example_values(graph_module: GraphModule) -> list[Any]:

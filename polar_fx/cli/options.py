@@ -52,10 +52,9 @@ def add_length_argument(parser: argparse.ArgumentParser, least: str) -> None:
 def row_length(model: Any, tokens: int = 1) -> int:
     """`max_length` for rows of `tokens`: a power of two within the model's limit, so that rows of many lengths share regions."""
     length = max(_SHORTEST, 1 << (tokens - 1).bit_length())
-    from ..models import position_limit
+    from ..models import longest_row
 
-    limit = position_limit(model)
-    return max(tokens, min(length, limit or length))
+    return max(tokens, longest_row(model, length))
 
 
 def status() -> Console:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from ..backends.base import Region, ShapeClass
 from ..capture import KvSpec
@@ -26,6 +25,7 @@ from ..compiled import CompiledModel
 from ..errors import InputError, KvOverflowError
 from ..program import Program
 from ..questions.question import EncodedQuestion
+from ..runtime.token_rows import padded
 from .step_trie import Node, State, StepTrie
 from .verdict import Verdict
 
@@ -216,7 +216,7 @@ class TeacherForcing:
         call = self.compiled.library.layers[layer]
         keys, slot_values = self._scratch(layer, batch)
         region = self._region(call.target, len(rows), tokens)
-        hidden = _pad([s.hidden for s in before], tokens)
+        hidden = padded([s.hidden for s in before], tokens)
         out = region([hidden, *[values[i] for i in call.sides], keys, slot_values, *call.weights])[0]
         for i, ((row, node), state) in enumerate(zip(batch, before, strict=True)):
             after = out[i, : len(row.ids)]
@@ -252,7 +252,7 @@ class TeacherForcing:
         """Side values of a batch, the hidden state after the embedding among them, and its padded tokens."""
         tokens = max(2, *(len(r.ids) for r in rows))
         if rows not in self._sides:
-            ids = _pad([r.ids for r in rows], tokens)
+            ids = padded([r.ids for r in rows], tokens)
             self._sides[rows] = self._prologue(ids, torch.stack([self._positions(r, tokens) for r in rows]))
             if len(self._sides) > _MAX_SIDES:
                 self._sides.popitem(last=False)
@@ -310,11 +310,3 @@ class TeacherForcing:
         )
         # read once: each number read by itself would wait for the device
         return [(bool(sure), likelihood, lead) for sure, likelihood, lead in torch.stack(found, -1).tolist()]
-
-
-def _pad(tensors: Sequence[Tensor], tokens: int) -> Tensor:
-    """[B, tokens, ...], zeros behind what is shorter."""
-    padded = pad_sequence(list(tensors), batch_first=True)
-    if padded.shape[1] < tokens:
-        padded = torch.nn.functional.pad(padded, (0, 0) * (padded.dim() - 2) + (0, tokens - padded.shape[1]))
-    return padded

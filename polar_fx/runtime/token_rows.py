@@ -3,8 +3,12 @@
 Shape legend: B batch, T tokens.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InputError
 
@@ -33,3 +37,11 @@ def token_rows(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int
             bad = low if low < 0 else high
             raise InputError(f"row {i} holds token id {bad}, outside the vocabulary 0..{vocab_size - 1}")
     return rows, mask
+
+
+def padded(tensors: Sequence[Tensor], tokens: int = 0) -> Tensor:
+    """Rows [T, ...] as one tensor [B, T, ...] of at least `tokens` tokens, zeros after what is shorter."""
+    together = pad_sequence(list(tensors), batch_first=True)
+    if together.shape[1] >= tokens:
+        return together
+    return pad(together, (0, 0) * (together.dim() - 2) + (0, tokens - together.shape[1]))
