@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from .backends import Backend, ShapeClass, get_backend
 from .capture import check_supported, embedding_weight
 from .capture.checked import warn_if_not_finite
+from .capture.support import without_autocast
 from .errors import InputError
 from .explain.program_report import Explanation, Report, explain, report
 from .library import LayerLibrary
@@ -288,6 +289,12 @@ class CompiledModel:
         """What was captured, compiled or loaded so far, and what it holds; compiles nothing."""
         return report(self)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise InputError(
+            "a compiled model cannot be copied or pickled: it holds compiled code, locks and KV memory; compile the model again "
+            "where it is wanted (from the artifact store that takes seconds), or export a bundle (polar_fx.export)"
+        )
+
     # --------------------------------------------------------------------- prefill and decode of one session
 
     def session(self, program: Program, batch: int) -> Any:
@@ -352,6 +359,13 @@ class CompiledModel:
     def _run(
         self, program: Program, session: KvSession, ids: Tensor, counts: list[int], select: list[int] | None,
         done: tuple[int, Tensor] | None = None,
+    ) -> Tensor | None:  # fmt: skip
+        with without_autocast(self.device):
+            return self._pass(program, session, ids, counts, select, done)
+
+    def _pass(
+        self, program: Program, session: KvSession, ids: Tensor, counts: list[int], select: list[int] | None,
+        done: tuple[int, Tensor] | None,
     ) -> Tensor | None:  # fmt: skip
         """One pass over ids [B, T]: logits [B, T, V], or of one position per row [B, 1, V] if `select` names any.
 

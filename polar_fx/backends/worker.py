@@ -23,6 +23,19 @@ from .base import Backend, PersistentBackend
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from polar_fx.backends.worker import main; main()"
 
 
+def compiler_reason(error: Exception) -> str:
+    """One line of an error: its first line, the first line of a compiler's own output, and what may be done about it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    reason = f"{type(error).__name__}: {lines[0]}"
+    output = lines[lines.index("Output:") + 1 :] if "Output:" in lines else []
+    said = next((line for line in output if "error" in line.lower()), output[0] if output else None)
+    if said is not None:
+        reason += f": {said}"
+    if said is not None and " " in (place := tempfile.gettempdir()):
+        reason += f"; the folder for temporary files, {place!r}, has a space in its name: set TMPDIR to one without"
+    return reason
+
+
 def describe(backend: Backend) -> dict[str, Any] | None:
     """A backend as JSON values, or None if a worker could not make it again (passes or a class of the user's own)."""
     from . import BACKENDS
@@ -132,7 +145,7 @@ def main() -> None:
             _do(json.loads(line))
             answer: dict[str, str] = {}
         except Exception as error:
-            answer = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+            answer = {"error": compiler_reason(error)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 

@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from ..errors import CaptureError, ModelWarning
 from . import CapturedModel, attention_variants, capture, embedding_weight, shared_view
+from .support import without_autocast
+from .trace import TRACING
 
 log = logging.getLogger("polar_fx.check")
 
@@ -60,6 +62,11 @@ def capture_checked(model: PreTrainedModel, check: bool = True) -> CapturedModel
 
     Raises CaptureError with the measured difference if none does, UnsupportedModelError as `capture` does.
     """
+    with TRACING, without_autocast(embedding_weight(model).device):
+        return _first_that_agrees(model, check)
+
+
+def _first_that_agrees(model: PreTrainedModel, check: bool) -> CapturedModel:
     variants = attention_variants(model)
     if not check:
         return capture(model, variants[0])

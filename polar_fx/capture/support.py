@@ -1,5 +1,6 @@
 """What can be captured: the layer stack, the attention to trace, and whether every layer owns its state."""
 
+import contextlib
 import copy
 from typing import Any, cast
 
@@ -36,6 +37,13 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Inside it torch.autocast is off: graphs are traced and run in the types of the model's own weights."""
+    # asked first: of a device that autocast does not know, such as "meta", the second question raises
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
+
+
 def shared_view(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
     """A structural copy of the model that shares all tensors, in eval mode, with our attention functions."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
@@ -64,6 +72,9 @@ def find_stack(model: PreTrainedModel) -> str:
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
     fits = [n for n, m in outermost.items() if len(m) == depth] or list(outermost)
+    # of a model that also sees or hears, the text model's own layers, whatever else is as deep
+    own = {id(m) for m in decoder.modules()} if isinstance(decoder := model.get_decoder(), nn.Module) else set()
+    fits = [n for n in fits if id(outermost[n]) in own] or fits
     if not fits:
         raise UnsupportedModelError(
             f"{type(model).__name__} has no stack of layers (no nn.ModuleList)", "pass a decoder-only causal language model"
@@ -109,6 +120,12 @@ def check_supported(model: Any) -> None:
     if hooked:
         raise UnsupportedModelError(
             f"{hooked[0]} has a forward hook, which a compiled graph would not run", "remove the hooks first"
+        )
+    replaced = [n for n, m in model.named_modules() if hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")]
+    if replaced:
+        raise UnsupportedModelError(
+            f"forward of {replaced[0] or 'the model'} was replaced by torch.compile",
+            "compile the model as it was loaded: delete the attribute (del model.forward), or load the model again",
         )
     find_stack(model)
 

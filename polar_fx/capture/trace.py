@@ -9,6 +9,7 @@ Shape legend: B batch, T tokens, L KV length, V vocabulary.
 import io
 import logging
 import re
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -35,9 +36,12 @@ from .support import (
     probe,
     shared_view,
     unwrapped,
-)
+    without_autocast,
+)  # fmt: skip
 
 log = logging.getLogger("polar_fx.capture")
+
+TRACING = threading.RLock()  # torch.export is not made for threads
 
 # Example sizes for tracing: distinct primes, so that no two axes are mistaken for one another.
 _B, _T, _L = 3, 7, 23
@@ -156,6 +160,11 @@ def capture(model: PreTrainedModel, attention: str | None = None) -> CapturedMod
     Raises UnsupportedModelError for models whose layers cannot be skipped or repeated soundly and CaptureError
     when tracing itself fails; both say what to do.
     """
+    with TRACING, without_autocast(embedding_weight(model).device):
+        return _capture(model, attention)
+
+
+def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     start = time.perf_counter()
     check_supported(model)
     register()

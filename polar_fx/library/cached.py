@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from ..capture import CapturedModel
 from ..capture.checked import capture_checked
+from ..capture.trace import TRACING
 from ..output.digest import digest
 from ..store import ArtifactStore
 from .library import LayerLibrary
@@ -30,7 +31,11 @@ def load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | Non
 
     `check` as in `compile`: a table is only taken if it was checked then.
     """
+    with TRACING:  # also for what is done with a graph's symbolic sizes: while one thread traces, they fail in any other
+        return _load_library(model, check, store)
 
+
+def _load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | None) -> LayerLibrary:
     def capture() -> CapturedModel:
         return capture_checked(model, check=check)
 

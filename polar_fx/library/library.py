@@ -87,6 +87,12 @@ class LayerLibrary:
         calls = layer_calls(result.graph_module)
         ends = {kind(n) for n in result.graph_module.graph.nodes}
         if len(calls) != self.captured.depth or not {"prologue", "epilogue"} <= ends:
+            if "outline-layers" in str(self.pipeline):
+                raise CaptureError(
+                    f"of the {self.captured.depth} layers in {self.captured.layer_path}, the trace tells {len(calls)} apart: "
+                    "either they share submodules, or they are not the layers that the forward pass runs; pass a model whose "
+                    "layers each have modules of their own, and of a model with several parts its language model alone"
+                )
             raise ProgramError(
                 f"the pipeline {self.pipeline} left {len(calls)} layer calls of {self.captured.depth}; keep outline-layers in it"
             )

@@ -19,7 +19,8 @@ from torch.fx import GraphModule
 
 from ..backends.aot_inductor import GRAPH
 from ..backends.base import Backend, Dynamic, PersistentBackend, Region, ShapeClass
-from ..backends.worker import WorkerPool, describe, worker_pool
+from ..backends.worker import WorkerPool, compiler_reason, describe, worker_pool
+from ..capture.trace import TRACING
 from ..errors import CaptureError, CompileError, PolarError
 from ..library import LayerLibrary
 from ..passes.keep_kv_writes import KeepKvWrites
@@ -63,7 +64,6 @@ class RegionTable:
         self.records: list[RegionRecord] = []
         self._regions: dict[Wanted, Region] = {}
         self._lock = threading.RLock()
-        self._tracing = threading.Lock()
 
     def get(self, wanted: Sequence[Wanted]) -> dict[Wanted, Region]:
         """The wanted regions, made if missing: all of them at once, if workers can.
@@ -140,7 +140,7 @@ class RegionTable:
             for w in wanted:
                 self._build_one(backend, *w, backend.build)
             return
-        with self._tracing:
+        with TRACING:
             _ = self.library.graph_module  # once, before threads ask for it
         with worker_pool(min(self.workers, len(wanted))) as pool, ThreadPoolExecutor(len(wanted)) as threads:
             made = [threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted]
@@ -153,17 +153,14 @@ class RegionTable:
 
         def make(folder: Path) -> None:
             try:
-                with self._tracing:  # torch.export is not made for threads
+                with TRACING:  # torch.export is not made for threads
                     backend.export(*self._source(name, shape), folder)
                 build(folder)
                 region = backend.load(_files(folder))  # from here: once stored, it may be evicted at any time
             except PolarError:
                 raise
             except Exception as error:
-                reason = str(error).strip().partition("\n")[0]
-                raise CompileError(
-                    f"{backend.name} cannot compile {name} for {shape}: {type(error).__name__}: {reason}"
-                ) from error
+                raise CompileError(f"{backend.name} cannot compile {name} for {shape}: {compiler_reason(error)}") from error
             if name == self.library.prologue.target:  # before it is stored: what is loaded is not looked at again
                 self._check_prologue(region, shape)
             made.append((region, _size(_files(folder))))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..backends import ShapeClass
+from ..capture.support import without_autocast
 from ..errors import ProgramError
 from ..program import Program
 from .kv_cache import KvSession
@@ -78,6 +79,11 @@ def run_trunk(model: "CompiledModel", rows: list[Tensor], num_steps: int) -> Ite
 
 @torch.no_grad()
 def _hidden(model: "CompiledModel", identity: Program, session: KvSession, rows: list[Tensor], num_steps: int) -> list[Tensor]:
+    with without_autocast(model.device):
+        return _run_first(model, identity, session, rows, num_steps)
+
+
+def _run_first(model: "CompiledModel", identity: Program, session: KvSession, rows: list[Tensor], num_steps: int) -> list[Tensor]:
     found: list[list[Tensor]] = [[] for _ in rows]
     for ids, counts in model.chunks(rows):
         shape = ShapeClass.of(ids.shape[0], ids.shape[1], model.pool.length)
