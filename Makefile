@@ -35,6 +35,7 @@ check: lint types test ## Install, then lint, check types and run the tests
 
 lint: setup ## Style and common mistakes
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 types: setup ## Static types
 	$(BIN)/pyright --pythonpath $(BIN)/python

@@ -1,4 +1,5 @@
-"""The ways to run a model that are compared: HF eager, the whole model through torch.compile, and polar_fx.
+"""The ways to run a model that are compared: HF eager, the whole model through torch.compile, and
+polar_fx.
 
 Shape legend: B batch, T tokens, V vocabulary.
 """
@@ -18,7 +19,9 @@ WHOLE = "whole-model torch.compile"
 
 
 class Contender(ABC):
-    """One way to run the model: `prefill` starts over, `decode` appends one token to what is there."""
+    """One way to run the model: `prefill` starts over, `decode` appends one token to what is
+    there.
+    """
 
     kind: ClassVar[str] = "polar_fx"
 
@@ -63,7 +66,9 @@ class HfCompiled(Contender):
         self.model = torch.compile(model, dynamic=False)
         self.cache = StaticCache(config=config, max_cache_len=length)
         heads = config.num_key_value_heads
-        self.cache.early_initialization(1, heads, config.hidden_size // config.num_attention_heads, model.dtype, model.device)
+        self.cache.early_initialization(
+            1, heads, config.hidden_size // config.num_attention_heads, model.dtype, model.device
+        )
 
     def prefill(self, ids: Tensor) -> Tensor:
         self.cache.reset()
@@ -100,19 +105,26 @@ class WithoutLastStep(Ours):
         self.context = compiled.session(self.program, ids.shape[0])
         self.session = self.context.__enter__()
         batch, tokens = ids.shape
-        linked = compiled.linker.link(self.program, ShapeClass.of(batch, tokens, compiled.pool.length))
+        linked = compiled.linker.link(
+            self.program, ShapeClass.of(batch, tokens, compiled.pool.length)
+        )
         positions = self.session.positions([tokens] * batch)
         with torch.no_grad():
             values = linked._start(ids, positions)
             hidden, _ = linked._steps(linked.steps, values, values[3], self.session.slots, [])
             one = compiled.linker.link(self.program, ShapeClass.of(batch, 1, compiled.pool.length))
-            logits = one._head(hidden[:, -1:].contiguous(), one._start(ids[:, -1:].contiguous(), positions[:, -1:].contiguous()))
+            logits = one._head(
+                hidden[:, -1:].contiguous(),
+                one._start(ids[:, -1:].contiguous(), positions[:, -1:].contiguous()),
+            )
         self.session.advance([tokens] * batch)
         return logits[:, 0]
 
 
 def programs_of(depth: int) -> dict[str, Program]:
-    """Programs of a quarter to twice the depth: skipping in blocks or every other layer, and repeating."""
+    """Programs of a quarter to twice the depth: skipping in blocks or every other layer, and
+    repeating.
+    """
     identity, half = Program.identity(depth), depth // 2
     return {
         "identity": identity,

@@ -1,8 +1,10 @@
-"""What dispatching costs: the head apart from the choice, the split at the trunk, and each policy beside the identity.
+"""What dispatching costs: the head apart from the choice, the split at the trunk, and each policy
+beside the identity.
 
-First, one prompt of 128 random tokens, one row: the predictor's network is timed on real hidden states, and what it chooses
-does not matter. Then requests: test questions of the built-in tasks in few-shot prompts, one at a time and several of all tasks
-in a batch, which falls into groups by program. Medians of interleaved rounds, warm-up and compilation apart.
+First, one prompt of 128 random tokens, one row: the predictor's network is timed on real hidden
+states, and what it chooses does not matter. Then requests: test questions of the built-in tasks in
+few-shot prompts, one at a time and several of all tasks in a batch, which falls into groups by
+program. Medians of interleaved rounds, warm-up and compilation apart.
 """
 
 import argparse
@@ -44,7 +46,9 @@ def _prompts(tokenizer: Any, count: int, batch: int) -> list[dict[str, torch.Ten
     rows = [
         (*q.prefix, *q.prompt)
         for task in TASKS
-        for q in get_template("few-shot", task).encode_all(tokenizer, generate(task, each, 3, split="test"))
+        for q in get_template("few-shot", task).encode_all(
+            tokenizer, generate(task, each, 3, split="test")
+        )
     ]
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
     made = []
@@ -57,8 +61,12 @@ def _prompts(tokenizer: Any, count: int, batch: int) -> list[dict[str, torch.Ten
 def _requests(
     dispatchers: dict[str, Dispatcher], prompts: list[dict[str, torch.Tensor]], new_tokens: int
 ) -> dict[str, dict[str, Any]]:
-    """By policy: milliseconds of a request, its ratio to the identity's of the same round, steps of a row, groups of a batch."""
-    arguments: dict[str, Any] = dict(max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    """By policy: milliseconds of a request, its ratio to the identity's of the same round, steps of
+    a row, groups of a batch.
+    """
+    arguments: dict[str, Any] = dict(
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     taken: dict[str, list[float]] = {policy: [] for policy in dispatchers}
     steps: dict[str, list[float]] = {policy: [] for policy in dispatchers}
     groups: dict[str, list[int]] = {policy: [] for policy in dispatchers}
@@ -73,11 +81,13 @@ def _requests(
                 groups[policy].append(len({d.program for d in report.decisions}))
     return {
         policy: {
-            "ms": spread(times), "ratio": paired_ratio(times, taken["identity"]), "steps": statistics.fmean(steps[policy]),
+            "ms": spread(times),
+            "ratio": paired_ratio(times, taken["identity"]),
+            "steps": statistics.fmean(steps[policy]),
             "groups": statistics.fmean(groups[policy]),
         }
         for policy, times in taken.items()
-    }  # fmt: skip
+    }
 
 
 def _timed(work: Any) -> float:
@@ -87,8 +97,14 @@ def _timed(work: Any) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--predictor", type=Path, help="folder of `train` (default: random weights of the same size)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--predictor",
+        type=Path,
+        help="folder of `train` (default: random weights of the same size)",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--batch", type=int, default=8)
@@ -122,7 +138,9 @@ def main() -> None:
         "policy": lambda: dispatcher.policy.choose(proposal, dispatcher.calibration),
         "features, network and policy": lambda: dispatcher.decide(hidden),
     }
-    times: dict[str, list[float]] = {name: [] for name in ("prefill", "prefill behind a trunk", *parts)}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("prefill", "prefill behind a trunk", *parts)
+    }
     for _ in range(options.rounds + 3):
         times["prefill"].append(_timed(plain))
         times["prefill behind a trunk"].append(_timed(split))
@@ -130,29 +148,51 @@ def main() -> None:
             times[name].append(statistics.median(_timed(work) for _ in range(20)))
     times = {name: taken[3:] for name, taken in times.items()}
     overhead = {name: spread(taken) for name, taken in times.items()}
-    ratios = {name: paired_ratio(taken, times["prefill"]) for name, taken in times.items() if name != "prefill"}
+    ratios = {
+        name: paired_ratio(taken, times["prefill"])
+        for name, taken in times.items()
+        if name != "prefill"
+    }
     for name, taken in overhead.items():
         ratio = f", {100 * ratios[name]['median']:.3f} % of a prefill" if name in ratios else ""
         print(f"{name}: {taken['median']:.4f} ms{ratio}")
 
-    policies = ["identity", "accuracy", *(f"mean_steps<={f:g}" for f in selector.calibration.prices), "steps<=0.9"]
+    policies = [
+        "identity",
+        "accuracy",
+        *(f"mean_steps<={f:g}" for f in selector.calibration.prices),
+        "steps<=0.9",
+    ]
     dispatchers = {policy: dispatcher.with_policy(policy) for policy in policies}
     requests = {
-        f"batch {batch}": _requests(dispatchers, _prompts(tokenizer, options.rounds + 2, batch), options.new_tokens)
+        f"batch {batch}": _requests(
+            dispatchers, _prompts(tokenizer, options.rounds + 2, batch), options.new_tokens
+        )
         for batch in (1, options.batch)
     }
     for name, found in requests.items():
         for policy, row in found.items():
             print(
-                f"{name}, {policy}: {row['ms']['median']:.1f} ms, {row['ratio']['median']:.3f} of the identity's, "
-                f"{row['steps']:.1f} steps, {row['groups']:.1f} groups"
+                f"{name}, {policy}: {row['ms']['median']:.1f} ms, {row['ratio']['median']:.3f} of "
+                f"the identity's, {row['steps']:.1f} steps, {row['groups']:.1f} groups"
             )
-    write_json(RESULTS / f"dispatch-cpu-{options.dtype}.json", {
-        "benchmark": "dispatch", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "prompt_tokens": _TOKENS,
-        "trained": options.predictor is not None, "menu": len(selector.menu), "shared_steps": dispatcher.num_steps,
-        "parameters": sum(p.numel() for p in selector.network.parameters()), "ms": overhead, "ratio_to_prefill": ratios,
-        "requests": requests, "new_tokens": options.new_tokens,
-    })  # fmt: skip
+    write_json(
+        RESULTS / f"dispatch-cpu-{options.dtype}.json",
+        {
+            "benchmark": "dispatch",
+            "dtype": options.dtype,
+            "machine": machine(torch.device("cpu")),
+            "prompt_tokens": _TOKENS,
+            "trained": options.predictor is not None,
+            "menu": len(selector.menu),
+            "shared_steps": dispatcher.num_steps,
+            "parameters": sum(p.numel() for p in selector.network.parameters()),
+            "ms": overhead,
+            "ratio_to_prefill": ratios,
+            "requests": requests,
+            "new_tokens": options.new_tokens,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,14 @@
 """What polar_fx does on a GPU, in one command and a few minutes: what is right, and what it costs.
 
-    python bench/gpu.py --budget 540                                  # everything, nine minutes of one H100 or H200
+    python bench/gpu.py --budget 540  # everything, nine minutes of one H100 or H200
     python bench/gpu.py --budget 150 --stages speed --models qwen2.5-3b
-    python bench/gpu.py --tiny --device cpu --budget 120              # does the benchmark itself work? tiny models, no GPU
+    # does the benchmark itself work? tiny models, no GPU
+    python bench/gpu.py --tiny --device cpu --budget 120
 
-Workers, a process each, prepare side by side (import, capture, compile); from `--go` of the budget at the latest, each has the
-machine alone to be timed, the most valuable first. Results are written line by line, so that a run cut short keeps what it had:
-OUT/results.jsonl, and at the end OUT/summary.txt and OUT/log.txt. docs/gpu.md says what the numbers mean.
+Workers, a process each, prepare side by side (import, capture, compile); from `--go` of the budget
+at the latest, each has the machine alone to be timed, the most valuable first. Results are written
+line by line, so that a run cut short keeps what it had: OUT/results.jsonl, and at the end
+OUT/summary.txt and OUT/log.txt. docs/gpu.md says what the numbers mean.
 """
 
 import argparse
@@ -28,16 +30,32 @@ RESULTS = Path(__file__).parent / "results" / "gpu"
 # What is done, the most valuable first.
 CHECKS = ("correct", "search", "aoti", "bundle", "tests")
 STAGES = (*CHECKS, *PARTS, "micro")
-TINY_STAGES = tuple(stage for stage in STAGES if stage not in ("aoti", "bundle", "tests"))  # which take minutes on two cores
-FAMILIES = (("llama", "qwen2", "phi3", "gemma2"), ("qwen2_moe", "mistral", "olmo2"), ("gemma3_text", "qwen3", "gpt2"))
-# Seconds, at most, a worker may take: checks in all, the others for their turn on the machine. What is done by then counts.
-_LIMITS = {"environment": 75.0, "correct": 200.0, "search": 90.0, "files": 240.0, "tests": 150.0, "micro": 45.0, "model": 75.0}
+# which take minutes on two cores
+TINY_STAGES = tuple(stage for stage in STAGES if stage not in ("aoti", "bundle", "tests"))
+FAMILIES = (
+    ("llama", "qwen2", "phi3", "gemma2"),
+    ("qwen2_moe", "mistral", "olmo2"),
+    ("gemma3_text", "qwen3", "gpt2"),
+)
+# Seconds, at most, a worker may take: checks in all, the others for their turn on the machine. What
+# is done by then counts.
+_LIMITS = {
+    "environment": 75.0,
+    "correct": 200.0,
+    "search": 90.0,
+    "files": 240.0,
+    "tests": 150.0,
+    "micro": 45.0,
+    "model": 75.0,
+}
 _TRIAL = 3.0  # times that long with --tiny: it runs on slow machines
 
 
 @dataclass(frozen=True)
 class Job:
-    """One worker: what it does, and for how many seconds at most; `timed` ones wait for their turn."""
+    """One worker: what it does, and for how many seconds at most; `timed` ones wait for their
+    turn.
+    """
 
     name: str
     work: tuple[str, ...]
@@ -46,13 +64,22 @@ class Job:
 
 
 def plan(stages: Sequence[str], models: Sequence[str], tiny: bool) -> list[Job]:
-    """The workers that a run needs, the most valuable first; without the environment's, which runs before them."""
+    """The workers that a run needs, the most valuable first; without the environment's, which runs
+    before them.
+    """
     scale = _TRIAL if tiny else 1.0
     groups = (("llama", "gpt2"),) if tiny else FAMILIES
     jobs = []
     if "correct" in stages:
-        jobs += [Job(f"correct-{i}", (f"correct:{','.join(g)}",), _LIMITS["correct"] * scale) for i, g in enumerate(groups, 1)]
-    for name, wanted in (("search", ("search",)), ("files", ("aoti", "bundle")), ("tests", ("tests",))):
+        jobs += [
+            Job(f"correct-{i}", (f"correct:{','.join(g)}",), _LIMITS["correct"] * scale)
+            for i, g in enumerate(groups, 1)
+        ]
+    for name, wanted in (
+        ("search", ("search",)),
+        ("files", ("aoti", "bundle")),
+        ("tests", ("tests",)),
+    ):
         if work := tuple(stage for stage in wanted if stage in stages):
             jobs.append(Job(name, work, _LIMITS[name] * scale))
     if tiny and jobs:  # there are few cores: one process imports torch once
@@ -65,7 +92,7 @@ def plan(stages: Sequence[str], models: Sequence[str], tiny: bool) -> list[Job]:
     return jobs
 
 
-# ------------------------------------------------------------------------------------------------------------ one worker
+# --------------------------------------------------------------------------------------- one worker
 
 
 def work(given: dict[str, Any]) -> None:
@@ -75,9 +102,14 @@ def work(given: dict[str, Any]) -> None:
     from gpu_worker import Worker
 
     worker = Worker(
-        given["name"], Path(given["out"]), torch.device(given["device"]), given["tiny"], given["started"], given["until"],
+        given["name"],
+        Path(given["out"]),
+        torch.device(given["device"]),
+        given["tiny"],
+        given["started"],
+        given["until"],
         Path(given["turns"]),
-    )  # fmt: skip
+    )
     kind, _, name = given["work"][0].partition(":")
     with worker.attempt(kind, **({"model": name} if kind == "model" else {})):
         if kind == "model":
@@ -94,11 +126,13 @@ def work(given: dict[str, Any]) -> None:
             run_checks(worker, given["work"])
 
 
-# ------------------------------------------------------------------------------------------------------- all of them
+# -------------------------------------------------------------------------------------- all of them
 
 
 def coordinate(options: argparse.Namespace, out: Path) -> None:
-    """Start the workers, give them their turns, end those whose time is up; write the summary whatever happens."""
+    """Start the workers, give them their turns, end those whose time is up; write the summary
+    whatever happens.
+    """
     started = time.time()
     end, go = started + options.budget, started + options.go * options.budget
     with tempfile.TemporaryDirectory(prefix="polar_fx-gpu-") as scratch:
@@ -106,9 +140,15 @@ def coordinate(options: argparse.Namespace, out: Path) -> None:
 
         def start(job: Job, until: float) -> None:
             given = {
-                **asdict(job), "out": str(out), "device": options.device, "tiny": options.tiny, "stages": options.stages,
-                "started": started, "until": until, "turns": scratch,
-            }  # fmt: skip
+                **asdict(job),
+                "out": str(out),
+                "device": options.device,
+                "tiny": options.tiny,
+                "stages": options.stages,
+                "started": started,
+                "until": until,
+                "turns": scratch,
+            }
             command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(given)]
             team.start(job.name, command, until if not job.timed else end)
 
@@ -123,10 +163,19 @@ def coordinate(options: argparse.Namespace, out: Path) -> None:
             checks = [job.name for job in jobs if not job.timed]
             timed = [job for job in jobs if job.timed]
             waited_for = [job.name for job in timed]
-            team.wait_until(lambda: not any(map(team.is_running, checks)) and all(map(team.is_settled, waited_for)), go)
+            team.wait_until(
+                lambda: (
+                    not any(map(team.is_running, checks)) and all(map(team.is_settled, waited_for))
+                ),
+                go,
+            )
             for name in checks:
                 team.stop(name)
-            team.say("go", ready=[job.name for job in timed if team.is_ready(job.name)], after_s=round(time.time() - started, 1))
+            team.say(
+                "go",
+                ready=[job.name for job in timed if team.is_ready(job.name)],
+                after_s=round(time.time() - started, 1),
+            )
             _give_turns(team, timed, end)
         finally:
             team.stop_all()
@@ -142,10 +191,21 @@ def _chosen_models(options: argparse.Namespace, team: Team) -> list[str]:
         return options.models
     if options.tiny:
         return list(TINY_MODELS)
-    gib = next((line["gib"] for line in gpu_results.read(team.out / "results.jsonl") if line["stage"] == "env"), 0)
+    gib = next(
+        (
+            line["gib"]
+            for line in gpu_results.read(team.out / "results.jsonl")
+            if line["stage"] == "env"
+        ),
+        0,
+    )
     chosen = that_fit(SHAPES, gib)
     if left := [name for name in SHAPES if name not in chosen]:
-        team.say("left-out", models=left, reason=f"all models side by side need more than {gib} GiB; name some with --models")
+        team.say(
+            "left-out",
+            models=left,
+            reason=f"all models side by side need more than {gib} GiB; name some with --models",
+        )
     return chosen
 
 
@@ -159,22 +219,28 @@ def _give_turns(team: Team, timed: Sequence[Job], end: float) -> None:
         team.wait_until(lambda name=job.name: team.is_settled(name), until)
         if team.is_ready(job.name) and time.time() < end - 2:
             team.give_turn(job.name, until - 1)
-            team.wait_until(lambda name=job.name: team.is_done(name) or not team.is_running(name), until + 3)
+            team.wait_until(
+                lambda name=job.name: team.is_done(name) or not team.is_running(name), until + 3
+            )
         if team.is_done(job.name):
             team.wait_until(lambda name=job.name: not team.is_running(name), time.time() + 5)
         team.stop(job.name)
 
 
-# ------------------------------------------------------------------------------------------------------------ arguments
+# ---------------------------------------------------------------------------------------- arguments
 
 
 def _names(known: Sequence[str], what: str) -> Callable[[str], list[str]]:
-    """A type of argument: comma-separated names, all of them known; given back in the order of `known`."""
+    """A type of argument: comma-separated names, all of them known; given back in the order of
+    `known`.
+    """
 
     def parse(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",") if name.strip()]
         if unknown := [name for name in names if name not in known]:
-            raise argparse.ArgumentTypeError(f"unknown {what} {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+            raise argparse.ArgumentTypeError(
+                f"unknown {what} {', '.join(map(repr, unknown))}; known: {', '.join(known)}"
+            )
         if not names:
             raise argparse.ArgumentTypeError(f"no {what} is named; known: {', '.join(known)}")
         return [name for name in known if name in names]
@@ -197,14 +263,38 @@ def _between(low: float, high: float) -> Callable[[str], float]:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; exits with what is wrong and what would be right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=_between(1, 86400), default=540.0, help="seconds for everything (default: 540)")
-    parser.add_argument("--go", type=_between(0, 1), default=0.47, help="share of them for preparation, at most (default: 0.47)")
-    parser.add_argument("--stages", type=_names(STAGES, "stage"), help=f"of {','.join(STAGES)} (default: all)")
-    parser.add_argument("--models", type=_names([*SHAPES], "model"), help=f"of {','.join(SHAPES)} (default: all that fit)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--budget",
+        type=_between(1, 86400),
+        default=540.0,
+        help="seconds for everything (default: 540)",
+    )
+    parser.add_argument(
+        "--go",
+        type=_between(0, 1),
+        default=0.47,
+        help="share of them for preparation, at most (default: 0.47)",
+    )
+    parser.add_argument(
+        "--stages", type=_names(STAGES, "stage"), help=f"of {','.join(STAGES)} (default: all)"
+    )
+    parser.add_argument(
+        "--models",
+        type=_names([*SHAPES], "model"),
+        help=f"of {','.join(SHAPES)} (default: all that fit)",
+    )
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="models of a few thousand weights, nearly nothing compiled: a trial")
-    parser.add_argument("--out", type=Path, help="folder of results (default: bench/results/gpu/<date>-<card>)")
+    parser.add_argument(
+        "--tiny",
+        action="store_true",
+        help="models of a few thousand weights, nearly nothing compiled: a trial",
+    )
+    parser.add_argument(
+        "--out", type=Path, help="folder of results (default: bench/results/gpu/<date>-<card>)"
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     options.stages = options.stages or list(TINY_STAGES if options.tiny else STAGES)
@@ -212,7 +302,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         if options.device == "cpu" and not options.tiny:
             parser.error("--device cpu needs --tiny: the models have up to 14 billion weights")
         if options.out is not None and (options.out / "results.jsonl").exists():
-            parser.error(f"{options.out} holds the results of another run; name another folder with --out")
+            parser.error(
+                f"{options.out} holds the results of another run; name another folder with --out"
+            )
         options.card = "cpu" if options.device == "cpu" else _card(parser)
     return options
 
@@ -223,8 +315,9 @@ def _card(parser: argparse.ArgumentParser) -> str:
 
     if not torch.cuda.is_available():
         parser.error(
-            f"--device cuda: torch {torch.__version__} finds no CUDA device; install a CUDA build of torch (pytorch.org) on a "
-            "machine with an NVIDIA driver (see nvidia-smi), or try the benchmark with --tiny --device cpu"
+            f"--device cuda: torch {torch.__version__} finds no CUDA device; install a CUDA build "
+            "of torch (pytorch.org) on a machine with an NVIDIA driver (see nvidia-smi), or try "
+            "the benchmark with --tiny --device cpu"
         )
     return "-".join(torch.cuda.get_device_name().lower().replace("nvidia", "").split())
 
@@ -240,8 +333,11 @@ def main() -> None:
     if options.worker is not None:
         work(json.loads(options.worker))
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended and the summary is written
-    out = options.out or results_folder(RESULTS, time.strftime("%Y-%m-%d", time.gmtime()), options.card)
+    # so that workers are ended and the summary is written
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    out = options.out or results_folder(
+        RESULTS, time.strftime("%Y-%m-%d", time.gmtime()), options.card
+    )
     out.mkdir(parents=True, exist_ok=True)
     print(f"results: {out}", file=sys.stderr)
     coordinate(options, out)

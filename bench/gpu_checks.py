@@ -1,4 +1,5 @@
-"""What must be right before a time means anything: programs, caches and graphs against the model itself; files; tests.
+"""What must be right before a time means anything: programs, caches and graphs against the model
+itself; files; tests.
 
 Tiny models of the test suite with random weights. Shape legend: B batch, T tokens.
 """
@@ -24,7 +25,8 @@ from polar_fx.search import TeacherForcing
 from tiny_models import make
 
 ROOT = Path(__file__).parent.parent
-_INDUCTOR_TOO = ("llama", "qwen2_moe", "gemma3_text", "gpt2")  # the others by the eager backend, which compiles nothing
+# the others by the eager backend, which compiles nothing
+_INDUCTOR_TOO = ("llama", "qwen2_moe", "gemma3_text", "gpt2")
 _GREEDY: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=0)
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
 
@@ -42,7 +44,9 @@ def reordered(model: Any, path: Sequence[int]) -> Any:
     stack = cast(nn.ModuleList, view.get_submodule(name))
     setattr(view.get_submodule(parent), last, nn.ModuleList([stack[i] for i in path]))
     inner = [cast(Any, m).config for m in view.modules() if hasattr(m, "config")]
-    for config in {id(c): c for c in (view.config, view.config.get_text_config(decoder=True), *inner)}.values():
+    for config in {
+        id(c): c for c in (view.config, view.config.get_text_config(decoder=True), *inner)
+    }.values():
         for field in ("num_hidden_layers", "n_layer"):
             if field in config.__dict__:
                 setattr(config, field, len(path))
@@ -55,27 +59,39 @@ def correct(worker: Worker, families: Sequence[str]) -> None:
     """Programs of each family in fp32 and bf16, interpreted and compiled."""
     dtypes = (torch.float32,) if worker.tiny else (torch.float32, torch.bfloat16)
     for family, dtype in [(family, dtype) for dtype in dtypes for family in families]:
-        for backend in ("eager", "inductor") if family in _INDUCTOR_TOO and not worker.tiny else ("eager",):
+        for backend in (
+            ("eager", "inductor") if family in _INDUCTOR_TOO and not worker.tiny else ("eager",)
+        ):
             about = {"family": family, "dtype": str(dtype)[6:], "backend": backend}
             with worker.attempt("correct", **about), torch.no_grad():
                 start = time.perf_counter()
                 found = _compared(worker, family, dtype, backend)
-                worker.say("correct", **about, **found, seconds=round(time.perf_counter() - start, 1))
+                worker.say(
+                    "correct", **about, **found, seconds=round(time.perf_counter() - start, 1)
+                )
 
 
 def _compared(worker: Worker, family: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """Largest differences, as shares of the largest logit, over six programs.
 
-    `loop` and `hf_itself`: ours and the model's own layers in that order, both to those layers in fp32. `kv_law`: decoding
-    token by token to one pass. `replay_minus_linked`: decodes by replayed graphs to linked ones; must be nothing at all.
+    `loop` and `hf_itself`: ours and the model's own layers in that order, both to those layers in
+    fp32. `kv_law`: decoding token by token to one pass. `replay_minus_linked`: decodes by replayed
+    graphs to linked ones; must be nothing at all.
     """
     model, wide = tiny(worker, family, dtype), tiny(worker, family, torch.float32)
     compiled = polar_fx.compile(model, backend, max_length=47, cache=False, workers=0)
     depth, pick = compiled.depth, random.Random(0)
     paths = [[*range(depth)], [*range(1, depth)], [0, 1, 1, *range(2, depth)]]
     paths += [[pick.randrange(depth) for _ in range(pick.randint(2, 2 * depth))] for _ in range(3)]
-    ids = torch.randint(3, 90, (1, 21), generator=torch.Generator().manual_seed(1)).to(worker.device)
-    worst: dict[str, float] = {"loop": 0.0, "hf_itself": 0.0, "kv_law": 0.0, "replay_minus_linked": 0.0}
+    ids = torch.randint(3, 90, (1, 21), generator=torch.Generator().manual_seed(1)).to(
+        worker.device
+    )
+    worst: dict[str, float] = {
+        "loop": 0.0,
+        "hf_itself": 0.0,
+        "kv_law": 0.0,
+        "replay_minus_linked": 0.0,
+    }
 
     def note(name: str, got: Tensor, want: Tensor, scale: float = 1.0) -> None:
         worst[name] = max(worst[name], float((got - want).abs().max()) / scale)
@@ -86,7 +102,12 @@ def _compared(worker: Worker, family: str, dtype: torch.dtype, backend: str) -> 
         scale = float(true.abs().max()) or 1.0
         got = compiled.forward(ids, program=program)[0].float()
         note("loop", got, true, scale)
-        note("hf_itself", reordered(model, path)(input_ids=ids, use_cache=False).logits[0].float(), true, scale)
+        note(
+            "hf_itself",
+            reordered(model, path)(input_ids=ids, use_cache=False).logits[0].float(),
+            true,
+            scale,
+        )
         replayed = _decoded(compiled, program, ids)
         kept, compiled.graphs = compiled.graphs, None
         linked = _decoded(compiled, program, ids)
@@ -96,23 +117,37 @@ def _compared(worker: Worker, family: str, dtype: torch.dtype, backend: str) -> 
     found: dict[str, Any] = {}
     if dtype == torch.float32:  # in bf16 rounding decides between tokens whose logits are close
         options = {"max_new_tokens": 8, **_GREEDY}
-        found["same_tokens"] = bool((compiled.generate(ids, **options) == model.generate(ids, **options)).all())
-    rows = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(2)).to(worker.device)
+        found["same_tokens"] = bool(
+            (compiled.generate(ids, **options) == model.generate(ids, **options)).all()
+        )
+    rows = torch.randint(3, 90, (3, 9), generator=torch.Generator().manual_seed(2)).to(
+        worker.device
+    )
     mask = torch.ones_like(rows)
     mask[1, :4] = 0
     alone = compiled.forward(rows[1:2, 4:])[0].float()
-    ragged = float((compiled.forward(rows, mask)[1, 4:].float() - alone).abs().max() / alone.abs().max())
+    ragged = float(
+        (compiled.forward(rows, mask)[1, 4:].float() - alone).abs().max() / alone.abs().max()
+    )
     limit = max(_TOLERANCE[dtype], 3 * worst["hf_itself"])
     records = compiled.graphs.records if compiled.graphs is not None else ()
-    right = max(worst["loop"], worst["kv_law"], ragged) < limit and worst["replay_minus_linked"] == 0
+    right = (
+        max(worst["loop"], worst["kv_law"], ragged) < limit and worst["replay_minus_linked"] == 0
+    )
     return {
-        "ok": right and found.get("same_tokens", True), **worst, "ragged": ragged, **found,
-        "captured": sum(r.reason is None for r in records), "not_captured": [r.reason for r in records if r.reason][:2],
-    }  # fmt: skip
+        "ok": right and found.get("same_tokens", True),
+        **worst,
+        "ragged": ragged,
+        **found,
+        "captured": sum(r.reason is None for r in records),
+        "not_captured": [r.reason for r in records if r.reason][:2],
+    }
 
 
 def _decoded(compiled: CompiledModel, program: Program, ids: Tensor) -> Tensor:
-    """Logits of the last seven tokens: the first of them by a prefill of what comes before, six by decoding."""
+    """Logits of the last seven tokens: the first of them by a prefill of what comes before, six by
+    decoding.
+    """
     with compiled.session(program, 1) as session:
         logits = [compiled.prefill(program, session, [ids[0, :15]])[0]]
         logits += [compiled.decode(program, session, ids[:, i])[0].clone() for i in range(15, 21)]
@@ -120,8 +155,12 @@ def _decoded(compiled: CompiledModel, program: Program, ids: Tensor) -> Tensor:
 
 
 def search(worker: Worker) -> None:
-    """Verdicts by teacher forcing about answers that the model itself generated: the identity must be right."""
-    compiled = polar_fx.compile(tiny(worker, "llama", torch.float32), "eager", max_length=63, cache=False)
+    """Verdicts by teacher forcing about answers that the model itself generated: the identity must
+    be right.
+    """
+    compiled = polar_fx.compile(
+        tiny(worker, "llama", torch.float32), "eager", max_length=63, cache=False
+    )
     programs = [compiled.resolve(text) for text in ("identity", "skip 1", "repeat 2 x2")]
     pick, pairs = random.Random(1), []
     for i in range(6):
@@ -138,8 +177,12 @@ def search(worker: Worker) -> None:
 
 
 def aoti(worker: Worker) -> None:
-    """Regions as files: made in this process and by two others, run, captured, and loaded again without compiling."""
-    for workers, dtype in ((0, torch.float32),) if worker.tiny else ((0, torch.float32), (2, torch.bfloat16)):
+    """Regions as files: made in this process and by two others, run, captured, and loaded again
+    without compiling.
+    """
+    for workers, dtype in (
+        ((0, torch.float32),) if worker.tiny else ((0, torch.float32), (2, torch.bfloat16))
+    ):
         about = {"workers": workers, "dtype": str(dtype)[6:]}
         with worker.attempt("aoti", **about), torch.no_grad():
             start, model = time.perf_counter(), tiny(worker, "llama", dtype)
@@ -149,7 +192,14 @@ def aoti(worker: Worker) -> None:
             again = polar_fx.compile(model, "aot_inductor", max_length=47, workers=0)
             again.generate(_prompt(worker), max_new_tokens=6, **_GREEDY)
             warm = round(time.perf_counter() - start, 2)
-            worker.say("aoti", **about, **found, seconds=seconds, warm_seconds=warm, warm_compiled=len(again.compilations))
+            worker.say(
+                "aoti",
+                **about,
+                **found,
+                seconds=seconds,
+                warm_seconds=warm,
+                warm_compiled=len(again.compilations),
+            )
 
 
 def bundle(worker: Worker) -> None:
@@ -165,35 +215,58 @@ def bundle(worker: Worker) -> None:
 
 
 def _prompt(worker: Worker) -> Tensor:
-    return torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(3)).to(worker.device)
+    return torch.randint(3, 90, (1, 9), generator=torch.Generator().manual_seed(3)).to(
+        worker.device
+    )
 
 
-def _as_interpreted(worker: Worker, compiled: CompiledModel, model: Any, program: str = "identity") -> dict[str, Any]:
+def _as_interpreted(
+    worker: Worker, compiled: CompiledModel, model: Any, program: str = "identity"
+) -> dict[str, Any]:
     """Does `compiled` give what the eager backend gives? In bf16 only the logits are judged."""
     plain = polar_fx.compile(model, "eager", max_length=47, cache=False)
     ids, options = _prompt(worker), {"max_new_tokens": 6, "program": program, **_GREEDY}
     same = bool((compiled.generate(ids, **options) == plain.generate(ids, **options)).all())
     want = plain.forward(ids, program=program).float()
-    apart = float((compiled.forward(ids, program=program).float() - want).abs().max() / want.abs().max())
+    apart = float(
+        (compiled.forward(ids, program=program).float() - want).abs().max() / want.abs().max()
+    )
     records = compiled.graphs.records if compiled.graphs is not None else ()
     return {
-        "ok": apart < _TOLERANCE[plain.dtype] and (same or plain.dtype != torch.float32) and not any(r.reason for r in records),
-        "apart": apart, "same_tokens": same, "captured": sum(r.reason is None for r in records),
+        "ok": apart < _TOLERANCE[plain.dtype]
+        and (same or plain.dtype != torch.float32)
+        and not any(r.reason for r in records),
+        "apart": apart,
+        "same_tokens": same,
+        "captured": sum(r.reason is None for r in records),
         "not_captured": [r.reason for r in records if r.reason][:2],
-    }  # fmt: skip
+    }
 
 
 def tests(worker: Worker) -> None:
     """The tests of CUDA graphs that need a GPU (without one: a few of those that do not)."""
     chosen = "tests/test_cuda_graphs_gpu.py" if worker.on_gpu else "tests/test_cuda_graphs.py"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--tb=line"]
-    run = subprocess.run(
-        [*command, chosen], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "ignore",
+        "--tb=line",
+    ]
+    run = subprocess.run([*command, chosen], cwd=ROOT, capture_output=True, text=True, check=False)
     worker.say("tests", ok=run.returncode == 0, rc=run.returncode, tail=run.stdout.strip()[-1500:])
 
 
-CHECKS: dict[str, Callable[[Worker], None]] = {"search": search, "aoti": aoti, "bundle": bundle, "tests": tests}
+CHECKS: dict[str, Callable[[Worker], None]] = {
+    "search": search,
+    "aoti": aoti,
+    "bundle": bundle,
+    "tests": tests,
+}
 
 
 def run_checks(worker: Worker, work: Sequence[str]) -> None:

@@ -33,26 +33,40 @@ class Way:
     contender: Contender
 
 
-def decode_bytes(library: LayerLibrary, program: Program, columns: int, batch: int = 1, experts: float = 1.0) -> tuple[int, int]:
-    """Bytes one decoded token a row must read: weights of its steps and of the head; and the slots of `columns` columns.
+def decode_bytes(
+    library: LayerLibrary, program: Program, columns: int, batch: int = 1, experts: float = 1.0
+) -> tuple[int, int]:
+    """Bytes one decoded token a row must read: weights of its steps and of the head; and the slots
+    of `columns` columns.
 
     `experts` is the share of a layer's experts (its weights of three axes) that a token is sent to.
     """
     calls = (*(library.layers[layer] for layer in program.path), library.epilogue)
-    weights = sum(int(w.numel() * w.element_size() * (experts if w.dim() == 3 else 1)) for call in calls for w in call.weights)
-    return weights, batch * columns * sum(spec.bytes_per_token() for spec in library.kv_specs(program))
+    weights = sum(
+        int(w.numel() * w.element_size() * (experts if w.dim() == 3 else 1))
+        for call in calls
+        for w in call.weights
+    )
+    return weights, batch * columns * sum(
+        spec.bytes_per_token() for spec in library.kv_specs(program)
+    )
 
 
 class ModelBench:
-    """One model's worker: prepares the ways, the most telling first, waits for its turn and times them."""
+    """One model's worker: prepares the ways, the most telling first, waits for its turn and times
+    them.
+    """
 
     def __init__(self, worker: Worker, name: str, stages: Collection[str]) -> None:
         self.worker, self.name = worker, name
         self.parts = [part for part in parts_of(name, worker.tiny) if part in stages]
         self.tokens, self.num_programs = (3, 3) if worker.tiny else (30, 16)
-        self.lengths = (47, 95) if worker.tiny else (271, 4111)  # of rows; a slot has one column more
+        # of rows; a slot has one column more
+        self.lengths = (47, 95) if worker.tiny else (271, 4111)
         # a long slot is nearly filled, since dynamic caches are only as long as what they hold
-        self.prompts: dict[int, int] = dict(zip(self.lengths, (12, 60) if worker.tiny else (128, 3840), strict=True))
+        self.prompts: dict[int, int] = dict(
+            zip(self.lengths, (12, 60) if worker.tiny else (128, 3840), strict=True)
+        )
         self.ways: list[Way] = []
         self._first_logits: dict[tuple[int, int], Tensor] = {}
         start = time.perf_counter()
@@ -60,41 +74,80 @@ class ModelBench:
         torch.manual_seed(0)
         with torch.device(worker.device):
             dtype = torch.bfloat16 if worker.on_gpu else torch.float32
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype
+            ).eval()
         self.model.requires_grad_(False)
         worker.synchronize()
         self.gib = sum(p.nbytes for p in self.model.parameters()) / 2**30
         made = round(time.perf_counter() - start, 1)
-        worker.say("model", model=name, gib=round(self.gib, 2), dtype=str(self.model.dtype)[6:], seconds=made)
+        worker.say(
+            "model",
+            model=name,
+            gib=round(self.gib, 2),
+            dtype=str(self.model.dtype)[6:],
+            seconds=made,
+        )
         start = time.perf_counter()
-        first = polar_fx.compile(self.model, "eager", max_length=self.lengths[0], cache=False, workers=0)
+        first = polar_fx.compile(
+            self.model, "eager", max_length=self.lengths[0], cache=False, workers=0
+        )
         self.library, self.identity = first.library, first.default_program
         self.prefill_chunk = first.prefill_chunk
         kinds = sorted(self.library.bodies)
-        worker.say("capture", model=name, kinds=kinds, seconds=round(time.perf_counter() - start, 1))
-        # A trial run interprets all ways: it is to show that the benchmark works, not to wait for a compiler.
+        worker.say(
+            "capture", model=name, kinds=kinds, seconds=round(time.perf_counter() - start, 1)
+        )
+        # A trial run interprets all ways: it is to show that the benchmark works, not to wait for a
+        # compiler.
         self.linked = self.compiled("eager" if worker.tiny else "inductor", self.lengths[0])
 
-    # --------------------------------------------------------------------------------------------------- preparation
+    # ---------------------------------------------------------------------------------- preparation
 
     def ids(self, batch: int, length: int | None = None) -> Tensor:
         """Random prompts i64[B, T] for rows of `length` tokens."""
         tokens = self.prompts[length or self.lengths[0]]
-        return torch.randint(0, 150, (batch, tokens), generator=torch.Generator().manual_seed(batch)).to(self.worker.device)
+        return torch.randint(
+            0, 150, (batch, tokens), generator=torch.Generator().manual_seed(batch)
+        ).to(self.worker.device)
 
-    def compiled(self, backend: str | Backend, length: int, like: CompiledModel | None = None) -> CompiledModel:
-        """A compiled model on the library captured once; regions of several tokens are those of `like`."""
+    def compiled(
+        self, backend: str | Backend, length: int, like: CompiledModel | None = None
+    ) -> CompiledModel:
+        """A compiled model on the library captured once; regions of several tokens are those of
+        `like`.
+        """
         made = CompiledModel(
-            self.model, self.library, get_backend(backend), max_length=length, prefill_chunk=self.prefill_chunk,
-            deterministic=False, program=None, workers=0,
-        )  # fmt: skip
+            self.model,
+            self.library,
+            get_backend(backend),
+            max_length=length,
+            prefill_chunk=self.prefill_chunk,
+            deterministic=False,
+            program=None,
+            workers=0,
+        )
         if like is not None:
-            several = {key: region for key, region in like.regions._regions.items() if key[1].tokens is None}
+            several = {
+                key: region
+                for key, region in like.regions._regions.items()
+                if key[1].tokens is None
+            }
             made.regions._regions.update(several)
         return made
 
-    def add(self, label: str, make: Callable[[], Contender], seconds: float, batch: int = 1, length: int | None = None) -> None:
-        """Make a way and run it for a few tokens: compile, capture. It is left out if fewer than `seconds` are left for that."""
+    def add(
+        self,
+        label: str,
+        make: Callable[[], Contender],
+        seconds: float,
+        batch: int = 1,
+        length: int | None = None,
+    ) -> None:
+        """Make a way and run it for a few tokens: compile, capture.
+
+        It is left out if fewer than `seconds` are left for that.
+        """
         worker, length = self.worker, length or self.lengths[0]
         about = {"model": self.name, "way": label, "batch": batch, "length": length}
         if worker.left() < (2 if worker.tiny else seconds):
@@ -107,7 +160,8 @@ class ModelBench:
             logits = way.contender.prefill(ids)
             worker.synchronize()
             filled = time.perf_counter()
-            for i in range(3):  # the same tokens for all: random weights soon lead apart what differs by rounding
+            # the same tokens for all: random weights soon lead apart what differs by rounding
+            for i in range(3):
                 logits = way.contender.decode(ids[:, i : i + 1])
             worker.synchronize()
             taken = time.perf_counter() - filled
@@ -117,7 +171,13 @@ class ModelBench:
             apart = float((logits - want).abs().max() / want.abs().max())
             way.contender.finish()
             self.ways.append(way)
-            worker.say("first", **about, prefill_s=round(filled - start, 1), decode_s=round(taken, 1), to_the_first_way=apart)
+            worker.say(
+                "first",
+                **about,
+                prefill_s=round(filled - start, 1),
+                decode_s=round(taken, 1),
+                to_the_first_way=apart,
+            )
 
     def prepare(self) -> None:
         """Make all ways. `seconds` are what each took to prepare on 16 cores beside the others."""
@@ -125,7 +185,11 @@ class ModelBench:
             self.add("linked+graph", lambda: Linked(self.linked, self.identity), 20)
             return
         (short, long), tiny, linked = self.lengths, self.worker.tiny, self.linked
-        model, identity, untuned = self.model, self.identity, linked.backend if tiny else InductorBackend(UNTUNED)
+        model, identity, untuned = (
+            self.model,
+            self.identity,
+            linked.backend if tiny else InductorBackend(UNTUNED),
+        )
         self.add("linked+graph", lambda: Linked(linked, identity), 20)
         self.add("linked", lambda: Linked(linked, identity, graph=False), 5)
         self.add("HF eager", lambda: HfEager(model), 5)
@@ -133,7 +197,11 @@ class ModelBench:
         far = self.compiled(linked.backend, long)
         self.add("linked+graph", lambda: Linked(far, identity), 15, length=long)
         self.add("HF eager", lambda: HfEager(model), 5, length=long)
-        self.add("linked untuned+graph", lambda: Linked(self.compiled(untuned, short, linked), identity), 15)
+        self.add(
+            "linked untuned+graph",
+            lambda: Linked(self.compiled(untuned, short, linked), identity),
+            15,
+        )
         self.add("whole+graph", lambda: Whole(self.worker, linked, identity, tiny), 40)
         self.add("linked+graph", lambda: Linked(linked, identity), 15, batch=8)
         self.add("HF eager", lambda: HfEager(model), 5, batch=8)
@@ -141,7 +209,7 @@ class ModelBench:
             self.add("HF compile", lambda: HfReduceOverhead(model, 8, short), 35, batch=8)
             self.add("HF compile", lambda: HfReduceOverhead(model, 1, long), 35, length=long)
 
-    # -------------------------------------------------------------------------------------------------------- timing
+    # --------------------------------------------------------------------------------------- timing
 
     def measure(self) -> None:
         """Time all ways, then the model's other parts, as long as there is time."""
@@ -164,9 +232,13 @@ class ModelBench:
             worker.say("memory", model=self.name, gib=round(most, 2), weights=round(self.gib, 2))
 
     def speed(self, way: Way) -> dict[str, object]:
-        """Milliseconds of a prompt and of a token, of the device alone and of the host; bytes a second."""
+        """Milliseconds of a prompt and of a token, of the device alone and of the host; bytes a
+        second.
+        """
         worker, run, ids = self.worker, way.contender, self.ids(way.batch, way.length)
-        prefill = worker.milliseconds(lambda: (run.prefill(ids), run.finish()), 2 if worker.tiny else 5)
+        prefill = worker.milliseconds(
+            lambda: (run.prefill(ids), run.finish()), 2 if worker.tiny else 5
+        )
         taken = []
         for _ in range(3):
             run.finish()
@@ -184,15 +256,25 @@ class ModelBench:
         # few enough replays that there would be room for their tokens, should a graph count them
         alone = None if graph is None else worker.replay_ms(graph, 3, 5 if worker.tiny else 20)
         run.finish()
-        chosen, of = (getattr(self.model.config, name, None) for name in ("num_experts_per_tok", "num_experts"))
+        chosen, of = (
+            getattr(self.model.config, name, None)
+            for name in ("num_experts_per_tok", "num_experts")
+        )
         share = chosen / of if chosen and of else 1.0
-        weights, kv = decode_bytes(self.library, self.identity, slot_length(way.length), way.batch, share)
+        weights, kv = decode_bytes(
+            self.library, self.identity, slot_length(way.length), way.batch, share
+        )
         return {
-            "prefill_tokens": ids.shape[1], "prefill": prefill,
-            "decode_ms": round(ms, 4), "decode_all": [round(t, 4) for t in taken],
-            "device_ms": alone, "host_ms": None if alone is None else round(ms - alone, 4),
-            "weight_mb": round(weights / 1e6, 2), "kv_mb": round(kv / 1e6, 2), "gbs": round((weights + kv) / ms / 1e6, 2),
-        }  # fmt: skip
+            "prefill_tokens": ids.shape[1],
+            "prefill": prefill,
+            "decode_ms": round(ms, 4),
+            "decode_all": [round(t, 4) for t in taken],
+            "device_ms": alone,
+            "host_ms": None if alone is None else round(ms - alone, 4),
+            "weight_mb": round(weights / 1e6, 2),
+            "kv_mb": round(kv / 1e6, 2),
+            "gbs": round((weights + kv) / ms / 1e6, 2),
+        }
 
 
 def run_model(worker: Worker, name: str, stages: Collection[str]) -> None:

@@ -1,6 +1,8 @@
-"""What the GPU benchmark measures of a model beside its speed: programs never seen, Table 4, mixed batches, generation, kernels.
+"""What the GPU benchmark measures of a model beside its speed: programs never seen, Table 4, mixed
+batches, generation, kernels.
 
-Each part takes the model's bench (gpu_models.ModelBench), whose linked model is compiled by then, and writes one or more lines.
+Each part takes the model's bench (gpu_models.ModelBench), whose linked model is compiled by then,
+and writes one or more lines.
 """
 
 import random
@@ -35,23 +37,33 @@ def graphs(bench: "ModelBench") -> None:
     reserved = torch.cuda.memory_reserved() if worker.on_gpu else 0
     known = len(compiled.graphs.records) if compiled.graphs is not None else 0
     for _ in range(bench.num_programs):
-        program = compiled.resolve(sorted(pick.sample(range(compiled.depth), compiled.depth - pick.randint(1, 4))))
+        program = compiled.resolve(
+            sorted(pick.sample(range(compiled.depth), compiled.depth - pick.randint(1, 4)))
+        )
         shape = ShapeClass.of(1, 1, compiled.pool.length)
         link.append(timed(lambda p=program, s=shape: compiled.linker.link(p, s), worker.device))
         with compiled.session(program, 1) as session:
             compiled.prefill(program, session, [ids[0]])
-            first.append(timed(lambda p=program, s=session: compiled.decode(p, s, ids[:, 0]), worker.device))
+            first.append(
+                timed(lambda p=program, s=session: compiled.decode(p, s, ids[:, 0]), worker.device)
+            )
     records = list(compiled.graphs.records)[known:] if compiled.graphs is not None else []
     worker.say(
-        "graphs", model=bench.name, programs=len(first), link_ms=round(statistics.median(link), 3),
-        first_decode_ms=round(statistics.median(first), 2), slowest_ms=round(max(first), 2),
-        capture_ms=[round(r.capture_ms, 2) for r in records], failed=[r.reason for r in records if r.reason][:3],
+        "graphs",
+        model=bench.name,
+        programs=len(first),
+        link_ms=round(statistics.median(link), 3),
+        first_decode_ms=round(statistics.median(first), 2),
+        slowest_ms=round(max(first), 2),
+        capture_ms=[round(r.capture_ms, 2) for r in records],
+        failed=[r.reason for r in records if r.reason][:3],
         mib=((torch.cuda.memory_reserved() if worker.on_gpu else 0) - reserved) >> 20,
-    )  # fmt: skip
+    )
 
 
 def table4(bench: "ModelBench") -> None:
-    """Table 4 of the paper: a pass over a prompt by programs of 23.3 of 24 layers on average, and what routing it costs.
+    """Table 4 of the paper: a pass over a prompt by programs of 23.3 of 24 layers on average, and
+    what routing it costs.
 
     Seven prompts in ten skip one layer and three skip none.
     """
@@ -61,14 +73,19 @@ def table4(bench: "ModelBench") -> None:
     shorter = [identity.skip(i, 1) for i in range(4, min(depth, 11))]
     menu = Menu.of(shorter)
     network = SelectorNetwork(2 * compiled.config.hidden_size, len(menu))
-    dispatcher = compiled.dispatch_by(Selector(menu, Features(4, 16), network, Calibration(0.0)), policy="accuracy")
+    dispatcher = compiled.dispatch_by(
+        Selector(menu, Features(4, 16), network, Calibration(0.0)), policy="accuracy"
+    )
 
     def run(program: Program) -> None:
         with compiled.session(program, 1) as session:
             compiled.prefill(program, session, rows)
 
     def behind_trunk(program: Program) -> None:
-        with run_trunk(compiled, rows, 4) as trunk, session_after(compiled, program, trunk) as session:
+        with (
+            run_trunk(compiled, rows, 4) as trunk,
+            session_after(compiled, program, trunk) as session,
+        ):
             compiled.prefill(program, session, rows, trunk=trunk)
 
     with run_trunk(compiled, rows, 4) as trunk:
@@ -77,19 +94,31 @@ def table4(bench: "ModelBench") -> None:
         run(program)
     model: Any = bench.model
     base = worker.milliseconds(lambda: run(identity), repeats)
-    skipped = statistics.fmean(worker.milliseconds(lambda p=program: run(p), repeats)["ms"] for program in shorter)
+    skipped = statistics.fmean(
+        worker.milliseconds(lambda p=program: run(p), repeats)["ms"] for program in shorter
+    )
     routing = worker.milliseconds(lambda: dispatcher.decide(hidden), repeats)
     worker.say(
-        "table4", model=bench.name, tokens=len(rows[0]), identity=base, one_skipped_ms=round(skipped, 4),
+        "table4",
+        model=bench.name,
+        tokens=len(rows[0]),
+        identity=base,
+        one_skipped_ms=round(skipped, 4),
         identity_behind_trunk=worker.milliseconds(lambda: behind_trunk(identity), repeats),
-        hf_eager=worker.milliseconds(lambda: model(rows[0][None], use_cache=False, logits_to_keep=1), repeats), routing=routing,
-        ratio=round(0.3 + 0.7 * skipped / base["ms"], 4), routing_share=round(routing["ms"] / base["ms"], 5),
-    )  # fmt: skip
+        hf_eager=worker.milliseconds(
+            lambda: model(rows[0][None], use_cache=False, logits_to_keep=1), repeats
+        ),
+        routing=routing,
+        ratio=round(0.3 + 0.7 * skipped / base["ms"], 4),
+        routing_share=round(routing["ms"] / base["ms"], 5),
+    )
     compiled.dispatcher = None
 
 
 class _InTurn:
-    """A predictor that deals out the first `kinds` programs of its menu row by row, and costs nothing."""
+    """A predictor that deals out the first `kinds` programs of its menu row by row, and costs
+    nothing.
+    """
 
     def __init__(self, menu: Menu) -> None:
         self.menu, self.kinds = menu, 1
@@ -107,10 +136,17 @@ class _InTurn:
 
 
 def mixed(bench: "ModelBench") -> None:
-    """A batch whose rows run one program, or several: dispatched generation beside generation by the identity."""
+    """A batch whose rows run one program, or several: dispatched generation beside generation by
+    the identity.
+    """
     compiled, worker = bench.linked, bench.worker
     rows, tokens = (4, 4) if worker.tiny else (8, 32)
-    menu = Menu.of([Program.identity(compiled.depth).skip(i, 1) for i in range(2, 2 + min(8, compiled.depth - 2))])
+    menu = Menu.of(
+        [
+            Program.identity(compiled.depth).skip(i, 1)
+            for i in range(2, 2 + min(8, compiled.depth - 2))
+        ]
+    )
     predictor = _InTurn(menu)
     dispatcher = compiled.dispatch_by(cast(Any, predictor), policy="accuracy")
     dispatcher.admit()
@@ -128,21 +164,41 @@ def mixed(bench: "ModelBench") -> None:
             break
     compiled.dispatcher = None
     compiled.generate(ids, program="identity", **options)
-    identity = worker.milliseconds(lambda: compiled.generate(ids, program="identity", **options), 3)["ms"]
+    identity = worker.milliseconds(
+        lambda: compiled.generate(ids, program="identity", **options), 3
+    )["ms"]
     worker.say(
-        "mixed", model=bench.name, rows=rows, new_tokens=tokens, ms_by_programs=found, identity_ms=identity,
+        "mixed",
+        model=bench.name,
+        rows=rows,
+        new_tokens=tokens,
+        ms_by_programs=found,
+        identity_ms=identity,
         times_uniform={programs: round(ms / found[1], 3) for programs, ms in found.items()},
-    )  # fmt: skip
+    )
 
 
 def generate(bench: "ModelBench") -> None:
-    """Milliseconds a token of whole greedy `generate` calls of one row, prompt included: ours and transformers'."""
-    compiled, worker, ids, tokens = bench.linked, bench.worker, bench.ids(1), 4 if bench.worker.tiny else 64
+    """Milliseconds a token of whole greedy `generate` calls of one row, prompt included: ours and
+    transformers'.
+    """
+    compiled, worker, ids, tokens = (
+        bench.linked,
+        bench.worker,
+        bench.ids(1),
+        4 if bench.worker.tiny else 64,
+    )
     options, model = {"max_new_tokens": tokens, **_GREEDY}, cast(Any, bench.model)
     compiled.generate(ids, **options)
     ours = worker.milliseconds(lambda: compiled.generate(ids, **options), 3)["ms"]
     theirs = worker.milliseconds(lambda: model.generate(ids, **options), 2)["ms"]
-    worker.say("generate", model=bench.name, new_tokens=tokens, ours_ms=round(ours / tokens, 4), hf_ms=round(theirs / tokens, 4))
+    worker.say(
+        "generate",
+        model=bench.name,
+        new_tokens=tokens,
+        ours_ms=round(ours / tokens, 4),
+        hf_ms=round(theirs / tokens, 4),
+    )
 
 
 def kernels(bench: "ModelBench") -> None:
@@ -170,12 +226,20 @@ def kernels(bench: "ModelBench") -> None:
                 times.setdefault(event.name[:90], []).append(taken)
         ranked = sorted(times.items(), key=lambda item: -sum(item[1]))
         worker.say(
-            "profile", model=bench.name, way=way.label, length=way.length, kernels=sum(map(len, times.values())),
+            "profile",
+            model=bench.name,
+            way=way.label,
+            length=way.length,
+            kernels=sum(map(len, times.values())),
             us=round(sum(map(sum, times.values())), 1),
             most=[[name, len(each), round(sum(each), 1)] for name, each in ranked[:14]],
-        )  # fmt: skip
+        )
 
 
 PARTS: dict[str, Callable[["ModelBench"], None]] = {
-    "graphs": graphs, "table4": table4, "mixed": mixed, "generate": generate, "profile": kernels,
-}  # fmt: skip
+    "graphs": graphs,
+    "table4": table4,
+    "mixed": mixed,
+    "generate": generate,
+    "profile": kernels,
+}

@@ -1,4 +1,6 @@
-"""The processes of the GPU benchmark: started, given their turns by files in a folder, ended when their time is up."""
+"""The processes of the GPU benchmark: started, given their turns by files in a folder, ended when
+their time is up.
+"""
 
 import contextlib
 import os
@@ -25,19 +27,37 @@ class Team:
 
     def say(self, stage: str, **found: Any) -> None:
         """Write a line of results."""
-        gpu_results.append(self.out / "results.jsonl", {"t": round(time.time() - self.started, 1), "stage": stage, **found})
+        gpu_results.append(
+            self.out / "results.jsonl",
+            {"t": round(time.time() - self.started, 1), "stage": stage, **found},
+        )
 
     def start(self, name: str, command: Sequence[str], limit: float) -> None:
-        """Start a worker that is to be over at the time `limit`; fresh caches, unless the environment names some."""
+        """Start a worker that is to be over at the time `limit`; fresh caches, unless the
+        environment names some.
+        """
         cores = os.cpu_count() or 2
-        caches = {"TORCHINDUCTOR_CACHE_DIR": "inductor", "TRITON_CACHE_DIR": "triton", "POLAR_FX_CACHE_DIR": "polar_fx"}
-        paths = [str(ROOT), str(ROOT / "bench"), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        caches = {
+            "TORCHINDUCTOR_CACHE_DIR": "inductor",
+            "TRITON_CACHE_DIR": "triton",
+            "POLAR_FX_CACHE_DIR": "polar_fx",
+        }
+        paths = [
+            str(ROOT),
+            str(ROOT / "bench"),
+            str(ROOT / "tests"),
+            *filter(None, [os.environ.get("PYTHONPATH")]),
+        ]
         variables = {
             **{variable: str(self.scratch / folder) for variable, folder in caches.items()},
-            "OMP_NUM_THREADS": str(max(1, cores // 8)), "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // 4)),
-            "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
-            **os.environ, "PYTHONPATH": os.pathsep.join(paths),
-        }  # fmt: skip
+            "OMP_NUM_THREADS": str(max(1, cores // 8)),
+            "TORCHINDUCTOR_COMPILE_THREADS": str(max(1, cores // 4)),
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONUNBUFFERED": "1",
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(paths),
+        }
         with open(self.scratch / f"{name}.log", "wb") as log:
             self._running[name] = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, env=variables, start_new_session=True
@@ -58,20 +78,24 @@ class Team:
             self.say("stopped", worker=name, reason="its time was up")
         elif not early and process.returncode:
             text = (self.scratch / f"{name}.log").read_text(errors="replace").strip()
-            self.say("ended", worker=name, error=f"exit status {process.returncode}", last=text[-300:])
+            self.say(
+                "ended", worker=name, error=f"exit status {process.returncode}", last=text[-300:]
+            )
 
     def stop_all(self) -> None:
         for name in list(self._running):
             self.stop(name)
 
     def wait_until(self, met: Callable[[], bool], limit: float) -> None:
-        """Wait for something, until the time `limit` at most; meanwhile end workers that are over theirs."""
+        """Wait for something, until the time `limit` at most; meanwhile end workers that are over
+        theirs.
+        """
         while not met() and time.time() < limit:
             for name in [n for n in self._running if time.time() > self._limits[n] + 2]:
                 self.stop(name)
             time.sleep(0.05)
 
-    # ------------------------------------------------------------------------------------------------ states of a worker
+    # --------------------------------------------------------------------------- states of a worker
 
     def is_running(self, name: str) -> bool:
         return name in self._running and self._running[name].poll() is None

@@ -1,4 +1,5 @@
-"""The ways to run a model that the GPU benchmark compares, on the contenders of the other benchmarks.
+"""The ways to run a model that the GPU benchmark compares, on the contenders of the other
+benchmarks.
 
 Shape legend: B batch, T tokens, V vocabulary.
 """
@@ -18,26 +19,33 @@ __all__ = ["HfEager", "HfReduceOverhead", "Linked", "Whole", "slot_length"]
 
 
 def slot_length(max_length: int) -> int:
-    """Columns of a slot for rows of `max_length` tokens: one is spare, and they are a multiple of 16."""
+    """Columns of a slot for rows of `max_length` tokens: one is spare, and they are a multiple of
+    16.
+    """
     return -(-(max_length + 1) // 16) * 16
 
 
 class HfReduceOverhead(Contender):
-    """transformers' model in `torch.compile(mode="reduce-overhead")` on a static cache; prompts eagerly, as its `generate` does.
+    """transformers' model in `torch.compile(mode="reduce-overhead")` on a static cache; prompts
+    eagerly, as its `generate` does.
 
     With `interpreted`, traced and not compiled: for a trial run.
     """
 
     kind = "hf"
 
-    def __init__(self, model: PreTrainedModel, batch: int, max_length: int, interpreted: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, batch: int, max_length: int, interpreted: bool = False
+    ) -> None:
         super().__init__("HF compile", model.config.num_hidden_layers)
         config, self.model = model.config, model
         how: dict[str, Any] = {"backend": "eager"} if interpreted else {"mode": "reduce-overhead"}
         self.compiled: Any = torch.compile(model, dynamic=False, **how)
         self.cache = StaticCache(config=config, max_cache_len=slot_length(max_length))
         size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.cache.early_initialization(batch, config.num_key_value_heads, size, model.dtype, model.device)
+        self.cache.early_initialization(
+            batch, config.num_key_value_heads, size, model.dtype, model.device
+        )
 
     def prefill(self, ids: Tensor) -> Tensor:
         self.cache.reset()
@@ -80,12 +88,15 @@ class Linked(Ours):
 
 
 class Whole(Linked):
-    """One row by the program as one graph through Inductor, in one CUDA graph: a bound for what linking costs.
+    """One row by the program as one graph through Inductor, in one CUDA graph: a bound for what
+    linking costs.
 
     Prompts run as linked regions. With `interpreted`, traced and not compiled: for a trial run.
     """
 
-    def __init__(self, worker: Worker, compiled: CompiledModel, program: Program, interpreted: bool = False) -> None:
+    def __init__(
+        self, worker: Worker, compiled: CompiledModel, program: Program, interpreted: bool = False
+    ) -> None:
         super().__init__(compiled, program, graph=False)
         flat = compiled.library.flat_graph(program).requires_grad_(False)
         how: dict[str, Any] = {"backend": "eager"} if interpreted else {}

@@ -1,4 +1,6 @@
-"""What the workers of the GPU benchmark share: result lines, time limits, their turn on the machine, and timings."""
+"""What the workers of the GPU benchmark share: result lines, time limits, their turn on the
+machine, and timings.
+"""
 
 import contextlib
 import gc
@@ -16,7 +18,8 @@ import torch
 import gpu_results
 from measure import synchronize, timed
 
-# Inductor tries more tilings of each kernel; matrix-vector products gain most, and have it by default (polar_fx.backends).
+# Inductor tries more tilings of each kernel; matrix-vector products gain most, and have it by
+# default (polar_fx.backends).
 TUNED: dict[str, Any] = {"coordinate_descent_tuning": True}
 UNTUNED: dict[str, Any] = {"coordinate_descent_tuning": False}
 
@@ -28,7 +31,9 @@ def reason(error: BaseException, most: int = 400) -> str:
 
 @dataclass
 class Worker:
-    """One process of the benchmark: `out` is the folder of results, `until` when its time is up, `turns` where it waits."""
+    """One process of the benchmark: `out` is the folder of results, `until` when its time is up,
+    `turns` where it waits.
+    """
 
     name: str
     out: Path
@@ -38,7 +43,7 @@ class Worker:
     until: float
     turns: Path
 
-    # ------------------------------------------------------------------------------------------------ results and time
+    # ----------------------------------------------------------------------------- results and time
 
     @property
     def on_gpu(self) -> bool:
@@ -58,7 +63,9 @@ class Worker:
             yield
         except Exception as error:
             traceback.print_exc()
-            self.say(stage, **about, error=reason(error), seconds=round(time.perf_counter() - start, 1))
+            self.say(
+                stage, **about, error=reason(error), seconds=round(time.perf_counter() - start, 1)
+            )
 
     def left(self) -> float:
         """Seconds left."""
@@ -77,12 +84,14 @@ class Worker:
         """Nothing more will be timed."""
         (self.turns / f"done.{self.name}").touch()
 
-    # --------------------------------------------------------------------------------------------------------- timings
+    # -------------------------------------------------------------------------------------- timings
 
     def synchronize(self) -> None:
         synchronize(self.device)
 
-    def milliseconds(self, work: Callable[[], Any], repeats: int, inner: int = 1) -> dict[str, float]:
+    def milliseconds(
+        self, work: Callable[[], Any], repeats: int, inner: int = 1
+    ) -> dict[str, float]:
         """Median, least and most of `repeats` timings of `inner` calls each, per call."""
 
         def calls() -> None:
@@ -90,10 +99,16 @@ class Worker:
                 work()
 
         taken = [timed(calls, self.device) / inner for _ in range(repeats)]
-        return {"ms": round(statistics.median(taken), 4), "min": round(min(taken), 4), "max": round(max(taken), 4)}
+        return {
+            "ms": round(statistics.median(taken), 4),
+            "min": round(min(taken), 4),
+            "max": round(max(taken), 4),
+        }
 
     def captured(self, work: Callable[[], Any]) -> Any:
-        """`work`, run and then captured as a CUDA graph; on the CPU something that runs it when replayed."""
+        """`work`, run and then captured as a CUDA graph; on the CPU something that runs it when
+        replayed.
+        """
         work()
         if not self.on_gpu:
             return SimpleNamespace(replay=work)
@@ -108,7 +123,9 @@ class Worker:
         return graph
 
     def replay_ms(self, graph: Any, repeats: int = 3, inner: int = 20) -> float:
-        """Milliseconds of the device alone: the graph replayed back to back between two events, `repeats * (inner + 1)` times."""
+        """Milliseconds of the device alone: the graph replayed back to back between two events,
+        `repeats * (inner + 1)` times.
+        """
         if not self.on_gpu:
             return self.milliseconds(graph.replay, repeats, min(inner, 2))["ms"]
         taken = []

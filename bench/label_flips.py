@@ -1,11 +1,13 @@
-"""How many verdicts change when they are asked for again: in other batches, run alone, or by real generation.
+"""How many verdicts change when they are asked for again: in other batches, run alone, or by real
+generation.
 
     python bench/label_flips.py                       # float32
     python bench/label_flips.py --dtype bfloat16
     python bench/label_flips.py --dtype bfloat16 --records run.jsonl
 
-The pairs are what Monte Carlo tree searches look at; of the records of a search, half are drawn from those found right and half
-are those whose margin is nearest to a tie. Replications report 5 to 13 % in bf16, from batch shapes alone.
+The pairs are what Monte Carlo tree searches look at; of the records of a search, half are drawn
+from those found right and half are those whose margin is nearest to a tie. Replications report 5 to
+13 % in bf16, from batch shapes alone.
 """
 
 import argparse
@@ -29,7 +31,12 @@ def flips(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     """Verdicts that differ: all of them, and among those that were right at first."""
     changed = [a != b for a, b in zip(first, second, strict=True)]
     right = [c for c, a in zip(changed, first, strict=True) if a]
-    return {"n": len(changed), "flips": sum(changed), "right_at_first": len(right), "right_flipped": sum(right)}
+    return {
+        "n": len(changed),
+        "flips": sum(changed),
+        "right_at_first": len(right),
+        "right_flipped": sum(right),
+    }
 
 
 def judge(forcing: TeacherForcing, pairs: list[Pair], seed: int, size: int) -> list[Verdict]:
@@ -48,18 +55,28 @@ def chosen(listed: list[tuple[Question, Explored]], count: int) -> list[tuple[Qu
     drawn = random.Random(0).sample(right, min(count // 2, len(right)))
     margins = {id(each): abs(each[1].verdict.margin or 0.0) for each in listed}
     taken = {id(each) for each in drawn}
-    close = sorted((each for each in listed if id(each) not in taken), key=lambda each: margins[id(each)])
+    close = sorted(
+        (each for each in listed if id(each) not in taken), key=lambda each: margins[id(each)]
+    )
     return drawn + close[: count - len(drawn)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", default="multiplication")
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--simulations", type=int, default=40)
-    parser.add_argument("--records", type=Path, help="of a search with few-shot prompts of built-in tasks, in this dtype")
+    parser.add_argument(
+        "--records",
+        type=Path,
+        help="of a search with few-shot prompts of built-in tasks, in this dtype",
+    )
     parser.add_argument("--pairs", type=int, default=600, help="taken from the records")
-    parser.add_argument("--generated", type=int, default=96, help="pairs that are generated as well")
+    parser.add_argument(
+        "--generated", type=int, default=96, help="pairs that are generated as well"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
@@ -72,13 +89,21 @@ def main() -> None:
         rows = generate(options.task, options.questions, split="train")
         encoded = get_template("few-shot", options.task).encode_all(tokenizer, rows)
         # the likelihood leads to right answers and near ones: where verdicts are close
-        config = SearchConfig(simulations=options.simulations, reward="likelihood", length_penalty=0.0)
-        rounds = run_searches(list(zip(rows, encoded, strict=True)), TeacherForcing(compiled), compiled.depth, config)
+        config = SearchConfig(
+            simulations=options.simulations, reward="likelihood", length_penalty=0.0
+        )
+        rounds = run_searches(
+            list(zip(rows, encoded, strict=True)), TeacherForcing(compiled), compiled.depth, config
+        )
         listed = [(r.question, e) for r in rounds for e in r.explored]
     questions = {q.id: q for q, _ in listed}
     tasks = sorted({q.task for q in questions.values()})
     templates = {task: get_template("few-shot", task) for task in tasks}
-    of = {e.id: e for t in tasks for e in templates[t].encode_all(tokenizer, [q for q in questions.values() if q.task == t])}
+    of = {
+        e.id: e
+        for t in tasks
+        for e in templates[t].encode_all(tokenizer, [q for q in questions.values() if q.task == t])
+    }
     pairs = [(of[q.id], e.program) for q, e in listed]
     first = [e.verdict.correct for _, e in listed]
     alone = judge(TeacherForcing(compiled, deterministic=True), pairs, 1, 64)
@@ -88,21 +113,28 @@ def main() -> None:
     generated = [False] * len(sample)
     for task in tasks:
         members = [i for i, k in enumerate(sample) if listed[k][0].task == task]
-        told = Plain(model, tokenizer, templates[task]).evaluate([pairs[sample[i]] for i in members])
+        told = Plain(model, tokenizer, templates[task]).evaluate(
+            [pairs[sample[i]] for i in members]
+        )
         for i, verdict in zip(members, told, strict=True):
             generated[i] = verdict
     right = [v.correct for v in alone]
     report = {
-        "benchmark": "label flips", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "tasks": tasks,
-        "questions": len(questions), "pairs": len(pairs),
+        "benchmark": "label flips",
+        "dtype": options.dtype,
+        "machine": machine(torch.device("cpu")),
+        "tasks": tasks,
+        "questions": len(questions),
+        "pairs": len(pairs),
         "deterministic, asked again in another order": {
-            **flips(right, [v.correct for v in again]), "same_bits": sum(a == b for a, b in zip(alone, again, strict=True))
+            **flips(right, [v.correct for v in again]),
+            "same_bits": sum(a == b for a, b in zip(alone, again, strict=True)),
         },
         "batched, asked again in other batches": flips(first, [v.correct for v in batched]),
         "batched against deterministic": flips(first, right),
         "deterministic against HF generate": flips([right[i] for i in sample], generated),
         "batched against HF generate": flips([first[i] for i in sample], generated),
-    }  # fmt: skip
+    }
     name = f"label-flips{'-records' if options.records else ''}-cpu-{options.dtype}.json"
     write_json(options.output or RESULTS / name, report)
     for name, found in report.items():

@@ -1,7 +1,8 @@
-"""What every benchmark here shares: machine description, interleaved timing, spread, bandwidth, result files.
+"""What every benchmark here shares: machine description, interleaved timing, spread, bandwidth,
+result files.
 
-Timings on shared machines drift, so contenders take turns within one process and are compared by the ratio of
-medians of the same rounds; warm-up and compilation are outside the timed part.
+Timings on shared machines drift, so contenders take turns within one process and are compared by
+the ratio of medians of the same rounds; warm-up and compilation are outside the timed part.
 """
 
 import json
@@ -47,13 +48,19 @@ def paired_ratio(samples: Sequence[float], reference: Sequence[float]) -> dict[s
 
 
 def bandwidth_gbs(device: torch.device, megabytes: int = 512, repeats: int = 9) -> dict[str, float]:
-    """Measured read bandwidth in GB/s by several operators that read memory no cache holds; the best of `repeats` each.
+    """Measured read bandwidth in GB/s by several operators that read memory no cache holds; the
+    best of `repeats` each.
 
-    A sum alone would flatter: a maximum, which does less with what it reads, reads faster on some machines.
+    A sum alone would flatter: a maximum, which does less with what it reads, reads faster on some
+    machines.
     """
     values = torch.ones(megabytes * 1024 * 1024 // 4, device=device)
     rows, vector = values.view(-1, 4096), torch.ones(4096, device=device)
-    reads: dict[str, Callable[[], Any]] = {"sum": values.sum, "max": values.amax, "mv": lambda: torch.mv(rows, vector)}
+    reads: dict[str, Callable[[], Any]] = {
+        "sum": values.sum,
+        "max": values.amax,
+        "mv": lambda: torch.mv(rows, vector),
+    }
     best = dict.fromkeys(reads, 0.0)
     for _ in range(repeats):
         for name, read in reads.items():
@@ -73,7 +80,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
-        "commit": _git("rev-parse", "--short", "HEAD") + ("-dirty" if _git("status", "--porcelain", "--", "*.py") else ""),
+        "commit": _git("rev-parse", "--short", "HEAD")
+        + ("-dirty" if _git("status", "--porcelain", "--", "*.py") else ""),
         "load_average": os.getloadavg()[0],
     }
     if device.type == "cuda":
@@ -84,7 +92,11 @@ def machine(device: torch.device) -> dict[str, Any]:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     names = (
-        [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.partition(":")[2].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if info.exists()
         else []
     )
@@ -92,7 +104,9 @@ def _cpu_name() -> str:
 
 
 def _git(*arguments: str) -> str:
-    result = subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent)
+    result = subprocess.run(
+        ["git", *arguments], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return result.stdout.strip()
 
 

@@ -1,10 +1,10 @@
 """Many programs on one set of regions: time until ready, compilations, and memory.
 
-    python bench/programs.py                  # SmolLM2-135M-Instruct, 100 programs ready, then 1,000 run
+    python bench/programs.py  # SmolLM2-135M-Instruct, 100 programs ready, then 1,000 run
     python bench/programs.py --run 200
 
-A first program is captured, compiled and linked with nothing cached; then further random programs are made ready; then
-many different ones decode, while compilations and resident memory are watched.
+A first program is captured, compiled and linked with nothing cached; then further random programs
+are made ready; then many different ones decode, while compilations and resident memory are watched.
 """
 
 import argparse
@@ -36,7 +36,9 @@ def resident_bytes() -> int:
 def random_program(pick: random.Random, depth: int) -> Program:
     """Skips and repeats in random places, or any order of layers at all."""
     if pick.random() < 0.5:
-        return Program.from_path(tuple(pick.randrange(depth) for _ in range(pick.randint(1, 2 * depth))), depth)
+        return Program.from_path(
+            tuple(pick.randrange(depth) for _ in range(pick.randint(1, 2 * depth))), depth
+        )
     program = Program.identity(depth)
     for _ in range(pick.randint(1, 4)):
         length = pick.randint(1, 4)
@@ -54,8 +56,12 @@ def make_ready(compiled: CompiledModel, program: Program) -> None:
 
 
 @torch.no_grad()
-def run_many(compiled: CompiledModel, pick: random.Random, count: int, tokens: int, console: Console) -> dict[str, Any]:
-    """Generate a few tokens with `count` different programs; memory after the first ten is where growth counts from."""
+def run_many(
+    compiled: CompiledModel, pick: random.Random, count: int, tokens: int, console: Console
+) -> dict[str, Any]:
+    """Generate a few tokens with `count` different programs; memory after the first ten is where
+    growth counts from.
+    """
     seen: set[Program] = set()
     before, start_bytes = len(compiled.compilations), 0
     longest = Program.identity(compiled.depth).repeat(0, compiled.depth, 2)
@@ -79,13 +85,19 @@ def run_many(compiled: CompiledModel, pick: random.Random, count: int, tokens: i
     gc.collect()
     end = resident_bytes()
     return {
-        "programs": len(seen), "compilations": len(compiled.compilations) - before, "resident_bytes_after_10": start_bytes,
-        "resident_bytes_at_end": end, "growth": end / start_bytes - 1, "resident_bytes": bytes_over_time,
-    }  # fmt: skip
+        "programs": len(seen),
+        "compilations": len(compiled.compilations) - before,
+        "resident_bytes_after_10": start_bytes,
+        "resident_bytes_at_end": end,
+        "growth": end / start_bytes - 1,
+        "resident_bytes": bytes_over_time,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--ready", type=int, default=100, help="programs made ready")
     parser.add_argument("--run", type=int, default=1000, help="programs run")
@@ -106,19 +118,28 @@ def main() -> None:
             make_ready(compiled, random_program(pick, compiled.depth))
             samples.append(1e3 * (time.perf_counter() - start))
         report = {
-            "benchmark": "programs", "model": polar_fx.models.DEFAULT_NAME, "dtype": options.dtype,
-            "machine": machine(torch.device("cpu")), "first_program_s": first_s, "further_ms": spread(samples),
-            "further_max_ms": max(samples), "all_ready_over_first": (first_s + sum(samples) / 1e3) / first_s,
-            "weights_bytes": weights, "memory_of_ready_programs": (resident_bytes() - before_bytes) / weights,
-            "regions": len(compiled.compilations), "run": run_many(compiled, pick, options.run, 64, Console(stderr=True)),
-        }  # fmt: skip
+            "benchmark": "programs",
+            "model": polar_fx.models.DEFAULT_NAME,
+            "dtype": options.dtype,
+            "machine": machine(torch.device("cpu")),
+            "first_program_s": first_s,
+            "further_ms": spread(samples),
+            "further_max_ms": max(samples),
+            "all_ready_over_first": (first_s + sum(samples) / 1e3) / first_s,
+            "weights_bytes": weights,
+            "memory_of_ready_programs": (resident_bytes() - before_bytes) / weights,
+            "regions": len(compiled.compilations),
+            "run": run_many(compiled, pick, options.run, 64, Console(stderr=True)),
+        }
     write_json(options.output, report)
     run = report["run"]
     print(
-        f"first program {first_s:.1f} s; {options.ready - 1} further: median {report['further_ms']['median']:.2f} ms, at most "
-        f"{report['further_max_ms']:.2f} ms; all ready in {report['all_ready_over_first']:.3f} x the first; memory "
-        f"{100 * report['memory_of_ready_programs']:+.2f} % of the weights\n{run['programs']} programs run: "
-        f"{run['compilations']} compilations, resident memory {100 * run['growth']:+.2f} %",
+        f"first program {first_s:.1f} s; {options.ready - 1} further: median "
+        f"{report['further_ms']['median']:.2f} ms, at most {report['further_max_ms']:.2f} ms; all "
+        f"ready in {report['all_ready_over_first']:.3f} x the first; memory "
+        f"{100 * report['memory_of_ready_programs']:+.2f} % of the weights\n{run['programs']} "
+        f"programs run: {run['compilations']} compilations, resident memory "
+        f"{100 * run['growth']:+.2f} %",
         file=sys.stdout,
     )
 

@@ -1,12 +1,14 @@
-"""Simulations per second: judging programs by `polar_fx` against one batched HF `generate` per program.
+"""Simulations per second: judging programs by `polar_fx` against one batched HF `generate` per
+program.
 
     python bench/search_speed.py                       # both prompts, both patterns
     python bench/search_speed.py --dtype bfloat16
 
-Two patterns of asking. "grid": the programs that one search looked at, on every question; the plain method can batch all
-questions of a program. "search": what Monte Carlo tree searches ask for round after round, a program of its own for almost every
-question; of each round the plain method judges a sample, because all would take hours. Contenders take turns within one process;
-a verdict is whether greedy decoding gives exactly the gold answer and its stop.
+Two patterns of asking. "grid": the programs that one search looked at, on every question; the plain
+method can batch all questions of a program. "search": what Monte Carlo tree searches ask for round
+after round, a program of its own for almost every question; of each round the plain method judges a
+sample, because all would take hours. Contenders take turns within one process; a verdict is whether
+greedy decoding gives exactly the gold answer and its stop.
 """
 
 import argparse
@@ -36,16 +38,22 @@ from polar_fx.search.methods.registry import get_method, question_seed
 
 Pair = tuple[EncodedQuestion, Program]
 
-# Questions, and programs of a grid or of each search; the plain method takes seconds for each where answers ramble on.
+# Questions, and programs of a grid or of each search; the plain method takes seconds for each where
+# answers ramble on.
 _SIZES = {
-    ("few-shot", "grid"): (32, 16), ("few-shot", "search"): (16, 40), ("direct", "grid"): (32, 16), ("direct", "search"): (16, 12)
-}  # fmt: skip
+    ("few-shot", "grid"): (32, 16),
+    ("few-shot", "search"): (16, 40),
+    ("direct", "grid"): (32, 16),
+    ("direct", "search"): (16, 12),
+}
 _SAMPLE = 2  # pairs a round that the plain method judges in the pattern "search"
 
 
 @contextmanager
 def swapped(model: Any, program: Program) -> Iterator[None]:
-    """The model with its layers in the program's order, a cache slot a step: what replications do."""
+    """The model with its layers in the program's order, a cache slot a step: what replications
+    do.
+    """
     stack, config = model.model, model.config
     kept = stack.layers, config.num_hidden_layers
     layers = []
@@ -63,7 +71,9 @@ def swapped(model: Any, program: Program) -> Iterator[None]:
 
 
 class Plain:
-    """One HF `generate` a program, batched over the questions that ask for it; ends at the stop, or at the prompt's limit."""
+    """One HF `generate` a program, batched over the questions that ask for it; ends at the stop, or
+    at the prompt's limit.
+    """
 
     def __init__(self, model: Any, tokenizer: Any, template: PromptTemplate) -> None:
         self.model, self.pad = model, tokenizer.eos_token_id
@@ -71,8 +81,11 @@ class Plain:
         if template.stop:
             ends |= {tokenizer.encode(template.stop, add_special_tokens=False)[-1]}
         self.arguments = {
-            "max_new_tokens": template.max_new_tokens, "do_sample": False, "eos_token_id": sorted(ends), "pad_token_id": self.pad
-        }  # fmt: skip
+            "max_new_tokens": template.max_new_tokens,
+            "do_sample": False,
+            "eos_token_id": sorted(ends),
+            "pad_token_id": self.pad,
+        }
 
     @torch.no_grad()
     def evaluate(self, pairs: Sequence[Pair]) -> list[bool]:
@@ -84,16 +97,23 @@ class Plain:
             rows = [pairs[i][0].prefix + pairs[i][0].prompt for i in members]
             ids, mask = padded_rows(rows, self.pad)
             with swapped(self.model, program):
-                out = self.model.generate(ids, attention_mask=mask, **self.arguments)[:, ids.shape[1] :]
+                out = self.model.generate(ids, attention_mask=mask, **self.arguments)[
+                    :, ids.shape[1] :
+                ]
             for i, tokens in zip(members, out.tolist(), strict=True):
                 right[i] = any(tuple(tokens[: len(t)]) == t for t in pairs[i][0].targets)
         return right
 
 
-def searches(questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherForcing, rounds: int) -> list[list[Pair]]:
+def searches(
+    questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherForcing, rounds: int
+) -> list[list[Pair]]:
     """The first rounds of searches in lockstep, one program a question each, judged as they go."""
     config = SearchConfig()
-    running = {q: get_method("mcts")(depth, config, random.Random(question_seed(0, q.id))) for q in questions}
+    running = {
+        q: get_method("mcts")(depth, config, random.Random(question_seed(0, q.id)))
+        for q in questions
+    }
     asked = {q: next(s) for q, s in running.items()}
     found = []
     for _ in range(rounds):
@@ -103,13 +123,17 @@ def searches(questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherF
     return found
 
 
-def grid(questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherForcing, rounds: int) -> list[list[Pair]]:
+def grid(
+    questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherForcing, rounds: int
+) -> list[list[Pair]]:
     """The programs that the search of one question looks at, each on every question."""
     programs = [pairs[0][1] for pairs in searches(questions[:1], depth, forcing, rounds)]
     return [[(q, p) for q in questions] for p in programs]
 
 
-def measure(options: argparse.Namespace, prompt: str, pattern: str, size: tuple[int, int], loaded: Any) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, prompt: str, pattern: str, size: tuple[int, int], loaded: Any
+) -> dict[str, Any]:
     model, tokenizer, compiled = loaded
     template = get_template(prompt, options.task)
     questions = template.encode_all(tokenizer, generate(options.task, size[0], split="train"))
@@ -122,14 +146,22 @@ def measure(options: argparse.Namespace, prompt: str, pattern: str, size: tuple[
         "polar_fx, deterministic": TeacherForcing(compiled, deterministic=True),
         "polar_fx, nothing kept": TeacherForcing(compiled, share=False),
     }
-    for contender in (plain, TeacherForcing(compiled), TeacherForcing(compiled, deterministic=True)):
+    for contender in (
+        plain,
+        TeacherForcing(compiled),
+        TeacherForcing(compiled, deterministic=True),
+    ):
         contender.evaluate(rounds[0][:2])  # warm-up
     seconds: dict[str, list[float]] = {name: [] for name in ("plain", *contenders)}
     order, pick = random.Random(1), random.Random(2)
     sampled, differing = 0, {name: [] for name in contenders}
     right = 0
     for pairs in track(rounds, description=f"{prompt}, {pattern}", console=Console(stderr=True)):
-        sample = range(len(pairs)) if pattern == "grid" else pick.sample(range(len(pairs)), min(_SAMPLE, len(pairs)))
+        sample = (
+            range(len(pairs))
+            if pattern == "grid"
+            else pick.sample(range(len(pairs)), min(_SAMPLE, len(pairs)))
+        )
         found: dict[str, Any] = {}
         for name in order.sample(list(seconds), len(seconds)):
             start = time.perf_counter()
@@ -137,7 +169,9 @@ def measure(options: argparse.Namespace, prompt: str, pattern: str, size: tuple[
                 found[name] = plain.evaluate([pairs[i] for i in sample])
             else:
                 found[name] = contenders[name].evaluate(pairs)
-            seconds[name].append((time.perf_counter() - start) / (len(sample) if name == "plain" else len(pairs)))
+            seconds[name].append(
+                (time.perf_counter() - start) / (len(sample) if name == "plain" else len(pairs))
+            )
         sampled += len(sample)
         right += sum(found["plain"])
         for i, wanted in zip(sample, found["plain"], strict=True):
@@ -147,20 +181,34 @@ def measure(options: argparse.Namespace, prompt: str, pattern: str, size: tuple[
     forcing: TeacherForcing = contenders["polar_fx"]
     mean = {name: statistics.fmean(s) for name, s in seconds.items()}
     return {
-        "prompt": template.key, "pattern": pattern, "task": options.task, "questions": len(questions), "rounds": len(rounds),
-        "pairs": sum(map(len, rounds)), "pairs_compared": sampled, "right": right,
-        "prefix_tokens": len(questions[0].prefix), "prompt_tokens": statistics.fmean(len(q.prompt) for q in questions),
-        "max_new_tokens": template.max_new_tokens, "steps_run": forcing.steps_run, "steps_asked": forcing.steps_asked,
-        "per_second": {name: 1 / s for name, s in mean.items()}, "ratio": {name: mean["plain"] / s for name, s in mean.items()},
+        "prompt": template.key,
+        "pattern": pattern,
+        "task": options.task,
+        "questions": len(questions),
+        "rounds": len(rounds),
+        "pairs": sum(map(len, rounds)),
+        "pairs_compared": sampled,
+        "right": right,
+        "prefix_tokens": len(questions[0].prefix),
+        "prompt_tokens": statistics.fmean(len(q.prompt) for q in questions),
+        "max_new_tokens": template.max_new_tokens,
+        "steps_run": forcing.steps_run,
+        "steps_asked": forcing.steps_asked,
+        "per_second": {name: 1 / s for name, s in mean.items()},
+        "ratio": {name: mean["plain"] / s for name, s in mean.items()},
         "ratio_by_round": {
-            name: spread([a / b for a, b in zip(seconds["plain"], s, strict=True)]) for name, s in seconds.items()
+            name: spread([a / b for a, b in zip(seconds["plain"], s, strict=True)])
+            for name, s in seconds.items()
         },
-        "margins_of_verdicts_that_differ": differing, "seconds_a_pair": seconds,
-    }  # fmt: skip
+        "margins_of_verdicts_that_differ": differing,
+        "seconds_a_pair": seconds,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--task", default="multiplication")
     parser.add_argument("--prompt", action="append", choices=("few-shot", "direct"))
     parser.add_argument("--pattern", action="append", choices=("grid", "search"))
@@ -171,17 +219,27 @@ def main() -> None:
     model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
     compiled = polar_fx.compile(model, max_length=127)
     report: dict[str, Any] = {
-        "benchmark": "search speed", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "runs": []
-    }  # fmt: skip
+        "benchmark": "search speed",
+        "dtype": options.dtype,
+        "machine": machine(torch.device("cpu")),
+        "runs": [],
+    }
     for prompt in options.prompt or ("few-shot", "direct"):
         for pattern in options.pattern or ("grid", "search"):
-            run = measure(options, prompt, pattern, _SIZES[prompt, pattern], (model, tokenizer, compiled))
+            run = measure(
+                options, prompt, pattern, _SIZES[prompt, pattern], (model, tokenizer, compiled)
+            )
             report["runs"].append(run)
             write_json(output, report)
-            rates = ", ".join(f"{n} {r:.1f}/s ({run['ratio'][n]:.1f} x)" for n, r in run["per_second"].items())
+            rates = ", ".join(
+                f"{n} {r:.1f}/s ({run['ratio'][n]:.1f} x)" for n, r in run["per_second"].items()
+            )
             different = {n: len(d) for n, d in run["margins_of_verdicts_that_differ"].items()}
             compared = f"{run['pairs_compared']} pairs compared, {run['right']} right"
-            print(f"{run['prompt']}, {pattern}, {compared}: {rates}; verdicts that differ: {different}")
+            print(
+                f"{run['prompt']}, {pattern}, {compared}: {rates}; verdicts that differ: "
+                f"{different}"
+            )
 
 
 if __name__ == "__main__":

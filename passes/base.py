@@ -1,7 +1,8 @@
 """What a pass is, what it returns, and how passes are found by name.
 
-A pass maps a graph to a graph and leaves its input alone. It is a frozen dataclass: its fields are its
-whole configuration, so its text form (`spec`) parses back and its content id can join a variant key.
+A pass maps a graph to a graph and leaves its input alone. It is a frozen dataclass: its fields are
+its whole configuration, so its text form (`spec`) parses back and its content id can join a variant
+key.
 """
 
 import hashlib
@@ -27,7 +28,10 @@ class PassError(Exception):
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outcome of one pass. `modified` is true only if the graph changed; `counts` is for the log."""
+    """Outcome of one pass.
+
+    `modified` is true only if the graph changed; `counts` is for the log.
+    """
 
     graph_module: GraphModule
     modified: bool
@@ -38,8 +42,8 @@ class PassResult:
 class Pass(ABC):
     """One graph-to-graph transformation.
 
-    Class attributes: `name` (kebab case, unique), `preserves_numerics` (bitwise equal results when the
-    graph is interpreted), `version` (raised whenever the output of the pass changes).
+    Class attributes: `name` (kebab case, unique), `preserves_numerics` (bitwise equal results when
+    the graph is interpreted), `version` (raised whenever the output of the pass changes).
     """
 
     name: ClassVar[str]
@@ -74,7 +78,9 @@ def copy_graph_module(gm: GraphModule) -> tuple[GraphModule, Graph]:
 
 
 class Caller:
-    """Adds operators to a graph, each with the value it would have, and the place in the model of `origin`."""
+    """Adds operators to a graph, each with the value it would have, and the place in the model of
+    `origin`.
+    """
 
     def __init__(self, graph: Graph, origin: Node) -> None:
         self.graph, self.origin = graph, origin
@@ -86,11 +92,17 @@ class Caller:
 
     def cast(self, node: Node, dtype: torch.dtype) -> Node:
         """`node` in that dtype; itself if it is already."""
-        return node if node.meta["val"].dtype == dtype else self(torch.ops.aten.to.dtype, node, dtype)
+        return (
+            node if node.meta["val"].dtype == dtype else self(torch.ops.aten.to.dtype, node, dtype)
+        )
 
     def dense(self, node: Node) -> Node:
         """`node` without gaps, in the order of its axes; itself if it is already."""
-        return node if node.meta["val"].is_contiguous() else self(torch.ops.aten.contiguous.default, node)
+        return (
+            node
+            if node.meta["val"].is_contiguous()
+            else self(torch.ops.aten.contiguous.default, node)
+        )
 
 
 def kind(node: Node) -> str | None:
@@ -99,7 +111,9 @@ def kind(node: Node) -> str | None:
 
 
 def role(node: Node) -> str | None:
-    """`input` or `kv` for a placeholder of the program; also `hidden`, `side`, `weight` inside a body."""
+    """`input` or `kv` for a placeholder of the program; also `hidden`, `side`, `weight` inside a
+    body.
+    """
     return node.meta.get("role")
 
 
@@ -111,7 +125,9 @@ def writes(node: Node) -> bool:
 def storage(node: Node) -> Node:
     """The node whose memory this one is, or is a view of."""
     while node.args and isinstance(node.args[0], Node):
-        aliases = isinstance(node.target, torch._ops.OpOverload) and any(r.alias_info for r in node.target._schema.returns)
+        aliases = isinstance(node.target, torch._ops.OpOverload) and any(
+            r.alias_info for r in node.target._schema.returns
+        )
         if not aliases and node.target is not operator.getitem:
             break
         node = node.args[0]

@@ -1,7 +1,7 @@
 """Structurally equal layers share one body; only their operands differ.
 
-Equality is equality of the whole canonical text (operators, wiring, literals, dtypes, shapes), not of a hash:
-two layers that differ in one constant, such as a per-layer scale, stay apart.
+Equality is equality of the whole canonical text (operators, wiring, literals, dtypes, shapes), not
+of a hash: two layers that differ in one constant, such as a per-layer scale, stay apart.
 """
 
 from dataclasses import dataclass
@@ -15,7 +15,9 @@ from .text import structure_text
 
 @dataclass(frozen=True)
 class DedupeLayers(Pass):
-    """Point all calls of equal bodies at one body, named `layer_kind_0`, `layer_kind_1` ... in order of use."""
+    """Point all calls of equal bodies at one body, named `layer_kind_0`, `layer_kind_1` ... in
+    order of use.
+    """
 
     name: ClassVar[str] = "dedupe-layers"
 

@@ -1,4 +1,7 @@
-"""Remove pure nodes nobody uses. Writes into KV slots are kept: they are the point of some programs."""
+"""Remove pure nodes nobody uses.
+
+Writes into KV slots are kept: they are the point of some programs.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,7 +23,9 @@ def _dead(gm: GraphModule) -> set[Node]:
 
 @dataclass(frozen=True)
 class EliminateDeadCode(Pass):
-    """Drop unused values and unused references to weights; placeholders and calls into bodies stay."""
+    """Drop unused values and unused references to weights; placeholders and calls into bodies
+    stay.
+    """
 
     name: ClassVar[str] = "eliminate-dead-code"
 

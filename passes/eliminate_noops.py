@@ -1,4 +1,6 @@
-"""Remove nodes that return their input unchanged: tracing leaves many, and they hide equal layers."""
+"""Remove nodes that return their input unchanged: tracing leaves many, and they hide equal
+layers.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,7 +11,12 @@ from torch.fx import GraphModule, Node
 from .base import Pass, PassResult, copy_graph_module
 
 _END = 2**63 - 1
-_ASSERTS = ("aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::_assert_async", "aten::sym_constrain_range")
+_ASSERTS = (
+    "aten::_assert_tensor_metadata",
+    "aten::_assert_scalar",
+    "aten::_assert_async",
+    "aten::sym_constrain_range",
+)
 
 
 def _returns_input(node: Node) -> bool:
@@ -22,7 +29,11 @@ def _returns_input(node: Node) -> bool:
         return False
     if name == "aten::to":
         copies = bool(node.kwargs.get("copy", False)) or True in node.args[2:]
-        same = (source.dtype, source.device, source.layout) == (result.dtype, result.device, result.layout)
+        same = (source.dtype, source.device, source.layout) == (
+            result.dtype,
+            result.device,
+            result.layout,
+        )
         return same and not copies
     if name == "aten::slice":
         start, end, step = (*node.args[2:], *(None, None, 1)[len(node.args) - 2 :])
@@ -34,7 +45,9 @@ def _returns_input(node: Node) -> bool:
 
 @dataclass(frozen=True)
 class EliminateNoops(Pass):
-    """Drop conversions to the dtype a tensor already has, full slices, dropout at inference and shape asserts."""
+    """Drop conversions to the dtype a tensor already has, full slices, dropout at inference and
+    shape asserts.
+    """
 
     name: ClassVar[str] = "eliminate-noops"
 
@@ -44,7 +57,10 @@ class EliminateNoops(Pass):
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
-            if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name in _ASSERTS:
+            if (
+                isinstance(node.target, torch._ops.OpOverload)
+                and node.target._schema.name in _ASSERTS
+            ):
                 graph.erase_node(node)
             elif _returns_input(node):
                 node.replace_all_uses_with(node.args[0])

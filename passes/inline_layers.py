@@ -34,15 +34,21 @@ class InlineLayers(Pass):
                 env[node] = outputs[node.args[0]][node.args[1]]
             else:
                 env[node] = graph.node_copy(node, env.__getitem__)
-        return PassResult(GraphModule(gm, graph), True, {"calls inlined": len(calls), "nodes": len(graph.nodes)})
+        return PassResult(
+            GraphModule(gm, graph), True, {"calls inlined": len(calls), "nodes": len(graph.nodes)}
+        )
 
-    def _inline(self, graph: Graph, inner: GraphModule, call: Node, env: dict[Node, Node]) -> Node | tuple[Node, ...]:
+    def _inline(
+        self, graph: Graph, inner: GraphModule, call: Node, env: dict[Node, Node]
+    ) -> Node | tuple[Node, ...]:
         placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
         local = {p: env[a] for p, a in zip(placeholders, call.args, strict=True)}  # type: ignore[index]
         for node in inner.graph.nodes:
             if node.op == "output":
                 result = node.args[0]
-                return tuple(local[r] for r in result) if isinstance(result, tuple) else local[result]
+                return (
+                    tuple(local[r] for r in result) if isinstance(result, tuple) else local[result]
+                )
             if node.op != "placeholder":
                 new = local[node] = graph.node_copy(node, local.__getitem__)
                 new.meta["layer"], new.meta["step"] = call.meta.get("layer"), call.meta.get("step")

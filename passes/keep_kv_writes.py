@@ -1,7 +1,8 @@
 """A layer graph -> only what writes its keys and values.
 
-Prefilling a prompt, the last step computes keys and values of every token, but attention output and feed-forward
-only for the tokens whose logits are asked for: those run as if decoded, right behind this.
+Prefilling a prompt, the last step computes keys and values of every token, but attention output and
+feed-forward only for the tokens whose logits are asked for: those run as if decoded, right behind
+this.
 """
 
 from dataclasses import dataclass
@@ -22,17 +23,20 @@ def kv_writes(gm: GraphModule) -> list[Node]:
 
 @dataclass(frozen=True)
 class KeepKvWrites(Pass):
-    """Drop every operator that no KV write needs. Operands stay, so calls look the same; a zero stands for the result,
-    since an exported graph must have one.
+    """Drop every operator that no KV write needs. Operands stay, so calls look the same; a zero
+    stands for the result, since an exported graph must have one.
     """
 
     name: ClassVar[str] = "keep-kv-writes"
-    preserves_numerics: ClassVar[bool] = False  # the hidden state is gone; what is left writes the same bits
+    # the hidden state is gone; what is left writes the same bits
+    preserves_numerics: ClassVar[bool] = False
 
     def run(self, gm: GraphModule) -> PassResult:
         wanted = kv_writes(gm)
         if not wanted:
-            raise PassError(self.name, "the graph writes no keys and values", "run it on the graph of one layer")
+            raise PassError(
+                self.name, "the graph writes no keys and values", "run it on the graph of one layer"
+            )
         kept = set(wanted)
         read: set[Node] = set()  # memory that what comes later reads
         for node in reversed(gm.graph.nodes):

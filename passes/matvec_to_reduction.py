@@ -1,7 +1,8 @@
-"""A linear layer over a single row becomes sums of products, which the compiler turns into streaming loops.
+"""A linear layer over a single row becomes sums of products, which the compiler turns into
+streaming loops.
 
-Decoding one token reads every weight once: it is bound by memory, and a matrix-multiply kernel made for many rows
-reads slower than a plain vectorized reduction (docs/performance.md has the figures).
+Decoding one token reads every weight once: it is bound by memory, and a matrix-multiply kernel made
+for many rows reads slower than a plain vectorized reduction (docs/performance.md has the figures).
 """
 
 from dataclasses import dataclass
@@ -20,18 +21,25 @@ def is_single_row(node: Node, device: str) -> bool:
     if node.op != "call_function" or node.target is not aten.linear.default:
         return False
     value, weight = node.meta.get("val"), node.args[1].meta["val"]  # type: ignore[union-attr]
-    if not isinstance(value, torch.Tensor) or value.device.type != device or not value.is_floating_point() or weight.dim() != 2:
+    if (
+        not isinstance(value, torch.Tensor)
+        or value.device.type != device
+        or not value.is_floating_point()
+        or weight.dim() != 2
+    ):
         return False
     return all(isinstance(size, int) and size == 1 for size in value.shape[:-1])
 
 
 @dataclass(frozen=True)
 class MatvecToReduction(Pass):
-    """Rewrite linear(x, w, b) with a single row x as sum(x * w) + b, accumulated in at least float32.
+    """Rewrite linear(x, w, b) with a single row x as sum(x * w) + b, accumulated in at least
+    float32.
 
-    The rows of w are summed as `streams` interleaved runs: one loop then reads from as many places at once, which keeps
-    more of the memory's requests in flight. x is brought to memory in its wide type first (`as_strided` is what the
-    compiler never inlines): computed anew for every row of w, what made x would cost more than reading w.
+    The rows of w are summed as `streams` interleaved runs: one loop then reads from as many places
+    at once, which keeps more of the memory's requests in flight. x is brought to memory in its wide
+    type first (`as_strided` is what the compiler never inlines): computed anew for every row of w,
+    what made x would cost more than reading w.
     """
 
     name: ClassVar[str] = "matvec-to-reduction"
@@ -71,8 +79,16 @@ class MatvecToReduction(Pass):
         for i in range(streams):
             part = weight
             if streams > 1:
-                part = call(aten.slice.Tensor, weight, 0, i * count // streams, (i + 1) * count // streams)
-            parts.append(call(aten.sum.dim_IntList, call(aten.mul.Tensor, rows[row], call.cast(part, wide)), [-1]))
+                part = call(
+                    aten.slice.Tensor, weight, 0, i * count // streams, (i + 1) * count // streams
+                )
+            parts.append(
+                call(
+                    aten.sum.dim_IntList,
+                    call(aten.mul.Tensor, rows[row], call.cast(part, wide)),
+                    [-1],
+                )
+            )
         result: Any = parts[0] if streams == 1 else call(aten.cat.default, parts)
         if bias and bias[0] is not None:
             result = call(aten.add.Tensor, result, bias[0])

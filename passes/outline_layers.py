@@ -1,9 +1,10 @@
 """Flat captured graph -> prologue, one call per layer, epilogue.
 
-Every node of the flat graph carries meta["layer"]: the layer it was traced in, or None. Each group becomes a
-body whose tensors are all operands: hidden state, side values from the prologue (masks, rotary tables,
-positions), the KV slot, the weights. Layers may hand on nothing but the hidden state; anything else (a layer
-reading another layer's keys) would make skipping or repeating it unsound and is refused here.
+Every node of the flat graph carries meta["layer"]: the layer it was traced in, or None. Each group
+becomes a body whose tensors are all operands: hidden state, side values from the prologue (masks,
+rotary tables, positions), the KV slot, the weights. Layers may hand on nothing but the hidden
+state; anything else (a layer reading another layer's keys) would make skipping or repeating it
+unsound and is refused here.
 """
 
 import operator
@@ -25,9 +26,17 @@ def is_size(node: Node) -> bool:
 
 
 class Body:
-    """Collects nodes, then builds their graph with every outside tensor as an operand; `operands` are these, in order."""
+    """Collects nodes, then builds their graph with every outside tensor as an operand; `operands`
+    are these, in order.
+    """
 
-    def __init__(self, name: str, nodes: list[Node], operand_role: Callable[[Node], str], always: Iterable[Node] = ()) -> None:
+    def __init__(
+        self,
+        name: str,
+        nodes: list[Node],
+        operand_role: Callable[[Node], str],
+        always: Iterable[Node] = (),
+    ) -> None:
         self.name, self.nodes = name, nodes
         inside = set(nodes)
         seen: dict[Node, None] = dict.fromkeys(always)
@@ -67,7 +76,11 @@ class Body:
         made: dict[str, Node] = {}
 
         def size_of(node: Node) -> Node:
-            key = str(node.meta["val"].node.expr) if isinstance(node.meta["val"], torch.SymInt) else ""
+            key = (
+                str(node.meta["val"].node.expr)
+                if isinstance(node.meta["val"], torch.SymInt)
+                else ""
+            )
             if key in made:
                 return made[key]
             if key in sizes:
@@ -77,7 +90,11 @@ class Body:
             elif node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
                 new = graph.node_copy(node, size_of)  # arithmetic on sizes
             else:
-                raise PassError("outline-layers", f"{self.name} needs the size {key} which no operand has", "report this model")
+                raise PassError(
+                    "outline-layers",
+                    f"{self.name} needs the size {key} which no operand has",
+                    "report this model",
+                )
             return made.setdefault(key, new)
 
         def lookup(node: Node) -> Node:
@@ -114,14 +131,20 @@ def _split(gm: GraphModule) -> tuple[list[Node], list[list[Node]], list[Node]]:
             (after if depends[node] else before).append(node)
     if sorted(layers) != list(range(len(layers))):
         missing = sorted(set(range(max(layers) + 1)) - set(layers))
-        raise PassError("outline-layers", f"layers {missing} left no operation in the graph", "the stack is not a plain loop")
+        raise PassError(
+            "outline-layers",
+            f"layers {missing} left no operation in the graph",
+            "the stack is not a plain loop",
+        )
     late = _only_for_the_head(before, after)
     before, after = [n for n in before if n not in late], [n for n in gm.graph.nodes if n in late]
     return before, [layers[i] for i in range(len(layers))], after
 
 
 def _only_for_the_head(before: list[Node], after: list[Node]) -> set[Node]:
-    """`after`, and what only it needs made of weights alone: the head then takes nothing but hidden state and weights."""
+    """`after`, and what only it needs made of weights alone: the head then takes nothing but hidden
+    state and weights.
+    """
     constant: set[Node] = set()
     for node in before:
         if all(i.op == "get_attr" or i in constant for i in node.all_input_nodes):
@@ -151,18 +174,26 @@ def _first_hidden(layers: list[list[Node]], output: Node) -> Node:
         and n.meta["val"].dtype == wanted.dtype
     ]
     if not fits:
-        raise PassError("outline-layers", "layer 0 takes no value shaped like its output", "the stack is not a residual stream")
+        raise PassError(
+            "outline-layers",
+            "layer 0 takes no value shaped like its output",
+            "the stack is not a residual stream",
+        )
     return next((n for n in fits if n not in shared), fits[0])
 
 
 @dataclass(frozen=True)
 class OutlineLayers(Pass):
-    """Group the flat graph by meta["layer"] into bodies `prologue`, `layer_0` ... and `epilogue`."""
+    """Group the flat graph by meta["layer"] into bodies `prologue`, `layer_0` ... and
+    `epilogue`.
+    """
 
     name: ClassVar[str] = "outline-layers"
 
     def run(self, gm: GraphModule) -> PassResult:
-        if not any(n.meta.get("layer") is not None and n.op == "call_function" for n in gm.graph.nodes):
+        if not any(
+            n.meta.get("layer") is not None and n.op == "call_function" for n in gm.graph.nodes
+        ):
             return PassResult(gm, False)
         before, layers, after = _split(gm)
         outputs = [self._layer_output(i, nodes, len(layers)) for i, nodes in enumerate(layers)]
@@ -188,7 +219,11 @@ class OutlineLayers(Pass):
                         "editing such a model is unsound; it is not supported",
                     )
                 if node in set(after):
-                    raise PassError("outline-layers", f"layer {i} takes a value computed between layers", "not supported")
+                    raise PassError(
+                        "outline-layers",
+                        f"layer {i} takes a value computed between layers",
+                        "not supported",
+                    )
                 return "weight" if node.op == "get_attr" else "side"
 
             return of
@@ -197,7 +232,11 @@ class OutlineLayers(Pass):
             if node is hidden[-1]:
                 return "hidden"
             if node in owner:
-                raise PassError("outline-layers", f"the head reads layer {owner[node]} directly", "not supported")
+                raise PassError(
+                    "outline-layers",
+                    f"the head reads layer {owner[node]} directly",
+                    "not supported",
+                )
             if node.op == "get_attr":
                 return "weight"
             return "input" if role(node) == "input" else "side"
@@ -205,15 +244,23 @@ class OutlineLayers(Pass):
         bodies = [Body(f"layer_{i}", nodes, layer_role(i)) for i, nodes in enumerate(layers)]
         head = Body("epilogue", after, end_role)
         result = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-        sides = dict.fromkeys([hidden[0], *(o for b in (*bodies, head) for o in b.operands if b.roles[o] == "side")])
+        sides = dict.fromkeys(
+            [hidden[0], *(o for b in (*bodies, head) for o in b.operands if b.roles[o] == "side")]
+        )
         inputs = {n for n in sides if n.op == "placeholder"}
         made = [n for n in sides if n not in inputs]
         given = [n for n in gm.graph.nodes if n.op == "placeholder" and role(n) == "input"]
-        start = Body("prologue", before, lambda n: "weight" if n.op == "get_attr" else "input", always=given)
+        start = Body(
+            "prologue", before, lambda n: "weight" if n.op == "get_attr" else "input", always=given
+        )
         regions: list[_Region] = [(start, "prologue", None, made, False)]
         regions += [(b, "layer", i, [outputs[i]], True) for i, b in enumerate(bodies)]
         regions.append((head, "epilogue", None, [result], True))
-        return PassResult(self._assemble(gm, regions), True, {"layers": len(layers), "side values": len(sides) - 1})
+        return PassResult(
+            self._assemble(gm, regions),
+            True,
+            {"layers": len(layers), "side values": len(sides) - 1},
+        )
 
     def _layer_output(self, index: int, nodes: list[Node], depth: int) -> Node:
         inside = set(nodes)
@@ -222,14 +269,18 @@ class OutlineLayers(Pass):
             names = ", ".join(str(n) for n in used) or "nothing"
             raise PassError(
                 "outline-layers",
-                f"layer {index} of {depth} hands on {len(used)} values ({names}) instead of one hidden state",
-                "layers that share state cannot be skipped or repeated; this model is not supported",
+                f"layer {index} of {depth} hands on {len(used)} values ({names}) instead of one "
+                "hidden state",
+                "layers that share state cannot be skipped or repeated; this model is not "
+                "supported",
             )
         return used[0]
 
     def _assemble(self, gm: GraphModule, regions: list[_Region]) -> GraphModule:
         graph = Graph()
-        env: dict[Node, Node] = {n: graph.node_copy(n) for n in gm.graph.nodes if n.op == "placeholder"}
+        env: dict[Node, Node] = {
+            n: graph.node_copy(n) for n in gm.graph.nodes if n.op == "placeholder"
+        }
         root: dict[str, Any] = {}
 
         def operand(node: Node) -> Node:

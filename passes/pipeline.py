@@ -43,7 +43,9 @@ PASSES: dict[str, type[Pass]] = {
 
 @dataclass(frozen=True)
 class PassRecord:
-    """What one pass did: its name, whether it changed the graph, counts, wall time in milliseconds."""
+    """What one pass did: its name, whether it changed the graph, counts, wall time in
+    milliseconds.
+    """
 
     name: str
     modified: bool
@@ -70,8 +72,13 @@ class Pipeline:
     passes: tuple[Pass, ...]
     verify_each: bool = field(default=True, compare=False)
 
-    def run(self, gm: GraphModule, on_pass: Callable[[Pass, PassResult], None] | None = None) -> PipelineResult:
-        """Run all passes; raises PassError or VerifyError. `on_pass` sees each result, for printing."""
+    def run(
+        self, gm: GraphModule, on_pass: Callable[[Pass, PassResult], None] | None = None
+    ) -> PipelineResult:
+        """Run all passes; raises PassError or VerifyError.
+
+        `on_pass` sees each result, for printing.
+        """
         records = []
         if self.verify_each:
             verify(gm)
@@ -81,14 +88,27 @@ class Pipeline:
             gm = result.graph_module
             if self.verify_each and result.modified:
                 verify(gm)
-            records.append(PassRecord(p.name, result.modified, dict(result.counts), 1e3 * (time.perf_counter() - start)))
-            log.info("%s: %s", p.name, ", ".join(f"{k} {v}" for k, v in result.counts.items()) or "unchanged")
+            records.append(
+                PassRecord(
+                    p.name,
+                    result.modified,
+                    dict(result.counts),
+                    1e3 * (time.perf_counter() - start),
+                )
+            )
+            log.info(
+                "%s: %s",
+                p.name,
+                ", ".join(f"{k} {v}" for k, v in result.counts.items()) or "unchanged",
+            )
             if on_pass is not None:
                 on_pass(p, result)
         return PipelineResult(gm, tuple(records))
 
     def without(self, names: Iterable[str]) -> "Pipeline":
-        """The same pipeline with the named passes left out; unknown names are an error listing the known ones."""
+        """The same pipeline with the named passes left out; unknown names are an error listing the
+        known ones.
+        """
         for name in (names := tuple(names)):
             _known(name)
         return Pipeline(tuple(p for p in self.passes if p.name not in names), self.verify_each)
@@ -119,7 +139,9 @@ class Pipeline:
                     options, at = json.JSONDecoder().raw_decode(text, at)
                     passes.append(pass_type(**options))
                 except (json.JSONDecodeError, TypeError, ValueError) as error:
-                    raise ValueError(f"column {at + 1}: bad options of {match[1]}: {error}") from error
+                    raise ValueError(
+                        f"column {at + 1}: bad options of {match[1]}: {error}"
+                    ) from error
             else:
                 passes.append(pass_type())
             if at < len(text) and text[at] != ",":

@@ -15,9 +15,9 @@ Blends = tuple[tuple[int, int, float], ...]
 class ScheduleLayers(Pass):
     """Execute the layer calls in the order of `path`.
 
-    `blends` holds (start, stop, damping) over step numbers, outer before inner: the steps start..stop-1 become
-    h + damping * (steps(h) - h). KV operands still name the layer's own slot afterwards; `assign-kv-slots`
-    gives each step its own.
+    `blends` holds (start, stop, damping) over step numbers, outer before inner: the steps
+    start..stop-1 become h + damping * (steps(h) - h). KV operands still name the layer's own slot
+    afterwards; `assign-kv-slots` gives each step its own.
     """
 
     name: ClassVar[str] = "schedule-layers"
@@ -27,12 +27,16 @@ class ScheduleLayers(Pass):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", tuple(self.path))
-        object.__setattr__(self, "blends", tuple((int(a), int(b), float(d)) for a, b, d in self.blends))
+        object.__setattr__(
+            self, "blends", tuple((int(a), int(b), float(d)) for a, b, d in self.blends)
+        )
 
     def run(self, gm: GraphModule) -> PassResult:
         calls = layer_calls(gm)
         if not calls:
-            raise PassError(self.name, "the graph has no outlined layer calls", "run outline-layers first")
+            raise PassError(
+                self.name, "the graph has no outlined layer calls", "run outline-layers first"
+            )
         by_layer: dict[int, Node] = {}
         for call in calls:
             by_layer.setdefault(call.meta["layer"], call)
@@ -40,10 +44,14 @@ class ScheduleLayers(Pass):
         if unknown or not self.path:
             problem = f"layers {unknown} are not in the graph" if unknown else "the path is empty"
             raise PassError(self.name, problem, f"use layers among {sorted(by_layer)}")
-        if [c.meta["layer"] for c in calls] == list(self.path) and self._blends_of(gm) == self.blends:
+        if [c.meta["layer"] for c in calls] == list(self.path) and self._blends_of(
+            gm
+        ) == self.blends:
             return PassResult(gm, False)
         graph = self._schedule(gm, by_layer, calls)
-        return PassResult(GraphModule(gm, graph), True, {"layer calls": f"{len(calls)} -> {len(self.path)}"})
+        return PassResult(
+            GraphModule(gm, graph), True, {"layer calls": f"{len(calls)} -> {len(self.path)}"}
+        )
 
     @staticmethod
     def _blends_of(gm: GraphModule) -> Blends:
@@ -56,9 +64,14 @@ class ScheduleLayers(Pass):
         first_hidden = calls[0].args[0]
         assert isinstance(first_hidden, Node)
         tail_start = calls[-1]
-        # everything but the steps keeps its place; operands of any layer are made before the first step
+        # everything but the steps keeps its place; operands of any layer are made before the first
+        # step
         steps = set(calls) | {n for n in gm.graph.nodes if "blend" in n.meta}
-        head = [n for n in gm.graph.nodes if kind(n) != "epilogue" and n.op != "output" and n not in steps]
+        head = [
+            n
+            for n in gm.graph.nodes
+            if kind(n) != "epilogue" and n.op != "output" and n not in steps
+        ]
         for node in head:
             env[node] = graph.node_copy(node, env.__getitem__)
         hidden = env[first_hidden]
@@ -68,11 +81,14 @@ class ScheduleLayers(Pass):
             template = by_layer[layer]
             operands = tuple(env[a] for a in template.args[1:])  # type: ignore[index]
             call = graph.call_module(str(template.target), (hidden, *operands))
-            call.meta = {k: v for k, v in template.meta.items() if k != "step"}  # which slot it owns is not settled
+            # which slot it owns is not settled
+            call.meta = {k: v for k, v in template.meta.items() if k != "step"}
             hidden = call
             for start, stop, damping in reversed(self.blends):
                 if stop == step + 1:
-                    blended = graph.call_function(torch.ops.aten.lerp.Scalar, (saved.pop(), hidden, damping))
+                    blended = graph.call_function(
+                        torch.ops.aten.lerp.Scalar, (saved.pop(), hidden, damping)
+                    )
                     blended.meta = {"val": hidden.meta.get("val"), "blend": (start, stop, damping)}
                     hidden = blended
         last = next((n for n in reversed(list(gm.graph.nodes)) if "blend" in n.meta), tail_start)

@@ -1,8 +1,10 @@
-"""Stable graph text: the same graph prints the same characters in every process and torch version we support.
+"""Stable graph text: the same graph prints the same characters in every process and torch version
+we support.
 
 Shape legend: B batch, T tokens, L KV length; further symbols are S3, S4 ... in order of appearance.
-Values are numbered in order, so traced names do not matter. The text of a layer body is also its structural
-identity (see dedupe_layers): operators, wiring, literals, dtypes and shapes are all in it, names are not.
+Values are numbered in order, so traced names do not matter. The text of a layer body is also its
+structural identity (see dedupe_layers): operators, wiring, literals, dtypes and shapes are all in
+it, names are not.
 """
 
 import difflib
@@ -14,15 +16,24 @@ import torch
 from torch.fx import GraphModule, Node
 
 _DTYPES = {
-    torch.float32: "f32", torch.float64: "f64", torch.float16: "f16", torch.bfloat16: "bf16",
-    torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8",
+    torch.float32: "f32",
+    torch.float64: "f64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
     torch.bool: "b8",
-}  # fmt: skip
+}
 _AXES = ("B", "T", "L")
 
 
 def _is_dense(value: torch.Tensor) -> bool:
-    """Whether the strides are those of a contiguous tensor; asks nothing of symbols, whose values may be unknown."""
+    """Whether the strides are those of a contiguous tensor; asks nothing of symbols, whose values
+    may be unknown.
+    """
     expected: Any = 1
     for size, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
         if str(size) != "1" and str(stride) != str(expected):
@@ -36,7 +47,9 @@ class _Printer:
         self.symbols: dict[str, str] = {}
 
     def size(self, value: Any) -> str:
-        """A size or symbolic expression, with symbols renamed in order of appearance, and sums in the order of those."""
+        """A size or symbolic expression, with symbols renamed in order of appearance, and sums in
+        the order of those.
+        """
         if not isinstance(value, torch.SymInt):
             return str(value)
         expression = value.node.expr
@@ -51,7 +64,11 @@ class _Printer:
     def type(self, value: Any) -> str:
         if isinstance(value, torch.Tensor):
             shape = ", ".join(self.size(s) for s in value.shape)
-            dense = "" if _is_dense(value) else f" strides({', '.join(self.size(s) for s in value.stride())})"
+            dense = (
+                ""
+                if _is_dense(value)
+                else f" strides({', '.join(self.size(s) for s in value.stride())})"
+            )
             device = "" if value.device.type in ("cpu", "meta") else f" {value.device.type}"
             return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{shape}]{dense}{device}"
         if isinstance(value, (tuple, list)):
@@ -79,11 +96,17 @@ def _operator_name(node: Node, gm: GraphModule, bodies: dict[str, GraphModule]) 
     target = node.target
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
-    module = "" if getattr(operator, getattr(target, "__name__", ""), None) is target else f"{getattr(target, '__module__', '')}."
+    module = (
+        ""
+        if getattr(operator, getattr(target, "__name__", ""), None) is target
+        else f"{getattr(target, '__module__', '')}."
+    )
     return module + getattr(target, "__name__", str(target))
 
 
-def _graph_lines(gm: GraphModule, title: str, bodies: dict[str, GraphModule], names_matter: bool) -> list[str]:
+def _graph_lines(
+    gm: GraphModule, title: str, bodies: dict[str, GraphModule], names_matter: bool
+) -> list[str]:
     printer = _Printer()
     names: dict[Node, str] = {}
     header: list[str] = []
@@ -93,7 +116,9 @@ def _graph_lines(gm: GraphModule, title: str, bodies: dict[str, GraphModule], na
         if node.op == "placeholder":
             label = str(node.target) if names_matter else str(node.meta.get("role", ""))
             names[node] = f"%{label}" if names_matter else f"%{len(names)}"
-            header.append(f"{names[node]}{'' if names_matter else ' ' + label}: {printer.type(value)}")
+            header.append(
+                f"{names[node]}{'' if names_matter else ' ' + label}: {printer.type(value)}"
+            )
         elif node.op == "get_attr":
             names[node] = f"${node.target}"
         elif node.op == "output":
@@ -101,10 +126,16 @@ def _graph_lines(gm: GraphModule, title: str, bodies: dict[str, GraphModule], na
         else:
             names[node] = f"%{len(names)}"
             arguments = [printer.argument(a, names) for a in node.args]
-            arguments += [f"{k}={printer.argument(v, names)}" for k, v in sorted(node.kwargs.items())]
+            arguments += [
+                f"{k}={printer.argument(v, names)}" for k, v in sorted(node.kwargs.items())
+            ]
             call = f"{_operator_name(node, gm, bodies)}({', '.join(arguments)})"
             layer = node.meta.get("layer")
-            tag = f"  # layer {layer}" if names_matter and layer is not None and node.op == "call_module" else ""
+            tag = (
+                f"  # layer {layer}"
+                if names_matter and layer is not None and node.op == "call_module"
+                else ""
+            )
             lines.append(f"  {names[node]}: {printer.type(value)} = {call}{tag}")
     return [f"{title}({', '.join(header)}) {{", *lines, "}"]
 
@@ -119,7 +150,9 @@ def graph_text(gm: GraphModule) -> str:
 
 
 def structure_text(gm: GraphModule) -> str:
-    """Text of one body without any name in it: equal text means the same computation on other operands."""
+    """Text of one body without any name in it: equal text means the same computation on other
+    operands.
+    """
     return "\n".join(_graph_lines(gm, "body", {}, names_matter=False))
 
 

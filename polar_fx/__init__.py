@@ -1,6 +1,7 @@
 """polar_fx: run any program of a language model's layers, compiled once and linked per input.
 
-Attributes load on first use, so that `import polar_fx.program` needs neither torch nor transformers.
+Attributes load on first use, so that `import polar_fx.program` needs neither torch nor
+transformers.
 """
 
 import importlib

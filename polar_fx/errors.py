@@ -1,7 +1,7 @@
 """The error catalogue: every error polar_fx raises on purpose.
 
-Each message says what is wrong, where, which value, and what to do about it. Catch `PolarError` for all
-of them; errors about a bad value are `ValueError`s as well.
+Each message says what is wrong, where, which value, and what to do about it. Catch `PolarError` for
+all of them; errors about a bad value are `ValueError`s as well.
 """
 
 _MAX_SHOWN = 100  # columns of program text shown around a mistake
@@ -57,7 +57,9 @@ class UnsupportedModelError(ModelError, ValueError):
 
 
 class CaptureError(ModelError):
-    """Tracing a supported model failed, or the traced graph does not compute what the model computes."""
+    """Tracing a supported model failed, or the traced graph does not compute what the model
+    computes.
+    """
 
 
 class WeightsReplacedError(ModelError):
@@ -65,7 +67,9 @@ class WeightsReplacedError(ModelError):
 
 
 class ModelNotFoundError(ModelError, FileNotFoundError):
-    """No model where one was named, or no default model installed; the message says how to get one."""
+    """No model where one was named, or no default model installed; the message says how to get
+    one.
+    """
 
     def __str__(self) -> str:  # FileNotFoundError would show its arguments as an errno
         return str(self.args[0])
@@ -96,8 +100,8 @@ class CacheError(PolarError):
 
     def __str__(self) -> str:
         return (
-            f"cannot keep artifacts in {self.folder}: {self.reason}; {self.remedy}, name another folder with "
-            "POLAR_FX_CACHE_DIR, or do without by cache=False"
+            f"cannot keep artifacts in {self.folder}: {self.reason}; {self.remedy}, name another "
+            "folder with POLAR_FX_CACHE_DIR, or do without by cache=False"
         )
 
 

@@ -17,11 +17,15 @@ if TYPE_CHECKING:
 
 
 @overload
-def load(source: None = None, dtype: Dtype | None = None, device: Device = None) -> "tuple[PreTrainedModel, Any]": ...
+def load(
+    source: None = None, dtype: Dtype | None = None, device: Device = None
+) -> "tuple[PreTrainedModel, Any]": ...
 
 
 @overload
-def load(source: str | os.PathLike[str], dtype: Dtype | None = None, device: Device = None) -> tuple[Any, Any]: ...
+def load(
+    source: str | os.PathLike[str], dtype: Dtype | None = None, device: Device = None
+) -> tuple[Any, Any]: ...
 
 
 def load(
@@ -31,28 +35,38 @@ def load(
 
     Args:
         source: None for the embedded default, a local folder, or a HuggingFace id.
-        dtype: of the weights: a torch.dtype, its name, or "auto" for what they were saved in; None is float32, and of a bundle
-            what it was exported with.
-        device: where to put the weights, such as "cuda"; None is the CPU, and of a bundle the device it was exported for.
+        dtype: of the weights: a torch.dtype, its name, or "auto" for what they were saved in; None
+            is float32, and of a bundle what it was exported with.
+        device: where to put the weights, such as "cuda"; None is the CPU, and of a bundle the
+            device it was exported for.
 
-    Returns a `transformers.PreTrainedModel`, to be given to `polar_fx.compile`, and its tokenizer. If `source` is a folder
-    that `export` wrote, it returns a `BundledModel`, ready to run, and its tokenizer or None; no modeling code is imported.
+    Returns a `transformers.PreTrainedModel`, to be given to `polar_fx.compile`, and its tokenizer.
+    If `source` is a folder that `export` wrote, it returns a `BundledModel`, ready to run, and its
+    tokenizer or None; no modeling code is imported.
 
-    **Loading a bundle runs the code in it**; of other folders only safetensors are read, because a pickled checkpoint could
-    run code. Load bundles that you trust; `load_bundle` takes the fingerprint that one must have.
+    **Loading a bundle runs the code in it**; of other folders only safetensors are read, because a
+    pickled checkpoint could run code. Load bundles that you trust; `load_bundle` takes the
+    fingerprint that one must have.
 
-    Raises ModelNotFoundError naming the remedy, BundleError, and InputError for a dtype or device that a bundle
-    does not have, or that is not here.
+    Raises ModelNotFoundError naming the remedy, BundleError, and InputError for a dtype or device
+    that a bundle does not have, or that is not here.
     """
     if source is None or not models.is_bundle(source):
         return models.load(source, dtype or torch.float32, device)
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
-    if dtype not in (None, "auto") and (own := f"torch.{manifest.dtype}") != f"torch.{str(dtype).removeprefix('torch.')}":
-        raise InputError(f"{source} is a bundle of dtype {own}, not {dtype}; leave dtype out, or export the model in that one")
+    if (
+        dtype not in (None, "auto")
+        and (own := f"torch.{manifest.dtype}") != f"torch.{str(dtype).removeprefix('torch.')}"
+    ):
+        raise InputError(
+            f"{source} is a bundle of dtype {own}, not {dtype}; leave dtype out, or export the "
+            "model in that one"
+        )
     if device is not None and (place := models.checked_device(device)).type != manifest.device:
         raise InputError(
-            f"{source} is a bundle for {manifest.device}, not {place.type}; leave device out, or export it from there"
+            f"{source} is a bundle for {manifest.device}, not {place.type}; leave device out, or "
+            "export it from there"
         )
     bundle = load_bundle(folder)
     return bundle, bundle.tokenizer if bundle.has_tokenizer else None

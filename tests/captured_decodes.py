@@ -1,4 +1,5 @@
-"""A stand-in for CUDA graphs, and decodes run one token at a time to compare captured with linked ones.
+"""A stand-in for CUDA graphs, and decodes run one token at a time to compare captured with linked
+ones.
 
 Shape legend: B batch, V vocabulary.
 """
@@ -24,12 +25,14 @@ PROGRAMS = ("identity", "skip 1", "skip 0, repeat 2 x3", "repeat 1-2 x2 @0.5")
 Run = Callable[..., Tensor]
 
 
-# ------------------------------------------------------------------------------------- a stand-in for CUDA graphs
+# ----------------------------------------------------------------------- a stand-in for CUDA graphs
 
 
 @dataclass
 class FakeGraph:
-    """Replaying calls the function again: it is bound to the buffers and slots of its capture, as a graph is."""
+    """Replaying calls the function again: it is bound to the buffers and slots of its capture, as a
+    graph is.
+    """
 
     log: list[str]
     number: int
@@ -44,9 +47,14 @@ class FakeGraph:
 
 
 class FakeApi:
-    """Notes every call. A capture runs nothing, as on CUDA; `fails` says which captures go wrong, half executed."""
+    """Notes every call.
 
-    def __init__(self, fails: Callable[[int], bool] = lambda number: False, keep: bool = True) -> None:
+    A capture runs nothing, as on CUDA; `fails` says which captures go wrong, half executed.
+    """
+
+    def __init__(
+        self, fails: Callable[[int], bool] = lambda number: False, keep: bool = True
+    ) -> None:
         self.log: list[str] = []
         self.pools: list[Any] = []
         self._numbers, self._fails, self._keep = itertools.count(), fails, keep
@@ -62,7 +70,9 @@ class FakeApi:
         if self._fails(number):
             function()
             try:
-                raise RuntimeError("operation not permitted when stream is capturing\nmore about it")
+                raise RuntimeError(
+                    "operation not permitted when stream is capturing\nmore about it"
+                )
             finally:
                 raise RuntimeError("ending the capture failed, too")
         return FakeGraph(self.log, number, function if self._keep else lambda: None)
@@ -82,7 +92,9 @@ def step(model: CompiledModel, run: Run, program: Program, session: Any, tokens:
     """Logits [B, V] of one more token a row, as CompiledModel decodes."""
     batch = len(tokens)
     linked = model.linker.link(program, ShapeClass.of(batch, 1, model.pool.length))
-    logits = run(linked, tokens[:, None].to(model.device), session.positions([1] * batch), session.slots)
+    logits = run(
+        linked, tokens[:, None].to(model.device), session.positions([1] * batch), session.slots
+    )
     session.advance([1] * batch)
     return logits[:, 0]
 
@@ -98,7 +110,9 @@ def steps(
             yield step(model, run, chosen, session, (torch.arange(batch) + 7 * i + 3) % 100)
 
 
-def decode(model: CompiledModel, run: Run, program: str | Program, batch: int = 1, num_tokens: int = 4) -> Tensor:
+def decode(
+    model: CompiledModel, run: Run, program: str | Program, batch: int = 1, num_tokens: int = 4
+) -> Tensor:
     """Logits [n, B, V] of the tokens of one session."""
     return torch.stack(list(steps(model, run, program, batch, num_tokens))).cpu()
 
@@ -113,7 +127,10 @@ class Pair:
 
     def check(self, graphs: CudaGraphs, program: str | Program, batch: int = 1) -> None:
         """A session of captured decodes equals one of linked decodes."""
-        got, want = decode(self.model, graphs.run, program, batch), decode(self.plain, LinkedProgram.run, program, batch)
+        got, want = (
+            decode(self.model, graphs.run, program, batch),
+            decode(self.plain, LinkedProgram.run, program, batch),
+        )
         torch.testing.assert_close(got, want, rtol=0, atol=self.tolerance)
 
     def use(self, graphs: CudaGraphs, program: str, times: int = 1) -> None:

@@ -18,7 +18,9 @@ settings.load_profile("polar_fx")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Artifacts of the tests go to a folder of their own; the converted default model is shared with the user's."""
+    """Artifacts of the tests go to a folder of their own; the converted default model is shared
+    with the user's.
+    """
     from polar_fx.environment import cache_dir
 
     folder = tmp_path_factory.mktemp("cache")
@@ -32,7 +34,9 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
-    """(model, tokenizer) of the embedded default; tests that need meaning are skipped where it is not installed."""
+    """(model, tokenizer) of the embedded default; tests that need meaning are skipped where it is
+    not installed.
+    """
     from polar_fx.errors import ModelNotFoundError
     from polar_fx.models import load_default
 
@@ -58,4 +62,8 @@ def mutable(whole_bundle: Path, tmp_path: Path) -> "Mutable":
     """A bundle of one's own, to be damaged or edited."""
     from tiny_bundles import Mutable
 
-    return Mutable(shutil.copytree(whole_bundle, tmp_path / "bundle", copy_function=lambda a, b: Path(b).hardlink_to(a)))
+    return Mutable(
+        shutil.copytree(
+            whole_bundle, tmp_path / "bundle", copy_function=lambda a, b: Path(b).hardlink_to(a)
+        )
+    )

@@ -15,21 +15,27 @@ B, T, L, D, V = 2, 3, 8, 4, 5
 
 
 class Builder:
-    """Adds nodes with example values, each computed on the meta device from its arguments' values."""
+    """Adds nodes with example values, each computed on the meta device from its arguments'
+    values.
+    """
 
     def __init__(self) -> None:
         self.graph = Graph()
         self.tensors: dict[str, Tensor] = {}
         self.layer: int | None = None
 
-    def placeholder(self, name: str, *shape: int, dtype: torch.dtype = torch.float32, **meta: Any) -> Node:
+    def placeholder(
+        self, name: str, *shape: int, dtype: torch.dtype = torch.float32, **meta: Any
+    ) -> Node:
         node = self.graph.placeholder(name)
         node.meta = {"role": "input", **meta, "val": torch.empty(shape, dtype=dtype, device="meta")}
         return node
 
     def weight(self, name: str, *shape: int) -> Node:
         generator = torch.Generator().manual_seed(len(self.tensors))
-        self.tensors[name] = torch.nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+        self.tensors[name] = torch.nn.Parameter(
+            torch.randn(shape, generator=generator), requires_grad=False
+        )
         node = self.graph.get_attr(name)
         node.meta = {"val": torch.empty(shape, device="meta")}
         return node
@@ -38,7 +44,9 @@ class Builder:
         node = self.graph.call_function(target, args, kwargs)
         values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
         node.meta = {
-            "val": target(*values, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})}),
+            "val": target(
+                *values, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})}
+            ),
             "layer": self.layer,
         }
         return node
@@ -48,22 +56,30 @@ class Builder:
         return GraphModule(self.tensors, self.graph, class_name="HandMade")
 
 
-def flat(scales: tuple[float, ...] = (0.5, 0.5, 0.5), noise: bool = False, head_constant: bool = False) -> GraphModule:
+def flat(
+    scales: tuple[float, ...] = (0.5, 0.5, 0.5), noise: bool = False, head_constant: bool = False
+) -> GraphModule:
     """One attention layer per entry of `scales`, a literal in its graph.
 
-    `noise` adds what tracing leaves behind (no-ops and a dead value), `head_constant` a value that only the head
-    needs, made of its weights early in the graph.
+    `noise` adds what tracing leaves behind (no-ops and a dead value), `head_constant` a value that
+    only the head needs, made of its weights early in the graph.
     """
     b = Builder()
     ids = b.placeholder("input_ids", B, T, dtype=torch.long)
     positions = b.placeholder("positions", B, T, dtype=torch.long)
     index = b.placeholder("kv_index", L, dtype=torch.long)
     slots = [
-        [b.placeholder(f"kv_{i}_{part}", B, 1, L, D, role="kv", slot=i, part=part) for part in (0, 1)] for i in range(len(scales))
+        [
+            b.placeholder(f"kv_{i}_{part}", B, 1, L, D, role="kv", slot=i, part=part)
+            for part in (0, 1)
+        ]
+        for i in range(len(scales))
     ]
     table, norm = b.weight("embedding", V, D), b.weight("norm", D)
     hidden = b.call(aten.embedding.default, table, ids)
-    rows = b.call(aten.unsqueeze.default, b.call(aten.arange.default, B, device=torch.device("cpu")), 1)
+    rows = b.call(
+        aten.unsqueeze.default, b.call(aten.arange.default, B, device=torch.device("cpu")), 1
+    )
     seen = b.call(aten.ge.Tensor, b.call(aten.unsqueeze.default, positions, -1), index)
     mask = b.call(aten.unsqueeze.default, seen, 1)
     if head_constant:
@@ -76,7 +92,15 @@ def flat(scales: tuple[float, ...] = (0.5, 0.5, 0.5), noise: bool = False, head_
 
 
 def _layer(
-    b: Builder, i: int, scale: float, hidden: Node, rows: Node, positions: Node, mask: Node, slots: list[Node], noise: bool
+    b: Builder,
+    i: int,
+    scale: float,
+    hidden: Node,
+    rows: Node,
+    positions: Node,
+    mask: Node,
+    slots: list[Node],
+    noise: bool,
 ) -> Node:
     weight = b.weight(f"layers_{i}_weight", D, D)
     projected = b.call(aten.linear.default, hidden, weight)
@@ -85,7 +109,9 @@ def _layer(
         projected = b.call(aten.dropout.default, projected, 0.1, False)
         b.call(aten.neg.default, projected)
     states = b.call(aten.unsqueeze.default, projected, 2)
-    keys, values = (b.call(aten.index_put_.default, slot, [rows, None, positions], states) for slot in slots)
+    keys, values = (
+        b.call(aten.index_put_.default, slot, [rows, None, positions], states) for slot in slots
+    )
     query = b.call(aten.unsqueeze.default, hidden, 1)
     mixed = b.call(aten.scaled_dot_product_attention.default, query, keys, values, mask)
     update = b.call(aten.mul.Tensor, b.call(aten.squeeze.dim, mixed, 1), scale)
@@ -106,7 +132,9 @@ def single_query(dtype: torch.dtype = torch.float32) -> GraphModule:
     shapes = {"q": (1, 4, 1, D), "k": (1, 2, L, D), "v": (1, 2, L, D)}
     operands = [b.placeholder(name, *shape, dtype=dtype) for name, shape in shapes.items()]
     mask = b.placeholder("mask", 1, 1, 1, L, dtype=torch.bool)
-    return b.build(b.call(aten.scaled_dot_product_attention.default, *operands, mask, enable_gqa=True))
+    return b.build(
+        b.call(aten.scaled_dot_product_attention.default, *operands, mask, enable_gqa=True)
+    )
 
 
 def on_cpu(gm: GraphModule) -> GraphModule:
@@ -118,7 +146,9 @@ def on_cpu(gm: GraphModule) -> GraphModule:
 
 
 def operands(gm: GraphModule) -> list[Tensor]:
-    """Real operands for the placeholders of a flat, layer or step graph: fixed tokens, empty slots."""
+    """Real operands for the placeholders of a flat, layer or step graph: fixed tokens, empty
+    slots.
+    """
     made: list[Tensor] = []
     for node in gm.graph.find_nodes(op="placeholder"):
         shape = node.meta["val"].shape
@@ -127,7 +157,11 @@ def operands(gm: GraphModule) -> list[Tensor]:
             "positions": torch.arange(T).expand(B, T),
             "kv_index": torch.arange(L),
         }
-        made.append(given[node.name] if node.name in given else torch.zeros(shape, dtype=node.meta["val"].dtype))
+        made.append(
+            given[node.name]
+            if node.name in given
+            else torch.zeros(shape, dtype=node.meta["val"].dtype)
+        )
     return made
 
 

@@ -1,12 +1,14 @@
-"""Which versions of torch and transformers work: `make matrix` tries pairs of them, each in an environment of its own.
+"""Which versions of torch and transformers work: `make matrix` tries pairs of them, each in an
+environment of its own.
 
-For every pair it builds a virtual environment, runs a part of the tests that takes a few minutes, and notes what passed.
-After each pair the notes go to bench/results/versions-cpu.json and, as a table, to docs/versions.md. A pair that is noted
-already is not run again (`--again` does), and an environment that is whole is not built again.
+For every pair it builds a virtual environment, runs a part of the tests that takes a few minutes,
+and notes what passed. After each pair the notes go to bench/results/versions-cpu.json and, as a
+table, to docs/versions.md. A pair that is noted already is not run again (`--again` does), and an
+environment that is whole is not built again.
 
-Not every combination is tried. What breaks is nearly always something that one library changed, not the combination, so the
-edges are enough: the oldest torch with the oldest transformers, every torch with the newest transformers, and the newest torch
-with every transformers.
+Not every combination is tried. What breaks is nearly always something that one library changed, not
+the combination, so the edges are enough: the oldest torch with the oldest transformers, every torch
+with the newest transformers, and the newest torch with every transformers.
 
 Only the standard library is used here: the script runs before anything is installed.
 """
@@ -33,7 +35,8 @@ TABLE = ROOT / "docs" / "versions.md"
 OLDEST_TORCH = (2, 11)  # the newest patch of every minor version from here on is tried
 TRANSFORMERS = ("5.17.0", "5.20.0")  # and the newest
 
-# Each kind of layer that traces differently: grouped heads, logit caps, sinks, ALiBi, latent attention with experts.
+# Each kind of layer that traces differently: grouped heads, logit caps, sinks, ALiBi, latent
+# attention with experts.
 FAMILIES = ("llama", "gemma2", "gpt_oss", "bloom", "deepseek_v3")
 # Models that are refused: what transformers itself raises for them changes from version to version.
 REFUSED = ("jamba", "lfm2", "gemma3n_text")
@@ -43,7 +46,10 @@ SUBSET = (
     *(f"tests/test_families.py::test_identity_is_the_model[{family}]" for family in FAMILIES),
     "tests/test_families.py::test_rotary_frequencies_that_depend_on_the_length",
     "tests/test_families.py::test_rotary_frequencies_of_some_layers_that_depend_on_the_length",
-    *(f"tests/test_families.py::test_refused_with_reason_and_remedy[{family}]" for family in REFUSED),
+    *(
+        f"tests/test_families.py::test_refused_with_reason_and_remedy[{family}]"
+        for family in REFUSED
+    ),
     "tests/test_generate.py",
     "tests/test_regions.py",
     "tests/test_compiled.py::test_warmup_compiles_all_that_a_call_needs",
@@ -65,15 +71,19 @@ class MatrixError(Exception):
     """A step of the matrix that failed; the message says which, and what to do."""
 
 
-# ---------------------------------------------------------------------------------------------- which pairs
+# -------------------------------------------------------------------------------------- which pairs
 
 
 def _number(version: str) -> tuple[int, ...]:
     return tuple(int(part) for part in version.split("."))
 
 
-def newest_of_each_minor(versions: Iterable[str], oldest: tuple[int, int] = OLDEST_TORCH) -> list[str]:
-    """The newest patch of every minor version from `oldest` on, oldest first; pre-releases and builds are left out."""
+def newest_of_each_minor(
+    versions: Iterable[str], oldest: tuple[int, int] = OLDEST_TORCH
+) -> list[str]:
+    """The newest patch of every minor version from `oldest` on, oldest first; pre-releases and
+    builds are left out.
+    """
     newest: dict[tuple[int, ...], str] = {}
     for version in sorted((v for v in versions if re.fullmatch(r"\d+\.\d+\.\d+", v)), key=_number):
         if (minor := _number(version)[:2]) >= oldest:
@@ -82,7 +92,9 @@ def newest_of_each_minor(versions: Iterable[str], oldest: tuple[int, int] = OLDE
 
 
 def edge_pairs(torches: Sequence[str], transformers: Sequence[str]) -> list[Pair]:
-    """The pairs at the edges, both lists given oldest first: what is likeliest to break comes first."""
+    """The pairs at the edges, both lists given oldest first: what is likeliest to break comes
+    first.
+    """
     pairs = [(torches[0], transformers[0]), (torches[-1], transformers[-1])]
     pairs += [(torches[-1], version) for version in transformers]
     pairs += [(version, transformers[-1]) for version in reversed(torches)]
@@ -91,21 +103,28 @@ def edge_pairs(torches: Sequence[str], transformers: Sequence[str]) -> list[Pair
 
 def published(package: str) -> list[str]:
     """The versions the package index has, in the order pip tells them."""
-    told = subprocess.run([sys.executable, "-m", "pip", "index", "versions", package], capture_output=True, text=True)
+    told = subprocess.run(
+        [sys.executable, "-m", "pip", "index", "versions", package], capture_output=True, text=True
+    )
     found = re.search(r"^Available versions: (.+)$", told.stdout, re.MULTILINE)
     if not found:
-        raise MatrixError(f"pip cannot list the versions of {package}; name pairs instead: --pair 2.13.0:5.24.0\n{told.stderr}")
+        raise MatrixError(
+            f"pip cannot list the versions of {package}; name pairs instead: --pair "
+            f"2.13.0:5.24.0\n{told.stderr}"
+        )
     return found[1].split(", ")
 
 
-# ------------------------------------------------------------------------------------------ one environment
+# ---------------------------------------------------------------------------------- one environment
 
 
 def other_requirements() -> list[str]:
     """What pyproject.toml asks for beside torch and transformers, with what the tests need."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     asked = project["dependencies"] + project["optional-dependencies"]["search"]
-    return [one for one in asked if not one.startswith(("torch>", "transformers>"))] + list(TEST_TOOLS)
+    return [one for one in asked if not one.startswith(("torch>", "transformers>"))] + list(
+        TEST_TOOLS
+    )
 
 
 def build(folder: Path, pair: Pair) -> Path:
@@ -129,7 +148,7 @@ def _run(command: list[str]) -> None:
         raise MatrixError(f"{' '.join(command[:5])} … failed: {last[-1]}")
 
 
-# ---------------------------------------------------------------------------------------------- one result
+# --------------------------------------------------------------------------------------- one result
 
 
 def counts(report: str) -> dict[str, Any]:
@@ -148,18 +167,40 @@ def counts(report: str) -> dict[str, Any]:
 
 def measure(pair: Pair, folder: Path, jobs: int, minutes: float) -> dict[str, Any]:
     """Build the environment and run the tests; what goes wrong on the way is part of the result."""
-    result: dict[str, Any] = {"torch": pair[0], "transformers": pair[1], "commit": _commit(), "python": platform.python_version()}
+    result: dict[str, Any] = {
+        "torch": pair[0],
+        "transformers": pair[1],
+        "commit": _commit(),
+        "python": platform.python_version(),
+    }
     report = folder.with_suffix(".xml")
     report.unlink(missing_ok=True)
     start = time.monotonic()
     try:
         python = build(folder, pair)
         start = time.monotonic()
-        # a thread each: compute threads of processes that wait for each other's cores are slower than none
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "POLAR_FX_CACHE_DIR": str(folder / "cache")}
-        command = [str(python), "-m", "pytest", "-q", "-n", str(jobs), "-p", "no:cacheprovider", f"--junitxml={report}", *SUBSET]
+        # a thread each: compute threads of processes that wait for each other's cores are slower
+        # than none
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "POLAR_FX_CACHE_DIR": str(folder / "cache"),
+        }
+        command = [
+            str(python),
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            str(jobs),
+            "-p",
+            "no:cacheprovider",
+            f"--junitxml={report}",
+            *SUBSET,
+        ]
         done = subprocess.run(command, cwd=ROOT, env=environment, timeout=60 * minutes)
-        if done.returncode not in (0, 1) or not report.exists():  # 1: some tests failed; anything else: not all were run
+        # 1: some tests failed; anything else: not all were run
+        if done.returncode not in (0, 1) or not report.exists():
             raise MatrixError("pytest did not run all tests; its output above says why")
         result |= counts(report.read_text(encoding="utf-8"))
     except MatrixError as error:
@@ -170,11 +211,13 @@ def measure(pair: Pair, folder: Path, jobs: int, minutes: float) -> dict[str, An
 
 
 def _commit() -> str:
-    told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    told = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    )
     return told.stdout.strip() or "unknown"
 
 
-# --------------------------------------------------------------------------------------------- all results
+# -------------------------------------------------------------------------------------- all results
 
 
 def load(path: Path) -> list[dict[str, Any]]:
@@ -183,13 +226,17 @@ def load(path: Path) -> list[dict[str, Any]]:
 
 
 def still_to_do(pairs: Iterable[Pair], results: Iterable[dict[str, Any]]) -> list[Pair]:
-    """The pairs nothing was measured for; one that could not be built or did not end is tried again."""
+    """The pairs nothing was measured for; one that could not be built or did not end is tried
+    again.
+    """
     done = {(r["torch"], r["transformers"]) for r in results if "error" not in r}
     return [pair for pair in pairs if pair not in done]
 
 
 def with_result(results: Iterable[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
-    """The results with the new one in place of an older one of the same pair, in the order of their versions."""
+    """The results with the new one in place of an older one of the same pair, in the order of their
+    versions.
+    """
     pair = (new["torch"], new["transformers"])
     kept = [r for r in results if (r["torch"], r["transformers"]) != pair]
     return sorted([*kept, new], key=lambda r: (_number(r["torch"]), _number(r["transformers"])))
@@ -203,19 +250,29 @@ def table(results: Sequence[dict[str, Any]]) -> str:
     lines = [
         "# Versions",
         "",
-        "Pairs of torch and transformers for which `make matrix` ran a part of the tests on the CPU: capture, a sample of",
-        "families, forward passes and generation, compiled regions, bundles, passes. A dash is a pair that was not tried.",
+        "Pairs of torch and transformers for which `make matrix` ran a part of the tests on the "
+        "CPU: capture, a sample of",
+        "families, forward passes and generation, compiled regions, bundles, passes. A dash is a "
+        "pair that was not tried.",
         "",
-        "This file is written by `tests/matrix.py`; raw numbers: `bench/results/versions-cpu.json`.",
+        "This file is written by `tests/matrix.py`; raw numbers: "
+        "`bench/results/versions-cpu.json`.",
         "",
         "| torch | " + " | ".join(f"transformers {version}" for version in others) + " |",
         "|---|" + "---|" * len(others),
     ]
-    lines += [f"| {t} | " + " | ".join(cells.get((t, o), "–") for o in others) + " |" for t in torches]
+    lines += [
+        f"| {t} | " + " | ".join(cells.get((t, o), "–") for o in others) + " |" for t in torches
+    ]
     for r in results:
         what = [r["error"]] if "error" in r else [f"`{name}`" for name in r["failures"]]
         if what:
-            lines += ["", f"torch {r['torch']} with transformers {r['transformers']}:", "", *(f"- {one}" for one in what)]
+            lines += [
+                "",
+                f"torch {r['torch']} with transformers {r['transformers']}:",
+                "",
+                *(f"- {one}" for one in what),
+            ]
     return "\n".join(lines) + "\n"
 
 
@@ -229,15 +286,32 @@ def _cell(result: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
-    parser.add_argument("--pair", action="append", metavar="TORCH:TRANSFORMERS", help="try this pair; may be given several times")
-    parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="where environments are built")
+    parser.add_argument(
+        "--pair",
+        action="append",
+        metavar="TORCH:TRANSFORMERS",
+        help="try this pair; may be given several times",
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".matrix", help="where environments are built"
+    )
     parser.add_argument("--jobs", type=int, default=2, help="processes that run tests")
-    parser.add_argument("--minutes", type=float, default=30, help="the longest the tests of a pair may take")
-    parser.add_argument("--again", action="store_true", help="measure pairs that were measured already, too")
-    parser.add_argument("--keep", action="store_true", help="keep the environments (about 6 GB each with a CUDA build of torch)")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="the longest the tests of a pair may take"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="measure pairs that were measured already, too"
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep the environments (about 6 GB each with a CUDA build of torch)",
+    )
     chosen = parser.parse_args(arguments)
     if chosen.pair:
-        pairs = [(torch, other) for torch, _, other in (text.partition(":") for text in chosen.pair)]
+        pairs = [
+            (torch, other) for torch, _, other in (text.partition(":") for text in chosen.pair)
+        ]
         if not all(re.fullmatch(r"\d+\.\d+\.\d+", version) for pair in pairs for version in pair):
             parser.error("a pair is two versions of three numbers, as in --pair 2.13.0:5.24.0")
     else:

@@ -1,4 +1,7 @@
-"""Processes for test_search_store.py: some write, some are killed. They load no torch, so that they start quickly."""
+"""Processes for test_search_store.py: some write, some are killed.
+
+They load no torch, so that they start quickly.
+"""
 
 import itertools
 import json
@@ -19,27 +22,52 @@ from polar_fx.search.records.record_file import RecordStore
 from polar_fx.search.records.records import Explored, SearchHeader, SearchRecord
 
 DEPTH = 6
-HEADER = SearchHeader("f" * 32, DEPTH, SearchConfig(simulations=8), {"name": "arithmetic"}, {"style": "few-shot", "shots": 4})
+HEADER = SearchHeader(
+    "f" * 32,
+    DEPTH,
+    SearchConfig(simulations=8),
+    {"name": "arithmetic"},
+    {"style": "few-shot", "shots": 4},
+)
 
 
 def record(number: int) -> SearchRecord:
     """The record of question `number`, of some hundred to some thousand bytes."""
     chosen = random.Random(number)
     programs = {
-        Program.identity(DEPTH).skip(chosen.randrange(5)).repeat(chosen.randrange(4), 1, 2 + i) for i in range(number % 30)
+        Program.identity(DEPTH).skip(chosen.randrange(5)).repeat(chosen.randrange(4), 1, 2 + i)
+        for i in range(number % 30)
     }
     explored = [
-        Explored(program, Verdict(chosen.random() < 0.2, -chosen.expovariate(1), chosen.gauss(0, 3)), chosen.random())
+        Explored(
+            program,
+            Verdict(chosen.random() < 0.2, -chosen.expovariate(1), chosen.gauss(0, 3)),
+            chosen.random(),
+        )
         for program in sorted(programs, key=str)
     ]
     question = Question(
-        f"q{number}", "arithmetic", f"{number} · 2 = ?", (str(2 * number), f"{2 * number}.0"), 1 + number % 5, "1x1"
+        f"q{number}",
+        "arithmetic",
+        f"{number} · 2 = ?",
+        (str(2 * number), f"{2 * number}.0"),
+        1 + number % 5,
+        "1x1",
     )
-    return SearchRecord(question, DEPTH, Verdict(number % 2 == 0, -0.5, 0.25), tuple(explored), chosen.getrandbits(64), 0.125)
+    return SearchRecord(
+        question,
+        DEPTH,
+        Verdict(number % 2 == 0, -0.5, 0.25),
+        tuple(explored),
+        chosen.getrandbits(64),
+        0.125,
+    )
 
 
 def kill_often(path: Path, kills: int) -> None:
-    """Kill processes that keep appending at random moments; prints what each had finished and what is in the file since."""
+    """Kill processes that keep appending at random moments; prints what each had finished and what
+    is in the file since.
+    """
     moments = random.Random(kills)
     whole = os.write
 
@@ -102,4 +130,6 @@ def write(path: Path, count: int) -> None:
 
 if __name__ == "__main__":
     mode, target, *arguments = sys.argv[1:]
-    {"kill_often": kill_often, "fill": fill, "hold": hold, "write": write}[mode](Path(target), *map(int, arguments))
+    {"kill_often": kill_often, "fill": fill, "hold": hold, "write": write}[mode](
+        Path(target), *map(int, arguments)
+    )

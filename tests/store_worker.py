@@ -1,4 +1,7 @@
-"""Processes for test_store.py: some race, some are killed. They load no torch, so that they start quickly."""
+"""Processes for test_store.py: some race, some are killed.
+
+They load no torch, so that they start quickly.
+"""
 
 import hashlib
 import itertools
@@ -64,7 +67,9 @@ def race(root: Path, log: Path) -> None:
 
 
 def churn(root: Path, seed: int) -> None:
-    """Want artifacts at random where there is room for a few only; prints what was refused, and what was wrong."""
+    """Want artifacts at random where there is room for a few only; prints what was refused, and
+    what was wrong.
+    """
     store, chosen = ArtifactStore(root, 120_000), random.Random(seed)
     wrong = 0
     for _ in range(40):
@@ -78,7 +83,9 @@ def churn(root: Path, seed: int) -> None:
 
 
 def kill_often(root: Path, kills: int) -> None:
-    """Kill processes that keep storing, shortly after they stored so many; prints those, and what is refused since."""
+    """Kill processes that keep storing, shortly after they stored so many; prints those, and what
+    is refused since.
+    """
     moments = random.Random(kills)
     for attempt in range(kills):
         get, report = os.pipe()
@@ -100,7 +107,8 @@ def kill_often(root: Path, kills: int) -> None:
 
 
 def kill_everywhere(template: Path, roots: Path, limit_bytes: int) -> None:
-    """On a copy each, refuse artifact 0, store artifact 9 and evict, killed before the first, the second, ... file operation.
+    """On a copy each, refuse artifact 0, store artifact 9 and evict, killed before the first, the
+    second, ... file operation.
 
     Ends with a process that gets through.
     """
@@ -112,7 +120,9 @@ def kill_everywhere(template: Path, roots: Path, limit_bytes: int) -> None:
             operations = itertools.count()
 
             def kill(event: str, _: Any, operations: Any = operations, step: int = step) -> None:
-                if (event == "open" or event.startswith(("os.", "fcntl."))) and next(operations) == step:
+                if (event == "open" or event.startswith(("os.", "fcntl."))) and next(
+                    operations
+                ) == step:
                     signal.raise_signal(signal.SIGKILL)
 
             store = ArtifactStore(root, limit_bytes)
@@ -130,5 +140,7 @@ if __name__ == "__main__":
         "race": lambda root, log: race(Path(root), Path(log)),
         "churn": lambda root, seed: churn(Path(root), int(seed)),
         "kill_often": lambda root, kills: kill_often(Path(root), int(kills)),
-        "kill_everywhere": lambda template, roots, limit: kill_everywhere(Path(template), Path(roots), int(limit)),
+        "kill_everywhere": lambda template, roots, limit: kill_everywhere(
+            Path(template), Path(roots), int(limit)
+        ),
     }[mode](*arguments)

@@ -1,4 +1,6 @@
-"""Weights that are exchanged after a model was compiled: nobody gets results of the old ones without being told."""
+"""Weights that are exchanged after a model was compiled: nobody gets results of the old ones
+without being told.
+"""
 
 import functools
 import gc
@@ -45,16 +47,28 @@ def _other_type(model: PreTrainedModel) -> None:
     model.half()
 
 
-CHANGES: list[Callable[[PreTrainedModel], None]] = [_assign, _new_data, _new_parameter, _new_layer, _new_linear, _other_type]
+CHANGES: list[Callable[[PreTrainedModel], None]] = [
+    _assign,
+    _new_data,
+    _new_parameter,
+    _new_layer,
+    _new_linear,
+    _other_type,
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_exchanged_weights_are_refused_by_every_call(change: Callable[[PreTrainedModel], None]) -> None:
+def test_exchanged_weights_are_refused_by_every_call(
+    change: Callable[[PreTrainedModel], None],
+) -> None:
     model, compiled = _pair()
     ids = prompts(5)[0][None]
     compiled.forward(ids)
     change(model)
-    for call in (compiled.forward, functools.partial(compiled.generate, max_new_tokens=2, do_sample=False)):
+    for call in (
+        compiled.forward,
+        functools.partial(compiled.generate, max_new_tokens=2, do_sample=False),
+    ):
         with pytest.raises(WeightsReplacedError, match="compile the model again"):
             call(ids)
     with pytest.raises(WeightsReplacedError), run_trunk(compiled, [ids[0]], 1):
@@ -64,7 +78,9 @@ def test_exchanged_weights_are_refused_by_every_call(change: Callable[[PreTraine
 def test_the_error_names_what_was_exchanged() -> None:
     model, compiled = _pair()
     _new_data(model)
-    with pytest.raises(WeightsReplacedError, match=r"^model\.layers\.1\.mlp\.down_proj\.weight of the model"):
+    with pytest.raises(
+        WeightsReplacedError, match=r"^model\.layers\.1\.mlp\.down_proj\.weight of the model"
+    ):
         compiled.forward(prompts(5)[0][None])
 
 
@@ -76,7 +92,9 @@ def test_weights_that_change_in_place_are_seen(family: str) -> None:
     model.load_state_dict({name: 1.25 * t for name, t in model.state_dict().items()})
     for p in model.parameters():
         p.mul_(0.9)
-    torch.testing.assert_close(compiled.forward(ids[None])[0], reference(model, [ids])[0], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        compiled.forward(ids[None])[0], reference(model, [ids])[0], rtol=1e-3, atol=1e-3
+    )
 
 
 def test_a_model_compiled_from_cached_tables_is_watched_as_well() -> None:
@@ -100,7 +118,9 @@ def test_a_tied_head_that_gets_a_weight_of_its_own_is_noticed() -> None:
 
 
 def test_frequencies_that_a_model_makes_itself_are_no_weights() -> None:
-    """Some models make themselves other rotary frequencies for longer prompts; compiled programs have those of the trace."""
+    """Some models make themselves other rotary frequencies for longer prompts; compiled programs
+    have those of the trace.
+    """
     model, compiled = _pair()
     want = compiled.forward(prompts(5)[0][None])
     rotary = model.model.rotary_emb

@@ -1,4 +1,5 @@
-"""The C++ runner: built against the installed torch, it generates from a bundle what Python does, and refuses what it must.
+"""The C++ runner: built against the installed torch, it generates from a bundle what Python does,
+and refuses what it must.
 
 Shape legend: T tokens.
 """
@@ -40,7 +41,15 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("runner")
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
     for command in (
-        ["cmake", *ninja, "-S", str(SOURCES), "-B", str(place), f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"],
+        [
+            "cmake",
+            *ninja,
+            "-S",
+            str(SOURCES),
+            "-B",
+            str(place),
+            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+        ],
         ["cmake", "--build", str(place)],
     ):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -50,7 +59,9 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle whose prompts are prefilled in parts, with a weight under two names that is not laid out row by row."""
+    """A bundle whose prompts are prefilled in parts, with a weight under two names that is not laid
+    out row by row.
+    """
     model = make("llama")
     weight = torch.nn.Parameter(model.get_input_embeddings().weight.data.t().contiguous().t())  # type: ignore[union-attr]
     model.get_input_embeddings().weight = weight  # type: ignore[assignment]
@@ -77,7 +88,9 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 def _run(runner: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
     # nothing of the environment: the program finds torch's libraries itself, and needs no compiler
     env = {"PATH": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run([str(runner), *map(str, arguments)], capture_output=True, text=True, check=False, env=env)
+    return subprocess.run(
+        [str(runner), *map(str, arguments)], capture_output=True, text=True, check=False, env=env
+    )
 
 
 def _new_tokens(runner: Path, *arguments: Any) -> list[int]:
@@ -93,17 +106,23 @@ def _comma(tokens: Sequence[int]) -> str:
 
 def _want(bundle: BundledModel, program: str, prompt: list[int], new: int) -> list[int]:
     ids = torch.tensor([prompt])
-    return bundle.generate(ids, program=program, max_new_tokens=new, do_sample=False)[0, len(prompt) :].tolist()
+    return bundle.generate(ids, program=program, max_new_tokens=new, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
 
 
 # one token, two, one part, one part and a single token, three parts
 @pytest.mark.parametrize("num_prompt", [1, 2, CHUNK, CHUNK + 1, 2 * CHUNK + 4])
-def test_greedy_tokens_are_those_of_python(runner: Path, folder: Path, bundle: BundledModel, num_prompt: int) -> None:
+def test_greedy_tokens_are_those_of_python(
+    runner: Path, folder: Path, bundle: BundledModel, num_prompt: int
+) -> None:
     prompt = prompts(num_prompt)[0].tolist()
     answers = set()
     for program in PROGRAMS:
         text = str(Program.parse(program, DEPTH))
-        got = _new_tokens(runner, folder, "--program", text, "--tokens", _comma(prompt), "--new", 12)
+        got = _new_tokens(
+            runner, folder, "--program", text, "--tokens", _comma(prompt), "--new", 12
+        )
         assert got == _want(bundle, program, prompt, 12), text
         answers.add(tuple(got))
     assert len(answers) > 1, "programs answer differently, or this test would not see which one ran"
@@ -113,9 +132,15 @@ def test_greedy_tokens_are_those_of_python(runner: Path, folder: Path, bundle: B
 
 def test_a_row_may_be_filled_to_its_end(runner: Path, folder: Path, bundle: BundledModel) -> None:
     prompt = prompts(LENGTH - 2)[0].tolist()
-    assert _new_tokens(runner, folder, "--tokens", _comma(prompt), "--new", 3) == _want(bundle, "identity", prompt, 3)
+    assert _new_tokens(runner, folder, "--tokens", _comma(prompt), "--new", 3) == _want(
+        bundle, "identity", prompt, 3
+    )
     done = _run(runner, folder, "--tokens", _comma(prompt), "--new", 4)
-    assert done.returncode == 2 and "a prompt of 61 tokens and 4 new ones exceed the 63 that the bundle holds" in done.stderr
+    assert (
+        done.returncode == 2
+        and "a prompt of 61 tokens and 4 new ones exceed the 63 that the bundle holds"
+        in done.stderr
+    )
 
 
 def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: BundledModel) -> None:
@@ -123,7 +148,11 @@ def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: Bundle
     tokens = _want(bundle, "identity", prompt, 12)
     _exchange(copied, "generation.json", json.dumps({"eos_token_id": [99, tokens[4]]}))
     got = _new_tokens(runner, copied, "--tokens", _comma(prompt), "--new", 12)
-    assert got == tokens[: tokens.index(tokens[4]) + 1] == _want(load_bundle(copied), "identity", prompt, 12)
+    assert (
+        got
+        == tokens[: tokens.index(tokens[4]) + 1]
+        == _want(load_bundle(copied), "identity", prompt, 12)
+    )
 
 
 def _exchange(place: Path, name: str, text: str) -> None:
@@ -131,11 +160,14 @@ def _exchange(place: Path, name: str, text: str) -> None:
     (place / name).write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     manifest = read_manifest(place)
-    files = [replace(f, num_bytes=len(text), sha256=digest) if f.path == name else f for f in manifest.files]
+    files = [
+        replace(f, num_bytes=len(text), sha256=digest) if f.path == name else f
+        for f in manifest.files
+    ]
     write_manifest(place, replace(manifest, files=tuple(files)))
 
 
-# ---------------------------------------------------------------------------------------------------------------- programs
+# ----------------------------------------------------------------------------------------- programs
 
 
 def _random_program(pick: random.Random) -> Program:
@@ -145,14 +177,27 @@ def _random_program(pick: random.Random) -> Program:
         part = " ".join(str(pick.randrange(DEPTH)) for _ in range(pick.randint(1, 3)))
         for _ in range(pick.randint(0, 2)):
             damping = f"@{pick.choice((0.1, 0.5, 1.0, 1e-5, 1 / 3))!r}"
-            part = pick.choice((f"({part})*{pick.randint(2, 3)}", f"({part})*2{damping}", f"[{part}]{damping}", f"3 {part}"))
+            part = pick.choice(
+                (
+                    f"({part})*{pick.randint(2, 3)}",
+                    f"({part})*2{damping}",
+                    f"[{part}]{damping}",
+                    f"3 {part}",
+                )
+            )
         text = f"({text} {part})*2@0.75" if pick.random() < 0.2 else f"{text} {part}"
     return Program.parse(text, DEPTH)
 
 
 SPELLINGS = (
-    "identity", " identity /4 ", "0,1, 2-3", "( 0 - 1 ) * 2 @ .5 3/4", "(0)*2[1]@1", "[[1]@0.5]@0.5", "((0)*2@0.3)*2@0.7"
-)  # fmt: skip
+    "identity",
+    " identity /4 ",
+    "0,1, 2-3",
+    "( 0 - 1 ) * 2 @ .5 3/4",
+    "(0)*2[1]@1",
+    "[[1]@0.5]@0.5",
+    "((0)*2@0.3)*2@0.7",
+)
 
 
 def test_programs_are_read_as_python_reads_them(runner: Path, folder: Path) -> None:
@@ -168,9 +213,36 @@ def test_programs_are_read_as_python_reads_them(runner: Path, folder: Path) -> N
 
 
 MALFORMED = (
-    "", "/4", "4", "0-4", "-1", "2-1", "0 /5", "0 /4 1", "0,", ",0", "(0)", "(0)*1", "(0)*2@0", "(0)*2@1.5", "(0)*2@nan", "[0]",
-    "[0]*2", "(0]*2", "(0", "0)*2", "()*2", "0.5", "1e0", "identity 0", "(0)*2.5", "(0-3)*1025", "(0)*99999999999", "0x1", "0;1",
-)  # fmt: skip
+    "",
+    "/4",
+    "4",
+    "0-4",
+    "-1",
+    "2-1",
+    "0 /5",
+    "0 /4 1",
+    "0,",
+    ",0",
+    "(0)",
+    "(0)*1",
+    "(0)*2@0",
+    "(0)*2@1.5",
+    "(0)*2@nan",
+    "[0]",
+    "[0]*2",
+    "(0]*2",
+    "(0",
+    "0)*2",
+    "()*2",
+    "0.5",
+    "1e0",
+    "identity 0",
+    "(0)*2.5",
+    "(0-3)*1025",
+    "(0)*99999999999",
+    "0x1",
+    "0;1",
+)
 
 
 def test_malformed_programs_are_refused_as_in_python(runner: Path, folder: Path) -> None:
@@ -178,19 +250,31 @@ def test_malformed_programs_are_refused_as_in_python(runner: Path, folder: Path)
         with pytest.raises(ProgramError):
             Program.parse(text, DEPTH)
         done = _run(runner, folder, "--steps", "--any-program", "--program", text)
-        assert done.returncode == 2 and done.stderr.startswith(f"polar_run: program '{text}': column "), text
+        assert done.returncode == 2 and done.stderr.startswith(
+            f"polar_run: program '{text}': column "
+        ), text
     done = _run(runner, folder, "--program", "0-4 6-29 /30", "--tokens", "1")
-    assert done.returncode == 2 and "column 10: the program is for 30 layers, the bundle has 4" in done.stderr
+    assert (
+        done.returncode == 2
+        and "column 10: the program is for 30 layers, the bundle has 4" in done.stderr
+    )
 
 
-def test_only_the_programs_of_the_manifest_run_unless_asked(runner: Path, folder: Path, bundle: BundledModel) -> None:
+def test_only_the_programs_of_the_manifest_run_unless_asked(
+    runner: Path, folder: Path, bundle: BundledModel
+) -> None:
     done = _run(runner, folder, "--program", "3 2 1", "--tokens", "5,6")
-    assert done.returncode == 2 and "is not among the 5 programs of the bundle; add it with" in done.stderr
-    got = _new_tokens(runner, folder, "--program", "3 2 1", "--any-program", "--tokens", "5,6", "--new", 4)
+    assert (
+        done.returncode == 2
+        and "is not among the 5 programs of the bundle; add it with" in done.stderr
+    )
+    got = _new_tokens(
+        runner, folder, "--program", "3 2 1", "--any-program", "--tokens", "5,6", "--new", 4
+    )
     assert got == _want(bundle, "3 2 1", [5, 6], 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
 def test_arguments_that_make_no_sense_are_refused(runner: Path, folder: Path) -> None:
@@ -209,7 +293,10 @@ def test_arguments_that_make_no_sense_are_refused(runner: Path, folder: Path) ->
         ((folder.parent, "--tokens", "1"), "manifest.json: is missing"),
     ):
         done = _run(runner, *arguments)
-        assert done.returncode == 2 and words in done.stderr and not done.stdout, (arguments, done.stderr)
+        assert done.returncode == 2 and words in done.stderr and not done.stdout, (
+            arguments,
+            done.stderr,
+        )
     assert _run(runner, "--help").stdout.startswith("usage: polar_run BUNDLE --tokens 1,2,3")
 
 
@@ -256,31 +343,59 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no manifest of a bundle": (_in_manifest(dict.clear), "manifest.json: has no format version"),
     "a manifest that ends early": (
-        lambda p: (p / "manifest.json").write_text('{"polar_fx_bundle": 1,'), "manifest.json: is not valid JSON"
+        lambda p: (p / "manifest.json").write_text('{"polar_fx_bundle": 1,'),
+        "manifest.json: is not valid JSON",
     ),
-    "a missing field": (_in_manifest(lambda m: m.pop("limits")), 'manifest.json: the field "limits" is missing'),
-    "another torch": (_in_manifest(lambda m: m["target"].update(torch="2.0 0")), "is of a bundle for torch '2.0 0', and this is"),
-    "another processor": (_in_manifest(lambda m: m["target"].update(processor="Linux")), "is of a bundle for processor 'Linux'"),
-    "another device": (_in_manifest(lambda m: m["target"].update(device="cuda")), "is of a bundle for device 'cuda'"),
+    "a missing field": (
+        _in_manifest(lambda m: m.pop("limits")),
+        'manifest.json: the field "limits" is missing',
+    ),
+    "another torch": (
+        _in_manifest(lambda m: m["target"].update(torch="2.0 0")),
+        "is of a bundle for torch '2.0 0', and this is",
+    ),
+    "another processor": (
+        _in_manifest(lambda m: m["target"].update(processor="Linux")),
+        "is of a bundle for processor 'Linux'",
+    ),
+    "another device": (
+        _in_manifest(lambda m: m["target"].update(device="cuda")),
+        "is of a bundle for device 'cuda'",
+    ),
     "a path that leads out": (
-        _in_manifest(lambda m: [f.update(path="../x") for f in m["files"] if f["path"] == "config.json"]), "names a path ../x"
+        _in_manifest(
+            lambda m: [f.update(path="../x") for f in m["files"] if f["path"] == "config.json"]
+        ),
+        "names a path ../x",
     ),
-    "no weights": (lambda p: (p / "weights.safetensors").unlink(), "weights.safetensors: is missing"),
+    "no weights": (
+        lambda p: (p / "weights.safetensors").unlink(),
+        "weights.safetensors: is missing",
+    ),
     "no region": (lambda p: (p / _a_region(p)).unlink(), "epilogue"),
-    "a truncated region": (lambda p: (p / _a_region(p)).write_bytes(b"PK"), "is truncated: 2 bytes, the manifest says"),
+    "a truncated region": (
+        lambda p: (p / _a_region(p)).write_bytes(b"PK"),
+        "is truncated: 2 bytes, the manifest says",
+    ),
     "a changed region": (lambda p: _flip(p, _a_region(p)), "was changed or exchanged"),
-    "changed weights": (lambda p: _flip(p, "weights.safetensors"), "weights.safetensors: was changed or exchanged"),
+    "changed weights": (
+        lambda p: _flip(p, "weights.safetensors"),
+        "weights.safetensors: was changed or exchanged",
+    ),
     "a link": (_link, "symbols.json: is a symbolic link"),
     "no weights file": (
-        lambda p: _exchange(p, "weights.safetensors", "x" * 64), "weights.safetensors: is no safetensors file"
+        lambda p: _exchange(p, "weights.safetensors", "x" * 64),
+        "weights.safetensors: is no safetensors file",
     ),
     "a table of wider layers": (_wider, "in another size or dtype than the code takes"),
     "a table of another depth": (_no_layers, "symbols.json: it has 0 layers, the manifest says 4"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_bundles_that_are_damaged_or_made_for_elsewhere_are_refused(runner: Path, copied: Path, what: str) -> None:
+def test_bundles_that_are_damaged_or_made_for_elsewhere_are_refused(
+    runner: Path, copied: Path, what: str
+) -> None:
     damage, words = DAMAGE[what]
     damage(copied)
     done = _run(runner, copied, "--tokens", "1,2", "--new", 2)

@@ -1,4 +1,6 @@
-"""A bundle is written whole or not at all: refusals, interruptions, full disks, and the command line."""
+"""A bundle is written whole or not at all: refusals, interruptions, full disks, and the command
+line.
+"""
 
 import argparse
 import functools
@@ -24,7 +26,8 @@ from polar_fx.program import Program
 from tiny_bundles import LENGTH, PROGRAMS, compiled_model, tokenizer_of_words
 from tiny_models import make, prompts
 
-STEPS = ("fsync", "rename", "replace", "mkdir", "chmod")  # of the operating system, that an export takes
+# of the operating system, that an export takes
+STEPS = ("fsync", "rename", "replace", "mkdir", "chmod")
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,12 @@ def compiled() -> CompiledModel:
     return compiled_model()
 
 
-# ---------------------------------------------------------------------------------------------------------------- refusals
+# ----------------------------------------------------------------------------------------- refusals
 
 
-def test_what_cannot_be_exported_is_refused_before_anything_is_written(compiled: CompiledModel, tmp_path: Path) -> None:
+def test_what_cannot_be_exported_is_refused_before_anything_is_written(
+    compiled: CompiledModel, tmp_path: Path
+) -> None:
     eager = compile(make("llama"), "eager", max_length=LENGTH, cache=False)
     export(compiled, tmp_path / "one")
     bundle = load_bundle(tmp_path / "one")
@@ -65,7 +70,9 @@ def test_what_is_there_is_not_replaced_unless_it_is_a_bundle_and_that_is_asked_f
     link.symlink_to(place)
     (tmp_path / "file").touch()
     for out in (place, other, link, tmp_path / "file"):
-        with pytest.raises(BundleError, match="exists already; name another folder, or say overwrite=True"):
+        with pytest.raises(
+            BundleError, match="exists already; name another folder, or say overwrite=True"
+        ):
             export(compiled, out)
     for out in (other, link, tmp_path / "file"):
         with pytest.raises(BundleError, match="is no bundle, so it is not overwritten"):
@@ -79,7 +86,9 @@ def test_what_is_there_is_not_replaced_unless_it_is_a_bundle_and_that_is_asked_f
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bundle", "file", "link", "other"]
 
 
-def test_a_tokenizer_with_files_of_its_own_is_refused(compiled: CompiledModel, tmp_path: Path) -> None:
+def test_a_tokenizer_with_files_of_its_own_is_refused(
+    compiled: CompiledModel, tmp_path: Path
+) -> None:
     class Odd:
         def save_pretrained(self, place: Path) -> None:
             tokenizer_of_words().save_pretrained(place)
@@ -91,7 +100,9 @@ def test_a_tokenizer_with_files_of_its_own_is_refused(compiled: CompiledModel, t
 
 
 def test_files_are_for_those_who_run_the_bundle(compiled: CompiledModel, tmp_path: Path) -> None:
-    """What the artifact store keeps for its owner alone is shipped with the usual modes; no path of this machine is told."""
+    """What the artifact store keeps for its owner alone is shipped with the usual modes; no path of
+    this machine is told.
+    """
     export(compiled, tmp_path / "bundle", tokenizer=tokenizer_of_words())
     (tmp_path / "plain").touch()
     usual = (tmp_path / "plain").stat().st_mode
@@ -99,10 +110,13 @@ def test_files_are_for_those_who_run_the_bundle(compiled: CompiledModel, tmp_pat
     assert {p.stat().st_mode for p in files} == {usual} and len(files) == 7 + 5 + 2
     for path in files:
         if path.suffix == ".json":
-            assert str(Path.home()) + "/" not in path.read_text() and str(tmp_path) not in path.read_text()
+            assert (
+                str(Path.home()) + "/" not in path.read_text()
+                and str(tmp_path) not in path.read_text()
+            )
 
 
-# ----------------------------------------------------------------------------------------------------------- interruptions
+# ------------------------------------------------------------------------------------ interruptions
 
 
 @pytest.fixture
@@ -134,7 +148,9 @@ def _whole_or_absent(place: Path) -> str | None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["stop", "full"])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(28, "No space left on device")], ids=["stop", "full"]
+)
 def test_an_export_that_fails_at_any_step_leaves_what_was_there_and_nothing_else(
     error: BaseException,
     overwrite: bool,
@@ -157,7 +173,8 @@ def test_an_export_that_fails_at_any_step_leaves_what_was_there_and_nothing_else
             assert "No space left on device; free some space" in str(refusal)
         left = {p.name for p in place.parent.iterdir()}
         found = _whole_or_absent(place)
-        if found == "0 2-3 /4":  # in its place already, but the place itself could not be made durable
+        # in its place already, but the place itself could not be made durable
+        if found == "0 2-3 /4":
             assert step > 20
             shutil.rmtree(place)
             interrupted(0, error)
@@ -176,9 +193,12 @@ def _rename_but_not_back(rename: Callable[[Any, Any], None], one: Path, two: Pat
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_process_that_ends_at_any_step_leaves_no_half_bundle_under_the_name(
-    overwrite: bool, compiled: CompiledModel, tmp_path: Path, interrupted: Callable[[int, BaseException], None],
+    overwrite: bool,
+    compiled: CompiledModel,
+    tmp_path: Path,
+    interrupted: Callable[[int, BaseException], None],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """As if killed: nothing is cleaned up or put back afterwards."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
@@ -208,7 +228,9 @@ def test_a_process_that_ends_at_any_step_leaves_no_half_bundle_under_the_name(
             (former,) = place.parent.glob(".bundle.*.former")
             assert str(verify_bundle(former).programs[0]) == "0-1 3 /4"
         rmtree(place.parent)
-    assert step > 20 and seen == ({"0-1 3 /4", None, "0 2-3 /4"} if overwrite else {None, "0 2-3 /4"})
+    assert step > 20 and seen == (
+        {"0-1 3 /4", None, "0 2-3 /4"} if overwrite else {None, "0 2-3 /4"}
+    )
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(
@@ -216,7 +238,10 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(BundleError, match=r"has 1\.0 MB left, and the bundle takes \d\d\.\d MB; free some space there"):
+    with pytest.raises(
+        BundleError,
+        match=r"has 1\.0 MB left, and the bundle takes \d\d\.\d MB; free some space there",
+    ):
         export(compiled, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
@@ -229,7 +254,10 @@ def test_a_disk_that_fills_up_within_the_weights_is_an_error_that_says_so(
         raise SafetensorError("I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("polar_fx.bundle.writer.save_file", full)
-    with pytest.raises(BundleError, match=r"weights\.safetensors: cannot be written: .*No space left .*; free some space there"):
+    with pytest.raises(
+        BundleError,
+        match=r"weights\.safetensors: cannot be written: .*No space left .*; free some space there",
+    ):
         export(compiled, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
@@ -252,13 +280,19 @@ def test_a_file_that_does_not_hold_what_was_written_is_noticed_before_the_bundle
 def test_a_folder_that_appears_meanwhile_is_not_replaced(
     compiled: CompiledModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("polar_fx.bundle.writer.verify_bundle", lambda place: (tmp_path / "bundle").mkdir())
+    monkeypatch.setattr(
+        "polar_fx.bundle.writer.verify_bundle", lambda place: (tmp_path / "bundle").mkdir()
+    )
     with pytest.raises(BundleError, match="exists already"):
         export(compiled, tmp_path / "bundle")
-    assert [p.name for p in tmp_path.iterdir()] == ["bundle"] and list((tmp_path / "bundle").iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"] and list(
+        (tmp_path / "bundle").iterdir()
+    ) == []
 
 
-def test_programs_that_are_added_at_the_same_time_are_all_there(compiled: CompiledModel, tmp_path: Path) -> None:
+def test_programs_that_are_added_at_the_same_time_are_all_there(
+    compiled: CompiledModel, tmp_path: Path
+) -> None:
     export(compiled, tmp_path / "bundle")
     texts = [" ".join(map(str, p)) for p in itertools.permutations(range(4)) if p != (0, 1, 2, 3)]
     with ThreadPoolExecutor(8) as threads:
@@ -266,7 +300,7 @@ def test_programs_that_are_added_at_the_same_time_are_all_there(compiled: Compil
     assert len(verify_bundle(tmp_path / "bundle").programs) == 24
 
 
-# ------------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 @pytest.fixture(scope="module")
@@ -287,19 +321,34 @@ def test_the_command_writes_a_bundle_of_texts_and_files(
     model_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "menu.txt").write_text("# what was found\nskip 1   # fast\n\n0 (1-2)*2@0.5 3\n")
-    given = ("--out", str(tmp_path / "bundle"), "--model", str(model_folder), "--max-length", str(LENGTH))
+    given = (
+        "--out",
+        str(tmp_path / "bundle"),
+        "--model",
+        str(model_folder),
+        "--max-length",
+        str(LENGTH),
+    )
     result = _command(*given, "--programs", "identity", str(tmp_path / "menu.txt"))
     printed = capsys.readouterr().out
     assert json.loads(json.dumps(result)) == result
     assert result["manifest"] == json.loads((tmp_path / "bundle" / "manifest.json").read_text())
-    assert "3 programs, " in printed and " MB" in printed and "7 compiled regions" in printed and result["fingerprint"] in printed
+    assert (
+        "3 programs, " in printed
+        and " MB" in printed
+        and "7 compiled regions" in printed
+        and result["fingerprint"] in printed
+    )
     bundle = load_bundle(tmp_path / "bundle", fingerprint=result["fingerprint"])
     assert [str(p) for p in bundle.programs] == [str(bundle.resolve(p)) for p in PROGRAMS]
     assert bundle.tokenizer("w5").input_ids == [5]
     with pytest.raises(BundleError, match="exists already"):
         _command(*given)
     _command(*given, "--overwrite", "--no-tokenizer", as_json=True)
-    assert load_bundle(tmp_path / "bundle").programs == (Program.identity(4),) and capsys.readouterr().out == ""
+    assert (
+        load_bundle(tmp_path / "bundle").programs == (Program.identity(4),)
+        and capsys.readouterr().out == ""
+    )
 
 
 def test_the_command_refuses_what_it_cannot_use_before_a_model_is_loaded(tmp_path: Path) -> None:
@@ -307,11 +356,19 @@ def test_the_command_refuses_what_it_cannot_use_before_a_model_is_loaded(tmp_pat
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     given = ("--out", str(tmp_path / "bundle"), "--model", str(tmp_path / "no-model"))
     for more, error, reason in (
-        (("--programs", str(tmp_path / "empty.txt")), InputError, "holds no program; write one a line"),
+        (
+            ("--programs", str(tmp_path / "empty.txt")),
+            InputError,
+            "holds no program; write one a line",
+        ),
         (("--programs", str(tmp_path / "binary")), InputError, "cannot be read"),
         (("--backend", "eager"), InputError, "--backend eager makes no code that can be shipped"),
         (("--out", str(tmp_path)), BundleError, "exists already"),
-        (("--out", str(tmp_path), "--overwrite"), BundleError, "is no bundle, so it is not overwritten"),
+        (
+            ("--out", str(tmp_path), "--overwrite"),
+            BundleError,
+            "is no bundle, so it is not overwritten",
+        ),
     ):
         with pytest.raises(error, match=reason):
             _command(*given, *more)

@@ -1,4 +1,6 @@
-"""Bundles with damaged files, and with files that are made up while the manifest vouches for them, are refused as well."""
+"""Bundles with damaged files, and with files that are made up while the manifest vouches for them,
+are refused as well.
+"""
 
 import json
 import os
@@ -10,7 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_bundle_refusals import MUTATIONS as OTHERS
-from test_bundle_refusals import REGION, WEIGHTS, Mutation, as_folder, check_refused, cut, fifo, removed
+from test_bundle_refusals import (
+    REGION,
+    WEIGHTS,
+    Mutation,
+    as_folder,
+    check_refused,
+    cut,
+    fifo,
+    removed,
+)
 
 from polar_fx.bundle import BundleError, load_bundle, verify_bundle
 from polar_fx.bundle.weights import load_weights
@@ -77,66 +88,153 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     "tokenizer missing": (removed("tokenizer/tokenizer.json"), r"tokenizer\.json: is missing"),
     "region cut": (cut(REGION, 5000), r"one-token\.pt2: is truncated: 5,000 bytes"),
     "weights empty": (cut(WEIGHTS, 0), r"weights\.safetensors: is truncated"),
-    "weights longer": (lambda b: b.put(WEIGHTS, (b.folder / WEIGHTS).read_bytes() + b"\0"), "is longer than it was"),
+    "weights longer": (
+        lambda b: b.put(WEIGHTS, (b.folder / WEIGHTS).read_bytes() + b"\0"),
+        "is longer than it was",
+    ),
     "region flipped": (flipped(REGION), r"one-token\.pt2: was changed or exchanged"),
     "weights flipped": (flipped(WEIGHTS, -5), r"weights\.safetensors: was changed or exchanged"),
     "symbols flipped": (flipped("symbols.json"), r"symbols\.json: was changed"),
     "config flipped": (flipped("config.json"), r"config\.json: was changed"),
     "generation flipped": (flipped("generation.json"), r"generation\.json: was changed"),
     "tokenizer flipped": (flipped("tokenizer/tokenizer.json"), r"tokenizer\.json: was changed"),
-    "regions swapped": (swapped(REGION, REGION.replace("layer_kind_0", "prologue")), r"\.pt2: is (truncated|longer)"),
+    "regions swapped": (
+        swapped(REGION, REGION.replace("layer_kind_0", "prologue")),
+        r"\.pt2: is (truncated|longer)",
+    ),
     "region a folder": (as_folder(REGION), "is not a plain file"),
     "region a pipe": (fifo(REGION), "is not a plain file"),
     # symbol table that the manifest vouches for
-    "symbols no JSON": (lambda b: b.forge("symbols.json", b"{"), r"symbols\.json: is not valid JSON"),
-    "symbols of nothing": (lambda b: b.forge("symbols.json", b"{}"), r"symbols\.json: is no symbol table"),
-    "symbols a list": (lambda b: b.forge("symbols.json", b"[]"), r"symbols\.json: is no symbol table"),
-    "symbols of fewer layers": (symbols(lambda t: t["layers"].pop()), "has 3 layers, the manifest says 4"),
-    "symbols of no dtype": (symbols(lambda t: t["kv_specs"][0].update(dtype="load")), "has no usable KV slot for layer 0"),
-    "symbols of absurd slots": (symbols(lambda t: t["kv_specs"][1].update(heads=10**9)), "has no usable KV slot for layer 1"),
-    "symbols of other slots": (symbols(lambda t: t["kv_specs"][1].update(heads=4)), "a KV slot .* was not compiled for"),
+    "symbols no JSON": (
+        lambda b: b.forge("symbols.json", b"{"),
+        r"symbols\.json: is not valid JSON",
+    ),
+    "symbols of nothing": (
+        lambda b: b.forge("symbols.json", b"{}"),
+        r"symbols\.json: is no symbol table",
+    ),
+    "symbols a list": (
+        lambda b: b.forge("symbols.json", b"[]"),
+        r"symbols\.json: is no symbol table",
+    ),
+    "symbols of fewer layers": (
+        symbols(lambda t: t["layers"].pop()),
+        "has 3 layers, the manifest says 4",
+    ),
+    "symbols of no dtype": (
+        symbols(lambda t: t["kv_specs"][0].update(dtype="load")),
+        "has no usable KV slot for layer 0",
+    ),
+    "symbols of absurd slots": (
+        symbols(lambda t: t["kv_specs"][1].update(heads=10**9)),
+        "has no usable KV slot for layer 1",
+    ),
+    "symbols of other slots": (
+        symbols(lambda t: t["kv_specs"][1].update(heads=4)),
+        "a KV slot .* was not compiled for",
+    ),
     "symbols with code": (
-        symbols(lambda t: t["bodies"]["layer_kind_0"]["operands"][0].update(size=["__import__('os')"] * 3)), "malformed sizes"
+        symbols(
+            lambda t: t["bodies"]["layer_kind_0"]["operands"][0].update(
+                size=["__import__('os')"] * 3
+            )
+        ),
+        "malformed sizes",
     ),
-    "symbols with a role": (symbols(lambda t: t["bodies"]["prologue"]["operands"][0].update(role="hook")), "is a 'hook'"),
+    "symbols with a role": (
+        symbols(lambda t: t["bodies"]["prologue"]["operands"][0].update(role="hook")),
+        "is a 'hook'",
+    ),
     "symbols with a weight of sizes": (
-        symbols(lambda t: t["bodies"]["epilogue"]["operands"][1].update(size=["B"])), "malformed sizes"
+        symbols(lambda t: t["bodies"]["epilogue"]["operands"][1].update(size=["B"])),
+        "malformed sizes",
     ),
-    "symbols without a body": (symbols(lambda t: t["layers"][0].update(target="gone")), "a call of 'gone' that has no body"),
-    "symbols with odd sides": (symbols(lambda t: t["layers"][0].update(sides=[-1, 3, 4, 5])), "takes side values"),
-    "symbols with fewer sides": (symbols(lambda t: t["layers"][0].update(sides=[3])), "takes 1 side values where"),
-    "symbols with fewer weights": (symbols(lambda t: t["layers"][2]["weights"].pop()), "takes 8 weights where its body takes 9"),
-    "symbols with a weight of a number": (symbols(lambda t: t["epilogue"].update(weights=[1, 2])), "takes 2 weights"),
+    "symbols without a body": (
+        symbols(lambda t: t["layers"][0].update(target="gone")),
+        "a call of 'gone' that has no body",
+    ),
+    "symbols with odd sides": (
+        symbols(lambda t: t["layers"][0].update(sides=[-1, 3, 4, 5])),
+        "takes side values",
+    ),
+    "symbols with fewer sides": (
+        symbols(lambda t: t["layers"][0].update(sides=[3])),
+        "takes 1 side values where",
+    ),
+    "symbols with fewer weights": (
+        symbols(lambda t: t["layers"][2]["weights"].pop()),
+        "takes 8 weights where its body takes 9",
+    ),
+    "symbols with a weight of a number": (
+        symbols(lambda t: t["epilogue"].update(weights=[1, 2])),
+        "takes 2 weights",
+    ),
     "symbols with strides": (
-        symbols(lambda t: t["bodies"]["epilogue"]["operands"][2].update(stride=["64", "1"])), "leave gaps or overlap"
+        symbols(lambda t: t["bodies"]["epilogue"]["operands"][2].update(stride=["64", "1"])),
+        "leave gaps or overlap",
     ),
     "symbols with an absurd weight": (
-        symbols(lambda t: t["bodies"]["epilogue"]["operands"][2].update(size=["9" * 14, "32"])), r"takes float32 \(9{14}, 32\)"
+        symbols(lambda t: t["bodies"]["epilogue"]["operands"][2].update(size=["9" * 14, "32"])),
+        r"takes float32 \(9{14}, 32\)",
     ),
     # weights that the manifest vouches for
-    "weights no safetensors": (lambda b: b.forge(WEIGHTS, b"PK\3\4" * 100), r"weights\.safetensors: is no safetensors file"),
-    "weights a pickle": (lambda b: b.forge(WEIGHTS, b"\x80\x04cos\nsystem\n."), r"is no safetensors file"),
-    "weights short of one": (weights(lambda t: t.pop("lm_head.weight")), "holds no tensor 'lm_head.weight'"),
-    "weights with one more": (weights(lambda t: t.update(more=torch.zeros(2))), "holds a tensor 'more' that nothing takes"),
+    "weights no safetensors": (
+        lambda b: b.forge(WEIGHTS, b"PK\3\4" * 100),
+        r"weights\.safetensors: is no safetensors file",
+    ),
+    "weights a pickle": (
+        lambda b: b.forge(WEIGHTS, b"\x80\x04cos\nsystem\n."),
+        r"is no safetensors file",
+    ),
+    "weights short of one": (
+        weights(lambda t: t.pop("lm_head.weight")),
+        "holds no tensor 'lm_head.weight'",
+    ),
+    "weights with one more": (
+        weights(lambda t: t.update(more=torch.zeros(2))),
+        "holds a tensor 'more' that nothing takes",
+    ),
     "weights of other sizes": (
-        weights(lambda t: t.update({"lm_head.weight": torch.zeros(99, 32)})), r"holds lm_head\.weight as F32 \(99, 32\)"
+        weights(lambda t: t.update({"lm_head.weight": torch.zeros(99, 32)})),
+        r"holds lm_head\.weight as F32 \(99, 32\)",
     ),
     "weights of another dtype": (
-        weights(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()})), r"holds lm_head\.weight as F16"
+        weights(lambda t: t.update({"lm_head.weight": t["lm_head.weight"].half()})),
+        r"holds lm_head\.weight as F16",
     ),
     # settings that the manifest vouches for
     "config a list": (lambda b: b.forge("config.json", b"[]"), r"config\.json: is no JSON object"),
-    "config of another depth": (settings("config.json", num_hidden_layers=5), r"says 4 layers, config\.json 5"),
-    "config of no depth": (settings("config.json", num_hidden_layers="4"), "has no whole number num_hidden_layers"),
-    "config of an encoder": (settings("config.json", is_encoder_decoder=True), r"config\.json: is that of an encoder-decoder"),
-    "config of no name": (settings("config.json", architectures=[]), r"config\.json: names no architecture"),
-    "generation a number": (lambda b: b.forge("generation.json", b"1"), r"generation\.json: is no JSON object"),
-    "generation of nonsense": (settings("generation.json", max_new_tokens=-3), r"generation\.json: has no generation defaults"),
-}  # fmt: skip
+    "config of another depth": (
+        settings("config.json", num_hidden_layers=5),
+        r"says 4 layers, config\.json 5",
+    ),
+    "config of no depth": (
+        settings("config.json", num_hidden_layers="4"),
+        "has no whole number num_hidden_layers",
+    ),
+    "config of an encoder": (
+        settings("config.json", is_encoder_decoder=True),
+        r"config\.json: is that of an encoder-decoder",
+    ),
+    "config of no name": (
+        settings("config.json", architectures=[]),
+        r"config\.json: names no architecture",
+    ),
+    "generation a number": (
+        lambda b: b.forge("generation.json", b"1"),
+        r"generation\.json: is no JSON object",
+    ),
+    "generation of nonsense": (
+        settings("generation.json", max_new_tokens=-3),
+        r"generation\.json: has no generation defaults",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_what_is_damaged_or_made_up_is_refused(name: str, mutable: Mutable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_damaged_or_made_up_is_refused(
+    name: str, mutable: Mutable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     check_refused(*MUTATIONS[name], mutable, monkeypatch)
 
 
@@ -157,7 +255,9 @@ def test_the_expected_fingerprint_tells_bundles_apart(mutable: Mutable) -> None:
     other = verify_bundle(mutable.folder).fingerprint
     assert other != own
     for known in (own, "something"):
-        with pytest.raises(BundleError, match=f"has fingerprint {other}, not {known}; load the bundle you mean"):
+        with pytest.raises(
+            BundleError, match=f"has fingerprint {other}, not {known}; load the bundle you mean"
+        ):
             load_bundle(mutable.folder, fingerprint=known)
     load_bundle(mutable.folder, fingerprint=other)
 

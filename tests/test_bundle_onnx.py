@@ -1,4 +1,5 @@
-"""Programs as ONNX files, run by onnxruntime: the interpreter's logits, the compiled model's tokens, every weight once.
+"""Programs as ONNX files, run by onnxruntime: the interpreter's logits, the compiled model's
+tokens, every weight once.
 
 Shape legend: B batch, T tokens, L KV length, W tokens whose logits are asked for, V vocabulary.
 """
@@ -31,7 +32,8 @@ onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
 ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
 pytest.importorskip("onnxscript", reason="the extra `onnx` is not installed")
 
-# grouped heads; a sliding window, two kinds of layers and a tied head; learned positions and a tied head; experts
+# grouped heads; a sliding window, two kinds of layers and a tied head; learned positions and a tied
+# head; experts
 FAMILIES = ("qwen3", "gemma3_text", "gpt2", "mixtral")
 TIED = ("gemma3_text", "gpt2")
 PROGRAMS = {
@@ -46,12 +48,20 @@ class Session:
     def __init__(self, folder: Path, entry: dict[str, Any], library: LayerLibrary) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
-        self.session = ort.InferenceSession(str(folder / entry["file"]), options, providers=["CPUExecutionProvider"])
+        self.session = ort.InferenceSession(
+            str(folder / entry["file"]), options, providers=["CPUExecutionProvider"]
+        )
         self.past = [i.name for i in self.session.get_inputs()][3:]
         self.present = [o.name for o in self.session.get_outputs()][1:]
         self.kv_specs = library.kv_specs
 
-    def run(self, ids: Tensor, positions: Tensor, logits_at: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def run(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        logits_at: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
         """Logits [B, W, V]; the slots hold what is present afterwards."""
         given = {"input_ids": ids, "positions": positions, "logits_at": logits_at}
         flat = [t for pair in slots for t in pair]
@@ -61,11 +71,17 @@ class Session:
             old.copy_(torch.from_numpy(new))
         return torch.from_numpy(logits)
 
-    def run_in_place(self, ids: Tensor, positions: Tensor, logits_at: Tensor, slots: Sequence[Any]) -> Tensor:
+    def run_in_place(
+        self, ids: Tensor, positions: Tensor, logits_at: Tensor, slots: Sequence[Any]
+    ) -> Tensor:
         """The same with past and present in the same memory."""
         binding = self.session.io_binding()
         binding.bind_output("logits")
-        for name, given in {"input_ids": ids, "positions": positions, "logits_at": logits_at}.items():
+        for name, given in {
+            "input_ids": ids,
+            "positions": positions,
+            "logits_at": logits_at,
+        }.items():
             binding.bind_cpu_input(name, given.numpy())
         for past, present, slot in zip(self.past, self.present, slots, strict=True):
             binding.bind_ortvalue_input(past, slot)
@@ -74,13 +90,20 @@ class Session:
         return torch.from_numpy(binding.get_outputs()[0].numpy())
 
     def interpret(
-        self, program: Program, ids: Tensor, positions: Tensor, index: Tensor, slots: Sequence[tuple[Tensor, Tensor]]
+        self,
+        program: Program,
+        ids: Tensor,
+        positions: Tensor,
+        index: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
         return self.run(ids, positions, torch.arange(ids.shape[1]).expand(len(ids), -1), slots)
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
-def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, CompiledModel, Path]:
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, CompiledModel, Path]:
     compiled = compile(make(request.param), "eager", max_length=31, cache=False)
     folder = tmp_path_factory.mktemp("onnx") / request.param
     export_onnx(compiled, folder, PROGRAMS[compiled.depth])
@@ -92,11 +115,15 @@ def _about(folder: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_logits_and_tokens_are_those_of_the_model(exported: tuple[str, CompiledModel, Path]) -> None:
+def test_logits_and_tokens_are_those_of_the_model(
+    exported: tuple[str, CompiledModel, Path],
+) -> None:
     """Ragged rows, prefilled and decoded; then greedy generation, one row."""
     family, compiled, folder = exported
     entries = _about(folder)["programs"]
-    assert [e["program"] for e in entries] == [str(compiled.resolve(p)) for p in PROGRAMS[compiled.depth]]
+    assert [e["program"] for e in entries] == [
+        str(compiled.resolve(p)) for p in PROGRAMS[compiled.depth]
+    ]
     rows = prompts(13, 7, 10)  # longer than the window
     for entry in entries:
         program, session = Program.parse(entry["program"]), Session(folder, entry, compiled.library)
@@ -107,11 +134,15 @@ def test_logits_and_tokens_are_those_of_the_model(exported: tuple[str, CompiledM
         if program == Program.identity(compiled.depth):
             for one, two in zip(got, reference(make(family), rows), strict=True):
                 assert (one - two).abs().max() < 1e-3
-        tokens = compiled.generate(rows[0][None], program=program, max_new_tokens=6, do_sample=False, eos_token_id=None)
+        tokens = compiled.generate(
+            rows[0][None], program=program, max_new_tokens=6, do_sample=False, eos_token_id=None
+        )
         assert _greedy(session, rows[0], entry["slots"], 6) == tokens[0].tolist()
 
 
-def _greedy(session: Session, prompt: Tensor, slots: list[dict[str, int]], new_tokens: int) -> list[int]:
+def _greedy(
+    session: Session, prompt: Tensor, slots: list[dict[str, int]], new_tokens: int
+) -> list[int]:
     sizes = [(1, s["heads"], 24, s[part]) for s in slots for part in ("key_size", "value_size")]
     past = [ort.OrtValue.ortvalue_from_numpy(torch.zeros(size).numpy()) for size in sizes]
     tokens, done = prompt.tolist(), 0
@@ -125,30 +156,45 @@ def _greedy(session: Session, prompt: Tensor, slots: list[dict[str, int]], new_t
     return tokens
 
 
-def test_every_weight_is_there_once_and_the_folder_tells_what_it_holds(exported: tuple[str, CompiledModel, Path]) -> None:
+def test_every_weight_is_there_once_and_the_folder_tells_what_it_holds(
+    exported: tuple[str, CompiledModel, Path],
+) -> None:
     family, compiled, folder = exported
     about = _about(folder)
     files = [about["weights"], *about["programs"]]
-    assert sorted(p.name for p in folder.iterdir()) == sorted([*(f["file"] for f in files), "programs.json"])
+    assert sorted(p.name for p in folder.iterdir()) == sorted(
+        [*(f["file"] for f in files), "programs.json"]
+    )
     for file in files:
         content = (folder / file["file"]).read_bytes()
-        assert file["bytes"] == len(content) and file["sha256"] == hashlib.sha256(content).hexdigest()
+        assert (
+            file["bytes"] == len(content) and file["sha256"] == hashlib.sha256(content).hexdigest()
+        )
     tensors = {t.data_ptr(): t.nbytes for t in compiled.library.tensors.values()}
     start, head = compiled.library.prologue, compiled.library.epilogue
     assert any(a is b for a in start.weights for b in head.weights) == (family in TIED)
-    assert 0 <= about["weights"]["bytes"] - sum(tensors.values()) < 16_384, "no more than a header beside the tensors"
+    assert 0 <= about["weights"]["bytes"] - sum(tensors.values()) < 16_384, (
+        "no more than a header beside the tensors"
+    )
     assert about["fingerprint"] == compiled.library.model_fingerprint
     for entry in about["programs"]:
         onnx.checker.check_model(str(folder / entry["file"]))
         model = onnx.load(folder / entry["file"], load_external_data=False)
         table, path = compiled.library.table, compiled.resolve(entry["program"]).path
         calls = (table.prologue, *(table.layers[layer] for layer in path), table.epilogue)
-        assert sorted(t.name for t in model.graph.initializer) == sorted({n for call in calls for n in call.weights})
+        assert sorted(t.name for t in model.graph.initializer) == sorted(
+            {n for call in calls for n in call.weights}
+        )
         assert all(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
-        assert {place.value for t in model.graph.initializer for place in t.external_data if place.key == "location"} == {
-            "weights.safetensors"
-        }
-        assert str(Path.home()) not in str(model) and not any(n.metadata_props for f in model.functions for n in f.node)
+        assert {
+            place.value
+            for t in model.graph.initializer
+            for place in t.external_data
+            if place.key == "location"
+        } == {"weights.safetensors"}
+        assert str(Path.home()) not in str(model) and not any(
+            n.metadata_props for f in model.functions for n in f.node
+        )
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +208,9 @@ def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     from polar_fx.graph_files import onnx_graphs
 
     monkeypatch.setattr(onnx_graphs, "export_functions", lambda library: {})
-    monkeypatch.setattr(onnx_graphs, "program_graph", lambda library, program, *rest: str(program).encode())
+    monkeypatch.setattr(
+        onnx_graphs, "program_graph", lambda library, program, *rest: str(program).encode()
+    )
 
 
 @pytest.mark.usefixtures("no_graphs")
@@ -174,15 +222,30 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     for model, given, error, reason in (
         (compiled, {"programs": ["skip 9"]}, ProgramError, "9"),
         (compiled, {"programs": ()}, InputError, "at least one program"),
-        (half, {}, InputError, "written for float32 on the CPU, and the model is bfloat16 on cpu; load it in float32"),
-        (compiled, {"out": "there"}, BundleError, "exists already; name another folder, or say overwrite=True"),
+        (
+            half,
+            {},
+            InputError,
+            "written for float32 on the CPU, and the model is bfloat16 on cpu; load it in float32",
+        ),
+        (
+            compiled,
+            {"out": "there"},
+            BundleError,
+            "exists already; name another folder, or say overwrite=True",
+        ),
         (
             compiled,
             {"out": "there", "overwrite": True},
             BundleError,
             "holds no programs.json, so it is not overwritten",
         ),
-        (compiled, {"out": "no/where"}, BundleError, r"is in no folder that exists; make \S+no first"),
+        (
+            compiled,
+            {"out": "no/where"},
+            BundleError,
+            r"is in no folder that exists; make \S+no first",
+        ),
     ):
         with pytest.raises(error, match=reason):
             export_onnx(model, tmp_path / given.pop("out", "new"), **given)
@@ -197,7 +260,9 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
             raise SafetensorError("I/O error: No space left on device (os error 28)")
 
         patch.setattr("polar_fx.bundle.writer.save_file", full)
-        with pytest.raises(BundleError, match=r"cannot be written: .*No space left .*; free some space there"):
+        with pytest.raises(
+            BundleError, match=r"cannot be written: .*No space left .*; free some space there"
+        ):
             export_onnx(compiled, tmp_path / "new")
     with monkeypatch.context() as patch:
         patch.delattr(polar_fx.graph_files, "onnx_graphs")
@@ -205,16 +270,22 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         patch.setitem(sys.modules, "onnx_ir", None)
         with pytest.raises(InputError, match=r"pip install 'polar_fx\[onnx\]'"):
             export_onnx(compiled, tmp_path / "new")
-    assert [p.name for p in tmp_path.iterdir()] == ["there"] and list((tmp_path / "there").iterdir()) == []
+    assert [p.name for p in tmp_path.iterdir()] == ["there"] and list(
+        (tmp_path / "there").iterdir()
+    ) == []
 
 
 @pytest.mark.usefixtures("no_graphs")
-def test_what_was_written_is_replaced_if_that_is_asked_for(compiled: CompiledModel, tmp_path: Path) -> None:
+def test_what_was_written_is_replaced_if_that_is_asked_for(
+    compiled: CompiledModel, tmp_path: Path
+) -> None:
     export_onnx(compiled, tmp_path / "new", ["identity", "skip 1"])
     export_onnx(compiled, tmp_path / "new", ["skip 2"], overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
     assert [e["program"] for e in _about(tmp_path / "new")["programs"]] == ["0-1 3 /4"]
-    assert (tmp_path / "new" / "program_0.onnx").read_text() == "0-1 3 /4" and not (tmp_path / "new" / "program_1.onnx").exists()
+    assert (tmp_path / "new" / "program_0.onnx").read_text() == "0-1 3 /4" and not (
+        tmp_path / "new" / "program_1.onnx"
+    ).exists()
 
 
 @pytest.mark.usefixtures("no_graphs")
@@ -227,16 +298,31 @@ def test_the_command_writes_onnx_files(tmp_path: Path, capsys: pytest.CaptureFix
     def run(*more: str) -> dict[str, Any]:
         parser = argparse.ArgumentParser()
         command.add_arguments(parser)
-        given = ("--form", "onnx", "--out", str(tmp_path / "graphs"), "--model", str(tmp_path / "model"), *more)
+        given = (
+            "--form",
+            "onnx",
+            "--out",
+            str(tmp_path / "graphs"),
+            "--model",
+            str(tmp_path / "model"),
+            *more,
+        )
         return command.execute(argparse.Namespace(**vars(parser.parse_args(given)), json=False))
 
     result = run("--programs", "identity", "skip 1")
-    assert result["programs"] == _about(tmp_path / "graphs") and len(result["programs"]["programs"]) == 2
+    assert (
+        result["programs"] == _about(tmp_path / "graphs")
+        and len(result["programs"]["programs"]) == 2
+    )
     printed = capsys.readouterr().out
     assert "2 programs, " in printed and result["programs"]["fingerprint"] in printed
     for more, error, reason in (
         ((), BundleError, "exists already"),
-        (("--batch", "2"), InputError, "--batch is for bundles: ONNX graphs take any batch and length"),
+        (
+            ("--batch", "2"),
+            InputError,
+            "--batch is for bundles: ONNX graphs take any batch and length",
+        ),
         (("--predictor", str(tmp_path)), InputError, "--predictor is for bundles"),
     ):
         with pytest.raises(error, match=reason):

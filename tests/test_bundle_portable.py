@@ -1,4 +1,5 @@
-"""One program as a `torch.export` file: any batch, any number of tokens, any KV length, without polar_fx.
+"""One program as a `torch.export` file: any batch, any number of tokens, any KV length, without
+polar_fx.
 
 Shape legend: B batch, T tokens, L KV length, V vocabulary.
 """
@@ -33,14 +34,21 @@ def path(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("batch", "tokens", "length"), [(3, 5, 32), (1, 9, 64), (1, 1, 16), (2, 1, 40)])
-def test_it_computes_what_the_interpreter_does(batch: int, tokens: int, length: int, compiled: CompiledModel, path: Path) -> None:
+@pytest.mark.parametrize(
+    ("batch", "tokens", "length"), [(3, 5, 32), (1, 9, 64), (1, 1, 16), (2, 1, 40)]
+)
+def test_it_computes_what_the_interpreter_does(
+    batch: int, tokens: int, length: int, compiled: CompiledModel, path: Path
+) -> None:
     """Prefill and one decoded token: logits, keys and values."""
     about: dict[str, Any] = {"polar_fx.json": ""}
     module = torch.export.load(path, extra_files=about).module()
     library, program = compiled.library, compiled.resolve(PROGRAM)
     described = json.loads(about["polar_fx.json"])
-    assert described["program"] == str(program) and described["fingerprint"] == library.model_fingerprint
+    assert (
+        described["program"] == str(program)
+        and described["fingerprint"] == library.model_fingerprint
+    )
     assert described["slots"] == [{"heads": 2, "key_size": 16, "value_size": 16}] * 6
     mine, theirs = (make_slots(library, program, batch, length) for _ in range(2))
     ids = torch.stack(prompts(*[tokens + 1] * batch))
@@ -48,7 +56,9 @@ def test_it_computes_what_the_interpreter_does(batch: int, tokens: int, length: 
     for part in (slice(0, tokens), slice(tokens, tokens + 1)):
         given = ids[:, part].contiguous(), positions[:, part].contiguous(), index
         got = module(*given, [t for pair in mine for t in pair])
-        torch.testing.assert_close(got, library.interpret(program, *given, theirs), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            got, library.interpret(program, *given, theirs), rtol=0, atol=1e-6
+        )
     for one, two in zip(mine, theirs, strict=True):
         torch.testing.assert_close(one, two, rtol=0, atol=1e-6)
 
@@ -57,21 +67,33 @@ IN_ANOTHER_PROCESS = """
 import sys
 import torch
 from safetensors.torch import load_file, save_file
+
 given = load_file(sys.argv[2])
 module = torch.export.load(sys.argv[1]).module()
 slots = [torch.zeros(1, 2, 32, 16) for _ in range(12)]
 with torch.no_grad():
-    logits = module(given["ids"], torch.arange(given["ids"].shape[1])[None], torch.arange(32), slots)
+    logits = module(
+        given["ids"], torch.arange(given["ids"].shape[1])[None], torch.arange(32), slots
+    )
 save_file({"logits": logits}, sys.argv[3])
 assert not any(m.startswith(("polar_fx", "transformers")) for m in sys.modules)
 """
 
 
-def test_a_process_without_polar_fx_and_transformers_runs_it(compiled: CompiledModel, path: Path, tmp_path: Path) -> None:
+def test_a_process_without_polar_fx_and_transformers_runs_it(
+    compiled: CompiledModel, path: Path, tmp_path: Path
+) -> None:
     ids = torch.stack(prompts(7))
     save_file({"ids": ids}, tmp_path / "in")
     subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(path), str(tmp_path / "in"), str(tmp_path / "out")],
+        [
+            sys.executable,
+            "-c",
+            IN_ANOTHER_PROCESS,
+            str(path),
+            str(tmp_path / "in"),
+            str(tmp_path / "out"),
+        ],
         check=True,
         cwd=tmp_path,
     )
@@ -86,19 +108,34 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
     for given, error, reason in (
         (("skip 9", "x.pt2"), ProgramError, "9"),
         (("skip 1", "x.onnx"), InputError, r"files that end in \.pt2, got 'x\.onnx'"),
-        (("skip 1", "there.pt2"), BundleError, "exists already; name another file, or say overwrite=True"),
-        (("skip 1", "nowhere/x.pt2"), BundleError, r"is in no folder that exists; make \S+nowhere first"),
+        (
+            ("skip 1", "there.pt2"),
+            BundleError,
+            "exists already; name another file, or say overwrite=True",
+        ),
+        (
+            ("skip 1", "nowhere/x.pt2"),
+            BundleError,
+            r"is in no folder that exists; make \S+nowhere first",
+        ),
     ):
         with pytest.raises(error, match=reason):
             export_program(compiled, given[0], tmp_path / given[1])
 
-    for place, error in (("os.replace", OSError(28, "No space left")), ("torch.export.save", RuntimeError("No space left\nC++"))):
+    for place, error in (
+        ("os.replace", OSError(28, "No space left")),
+        ("torch.export.save", RuntimeError("No space left\nC++")),
+    ):
 
         def full(*args: Any, error: Exception = error, **kwargs: Any) -> None:
             raise error
 
         with monkeypatch.context() as patch:
             patch.setattr(place, full)
-            with pytest.raises(BundleError, match=r"\.pt2: cannot be written: No space left; free some space"):
+            with pytest.raises(
+                BundleError, match=r"\.pt2: cannot be written: No space left; free some space"
+            ):
                 export_program(compiled, "skip 1", tmp_path / "there.pt2", overwrite=True)
-    assert [p.name for p in tmp_path.iterdir()] == ["there.pt2"] and (tmp_path / "there.pt2").read_text() == "mine"
+    assert [p.name for p in tmp_path.iterdir()] == ["there.pt2"] and (
+        tmp_path / "there.pt2"
+    ).read_text() == "mine"

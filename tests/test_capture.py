@@ -1,4 +1,6 @@
-"""The captured graph: its inputs, its geometry, its independence of the model's state, and the check that guards it."""
+"""The captured graph: its inputs, its geometry, its independence of the model's state, and the
+check that guards it.
+"""
 
 import copy
 from typing import Any
@@ -22,25 +24,39 @@ def _worst(model: Any, captured: CapturedModel) -> float:
     return max(float((a - b).abs().max()) for a, b in zip(got, reference(model, rows), strict=True))
 
 
-# --------------------------------------------------------------------------------------------------- the graph
+# ---------------------------------------------------------------------------------------- the graph
 
 
 def test_inputs_are_as_documented() -> None:
     captured = tiny("llama").captured
     placeholders = captured.graph_module.graph.find_nodes(op="placeholder")
-    names = ["input_ids", "positions", "kv_index", *(f"kv_{i}_{part}" for i in range(4) for part in (0, 1))]
+    names = [
+        "input_ids",
+        "positions",
+        "kv_index",
+        *(f"kv_{i}_{part}" for i in range(4) for part in (0, 1)),
+    ]
     assert [n.target for n in placeholders] == names
     assert [n.meta["role"] for n in placeholders] == ["input"] * 3 + ["kv"] * 8
-    assert [(n.meta["slot"], n.meta["part"]) for n in placeholders[3:]] == [(i, part) for i in range(4) for part in (0, 1)]
+    assert [(n.meta["slot"], n.meta["part"]) for n in placeholders[3:]] == [
+        (i, part) for i in range(4) for part in (0, 1)
+    ]
     ids, positions, index, *kv = (n.meta["val"] for n in placeholders)
     (batch, tokens), (length,) = ids.shape, index.shape
-    assert {str(s) for s in (batch, tokens, length)} == {str(batch), str(tokens), str(length)}  # three free axes
+    # three free axes
+    assert {str(s) for s in (batch, tokens, length)} == {str(batch), str(tokens), str(length)}
     assert all(isinstance(s, torch.SymInt) for s in (batch, tokens, length))
-    assert tuple(positions.shape) == (batch, tokens) and ids.dtype == positions.dtype == index.dtype == torch.int64
+    assert (
+        tuple(positions.shape) == (batch, tokens)
+        and ids.dtype == positions.dtype == index.dtype == torch.int64
+    )
     assert {tuple(map(str, k.shape)) for k in kv} == {(str(batch), "2", str(length), "8")}
     (output,) = captured.graph_module.graph.find_nodes(op="output")
     logits = output.args[0].meta["val"]
-    assert tuple(map(str, logits.shape)) == (str(batch), str(tokens), "100") and logits.dtype == torch.float32
+    assert (
+        tuple(map(str, logits.shape)) == (str(batch), str(tokens), "100")
+        and logits.dtype == torch.float32
+    )
 
 
 def test_weights_are_attributes_under_the_models_own_names() -> None:
@@ -62,7 +78,8 @@ def test_kv_geometry() -> None:
     assert spec.shapes(3, 10) == ((3, 2, 10, 16), (3, 2, 10, 8))
     assert spec.bytes_per_token() == 2 * (16 + 8) * 2
     assert tiny("llama").captured.kv_specs == (KvSpec(2, 8, 8, torch.float32),) * 4
-    assert tiny("deepseek_v3").captured.kv_specs[0] == KvSpec(1, 8, 4, torch.float32)  # latents, and rotary keys
+    # latents, and rotary keys
+    assert tiny("deepseek_v3").captured.kv_specs[0] == KvSpec(1, 8, 4, torch.float32)
 
 
 def test_every_operator_of_a_layer_knows_its_layer() -> None:
@@ -78,7 +95,9 @@ def test_two_captures_give_the_same_graph() -> None:
     assert graph_text(again.graph_module) == graph_text(tiny("llama").captured.graph_module)
 
 
-@pytest.mark.parametrize(("batch", "tokens", "length"), [(1, 1, 1), (1, 3, 8), (2, 1, 16), (3, 5, 5), (7, 7, 7)])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "length"), [(1, 1, 1), (1, 3, 8), (2, 1, 16), (3, 5, 5), (7, 7, 7)]
+)
 def test_one_graph_for_every_shape(batch: int, tokens: int, length: int) -> None:
     t = tiny("llama")
     ids = torch.stack(prompts(*[tokens] * batch))
@@ -89,7 +108,7 @@ def test_one_graph_for_every_shape(batch: int, tokens: int, length: int) -> None
         torch.testing.assert_close(got, t.model(ids).logits, rtol=0, atol=1e-4)
 
 
-# --------------------------------------------------------------------------------------- the state of the model
+# --------------------------------------------------------------------------- the state of the model
 
 
 def test_training_mode_does_not_show() -> None:
@@ -102,7 +121,9 @@ def test_training_mode_does_not_show() -> None:
 
 
 def test_gradients_do_not_show() -> None:
-    """Captured under either grad mode, from weights that require gradients or not, the graph is one."""
+    """Captured under either grad mode, from weights that require gradients or not, the graph is
+    one.
+    """
     model = make("llama").requires_grad_(False)
     with torch.enable_grad():
         frozen = capture(model)
@@ -133,14 +154,20 @@ def test_tied_embeddings_stay_tied() -> None:
 def test_a_deep_copy_of_a_captured_model_can_be_captured() -> None:
     """Capture leaves nothing behind that a copy, or a second capture, could trip over."""
     t = tiny("llama")
-    assert graph_text(capture(copy.deepcopy(t.model)).graph_module) == graph_text(t.captured.graph_module)
+    assert graph_text(capture(copy.deepcopy(t.model)).graph_module) == graph_text(
+        t.captured.graph_module
+    )
 
 
 def test_a_forward_hook_is_refused() -> None:
     """It would run on the tracer's symbolic tensors now, and never again."""
     model, seen = make("llama"), []
-    handle = model.model.layers[1].register_forward_hook(lambda module, args, output: seen.append(output))
-    with pytest.raises(UnsupportedModelError, match="model.layers.1 has a forward hook.*; remove the hooks first"):
+    handle = model.model.layers[1].register_forward_hook(
+        lambda module, args, output: seen.append(output)
+    )
+    with pytest.raises(
+        UnsupportedModelError, match="model.layers.1 has a forward hook.*; remove the hooks first"
+    ):
         capture(model)
     assert not seen
     handle.remove()
@@ -172,12 +199,17 @@ def test_state_that_is_written_through_a_part_of_it_is_refused() -> None:
 
     model = make("llama", num_hidden_layers=1)
     model.model.norm = Counting(model.model.norm)
-    with pytest.raises(UnsupportedModelError, match="writes to model.norm.calls; a model that keeps state"):
+    with pytest.raises(
+        UnsupportedModelError, match="writes to model.norm.calls; a model that keeps state"
+    ):
         capture(model)
 
 
 def test_weights_that_were_never_loaded() -> None:
-    with pytest.raises(UnsupportedModelError, match="weights of LlamaForCausalLM are on meta; load them all onto one device"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="weights of LlamaForCausalLM are on meta; load them all onto one device",
+    ):
         capture(make("llama").to("meta"))
 
 
@@ -193,11 +225,13 @@ def test_other_attention_implementations() -> None:
     assert attention_variants(make("llama", attn_implementation="eager")) == ("polar_fx_eager",)
     model = make("llama")
     model.config._attn_implementation_internal = "flex_attention"
-    with pytest.raises(UnsupportedModelError, match="'flex_attention' cannot be traced; load .*'sdpa' or 'eager'"):
+    with pytest.raises(
+        UnsupportedModelError, match="'flex_attention' cannot be traced; load .*'sdpa' or 'eager'"
+    ):
         capture(model)
 
 
-# --------------------------------------------------------------------------------------------------- the check
+# ---------------------------------------------------------------------------------------- the check
 
 
 def test_the_check_sees_a_wrong_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,14 +239,20 @@ def test_the_check_sees_a_wrong_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def wrong(model: Any, attention: str | None = None) -> CapturedModel:
         captured = capture(model, attention)
-        epsilon = next(n for n in captured.graph_module.graph.nodes if n.meta.get("layer") == 1 and 1e-6 in n.args)
+        epsilon = next(
+            n
+            for n in captured.graph_module.graph.nodes
+            if n.meta.get("layer") == 1 and 1e-6 in n.args
+        )
         epsilon.args = (epsilon.args[0], 0.1)
         captured.graph_module.recompile()
         return captured
 
     monkeypatch.setattr("polar_fx.capture.checked.capture", wrong)
     with pytest.raises(
-        CaptureError, match="LlamaForCausalLM is not supported: traced with .* logits differ .* by .*; use a model"
+        CaptureError,
+        match="LlamaForCausalLM is not supported: traced with .* logits differ .* by .*; use a "
+        "model",
     ):
         capture_checked(make("llama"))
     capture_checked(make("llama"), check=False)
@@ -220,16 +260,24 @@ def test_the_check_sees_a_wrong_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("what", ["mask", "positions"])
 def test_the_check_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """A mask that hides nothing; masks that follow the positions of the first row, right unless rows differ."""
+    """A mask that hides nothing; masks that follow the positions of the first row, right unless
+    rows differ.
+    """
     from polar_fx.capture import extension as module
 
     original, cache = module._mask, module._TracingCache
     if what == "mask":
         monkeypatch.setattr(
-            module, "_mask", lambda *a, **kw: original(*a, **{**kw, "mask_function": lambda b, h, q, k: k >= 0 * q})
+            module,
+            "_mask",
+            lambda *a, **kw: original(*a, **{**kw, "mask_function": lambda b, h, q, k: k >= 0 * q}),
         )
     else:
-        monkeypatch.setattr(cache, "get_query_offset", lambda self, layer_idx=0: self.positions[:1].expand_as(self.positions))
+        monkeypatch.setattr(
+            cache,
+            "get_query_offset",
+            lambda self, layer_idx=0: self.positions[:1].expand_as(self.positions),
+        )
     with pytest.raises(CaptureError, match="logits differ"):
         capture_checked(make("llama"))
 
@@ -245,7 +293,9 @@ def test_the_check_goes_by_the_size_of_the_logits(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_second_attention_variant_is_tried() -> None:
-    """Falcon compares the name of its attention with "sdpa" itself: only the eager trace computes what it does."""
+    """Falcon compares the name of its attention with "sdpa" itself: only the eager trace computes
+    what it does.
+    """
     model = make("falcon")
     first, second = attention_variants(model)
     assert max_difference(model, capture(model, first))[0] > 1e-2
@@ -258,5 +308,7 @@ def test_a_failing_export_names_the_model(monkeypatch: pytest.MonkeyPatch) -> No
         raise AssertionError
 
     monkeypatch.setattr("torch.export.export", fail)
-    with pytest.raises(CaptureError, match="torch.export could not trace LlamaForCausalLM: AssertionError"):
+    with pytest.raises(
+        CaptureError, match="torch.export could not trace LlamaForCausalLM: AssertionError"
+    ):
         capture(make("llama"))

@@ -15,10 +15,18 @@ from polar_fx.output.digest import digest
 from polar_fx.store import ArtifactStore
 
 FACTS: list[dict[str, Any]] = [
-    {"kind": "layer", "body": "layer_kind_0", "graph": "a" * 64, "bucket": "[1, T]", "backend": "inductor", "device": "cpu",
-     "dtype": "float32", "torch": "2.13.0"},
+    {
+        "kind": "layer",
+        "body": "layer_kind_0",
+        "graph": "a" * 64,
+        "bucket": "[1, T]",
+        "backend": "inductor",
+        "device": "cpu",
+        "dtype": "float32",
+        "torch": "2.13.0",
+    },
     {"kind": "epilogue", "bucket": "[1, 1]", "backend": "inductor"},
-]  # fmt: skip
+]
 KEYS = [digest(facts) for facts in FACTS]
 
 
@@ -30,7 +38,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
     monkeypatch.setenv("COLUMNS", "120")
     store = ArtifactStore()
     for key, facts, size in zip(KEYS, FACTS, (2_500_000, 700), strict=True):
-        store.get_or_make(key, facts, lambda folder, size=size: (folder / "code.pt2").write_bytes(bytes(size)) and None)
+        store.get_or_make(
+            key,
+            facts,
+            lambda folder, size=size: (folder / "code.pt2").write_bytes(bytes(size)) and None,
+        )
     entry = _entry(store, 0)
     os.utime(entry, (entry.stat().st_mtime - 10 * 86400,) * 2)
     return store
@@ -51,7 +63,9 @@ def _answer(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(sys, "stdin", terminal)
 
 
-def test_ls_shows_artifacts_and_totals(store: ArtifactStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_shows_artifacts_and_totals(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["cache", "ls"]) == 0
     out = capsys.readouterr().out
     layer, epilogue = (next(line for line in out.splitlines() if key[:12] in line) for key in KEYS)
@@ -63,9 +77,15 @@ def test_ls_shows_artifacts_and_totals(store: ArtifactStore, capsys: pytest.Capt
     assert f"2 artifacts, 2.5 MB of 2.0 GB, in {store.root}" in out
 
 
-def test_ls_as_json_has_everything(store: ArtifactStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ls_as_json_has_everything(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = _json(capsys, "ls")
-    assert (result["folder"], result["limit_bytes"], result["bytes"]) == (str(store.root), 2 * 10**9, 2_500_700)
+    assert (result["folder"], result["limit_bytes"], result["bytes"]) == (
+        str(store.root),
+        2 * 10**9,
+        2_500_700,
+    )
     assert [(a["key"], a["facts"], a["files"]) for a in result["artifacts"]] == [
         (KEYS[1], FACTS[1], {"code.pt2": 700}),
         (KEYS[0], FACTS[0], {"code.pt2": 2_500_000}),
@@ -79,12 +99,24 @@ def test_nothing_there_is_nothing_wrong(
     monkeypatch.setenv("POLAR_FX_CACHE_LIMIT", "0")
     assert main(["cache", "ls"]) == 0
     assert "0 artifacts, 0 B and no limit" in capsys.readouterr().out
-    assert _json(capsys, "verify", "--repair")["fine"] == 0 == _json(capsys, "clear", "--yes")["removed"]
+    assert (
+        _json(capsys, "verify", "--repair")["fine"]
+        == 0
+        == _json(capsys, "clear", "--yes")["removed"]
+    )
     assert not (tmp_path / "new").exists()
 
 
-def test_verify_fails_until_it_is_repaired(store: ArtifactStore, capsys: pytest.CaptureFixture[str]) -> None:
-    assert _json(capsys, "verify") == {"folder": str(store.root), "ok": True, "repaired": False, "fine": 2, "refused": []}
+def test_verify_fails_until_it_is_repaired(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _json(capsys, "verify") == {
+        "folder": str(store.root),
+        "ok": True,
+        "repaired": False,
+        "fine": 2,
+        "refused": [],
+    }
     _entry(store, 1).write_text("{}")
     assert main(["cache", "verify"]) == 1
     out = capsys.readouterr().out
@@ -97,7 +129,9 @@ def test_verify_fails_until_it_is_repaired(store: ArtifactStore, capsys: pytest.
     assert _json(capsys, "verify")["fine"] == 1
 
 
-def test_clear_removes_all_or_the_old(store: ArtifactStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clear_removes_all_or_the_old(
+    store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert _json(capsys, "clear", "--yes", "--older-than", "11")["removed"] == 0
     result = _json(capsys, "clear", "--yes", "--older-than", "9")
     assert (result["removed"], result["bytes"]) == (1, 2_500_000)
@@ -106,14 +140,23 @@ def test_clear_removes_all_or_the_old(store: ArtifactStore, capsys: pytest.Captu
     assert capsys.readouterr().out == "removed 1 artifact, 700 B\n" and store.entries() == []
 
 
-@pytest.mark.parametrize(("answer", "left"), [("y\n", 0), ("Yes\n", 0), ("n\n", 2), ("\n", 2), ("", 2)])
+@pytest.mark.parametrize(
+    ("answer", "left"), [("y\n", 0), ("Yes\n", 0), ("n\n", 2), ("\n", 2), ("", 2)]
+)
 def test_clear_asks(
-    answer: str, left: int, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    answer: str,
+    left: int,
+    store: ArtifactStore,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     _answer(monkeypatch, answer)
     assert main(["cache", "clear"]) == 0
     shown = capsys.readouterr()
-    assert f"remove the artifacts in {store.root}?" in shown.err and f"removed {2 - left} " in shown.out
+    assert (
+        f"remove the artifacts in {store.root}?" in shown.err
+        and f"removed {2 - left} " in shown.out
+    )
     assert len(store.entries()) == left
 
 
@@ -133,7 +176,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_options_of_other_actions_are_refused(case: str, store: ArtifactStore, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_of_other_actions_are_refused(
+    case: str, store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, message = BAD[case]
     assert main(["cache", *arguments]) == 2
     assert message in capsys.readouterr().err
@@ -145,7 +190,11 @@ def test_a_bad_limit_is_one_message(
     monkeypatch.setenv("POLAR_FX_CACHE_LIMIT", "plenty")
     assert main(["cache", "ls"]) == 2
     shown = capsys.readouterr()
-    assert shown.out == "" and "POLAR_FX_CACHE_LIMIT='plenty'" in shown.err and "Traceback" not in shown.err
+    assert (
+        shown.out == ""
+        and "POLAR_FX_CACHE_LIMIT='plenty'" in shown.err
+        and "Traceback" not in shown.err
+    )
 
 
 def test_the_cache_commands_need_no_torch(store: ArtifactStore) -> None:
@@ -155,5 +204,10 @@ def test_the_cache_commands_need_no_torch(store: ArtifactStore) -> None:
         "assert c.main(['cache', 'clear', '--yes']) == 0\n"
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent.parent,
+    )
     assert result.returncode == 0, result.stderr

@@ -43,10 +43,17 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]
     return json.loads(capsys.readouterr().out)
 
 
-def test_it_prints_the_report_and_every_program(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["compile", "--model", folder, "--backend", "eager", "--max-length", "31", *PROGRAMS]) == 0
+def test_it_prints_the_report_and_every_program(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(["compile", "--model", folder, "--backend", "eager", "--max-length", "31", *PROGRAMS])
+        == 0
+    )
     shown = capsys.readouterr()
-    assert shown.out.startswith("LlamaForCausalLM: 4 layers, float32 on cpu, backend eager, up to 31 tokens a row\n")
+    assert shown.out.startswith(
+        "LlamaForCausalLM: 4 layers, float32 on cpu, backend eager, up to 31 tokens a row\n"
+    )
     assert "linked    2 programs" in shown.out and "slots of 32 tokens" in shown.out
     for text in ("■·■■   3 steps", "■·22   5 steps", "keep 0 | skip 1 | repeat 2-3 x2 @0.5"):
         assert text in shown.out
@@ -54,15 +61,29 @@ def test_it_prints_the_report_and_every_program(folder: str, capsys: pytest.Capt
 
 
 def test_json_has_everything(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
-    result = _json(capsys, "--model", folder, "--backend", "eager", "--batch", "3", *PROGRAMS, "--program", "0 2-3")
+    result = _json(
+        capsys,
+        "--model",
+        folder,
+        "--backend",
+        "eager",
+        "--batch",
+        "3",
+        *PROGRAMS,
+        "--program",
+        "0 2-3",
+    )
     assert result["report"]["backend"] == "eager" and result["graphs"] == []
     assert [(p["program"], p["num_steps"], p["cost"]["batch"]) for p in result["programs"]] == [
-        ("0 2-3 /4", 3, 3), ("0 (2-3)*2@0.5 /4", 5, 3),
-    ], "equal programs once"  # fmt: skip
+        ("0 2-3 /4", 3, 3),
+        ("0 (2-3)*2@0.5 /4", 5, 3),
+    ], "equal programs once"
     assert result["report"]["max_length"] == 256, "the model's own limit"
 
 
-def test_the_second_process_reads_and_loads(folder: str, artifacts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_second_process_reads_and_loads(
+    folder: str, artifacts: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """So does `run`: without --max-length, both compile for the same one."""
     arguments = ["--model", folder, "--backend", "auto"]
     assert main(["compile", *arguments, "--program", "skip 1"]) == 0
@@ -72,29 +93,54 @@ def test_the_second_process_reads_and_loads(folder: str, artifacts: Path, capsys
     stored = {e.key for e in ArtifactStore().entries()}
     assert main(["compile", *arguments, *PROGRAMS]) == 0
     shown = capsys.readouterr()
-    assert "read 4 layers from the symbol table on disk" in shown.err and "compiled" not in shown.err
+    assert (
+        "read 4 layers from the symbol table on disk" in shown.err and "compiled" not in shown.err
+    )
     assert "0 compiled, 6 loaded in" in shown.out and "nothing was traced" in shown.out
     assert main(["run", *arguments, *PROGRAMS, "--prompt", "? ? ?", "--max-new-tokens", "3"]) == 0
     shown = capsys.readouterr()
-    assert "read 4 layers" in shown.err and "compiled" not in shown.err and "3 steps, prefill" in shown.err
-    assert {e.key for e in ArtifactStore().entries()} == stored and ArtifactStore().root.is_relative_to(artifacts)
+    assert (
+        "read 4 layers" in shown.err
+        and "compiled" not in shown.err
+        and "3 steps, prefill" in shown.err
+    )
+    assert {
+        e.key for e in ArtifactStore().entries()
+    } == stored and ArtifactStore().root.is_relative_to(artifacts)
 
 
 @pytest.mark.parametrize(
-    "suffix", [".dot", pytest.param(".svg", marks=pytest.mark.skipif(not shutil.which("dot"), reason="no graphviz"))]
+    "suffix",
+    [
+        ".dot",
+        pytest.param(
+            ".svg", marks=pytest.mark.skipif(not shutil.which("dot"), reason="no graphviz")
+        ),
+    ],
 )
-def test_pictures(suffix: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pictures(
+    suffix: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("--model", folder, "--backend", "eager", "--graph", str(tmp_path / f"p{suffix}"))
     assert _json(capsys, *arguments)["graphs"] == [str(tmp_path / f"p{suffix}")]
-    assert _json(capsys, *arguments, *PROGRAMS)["graphs"] == [str(tmp_path / f"p-{i}{suffix}") for i in (1, 2)]
-    assert sorted(p.name for p in tmp_path.iterdir()) == [f"p-1{suffix}", f"p-2{suffix}", f"p{suffix}"]
+    assert _json(capsys, *arguments, *PROGRAMS)["graphs"] == [
+        str(tmp_path / f"p-{i}{suffix}") for i in (1, 2)
+    ]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        f"p-1{suffix}",
+        f"p-2{suffix}",
+        f"p{suffix}",
+    ]
     assert "x2 @0.5" in (tmp_path / f"p-2{suffix}").read_text(encoding="utf-8")
 
 
 BAD = {
     "suffix": (["--graph", "out.png"], "--graph out.png has no known suffix"),
     "batch": (["--tier", "whole", "--batch", "2"], "--tier whole serves one row"),
-    "tier": (["--tier", "whole", "--backend", "eager"], "tier='whole' needs the CPU, the artifact store"),
+    "tier": (
+        ["--tier", "whole", "--backend", "eager"],
+        "tier='whole' needs the CPU, the artifact store",
+    ),
     "program": (["--program", "0-1 ?? 2", "--backend", "eager"], "^"),
     "backend": (["--backend", "tensorflow"], "known: auto, aot_inductor, eager, inductor"),
     "length": (["--max-length", "257"], "exceeds the 256 positions"),
@@ -104,7 +150,9 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_one_message_and_status_2(case: str, folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_input_is_one_message_and_status_2(
+    case: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments, message = BAD[case]
     assert main(["compile", "--model", folder, *arguments]) == 2
     shown = capsys.readouterr()

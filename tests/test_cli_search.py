@@ -1,4 +1,6 @@
-"""`python -m polar_fx search`: from questions to a file of records, resumed after whatever ended it."""
+"""`python -m polar_fx search`: from questions to a file of records, resumed after whatever ended
+it.
+"""
 
 import json
 import os
@@ -21,16 +23,32 @@ from tiny_search import save_tiny
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = save_tiny(tmp_path_factory.mktemp("model"))
-    rows = [{"id": f"r{i}", "question": f"{i}?", "answer": [str(i % 3), "yes"], "task": "odd"} for i in range(8)]
+    rows = [
+        {"id": f"r{i}", "question": f"{i}?", "answer": [str(i % 3), "yes"], "task": "odd"}
+        for i in range(8)
+    ]
     (made / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return made
 
 
 def arguments(folder: Path, out: Path, *more: str) -> list[str]:
     return [
-        "search", "--model", str(folder), "--backend", "eager", "--data", str(folder / "rows.jsonl"), "--prompt", "plain",
-        "--simulations", "12", "--out", str(out), "--json", *more,
-    ]  # fmt: skip
+        "search",
+        "--model",
+        str(folder),
+        "--backend",
+        "eager",
+        "--data",
+        str(folder / "rows.jsonl"),
+        "--prompt",
+        "plain",
+        "--simulations",
+        "12",
+        "--out",
+        str(out),
+        "--json",
+        *more,
+    ]
 
 
 def records(out: Path) -> dict[str, Any]:
@@ -44,7 +62,9 @@ def undisturbed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return records(out)
 
 
-def test_a_search_and_its_record(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_search_and_its_record(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "run.jsonl"
     assert main(arguments(folder, out)) == 0
     result = json.loads(capsys.readouterr().out)
@@ -58,8 +78,13 @@ def test_a_search_and_its_record(folder: Path, tmp_path: Path, capsys: pytest.Ca
     assert json.loads(capsys.readouterr().out)["searched"] == 0, "all of it is there"
 
 
-def test_two_runs_of_one_seed_agree(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    assert main(arguments(folder, tmp_path / "again.jsonl", "--deterministic", "--in-flight", "3")) == 0
+def test_two_runs_of_one_seed_agree(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    assert (
+        main(arguments(folder, tmp_path / "again.jsonl", "--deterministic", "--in-flight", "3"))
+        == 0
+    )
     assert records(tmp_path / "again.jsonl") == undisturbed
     assert main(arguments(folder, tmp_path / "other.jsonl", "--deterministic", "--seed", "1")) == 0
     assert records(tmp_path / "other.jsonl") != undisturbed
@@ -67,8 +92,21 @@ def test_two_runs_of_one_seed_agree(folder: Path, tmp_path: Path, undisturbed: d
 
 def test_built_in_questions_get_a_difficulty(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run.jsonl"
-    chosen = ["--task", "addition", "--task", "sequences", "--questions", "5", "--prompt", "few-shot"]
-    plain = [a for a in arguments(folder, out) if a not in ("--data", str(folder / "rows.jsonl"), "--prompt", "plain")]
+    chosen = [
+        "--task",
+        "addition",
+        "--task",
+        "sequences",
+        "--questions",
+        "5",
+        "--prompt",
+        "few-shot",
+    ]
+    plain = [
+        a
+        for a in arguments(folder, out)
+        if a not in ("--data", str(folder / "rows.jsonl"), "--prompt", "plain")
+    ]
     assert main([*plain, *chosen, "--method", "random"]) == 0
     found = [r.question for r in RecordReader(out)]
     assert [q.task for q in found].count("addition") == 3 and len(found) == 5
@@ -76,31 +114,82 @@ def test_built_in_questions_get_a_difficulty(folder: Path, tmp_path: Path) -> No
 
 
 def test_generation_judges_and_verifies(folder: Path, tmp_path: Path) -> None:
-    assert main(arguments(folder, tmp_path / "a.jsonl", "--judge", "generation", "--method", "scan", "--simulations", "6")) == 0
-    assert all(e.verdict.margin is None for r in RecordReader(tmp_path / "a.jsonl") for e in r.explored)
+    assert (
+        main(
+            arguments(
+                folder,
+                tmp_path / "a.jsonl",
+                "--judge",
+                "generation",
+                "--method",
+                "scan",
+                "--simulations",
+                "6",
+            )
+        )
+        == 0
+    )
+    assert all(
+        e.verdict.margin is None for r in RecordReader(tmp_path / "a.jsonl") for e in r.explored
+    )
     assert main(arguments(folder, tmp_path / "b.jsonl", "--verify")) == 0
     for record in RecordReader(tmp_path / "b.jsonl"):
         right = {e.program for e in record.explored if e.verdict.correct}
         assert right <= set(record.verified) and set(record.valid) <= right
-    asked = ["--task", "addition", "--questions", "2", "--prompt", "few-shot", "--judge", "generation", "--simulations", "2"]
+    asked = [
+        "--task",
+        "addition",
+        "--questions",
+        "2",
+        "--prompt",
+        "few-shot",
+        "--judge",
+        "generation",
+        "--simulations",
+        "2",
+    ]
     plain = [
-        a for a in arguments(folder, tmp_path / "c.jsonl") if a not in ("--data", str(folder / "rows.jsonl"), "--prompt", "plain")
+        a
+        for a in arguments(folder, tmp_path / "c.jsonl")
+        if a not in ("--data", str(folder / "rows.jsonl"), "--prompt", "plain")
     ]
     assert main([*plain, *asked]) == 0
     assert {r.question.difficulty for r in RecordReader(tmp_path / "c.jsonl")} == {5}
 
 
-def test_an_edited_answer_is_another_search(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_edited_answer_is_another_search(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = tmp_path / "rows.jsonl"
     for answer in ("1", "2"):
-        rows.write_text(json.dumps({"id": "q", "question": "1?", "answer": answer, "task": "odd"}) + "\n")
-        chosen = [a if a != str(folder / "rows.jsonl") else str(rows) for a in arguments(folder, tmp_path / "run.jsonl")]
+        rows.write_text(
+            json.dumps({"id": "q", "question": "1?", "answer": answer, "task": "odd"}) + "\n"
+        )
+        chosen = [
+            a if a != str(folder / "rows.jsonl") else str(rows)
+            for a in arguments(folder, tmp_path / "run.jsonl")
+        ]
         assert main(chosen) == (0 if answer == "1" else 2)
     assert "task" in capsys.readouterr().err
 
 
-def test_processes_find_what_one_finds(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
-    assert main(arguments(folder, tmp_path / "run.jsonl", "--deterministic", "--workers", "2", "--in-flight", "2")) == 0
+def test_processes_find_what_one_finds(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
+    assert (
+        main(
+            arguments(
+                folder,
+                tmp_path / "run.jsonl",
+                "--deterministic",
+                "--workers",
+                "2",
+                "--in-flight",
+                "2",
+            )
+        )
+        == 0
+    )
     assert records(tmp_path / "run.jsonl") == undisturbed
 
 
@@ -119,17 +208,23 @@ cluster.shutdown()
 
 @pytest.fixture
 def two_machines() -> Iterator[subprocess.Popen[str]]:
-    """A Ray cluster of two nodes with room for one worker each: it prints its address, and loses a node when told a line."""
+    """A Ray cluster of two nodes with room for one worker each: it prints its address, and loses a
+    node when told a line.
+    """
     pytest.importorskip("ray")
     command = [sys.executable, "-c", TWO_MACHINES]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as cluster:
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as cluster:
         yield cluster
         cluster.communicate()
 
 
-def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(folder: Path, tmp_path: Path, two_machines: Any) -> None:
+def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(
+    folder: Path, tmp_path: Path, two_machines: Any
+) -> None:
     address = two_machines.stdout.readline().strip()
-    longer = ("--simulations", "100")
+    longer = ("--simulations", "200")  # the second run must not end before the machine is lost
     assert main(arguments(folder, tmp_path / "alone.jsonl", "--deterministic", *longer)) == 0
     wanted, out = records(tmp_path / "alone.jsonl"), tmp_path / "run.jsonl"
     first = process(folder, out, *longer, "--workers", "2", "--ray")  # on a cluster of its own
@@ -151,36 +246,68 @@ def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(folder: Path, t
 
 
 def test_a_cluster_without_ray(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     assert main(arguments(folder, tmp_path / "run.jsonl", "--ray")) == 2
     assert "needs ray, which is not installed; pip install" in capsys.readouterr().err
 
 
-def test_a_cluster_that_is_none(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cluster_that_is_none(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("ray")
     assert main(arguments(folder, tmp_path / "run.jsonl", "--ray", "nowhere")) == 2
     assert "no Ray cluster can be reached at 'nowhere'" in capsys.readouterr().err
 
 
-def test_what_fails_in_a_worker_is_told(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(folder, tmp_path / "run.jsonl", "--workers", "2", "--judge", "generation", "--reward", "margin")) == 2
+def test_what_fails_in_a_worker_is_told(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        main(
+            arguments(
+                folder,
+                tmp_path / "run.jsonl",
+                "--workers",
+                "2",
+                "--judge",
+                "generation",
+                "--reward",
+                "margin",
+            )
+        )
+        == 2
+    )
     assert "the reward 'margin' needs teacher-forced verdicts" in capsys.readouterr().err
 
 
 def process(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "polar_fx", *arguments(folder, out, "--deterministic", "--in-flight", "1", *more)]
+    command = [
+        sys.executable,
+        "-m",
+        "polar_fx",
+        *arguments(folder, out, "--deterministic", "--in-flight", "1", *more),
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def wait_for_records(out: Path, count: int, running: subprocess.Popen[str]) -> None:
-    while running.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < count + 1):
+    while running.poll() is None and (
+        not out.exists() or out.read_bytes().count(b"\n") < count + 1
+    ):
         time.sleep(0.002)
 
 
-def test_killed_at_any_moment_it_goes_on_where_it_was(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_killed_at_any_moment_it_goes_on_where_it_was(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
     out = tmp_path / "run.jsonl"
     pick = random.Random(0)
     finished = 0
@@ -197,10 +324,13 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(folder: Path, tmp_path: Pa
     assert records(out) == undisturbed
 
 
-def test_an_interruption_is_clean(folder: Path, tmp_path: Path, undisturbed: dict[str, Any]) -> None:
+def test_an_interruption_is_clean(
+    folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
+) -> None:
     out = tmp_path / "run.jsonl"
     running = process(folder, out)
-    wait_for_records(out, 2, running)  # one that is being written when the signal comes is taken back
+    # one that is being written when the signal comes is taken back
+    wait_for_records(out, 2, running)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate()
     if running.returncode == 0:

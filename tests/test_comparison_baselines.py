@@ -1,4 +1,6 @@
-"""Baselines: their labels, losses and choices by hand, and that each learns what is planted for it."""
+"""Baselines: their labels, losses and choices by hand, and that each learns what is planted for
+it.
+"""
 
 import copy
 import math
@@ -13,7 +15,14 @@ import polar_fx
 from polar_fx.errors import InputError, KvOverflowError
 from polar_fx.evaluation import layer_router as routers
 from polar_fx.evaluation.block_influence import block_influences, least_influence_program
-from polar_fx.evaluation.layer_router import OPS, SKIP_OPS, LayerRouter, RouterConfig, RouterNetwork, train_layer_router
+from polar_fx.evaluation.layer_router import (
+    OPS,
+    SKIP_OPS,
+    LayerRouter,
+    RouterConfig,
+    RouterNetwork,
+    train_layer_router,
+)
 from polar_fx.evaluation.polar.arm import PolarArm, question_programs, train_polar_arm
 from polar_fx.evaluation.polar.decode import decode_budget
 from polar_fx.evaluation.polar.network import NetworkConfig, PolarNetwork
@@ -58,7 +67,9 @@ def test_best_program_is_the_shortest_that_is_right_and_shares_the_trunk() -> No
     assert routers.best_program(simple("q", {parse("repeat 4")}), 2) == parse("repeat 4")
     assert routers.best_program(simple("q", {early, parse("repeat 3-4 @0.5")}), 2) is None
     # of equals the first explored, and what verification overturned is not right
-    equal = record("q", Verdict(False), {parse("skip 4"): Verdict(True), parse("skip 2"): Verdict(True)})
+    equal = record(
+        "q", Verdict(False), {parse("skip 4"): Verdict(True), parse("skip 2"): Verdict(True)}
+    )
     assert routers.best_program(equal, 2) == parse("skip 4")
     again = record("q", Verdict(True), {shorter: Verdict(True)}, {shorter: False})
     assert routers.best_program(again, 2) == IDENTITY
@@ -78,11 +89,21 @@ def test_router_labels_by_hand() -> None:
     ]
     labels = routers.router_labels(records, DEPTH, 2)
     assert labels.questions == ("a", "b", "d", "e", "f", "g") and labels.unanswered == 1
-    assert labels.classes.tolist() == [[1, 0, 1, 1], [1, 1, 2, 1], [1, 2, 2, 1], [1, 1, 1, 1], [1, 1, 1, 0], [1, 1, 1, 2]]
-    # three runs, a repeat of two layers together, and layers in another order are not what the classes say
+    assert labels.classes.tolist() == [
+        [1, 0, 1, 1],
+        [1, 1, 2, 1],
+        [1, 2, 2, 1],
+        [1, 1, 1, 1],
+        [1, 1, 1, 0],
+        [1, 1, 1, 2],
+    ]
+    # three runs, a repeat of two layers together, and layers in another order are not what the
+    # classes say
     assert labels.inexact == 3
     assert torch.bincount(labels.classes.flatten()).tolist() == [2, 18, 4]
-    assert routers.program_of(labels.classes[2].tolist(), 2) == Program.from_path([0, 1, 2, 3, 3, 4, 4, 5], DEPTH)
+    assert routers.program_of(labels.classes[2].tolist(), 2) == Program.from_path(
+        [0, 1, 2, 3, 3, 4, 4, 5], DEPTH
+    )
     # nothing after the trunk is the identity
     assert routers.program_of([0, 0, 0], 3) == routers.program_of([0] * DEPTH, 0) == IDENTITY
     assert routers.program_of([0, 1, 0], 3) == Program.from_path([0, 1, 2, 4], DEPTH)
@@ -97,7 +118,8 @@ def test_class_weights_by_hand() -> None:
     weights = routers.class_weights(torch.tensor([1, 2, 0]), beta=0.5)
     # 0.5/0.5 = 1 and 0.5/0.75 = 2/3, scaled to a mean of 1 over the two that occur
     assert weights.tolist() == pytest.approx([1.2, 0.8, 0.0])
-    # the counts of the paper: rare classes barely weigh more, since all are near 1 / (1 - beta) or above
+    # the counts of the paper: rare classes barely weigh more, since all are near 1 / (1 - beta) or
+    # above
     skip, execute, repeat = routers.class_weights(torch.tensor([4399, 120956, 1457])).tolist()
     assert repeat / execute == pytest.approx(1 / (1 - 0.999**1457), rel=1e-5)
     assert skip / execute == pytest.approx(1 / (1 - 0.999**4399), rel=1e-5)
@@ -110,14 +132,19 @@ def test_focal_loss_by_hand() -> None:
     scores = torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]]).log()
     weights = torch.tensor([2.0, 1.0, 0.5])
     found = routers.focal_loss(scores, torch.tensor([[0, 2]]), weights)
-    assert found.item() == pytest.approx((2 * 0.25 * math.log(2) + 0.5 * (7 / 8) ** 2 * math.log(8)) / 2)
+    assert found.item() == pytest.approx(
+        (2 * 0.25 * math.log(2) + 0.5 * (7 / 8) ** 2 * math.log(8)) / 2
+    )
 
 
 def planted(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Windows [N, 8, 5] and classes [N, 4]: layer 1 repeats where number 0 is large, layer 3 is skipped where number 2 is."""
+    """Windows [N, 8, 5] and classes [N, 4]: layer 1 repeats where number 0 is large, layer 3 is
+    skipped where number 2 is.
+    """
     windows = torch.randn(count, 8, 5, generator=torch.Generator().manual_seed(seed)) * 0.3
     signs = torch.randint(0, 2, (count, 5), generator=torch.Generator().manual_seed(seed + 100))
-    windows += 5000 * torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0])  # a large constant, as hidden states have
+    # a large constant, as hidden states have
+    windows += 5000 * torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0])
     windows += 2 * (signs[:, None] * 2 - 1)
     classes = torch.ones(count, 4, dtype=torch.int64)
     classes[:, 1] += signs[:, 0]
@@ -166,7 +193,9 @@ def test_training_is_deterministic_and_leaves_random_state() -> None:
     assert torch.get_rng_state().equal(state)
     torch.manual_seed(2)
     two, second = train_layer_router(*train, *validation, 2, config=config)
-    other, _ = train_layer_router(*train, *validation, 2, config=RouterConfig(width=4, epochs=3, seed=6))
+    other, _ = train_layer_router(
+        *train, *validation, 2, config=RouterConfig(width=4, epochs=3, seed=6)
+    )
     assert first == second
     assert one.probabilities(validation[0]).equal(two.probabilities(validation[0]))
     assert not one.probabilities(validation[0]).equal(other.probabilities(validation[0]))
@@ -175,12 +204,17 @@ def test_training_is_deterministic_and_leaves_random_state() -> None:
 def test_training_stops_early_with_the_best_epoch() -> None:
     windows, classes = planted(24, 0)
     wrong = classes.clone()
-    wrong[:, 1], wrong[:, 3] = 3 - wrong[:, 1], 1 - wrong[:, 3]  # validation says the opposite: learning makes it worse
+    # validation says the opposite: learning makes it worse
+    wrong[:, 1], wrong[:, 3] = 3 - wrong[:, 1], 1 - wrong[:, 3]
     seen: list[int] = []
     config = RouterConfig(width=16, learning_rate=1e-2, epochs=50, patience=4, seed=3)
-    router, history = train_layer_router(windows, classes, windows, wrong, 2, config=config, progress=lambda e, _: seen.append(e))
+    router, history = train_layer_router(
+        windows, classes, windows, wrong, 2, config=config, progress=lambda e, _: seen.append(e)
+    )
     assert history["best_epoch"] + 4 == seen[-1] < 50
-    found = routers.focal_loss(router.network(windows), wrong, torch.tensor(history["class_weights"])).item()
+    found = routers.focal_loss(
+        router.network(windows), wrong, torch.tensor(history["class_weights"])
+    ).item()
     assert found == pytest.approx(history["validation_loss"])
 
 
@@ -217,11 +251,15 @@ def test_threshold_meets_a_budget_with_the_fewest_skips() -> None:
 def test_threshold_is_exact_on_random_chances() -> None:
     chances = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)).tolist()
     windows, gate = _skip_scores(chances), LayerRouter(Fixed(4, 2), 1, SKIP_OPS)
-    levels = sorted({math.inf, *gate.probabilities(windows)[..., 0].flatten().tolist()}, reverse=True)
+    levels = sorted(
+        {math.inf, *gate.probabilities(windows)[..., 0].flatten().tolist()}, reverse=True
+    )
     chosen = [LayerRouter(gate.network, 1, SKIP_OPS, level).programs(windows) for level in levels]
     means = [float(np.mean([p.num_steps for p in programs])) for programs in chosen]
     for budget in (1.0, 0.9, 0.8, 0.7):
-        expected = next(level for level, mean in zip(levels, means, strict=True) if mean <= budget * 5 + 1e-9)
+        expected = next(
+            level for level, mean in zip(levels, means, strict=True) if mean <= budget * 5 + 1e-9
+        )
         assert gate.with_budget(windows, budget).threshold == expected
 
 
@@ -253,11 +291,16 @@ def _reference(model: Any, prompts: list[Tensor]) -> np.ndarray:
     """By hooks on the model itself, a prompt at a time."""
     model, found = copy.deepcopy(model).eval(), []
     for layer in model.model.layers:
-        layer.register_forward_hook(lambda _, args, output: found.append((args[0][0].double(), output[0].double())))
+        layer.register_forward_hook(
+            lambda _, args, output: found.append((args[0][0].double(), output[0].double()))
+        )
     with torch.no_grad():
         for row in prompts:
             model(row[None])
-    cosines = [(before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1) for before, after in found]
+    cosines = [
+        (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
+        for before, after in found
+    ]
     return np.array([1 - float(torch.cat(cosines[i::DEPTH]).mean()) for i in range(DEPTH)])
 
 
@@ -295,8 +338,16 @@ def test_least_influence_program_by_hand() -> None:
 
 def test_question_programs_count_verified_verdicts_and_the_trunk() -> None:
     early, late, other = parse("skip 0"), parse("skip 3"), parse("repeat 4")
-    found = record("q", Verdict(True), {early: Verdict(True), late: Verdict(True), other: Verdict(True)}, {late: False})
-    assert question_programs(found, 2).valid == (other,) and question_programs(found, 2).identity_correct
+    found = record(
+        "q",
+        Verdict(True),
+        {early: Verdict(True), late: Verdict(True), other: Verdict(True)},
+        {late: False},
+    )
+    assert (
+        question_programs(found, 2).valid == (other,)
+        and question_programs(found, 2).identity_correct
+    )
     assert question_programs(found, 0).valid == (early, other)
     overturned = record("q", Verdict(True), {other: Verdict(True)}, {IDENTITY: False, other: True})
     assert not question_programs(overturned, 2).identity_correct
@@ -305,7 +356,9 @@ def test_question_programs_count_verified_verdicts_and_the_trunk() -> None:
 
 
 def _searched(name: str, count: int) -> tuple[list[SearchRecord], dict[str, Tensor]]:
-    """Questions of even numbers are answered with layer 3 skipped, others with layer 4 repeated; a feature tells which."""
+    """Questions of even numbers are answered with layer 3 skipped, others with layer 4 repeated; a
+    feature tells which.
+    """
     generator = torch.Generator().manual_seed(len(name))
     records, features = [], {}
     for i in range(count):
@@ -323,20 +376,36 @@ NETWORK = NetworkConfig(DEPTH, 3, width=16, heads=2, blocks=1, dropout=0.0, resi
 def test_the_arm_learns_what_is_planted() -> None:
     (train, features), (validation, held_out) = _searched("train", 32), _searched("validation", 8)
     unanswered = simple("none", set(), {parse("skip 5")})
-    off = record("off", Verdict(True), {parse("skip 0"): Verdict(True)}, {IDENTITY: False, parse("skip 0"): False})
+    off = record(
+        "off",
+        Verdict(True),
+        {parse("skip 0"): Verdict(True)},
+        {IDENTITY: False, parse("skip 0"): False},
+    )
     config = TrainingConfig(learning_rate=5e-3, batch_size=8, epochs=25, seed=1)
-    trained, counts = train_polar_arm([*train, unanswered, off], validation, features | held_out, DEPTH, 2, NETWORK, config)
+    trained, counts = train_polar_arm(
+        [*train, unanswered, off], validation, features | held_out, DEPTH, 2, NETWORK, config
+    )
     assert counts["train"].labels.questions == 34 and counts["train"].labels.unanswered == 2
-    assert counts["train"].labels.rows == 32 and counts["train"].off_trunk == 32 and counts["train"].overturned == 2
+    assert (
+        counts["train"].labels.rows == 32
+        and counts["train"].off_trunk == 32
+        and counts["train"].overturned == 2
+    )
     assert counts["validation"].off_trunk == 8 and counts["validation"].overturned == 0
     arm = PolarArm(trained.network, 2)
-    asked, expected = list(held_out.values()), [parse("repeat 4") if i % 2 else parse("skip 3") for i in range(8)]
+    asked, expected = (
+        list(held_out.values()),
+        [parse("repeat 4") if i % 2 else parse("skip 3") for i in range(8)],
+    )
     assert [programs[0] for programs in arm.beam(asked)] == expected
     assert [programs[0] for programs in arm.joint(asked)] == expected
     assert arm.budget(asked, 5 / 6)[::2] == expected[::2]
     for programs in arm.beam(asked):
         assert 1 <= len(programs) <= 5 and len(set(programs)) == len(programs)
-    again, _ = train_polar_arm([*train, unanswered, off], validation, features | held_out, DEPTH, 2, NETWORK, config)
+    again, _ = train_polar_arm(
+        [*train, unanswered, off], validation, features | held_out, DEPTH, 2, NETWORK, config
+    )
     assert again.history == trained.history
 
 
@@ -345,7 +414,9 @@ def test_records_and_features_that_do_not_fit_are_refused() -> None:
     with pytest.raises(InputError, match="question 'train0' is in train and in validation"):
         train_polar_arm(train, train[:1], features, DEPTH, 2, NETWORK)
     with pytest.raises(InputError, match="validation question 'train2' has no token features"):
-        train_polar_arm(train[:2], train[2:], {q: features[q] for q in ("train0", "train1")}, DEPTH, 2, NETWORK)
+        train_polar_arm(
+            train[:2], train[2:], {q: features[q] for q in ("train0", "train1")}, DEPTH, 2, NETWORK
+        )
     with pytest.raises(InputError, match="no label rows"):
         train_polar_arm(train, [simple("x", set())], features, DEPTH, 2, NETWORK)
 
@@ -372,7 +443,8 @@ QUESTION = [torch.ones(2, 3)]
 
 def test_what_does_not_share_the_trunk_is_left_out() -> None:
     arm = _said([1, 0, 1, 1, 0, 1])  # the likeliest of all skips a layer of the trunk
-    assert arm.joint(QUESTION) == [[parse("skip 4")]]  # with one asked for, nothing is left: decoded again, the trunk kept
+    # with one asked for, nothing is left: decoded again, the trunk kept
+    assert arm.joint(QUESTION) == [[parse("skip 4")]]
     beam = arm.beam(QUESTION)[0]
     assert beam[0] == parse("skip 4") and all(shares_trunk(p, 2) for p in beam)
     assert arm.budget(QUESTION, 0.9) == [parse("skip 4")]
@@ -391,7 +463,9 @@ def test_budget_takes_the_likeliest_that_fits() -> None:
     with pytest.raises(InputError, match=r"give 0.500 to 1"):
         _said([1] * 6).budget(QUESTION, 0.4)
     torch.manual_seed(0)
-    network = PolarNetwork(NetworkConfig(DEPTH, 3, width=8, heads=2, blocks=1, residual=True)).eval()
+    network = PolarNetwork(
+        NetworkConfig(DEPTH, 3, width=8, heads=2, blocks=1, residual=True)
+    ).eval()
     arm, asked = PolarArm(network, 0), [torch.randn(n, 3) for n in (1, 4)]
     for features, program in zip(asked, arm.budget(asked, 0.75), strict=True):
         with torch.no_grad():

@@ -21,7 +21,7 @@ from polar_fx.errors import (
     ProgramTextError,
     UnknownBackendError,
     UnsupportedModelError,
-)  # fmt: skip
+)
 from polar_fx.program import Program
 from polar_fx.runtime.generator import padded_rows
 from tiny_models import make, prompts
@@ -32,7 +32,7 @@ def _eager() -> CompiledModel:
     return compile(make("llama"), "eager", max_length=31, prefill_chunk=8)
 
 
-# ------------------------------------------------------------------------------------------------ compilations
+# ------------------------------------------------------------------------------------- compilations
 
 
 class _Counting(InductorBackend):
@@ -51,12 +51,15 @@ def counted() -> tuple[CompiledModel, _Counting]:
     return compile(make("llama", num_hidden_layers=8), backend, max_length=63), backend
 
 
-def test_layers_compile_once_and_further_programs_not_at_all(counted: tuple[CompiledModel, _Counting]) -> None:
+def test_layers_compile_once_and_further_programs_not_at_all(
+    counted: tuple[CompiledModel, _Counting],
+) -> None:
     compiled, backend = counted
     ids = prompts(20)[0][None]
     compiled.generate(ids, max_new_tokens=4, do_sample=False)
     first = backend.calls
-    # prologue and one kind of layer, for prefill and decode, and its KV writes; the head sees one token a row in both
+    # prologue and one kind of layer, for prefill and decode, and its KV writes; the head sees one
+    # token a row in both
     assert first == len(compiled.compilations) == 6
     pick = random.Random(0)
     slowest_ms = 0.0
@@ -67,9 +70,12 @@ def test_layers_compile_once_and_further_programs_not_at_all(counted: tuple[Comp
         compiled.linker.link(program, shape_prefill, every=False)
         compiled.linker.link(program, shape_decode)
         slowest_ms = max(slowest_ms, 1e3 * (time.perf_counter() - start))
-        compiled.generate(ids[:, : pick.randint(2, 20)], program=program, max_new_tokens=3, do_sample=False)
+        compiled.generate(
+            ids[:, : pick.randint(2, 20)], program=program, max_new_tokens=3, do_sample=False
+        )
     assert backend.calls == first, "another program or prompt length compiled something"
-    print(f"slowest link of 50 programs: {slowest_ms:.2f} ms")  # a figure for the log; timings are no assertion
+    # a figure for the log; timings are no assertion
+    print(f"slowest link of 50 programs: {slowest_ms:.2f} ms")
 
 
 def _shapes(compiled: CompiledModel) -> tuple[Any, Any]:
@@ -94,7 +100,9 @@ def test_any_batch_size_from_two_up_is_one_class(counted: tuple[CompiledModel, _
     compiled.generate(torch.stack(prompts(9, 9)), max_new_tokens=3, do_sample=False)
     before = backend.calls
     for batch in (3, 5):
-        compiled.generate(torch.stack(prompts(*[11] * batch)), program="skip 3", max_new_tokens=3, do_sample=False)
+        compiled.generate(
+            torch.stack(prompts(*[11] * batch)), program="skip 3", max_new_tokens=3, do_sample=False
+        )
     assert backend.calls == before
 
 
@@ -108,7 +116,7 @@ def test_warmup_compiles_all_that_a_call_needs() -> None:
     assert compiled.warmup() == ()
 
 
-# ----------------------------------------------------------------------------------------------------- sharing
+# ------------------------------------------------------------------------------------------ sharing
 
 
 def test_no_weight_is_copied() -> None:
@@ -121,25 +129,34 @@ def test_no_weight_is_copied() -> None:
     with torch.no_grad():
         before = compiled.forward(prompts(5)[0][None])
         model.lm_head.weight.mul_(2)
-    assert torch.allclose(compiled.forward(prompts(5)[0][None]), 2 * before), "the user's weights are the weights"
+    assert torch.allclose(compiled.forward(prompts(5)[0][None]), 2 * before), (
+        "the user's weights are the weights"
+    )
 
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_fifty_programs_add_less_than_two_percent_to_the_weights(smollm2: tuple[PreTrainedModel, Any]) -> None:
+@pytest.mark.skipif(
+    not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc"
+)
+def test_fifty_programs_add_less_than_two_percent_to_the_weights(
+    smollm2: tuple[PreTrainedModel, Any],
+) -> None:
     model, _ = smollm2
     compiled = compile(model, "eager", max_length=63)
     ids = torch.full((1, 8), 5)
     longest = Program.identity(30).repeat(0, 30, 2)
-    compiled.generate(ids, program=longest, max_new_tokens=2, do_sample=False)  # allocates the slots of 60 steps
+    # allocates the slots of 60 steps
+    compiled.generate(ids, program=longest, max_new_tokens=2, do_sample=False)
     before = _resident_bytes()
     pick = random.Random(0)
     for _ in range(50):
         path = tuple(pick.randrange(30) for _ in range(pick.randint(1, 60)))
-        compiled.generate(ids, program=Program.from_path(path, 30), max_new_tokens=2, do_sample=False)
+        compiled.generate(
+            ids, program=Program.from_path(path, 30), max_new_tokens=2, do_sample=False
+        )
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert _resident_bytes() - before < 0.02 * weights
 
@@ -152,7 +169,10 @@ def test_slots_return_to_the_pool_and_are_reused() -> None:
     for program in ("skip 1", "identity", "3 2 1 0"):
         compiled.forward(ids, program=program)
     assert compiled.pool.num_bytes == held
-    with pytest.raises(RuntimeError, match="stop here"), compiled.session(compiled.default_program, 1):
+    with (
+        pytest.raises(RuntimeError, match="stop here"),
+        compiled.session(compiled.default_program, 1),
+    ):
         raise RuntimeError("stop here")
     compiled.forward(ids)
     assert compiled.pool.num_bytes == held, "a failed call must give its slots back"
@@ -207,7 +227,7 @@ def test_what_an_earlier_call_left_in_the_slots_does_not_matter() -> None:
     assert torch.equal(compiled.forward(ids), want)
 
 
-# --------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------- bad input
 
 
 def test_a_program_of_another_depth() -> None:
@@ -235,10 +255,16 @@ BAD_IDS: dict[str, tuple[Any, str]] = {
     "no token": (torch.zeros(1, 0, dtype=torch.long), "at least one token"),
     "float ids": (torch.zeros(1, 5), "torch.float32.*tokenizer"),
     "bool ids": (torch.zeros(1, 5, dtype=torch.bool), "torch.bool"),
-    "one axis": (torch.zeros(5, dtype=torch.long), r"\[batch, tokens\], got a tensor of shape \(5,\)"),
+    "one axis": (
+        torch.zeros(5, dtype=torch.long),
+        r"\[batch, tokens\], got a tensor of shape \(5,\)",
+    ),
     "a list": ([[1, 2]], "got list"),
     "text": ("what is 2 + 2?", "got str"),
-    "an id beyond the vocabulary": (torch.tensor([[1, 100]]), "token id 100, outside the vocabulary 0..99"),
+    "an id beyond the vocabulary": (
+        torch.tensor([[1, 100]]),
+        "token id 100, outside the vocabulary 0..99",
+    ),
     "a negative id": (torch.tensor([[-100, 1]]), "token id -100"),
 }
 
@@ -265,12 +291,18 @@ def test_a_prompt_longer_than_the_pool_writes_nothing() -> None:
     with torch.no_grad(), compiled.session(compiled.default_program, 2) as session:
         compiled.prefill(compiled.default_program, session, prompts(20, 6))
         before = [(k.clone(), v.clone()) for k, v in session.slots]
-        # the first chunk of the second row would still fit: the whole call must be refused before it
-        with pytest.raises(KvOverflowError, match=r"row 1 needs 36 token positions but the KV pool holds 31.*max_length=36"):
+        # the first chunk of the second row would still fit: the whole call must be refused before
+        # it
+        with pytest.raises(
+            KvOverflowError,
+            match=r"row 1 needs 36 token positions but the KV pool holds 31.*max_length=36",
+        ):
             compiled.prefill(compiled.default_program, session, prompts(2, 30))
         assert session.lengths == [20, 6]
         assert all(
-            torch.equal(a, b) for old, new in zip(before, session.slots, strict=True) for a, b in zip(old, new, strict=True)
+            torch.equal(a, b)
+            for old, new in zip(before, session.slots, strict=True)
+            for a, b in zip(old, new, strict=True)
         )
 
 
@@ -283,7 +315,14 @@ def test_decode_beyond_the_pool() -> None:
 
 
 @pytest.mark.parametrize(
-    "name,value", [("max_length", 0), ("max_length", 1.5), ("max_length", 10**6), ("prefill_chunk", -1), ("prefill_chunk", True)]
+    "name,value",
+    [
+        ("max_length", 0),
+        ("max_length", 1.5),
+        ("max_length", 10**6),
+        ("prefill_chunk", -1),
+        ("prefill_chunk", True),
+    ],
 )
 def test_bad_options(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{name}.*{value}"):
@@ -310,11 +349,19 @@ def test_every_error_can_be_caught_as_one() -> None:
 
 @pytest.mark.parametrize("by_layer_type", [False, True])
 def test_rows_end_before_frequencies_change_for_the_whole_batch(by_layer_type: bool) -> None:
-    """Beyond them, padding and other rows would decide a row's frequencies; before them, each row is what it is alone."""
+    """Beyond them, padding and other rows would decide a row's frequencies; before them, each row
+    is what it is alone.
+    """
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
     if by_layer_type:
-        plain, longer = {"rope_type": "default", "rope_theta": 10000.0}, {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
-        model = make("gemma3_text", rope_parameters={"sliding_attention": plain, "full_attention": {**rope, **longer}})
+        plain, longer = (
+            {"rope_type": "default", "rope_theta": 10000.0},
+            {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8},
+        )
+        model = make(
+            "gemma3_text",
+            rope_parameters={"sliding_attention": plain, "full_attention": {**rope, **longer}},
+        )
     else:
         rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
         model = make("phi3", rope_parameters=rope, original_max_position_embeddings=32)

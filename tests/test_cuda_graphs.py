@@ -33,10 +33,15 @@ def plain() -> CompiledModel:
 @pytest.fixture
 def pair(plain: CompiledModel) -> Pair:
     """Eager regions; the captured one has a pool of its own, empty."""
-    return Pair(CompiledModel(make("llama"), plain.library, plain.backend, 31, 512, deterministic=False, program=None), plain)
+    return Pair(
+        CompiledModel(
+            make("llama"), plain.library, plain.backend, 31, 512, deterministic=False, program=None
+        ),
+        plain,
+    )
 
 
-# ------------------------------------------------------------------------------------------------ the same results
+# --------------------------------------------------------------------------------- the same results
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -58,7 +63,9 @@ def test_sessions_side_by_side_have_graphs_of_their_own(pair: Pair) -> None:
         taking_turns = [steps(pair.model, graphs.run, "identity") for _ in range(3)]
         for i, tokens in enumerate(zip(*taking_turns, strict=True)):
             assert all(torch.equal(logits, want[i]) for logits in tokens)
-    assert api.count("capture") == len(graphs) == 3, "one for each set of slots, and the slots came back"
+    assert api.count("capture") == len(graphs) == 3, (
+        "one for each set of slots, and the slots came back"
+    )
 
 
 def test_a_row_of_a_session_has_its_own_graph(pair: Pair) -> None:
@@ -68,19 +75,25 @@ def test_a_row_of_a_session_has_its_own_graph(pair: Pair) -> None:
         for _ in range(3):
             want = step(pair.plain, LinkedProgram.run, identity, reference, token)
             for i in range(2):
-                assert torch.equal(step(pair.model, graphs.run, identity, session.row(i), token), want)
+                assert torch.equal(
+                    step(pair.model, graphs.run, identity, session.row(i), token), want
+                )
     assert len(graphs.records) == len(graphs) == 2
 
 
 def test_results_are_not_overwritten_by_the_next_replay(pair: Pair) -> None:
-    results = [(r, r.clone()) for r in steps(pair.model, CudaGraphs(FakeApi()).run, "identity", num_tokens=7)]
+    results = [
+        (r, r.clone())
+        for r in steps(pair.model, CudaGraphs(FakeApi()).run, "identity", num_tokens=7)
+    ]
     assert all(torch.equal(a, b) for a, b in results)
     assert len({r.data_ptr() for r, _ in results}) == len(results)
 
 
 def test_inference_mode_may_come_and_go(pair: Pair) -> None:
     for model in (pair.model, pair.plain):
-        decode(model, LinkedProgram.run, "identity")  # allocates the slots, which must not be inference tensors
+        # allocates the slots, which must not be inference tensors
+        decode(model, LinkedProgram.run, "identity")
     graphs = CudaGraphs(FakeApi())
     with torch.inference_mode():
         pair.check(graphs, "identity")
@@ -103,14 +116,25 @@ def test_each_program_and_batch_is_captured_once_from_one_pool(pair: Pair) -> No
     for program, batch in cases:
         pair.check(graphs, program, batch)
     assert api.count("pool") == len(set(map(id, api.pools))) == 1
-    assert {(r.program, r.batch) for r in graphs.records} == {(pair.model.resolve(p), b) for p, b in cases}
-    assert all(r.reason is None and r.pool is api.pools[0] and r.capture_ms >= 0 for r in graphs.records)
+    assert {(r.program, r.batch) for r in graphs.records} == {
+        (pair.model.resolve(p), b) for p, b in cases
+    }
+    assert all(
+        r.reason is None and r.pool is api.pools[0] and r.capture_ms >= 0 for r in graphs.records
+    )
 
 
-def test_a_replay_waits_for_the_last_user_of_the_buffers_and_limit_zero_makes_none(pair: Pair) -> None:
+def test_a_replay_waits_for_the_last_user_of_the_buffers_and_limit_zero_makes_none(
+    pair: Pair,
+) -> None:
     api = FakeApi()
     decode(pair.model, CudaGraphs(api).run, "identity")
-    assert [entry.split()[0] for entry in api.log] == ["pool", "wait", "capture", *["wait", "replay"] * 3]
+    assert [entry.split()[0] for entry in api.log] == [
+        "pool",
+        "wait",
+        "capture",
+        *["wait", "replay"] * 3,
+    ]
     decode(pair.model, CudaGraphs(none := FakeApi(), limit=0).run, "identity")
     assert none.log == ["pool"]
 
@@ -122,12 +146,16 @@ def test_the_least_recently_used_graph_is_dropped_but_none_in_use(pair: Pair) ->
     pair.use(graphs, "skip 1")  # capture 1
     pair.use(graphs, "skip 0", 10)  # nobody has used graph 1 for ten runs
     pair.use(graphs, "skip 2")
-    assert api.log[-5:] == ["capture 2", "synchronize", "reset 1", "wait", "replay 2"], "its code has run: it is replayed at once"
+    assert api.log[-5:] == ["capture 2", "synchronize", "reset 1", "wait", "replay 2"], (
+        "its code has run: it is replayed at once"
+    )
     assert len(graphs) == 2
     before = api.count("capture")
     for program in ("skip 0", "skip 1", "skip 2") * 3:
         pair.check(graphs, program)
-    assert api.count("capture") == before and len(graphs) == 2, "a program too many does not make all capture in turns"
+    assert api.count("capture") == before and len(graphs) == 2, (
+        "a program too many does not make all capture in turns"
+    )
 
 
 def test_a_graph_does_not_keep_slots_that_the_pool_gave_up(pair: Pair) -> None:
@@ -157,7 +185,9 @@ def test_a_graph_keeps_its_linked_program(pair: Pair) -> None:
     assert set(made) <= {id(o) for o in gc.get_objects() if type(o) is LinkedProgram}
 
 
-def test_a_program_whose_code_has_run_is_captured_without_an_ordinary_run(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_whose_code_has_run_is_captured_without_an_ordinary_run(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     api, ordinary = FakeApi(), []
     graphs, run = CudaGraphs(api), LinkedProgram.run
 
@@ -188,7 +218,12 @@ class _HostWork(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten.lift_fresh.default, aten._local_scalar_dense.default, aten._to_copy.default, aten.nonzero.default):
+        if func in (
+            aten.lift_fresh.default,
+            aten._local_scalar_dense.default,
+            aten._to_copy.default,
+            aten.nonzero.default,
+        ):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
 
@@ -196,7 +231,8 @@ class _HostWork(TorchDispatchMode):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_decoded_token_neither_copies_from_the_host_nor_waits(pair: Pair, batch: int) -> None:
     model, chosen = pair.model, pair.model.resolve("skip 1")
-    model.graphs = CudaGraphs(FakeApi(keep=False))  # replays nothing: what is left is the work around it
+    # replays nothing: what is left is the work around it
+    model.graphs = CudaGraphs(FakeApi(keep=False))
     token = torch.full((batch,), 5)
     with model.session(chosen, batch) as session:
         model.prefill(chosen, session, prompts(*range(3, 3 + batch)))
@@ -205,11 +241,15 @@ def test_a_decoded_token_neither_copies_from_the_host_nor_waits(pair: Pair, batc
             for _ in range(3):
                 model.decode(chosen, session, token)
         assert session.lengths == [3 + i + 4 for i in range(batch)]
-        assert session.positions([1] * batch).flatten().tolist() == session.lengths, "the device counts along"
+        assert session.positions([1] * batch).flatten().tolist() == session.lengths, (
+            "the device counts along"
+        )
     assert seen.found == []
 
 
-def test_a_failed_capture_falls_back_and_says_why_once(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_failed_capture_falls_back_and_says_why_once(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
     api = FakeApi(fails=lambda number: number == 1)
     graphs = CudaGraphs(api)
     pair.check(graphs, "identity")
@@ -218,15 +258,22 @@ def test_a_failed_capture_falls_back_and_says_why_once(pair: Pair, caplog: pytes
     except ValueError:
         for _ in range(2):
             pair.check(graphs, "skip 1")  # the failed capture ran half of it
-    assert api.log[-3:] == ["capture 1", "synchronize", "pool"], "not tried again; what comes next has a pool of its own"
+    assert api.log[-3:] == ["capture 1", "synchronize", "pool"], (
+        "not tried again; what comes next has a pool of its own"
+    )
     assert [r.levelname for r in caplog.records] == ["WARNING"]
     assert "operation not permitted when stream is capturing" in caplog.text
-    assert graphs.records[-1].reason == "RuntimeError: operation not permitted when stream is capturing"
+    assert (
+        graphs.records[-1].reason
+        == "RuntimeError: operation not permitted when stream is capturing"
+    )
     pair.check(graphs, "skip 1", batch=2)  # another batch is tried
     assert [r.reason is None for r in graphs.records] == [True, False, True]
 
 
-def test_nothing_is_tried_for_ever_where_no_capture_works(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_tried_for_ever_where_no_capture_works(
+    pair: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
     api = FakeApi(fails=lambda number: True)
     graphs = CudaGraphs(api)
     for program in (*PROGRAMS, "skip 2", "skip 3"):
@@ -235,7 +282,9 @@ def test_nothing_is_tried_for_ever_where_no_capture_works(pair: Pair, caplog: py
     assert "none is tried any more" in caplog.text
 
 
-def test_errors_that_are_no_failed_capture_come_through(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_that_are_no_failed_capture_come_through(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
     api = FakeApi()
     monkeypatch.setattr(api, "capture", lambda pool, function: {}["a mistake in our code"])
     with pytest.raises(KeyError, match="mistake"):

@@ -1,4 +1,6 @@
-"""CUDA graphs on a GPU: decodes equal those on the CPU, captures are cheap and leave all in order; skipped elsewhere."""
+"""CUDA graphs on a GPU: decodes equal those on the CPU, captures are cheap and leave all in order;
+skipped elsewhere.
+"""
 
 import itertools
 import random
@@ -17,7 +19,9 @@ from polar_fx.runtime.cuda_graphs import CudaApi, CudaGraphs
 from polar_fx.runtime.link import LinkedProgram
 from tiny_models import make
 
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures real CUDA graphs: needs an NVIDIA GPU")
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="captures real CUDA graphs: needs an NVIDIA GPU"
+)
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +32,9 @@ def plain() -> CompiledModel:
 @pytest.fixture(scope="module")
 def gpu(plain: CompiledModel) -> Pair:
     """Inductor regions on the GPU, against eager ones on the CPU."""
-    return Pair(compile(make("llama").to("cuda"), "inductor", max_length=31, cache=False), plain, 1e-3)  # type: ignore[arg-type]
+    return Pair(
+        compile(make("llama").to("cuda"), "inductor", max_length=31, cache=False), plain, 1e-3
+    )  # type: ignore[arg-type]
 
 
 def _real(limit: int = 128) -> CudaGraphs:
@@ -57,7 +63,8 @@ def test_cuda_programs_capture_fast_and_share_memory(gpu: Pair) -> None:
         return torch.cuda.memory_reserved()
 
     graphs, pick = _real(), random.Random(0)
-    decode(gpu.model, graphs.run, "repeat 0-3 x2")  # allocates slots, workspace and what the longest program needs
+    # allocates slots, workspace and what the longest program needs
+    decode(gpu.model, graphs.run, "repeat 0-3 x2")
     before = reserved()
     while len(graphs) < 101:
         path = tuple(pick.randrange(DEPTH) for _ in range(pick.randint(1, 8)))
@@ -65,7 +72,10 @@ def test_cuda_programs_capture_fast_and_share_memory(gpu: Pair) -> None:
     grown = reserved() - before
     assert _all_captured(graphs)
     times = sorted(r.capture_ms for r in graphs.records[1:])
-    print(f"100 programs: median {statistics.median(times):.1f}, slowest {times[-1]:.1f} ms to capture; {grown >> 10} KiB more")
+    print(
+        f"100 programs: median {statistics.median(times):.1f}, slowest {times[-1]:.1f} ms to "
+        f"capture; {grown >> 10} KiB more"
+    )
     assert grown <= 8 << 20, "graphs leave nothing in the pool"
 
 
@@ -74,7 +84,8 @@ def test_cuda_graphs_outlive_those_that_are_dropped(gpu: Pair) -> None:
     """Resetting a graph drops the cuBLAS workspace that others were captured with."""
     graphs, longest = _real(limit=2), "repeat 0-3 x2"
     want = decode(gpu.plain, LinkedProgram.run, longest, num_tokens=20)
-    running = steps(gpu.model, graphs.run, longest, num_tokens=20)  # one session, so that its graph stays in use
+    # one session, so that its graph stays in use
+    running = steps(gpu.model, graphs.run, longest, num_tokens=20)
     for i, program in enumerate(p for p in PROGRAMS for _ in range(3)):
         torch.testing.assert_close(next(running).cpu(), want[i], rtol=0, atol=gpu.tolerance)
         gpu.check(graphs, program)

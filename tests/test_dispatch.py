@@ -1,4 +1,6 @@
-"""Dispatch: rows go to the programs chosen for them, on one trunk, in order, and fall back to the identity."""
+"""Dispatch: rows go to the programs chosen for them, on one trunk, in order, and fall back to the
+identity.
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,22 +23,31 @@ from polar_fx.runtime.trunk import run_trunk, session_after, shares_trunk
 from tiny_search import peaked
 
 DEPTH = 6
-PROGRAMS = [Program.parse(text, DEPTH) for text in ("skip 3", "repeat 4", "0-1 (2-3)*2@0.5 4-5", "skip 2-4", "0-5 5 4")]
+PROGRAMS = [
+    Program.parse(text, DEPTH)
+    for text in ("skip 3", "repeat 4", "0-1 (2-3)*2@0.5 4-5", "skip 2-4", "0-5 5 4")
+]
 IDENTITY = Program.identity(DEPTH)
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["batched", "deterministic"])
 def model(request: pytest.FixtureRequest) -> CompiledModel:
-    return polar_fx.compile(peaked(), "eager", max_length=47, prefill_chunk=8, deterministic=request.param, cache=False)
+    return polar_fx.compile(
+        peaked(), "eager", max_length=47, prefill_chunk=8, deterministic=request.param, cache=False
+    )
 
 
 class ByFirstToken:
-    """Proposes the program whose number is the first token, modulo their count; sees it in the embedding's hidden state."""
+    """Proposes the program whose number is the first token, modulo their count; sees it in the
+    embedding's hidden state.
+    """
 
     depth = DEPTH
     calibration = Calibration(threshold=0.5)
 
-    def __init__(self, model: CompiledModel, num_steps: int = 2, programs: Sequence[Program] = PROGRAMS) -> None:
+    def __init__(
+        self, model: CompiledModel, num_steps: int = 2, programs: Sequence[Program] = PROGRAMS
+    ) -> None:
         self.features, self.menu = Features(num_steps, 64), Menu.of(programs)
         self.model, self.asked = model, 0
         with run_trunk(model, [torch.tensor([t]) for t in range(40)], num_steps) as trunk:
@@ -66,7 +77,9 @@ def _batch(rng: torch.Generator, rows: int, longest: int) -> tuple[Tensor, Tenso
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2])
 @pytest.mark.parametrize("tokens", [(1,), (2, 1, 5), (9, 17, 8), (16, 20)])
-def test_a_trunk_and_what_follows_is_the_whole_program(model: CompiledModel, num_steps: int, tokens: tuple[int, ...]) -> None:
+def test_a_trunk_and_what_follows_is_the_whole_program(
+    model: CompiledModel, num_steps: int, tokens: tuple[int, ...]
+) -> None:
     rng = torch.Generator().manual_seed(sum(tokens))
     rows = [torch.randint(0, 40, (n,), generator=rng) for n in tokens]
     for program in (IDENTITY, *PROGRAMS):
@@ -83,7 +96,11 @@ def test_a_trunk_and_what_follows_is_the_whole_program(model: CompiledModel, num
                 for at, i in enumerate(chosen):
                     torch.testing.assert_close(got[at], wanted[i], atol=1e-4, rtol=1e-4)
                     torch.testing.assert_close(after[at], then[i], atol=1e-4, rtol=1e-4)
-    assert all(not bool(slot.keys.any()) and not bool(slot.values.any()) for free in model.pool._free.values() for slot in free)
+    assert all(
+        not bool(slot.keys.any()) and not bool(slot.values.any())
+        for free in model.pool._free.values()
+        for slot in free
+    )
 
 
 def test_rows_run_the_programs_chosen_for_them_in_order(model: CompiledModel) -> None:
@@ -93,13 +110,20 @@ def test_rows_run_the_programs_chosen_for_them_in_order(model: CompiledModel) ->
     rng = torch.Generator().manual_seed(1)
     for rows, longest in ((1, 5), (6, 9), (7, 1)):
         ids, mask = _batch(rng, rows, longest)
-        options: dict[str, Any] = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+        options: dict[str, Any] = dict(
+            max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
         got, report = model.dispatch(ids, attention_mask=mask, **options)
         first = [int(row[m.bool()][0]) for row, m in zip(ids, mask, strict=True)]
         assert [d.program for d in report.decisions] == [predictor.of(t) for t in first]
         assert report.groups == len({d.program for d in report.decisions})
         for i in range(rows):
-            alone = model.generate(ids[i : i + 1], program=predictor.of(first[i]), attention_mask=mask[i : i + 1], **options)
+            alone = model.generate(
+                ids[i : i + 1],
+                program=predictor.of(first[i]),
+                attention_mask=mask[i : i + 1],
+                **options,
+            )
             assert torch.equal(got[i], alone[0]), i
         assert torch.equal(model.generate(ids, attention_mask=mask, **options), got)
     assert predictor.asked == 6  # once a batch
@@ -109,9 +133,14 @@ def test_beams_and_returned_sequences_stay_in_order(model: CompiledModel) -> Non
     dispatcher = model.dispatch_by(predictor := ByFirstToken(model))
     dispatcher.warmup()
     ids = torch.tensor([[1, 5, 6], [2, 5, 6], [1, 9, 9]])
-    options: dict[str, Any] = dict(max_new_tokens=3, num_beams=3, num_return_sequences=2, eos_token_id=None, pad_token_id=0)
+    options: dict[str, Any] = dict(
+        max_new_tokens=3, num_beams=3, num_return_sequences=2, eos_token_id=None, pad_token_id=0
+    )
     got = model.generate(ids, **options)
-    wanted = [model.generate(ids[i : i + 1], program=predictor.of(int(ids[i, 0])), **options) for i in range(3)]
+    wanted = [
+        model.generate(ids[i : i + 1], program=predictor.of(int(ids[i, 0])), **options)
+        for i in range(3)
+    ]
     assert torch.equal(got, torch.cat(wanted))
 
 
@@ -119,7 +148,12 @@ def test_shorter_answers_are_padded_as_generate_pads(model: CompiledModel) -> No
     model.dispatch_by(predictor := ByFirstToken(model)).warmup()
     ids = torch.tensor([[1, 5, 6], [2, 5, 6]])
     options: dict[str, Any] = dict(max_new_tokens=6, do_sample=False, pad_token_id=33)
-    free = [model.generate(ids[i : i + 1], program=predictor.of(int(ids[i, 0])), eos_token_id=None, **options)[0] for i in (0, 1)]
+    free = [
+        model.generate(
+            ids[i : i + 1], program=predictor.of(int(ids[i, 0])), eos_token_id=None, **options
+        )[0]
+        for i in (0, 1)
+    ]
     end = int(free[0][4])  # the first row's second new token ends it
     got = model.generate(ids, eos_token_id=end, **options)
     stop = (free[0][3:] == end).nonzero()[0].item() + 4
@@ -144,12 +178,19 @@ def test_what_is_not_prepared_runs_the_identity_unless_told_to_link(model: Compi
 def test_hidden_states_that_are_not_finite_run_the_identity(model: CompiledModel) -> None:
     class Broken(ByFirstToken):
         def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
-            return [Proposal(p.programs, p.steps, p.probabilities * np.nan) for p in super().propose(hidden)]
+            return [
+                Proposal(p.programs, p.steps, p.probabilities * np.nan)
+                for p in super().propose(hidden)
+            ]
 
     dispatcher = model.dispatch_by(Broken(model))
     dispatcher.warmup()
     (decision,) = dispatcher.choose(torch.tensor([[1, 5, 6]]))
-    assert (decision.program, decision.reason, decision.probability) == (IDENTITY, "not finite", None)
+    assert (decision.program, decision.reason, decision.probability) == (
+        IDENTITY,
+        "not finite",
+        None,
+    )
 
 
 @pytest.mark.parametrize("policy", ["identity", "skip 3"])
@@ -170,7 +211,9 @@ def test_policies_that_need_no_prediction_make_none(model: CompiledModel, policy
 def test_latency_budgets_use_measured_costs(model: CompiledModel) -> None:
     dispatcher = model.dispatch_by(ByFirstToken(model), policy="latency_ms<=1000000")
     dispatcher.warmup()
-    assert set(dispatcher.costs_ms) == {IDENTITY, *PROGRAMS} and min(dispatcher.costs_ms.values()) > 0
+    assert (
+        set(dispatcher.costs_ms) == {IDENTITY, *PROGRAMS} and min(dispatcher.costs_ms.values()) > 0
+    )
     assert dispatcher.choose(torch.tensor([[1, 5]]))[0].program == PROGRAMS[0]
     tight = dispatcher.with_policy("latency_ms<=1e-9")
     assert tight.choose(torch.tensor([[1, 5]]))[0].program == IDENTITY
@@ -178,7 +221,10 @@ def test_latency_budgets_use_measured_costs(model: CompiledModel) -> None:
         model.dispatch_by(ByFirstToken(model)).with_policy("latency_ms<=5")
     other = model.dispatch_by(ByFirstToken(model))
     other.warmup()
-    assert other.with_policy("latency_ms<=1000000").choose(torch.tensor([[1, 5]]))[0].program == PROGRAMS[0]
+    assert (
+        other.with_policy("latency_ms<=1000000").choose(torch.tensor([[1, 5]]))[0].program
+        == PROGRAMS[0]
+    )
 
 
 def test_callbacks_meet_the_rows_they_were_given_for(model: CompiledModel) -> None:
@@ -224,10 +270,13 @@ def test_refusals_name_value_and_remedy(model: CompiledModel) -> None:
         model.generate(torch.zeros(1, 40, dtype=torch.long), max_new_tokens=20)
     two, more = torch.tensor([[1, 5], [2, 5]]), dict(max_new_tokens=2, pad_token_id=0)
     for options in (
-        {"return_dict_in_generate": True, **more}, {"logits_processor": [lambda ids, scores: scores], **more},
+        {"return_dict_in_generate": True, **more},
+        {"logits_processor": [lambda ids, scores: scores], **more},
         {"generation_config": GenerationConfig(return_dict_in_generate=True, **more)},
-    ):  # fmt: skip
-        with pytest.raises(InputError, match="cannot be shared by rows that run different programs"):
+    ):
+        with pytest.raises(
+            InputError, match="cannot be shared by rows that run different programs"
+        ):
             model.generate(two, **options)
     with pytest.raises(InputError, match="chooses the program itself"):
         dispatcher.generate(two, program="identity", **more)
@@ -237,7 +286,14 @@ def test_refusals_name_value_and_remedy(model: CompiledModel) -> None:
 
 
 def test_which_programs_share_a_trunk() -> None:
-    cases = {"skip 3": 3, "repeat 4": 5, "0-1 (2-3)*2@0.5 4-5": 4, "skip 0": 0, "[0-2]@0.5 4": 0, "0 0 1-5": 1}
+    cases = {
+        "skip 3": 3,
+        "repeat 4": 5,
+        "0-1 (2-3)*2@0.5 4-5": 4,
+        "skip 0": 0,
+        "[0-2]@0.5 4": 0,
+        "0 0 1-5": 1,
+    }
     for text, most in cases.items():
         program = Program.parse(text, DEPTH)
         shared = [n for n in range(DEPTH + 1) if shares_trunk(program, n)]

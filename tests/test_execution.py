@@ -31,14 +31,19 @@ def _compiled(family: str, backend: str = "eager") -> CompiledModel:
     return compile(_model(family), backend, max_length=63, prefill_chunk=7)
 
 
-# ------------------------------------------------------------------- the reference: none of our code runs here
+# -------------------------------------------------------- the reference: none of our code runs here
 
 
 @torch.no_grad()
 def _plain_loop(
-    model: PreTrainedModel, path: tuple[int, ...], ids: Tensor, blends: tuple[tuple[int, int, float], ...] = ()
+    model: PreTrainedModel,
+    path: tuple[int, ...],
+    ids: Tensor,
+    blends: tuple[tuple[int, int, float], ...] = (),
 ) -> Tensor:
-    """Logits [T, V]: the model's own modules, called one after the other in the order of `path`, without any cache."""
+    """Logits [T, V]: the model's own modules, called one after the other in the order of `path`,
+    without any cache.
+    """
     config, inner = model.config, model.model
     hidden = inner.embed_tokens(ids[None])
     tokens = torch.arange(len(ids))
@@ -47,10 +52,15 @@ def _plain_loop(
     opened: list[Tensor] = []
     for step, layer in enumerate(path):
         opened += [hidden for start, _, _ in blends if start == step]
-        sliding = getattr(config, "layer_types", None) is not None and config.layer_types[layer] == "sliding_attention"
+        sliding = (
+            getattr(config, "layer_types", None) is not None
+            and config.layer_types[layer] == "sliding_attention"
+        )
         seen = (back >= 0) & (back < (config.sliding_window if sliding else len(ids) + 1))
         mask = torch.where(seen, 0.0, torch.finfo(hidden.dtype).min)[None, None]
-        result = inner.layers[layer](hidden, attention_mask=mask, position_embeddings=rotary, position_ids=tokens[None])
+        result = inner.layers[layer](
+            hidden, attention_mask=mask, position_embeddings=rotary, position_ids=tokens[None]
+        )
         hidden = result[0] if isinstance(result, tuple) else result
         for _, stop, damping in sorted(blends, key=lambda b: -b[0]):
             if stop == step + 1:
@@ -65,7 +75,9 @@ def _random_program(seed: int) -> Program:
     """Skips, block repeats (nested too, damped too) and free paths, one to a dozen steps."""
     pick = random.Random(seed)
     if seed % 4 == 0:
-        return Program.from_path(tuple(pick.randrange(DEPTH) for _ in range(pick.randint(1, 12))), DEPTH)
+        return Program.from_path(
+            tuple(pick.randrange(DEPTH) for _ in range(pick.randint(1, 12))), DEPTH
+        )
     program = Program.identity(DEPTH)
     for _ in range(pick.randint(1, 3)):
         start = pick.randrange(program.num_steps)
@@ -80,7 +92,10 @@ def _random_program(seed: int) -> Program:
 
 def _try_repeat(program: Program, start: int, length: int, pick: random.Random) -> Program:
     damping = pick.choice([1.0, 1.0, 0.5, 0.25])
-    crosses = any(a < start < b or a < start + length < b for a, b in ((x.start, x.stop) for x in program.blends))
+    crosses = any(
+        a < start < b or a < start + length < b
+        for a, b in ((x.start, x.stop) for x in program.blends)
+    )
     return program if crosses else program.repeat(start, length, pick.randint(2, 3), damping)
 
 
@@ -90,7 +105,9 @@ def test_the_reference_is_the_model_for_identity() -> None:
         ids = prompts(2 * WINDOW)[0]
         with torch.no_grad():
             want = _model(family)(ids[None]).logits[0]
-        torch.testing.assert_close(_plain_loop(_model(family), tuple(range(DEPTH)), ids), want, rtol=0, atol=5e-5)
+        torch.testing.assert_close(
+            _plain_loop(_model(family), tuple(range(DEPTH)), ids), want, rtol=0, atol=5e-5
+        )
 
 
 def test_two_hundred_programs_equal_a_plain_loop_over_the_layers() -> None:
@@ -103,24 +120,30 @@ def test_two_hundred_programs_equal_a_plain_loop_over_the_layers() -> None:
         got = _compiled(family).forward(ids[None], program=program)[0]
         blends = tuple((b.start, b.stop, b.damping) for b in program.blends)
         want = _plain_loop(_model(family), program.path, ids, blends)
-        torch.testing.assert_close(got, want, rtol=0, atol=1e-4, msg=lambda m, p=program, f=family: f"{f} {p}: {m}")
+        torch.testing.assert_close(
+            got, want, rtol=0, atol=1e-4, msg=lambda m, p=program, f=family: f"{f} {p}: {m}"
+        )
 
 
 def test_linked_programs_equal_the_interpreted_step_graph() -> None:
-    """The linker reads a symbol table, the oracle runs the graph that the passes build: same bits on eager regions."""
+    """The linker reads a symbol table, the oracle runs the graph that the passes build: same bits
+    on eager regions.
+    """
     compiled = _compiled("llama")
     ids = torch.stack(prompts(6, 6))  # one chunk
     for seed in range(40):
         program = _random_program(seed)
         with compiled.session(program, 2) as session:
             positions = session.positions([6, 6])
-            want = compiled.library.interpret(program, ids, positions, compiled.pool.kv_index, session.slots)
+            want = compiled.library.interpret(
+                program, ids, positions, compiled.pool.kv_index, session.slots
+            )
         with compiled.session(program, 2) as session:
             linked = compiled.prefill(program, session, list(ids), every=True)
         assert torch.equal(torch.stack(linked), want), program
 
 
-# ------------------------------------------------------------------------------------------------------ KV law
+# ------------------------------------------------------------------------------------------- KV law
 
 KV_PROGRAMS = {
     "identity": "identity",
@@ -139,7 +162,9 @@ KV_PROGRAMS = {
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("name", KV_PROGRAMS)
 def test_kv_law(name: str, backend: str) -> None:
-    """prefill(n) then decode(1) equals prefill(n + 1), for rows of different length in one batch, in chunks of 7."""
+    """prefill(n) then decode(1) equals prefill(n + 1), for rows of different length in one batch,
+    in chunks of 7.
+    """
     compiled = _compiled("gemma2", backend)
     program = Program.parse(KV_PROGRAMS[name], DEPTH)
     rows = prompts(15, 4, 9)
@@ -162,7 +187,7 @@ def test_decoding_ten_tokens_equals_one_prefill() -> None:
     torch.testing.assert_close(torch.stack(steps), whole[9:], rtol=0, atol=5e-5)
 
 
-# ------------------------------------------------------------------------------------------ batches and backends
+# ----------------------------------------------------------------------------- batches and backends
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -191,9 +216,14 @@ def test_inductor_equals_eager(family: str) -> None:
 
 
 def test_a_batch_may_be_as_large_as_anything_else_in_the_model() -> None:
-    """Three rows and three KV heads, as many rows as tokens: sizes that are equal once are not the same size."""
+    """Three rows and three KV heads, as many rows as tokens: sizes that are equal once are not the
+    same size.
+    """
     model = make("llama", hidden_size=48, num_attention_heads=6, num_key_value_heads=3)
-    eager, inductor = compile(model, "eager", max_length=63), compile(model, "inductor", max_length=63)
+    eager, inductor = (
+        compile(model, "eager", max_length=63),
+        compile(model, "inductor", max_length=63),
+    )
     for batch, tokens in ((3, 3), (2, 2), (2, 5), (5, 1), (3, 1), (8, 12)):
         ids = torch.stack(prompts(*[tokens] * batch))
         torch.testing.assert_close(inductor.forward(ids), eager.forward(ids), rtol=0, atol=1e-4)
@@ -202,7 +232,9 @@ def test_a_batch_may_be_as_large_as_anything_else_in_the_model() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
-def test_deterministic_rows_have_the_same_bits_alone_and_in_any_batch(backend: str, dtype: torch.dtype) -> None:
+def test_deterministic_rows_have_the_same_bits_alone_and_in_any_batch(
+    backend: str, dtype: torch.dtype
+) -> None:
     model = make("llama").to(dtype)
     compiled = compile(model, backend, max_length=63, deterministic=True)
     program = "0 (1-2)*2 3 /4"
@@ -219,10 +251,14 @@ def _last_and_next(compiled: CompiledModel, text: str, rows: list[Tensor]) -> Te
     program = compiled.resolve(text)
     with torch.no_grad(), compiled.session(program, len(rows)) as session:
         last = torch.stack(compiled.prefill(program, session, rows))
-        return torch.stack([last, compiled.decode(program, session, torch.full((len(rows),), 7))], 1)
+        return torch.stack(
+            [last, compiled.decode(program, session, torch.full((len(rows),), 7))], 1
+        )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "gptj", "codegen", "biogpt", "gpt_bigcode", "llama"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "opt", "gptj", "codegen", "biogpt", "gpt_bigcode", "llama"]
+)
 def test_rows_of_different_length_fit_a_table_of_positions_to_its_last_row(family: str) -> None:
     limits = dict(n_positions=32) if family in ("gpt2", "gptj", "codegen", "gpt_bigcode") else {}
     model = make(family, max_position_embeddings=32, **limits)
@@ -236,5 +272,15 @@ def test_rows_of_different_length_fit_a_table_of_positions_to_its_last_row(famil
 
 
 def test_only_a_model_with_a_table_of_positions_is_told_its_end() -> None:
-    found = {family: last_position(make(family)) for family in ("gpt2", "opt", "gptj", "llama", "bloom", "gemma2")}
-    assert found == {"gpt2": 255, "opt": 255, "gptj": 255, "llama": None, "bloom": None, "gemma2": None}
+    found = {
+        family: last_position(make(family))
+        for family in ("gpt2", "opt", "gptj", "llama", "bloom", "gemma2")
+    }
+    assert found == {
+        "gpt2": 255,
+        "opt": 255,
+        "gptj": 255,
+        "llama": None,
+        "bloom": None,
+        "gemma2": None,
+    }

@@ -1,4 +1,5 @@
-"""Every family: the identity program is the model itself, on the model's own weights, leaving the model alone.
+"""Every family: the identity program is the model itself, on the model's own weights, leaving the
+model alone.
 
 Nothing in polar_fx knows a family by name; this is where the claim is tested.
 """
@@ -8,7 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from polar_fx.capture import capture
 from polar_fx.capture.checked import capture_checked
@@ -16,7 +23,8 @@ from polar_fx.errors import CaptureError, UnsupportedModelError
 from polar_fx.program import Program
 from tiny_models import FAMILIES, WINDOW, make, prompts, reference, run_rows, snapshot, tiny
 
-# How many distinct layer graphs a family has, where it is not one: the layers differ in more than their weights.
+# How many distinct layer graphs a family has, where it is not one: the layers differ in more than
+# their weights.
 KINDS = {
     "cohere2": 2,  # rotary in sliding layers only
     "deepseek_v3": 2,  # dense first, then experts
@@ -29,7 +37,9 @@ KINDS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_identity_is_the_model(family: str) -> None:
-    """A ragged batch, prefill and decode, against each row alone in the model: masks, positions, rotary and KV slots."""
+    """A ragged batch, prefill and decode, against each row alone in the model: masks, positions,
+    rotary and KV slots.
+    """
     model, library = tiny(family).model, tiny(family).library
     rows = prompts(14, 9)
     got = run_rows(library, Program.identity(library.depth), rows, prefill=(11, 6))
@@ -63,7 +73,9 @@ def test_a_literal_that_differs_a_layer_makes_a_kind_a_layer() -> None:
     assert len({call.target for call in library.layers}) == library.depth
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "cohere2", "exaone4"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma2", "gemma3_text", "gpt_oss", "cohere2", "exaone4"]
+)
 def test_the_sliding_window_matters(family: str) -> None:
     """Else the tests above would not see a wrong mask."""
     row = prompts(14)
@@ -76,16 +88,21 @@ def test_the_sliding_window_matters(family: str) -> None:
     "options",
     [
         pytest.param({"rope_type": "linear", "factor": 2.0}, id="linear"),
-        pytest.param({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}, id="yarn"),
+        pytest.param(
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}, id="yarn"
+        ),
         pytest.param(
             {
-                "rope_type": "llama3", "factor": 2.0, "original_max_position_embeddings": 16,
-                "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "rope_type": "llama3",
+                "factor": 2.0,
+                "original_max_position_embeddings": 16,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
             },
             id="llama3",
         ),
     ],
-)  # fmt: skip
+)
 def test_scaled_rotary(options: dict[str, Any]) -> None:
     model = make("llama", num_hidden_layers=1, rope_parameters={"rope_theta": 10000.0, **options})
     assert _worst(model, 24) < 1e-4
@@ -93,10 +110,19 @@ def test_scaled_rotary(options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("tokens", [12, 24])
 def test_rotary_frequencies_that_depend_on_the_length(tokens: int) -> None:
-    """Phi's longrope writes its frequencies into a buffer on every call; the graph computes them and writes nothing."""
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    """Phi's longrope writes its frequencies into a buffer on every call; the graph computes them
+    and writes nothing.
+    """
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+    }
     rope["original_max_position_embeddings"] = 16
-    model = make("phi3", num_hidden_layers=1, rope_parameters=rope, original_max_position_embeddings=16)
+    model = make(
+        "phi3", num_hidden_layers=1, rope_parameters=rope, original_max_position_embeddings=16
+    )
     assert _worst(model, tokens) < 1e-4
 
 
@@ -105,7 +131,9 @@ def test_rotary_frequencies_of_some_layers_that_depend_on_the_length() -> None:
     plain = {"rope_type": "default", "rope_theta": 10000.0}
     longer = {**plain, "rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     longer["original_max_position_embeddings"] = 16
-    model = make("gemma3_text", rope_parameters={"sliding_attention": plain, "full_attention": longer})
+    model = make(
+        "gemma3_text", rope_parameters={"sliding_attention": plain, "full_attention": longer}
+    )
     assert max(_worst(model, tokens) for tokens in (12, 24)) < 1e-4
 
 
@@ -125,7 +153,15 @@ def _worst(model: PreTrainedModel, tokens: int) -> float:
         ("falcon", {"new_decoder_architecture": True}),
         ("gpt2", {"reorder_and_upcast_attn": True}),
         ("llama", {"tie_word_embeddings": True}),
-        ("llama", {"output_hidden_states": True, "output_attentions": True, "return_dict": False, "use_cache": False}),
+        (
+            "llama",
+            {
+                "output_hidden_states": True,
+                "output_attentions": True,
+                "return_dict": False,
+                "use_cache": False,
+            },
+        ),
         ("mixtral", {"output_router_logits": True}),
     ],
 )
@@ -133,45 +169,73 @@ def test_options_of_a_config(family: str, options: dict[str, Any]) -> None:
     capture_checked(make(family, **options))
 
 
-# ------------------------------------------------------------------------------------------ what is refused
+# ---------------------------------------------------------------------------------- what is refused
 
 _OWN_KV = "use one where every layer owns its KV"
 _STATE = "models with recurrent, convolutional or cross-layer state are not supported"
 _CURRENT = "use a model whose code follows transformers' current cache and mask interfaces"
 _HYBRID = dict(
-    head_dim=8, num_experts=4, moe_intermediate_size=16, shared_expert_intermediate_size=16, linear_num_key_heads=2,
-    linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
-)  # fmt: skip
+    head_dim=8,
+    num_experts=4,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=2,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
 _TYPES = ["sliding_attention", "full_attention"] * 2
 _SHARED_KV = dict(num_kv_shared_layers=2, layer_types=_TYPES, sliding_window=WINDOW, head_dim=8)
 
 REFUSED = {
     # no cache of this kind is passed on, or one is and fails: that changed within transformers 5
     "mamba": ({}, "MambaForCausalLM", f"({_OWN_KV}|{_STATE})"),
-    "rwkv": ({}, "RwkvForCausalLM changes its weights in its forward pass", "pass a model that only reads them"),
+    "rwkv": (
+        {},
+        "RwkvForCausalLM changes its weights in its forward pass",
+        "pass a model that only reads them",
+    ),
     "jamba": ({}, "JambaForCausalLM does not run with one KV slot per layer", _STATE),
     "qwen3_next": (_HYBRID, "Qwen3NextForCausalLM does not run with one KV slot per layer", _STATE),
-    "lfm2": ({"layer_types": ["conv", "full_attention"] * 2}, "Lfm2ForCausalLM does not run with one KV slot per layer", _STATE),
+    "lfm2": (
+        {"layer_types": ["conv", "full_attention"] * 2},
+        "Lfm2ForCausalLM does not run with one KV slot per layer",
+        _STATE,
+    ),
     "minimax": ({}, "MiniMaxForCausalLM does not run with one KV slot per layer", _STATE),
     "gemma3n_text": (
         {
-            **_SHARED_KV, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 100, "laurel_rank": 4,
+            **_SHARED_KV,
+            "hidden_size_per_layer_input": 8,
+            "vocab_size_per_layer_input": 100,
+            "laurel_rank": 4,
             "activation_sparsity_pattern": [0.0] * 4,
         },
-        "Gemma3nForCausalLM: layers [2, 3] store no keys and values of their own", _OWN_KV,
+        "Gemma3nForCausalLM: layers [2, 3] store no keys and values of their own",
+        _OWN_KV,
     ),
-    "gemma4_text": (_SHARED_KV, "Gemma4ForCausalLM: layers [2, 3] store no keys and values of their own", _OWN_KV),
+    "gemma4_text": (
+        _SHARED_KV,
+        "Gemma4ForCausalLM: layers [2, 3] store no keys and values of their own",
+        _OWN_KV,
+    ),
     # code that computes with the length of the cache as a number
-    "mpt": (dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=256), "MptForCausalLM is not supported", _CURRENT),
+    "mpt": (
+        dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=256),
+        "MptForCausalLM is not supported",
+        _CURRENT,
+    ),
     "gpt_neo": (
         dict(num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=8),
-        "GPTNeoForCausalLM is not supported", _CURRENT,
+        "GPTNeoForCausalLM is not supported",
+        _CURRENT,
     ),
     "llama4_text": (
         dict(num_local_experts=2, head_dim=8, intermediate_size_mlp=64, attention_chunk_size=16),
-        "Llama4ForCausalLM is not supported", _CURRENT,
+        "Llama4ForCausalLM is not supported",
+        _CURRENT,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", REFUSED)
@@ -179,7 +243,9 @@ def test_refused_with_reason_and_remedy(family: str) -> None:
     options, reason, remedy = REFUSED[family]
     model = make(family, **options)
     before = snapshot(model)
-    with pytest.raises((UnsupportedModelError, CaptureError), match=f"{re.escape(reason)}.*{remedy}"):
+    with pytest.raises(
+        (UnsupportedModelError, CaptureError), match=f"{re.escape(reason)}.*{remedy}"
+    ):
         capture_checked(model)
     assert snapshot(model) == before
 
@@ -193,19 +259,30 @@ def test_attention_that_looks_at_the_batch_is_refused() -> None:
 
 def test_an_encoder_decoder_is_refused() -> None:
     config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=100)
-    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration is an encoder-decoder; pass a decoder-only"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="T5ForConditionalGeneration is an encoder-decoder; pass a decoder-only",
+    ):
         capture(T5ForConditionalGeneration(config))
 
 
 def test_a_model_without_head_is_refused() -> None:
     headless = AutoModel.from_config(make("llama").config)
-    with pytest.raises(UnsupportedModelError, match="LlamaModel has no language-model head; load it with AutoModelForCausalLM"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match="LlamaModel has no language-model head; load it with AutoModelForCausalLM",
+    ):
         capture(headless)
 
 
-@pytest.mark.parametrize("value", [torch.nn.Linear(2, 2), "gpt2", None], ids=["module", "text", "none"])
+@pytest.mark.parametrize(
+    "value", [torch.nn.Linear(2, 2), "gpt2", None], ids=["module", "text", "none"]
+)
 def test_not_a_transformers_model(value: Any) -> None:
-    with pytest.raises(UnsupportedModelError, match=f"expected a transformers PreTrainedModel, got {type(value).__name__}; load"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=f"expected a transformers PreTrainedModel, got {type(value).__name__}; load",
+    ):
         capture(value)
 
 
@@ -221,12 +298,17 @@ def test_a_model_without_layers_is_refused() -> None:
         def get_output_embeddings(self) -> torch.nn.Module:
             return self.lm_head
 
-    with pytest.raises(UnsupportedModelError, match=r"Flat has no stack of layers \(no nn.ModuleList\); pass a decoder-only"):
+    with pytest.raises(
+        UnsupportedModelError,
+        match=r"Flat has no stack of layers \(no nn.ModuleList\); pass a decoder-only",
+    ):
         capture(Flat(PreTrainedConfig()))
 
 
 def test_a_layer_that_keeps_state_is_refused() -> None:
-    """A running count in a buffer: the second run of a repeated layer would see what the first left."""
+    """A running count in a buffer: the second run of a repeated layer would see what the first
+    left.
+    """
 
     class Counting(torch.nn.Module):
         def __init__(self, inner: torch.nn.Module) -> None:
@@ -240,5 +322,7 @@ def test_a_layer_that_keeps_state_is_refused() -> None:
 
     model = make("llama", num_hidden_layers=1)
     model.model.norm = Counting(model.model.norm)
-    with pytest.raises(UnsupportedModelError, match="writes to model.norm.calls; a model that keeps state"):
+    with pytest.raises(
+        UnsupportedModelError, match="writes to model.norm.calls; a model that keeps state"
+    ):
         capture(model)

@@ -1,4 +1,7 @@
-"""generate: transformers' own loop on top of programs. Identity must be indistinguishable from the model."""
+"""generate: transformers' own loop on top of programs.
+
+Identity must be indistinguishable from the model.
+"""
 
 import functools
 from typing import Any
@@ -58,9 +61,13 @@ def test_identity_generates_what_the_model_generates(options: dict[str, Any]) ->
 
 def test_a_program_generates_what_repeated_forward_passes_generate() -> None:
     ids = prompts(9)[0]
-    got = _compiled().generate(ids[None], program=PROGRAM, max_new_tokens=12, eos_token_id=None, do_sample=False)
+    got = _compiled().generate(
+        ids[None], program=PROGRAM, max_new_tokens=12, eos_token_id=None, do_sample=False
+    )
     assert got[0].tolist() == _plain_greedy(ids, PROGRAM, 12)
-    assert got[0].tolist() != _plain_greedy(ids, "identity", 12), "a program that changes nothing tests nothing"
+    assert got[0].tolist() != _plain_greedy(ids, "identity", 12), (
+        "a program that changes nothing tests nothing"
+    )
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -70,7 +77,14 @@ def test_padded_prompts_generate_what_each_generates_alone(side: str) -> None:
     for i, row in enumerate(rows):
         where = slice(9 - len(row), 9) if side == "left" else slice(0, len(row))
         ids[i, where], mask[i, where] = row, 1
-    got = _compiled().generate(ids, attention_mask=mask, program=PROGRAM, max_new_tokens=10, eos_token_id=None, do_sample=False)
+    got = _compiled().generate(
+        ids,
+        attention_mask=mask,
+        program=PROGRAM,
+        max_new_tokens=10,
+        eos_token_id=None,
+        do_sample=False,
+    )
     for row, out in zip(rows, got, strict=True):
         assert out[9:].tolist() == _plain_greedy(row, PROGRAM, 10)[len(row) :]
 
@@ -79,7 +93,12 @@ def test_generation_stops_at_a_stop_token() -> None:
     ids = prompts(9)[0]
     full = _plain_greedy(ids, PROGRAM, 12)[9:]
     got = _compiled().generate(
-        ids[None], program=PROGRAM, max_new_tokens=12, eos_token_id=full[4], do_sample=False, pad_token_id=0
+        ids[None],
+        program=PROGRAM,
+        max_new_tokens=12,
+        eos_token_id=full[4],
+        do_sample=False,
+        pad_token_id=0,
     )
     assert got[0, 9:].tolist() == full[: full.index(full[4]) + 1]
 
@@ -89,7 +108,9 @@ def test_rows_that_stop_early_are_padded_while_others_go_on() -> None:
     free = [_plain_greedy(r, PROGRAM, 12)[9:] for r in rows]
     stop = next(t for t in free[0] if t not in free[1])
     at = free[0].index(stop)
-    got = _compiled().generate(rows, program=PROGRAM, max_new_tokens=12, eos_token_id=stop, do_sample=False, pad_token_id=0)
+    got = _compiled().generate(
+        rows, program=PROGRAM, max_new_tokens=12, eos_token_id=stop, do_sample=False, pad_token_id=0
+    )
     assert got[0, 9:].tolist() == free[0][: at + 1] + [0] * (11 - at)
     assert got[1, 9:].tolist() == free[1]
 
@@ -108,22 +129,39 @@ class _Collect(BaseStreamer):
 
 def test_tokens_stream_in_order() -> None:
     ids, streamer = prompts(9)[0], _Collect()
-    _compiled().generate(ids[None], program=PROGRAM, max_new_tokens=6, eos_token_id=None, do_sample=False, streamer=streamer)
+    _compiled().generate(
+        ids[None],
+        program=PROGRAM,
+        max_new_tokens=6,
+        eos_token_id=None,
+        do_sample=False,
+        streamer=streamer,
+    )
     assert streamer.ended and streamer.seen == _plain_greedy(ids, PROGRAM, 6)
 
 
 def test_a_generation_config_and_a_full_output_work() -> None:
     config = GenerationConfig(
-        max_new_tokens=5, do_sample=False, output_scores=True, return_dict_in_generate=True, eos_token_id=None
+        max_new_tokens=5,
+        do_sample=False,
+        output_scores=True,
+        return_dict_in_generate=True,
+        eos_token_id=None,
     )
     out = _compiled().generate(prompts(9)[0][None], program=PROGRAM, generation_config=config)
-    assert out.sequences.shape == (1, 14) and len(out.scores) == 5 and out.scores[0].shape == (1, 100)
+    assert (
+        out.sequences.shape == (1, 14) and len(out.scores) == 5 and out.scores[0].shape == (1, 100)
+    )
 
 
 def test_a_prompt_may_fill_the_pool_to_the_last_token() -> None:
     ids = torch.full((1, 60), 5)
-    assert _compiled().generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=None).shape == (1, 64)
-    with pytest.raises(KvOverflowError, match=r"max_new_tokens=5 exceed the KV pool of 63.*max_length=65"):
+    assert _compiled().generate(
+        ids, max_new_tokens=4, do_sample=False, eos_token_id=None
+    ).shape == (1, 64)
+    with pytest.raises(
+        KvOverflowError, match=r"max_new_tokens=5 exceed the KV pool of 63.*max_length=65"
+    ):
         _compiled().generate(ids, max_new_tokens=5, do_sample=False)
 
 
@@ -169,7 +207,12 @@ def test_settings_without_effect_are_no_reason_to_refuse() -> None:
     ids = prompts(9)[0][None]
     options: dict[str, Any] = dict(max_new_tokens=3, do_sample=False)
     want = _compiled().generate(ids, **options)
-    for extra in ({"guidance_scale": 1.0}, {"output_attentions": True}, {"use_cache": False}, {"num_beam_groups": 1}):
+    for extra in (
+        {"guidance_scale": 1.0},
+        {"output_attentions": True},
+        {"use_cache": False},
+        {"num_beam_groups": 1},
+    ):
         assert torch.equal(_compiled().generate(ids, **options, **extra), want)
 
 
@@ -182,7 +225,9 @@ def test_the_models_configuration_is_left_alone() -> None:
 @pytest.mark.parametrize("size", [1, 4, 9, 20])
 def test_a_prompt_that_transformers_would_cut_up_is_read_as_a_whole(size: int) -> None:
     rows = torch.stack(prompts(11, 11))
-    options: dict[str, Any] = dict(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options: dict[str, Any] = dict(
+        max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     want = _model().generate(rows, **options)
     assert torch.equal(_compiled().generate(rows, prefill_chunk_size=size, **options), want)
     config = GenerationConfig(prefill_chunk_size=size, **options)
@@ -204,7 +249,8 @@ def test_a_loop_may_append_any_number_of_tokens_at_once() -> None:
             got = loop(rows[:, :end], ones[:, :end], session).logits
             torch.testing.assert_close(got[:, -1], want[:, end - 1])
         torch.testing.assert_close(got, want[:, 4:7])
-        torch.testing.assert_close(loop(rows[:, 7:11], ones[:, :11], session).logits, want[:, 7:11])  # the new ones alone
+        # the new ones alone
+        torch.testing.assert_close(loop(rows[:, 7:11], ones[:, :11], session).logits, want[:, 7:11])
         torch.testing.assert_close(loop(rows, ones, session).logits[:, 0], want[:, 11])
 
 
@@ -215,12 +261,16 @@ def test_padding_among_tokens_that_follow_is_refused() -> None:
     with _compiled().session(program := _compiled().resolve(PROGRAM), 2) as session:
         loop = _Running(_compiled(), program)
         loop(rows[:, :4], mask[:, :4], session)
-        with pytest.raises(InputError, match="5 tokens a row follow the prompt at once, some of them padding"):
+        with pytest.raises(
+            InputError, match="5 tokens a row follow the prompt at once, some of them padding"
+        ):
             loop(rows, mask, session)
 
 
 @pytest.fixture(scope="module", params=["eager", "inductor"])
-def compiled_smollm2(smollm2: tuple[PreTrainedModel, Any], request: pytest.FixtureRequest) -> CompiledModel:
+def compiled_smollm2(
+    smollm2: tuple[PreTrainedModel, Any], request: pytest.FixtureRequest
+) -> CompiledModel:
     return compile(smollm2[0], request.param, max_length=127)
 
 
@@ -228,7 +278,9 @@ def test_smollm2_greedy_text_is_the_models_for_fifty_tokens(
     smollm2: tuple[PreTrainedModel, Any], compiled_smollm2: CompiledModel
 ) -> None:
     model, tokenizer = smollm2
-    ids = tokenizer("The three most important facts about the moon are", return_tensors="pt").input_ids
+    ids = tokenizer(
+        "The three most important facts about the moon are", return_tensors="pt"
+    ).input_ids
     want = model.generate(ids, max_new_tokens=50, do_sample=False)
     got = compiled_smollm2.generate(ids, max_new_tokens=50, do_sample=False)
     assert tokenizer.decode(got[0]) == tokenizer.decode(want[0])
@@ -236,10 +288,14 @@ def test_smollm2_greedy_text_is_the_models_for_fifty_tokens(
     assert skipped.tolist() != want.tolist()
 
 
-def test_smollm2_stops_at_a_string(smollm2: tuple[PreTrainedModel, Any], compiled_smollm2: CompiledModel) -> None:
+def test_smollm2_stops_at_a_string(
+    smollm2: tuple[PreTrainedModel, Any], compiled_smollm2: CompiledModel
+) -> None:
     tokenizer = smollm2[1]
     ids = tokenizer("One, two, three, four,", return_tensors="pt").input_ids
-    out = compiled_smollm2.generate(ids, max_new_tokens=30, do_sample=False, stop_strings=" seven", tokenizer=tokenizer)
+    out = compiled_smollm2.generate(
+        ids, max_new_tokens=30, do_sample=False, stop_strings=" seven", tokenizer=tokenizer
+    )
     assert tokenizer.decode(out[0, ids.shape[1] :]) == " five, six, seven"
 
 
@@ -248,7 +304,12 @@ def test_smollm2_answers_padded_chats_as_each_alone(
 ) -> None:
     tokenizer = smollm2[1]
     texts = ["The capital of France is", "The opposite of hot is"]
-    encoded = tokenizer([t + " " for t in texts[:1]] + texts[1:], return_tensors="pt", padding=True, padding_side="left")
+    encoded = tokenizer(
+        [t + " " for t in texts[:1]] + texts[1:],
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+    )
     both = compiled_smollm2.generate(**encoded, max_new_tokens=5, do_sample=False)
     for row, mask, out in zip(encoded.input_ids, encoded.attention_mask, both, strict=True):
         alone = compiled_smollm2.generate(row[mask.bool()][None], max_new_tokens=5, do_sample=False)

@@ -56,7 +56,9 @@ def test_the_first_box_counts(text: str, answer: str, boxed: bool) -> None:
 def test_what_follows_a_stop_does_not_count() -> None:
     assert extract(" 42\n\\boxed{43}\n", ("\n",)) == Extracted("42", False)
     assert extract("4;2\n3", ["\n", ";"]) == Extracted("4", False)
-    assert grade(" 19\nQ: 3 + 4", _question("19"), ("\n",)) and not grade(" 19\nQ: 3 + 4", _question("19"))
+    assert grade(" 19\nQ: 3 + 4", _question("19"), ("\n",)) and not grade(
+        " 19\nQ: 3 + 4", _question("19")
+    )
 
 
 @given(st.text())
@@ -73,18 +75,57 @@ def test_a_box_holds_what_was_put_in(inside: str) -> None:
 
 
 EQUAL = [
-    ("42", "42"), ("42", " 42."), ("42", "+042"), ("42", "42.0"), ("42", "$42$"), ("42", r"\text{42}"), ("42", "x = 42"),
-    ("42", r"42\text{ apples}"), ("42", r"\boxed{42}"), ("-7", "-7"), ("0", "-0"), ("1000", "1,000"), ("1000", r"1{,}000"),
-    ("1000", r"1\,000"), ("10000", r"10,\!000"), ("3", "12/4"), ("0.5", r"\frac12"), ("1/2", "0.5"), ("1/2", r"50\%"),
-    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt 2}"), ("x^2+2x+1", "(x+1)^2"), ("(0,5)", "(0, 5)"), (r"\{1,2\}", r"\{2, 1\}"),
-    (r"2\pi", r"\pi \cdot 2"), ("yes", "Yes."), (r"\text{east}", "East"), ("New York", "new  york"), ("x", "x"),
+    ("42", "42"),
+    ("42", " 42."),
+    ("42", "+042"),
+    ("42", "42.0"),
+    ("42", "$42$"),
+    ("42", r"\text{42}"),
+    ("42", "x = 42"),
+    ("42", r"42\text{ apples}"),
+    ("42", r"\boxed{42}"),
+    ("-7", "-7"),
+    ("0", "-0"),
+    ("1000", "1,000"),
+    ("1000", r"1{,}000"),
+    ("1000", r"1\,000"),
+    ("10000", r"10,\!000"),
+    ("3", "12/4"),
+    ("0.5", r"\frac12"),
+    ("1/2", "0.5"),
+    ("1/2", r"50\%"),
+    (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt 2}"),
+    ("x^2+2x+1", "(x+1)^2"),
+    ("(0,5)", "(0, 5)"),
+    (r"\{1,2\}", r"\{2, 1\}"),
+    (r"2\pi", r"\pi \cdot 2"),
+    ("yes", "Yes."),
+    (r"\text{east}", "East"),
+    ("New York", "new  york"),
+    ("x", "x"),
     ("9" * 5000, "0" + "9" * 5000),
-]  # fmt: skip
+]
 DIFFERENT = [
-    ("42", "43"), ("42", "-42"), ("42", ""), ("42", "forty-two"), ("42", "The answer is 42"), ("42", "42 43"), ("42", "4 2"),
-    ("3", "1 2"), ("12", "12 or 13"), ("42", r"\boxed{42"), ("42", r"\boxed{}"), ("42", "42} and {43"), ("42", r"\frac{42"),
-    ("yes", "sey"), ("yes", "no"), ("(0,5)", "(5,0)"), ("x", "y"), ("2", "9" * 5000), ("x+1", "(" * 300 + "x+1"),
-]  # fmt: skip
+    ("42", "43"),
+    ("42", "-42"),
+    ("42", ""),
+    ("42", "forty-two"),
+    ("42", "The answer is 42"),
+    ("42", "42 43"),
+    ("42", "4 2"),
+    ("3", "1 2"),
+    ("12", "12 or 13"),
+    ("42", r"\boxed{42"),
+    ("42", r"\boxed{}"),
+    ("42", "42} and {43"),
+    ("42", r"\frac{42"),
+    ("yes", "sey"),
+    ("yes", "no"),
+    ("(0,5)", "(5,0)"),
+    ("x", "y"),
+    ("2", "9" * 5000),
+    ("x+1", "(" * 300 + "x+1"),
+]
 # a calculation in place of a number: what a model that repeats the question says
 UNDONE = [
     ("19", "12 + 7"),
@@ -99,7 +140,9 @@ UNDONE = [
 
 @pytest.mark.parametrize(("accepted", "answer"), EQUAL)
 def test_equal(accepted: str, answer: str) -> None:
-    assert grade(answer, _question(accepted)) and grade(f"so \\boxed{{{answer}}} and", _question("nothing", accepted))
+    assert grade(answer, _question(accepted)) and grade(
+        f"so \\boxed{{{answer}}} and", _question("nothing", accepted)
+    )
 
 
 @pytest.mark.parametrize(("accepted", "answer"), DIFFERENT + UNDONE)
@@ -125,7 +168,15 @@ def test_no_text_breaks_it(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["9**9**9", "9^{9^{9}}", r"10^{10^{10^{10}}}", "1000000000!", r"\binom{10000000}{5000000}", r"\sin(9^{9^9})"]
+    "text",
+    [
+        "9**9**9",
+        "9^{9^{9}}",
+        r"10^{10^{10^{10}}}",
+        "1000000000!",
+        r"\binom{10000000}{5000000}",
+        r"\sin(9^{9^9})",
+    ],
 )
 def test_gigantic_expressions_are_wrong_within_seconds(text: str) -> None:
     started = time.monotonic()
@@ -135,10 +186,15 @@ def test_gigantic_expressions_are_wrong_within_seconds(text: str) -> None:
 
 def _worker_code(body: str) -> str:
     """A grading process with something replaced; `g` is its module."""
-    return f"import sys; sys.path.insert(0, sys.argv[1]); import polar_fx.judge.grading_worker as g\n{body}\ng.main()"
+    return (
+        "import sys; sys.path.insert(0, sys.argv[1]); import polar_fx.judge.grading_worker as "
+        f"g\n{body}\ng.main()"
+    )
 
 
-def test_what_nothing_can_interrupt_ends_the_process(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_nothing_can_interrupt_ends_the_process(
+    worker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """An operation inside C holds the interpreter: no alarm gets through."""
     stuck = "g._GIVE_UP = 0.3\ng._equal = lambda a, b: b == 'x' or sum(range(10**12))"
     monkeypatch.setattr(grading, "_START", _worker_code(stuck))
@@ -155,22 +211,36 @@ def test_a_process_killed_from_outside_is_started_again_once(
     assert grade("x+1", _question("1+x"))
     worker._process.kill()
     assert grade("x+2", _question("2+x"))
-    suicide = "import os, signal\ng._equal = lambda a, b: b == 'x' or os.kill(os.getpid(), signal.SIGKILL)"
+    suicide = (
+        "import os, signal\ng._equal = lambda a, b: b == 'x' or os.kill(os.getpid(), "
+        "signal.SIGKILL)"
+    )
     monkeypatch.setattr(grading, "_START", _worker_code(suicide))
     worker.close()
-    with pytest.raises(InputError, match="process was killed twice while it compared 'x\\+3' with '3\\+x'; free some memory"):
+    with pytest.raises(
+        InputError,
+        match="process was killed twice while it compared 'x\\+3' with '3\\+x'; free some memory",
+    ):
         grade("x+3", _question("3+x"))
 
 
 def test_a_broken_installation_is_named(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "_START", _worker_code("sys.modules['math_verify'] = None"))
-    with pytest.raises(InputError, match="math-verify cannot be used: its process ended with status 1; see whether"):
+    with pytest.raises(
+        InputError, match="math-verify cannot be used: its process ended with status 1; see whether"
+    ):
         grade("x+3", _question("3+x"))
 
 
 def test_without_math_verify_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"math-verify, which is not installed; pip install 'polar_fx\[search\]' or math-verify"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"math-verify, which is not installed; pip install 'polar_fx\[search\]' "
+            r"or math-verify"
+        ),
+    ):
         grade("42", _question("42"))
 
 
@@ -208,16 +278,21 @@ def test_threads_share_the_process(worker: Any) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
 def test_a_forked_child_has_a_process_of_its_own() -> None:
     code = (
-        "import os; from polar_fx.judge import grading; from polar_fx.judge.grading import grade\n"
-        "from polar_fx.questions import Question\n"
-        "def right(i): return grade(f'x+{i}', Question('q', 't', '?', (f'{i}+x',)))\n"
-        "assert right(1); pid = grading._WORKER._process.pid\n"
-        "child = os.fork()\n"
-        "if child == 0: raise SystemExit(0 if right(2) and grading._WORKER._process.pid != pid else 1)\n"
-        "assert os.waitpid(child, 0)[1] == 0 and right(3) and grading._WORKER._process.pid == pid\n"
+        "import os; from polar_fx.judge import grading; from polar_fx.judge.grading import "
+        "grade\nfrom polar_fx.questions import Question\ndef right(i): return grade(f'x+{i}', "
+        "Question('q', 't', '?', (f'{i}+x',)))\nassert right(1); pid = "
+        "grading._WORKER._process.pid\nchild = os.fork()\nif child == 0: raise SystemExit(0 if "
+        "right(2) and grading._WORKER._process.pid != pid else 1)\nassert os.waitpid(child, 0)[1] "
+        "== 0 and right(3) and grading._WORKER._process.pid == pid\n"
     )
     root = Path(__file__).parent.parent
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=root, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=False,
+    )
     assert done.returncode == 0 and not done.stderr, done.stderr
 
 

@@ -1,4 +1,5 @@
-"""Captures found again by fingerprint: the same table for the same model, and never a table of what it was before.
+"""Captures found again by fingerprint: the same table for the same model, and never a table of what
+it was before.
 
 Everything here runs on the eager backend: a capture is stored whichever backend runs it.
 """
@@ -47,7 +48,7 @@ def store(tmp_path: Path) -> ArtifactStore:
     return ArtifactStore(tmp_path / "artifacts", limit_bytes=0)
 
 
-# --------------------------------------------------------------------------------------------------- found again
+# -------------------------------------------------------------------------------------- found again
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen2_moe", "phi3"])
@@ -57,7 +58,9 @@ def test_a_table_found_again_serves_an_equal_model(family: str, store: ArtifactS
     assert (first.library.is_traced, second.library.is_traced) == (True, False)
     assert second.library.table == first.library.table
     want = first.forward(ids, program="0 (1-2)*2 3")
-    assert torch.equal(second.forward(ids, program="0 (1-2)*2 3"), want) and second.library.is_traced
+    assert (
+        torch.equal(second.forward(ids, program="0 (1-2)*2 3"), want) and second.library.is_traced
+    )
     assert [e.facts["kind"] for e in store.entries()] == ["capture"]
 
 
@@ -78,14 +81,18 @@ def test_running_a_model_or_a_copy_of_it_changes_nothing(store: ArtifactStore) -
 def test_facts_are_equal_in_every_process() -> None:
     families = ("llama", "gemma2", "gpt2", "qwen2_moe", "phi3")
     code = (
-        "import json; from tiny_models import make; from polar_fx.library.model_facts import model_facts; "
-        f"print(json.dumps([model_facts(make(f)) for f in {families}]))"
+        "import json; from tiny_models import make; from polar_fx.library.model_facts import "
+        f"model_facts; print(json.dumps([model_facts(make(f)) for f in {families}]))"
     )
     here = Path(__file__).parent
     other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=here,
         env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(here.parent), "PATH": ""},
-    )  # fmt: skip
+    )
     assert json.loads(other.stdout.splitlines()[-1]) == [model_facts(make(f)) for f in families]
 
 
@@ -111,8 +118,13 @@ def test_without_a_cache_nothing_is_written_or_read(tmp_path: Path, monkeypatch:
         compiled.forward(prompts(5)[0][None])
         assert compiled.library.is_traced
     assert not list(tmp_path.iterdir())
-    assert _compile(_small(), True).library.is_traced and not _compile(_small(), True).library.is_traced
-    assert len(ArtifactStore(tmp_path / "cache" / "artifacts").entries()) == 1, "and with it something is"
+    assert (
+        _compile(_small(), True).library.is_traced
+        and not _compile(_small(), True).library.is_traced
+    )
+    assert len(ArtifactStore(tmp_path / "cache" / "artifacts").entries()) == 1, (
+        "and with it something is"
+    )
 
 
 def test_a_damaged_table_is_refused_and_traced_anew(store: ArtifactStore) -> None:
@@ -124,12 +136,14 @@ def test_a_damaged_table_is_refused_and_traced_anew(store: ArtifactStore) -> Non
 
 
 def test_what_parses_but_is_no_table_is_traced(store: ArtifactStore, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(library_cache, "_write", lambda folder, table: (folder / "symbols.json").write_text("{}"))
+    monkeypatch.setattr(
+        library_cache, "_write", lambda folder, table: (folder / "symbols.json").write_text("{}")
+    )
     assert _traces(_small(), store)
     assert _traces(_small(), store), "of no use, though it is what was stored"
 
 
-# --------------------------------------------------------------------------- a change that shows makes a new capture
+# ---------------------------------------------------------- a change that shows makes a new capture
 
 
 def _attribute(patch: Patch) -> PreTrainedModel:
@@ -152,7 +166,11 @@ def _class(patch: Patch) -> PreTrainedModel:
 
 def _function(patch: Patch) -> PreTrainedModel:
     rotate = modeling_llama.apply_rotary_pos_emb
-    patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, **kwargs: rotate(q, k, cos, -sin, **kwargs))
+    patch.setattr(
+        modeling_llama,
+        "apply_rotary_pos_emb",
+        lambda q, k, cos, sin, **kwargs: rotate(q, k, cos, -sin, **kwargs),
+    )
     return _small()
 
 
@@ -200,10 +218,12 @@ def test_a_changed_model_is_traced_and_computes_what_it_computes_now(
         assert not _traces(model, known), "the changed model has a table, too"
     (before,) = reference(_small(model.config.model_type), [ids])
     assert not torch.allclose(want, before, atol=1e-3), "the change shows"
-    assert not _traces(_small(model.config.model_type), known), "undone, the first table serves again"
+    assert not _traces(_small(model.config.model_type), known), (
+        "undone, the first table serves again"
+    )
 
 
-# --------------------------------------------------------------- what enters the fingerprint, one thing at a time
+# ------------------------------------------------- what enters the fingerprint, one thing at a time
 
 
 def _patched(owner: Any, name: str, value: Any) -> Callable[[Patch], PreTrainedModel]:
@@ -214,7 +234,9 @@ def _patched(owner: Any, name: str, value: Any) -> Callable[[Patch], PreTrainedM
     return variant
 
 
-def _changed(change: Callable[[PreTrainedModel], Any], family: str = "llama") -> Callable[[Patch], PreTrainedModel]:
+def _changed(
+    change: Callable[[PreTrainedModel], Any], family: str = "llama"
+) -> Callable[[Patch], PreTrainedModel]:
     def variant(patch: Patch) -> PreTrainedModel:
         model = _small(family)
         change(model)
@@ -238,7 +260,9 @@ def _keyword(factor: float) -> Callable[..., Any]:
 
 
 def _wrapped(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """As decorators do: the code that matters is closed over, and the wrapper looks like transformers' own."""
+    """As decorators do: the code that matters is closed over, and the wrapper looks like
+    transformers' own.
+    """
 
     @functools.wraps(MLP.forward)
     def wrapper(self: Any, x: Tensor) -> Any:
@@ -286,7 +310,10 @@ def _laid_out(model: PreTrainedModel) -> None:
 
 # name -> two models that differ in one thing only
 PAIRS: dict[str, tuple[Callable[[Patch], PreTrainedModel], Callable[[Patch], PreTrainedModel]]] = {
-    "a number that a patch closes over": (_patched(MLP, "forward", _times(2.0)), _patched(MLP, "forward", _times(3.0))),
+    "a number that a patch closes over": (
+        _patched(MLP, "forward", _times(2.0)),
+        _patched(MLP, "forward", _times(3.0)),
+    ),
     "a number in what a patch wraps": (
         _patched(MLP, "forward", _wrapped(lambda s, x: 2.0 * s.down_proj(x))),
         _patched(MLP, "forward", _wrapped(lambda s, x: 3.0 * s.down_proj(x))),
@@ -295,21 +322,36 @@ PAIRS: dict[str, tuple[Callable[[Patch], PreTrainedModel], Callable[[Patch], Pre
         _patched(MLP, "forward", _wrapped(lambda s, x: s.down_proj(x).sin())),
         _patched(MLP, "forward", _wrapped(lambda s, x: s.down_proj(x).cos())),
     ),
-    "a default": (_patched(MLP, "forward", lambda s, x, by=2.0: x), _patched(MLP, "forward", lambda s, x, by=3.0: x)),
-    "a keyword's default": (_patched(MLP, "forward", _keyword(2.0)), _patched(MLP, "forward", _keyword(3.0))),
+    "a default": (
+        _patched(MLP, "forward", lambda s, x, by=2.0: x),
+        _patched(MLP, "forward", lambda s, x, by=3.0: x),
+    ),
+    "a keyword's default": (
+        _patched(MLP, "forward", _keyword(2.0)),
+        _patched(MLP, "forward", _keyword(3.0)),
+    ),
     "a global that a patch reads": (_with_global("GAIN", 1.0), _with_global("GAIN", 2.0)),
-    "a function that a patch calls": (_with_global("_helper", _helper), _with_global("_helper", lambda x: -x)),
+    "a function that a patch calls": (
+        _with_global("_helper", _helper),
+        _with_global("_helper", lambda x: -x),
+    ),
     "a set in the code": (
         _patched(MLP, "forward", lambda s, x: x if "a" in {"a", "b"} else -x),
         _patched(MLP, "forward", lambda s, x: x if "a" in {"b", "c"} else -x),
     ),
     "a constant of a class": (_patched(MLP, "gain", 1.0), _patched(MLP, "gain", 2.0)),
-    "a constant of a modeling file": (_patched(modeling_llama, "GAIN", 1.0), _patched(modeling_llama, "GAIN", 2.0)),
+    "a constant of a modeling file": (
+        _patched(modeling_llama, "GAIN", 1.0),
+        _patched(modeling_llama, "GAIN", 2.0),
+    ),
     "what a jit or cache wraps": (
         _patched(modeling_llama, "rotate_half", functools.lru_cache(lambda x: x)),
         _patched(modeling_llama, "rotate_half", functools.lru_cache(lambda x: -x)),
     ),
-    "which attention": (_changed(lambda m: None), _changed(lambda m: m.set_attn_implementation("eager"))),
+    "which attention": (
+        _changed(lambda m: None),
+        _changed(lambda m: m.set_attn_implementation("eager")),
+    ),
     "which experts": (
         _changed(lambda m: m.set_experts_implementation("grouped_mm"), "qwen2_moe"),
         _changed(lambda m: m.set_experts_implementation("eager"), "qwen2_moe"),
@@ -318,15 +360,29 @@ PAIRS: dict[str, tuple[Callable[[Patch], PreTrainedModel], Callable[[Patch], Pre
     "a parameter's layout": (_changed(lambda m: None), _changed(_laid_out)),
     "a parameter's dtype": (_changed(lambda m: None), _changed(lambda m: m.lm_head.double())),
     "the arguments of an activation": (
-        _changed(lambda m: setattr(m.model.layers[0].mlp, "act", functools.partial(nn.functional.gelu, approximate="tanh"))),
-        _changed(lambda m: setattr(m.model.layers[0].mlp, "act", functools.partial(nn.functional.gelu, approximate="none"))),
+        _changed(
+            lambda m: setattr(
+                m.model.layers[0].mlp,
+                "act",
+                functools.partial(nn.functional.gelu, approximate="tanh"),
+            )
+        ),
+        _changed(
+            lambda m: setattr(
+                m.model.layers[0].mlp,
+                "act",
+                functools.partial(nn.functional.gelu, approximate="none"),
+            )
+        ),
     ),
     "torch's default dtype": (_changed(lambda m: None), _default_dtype),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_models_that_differ_in_one_thing_have_other_fingerprints(name: str, monkeypatch: Patch) -> None:
+def test_models_that_differ_in_one_thing_have_other_fingerprints(
+    name: str, monkeypatch: Patch
+) -> None:
     seen = []
     for variant in (*PAIRS[name], *PAIRS[name]):
         with monkeypatch.context() as patch:
@@ -338,11 +394,19 @@ def test_models_that_differ_in_one_thing_have_other_fingerprints(name: str, monk
 def test_every_modeling_file_of_the_changes_is_left_as_it_was() -> None:
     """The tests above patch classes for good if their patches are not undone."""
     for module in (modeling_llama, modeling_gemma2, modeling_qwen2_moe):
-        own = [v for v in vars(module).values() if isinstance(v, type) and v.__module__ == module.__name__]
-        assert own and all(f.__module__ == module.__name__ for c in own if (f := vars(c).get("forward")) is not None)
+        own = [
+            v
+            for v in vars(module).values()
+            if isinstance(v, type) and v.__module__ == module.__name__
+        ]
+        assert own and all(
+            f.__module__ == module.__name__
+            for c in own
+            if (f := vars(c).get("forward")) is not None
+        )
 
 
-# ------------------------------------------------------------------------------------------------- never kept
+# --------------------------------------------------------------------------------------- never kept
 
 
 class _Scaled(nn.Parameter):
@@ -386,4 +450,6 @@ def test_what_has_no_fingerprint_is_traced_every_time_and_kept_nowhere(
         change(model)
         compiled = _compile(model, store)
         assert compiled.library.is_traced and store.entries() == []
-        torch.testing.assert_close(compiled.forward(ids[None])[0], reference(model, [ids])[0], rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            compiled.forward(ids[None])[0], reference(model, [ids])[0], rtol=0, atol=1e-4
+        )

@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 
 import matrix
-from matrix import counts, edge_pairs, newest_of_each_minor, other_requirements, still_to_do, table, with_result
+from matrix import (
+    counts,
+    edge_pairs,
+    newest_of_each_minor,
+    other_requirements,
+    still_to_do,
+    table,
+    with_result,
+)
 
 REPORT = """<testsuites><testsuite>
   <testcase classname="tests.test_a" name="test_one[llama]"/>
@@ -17,11 +25,28 @@ REPORT = """<testsuites><testsuite>
 
 
 def _result(torch: str, transformers: str, **more: Any) -> dict[str, Any]:
-    return {"torch": torch, "transformers": transformers, "passed": 9, "failed": 0, "skipped": 0, "failures": [], **more}
+    return {
+        "torch": torch,
+        "transformers": transformers,
+        "passed": 9,
+        "failed": 0,
+        "skipped": 0,
+        "failures": [],
+        **more,
+    }
 
 
 def test_the_newest_patch_of_each_minor_version_is_tried() -> None:
-    versions = ["2.13.0+cpu", "2.14.0", "2.14.1", "2.11.0", "2.13.0", "2.10.0", "1.13.1", "2.15.0rc1"]
+    versions = [
+        "2.13.0+cpu",
+        "2.14.0",
+        "2.14.1",
+        "2.11.0",
+        "2.13.0",
+        "2.10.0",
+        "1.13.1",
+        "2.15.0rc1",
+    ]
     assert newest_of_each_minor(versions) == ["2.11.0", "2.13.0", "2.14.1"]
 
 
@@ -36,7 +61,10 @@ def test_the_edges_are_tried_and_each_pair_once() -> None:
 
 def test_what_was_measured_is_not_measured_again_but_what_did_not_run_is() -> None:
     done, broken, new = ("2.11.0", "5.17.0"), ("2.12.1", "5.24.0"), ("2.13.0", "5.24.0")
-    results = [_result(*done, failed=3), {"torch": broken[0], "transformers": broken[1], "error": "no space left"}]
+    results = [
+        _result(*done, failed=3),
+        {"torch": broken[0], "transformers": broken[1], "error": "no space left"},
+    ]
     assert still_to_do([done, broken, new], results) == [broken, new]
 
 
@@ -44,7 +72,11 @@ def test_a_new_result_takes_the_place_of_the_old_one_and_versions_stay_in_order(
     results: list[dict[str, Any]] = []
     for torch in ("2.13.0", "2.9.0", "2.11.0", "2.13.0"):
         results = with_result(results, _result(torch, "5.24.0", passed=len(results)))
-    assert [(r["torch"], r["passed"]) for r in results] == [("2.9.0", 1), ("2.11.0", 2), ("2.13.0", 3)]
+    assert [(r["torch"], r["passed"]) for r in results] == [
+        ("2.9.0", 1),
+        ("2.11.0", 2),
+        ("2.13.0", 3),
+    ]
 
 
 def test_a_report_of_pytest_is_counted() -> None:
@@ -60,7 +92,10 @@ def test_the_table_has_a_row_a_torch_and_names_what_failed() -> None:
     ]
     text = table(results)
     assert "| torch | transformers 5.17.0 | transformers 5.24.0 |" in text
-    assert "| 2.9.0 | – | 9 passed, 2 skipped |\n| 2.11.0 | **1 failed**, 9 passed | did not run |" in text
+    assert (
+        "| 2.9.0 | – | 9 passed, 2 skipped |\n| 2.11.0 | **1 failed**, 9 passed | did not run |"
+        in text
+    )
     assert "torch 2.11.0 with transformers 5.17.0:\n\n- `test_a::test_two`" in text
     assert "torch 2.11.0 with transformers 5.24.0:\n\n- no space left" in text
 
@@ -82,7 +117,9 @@ def test_the_table_in_the_docs_is_that_of_the_results() -> None:
     assert matrix.TABLE.read_text(encoding="utf-8") == table(matrix.load(matrix.RESULTS))
 
 
-def test_a_pair_that_was_measured_needs_no_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pair_that_was_measured_needs_no_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(matrix, "TABLE", tmp_path / "versions.md")
     monkeypatch.setattr(matrix, "measure", lambda pair, *_: _result(*pair))
@@ -97,4 +134,7 @@ def test_a_pair_that_was_measured_needs_no_environment(tmp_path: Path, monkeypat
 def test_a_pair_that_is_none_is_refused(pair: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         matrix.main(["--pair", pair])
-    assert "a pair is two versions of three numbers, as in --pair 2.13.0:5.24.0" in capsys.readouterr().err
+    assert (
+        "a pair is two versions of three numbers, as in --pair 2.13.0:5.24.0"
+        in capsys.readouterr().err
+    )

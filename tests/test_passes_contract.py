@@ -54,9 +54,15 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "eliminate-noops": (PASSES["eliminate-noops"](), noisy),
     "eliminate-dead-code": (PASSES["eliminate-dead-code"](), noisy),
     "outline-layers": (PASSES["outline-layers"](), noisy),
-    "dedupe-layers": (PASSES["dedupe-layers"](), lambda: PASSES["outline-layers"]().run(noisy()).graph_module),
+    "dedupe-layers": (
+        PASSES["dedupe-layers"](),
+        lambda: PASSES["outline-layers"]().run(noisy()).graph_module,
+    ),
     "schedule-layers": (ScheduleLayers(PATH, BLENDS), library),
-    "assign-kv-slots": (PASSES["assign-kv-slots"](), lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module),
+    "assign-kv-slots": (
+        PASSES["assign-kv-slots"](),
+        lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module,
+    ),
     "keep-kv-writes": (PASSES["keep-kv-writes"](), layer),
     "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
     "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),
@@ -130,31 +136,47 @@ def test_content_ids_tell_passes_options_and_versions_apart() -> None:
     class Later(ScheduleLayers):
         version: ClassVar[int] = ScheduleLayers.version + 1
 
-    different = [*(p for p, _ in CASES.values()), ScheduleLayers(PATH), ScheduleLayers((0,)), Later(PATH)]
+    different = [
+        *(p for p, _ in CASES.values()),
+        ScheduleLayers(PATH),
+        ScheduleLayers((0,)),
+        Later(PATH),
+    ]
     assert len({p.content_id for p in different}) == len(different)
-    assert ScheduleLayers(PATH, BLENDS).content_id == ScheduleLayers(list(PATH), [[1, 3, 0.5]]).content_id  # type: ignore[arg-type]
+    assert (
+        ScheduleLayers(PATH, BLENDS).content_id
+        == ScheduleLayers(list(PATH), [[1, 3, 0.5]]).content_id
+    )  # type: ignore[arg-type]
 
 
 @pytest.mark.child_process
 def test_content_ids_are_stable_across_processes() -> None:
     code = (
-        "from polar_fx.passes import *; "
-        "print(program_pipeline((0, 2, 1), ((1, 3, 0.5),)).content_id, library_pipeline().content_id)"
+        "from polar_fx.passes import *; print(program_pipeline((0, 2, 1), ((1, 3, "
+        "0.5),)).content_id, library_pipeline().content_id)"
     )
     seen = {
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=Path(__file__).parent.parent,
             env={"PYTHONHASHSEED": seed, "PATH": ""},
         ).stdout.strip()
         for seed in ("1", "2")
-    }  # fmt: skip
-    assert seen == {f"{program_pipeline((0, 2, 1), ((1, 3, 0.5),)).content_id} {library_pipeline().content_id}"}
+    }
+    assert seen == {
+        f"{program_pipeline((0, 2, 1), ((1, 3, 0.5),)).content_id} {library_pipeline().content_id}"
+    }
 
 
-# --------------------------------------------------------------------------------------------------- pipelines
+# ---------------------------------------------------------------------------------------- pipelines
 
 
-@pytest.mark.parametrize("pipeline", [library_pipeline(), program_pipeline(PATH, BLENDS), Pipeline(())], ids=str)
+@pytest.mark.parametrize(
+    "pipeline", [library_pipeline(), program_pipeline(PATH, BLENDS), Pipeline(())], ids=str
+)
 def test_pipelines_print_and_parse(pipeline: Pipeline) -> None:
     assert Pipeline.parse(str(pipeline)) == pipeline
     assert Pipeline.parse(str(pipeline)).content_id == pipeline.content_id
@@ -184,7 +206,12 @@ def test_passes_can_be_left_out_by_name() -> None:
 
 def test_a_pipeline_records_what_each_pass_did() -> None:
     result = library_pipeline().run(noisy())
-    assert [r.name for r in result.records] == ["eliminate-noops", "eliminate-dead-code", "outline-layers", "dedupe-layers"]
+    assert [r.name for r in result.records] == [
+        "eliminate-noops",
+        "eliminate-dead-code",
+        "outline-layers",
+        "dedupe-layers",
+    ]
     assert result.modified and all(r.modified and r.time_ms > 0 for r in result.records)
     assert result.records[-1].counts == {"layer graphs": "3 -> 2"}
     assert not Pipeline((PASSES["eliminate-noops"](),)).run(result.graph_module).modified

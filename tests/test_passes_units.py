@@ -8,7 +8,15 @@ from hand_made import Builder, aten, flat, on_cpu, operands, run, single_row
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from polar_fx.passes import PASSES, PassError, VerifyError, flat_pipeline, library_pipeline, program_pipeline, verify
+from polar_fx.passes import (
+    PASSES,
+    PassError,
+    VerifyError,
+    flat_pipeline,
+    library_pipeline,
+    program_pipeline,
+    verify,
+)
 from polar_fx.passes.base import copy_graph_module, kind, layer_calls
 from polar_fx.passes.schedule_layers import Blends, ScheduleLayers
 from tiny_models import tiny
@@ -18,7 +26,7 @@ def library(scales: tuple[float, ...] = (0.5, 0.5, 0.25), **options: bool) -> Gr
     return library_pipeline().run(flat(scales, **options)).graph_module
 
 
-# ---------------------------------------------------------------------------------------- no-ops and dead code
+# ----------------------------------------------------------------------------- no-ops and dead code
 
 
 def _called(gm: GraphModule) -> list[Any]:
@@ -32,17 +40,33 @@ def _unary(build: Any) -> GraphModule:
 
 
 NOOPS = {
-    "conversion to its own dtype": lambda b, x: b.call(aten.relu.default, b.call(aten.to.dtype, x, torch.float32)),
-    "full slice": lambda b, x: b.call(aten.relu.default, b.call(aten.slice.Tensor, x, 0, 0, 2**63 - 1)),
-    "dropout at inference": lambda b, x: b.call(aten.relu.default, b.call(aten.dropout.default, x, 0.5, False)),
+    "conversion to its own dtype": lambda b, x: b.call(
+        aten.relu.default, b.call(aten.to.dtype, x, torch.float32)
+    ),
+    "full slice": lambda b, x: b.call(
+        aten.relu.default, b.call(aten.slice.Tensor, x, 0, 0, 2**63 - 1)
+    ),
+    "dropout at inference": lambda b, x: b.call(
+        aten.relu.default, b.call(aten.dropout.default, x, 0.5, False)
+    ),
     "alias": lambda b, x: b.call(aten.relu.default, b.call(aten.alias.default, x)),
 }
 KEPT = {
-    "conversion to another dtype": lambda b, x: b.call(aten.relu.default, b.call(aten.to.dtype, x, torch.float16)),
-    "a copy": lambda b, x: b.call(aten.relu.default, b.call(aten.to.dtype, x, torch.float32, False, True)),
-    "part of a slice": lambda b, x: b.call(aten.relu.default, b.call(aten.slice.Tensor, x, 0, 1, 2**63 - 1)),
-    "every second row": lambda b, x: b.call(aten.relu.default, b.call(aten.slice.Tensor, x, 0, 0, 2**63 - 1, 2)),
-    "dropout in training": lambda b, x: b.call(aten.relu.default, b.call(aten.dropout.default, x, 0.5, True)),
+    "conversion to another dtype": lambda b, x: b.call(
+        aten.relu.default, b.call(aten.to.dtype, x, torch.float16)
+    ),
+    "a copy": lambda b, x: b.call(
+        aten.relu.default, b.call(aten.to.dtype, x, torch.float32, False, True)
+    ),
+    "part of a slice": lambda b, x: b.call(
+        aten.relu.default, b.call(aten.slice.Tensor, x, 0, 1, 2**63 - 1)
+    ),
+    "every second row": lambda b, x: b.call(
+        aten.relu.default, b.call(aten.slice.Tensor, x, 0, 0, 2**63 - 1, 2)
+    ),
+    "dropout in training": lambda b, x: b.call(
+        aten.relu.default, b.call(aten.dropout.default, x, 0.5, True)
+    ),
 }
 
 
@@ -71,13 +95,19 @@ def test_dead_values_go_and_writes_into_slots_stay() -> None:
     assert result.counts == {"dead nodes removed": 3} and not list(result.graph_module.parameters())
 
 
-# ------------------------------------------------------------------------------------------- matvec to reduction
+# ------------------------------------------------------------------------------ matvec to reduction
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.05)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float32, 1e-6), (torch.float64, 1e-12), (torch.bfloat16, 0.05)],
+    ids=str,
+)
 def test_a_linear_over_one_row_becomes_a_sum(dtype: torch.dtype, tolerance: float) -> None:
     result = PASSES["matvec-to-reduction"]().run(on_cpu(single_row(dtype)))
-    assert result.counts == {"linears rewritten": 2} and aten.linear.default not in _called(result.graph_module)
+    assert result.counts == {"linears rewritten": 2} and aten.linear.default not in _called(
+        result.graph_module
+    )
     torch.manual_seed(0)
     x, w1, w2, bias = (torch.randn(s).to(dtype) for s in ((1, 1, 4), (5, 4), (4, 5), (4,)))
     got = result.graph_module(x, w1, w2, bias)
@@ -93,11 +123,15 @@ def test_linears_over_more_rows_or_on_other_devices_stay() -> None:
     assert not this.run(tiny("llama").captured.graph_module).modified, "symbolic sizes"
 
 
-# ------------------------------------------------------------------------------------------- outline and dedupe
+# ------------------------------------------------------------------------------- outline and dedupe
 
 
 def test_layers_that_differ_in_one_literal_stay_apart() -> None:
-    assert [c.target for c in layer_calls(library((0.5, 0.25, 0.5)))] == ["layer_kind_0", "layer_kind_1", "layer_kind_0"]
+    assert [c.target for c in layer_calls(library((0.5, 0.25, 0.5)))] == [
+        "layer_kind_0",
+        "layer_kind_1",
+        "layer_kind_0",
+    ]
     assert {c.target for c in layer_calls(library((0.5, 0.5, 0.5)))} == {"layer_kind_0"}
 
 
@@ -111,7 +145,9 @@ def test_the_head_takes_hidden_state_and_weights_only() -> None:
 
 
 def _two_layers(second: Any) -> GraphModule:
-    """Layer 0 adds a weight; layer 1 is up to `second`, which is given the builder, hidden state and more of layer 0."""
+    """Layer 0 adds a weight; layer 1 is up to `second`, which is given the builder, hidden state
+    and more of layer 0.
+    """
     b = Builder()
     x = b.placeholder("input_ids", 2, 3)
     slots = [b.placeholder(f"kv_{i}_0", 2, 3, role="kv", slot=i, part=0) for i in (0, 1)]
@@ -127,13 +163,18 @@ def _two_layers(second: Any) -> GraphModule:
 
 def test_a_layer_that_reads_another_layers_value_is_refused() -> None:
     gm = _two_layers(lambda b, h, inner, slots: b.call(aten.add.Tensor, h, inner))
-    with pytest.raises(PassError, match=r"layer 0 of 2 hands on 2 values .* cannot be skipped or repeated"):
+    with pytest.raises(
+        PassError, match=r"layer 0 of 2 hands on 2 values .* cannot be skipped or repeated"
+    ):
         PASSES["outline-layers"]().run(gm)
 
 
 def test_a_layer_that_reads_another_layers_keys_is_refused() -> None:
     gm = _two_layers(lambda b, h, inner, slots: b.call(aten.add.Tensor, h, slots[0]))
-    with pytest.raises(PassError, match="layer 1 reads the keys and values of layer 0; editing such a model is unsound"):
+    with pytest.raises(
+        PassError,
+        match="layer 1 reads the keys and values of layer 0; editing such a model is unsound",
+    ):
         PASSES["outline-layers"]().run(gm)
 
 
@@ -141,7 +182,7 @@ def test_a_graph_without_layers_is_left_alone() -> None:
     assert not PASSES["outline-layers"]().run(_unary(NOOPS["alias"])).modified
 
 
-# ---------------------------------------------------------------------------- schedule, assign KV slots, inline
+# ---------------------------------------------------------------- schedule, assign KV slots, inline
 
 
 def _by_hand(path: tuple[int, ...], blends: Blends) -> tuple[Tensor, list[Tensor]]:
@@ -156,7 +197,9 @@ def _by_hand(path: tuple[int, ...], blends: Blends) -> tuple[Tensor, list[Tensor
         opened += [hidden for start, _, _ in blends if start == step]
         call = layer_calls(gm)[layer]
         weight = getattr(gm, f"layers_{layer}_weight")
-        hidden = gm.get_submodule(str(call.target))(hidden, rows, values[1], mask, *slots[2 * step : 2 * step + 2], weight)
+        hidden = gm.get_submodule(str(call.target))(
+            hidden, rows, values[1], mask, *slots[2 * step : 2 * step + 2], weight
+        )
         for _, stop, damping in reversed(blends):
             if stop == step + 1:
                 before = opened.pop()
@@ -195,7 +238,9 @@ def test_the_flat_graph_is_the_step_graph_to_the_bit(name: str) -> None:
     inlined = flat_pipeline().run(steps).graph_module
     assert not [n for n in inlined.graph.nodes if n.op == "call_module"]
     (want, want_slots), (got, slots) = run(steps), run(inlined)
-    assert torch.equal(got, want) and all(torch.equal(a, b) for a, b in zip(slots, want_slots, strict=True))
+    assert torch.equal(got, want) and all(
+        torch.equal(a, b) for a, b in zip(slots, want_slots, strict=True)
+    )
 
 
 def test_a_scheduled_graph_can_be_scheduled_again() -> None:
@@ -205,7 +250,8 @@ def test_a_scheduled_graph_can_be_scheduled_again() -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "message"), [((0, 7), r"layers \[7\] are not in the graph; use layers among \[0, 1, 2\]"), ((), "empty")]
+    ("path", "message"),
+    [((0, 7), r"layers \[7\] are not in the graph; use layers among \[0, 1, 2\]"), ((), "empty")],
 )
 def test_impossible_paths_are_refused(path: tuple[int, ...], message: str) -> None:
     with pytest.raises(PassError, match=message):
@@ -218,7 +264,7 @@ def test_program_passes_want_outlined_layers(name: str) -> None:
         PASSES[name]().run(flat())
 
 
-# ------------------------------------------------------------------------------------------------- the verifier
+# ------------------------------------------------------------------------------------- the verifier
 
 
 def _first(gm: GraphModule, op: str) -> Node:

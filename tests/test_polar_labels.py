@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from polar_fx.errors import InputError, NotSegmentableError, ProgramError
-from polar_fx.evaluation.polar.labels import LabelCounts, QuestionPrograms, label_losses, label_rows, label_tensors, parse_labels
+from polar_fx.evaluation.polar.labels import (
+    LabelCounts,
+    QuestionPrograms,
+    label_losses,
+    label_rows,
+    label_tensors,
+    parse_labels,
+)
 from polar_fx.program import Edit, Op, Program
 
 
@@ -17,7 +24,9 @@ def starts(program: Program) -> list[int]:
 
 
 def best_parse(path: tuple[int, ...], depth: int, max_length: int = 4, repeat_times: int = 2):
-    """The rules of PoLar's parser, word by word, as a dynamic program over every move: (size, class) of the segments, or None."""
+    """The rules of PoLar's parser, word by word, as a dynamic program over every move: (size,
+    class) of the segments, or None.
+    """
 
     def rank(parse: tuple[tuple[int, int], ...]):
         skips, repeats = sum(op == 0 for _, op in parse), sum(op > 1 for _, op in parse)
@@ -31,7 +40,10 @@ def best_parse(path: tuple[int, ...], depth: int, max_length: int = 4, repeat_ti
         for size in range(1, min(max_length, depth - layer) + 1):
             for op in range(repeat_times + 1):
                 part = tuple(range(layer, layer + size)) * op
-                if path[step : step + len(part)] == part and (rest := parse(layer + size, step + len(part))) is not None:
+                if (
+                    path[step : step + len(part)] == part
+                    and (rest := parse(layer + size, step + len(part))) is not None
+                ):
                     found.append(((size, op), *rest))
         return min(found, key=rank, default=None)
 
@@ -111,7 +123,9 @@ IDENTITY = Program.identity(D)
 
 
 def weights(*questions: QuestionPrograms, **settings) -> dict[tuple[str, Program], float]:
-    return {(row.question, row.program): row.weight for row in label_rows(questions, D, **settings).rows}
+    return {
+        (row.question, row.program): row.weight for row in label_rows(questions, D, **settings).rows
+    }
 
 
 def test_weights_by_hand() -> None:
@@ -123,13 +137,19 @@ def test_weights_by_hand() -> None:
     )
     assert got == pytest.approx(
         {
-            ("shorter", IDENTITY): 0.3 / 2.3, ("shorter", SHORTER): 1 / 2.3, ("shorter", LONGER): 1 / 2.3,
-            ("longer", IDENTITY): 0.5, ("longer", LONGER): 0.5,
-            ("rescued", SHORTER): 0.5, ("rescued", LONGER): 0.5,
+            ("shorter", IDENTITY): 0.3 / 2.3,
+            ("shorter", SHORTER): 1 / 2.3,
+            ("shorter", LONGER): 1 / 2.3,
+            ("longer", IDENTITY): 0.5,
+            ("longer", LONGER): 0.5,
+            ("rescued", SHORTER): 0.5,
+            ("rescued", LONGER): 0.5,
             ("alone", IDENTITY): 1.0,
         }
-    )  # fmt: skip
-    assert weights(QuestionPrograms("q", True, (SHORTER,)), identity_weight=1.0)["q", IDENTITY] == 0.5
+    )
+    assert (
+        weights(QuestionPrograms("q", True, (SHORTER,)), identity_weight=1.0)["q", IDENTITY] == 0.5
+    )
 
 
 def test_everything_is_accounted_for() -> None:
@@ -142,21 +162,31 @@ def test_everything_is_accounted_for() -> None:
         D,
         max_paths=2,
     )
-    assert found.counts == LabelCounts(questions=3, unanswered=1, unlabelled=1, rows=2, unparsable=2, left_out=1)
-    assert [row.question for row in found.rows] == ["some", "some"] and found.rows[0].program == IDENTITY
+    assert found.counts == LabelCounts(
+        questions=3, unanswered=1, unlabelled=1, rows=2, unparsable=2, left_out=1
+    )
+    assert [row.question for row in found.rows] == ["some", "some"] and found.rows[
+        0
+    ].program == IDENTITY
     assert all(row.labels == parse_labels(row.program) for row in found.rows)
 
 
 def test_the_limit_draws_the_same_programs_in_any_order() -> None:
     depth = 12
     programs = [
-        Program.from_edits([Edit(a, 1, Op.SKIP), Edit(b, 1, Op.REPEAT)], depth) for a in range(11) for b in range(a + 1, 12)
+        Program.from_edits([Edit(a, 1, Op.SKIP), Edit(b, 1, Op.REPEAT)], depth)
+        for a in range(11)
+        for b in range(a + 1, 12)
     ]
     rng, drawn = random.Random(0), []
     for seed in (0, 0, 0, 1):
         rng.shuffle(programs)
         found = label_rows([QuestionPrograms("q", True, tuple(programs))], depth, seed=seed)
-        assert len(found.rows) == 50 and found.counts.left_out == 17 and found.rows[0].program.is_identity
+        assert (
+            len(found.rows) == 50
+            and found.counts.left_out == 17
+            and found.rows[0].program.is_identity
+        )
         assert sum(row.weight for row in found.rows) == pytest.approx(1)
         drawn.append({row.program for row in found.rows})
     assert drawn[0] == drawn[1] == drawn[2] != drawn[3]
@@ -193,16 +223,30 @@ def test_tensors() -> None:
 
 
 def test_losses_by_hand() -> None:
-    """Layer 0's bit does not count, nor ops beside starts; the op loss is a mean over a row's own starts."""
+    """Layer 0's bit does not count, nor ops beside starts; the op loss is a mean over a row's own
+    starts.
+    """
     logit = math.log(3)  # of probability 3/4
     boundary_logits = torch.tensor([[-50.0, logit, logit], [-50.0, 0.0, logit]])
-    op_logits = torch.tensor([[[0.0, math.log(2), 0.0], [99.0, 0.0, -99.0], [0.0, 0.0, 0.0]]]).expand(2, -1, -1)
-    boundaries, ops = torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]), torch.tensor([[1, 1, 0], [0, 0, 0]])
+    op_logits = torch.tensor(
+        [[[0.0, math.log(2), 0.0], [99.0, 0.0, -99.0], [0.0, 0.0, 0.0]]]
+    ).expand(2, -1, -1)
+    boundaries, ops = (
+        torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]),
+        torch.tensor([[1, 1, 0], [0, 0, 0]]),
+    )
     boundary, op = label_losses(boundary_logits, op_logits, boundaries, ops)
-    assert boundary.tolist() == pytest.approx([(math.log(4) + math.log(4 / 3)) / 2, (math.log(2) + math.log(4)) / 2])
+    assert boundary.tolist() == pytest.approx(
+        [(math.log(4) + math.log(4 / 3)) / 2, (math.log(2) + math.log(4)) / 2]
+    )
     assert op.tolist() == pytest.approx([(math.log(2) + math.log(3)) / 2, math.log(4)])
 
 
 def test_losses_of_one_layer() -> None:
-    boundary, op = label_losses(torch.zeros(1, 1), torch.zeros(1, 1, 3), torch.ones(1, 1), torch.ones(1, 1, dtype=torch.int64))
+    boundary, op = label_losses(
+        torch.zeros(1, 1),
+        torch.zeros(1, 1, 3),
+        torch.ones(1, 1),
+        torch.ones(1, 1, dtype=torch.int64),
+    )
     assert boundary.tolist() == [0.0] and op.tolist() == pytest.approx([math.log(3)])

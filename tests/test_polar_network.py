@@ -10,13 +10,23 @@ from torch import Tensor
 
 from polar_fx.errors import InputError
 from polar_fx.evaluation.polar.decode import decode_beam
-from polar_fx.evaluation.polar.labels import LabelRow, QuestionPrograms, label_losses, label_rows, label_tensors, parse_labels
+from polar_fx.evaluation.polar.labels import (
+    LabelRow,
+    QuestionPrograms,
+    label_losses,
+    label_rows,
+    label_tensors,
+    parse_labels,
+)
 from polar_fx.evaluation.polar.network import NetworkConfig, PolarNetwork, pad_features
 from polar_fx.evaluation.polar.training import LabelledQuestions, TrainingConfig, train_network
 from polar_fx.program import Program
 
 SIZES = dict(depth=5, feature_size=6, width=8, heads=2, blocks=1, dropout=0.1)
-PROGRAMS = [Program.from_path(path, 5) for path in ([0, 1, 2, 3], [0, 1, 2, 3, 4, 4], [0, 2, 3, 4], [0, 1, 1, 2, 3, 4])]
+PROGRAMS = [
+    Program.from_path(path, 5)
+    for path in ([0, 1, 2, 3], [0, 1, 2, 3, 4, 4], [0, 2, 3, 4], [0, 1, 1, 2, 3, 4])
+]
 
 
 def network(**settings) -> PolarNetwork:
@@ -36,17 +46,25 @@ def tokens(*lengths: int, size: int = 6) -> list[Tensor]:
 def test_parameters_are_the_papers(depth: int, parameters: int) -> None:
     assert PolarNetwork(NetworkConfig(depth, 1024)).num_parameters == parameters
     assert PolarNetwork(NetworkConfig(depth, 1024, residual=True)).num_parameters == parameters
-    assert PolarNetwork(NetworkConfig(depth, 1024, repeat_times=4)).num_parameters == parameters + 2 * 257
+    assert (
+        PolarNetwork(NetworkConfig(depth, 1024, repeat_times=4)).num_parameters
+        == parameters + 2 * 257
+    )
 
 
 def test_forward_by_hand() -> None:
-    """Written out with matrix products, for one question; post-norm blocks, ReLU, no residual around cross-attention."""
+    """Written out with matrix products, for one question; post-norm blocks, ReLU, no residual
+    around cross-attention.
+    """
     net, (question,) = network(blocks=2), tokens(3)
     weights = dict(net.named_parameters())
 
     def attend(name: str, queries: Tensor, keys: Tensor) -> Tensor:
         w, b = weights[f"{name}.in_proj_weight"].chunk(3), weights[f"{name}.in_proj_bias"].chunk(3)
-        q, k, v = ((x @ w[i].T + b[i]).unflatten(-1, (2, 4)).transpose(0, 1) for i, x in enumerate((queries, keys, keys)))
+        q, k, v = (
+            (x @ w[i].T + b[i]).unflatten(-1, (2, 4)).transpose(0, 1)
+            for i, x in enumerate((queries, keys, keys))
+        )
         mixed = (q @ k.transpose(1, 2) / math.sqrt(4)).softmax(-1) @ v
         return linear(f"{name}.out_proj", mixed.transpose(0, 1).flatten(1))
 
@@ -54,13 +72,18 @@ def test_forward_by_hand() -> None:
         return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
     def norm(name: str, x: Tensor) -> Tensor:
-        scaled = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
+        scaled = (x - x.mean(-1, keepdim=True)) / (
+            x.var(-1, keepdim=True, correction=0) + 1e-5
+        ).sqrt()
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
     x = attend("cross_attention", weights["layer_queries"], linear("token_projection", question))
     for i in range(2):
         x = norm(f"blocks.{i}.norm1", x + attend(f"blocks.{i}.self_attn", x, x))
-        x = norm(f"blocks.{i}.norm2", x + linear(f"blocks.{i}.linear2", linear(f"blocks.{i}.linear1", x).relu()))
+        x = norm(
+            f"blocks.{i}.norm2",
+            x + linear(f"blocks.{i}.linear2", linear(f"blocks.{i}.linear1", x).relu()),
+        )
     boundary_logits, op_logits = net(*pad_features([question]))
     torch.testing.assert_close(boundary_logits, linear("boundary_head", x).T, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(op_logits, linear("op_head", x)[None], atol=1e-5, rtol=1e-4)
@@ -72,10 +95,14 @@ def test_padding_is_not_looked_at() -> None:
     features, mask = pad_features(questions)
     assert mask.sum(1).tolist() == [2, 7, 1] and features.shape == (3, 7, 6)
     together = net(features, mask)
-    torch.testing.assert_close(together, net(features.masked_fill(~mask.unsqueeze(-1), math.nan), mask))
+    torch.testing.assert_close(
+        together, net(features.masked_fill(~mask.unsqueeze(-1), math.nan), mask)
+    )
     for row, question in enumerate(questions):
         alone = net(*pad_features([question]))
-        torch.testing.assert_close([each[row] for each in together], [each[0] for each in alone], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            [each[row] for each in together], [each[0] for each in alone], atol=1e-5, rtol=1e-4
+        )
     changed = features.clone()
     changed[1, 6] += 1
     assert not torch.allclose(net(changed, mask)[0][1], together[0][1])
@@ -92,7 +119,10 @@ def test_one_token_tells_layers_apart_only_with_a_residual() -> None:
     "change, message",
     [
         (lambda f, m: (f, m & torch.tensor([[True], [False]])), "row 1 of the mask"),
-        (lambda f, m: (f.index_fill(1, torch.tensor([1]), math.nan), m), "row 0, token 1 are not all finite"),
+        (
+            lambda f, m: (f.index_fill(1, torch.tensor([1]), math.nan), m),
+            "row 0, token 1 are not all finite",
+        ),
         (lambda f, m: (f[..., :5], m), r"\[2, 3, 5\].*another feature_size"),
         (lambda f, m: (f.long(), m), "int64"),
         (lambda f, m: (f, m.long()), "mask is int64"),
@@ -104,14 +134,24 @@ def test_bad_features(change, message: str) -> None:
         network()(*change(*pad_features(tokens(3, 2))))
 
 
-@pytest.mark.parametrize("bad", [[], [torch.zeros(0, 6)], [torch.zeros(2, 6), torch.zeros(2, 5)], [torch.zeros(6)]])
+@pytest.mark.parametrize(
+    "bad", [[], [torch.zeros(0, 6)], [torch.zeros(2, 6), torch.zeros(2, 5)], [torch.zeros(6)]]
+)
 def test_bad_questions(bad: list[Tensor]) -> None:
     with pytest.raises(InputError):
         pad_features(bad)
 
 
 @pytest.mark.parametrize(
-    "settings", [{"depth": 0}, {"width": 9}, {"dropout": 1.0}, {"repeat_times": 1}, {"blocks": True}, {"feature_size": 1.0}]
+    "settings",
+    [
+        {"depth": 0},
+        {"width": 9},
+        {"dropout": 1.0},
+        {"repeat_times": 1},
+        {"blocks": True},
+        {"feature_size": 1.0},
+    ],
 )
 def test_bad_sizes(settings: dict) -> None:
     with pytest.raises(InputError, match=next(iter(settings))):
@@ -138,15 +178,24 @@ QUICK = TrainingConfig(learning_rate=3e-3, batch_size=8, epochs=4)
 
 
 def same_weights(a: PolarNetwork, b: PolarNetwork) -> bool:
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y)
+        for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def test_training_learns_which_program_a_question_takes() -> None:
-    trained = train_network(TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=2e-2, batch_size=8, epochs=40))
+    trained = train_network(
+        TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=2e-2, batch_size=8, epochs=40)
+    )
     losses = [each["validation_loss"] for each in trained.history["epochs"]]
     assert min(losses) < 0.3 < losses[0] and trained.history["best_validation_loss"] == min(losses)
     assert trained.history["best_epoch"] == losses.index(min(losses)) + 1
-    assert trained.history["steps"] == 40 * 3 and not trained.history["stopped_early"] and not trained.network.training
+    assert (
+        trained.history["steps"] == 40 * 3
+        and not trained.history["stopped_early"]
+        and not trained.network.training
+    )
     with torch.no_grad():
         boundary_logits, op_logits = trained.network(*pad_features(VALIDATION.features))
     for i in range(8):
@@ -154,7 +203,9 @@ def test_training_learns_which_program_a_question_takes() -> None:
 
 
 def test_the_network_returned_is_the_best_one() -> None:
-    trained = train_network(TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=0.3, batch_size=8, epochs=6))
+    trained = train_network(
+        TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=0.3, batch_size=8, epochs=6)
+    )
     assert trained.history["best_epoch"] < 6
     with torch.no_grad():
         index = [VALIDATION.index[row.question] for row in VALIDATION.rows]
@@ -180,13 +231,18 @@ def test_each_epoch_sees_every_row_in_another_order(monkeypatch: pytest.MonkeyPa
     seen: list[int] = []
 
     def spy(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        seen.extend(next(i for i, known in enumerate(data.features) if known is each) for each in features)
+        seen.extend(
+            next(i for i, known in enumerate(data.features) if known is each) for each in features
+        )
         return pad_features(features)
 
-    data = LabelledQuestions(TRAIN.questions, TRAIN.features, [row for row in TRAIN.rows if not row.program.is_identity])
+    data = LabelledQuestions(
+        TRAIN.questions, TRAIN.features, [row for row in TRAIN.rows if not row.program.is_identity]
+    )
     monkeypatch.setattr("polar_fx.evaluation.polar.training.pad_features", spy)
     train_network(data, data, NETWORK, TrainingConfig(batch_size=8, epochs=3))
-    passes = [seen[i : i + 16] for i in range(0, len(seen), 16)]  # training, validation, training ...
+    # training, validation, training ...
+    passes = [seen[i : i + 16] for i in range(0, len(seen), 16)]
     assert len(passes) == 6 and all(sorted(each) == list(range(16)) for each in passes)
     assert passes[1] == passes[3] == passes[5] == list(range(16))
     assert passes[0] != passes[2] != passes[4] != passes[0] and passes[0] != passes[1]
@@ -219,7 +275,13 @@ def test_a_state_file_that_does_not_fit(tmp_path: Path) -> None:
     train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file)
     good = file.read_bytes()
     with pytest.raises(InputError, match=r"training\.epochs is 4 there and 5 here"):
-        train_network(TRAIN, VALIDATION, NETWORK, TrainingConfig(**{**vars(QUICK), "epochs": 5}), state_file=file)
+        train_network(
+            TRAIN,
+            VALIDATION,
+            NETWORK,
+            TrainingConfig(**{**vars(QUICK), "epochs": 5}),
+            state_file=file,
+        )
     with pytest.raises(InputError, match=r"network\.residual"):
         train_network(TRAIN, VALIDATION, NetworkConfig(**SIZES), QUICK, state_file=file)
     with pytest.raises(InputError, match="data is"):
@@ -234,7 +296,9 @@ def test_a_state_file_that_does_not_fit(tmp_path: Path) -> None:
         train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file)
 
 
-def test_a_write_that_fails_leaves_the_state_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_leaves_the_state_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file, before = tmp_path / "state", []
 
     def progress(_: dict[str, float]) -> None:
@@ -263,7 +327,8 @@ def test_learning_rates_by_hand() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert TrainingConfig(warmup_steps=0).learning_rate_at(0, 1) == 1e-3
     history = train_network(TRAIN, VALIDATION, NETWORK, QUICK).history
-    assert history["epochs"][0]["learning_rate"] == pytest.approx(QUICK.learning_rate * 0.3)  # 18 rows are 3 steps
+    # 18 rows are 3 steps
+    assert history["epochs"][0]["learning_rate"] == pytest.approx(QUICK.learning_rate * 0.3)
 
 
 def test_the_writer_gets_every_loss() -> None:
@@ -278,19 +343,29 @@ def test_the_writer_gets_every_loss() -> None:
     history = train_network(TRAIN, VALIDATION, NETWORK, QUICK, writer=writer).history
     for each in history["epochs"]:
         epoch = each.pop("epoch")
-        assert each == {tag.removeprefix("network/"): value for (tag, step), value in writer.seen.items() if step == epoch}
-        assert each["train_loss"] == pytest.approx(each["train_boundary_loss"] + each["train_op_loss"])
+        assert each == {
+            tag.removeprefix("network/"): value
+            for (tag, step), value in writer.seen.items()
+            if step == epoch
+        }
+        assert each["train_loss"] == pytest.approx(
+            each["train_boundary_loss"] + each["train_op_loss"]
+        )
 
 
 def test_rows_count_by_their_weight() -> None:
-    """Of two programs of every question the one that weighs nearly all is learnt, however often the other occurs."""
+    """Of two programs of every question the one that weighs nearly all is learnt, however often the
+    other occurs.
+    """
     rows = [
         LabelRow(q, program, parse_labels(program), weight)
         for q in TRAIN.questions
         for program, weight in [(PROGRAMS[0], 1.0), *[(PROGRAMS[1], 1e-4)] * 3]
     ]
     data = LabelledQuestions(TRAIN.questions, TRAIN.features, rows)
-    trained = train_network(data, data, NETWORK, TrainingConfig(learning_rate=1e-2, batch_size=8, epochs=15))
+    trained = train_network(
+        data, data, NETWORK, TrainingConfig(learning_rate=1e-2, batch_size=8, epochs=15)
+    )
     with torch.no_grad():
         boundary_logits, op_logits = trained.network(*pad_features(TRAIN.features[:1]))
     assert decode_beam(boundary_logits[0], op_logits[0])[0].program == PROGRAMS[0]
@@ -299,13 +374,25 @@ def test_rows_count_by_their_weight() -> None:
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: LabelledQuestions(["a"], tokens(1, 1), TRAIN.rows), "1 questions but features of 2"),
+        (
+            lambda: LabelledQuestions(["a"], tokens(1, 1), TRAIN.rows),
+            "1 questions but features of 2",
+        ),
         (lambda: LabelledQuestions(["a", "a"], tokens(1, 1), TRAIN.rows), "'a' is there twice"),
         (lambda: LabelledQuestions(["a"], tokens(1), TRAIN.rows), "'q0', which has no features"),
         (lambda: LabelledQuestions(["a"], tokens(1), ()), "no label rows"),
-        (lambda: train_network(TRAIN, VALIDATION, NetworkConfig(**{**SIZES, "depth": 4})), "of 5 layers, the network of 4"),
-        (lambda: train_network(TRAIN, labelled(4, size=7), NETWORK), r"validation features of question 'q0'.*\[2, 7\]"),
-        (lambda: train_network(TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=1e30)), "lower the learning rate"),
+        (
+            lambda: train_network(TRAIN, VALIDATION, NetworkConfig(**{**SIZES, "depth": 4})),
+            "of 5 layers, the network of 4",
+        ),
+        (
+            lambda: train_network(TRAIN, labelled(4, size=7), NETWORK),
+            r"validation features of question 'q0'.*\[2, 7\]",
+        ),
+        (
+            lambda: train_network(TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=1e30)),
+            "lower the learning rate",
+        ),
         (lambda: TrainingConfig(learning_rate=0.0), "learning_rate is 0.0"),
         (lambda: TrainingConfig(batch_size=0), "batch_size is 0"),
         (lambda: TrainingConfig(patience=0), "patience is 0"),

@@ -21,7 +21,8 @@ from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
 
 DEPTH = 6
-MENU = Menu.of([Program.parse(t, DEPTH) for t in ("skip 3", "skip 2-4", "repeat 4", "skip 5")])  # steps 6 5 3 7 5
+# steps 6 5 3 7 5
+MENU = Menu.of([Program.parse(t, DEPTH) for t in ("skip 3", "skip 2-4", "repeat 4", "skip 5")])
 
 
 def proposal(*chances: float) -> Proposal:
@@ -35,14 +36,21 @@ def choose(policy: str, *chances: float, **settings: Any) -> str:
 
 
 def test_a_menu_begins_with_the_identity() -> None:
-    assert MENU.programs[0].is_identity and MENU.steps.tolist() == [6, 5, 3, 7, 5] and len(MENU) == 5
-    assert Menu.of([MENU.programs[1], Program.identity(DEPTH), MENU.programs[1]]).programs == MENU.programs[:2]
+    assert (
+        MENU.programs[0].is_identity and MENU.steps.tolist() == [6, 5, 3, 7, 5] and len(MENU) == 5
+    )
+    assert (
+        Menu.of([MENU.programs[1], Program.identity(DEPTH), MENU.programs[1]]).programs
+        == MENU.programs[:2]
+    )
     assert Menu.of((), 4).programs == (Program.identity(4),)
     assert MENU.index(MENU.programs[3]) == 3
     for programs, match in (
-        (MENU.programs[1:], "begins with the identity"), ((), "empty"), ((*MENU.programs, MENU.programs[1]), "twice"),
+        (MENU.programs[1:], "begins with the identity"),
+        ((), "empty"),
+        ((*MENU.programs, MENU.programs[1]), "twice"),
         ((*MENU.programs, Program.parse("skip 1", 5)), "depth 5, the menu 6"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=match):
             Menu(programs)
     with pytest.raises(InputError, match="not among the menu's 5"):
@@ -55,9 +63,13 @@ def test_accuracy_leaves_the_identity_only_for_enough() -> None:
     assert choose("accuracy", 0.5, 0.75, 0.4, 0.1, 0.2, threshold=0.25) == "0-2 4-5"
     assert choose("accuracy", 0.5, 0.74, 0.4, 0.1, 0.2, threshold=0.25) == "0-5"
     assert choose("accuracy", 0.5, 0.9, 0.4, 0.1, 0.2) == "0-5", "never, before it was calibrated"
-    assert choose("accuracy", 0.5, 0.6, 0.4, 0.6, 0.2, threshold=0.0) == "0-2 4-5", "of equals fewer steps"
+    assert choose("accuracy", 0.5, 0.6, 0.4, 0.6, 0.2, threshold=0.0) == "0-2 4-5", (
+        "of equals fewer steps"
+    )
     assert choose("accuracy", 0.6, 0.6, 0.6, 0.1, 0.2, threshold=0.0) == "0-1 5"
-    assert choose("accuracy", 0.5, math.nan, 0.9, 0.1, 0.2, threshold=0.0) == "0-5", "nothing is known"
+    assert choose("accuracy", 0.5, math.nan, 0.9, 0.1, 0.2, threshold=0.0) == "0-5", (
+        "nothing is known"
+    )
 
 
 def test_budgets() -> None:
@@ -67,7 +79,8 @@ def test_budgets() -> None:
     assert choose("steps<=0.1", *chances) == "0-5", "nothing fits"
     assert choose("steps <= 2", *chances) == "0-3 (4)*2 5"
     assert choose("mean_steps<=0.9", *chances, prices={0.9: 0.0}) == "0-3 (4)*2 5"
-    assert choose("mean_steps<=0.9", *chances, prices={0.9: 0.6}) == "0-5"  # 0.95 - 0.7, 0.9 - 0.6, 0.4 - 0.3
+    # 0.95 - 0.7, 0.9 - 0.6, 0.4 - 0.3
+    assert choose("mean_steps<=0.9", *chances, prices={0.9: 0.6}) == "0-5"
     assert choose("mean_steps<=0.9", *chances, prices={0.9: 1.2}) == "0-1 5"
     costs = dict(zip(MENU.programs, (10.0, 8.0, 5.0, 12.0, 9.0), strict=True))
     assert choose("latency_ms<=9", *chances, costs=costs) == "0-2 4-5"
@@ -79,33 +92,50 @@ def test_fixed_programs_and_the_identity() -> None:
     assert choose("skip 3", 1, 0, 0, 0, 0) == "0-2 4-5"
 
 
-@pytest.mark.parametrize("text", ["identity", "accuracy", "steps<=0.9", "mean_steps<=0.85", "latency_ms<=30", "0-2 4-5 /6"])
+@pytest.mark.parametrize(
+    "text",
+    ["identity", "accuracy", "steps<=0.9", "mean_steps<=0.85", "latency_ms<=30", "0-2 4-5 /6"],
+)
 def test_policies_are_text(text: str) -> None:
     policy = Policy.parse(text, DEPTH)
-    assert str(policy) == text and Policy.parse(str(policy), DEPTH) == policy and Policy.parse(policy, DEPTH) is policy
+    assert (
+        str(policy) == text
+        and Policy.parse(str(policy), DEPTH) == policy
+        and Policy.parse(policy, DEPTH) is policy
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [("steps<=x", "'x' is no number"), ("depth<=3", "a limit of 'depth'"), ("fastest", "none of identity, accuracy"),
-     ("steps<=0", "limit of policy 'steps' is 0"), ("steps<=inf", "is inf"), ("steps<=-1", "is -1")],
-)  # fmt: skip
+    [
+        ("steps<=x", "'x' is no number"),
+        ("depth<=3", "a limit of 'depth'"),
+        ("fastest", "none of identity, accuracy"),
+        ("steps<=0", "limit of policy 'steps' is 0"),
+        ("steps<=inf", "is inf"),
+        ("steps<=-1", "is -1"),
+    ],
+)
 def test_what_is_no_policy(text: str, match: str) -> None:
     with pytest.raises(InputError, match=match):
         Policy.parse(text, DEPTH)
 
 
 def test_policies_say_what_they_lack() -> None:
-    with pytest.raises(InputError, match="no price of mean_steps<=0.9 was set in training, only of 0.8"):
+    with pytest.raises(
+        InputError, match="no price of mean_steps<=0.9 was set in training, only of 0.8"
+    ):
         Policy.parse("mean_steps<=0.9", DEPTH).check(Calibration(prices={0.8: 0.1}), None)
     with pytest.raises(InputError, match="warmup"):
         Policy.parse("latency_ms<=3", DEPTH).check(Calibration(), {})
 
 
 @given(
-    st.lists(st.floats(0, 1), min_size=5, max_size=5), st.floats(-1, 1), st.floats(0, 2),
+    st.lists(st.floats(0, 1), min_size=5, max_size=5),
+    st.floats(-1, 1),
+    st.floats(0, 2),
     st.sampled_from(["accuracy", "steps<=0.8", "mean_steps<=0.9"]),
-)  # fmt: skip
+)
 def test_choosing_for_all_rows_at_once_is_choosing_one_by_one(
     chances: list[float], threshold: float, price: float, policy: str
 ) -> None:
@@ -128,7 +158,7 @@ def test_choosing_for_all_rows_at_once_is_choosing_one_by_one(
     assert every.tolist() == [one]
 
 
-# ------------------------------------------------------------------------------------------------------ features, selector
+# ------------------------------------------------------------------------------- features, selector
 
 
 def test_features_look_at_the_end_of_a_prompt() -> None:
@@ -147,7 +177,9 @@ def selector(width: int = 3, seed: int = 0) -> Selector:
     network = SelectorNetwork(4, len(MENU), width)
     network.start_from(torch.randn(20, 4), torch.linspace(0.1, 0.9, len(MENU)))
     slopes, shifts = torch.full((5,), 1.5), torch.full((5,), -0.25)
-    return Selector(MENU, Features(1, 8), network, Calibration(0.05, {0.9: 0.2, 0.8: 0.4}), slopes, shifts)
+    return Selector(
+        MENU, Features(1, 8), network, Calibration(0.05, {0.9: 0.2, 0.8: 0.4}), slopes, shifts
+    )
 
 
 @pytest.mark.parametrize("width", [0, 3])
@@ -184,16 +216,26 @@ def test_a_selector_fits_its_menu() -> None:
 @pytest.mark.parametrize("width", [0, 3])
 def test_saved_and_loaded(width: int, tmp_path: Path) -> None:
     made = selector(width)
-    folder = save_selector(made, tmp_path / "a" / "b", "model x", Policy.parse("mean_steps<=0.9", DEPTH), {"tasks": ["t"]})
+    folder = save_selector(
+        made,
+        tmp_path / "a" / "b",
+        "model x",
+        Policy.parse("mean_steps<=0.9", DEPTH),
+        {"tasks": ["t"]},
+    )
     loaded, policy = load_selector(folder, "model x")
     assert (loaded.menu, loaded.features, loaded.calibration, str(policy)) == (
-        MENU, made.features, made.calibration, "mean_steps<=0.9"
-    )  # fmt: skip
+        MENU,
+        made.features,
+        made.calibration,
+        "mean_steps<=0.9",
+    )
     features = torch.randn(6, 4)
     assert np.array_equal(loaded.probabilities(features), made.probabilities(features))
     assert read_notes(folder) == {"tasks": ["t"]} and sorted(p.name for p in folder.iterdir()) == [
-        "predictor.json", "predictor.safetensors"
-    ]  # fmt: skip
+        "predictor.json",
+        "predictor.safetensors",
+    ]
     never = selector(width)
     never.calibration = Calibration()
     save_selector(never, folder, "model x")

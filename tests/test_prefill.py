@@ -1,4 +1,5 @@
-"""Prefill runs the last step for the asked-for tokens alone: same logits, same KV, as if every token had been run.
+"""Prefill runs the last step for the asked-for tokens alone: same logits, same KV, as if every
+token had been run.
 
 Shape legend: B batch, T tokens, L KV length, V vocabulary.
 """
@@ -36,21 +37,38 @@ ROWS = {"longer than the window": (2 * WINDOW,), "ragged": (13, 5, 1)}
 @functools.cache
 def _compiled(family: str, prefill_chunk: int, deterministic: bool = False) -> CompiledModel:
     return compile(
-        make(family), "eager", max_length=31, prefill_chunk=prefill_chunk, deterministic=deterministic, cache=False, check=False
+        make(family),
+        "eager",
+        max_length=31,
+        prefill_chunk=prefill_chunk,
+        deterministic=deterministic,
+        cache=False,
+        check=False,
     )
 
 
 def _agree(compiled: CompiledModel, program: Program, rows: list[Tensor]) -> None:
-    """Prefill for the last tokens, and for every token, in sessions side by side; then decode in both."""
-    with torch.no_grad(), compiled.session(program, len(rows)) as last, compiled.session(program, len(rows)) as every:
+    """Prefill for the last tokens, and for every token, in sessions side by side; then decode in
+    both.
+    """
+    with (
+        torch.no_grad(),
+        compiled.session(program, len(rows)) as last,
+        compiled.session(program, len(rows)) as every,
+    ):
         got = compiled.prefill(program, last, rows)
         want = compiled.prefill(program, every, rows, every=True)
         assert [len(w) for w in want] == [len(r) for r in rows]
-        torch.testing.assert_close(torch.stack(got), torch.stack([w[-1] for w in want]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.stack(got), torch.stack([w[-1] for w in want]), rtol=0, atol=1e-4
+        )
         _same_slots(last, every)
         for token in (7, 11):
             tokens = torch.full((len(rows),), token)
-            mine, theirs = compiled.decode(program, last, tokens), compiled.decode(program, every, tokens)
+            mine, theirs = (
+                compiled.decode(program, last, tokens),
+                compiled.decode(program, every, tokens),
+            )
             torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
         _same_slots(last, every)
 
@@ -61,8 +79,16 @@ def _same_slots(one: KvSession, two: KvSession) -> None:
         for got, want in zip(mine, theirs, strict=True):
             for row, length in enumerate(one.lengths):
                 assert want[row, :, :length].abs().sum(-1).min() > 0, "every token wrote something"
-                torch.testing.assert_close(got[row, :, :length], want[row, :, :length], rtol=0, atol=5e-5, msg=f"step {step}")
-                assert not got[row, :, length:-1].any(), "and nothing wrote behind them, but into the spare column"
+                torch.testing.assert_close(
+                    got[row, :, :length],
+                    want[row, :, :length],
+                    rtol=0,
+                    atol=5e-5,
+                    msg=f"step {step}",
+                )
+                assert not got[row, :, length:-1].any(), (
+                    "and nothing wrote behind them, but into the spare column"
+                )
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -84,17 +110,27 @@ def test_prompts_in_chunks_get_the_same(name: str, chunk: int) -> None:
 
 
 def test_rows_run_one_by_one_get_the_same() -> None:
-    _agree(_compiled("llama", 4, deterministic=True), Program.parse(PROGRAMS[HARDEST], 4), prompts(9, 5))
+    _agree(
+        _compiled("llama", 4, deterministic=True),
+        Program.parse(PROGRAMS[HARDEST], 4),
+        prompts(9, 5),
+    )
 
 
 def test_a_second_prefill_goes_on_where_the_first_ended() -> None:
     compiled, program = _compiled("gemma2", 512), Program.parse(PROGRAMS[HARDEST], 4)
     rows = prompts(13, 7)
-    with torch.no_grad(), compiled.session(program, 2) as parts, compiled.session(program, 2) as whole:
+    with (
+        torch.no_grad(),
+        compiled.session(program, 2) as parts,
+        compiled.session(program, 2) as whole,
+    ):
         compiled.prefill(program, parts, [r[:3] for r in rows])
         got = compiled.prefill(program, parts, [r[3:] for r in rows])
         want = compiled.prefill(program, whole, rows, every=True)
-        torch.testing.assert_close(torch.stack(got), torch.stack([w[-1] for w in want]), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            torch.stack(got), torch.stack([w[-1] for w in want]), rtol=0, atol=1e-4
+        )
         _same_slots(parts, whole)
 
 
@@ -102,7 +138,11 @@ def test_where_no_row_ends_only_keys_and_values_are_written() -> None:
     compiled, program = _compiled("llama", 512), Program.parse("0 (1-2)*2 3", 4)
     ids = torch.stack(prompts(6, 6))
     linked = compiled.linker.link(program, ShapeClass.of(2, 6, compiled.pool.length), every=False)
-    with torch.no_grad(), compiled.session(program, 2) as session, compiled.session(program, 2) as every:
+    with (
+        torch.no_grad(),
+        compiled.session(program, 2) as session,
+        compiled.session(program, 2) as every,
+    ):
         assert linked.run_last(ids, session.positions([6, 6]), session.slots, None) is None
         session.advance([6, 6])
         compiled.prefill(program, every, list(ids), every=True)
@@ -119,7 +159,9 @@ def test_any_token_may_be_asked_for() -> None:
     for where in ((0, 5), (3, 3), (5, 1)):
         with torch.no_grad(), compiled.session(program, 2) as session:
             linked = compiled.linker.link(program, shape, every=False)
-            got = linked.run_last(ids, session.positions([6, 6]), session.slots, torch.tensor(where))
+            got = linked.run_last(
+                ids, session.positions([6, 6]), session.slots, torch.tensor(where)
+            )
         assert got is not None and got.shape == (2, 1, 100)
         torch.testing.assert_close(got[:, 0], want[torch.arange(2), list(where)], rtol=0, atol=1e-4)
 
@@ -145,4 +187,10 @@ def test_the_last_step_runs_for_one_token_a_row() -> None:
     program = Program.parse("skip 1", 4)
     with torch.no_grad(), compiled.session(program, 1) as session:
         compiled.prefill(program, session, prompts(9))
-    assert seen == [("attention", 9), ("attention", 9), ("other", 9), ("attention", 1), ("other", 1)]
+    assert seen == [
+        ("attention", 9),
+        ("attention", 9),
+        ("other", 9),
+        ("attention", 1),
+        ("other", 1),
+    ]

@@ -1,4 +1,6 @@
-"""Programs by hand: construction, canonical form, nested edits, bad values, fingerprint, imports."""
+"""Programs by hand: construction, canonical form, nested edits, bad values, fingerprint,
+imports.
+"""
 
 import copy
 import hashlib
@@ -22,7 +24,11 @@ def test_identity() -> None:
     program = Program.identity(4)
     assert program == Program.from_path([0, 1, 2, 3], 4) == Program(4, (0, 1, 2, 3))
     assert program.is_identity and program.is_monotone and program.is_segmentable
-    assert (program.num_steps, program.unique_layers, program.num_unique_layers) == (4, (0, 1, 2, 3), 4)
+    assert (program.num_steps, program.unique_layers, program.num_unique_layers) == (
+        4,
+        (0, 1, 2, 3),
+        4,
+    )
     assert program.segments() == (Segment(0, 4),)
     assert str(program) == "0-3 /4"
     assert repr(program) == "Program('0-3 /4')"
@@ -58,8 +64,15 @@ def test_repeat_three_times_damped() -> None:
     assert program.segments() == (Segment(0, 1), Segment(1, 3, REPEAT, 3, 0.5), Segment(3, 4))
     assert str(program) == "0 (1-2)*3@0.5 3 /4"
     assert [(step.opens, step.closes) for step in program.schedule()] == [
-        (0, ()), (0, ()), (0, ()), (1, ()), (0, (0.5,)), (1, ()), (0, (0.5,)), (0, ()),
-    ]  # fmt: skip
+        (0, ()),
+        (0, ()),
+        (0, ()),
+        (1, ()),
+        (0, (0.5,)),
+        (1, ()),
+        (0, (0.5,)),
+        (0, ()),
+    ]
     assert program == Program.from_edits([Edit(1, 2, REPEAT, 3, 0.5)], 4)
 
 
@@ -67,7 +80,9 @@ def test_nested_edits_leave_the_segments() -> None:
     program = Program.identity(6).repeat(2, 2).skip(5)
     assert program.path == (0, 1, 2, 3, 2, 4, 5)
     assert not program.is_segmentable
-    with pytest.raises(NotSegmentableError, match=r"at step 5: .* would run layer 3, but it runs layer 4"):
+    with pytest.raises(
+        NotSegmentableError, match=r"at step 5: .* would run layer 3, but it runs layer 4"
+    ):
         program.segments()
     assert str(program) == "0-3 2 4-5 /6"
 
@@ -112,10 +127,14 @@ def test_edits_in_any_order_are_one_program() -> None:
     assert {str(program) for program in programs} == {"1 (2-3)*3 (4)*2@0.5 5 /6"}
     assert len(programs) == 1
     assert Program.from_edits([], 6) == Program.identity(6)
-    assert Program.from_edits([Edit(1, 1, SKIP), Edit(2, 1, SKIP)], 4) == Program.from_edits([Edit(1, 2, SKIP)], 4)
+    assert Program.from_edits([Edit(1, 1, SKIP), Edit(2, 1, SKIP)], 4) == Program.from_edits(
+        [Edit(1, 2, SKIP)], 4
+    )
 
 
-@pytest.mark.parametrize("other", ["0-3 /5", "0-2 /4", "0-1 3 2 /4", "0-2 [3]@0.5 /4", "(0)*2 1-3 /4"])
+@pytest.mark.parametrize(
+    "other", ["0-3 /5", "0-2 /4", "0-1 3 2 /4", "0-2 [3]@0.5 /4", "(0)*2 1-3 /4"]
+)
 def test_different_programs_differ(other: str) -> None:
     program = Program.identity(4)
     assert Program.parse(other) != program
@@ -129,7 +148,8 @@ def test_different_programs_differ(other: str) -> None:
 def test_edits_inside_and_around_a_blend() -> None:
     program = Program(5, (0, 1, 2, 3, 4), (Blend(1, 4, 0.5),))
     assert program.repeat(2).blends == (Blend(1, 5, 0.5),)  # grows
-    assert program.repeat(1).blends == program.repeat(3).blends == (Blend(1, 5, 0.5),)  # also at its ends
+    # also at its ends
+    assert program.repeat(1).blends == program.repeat(3).blends == (Blend(1, 5, 0.5),)
     assert program.skip(2).blends == program.skip(3).blends == (Blend(1, 3, 0.5),)  # shrinks
     assert program.skip(0).blends == (Blend(0, 3, 0.5),)  # moves
     assert program.repeat(0, times=3).blends == (Blend(3, 6, 0.5),)
@@ -147,7 +167,9 @@ def test_edits_inside_and_around_a_blend() -> None:
 def test_a_block_may_not_cut_a_blend(start: int, length: int) -> None:
     program = Program(5, (0, 1, 2, 3, 4), (Blend(1, 4, 0.5),))
     for edit in (program.skip, program.repeat):
-        with pytest.raises(ProgramError, match=rf"steps {start}:{start + length} cuts the blend over steps 1:4"):
+        with pytest.raises(
+            ProgramError, match=rf"steps {start}:{start + length} cuts the blend over steps 1:4"
+        ):
             edit(start, length)
 
 
@@ -183,24 +205,39 @@ def test_a_block_may_not_cut_a_blend(start: int, length: int) -> None:
             lambda: Program.from_segments([Segment(0, 1), Segment(2, 3)], 3),
             "segment 1 covers layers 2:3.*starts at 1",
         ),
-        (lambda: Program.from_segments([Segment(0, 2), Segment(1, 3)], 3), "segment 1 covers layers 1:3"),
+        (
+            lambda: Program.from_segments([Segment(0, 2), Segment(1, 3)], 3),
+            "segment 1 covers layers 1:3",
+        ),
         (lambda: Program.from_segments([Segment(0, 2)], 3), "stop at layer 2 of depth 3"),
         (lambda: Program.from_segments([Segment(0, 4)], 3), "segment 0 covers layers 0:4"),
         (lambda: Program.from_segments([Segment(0, 3, SKIP)], 3), "empty program"),
-        (lambda: Program.from_edits([Edit(1, 2, SKIP), Edit(2, 1, REPEAT)], 4), "1:3 and 2:3 overlap"),
+        (
+            lambda: Program.from_edits([Edit(1, 2, SKIP), Edit(2, 1, REPEAT)], 4),
+            "1:3 and 2:3 overlap",
+        ),
         (lambda: Program.from_edits([Edit(3, 2, SKIP)], 4), "3:5 reaches beyond layer 3"),
         (lambda: Segment(2, 2), "stop .* is 2"),
         (lambda: Segment(0, 1, REPEAT), "times=1"),
         (lambda: Segment(0, 1, KEEP, 2), "only a repeat"),
         (lambda: Segment(0, 1, SKIP, 1, 0.5), "only a repeat"),
-        (lambda: Segment(0, 1, "loop"), "op of segment 0:1 is 'loop'; use one of skip, keep, repeat"),  # pyright: ignore
+        (
+            lambda: Segment(0, 1, "loop"),
+            "op of segment 0:1 is 'loop'; use one of skip, keep, repeat",
+        ),  # pyright: ignore
         (lambda: Segment(0, 1, REPEAT, 2, 1.5), "damping of segment 0:1 is 1.5"),
         (lambda: Edit(0, 1, KEEP), "op keep"),
         (lambda: Edit(0, 1, SKIP, 3), "times=3"),
         (lambda: Blend(1, 1, 0.5), "stop .* is 1"),
         (lambda: Blend(0, 1, 0.0), "damping .* is 0.0"),
-        (lambda: Program(2, (0, 1), (Blend(1, 3, 0.5),)), "steps 1:3 reaches beyond the last of 2 steps"),
-        (lambda: Program(3, (0, 1, 2), (Blend(0, 2, 0.5), Blend(1, 3, 0.5))), "0:2 and 1:3 overlap"),
+        (
+            lambda: Program(2, (0, 1), (Blend(1, 3, 0.5),)),
+            "steps 1:3 reaches beyond the last of 2 steps",
+        ),
+        (
+            lambda: Program(3, (0, 1, 2), (Blend(0, 2, 0.5), Blend(1, 3, 0.5))),
+            "0:2 and 1:3 overlap",
+        ),
         (lambda: Program(2, (0, 1), ((0, 1, 0.5),)), r"blends holds \(0, 1, 0.5\)"),  # pyright: ignore
         (lambda: Program(1, (0,), (Blend(0, 1, 1e-300),) * 2), "damping .* is 0.0"),
         (lambda: Program.parse(b"0 /1"), r"text is b'0 /1' \(bytes\)"),  # pyright: ignore
@@ -224,16 +261,25 @@ def test_fingerprint_is_the_documented_hash() -> None:
 
 @pytest.mark.child_process
 def test_fingerprint_is_stable_across_processes() -> None:
-    code = "from polar_fx.program import Program; print(Program.parse('0-3 (4)*3@0.1 9 /12').fingerprint)"
+    code = (
+        "from polar_fx.program import Program; print(Program.parse('0-3 (4)*3@0.1 9 "
+        "/12').fingerprint)"
+    )
     found = set()
     for seed in ("0", "1"):
         env = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": os.pathsep.join(sys.path)}
-        found.add(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout)
+        found.add(
+            subprocess.run(
+                [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+            ).stdout
+        )
     assert found == {Program.parse("0-3 (4)*3@0.1 9 /12").fingerprint + "\n"}
 
 
 def test_large_programs_are_fast() -> None:
-    program = Program.from_segments([Segment(i, i + 2, REPEAT, 4, 0.5) for i in range(0, 100, 2)], 100)
+    program = Program.from_segments(
+        [Segment(i, i + 2, REPEAT, 4, 0.5) for i in range(0, 100, 2)], 100
+    )
     assert program.num_steps == 400
     for work in (
         program.segments,
@@ -251,7 +297,12 @@ def test_large_programs_are_fast() -> None:
 
 @pytest.mark.child_process
 def test_import_loads_neither_torch_nor_transformers() -> None:
-    code = "import sys, polar_fx.program; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    code = (
+        "import sys, polar_fx.program; print(sorted({'torch', 'transformers', 'numpy'} & "
+        "set(sys.modules)))"
+    )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    run = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
     assert run.stdout == "[]\n"

@@ -30,7 +30,8 @@ def segmentations(draw: st.DrawFn, max_depth: int = 12) -> tuple[list[Segment], 
     return segments, depth
 
 
-# An exact model: the hidden state is one fraction, layer i is an affine map that commutes with no other.
+# An exact model: the hidden state is one fraction, layer i is an affine map that commutes with no
+# other.
 
 
 def layer_map(layer: int, h: Fraction) -> Fraction:
@@ -79,7 +80,8 @@ def test_schedule_of_nested_blends() -> None:
     ("path", "depth", "max_length", "lengths"),
     [
         (range(28), 28, 4, [4] * 7),
-        ([*range(5), *range(6, 28)], 28, 4, [4, 1, 1, 4, 4, 4, 4, 4, 2]),  # starts 0,4,5,6,10,14,...
+        # starts 0,4,5,6,10,14,...
+        ([*range(5), *range(6, 28)], 28, 4, [4, 1, 1, 4, 4, 4, 4, 4, 2]),
         (range(6), 6, 4, [4, 2]),
         ([0, 7], 8, 4, [1, 4, 2, 1]),
         ([0, 1, 2, 0, 1, 2, 3], 4, 3, [3, 1]),
@@ -87,7 +89,9 @@ def test_schedule_of_nested_blends() -> None:
         ([4], 9, None, [4, 1, 4]),
     ],
 )
-def test_segment_lengths(path: Sequence[int], depth: int, max_length: int | None, lengths: list[int]) -> None:
+def test_segment_lengths(
+    path: Sequence[int], depth: int, max_length: int | None, lengths: list[int]
+) -> None:
     segments = Program.from_path(path, depth).segments(max_length)
     assert [segment.num_layers for segment in segments] == lengths
 
@@ -108,7 +112,9 @@ def test_segments_round_trip(pair: tuple[list[Segment], int], max_length: int | 
     assert max_length is None or all(s.num_layers <= max_length for s in segments)
 
 
-def all_segmentations(depth: int, times: range, dampings: Sequence[float]) -> list[tuple[Segment, ...]]:
+def all_segmentations(
+    depth: int, times: range, dampings: Sequence[float]
+) -> list[tuple[Segment, ...]]:
     ops: list[tuple[Op, int, float]] = [(SKIP, 1, 1.0), (KEEP, 1, 1.0)]
     ops += [(REPEAT, n, damping) for n in times for damping in dampings]
     found = []
@@ -117,7 +123,9 @@ def all_segmentations(depth: int, times: range, dampings: Sequence[float]) -> li
         pairs = list(itertools.pairwise(bounds))
         for choice in itertools.product(ops, repeat=len(pairs)):
             if any(op is not SKIP for op, _, _ in choice):
-                found.append(tuple(Segment(*pair, *each) for pair, each in zip(pairs, choice, strict=True)))
+                found.append(
+                    tuple(Segment(*pair, *each) for pair, each in zip(pairs, choice, strict=True))
+                )
     return found
 
 
@@ -130,7 +138,9 @@ def test_segments_are_minimal_by_brute_force(max_length: int | None, max_times: 
         return len(segments), [-s.num_layers for s in segments]  # fewest, then longest first
 
     for segments in all_segmentations(4, range(2, 4), [1.0, 0.5]):
-        allowed = all(s.num_layers <= (max_length or 4) and s.times <= (max_times or 3) for s in segments)
+        allowed = all(
+            s.num_layers <= (max_length or 4) and s.times <= (max_times or 3) for s in segments
+        )
         program = Program.from_segments(segments, 4)
         if allowed and (program not in best or rank(segments) < rank(best[program])):
             best[program] = segments
@@ -186,7 +196,9 @@ def test_segment_caps() -> None:
 
 
 def test_encoding_by_hand() -> None:
-    program = Program.from_encoding([1, 0, 1, 1, 0, 1], ["keep", "?", "skip", "repeat", "skip", "keep"])
+    program = Program.from_encoding(
+        [1, 0, 1, 1, 0, 1], ["keep", "?", "skip", "repeat", "skip", "keep"]
+    )
     assert program.path == (0, 1, 3, 4, 3, 4, 5)
     boundaries, labels = program.encoding()
     assert boundaries == (1, 0, 1, 1, 0, 1)
@@ -213,7 +225,10 @@ def test_encoding_round_trip(pair: tuple[list[Segment], int]) -> None:
     [
         (lambda: Program.from_encoding([0, 1], [KEEP, KEEP]), r"boundaries\[0\] is 0"),
         (lambda: Program.from_encoding([1, 2], [KEEP, KEEP]), r"boundaries\[1\] is 2"),
-        (lambda: Program.from_encoding([1, 0.0], [KEEP, KEEP]), r"boundaries\[1\] is 0.0 \(float\)"),  # pyright: ignore
+        (
+            lambda: Program.from_encoding([1, 0.0], [KEEP, KEEP]),
+            r"boundaries\[1\] is 0.0 \(float\)",
+        ),  # pyright: ignore
         (lambda: Program.from_encoding([1, 0], [KEEP]), "2 boundaries but 1 labels"),
         (lambda: Program.from_encoding([], []), "depth .* is 0"),
         (

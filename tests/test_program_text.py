@@ -53,7 +53,9 @@ def free_programs(draw: st.DrawFn) -> Program:
     depth = draw(st.integers(1, 4))
     path = draw(st.lists(st.integers(0, depth - 1), min_size=1, max_size=14))
     program = Program.from_path(path, depth)
-    for start, length in draw(st.lists(st.tuples(st.integers(0, 13), st.integers(1, 14)), max_size=6)):
+    for start, length in draw(
+        st.lists(st.tuples(st.integers(0, 13), st.integers(1, 14)), max_size=6)
+    ):
         if start < len(path):
             blend = Blend(start, min(start + length, len(path)), draw(DAMPINGS))
             try:
@@ -71,7 +73,10 @@ def test_skip_undoes_an_inner_repeat(program: Program, data: st.DataObject) -> N
     start = data.draw(st.integers(0, program.num_steps - 1))
     times = data.draw(st.integers(2, 4))
     repeated = program.repeat(start, 1, times, data.draw(DAMPINGS))
-    assert repeated.path == program.path[:start] + (program.path[start],) * times + program.path[start + 1 :]
+    assert (
+        repeated.path
+        == program.path[:start] + (program.path[start],) * times + program.path[start + 1 :]
+    )
     assert repeated.skip(start + 1, times - 1) == program
 
 
@@ -95,7 +100,11 @@ def test_skip_undoes_an_inner_repeat(program: Program, data: st.DataObject) -> N
         ("identity /3", (0, 1, 2), ()),
         ("skip 1 /3", (0, 2), ()),
         ("repeat 1 /3", (0, 1, 1, 2), ()),
-        ("repeat 1-2 x3 @0.5; skip 0 /4", (1, 2, 1, 2, 1, 2, 3), (Blend(2, 4, 0.5), Blend(4, 6, 0.5))),
+        (
+            "repeat 1-2 x3 @0.5; skip 0 /4",
+            (1, 2, 1, 2, 1, 2, 3),
+            (Blend(2, 4, 0.5), Blend(4, 6, 0.5)),
+        ),
         ("repeat 0@0.5,skip 2-3 /4", (0, 0, 1), (Blend(1, 2, 0.5),)),
     ],
 )
@@ -109,7 +118,9 @@ def test_parse(text: str, path: tuple[int, ...], blends: tuple[Blend, ...]) -> N
 def test_depth_as_argument() -> None:
     assert Program.parse("0-4 6-29", depth=30) == Program.parse("0-4 6-29 /30")
     assert Program.parse("identity", 3) == Program.identity(3)
-    assert Program.parse("skip 3-5, repeat 10-11 x3 @0.5", 30) == Program.parse("0-2 6-9 (10-11)*3@0.5 12-29 /30")
+    assert Program.parse("skip 3-5, repeat 10-11 x3 @0.5", 30) == Program.parse(
+        "0-2 6-9 (10-11)*3@0.5 12-29 /30"
+    )
 
 
 @pytest.mark.parametrize(
@@ -146,7 +157,11 @@ def test_text_round_trip(program: Program) -> None:
     text = str(program)
     again = Program.parse(text)
     assert again == program
-    assert (again.fingerprint, str(again), hash(again)) == (program.fingerprint, text, hash(program))
+    assert (again.fingerprint, str(again), hash(again)) == (
+        program.fingerprint,
+        text,
+        hash(program),
+    )
     assert Program.parse(text.replace(" ", "\n ")) == program
     assert Program.parse(text.removesuffix(f" /{program.depth}"), program.depth) == program
 
@@ -229,7 +244,9 @@ def test_text_errors(text: str, position: int, reason: str) -> None:
 
 
 def test_depth_mismatch() -> None:
-    with pytest.raises(ProgramTextError, match="the text says depth 30, the argument depth=28") as caught:
+    with pytest.raises(
+        ProgramTextError, match="the text says depth 30, the argument depth=28"
+    ) as caught:
         Program.parse("0-4 6-29 /30", depth=28)
     assert caught.value.position == 10
     with pytest.raises(ProgramError, match=r"depth .* is -1"):

@@ -1,4 +1,6 @@
-"""Prompts: tokens of a prompt and of its answers are what the tokenizer makes of the text, for the default and for others."""
+"""Prompts: tokens of a prompt and of its answers are what the tokenizer makes of the text, for the
+default and for others.
+"""
 
 from functools import cache
 from typing import Any
@@ -9,7 +11,16 @@ from hypothesis import strategies as st
 
 from polar_fx.errors import InputError
 from polar_fx.judge.grading import extract
-from polar_fx.questions import DIRECT, PLAIN, TASKS, DecodeStop, PromptTemplate, Question, generate, get_template
+from polar_fx.questions import (
+    DIRECT,
+    PLAIN,
+    TASKS,
+    DecodeStop,
+    PromptTemplate,
+    Question,
+    generate,
+    get_template,
+)
 
 CHAT = (
     "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] | trim }}<|end|>\n{% endfor %}"
@@ -18,8 +29,12 @@ CHAT = (
 
 
 @cache
-def _tokenizer(merge: tuple[str, ...] = (), bos: bool = False, eos: bool = True, chat: str | None = None) -> Any:
-    """Bytes as tokens, and one for each of `merge`: what a byte-level BPE does at its most eager."""
+def _tokenizer(
+    merge: tuple[str, ...] = (), bos: bool = False, eos: bool = True, chat: str | None = None
+) -> Any:
+    """Bytes as tokens, and one for each of `merge`: what a byte-level BPE does at its most
+    eager.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -27,7 +42,9 @@ def _tokenizer(merge: tuple[str, ...] = (), bos: bool = False, eos: bool = True,
     vocabulary = {char: i for i, char in enumerate(alphabet)}
     merges = []
     for text in merge:
-        chars = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)[0][0]
+        chars = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(
+            text
+        )[0][0]
         whole = chars[0]
         for char in chars[1:]:
             merges.append((whole, char))
@@ -42,7 +59,9 @@ def _tokenizer(merge: tuple[str, ...] = (), bos: bool = False, eos: bool = True,
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
         )
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>" if eos else None)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>" if eos else None
+    )
     made.chat_template = chat
     return made
 
@@ -63,19 +82,34 @@ def _check(tokenizer: Any, template: PromptTemplate, questions: list[Question]) 
     for question, e in zip(questions, encoded, strict=True):
         text = template.text(tokenizer, question.question)
         prompt = list(e.prefix + e.prompt)
-        assert prompt == tokenizer(text, add_special_tokens=not in_chat).input_ids and e.prompt and e.id == question.id
+        assert (
+            prompt == tokenizer(text, add_special_tokens=not in_chat).input_ids
+            and e.prompt
+            and e.id == question.id
+        )
         assert len(e.targets) == len(set(question.answers))
         for answer, target in zip(dict.fromkeys(question.answers), e.targets, strict=True):
             stop = template.decode_stop(tokenizer)
             written = template.answer.replace("{answer}", answer)
             whole = prompt + list(target)
             if stop.strings:
-                assert whole == tokenizer(text + written + template.stop, add_special_tokens=not in_chat).input_ids
+                assert (
+                    whole
+                    == tokenizer(
+                        text + written + template.stop, add_special_tokens=not in_chat
+                    ).input_ids
+                )
             else:
                 assert whole[-1] == stop.token_ids[0]
-                assert whole[:-1] == tokenizer(text + written, add_special_tokens=not in_chat).input_ids
+                assert (
+                    whole[:-1]
+                    == tokenizer(text + written, add_special_tokens=not in_chat).input_ids
+                )
             # a generator that ends there, and the extraction, give the answer back
-            assert extract(tokenizer.decode(target, skip_special_tokens=True), stop.strings).answer == answer.strip()
+            assert (
+                extract(tokenizer.decode(target, skip_special_tokens=True), stop.strings).answer
+                == answer.strip()
+            )
             assert len(target) <= template.max_new_tokens
 
 
@@ -97,12 +131,21 @@ def test_tokens_of_other_tokenizers(name: str, task: str) -> None:
         _check(OTHERS[name](), wide, generate(task, 20, 1))
 
 
-WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20).filter(lambda t: t.strip() != "")
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20).filter(
+    lambda t: t.strip() != ""
+)
 
 
 @settings(max_examples=60, deadline=None)
-@given(WORDS, st.lists(WORDS.map(str.strip), min_size=1, max_size=3), st.sampled_from(sorted(OTHERS)), st.booleans())
-def test_any_question_is_sound_or_refused(question: str, answers: list[str], name: str, direct: bool) -> None:
+@given(
+    WORDS,
+    st.lists(WORDS.map(str.strip), min_size=1, max_size=3),
+    st.sampled_from(sorted(OTHERS)),
+    st.booleans(),
+)
+def test_any_question_is_sound_or_refused(
+    question: str, answers: list[str], name: str, direct: bool
+) -> None:
     template = DIRECT if direct else PLAIN
     template = PromptTemplate(**{**vars(template), "max_new_tokens": 500})
     tokenizer = OTHERS[name]()
@@ -114,7 +157,10 @@ def test_any_question_is_sound_or_refused(question: str, answers: list[str], nam
         return
     text = template.text(tokenizer, question)
     in_chat = template.chat and tokenizer.chat_template is not None
-    assert list(encoded.prefix + encoded.prompt) == tokenizer(text, add_special_tokens=not in_chat).input_ids
+    assert (
+        list(encoded.prefix + encoded.prompt)
+        == tokenizer(text, add_special_tokens=not in_chat).input_ids
+    )
 
 
 def test_the_prefix_holds_what_all_prompts_begin_with(smollm2: tuple[Any, Any]) -> None:
@@ -136,7 +182,8 @@ def _row(question: str = "7", *answers: str) -> Question:
 def test_an_answer_merged_into_the_prompt_is_refused() -> None:
     template = PromptTemplate("mine", 3, "{question} = ", answer="{answer}")
     message = (
-        r"prompt template mine@3, question 'the-id': the tokenizer merges the end of the prompt with the answer '19'; "
+        r"prompt template mine@3, question 'the-id': the tokenizer merges the end "
+        r"of the prompt with the answer '19'; "
         r"move white space between `prompt` and `answer` of the template"
     )
     with pytest.raises(InputError, match=message):
@@ -147,7 +194,13 @@ def test_an_answer_merged_into_the_prompt_is_refused() -> None:
 
 def test_a_question_merged_into_the_prefix_is_refused() -> None:
     template = PromptTemplate("mine", 1, "Q: {question}\nA:")
-    with pytest.raises(InputError, match=r"mine@1, question 'the-id': the tokenizer begins this prompt otherwise.*a line break"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"mine@1, question 'the-id': the tokenizer begins this prompt otherwise"
+            r".*a line break"
+        ),
+    ):
         template.encode(_tokenizer((": z",)), _row("z"))
 
 
@@ -162,10 +215,16 @@ def test_an_empty_question_and_no_answer_are_refused() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "Q"}, r"prompt of the prompt template 'mine' holds \{question\} 0 times; write it once"),
+        (
+            {"prompt": "Q"},
+            r"prompt of the prompt template 'mine' holds \{question\} 0 times; write it once",
+        ),
         ({"prompt": "{question}{question}"}, r"holds \{question\} 2 times"),
         ({"answer": "19"}, r"answer of the prompt template 'mine' holds \{answer\} 0 times"),
-        ({"max_new_tokens": 0}, "max_new_tokens of the prompt template 'mine' is 0; give a whole number from 1"),
+        (
+            {"max_new_tokens": 0},
+            "max_new_tokens of the prompt template 'mine' is 0; give a whole number from 1",
+        ),
         ({"version": "1"}, "version of the prompt template 'mine' is '1'"),
         ({"version": True}, "version of the prompt template 'mine' is True"),
     ],
@@ -176,9 +235,15 @@ def test_fields_of_a_template(fields: dict[str, Any], message: str) -> None:
 
 
 def test_unknown_prompts() -> None:
-    with pytest.raises(InputError, match="unknown prompt 'cot'; use one of few-shot, direct, plain, or make a PromptTemplate"):
+    with pytest.raises(
+        InputError,
+        match="unknown prompt 'cot'; use one of few-shot, direct, plain, or make a PromptTemplate",
+    ):
         get_template("cot")
-    with pytest.raises(InputError, match="no few-shot prompt for the task 'svamp', only for addition, .*; use 'direct' or"):
+    with pytest.raises(
+        InputError,
+        match="no few-shot prompt for the task 'svamp', only for addition, .*; use 'direct' or",
+    ):
         get_template("few-shot", "svamp")
     assert get_template("direct", "svamp") is DIRECT and get_template("plain") is PLAIN
     assert get_template("few-shot", "addition").key.startswith("few-shot:addition@")
@@ -200,12 +265,19 @@ def test_a_turn_may_end_otherwise_than_the_text() -> None:
     assert end != eos and DIRECT.decode_stop(chat).token_ids == (end, eos)
     assert DIRECT.encode(chat, _row()).targets[0][-1] == end
     assert DIRECT.decode_stop(none).token_ids == (eos,)
-    odd = _tokenizer(chat="{% for m in messages %}{{ m['content'] }}\n{% endfor %}")  # closes turns with no token of its own
+    # closes turns with no token of its own
+    odd = _tokenizer(chat="{% for m in messages %}{{ m['content'] }}\n{% endfor %}")
     assert DIRECT.decode_stop(odd).token_ids == (eos,)
 
 
 def test_without_an_end_of_text_the_remedy_is_named() -> None:
-    with pytest.raises(InputError, match=r"direct@1 ends answers with the end of the text.*set tokenizer.eos_token, or give the"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"direct@1 ends answers with the end of the text"
+            r".*set tokenizer.eos_token, or give the"
+        ),
+    ):
         DIRECT.encode(_tokenizer(eos=False), _row())
     assert PLAIN.decode_stop(_tokenizer(eos=False)) == DecodeStop((), ("\n",), 16)
 
@@ -213,11 +285,17 @@ def test_without_an_end_of_text_the_remedy_is_named() -> None:
 def test_braces_and_marks_in_a_question_are_text() -> None:
     for template in (PLAIN, DIRECT):
         wide = PromptTemplate(**{**vars(template), "max_new_tokens": 99})
-        _check(_tokenizer(), wide, [_row(r"\frac{a}{b} {question} {answer} {} %s", r"\frac{1}{2}", "{question}")])
+        _check(
+            _tokenizer(),
+            wide,
+            [_row(r"\frac{a}{b} {question} {answer} {} %s", r"\frac{1}{2}", "{question}")],
+        )
 
 
 def test_generated_text_is_graded_as_the_target(smollm2: tuple[Any, Any]) -> None:
-    """Greedy decoding that ends by `decode_stop` says the same as comparing its tokens with the target."""
+    """Greedy decoding that ends by `decode_stop` says the same as comparing its tokens with the
+    target.
+    """
     import torch
 
     pytest.importorskip("math_verify")
@@ -231,9 +309,16 @@ def test_generated_text_is_graded_as_the_target(smollm2: tuple[Any, Any]) -> Non
         prompt = torch.tensor([encoded.prefix + encoded.prompt])
         with torch.inference_mode():
             out = model.generate(
-                prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=stop.max_new_tokens,
-                eos_token_id=list(stop.token_ids), stop_strings=list(stop.strings), tokenizer=tokenizer,
+                prompt,
+                attention_mask=torch.ones_like(prompt),
+                do_sample=False,
+                max_new_tokens=stop.max_new_tokens,
+                eos_token_id=list(stop.token_ids),
+                stop_strings=list(stop.strings),
+                tokenizer=tokenizer,
                 pad_token_id=tokenizer.eos_token_id,
-            )[0, prompt.shape[1] :].tolist()  # fmt: skip
+            )[0, prompt.shape[1] :].tolist()
         exact = tuple(out) in encoded.targets
-        assert grade(tokenizer.decode(out, skip_special_tokens=True), question, stop.strings) == exact
+        assert (
+            grade(tokenizer.decode(out, skip_special_tokens=True), question, stop.strings) == exact
+        )

@@ -1,4 +1,6 @@
-"""Figures of the protocol: what they show, that they read well with many arms, and that they come out the same."""
+"""Figures of the protocol: what they show, that they read well with many arms, and that they come
+out the same.
+"""
 
 import itertools
 import xml.etree.ElementTree as ET
@@ -10,7 +12,15 @@ import numpy as np
 import pytest
 
 from polar_fx.errors import InputError
-from polar_fx.stats.arms import IDENTITY, OVERALL, SEEN, UNSEEN, ArmComparison, ArmResult, compare_arms
+from polar_fx.stats.arms import (
+    IDENTITY,
+    OVERALL,
+    SEEN,
+    UNSEEN,
+    ArmComparison,
+    ArmResult,
+    compare_arms,
+)
 from polar_fx.stats.calibration import Reliability, reliability
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -33,7 +43,17 @@ def results(arms: int = 4, tasks: tuple[str, ...] = TASKS, n: int = 120) -> list
         for index in range(1, arms):
             right = np.where(rng.random(n) < 0.3, rng.random(n) < index / arms, identity)
             steps = rng.integers(18 + index, 24 + index, n)
-            found.append(ArmResult(f"arm {index}", task, right, identity, steps, np.full(n, 30), oracle=index == arms - 1))
+            found.append(
+                ArmResult(
+                    f"arm {index}",
+                    task,
+                    right,
+                    identity,
+                    steps,
+                    np.full(n, 30),
+                    oracle=index == arms - 1,
+                )
+            )
     return found
 
 
@@ -44,21 +64,31 @@ def compared(**more: Any) -> list[ArmComparison]:
 def calibrated(n: int = 500) -> dict[str, Reliability]:
     rng = np.random.default_rng(0)
     p = rng.random(n)
-    return {"raw": reliability(p**2, rng.random(n) < p), "scaled": reliability(p, rng.random(n) < p, equal="width")}
+    return {
+        "raw": reliability(p**2, rng.random(n) < p),
+        "scaled": reliability(p, rng.random(n) < p, equal="width"),
+    }
 
 
 def _points(axes: Axes) -> dict[tuple[float, float], Any]:
     """Face color of each point."""
-    marks = [line for line in axes.lines if line.get_marker() not in ("None", "", None, "|", "_") and len(line.get_xdata()) == 1]  # type: ignore[arg-type]
-    return {(float(m.get_xdata()[0]), float(m.get_ydata()[0])): m.get_markerfacecolor() for m in marks}  # type: ignore[index]
+    marks = [
+        line
+        for line in axes.lines
+        if line.get_marker() not in ("None", "", None, "|", "_") and len(line.get_xdata()) == 1
+    ]  # type: ignore[arg-type]
+    return {
+        (float(m.get_xdata()[0]), float(m.get_ydata()[0])): m.get_markerfacecolor() for m in marks
+    }  # type: ignore[index]
 
 
 def test_pareto_has_a_point_an_arm_and_hollow_oracles() -> None:
     rows = compared()
     figure = figures.pareto(rows)
     assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == [
-        f"{OVERALL}, n = 360", *(f"{task}, n = 120" for task in TASKS)
-    ]  # fmt: skip
+        f"{OVERALL}, n = 360",
+        *(f"{task}, n = 120" for task in TASKS),
+    ]
     for axes, task in zip(figure.axes, (OVERALL, *TASKS), strict=True):
         here = [row for row in rows if row.arm.task == task]
         points = _points(axes)
@@ -77,14 +107,31 @@ def test_the_front_leaves_out_oracles_and_beaten_arms() -> None:
 
     def one(name: str, right: int, steps: int, oracle: bool = False) -> ArmResult:
         return ArmResult(
-            name, "addition", np.arange(n) < right, np.arange(n) < 5, np.full(n, steps), np.full(n, 30), oracle=oracle
+            name,
+            "addition",
+            np.arange(n) < right,
+            np.arange(n) < 5,
+            np.full(n, steps),
+            np.full(n, 30),
+            oracle=oracle,
         )
 
     rows = compare_arms(
-        [one(IDENTITY, 5, 30), one("beaten", 4, 20), one("short", 4, 15), one("best", 7, 25), one("key", 9, 5, True)]
+        [
+            one(IDENTITY, 5, 30),
+            one("beaten", 4, 20),
+            one("short", 4, 15),
+            one("best", 7, 25),
+            one("key", 9, 5, True),
+        ]
     )
-    assert figures._front([row for row in rows if not row.arm.oracle]) == [(0.5, 0.4), (25 / 30, 0.7)]
-    (line,) = [line for line in figures.pareto(rows).axes[0].lines if line.get_drawstyle() == "steps-post"]
+    assert figures._front([row for row in rows if not row.arm.oracle]) == [
+        (0.5, 0.4),
+        (25 / 30, 0.7),
+    ]
+    (line,) = [
+        line for line in figures.pareto(rows).axes[0].lines if line.get_drawstyle() == "steps-post"
+    ]
     assert list(line.get_xdata()) == [0.5, 25 / 30] and list(line.get_ydata()) == [0.4, 0.7]
 
 
@@ -97,23 +144,33 @@ def test_gains_show_intervals_and_color_what_leaves_out_zero() -> None:
         assert len(points) == len(here) == 3
         for y, row in enumerate(here):
             gain = row.paired.gain
-            color = figures.BETTER if gain.low > 0 else figures.WORSE if gain.high < 0 else figures.GRAY
+            color = (
+                figures.BETTER if gain.low > 0 else figures.WORSE if gain.high < 0 else figures.GRAY
+            )
             assert points[gain.value, y] == ("white" if row.arm.oracle else color)
             (bar,) = axes.collections[y].get_segments()  # type: ignore[attr-defined]
             assert bar[:, 0].tolist() == pytest.approx([gain.low, gain.high])
         assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["arm 1", "arm 2", "arm 3 (oracle)"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
+        "arm 1",
+        "arm 2",
+        "arm 3 (oracle)",
+    ]
     assert "oracle" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_tasks_not_trained_on_are_marked() -> None:
     others = results(tasks=("division", "comparison-of-words"))
-    rows = compare_arms([*results(), *(replace(each, unseen=True) for each in others)], resamples=50)
+    rows = compare_arms(
+        [*results(), *(replace(each, unseen=True) for each in others)], resamples=50
+    )
     expected = [f"{SEEN}, n = 360", f"{UNSEEN}, n = 240", *(f"{task}, n = 120" for task in TASKS)]
     expected += [f"{task}\n({UNSEEN}), n = 120" for task in ("division", "comparison-of-words")]
     with figures.style():
         for figure in (figures.pareto(rows), figures.gains(rows)):
-            assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == expected
+            assert [
+                axes.get_title(loc="left") or axes.get_title() for axes in figure.axes
+            ] == expected
             figure.draw_without_rendering()
             boxes = [axes.get_tightbbox() for axes in figure.axes]
             for one, other in itertools.combinations(boxes, 2):
@@ -128,13 +185,17 @@ def test_reliability_shows_bins_and_counts() -> None:
         line = next(line for line in curve.lines if line.get_marker() == "o")
         assert list(line.get_ydata()) == [b.outcomes.count / b.outcomes.n for b in each.bins]
         assert [patch.get_height() for patch in count.patches] == [b.outcomes.n for b in each.bins]  # type: ignore[attr-defined]
-        assert (curve.get_title(loc="left") or curve.get_title()).startswith(f"{name}\nECE {100 * each.ece:.1f} %")
+        assert (curve.get_title(loc="left") or curve.get_title()).startswith(
+            f"{name}\nECE {100 * each.ece:.1f} %"
+        )
 
 
 def test_fifteen_arms_differ_and_nothing_overlaps() -> None:
     rows = compared(arms=16, tasks=(*TASKS, "subtraction", "word-problems"))
     looks = figures._looks(rows)
-    assert len(looks) == 16 and len({(look["color"], look["marker"]) for look in looks.values()}) == 16
+    assert (
+        len(looks) == 16 and len({(look["color"], look["marker"]) for look in looks.values()}) == 16
+    )
     with figures.style():
         for figure in (figures.pareto(rows), figures.gains(rows)):
             figure.draw_without_rendering()
@@ -149,7 +210,8 @@ def test_fifteen_arms_differ_and_nothing_overlaps() -> None:
 
 def test_files_come_out_the_same(tmp_path: Path) -> None:
     first, again = (
-        figures.write_figures(results(), tmp_path / name, reliability=calibrated(), resamples=200) for name in ("first", "again")
+        figures.write_figures(results(), tmp_path / name, reliability=calibrated(), resamples=200)
+        for name in ("first", "again")
     )
     assert [each.name for each in first] == [
         f"{name}.{end}" for name in ("pareto", "gains", "reliability") for end in ("svg", "png")
@@ -181,7 +243,10 @@ def test_one_task_and_one_arm() -> None:
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown figure format 'gif'; use one of svg, png"):
         figures.write_figures(results(), tmp_path, formats=["gif"])
-    for draw in (lambda: figures.pareto([]), lambda: figures.gains(compared(arms=1, tasks=("addition",)))):
+    for draw in (
+        lambda: figures.pareto([]),
+        lambda: figures.gains(compared(arms=1, tasks=("addition",))),
+    ):
         with pytest.raises(InputError, match="no arms to draw"):
             draw()
     with pytest.raises(InputError, match="no reliability"):

@@ -1,4 +1,6 @@
-"""Weights that are quantized by torchao pass through: integers and scales are weights like any other."""
+"""Weights that are quantized by torchao pass through: integers and scales are weights like any
+other.
+"""
 
 import copy
 from typing import Any
@@ -23,7 +25,9 @@ def quantized() -> PreTrainedModel:
 
 
 @pytest.mark.parametrize("backend", ["eager", "aot_inductor"])
-def test_int8_weights_run_programs_and_stay_int8(backend: str, quantized: PreTrainedModel, tmp_path: Any) -> None:
+def test_int8_weights_run_programs_and_stay_int8(
+    backend: str, quantized: PreTrainedModel, tmp_path: Any
+) -> None:
     compiled = compile(quantized, backend, max_length=31, cache=ArtifactStore(tmp_path))
     rows = prompts(9)
     (want,) = reference(quantized, rows)
@@ -31,7 +35,13 @@ def test_int8_weights_run_programs_and_stay_int8(backend: str, quantized: PreTra
     weights = compiled.library.layers[0].weights
     assert sum(w.dtype == torch.int8 for w in weights) == 7
     assert all(w.dtype == torch.int8 for w in weights if w.dim() == 2 and w.shape[1] > 1)
-    own = {t.data_ptr() for m in quantized.modules() for p in m._parameters.values() if p is not None for t in _inner(p)}
+    own = {
+        t.data_ptr()
+        for m in quantized.modules()
+        for p in m._parameters.values()
+        if p is not None
+        for t in _inner(p)
+    }
     assert {w.data_ptr() for w in weights} <= own, "a weight was copied"
     program = Program.parse("0 (1-2)*2 3", 4)
     with compiled.session(program, 1) as session:
@@ -46,10 +56,14 @@ def _inner(tensor: Any) -> list[torch.Tensor]:
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()
-    return [t for name in names if (inner := getattr(tensor, name)) is not None for t in _inner(inner)]
+    return [
+        t for name in names if (inner := getattr(tensor, name)) is not None for t in _inner(inner)
+    ]
 
 
-def test_the_library_of_quantized_weights_is_traced_every_time(quantized: PreTrainedModel, tmp_path: Any) -> None:
+def test_the_library_of_quantized_weights_is_traced_every_time(
+    quantized: PreTrainedModel, tmp_path: Any
+) -> None:
     store = ArtifactStore(tmp_path)
     for _ in range(2):
         assert compile(quantized, "eager", max_length=31, cache=store).library.is_traced

@@ -27,10 +27,16 @@ def test_a_region_that_goes_between_finding_and_loading_it_is_made_again(tmp_pat
         return load(files)
 
     backend.load = evicted  # type: ignore[method-assign]
-    assert torch.equal(_answer(late), want) and _sources(late) == ["compiled"] * 6 and len(backend.built) == 12
+    assert (
+        torch.equal(_answer(late), want)
+        and _sources(late) == ["compiled"] * 6
+        and len(backend.built) == 12
+    )
 
 
-def test_what_other_processes_keep_removing_is_an_error_that_names_the_limit(tmp_path: Path) -> None:
+def test_what_other_processes_keep_removing_is_an_error_that_names_the_limit(
+    tmp_path: Path,
+) -> None:
     store, keys = ArtifactStore(tmp_path / "artifacts", limit_bytes=0), []
     compiled, get_or_make = _compile(make("llama"), store, backend=_Graphs()), store.get_or_make
 
@@ -41,7 +47,9 @@ def test_what_other_processes_keep_removing_is_an_error_that_names_the_limit(tmp
         return files, False
 
     store.get_or_make = elsewhere  # type: ignore[method-assign]
-    with pytest.raises(CompileError, match=r"the room of prologue for B=1 T=1 .*; raise POLAR_FX_CACHE_LIMIT"):
+    with pytest.raises(
+        CompileError, match=r"the room of prologue for B=1 T=1 .*; raise POLAR_FX_CACHE_LIMIT"
+    ):
         _answer(compiled, tokens=1)
     assert len(keys) == 2 and len(set(keys)) == 1, "once more, and no oftener"
 
@@ -49,7 +57,13 @@ def test_what_other_processes_keep_removing_is_an_error_that_names_the_limit(tmp
 def test_exported_graphs_are_all_there_or_the_limit_is_named(tmp_path: Path) -> None:
     store = ArtifactStore(tmp_path / "artifacts", limit_bytes=0)
     compiled = _compile(make("llama"), store, backend=_Graphs())
-    wanted = [*dict.fromkeys(compiled.linker.calls(compiled.default_program, ShapeClass.of(1, 1, compiled.pool.length)))]
+    wanted = [
+        *dict.fromkeys(
+            compiled.linker.calls(
+                compiled.default_program, ShapeClass.of(1, 1, compiled.pool.length)
+            )
+        )
+    ]
     compiled.regions.get(wanted)
     store.clear()
     assert all(path.is_file() for path in compiled.regions.graph_files(wanted)), "made again"
@@ -60,7 +74,9 @@ def test_exported_graphs_are_all_there_or_the_limit_is_named(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("workers", "kept"), [(0, 2), (2, 5)])
-def test_what_was_built_beside_a_failure_is_kept(workers: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_built_beside_a_failure_is_kept(
+    workers: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One after the other, those before it; at once, all others."""
     backend, number = _Graphs(), itertools.count(1)
     build = backend.build
@@ -72,7 +88,9 @@ def test_what_was_built_beside_a_failure_is_kept(workers: int, kept: int, monkey
 
     backend.build = third_fails  # type: ignore[method-assign]
     if workers:  # a thread of this process in their place: torch.export takes one at a time
-        monkeypatch.setattr("polar_fx.runtime.regions.ThreadPoolExecutor", lambda number: ThreadPoolExecutor(1))
+        monkeypatch.setattr(
+            "polar_fx.runtime.regions.ThreadPoolExecutor", lambda number: ThreadPoolExecutor(1)
+        )
         monkeypatch.setattr("polar_fx.runtime.regions.describe", lambda backend: {})
         monkeypatch.setattr("polar_fx.runtime.regions._in_worker", lambda pool, job: backend.build)
     compiled = _compile(make("llama"), False, backend=backend, workers=workers)

@@ -15,7 +15,12 @@ from polar_fx.errors import InputError, RecordFileError
 from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
 from polar_fx.questions.question import Question
-from polar_fx.search.records.formats import export_official, export_re_polar, import_official, import_re_polar
+from polar_fx.search.records.formats import (
+    export_official,
+    export_re_polar,
+    import_official,
+    import_re_polar,
+)
 from polar_fx.search.records.records import Explored, SearchRecord
 
 DEPTH = 4
@@ -25,13 +30,21 @@ IDENTITY, SKIPPED, REPEATED, NESTED = [0, 1, 2, 3], [0, 1, 3], [0, 1, 2, 1, 2, 3
 def _record(question: Question, baseline: bool, **found: bool) -> SearchRecord:
     paths = {"skipped": SKIPPED, "repeated": REPEATED, "nested": NESTED}
     explored = (
-        Explored(Program.from_path(paths[name], DEPTH), Verdict(correct), float(correct)) for name, correct in found.items()
+        Explored(Program.from_path(paths[name], DEPTH), Verdict(correct), float(correct))
+        for name, correct in found.items()
     )
     return SearchRecord(question, DEPTH, Verdict(baseline), tuple(explored))
 
 
-ONE = _record(Question("math/1", "dart-math", "Wie groß ist 1 + 1?", ("2",), 3), False, repeated=True, skipped=False)
-TWO = _record(Question("math/2", "dart-math", "$\\frac{1}{2}$ → ?", ("\\frac12",), 3), True, nested=True)
+ONE = _record(
+    Question("math/1", "dart-math", "Wie groß ist 1 + 1?", ("2",), 3),
+    False,
+    repeated=True,
+    skipped=False,
+)
+TWO = _record(
+    Question("math/2", "dart-math", "$\\frac{1}{2}$ → ?", ("\\frac12",), 3), True, nested=True
+)
 
 
 def _write(path: Path, data: object) -> Path:
@@ -62,19 +75,27 @@ def test_the_official_layout_is_what_its_merge_writes(file: Path) -> None:
         "final_invalid_transitions": [IDENTITY, SKIPPED],
         "sample_info": {"question": "Wie groß ist 1 + 1?", "ground_truth": "2", "prompt_text": ""},
     }
-    assert data["samples"][1]["final_valid_transitions"] == [IDENTITY, NESTED] and data["samples"][1]["initial_score"] == 1.0
+    assert (
+        data["samples"][1]["final_valid_transitions"] == [IDENTITY, NESTED]
+        and data["samples"][1]["initial_score"] == 1.0
+    )
     assert "groß" in file.read_text(encoding="utf-8")
     assert list(import_official(file)) == [ONE, TWO]
 
 
-@pytest.mark.parametrize("layout", ["values", "list", "path objects", "sample_info", "evaluation_result", "no score", "no ids"])
+@pytest.mark.parametrize(
+    "layout",
+    ["values", "list", "path objects", "sample_info", "evaluation_result", "no score", "no ids"],
+)
 def test_older_official_layouts_are_read(layout: str, file: Path) -> None:
     export_official([ONE, TWO], file)
     data = json.loads(file.read_text(encoding="utf-8"))
     rows = data["samples"]
     for row in rows:
         if layout == "path objects":
-            row["final_valid_transitions"] = [{"path": path, "score": 1.0} for path in row["final_valid_transitions"]]
+            row["final_valid_transitions"] = [
+                {"path": path, "score": 1.0} for path in row["final_valid_transitions"]
+            ]
         elif layout == "sample_info":
             del row["question"], row["gt_ans"]
         elif layout == "evaluation_result":
@@ -86,10 +107,16 @@ def test_older_official_layouts_are_read(layout: str, file: Path) -> None:
     if layout in ("values", "list"):
         data = {str(i): row for i, row in enumerate(rows)} if layout == "values" else rows
     found = list(import_official(_write(file, data), task="other"))
-    assert [(r.baseline, r.explored) for r in found] == [(r.baseline, r.explored) for r in (ONE, TWO)]
+    assert [(r.baseline, r.explored) for r in found] == [
+        (r.baseline, r.explored) for r in (ONE, TWO)
+    ]
     assert [r.question.question for r in found] == [ONE.question.question, TWO.question.question]
-    assert [r.question.id for r in found] == (["0", "1"] if layout == "no ids" else ["math/1", "math/2"])
-    assert {(r.question.task, r.question.difficulty) for r in found} == {("other", None if layout in ("values", "list") else 3)}
+    assert [r.question.id for r in found] == (
+        ["0", "1"] if layout == "no ids" else ["math/1", "math/2"]
+    )
+    assert {(r.question.task, r.question.difficulty) for r in found} == {
+        ("other", None if layout in ("values", "list") else 3)
+    }
 
 
 # RE-PoLar
@@ -106,7 +133,13 @@ def test_the_re_polar_layout_is_what_its_data_page_says(file: Path) -> None:
         "final_valid_transitions": [REPEATED],
         "final_invalid_transitions": [IDENTITY, SKIPPED],
         "initial_transition_metric": 0.0,
-        "sample_info": {"query_id": "q", "difficulty": 1, "task": "arithmetic", "cell": "1x1", "answers": ["2", "2.0"]},
+        "sample_info": {
+            "query_id": "q",
+            "difficulty": 1,
+            "task": "arithmetic",
+            "cell": "1x1",
+            "answers": ["2", "2.0"],
+        },
         "search_trajectory": [
             {"path": SKIPPED, "parent_path": None, "reward": 0.0},
             {"path": REPEATED, "parent_path": None, "reward": 1.0},
@@ -115,7 +148,8 @@ def test_the_re_polar_layout_is_what_its_data_page_says(file: Path) -> None:
     assert list(import_re_polar(file)) == [record]
 
 
-# A row as released, with fewer layers: no text; the identity among the paths, not in the trajectory; a program visited twice.
+# A row as released, with fewer layers: no text; the identity among the paths, not in the
+# trajectory; a program visited twice.
 RELEASED: dict[str, Any] = {
     "final_valid_transitions": [SKIPPED, REPEATED],
     "final_invalid_transitions": [IDENTITY, [0, 1]],
@@ -146,8 +180,15 @@ def test_released_rows_of_re_polar_are_read(file: Path) -> None:
     name = "grade-school-math/train.jsonl:1649"
     assert record.question == Question(name, "dart-math", "", (), 1, "Prealgebra")
     assert [list(each.program.path) for each in record.explored] == [REPEATED, [0, 1], SKIPPED]
-    assert [each.reward for each in record.explored] == [1.0, 0.0, 1.0] and record.is_rescued and record.seed is None
-    with pytest.raises(InputError, match="json.gz, row 0: it has no question text, as in the release; give questions, or say"):
+    assert (
+        [each.reward for each in record.explored] == [1.0, 0.0, 1.0]
+        and record.is_rescued
+        and record.seed is None
+    )
+    with pytest.raises(
+        InputError,
+        match="json.gz, row 0: it has no question text, as in the release; give questions, or say",
+    ):
         list(import_re_polar(packed))
     question = Question(name, "dart-math", "How many?", ("25",), 1)
     assert next(import_re_polar(packed, questions={name: question})).question == question
@@ -157,7 +198,10 @@ def test_rows_without_text_are_written_as_released(file: Path) -> None:
     (record,) = import_re_polar(_write(file, {"samples": [RELEASED]}), without_text=True)
     again = file.with_name("again.json.gz")
     export_re_polar([record], again)
-    assert not {"question", "gt_ans"} & json.loads(gzip.decompress(again.read_bytes()))["samples"][0].keys()
+    assert (
+        not {"question", "gt_ans"}
+        & json.loads(gzip.decompress(again.read_bytes()))["samples"][0].keys()
+    )
     assert list(import_re_polar(again, without_text=True)) == [record]
     first = again.read_bytes()
     export_re_polar([record], again)
@@ -174,16 +218,30 @@ def test_rows_without_a_trajectory_are_read(file: Path) -> None:
 # Both
 
 TEXTS = st.text(st.characters(exclude_categories=()), min_size=1, max_size=20)
-PATHS = st.lists(st.integers(0, DEPTH - 1), min_size=1, max_size=9).map(tuple).filter(lambda path: list(path) != IDENTITY)
+PATHS = (
+    st.lists(st.integers(0, DEPTH - 1), min_size=1, max_size=9)
+    .map(tuple)
+    .filter(lambda path: list(path) != IDENTITY)
+)
 
 
 @st.composite
 def records(draw: st.DrawFn) -> SearchRecord:
-    found = draw(st.lists(st.tuples(PATHS, st.booleans()), max_size=6, unique_by=lambda each: each[0]))
-    explored = (Explored(Program.from_path(path, DEPTH), Verdict(correct), float(correct)) for path, correct in found)
+    found = draw(
+        st.lists(st.tuples(PATHS, st.booleans()), max_size=6, unique_by=lambda each: each[0])
+    )
+    explored = (
+        Explored(Program.from_path(path, DEPTH), Verdict(correct), float(correct))
+        for path, correct in found
+    )
     level = draw(st.none() | st.integers(1, 5))
     question = Question(
-        draw(TEXTS), draw(TEXTS), draw(TEXTS), tuple(draw(st.lists(TEXTS, min_size=1, max_size=3))), level, draw(TEXTS)
+        draw(TEXTS),
+        draw(TEXTS),
+        draw(TEXTS),
+        tuple(draw(st.lists(TEXTS, min_size=1, max_size=3))),
+        level,
+        draw(TEXTS),
     )
     return SearchRecord(question, DEPTH, Verdict(draw(st.booleans())), tuple(explored))
 
@@ -194,7 +252,11 @@ def test_second_verdicts_are_those_written(file: Path) -> None:
     for export, read in ((export_official, import_official), (export_re_polar, import_re_polar)):
         export([found], file)
         (record,) = read(file)
-        assert record.baseline.correct and not record.valid and len(record.explored) == len(ONE.explored)
+        assert (
+            record.baseline.correct
+            and not record.valid
+            and len(record.explored) == len(ONE.explored)
+        )
 
 
 RECORDS = st.lists(records(), min_size=1, max_size=4, unique_by=lambda record: record.question.id)
@@ -202,7 +264,9 @@ RECORDS = st.lists(records(), min_size=1, max_size=4, unique_by=lambda record: r
 
 @given(RECORDS)
 @settings(max_examples=60)
-def test_re_polar_rows_read_back(tmp_path_factory: pytest.TempPathFactory, found: list[SearchRecord]) -> None:
+def test_re_polar_rows_read_back(
+    tmp_path_factory: pytest.TempPathFactory, found: list[SearchRecord]
+) -> None:
     file = tmp_path_factory.getbasetemp() / "round_trip.json"
     export_re_polar(iter(found), file)
     assert list(import_re_polar(file)) == found
@@ -219,15 +283,24 @@ def test_official_rows_read_back_in_all_they_can_hold(
     same_level = len({record.question.difficulty for record in found}) == 1
     for old, new in zip(found, again, strict=True):
         level = old.question.difficulty if same_level else None
-        assert new.question == Question(old.question.id, "dart-math", old.question.question, old.question.answers[:1], level)
+        assert new.question == Question(
+            old.question.id, "dart-math", old.question.question, old.question.answers[:1], level
+        )
         assert new.baseline == old.baseline
-        assert new.explored == tuple(sorted(old.explored, key=lambda each: not each.verdict.correct))
+        assert new.explored == tuple(
+            sorted(old.explored, key=lambda each: not each.verdict.correct)
+        )
 
 
 def _with(**changes: Any) -> dict[str, Any]:
     """A row that is right, then one with these changes."""
     row = {**RELEASED, "question": "?", "gt_ans": "1", "query_id": "1"}
-    return {"samples": [{**row, "sample_info": {"query_id": "0"}, "query_id": "0", "search_trajectory": []}, {**row, **changes}]}
+    return {
+        "samples": [
+            {**row, "sample_info": {"query_id": "0"}, "query_id": "0", "search_trajectory": []},
+            {**row, **changes},
+        ]
+    }
 
 
 LISTED, NO_PATH = "final_invalid_transitions", "not a list of layer numbers"
@@ -242,20 +315,38 @@ LISTED, NO_PATH = "final_invalid_transitions", "not a list of layer numbers"
         ({"samples": [5]}, "row 0: it is 5, not an object"),
         ({"samples": [{}]}, "row 0: final_valid_transitions is missing"),
         (_with(final_valid_transitions=7), "row 1: final_valid_transitions is 7, not a list"),
-        (_with(**{LISTED: [IDENTITY, [0, "1"]]}), rf"row 1: {LISTED}\[1\] is \[0, '1'\], {NO_PATH}"),
+        (
+            _with(**{LISTED: [IDENTITY, [0, "1"]]}),
+            rf"row 1: {LISTED}\[1\] is \[0, '1'\], {NO_PATH}",
+        ),
         (_with(**{LISTED: [IDENTITY, [True]]}), rf"\[1\] is \[True\], {NO_PATH}"),
         (_with(**{LISTED: [IDENTITY, [0, -1]]}), rf"\[1\] is \[0, -1\], {NO_PATH}"),
         (_with(**{LISTED: [IDENTITY, []]}), rf"\[1\] is \[\], {NO_PATH}"),
-        (_with(**{LISTED: [IDENTITY, SKIPPED]}), rf"{LISTED}\[1\] is among the valid paths as well"),
+        (
+            _with(**{LISTED: [IDENTITY, SKIPPED]}),
+            rf"{LISTED}\[1\] is among the valid paths as well",
+        ),
         (_with(initial_transition_metric=0.5), "the score of the identity is 0.5, neither 0 nor 1"),
-        (_with(initial_transition_metric=1.0), "the score of the identity contradicts the list it is in"),
-        (_with(question={"question": "?", "options": []}), "row 1: question is {'question': .*, not a text"),
+        (
+            _with(initial_transition_metric=1.0),
+            "the score of the identity contradicts the list it is in",
+        ),
+        (
+            _with(question={"question": "?", "options": []}),
+            "row 1: question is {'question': .*, not a text",
+        ),
         (_with(gt_ans=["1"]), r"row 1: the answer is \['1'\], not a text or number"),
         (_with(sample_info=3), "row 1: sample_info is 3, not an object"),
-        (_with(final_valid_transitions=[[0, 1, 9]]), "json: no path is the identity, which tells the depth; give depth"),
-        (_with(query_id="0", sample_info={"query_id": "0"}), "row 1: it repeats question '0' of row 0"),
+        (
+            _with(final_valid_transitions=[[0, 1, 9]]),
+            "json: no path is the identity, which tells the depth; give depth",
+        ),
+        (
+            _with(query_id="0", sample_info={"query_id": "0"}),
+            "row 1: it repeats question '0' of row 0",
+        ),
     ],
-)  # fmt: skip
+)
 def test_rows_that_are_wrong_are_named(
     data: object, message: str, read: Callable[[Path], Iterator[SearchRecord]], file: Path
 ) -> None:
@@ -268,9 +359,18 @@ def test_rows_that_are_wrong_are_named(
     ("visit", "message"),
     [
         (5, r"search_trajectory\[0\] is 5, not an object"),
-        ({"path": None, "reward": 1.0}, r"search_trajectory\[0\].path is None, not a list of layer numbers"),
-        ({"path": SKIPPED, "reward": "1"}, r"search_trajectory\[0\].reward is '1', neither 0 nor 1"),
-        ({"path": SKIPPED, "reward": 0.0}, r"search_trajectory\[0\].reward contradicts the list its path is in"),
+        (
+            {"path": None, "reward": 1.0},
+            r"search_trajectory\[0\].path is None, not a list of layer numbers",
+        ),
+        (
+            {"path": SKIPPED, "reward": "1"},
+            r"search_trajectory\[0\].reward is '1', neither 0 nor 1",
+        ),
+        (
+            {"path": SKIPPED, "reward": 0.0},
+            r"search_trajectory\[0\].reward contradicts the list its path is in",
+        ),
         ({"path": [0, 9], "reward": 0.0}, r"\(0, 9\) is no path of 4 layers"),
     ],
 )
@@ -283,7 +383,9 @@ def test_trajectories_that_are_wrong_are_named(visit: object, message: str, file
 def test_a_depth_that_is_given_holds(file: Path) -> None:
     row = {"question": "?", "gt_ans": "1", "initial_score": 0, "final_valid_transitions": [[0, 2]]}
     (record,) = import_official(_write(file, [row]), depth=3)
-    assert record.explored[0].program == Program.from_path([0, 2], 3) and not record.baseline.correct
+    assert (
+        record.explored[0].program == Program.from_path([0, 2], 3) and not record.baseline.correct
+    )
     with pytest.raises(InputError, match=r"row 0: \(0, 2\) is no path of 2 layers"):
         list(import_official(file, depth=2))
 
@@ -291,7 +393,10 @@ def test_a_depth_that_is_given_holds(file: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the data; run git lfs pull"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "is a Git LFS pointer, not the data; run git lfs pull",
+        ),
         ('{"samples": "ü"}'.encode("latin-1"), "is not UTF-8 .byte 14.; convert it"),
         ('{"samples": []}'.encode("utf-16"), "is not UTF-8 .byte 1."),
         (b'{"samples": [', "is not JSON"),
@@ -312,12 +417,20 @@ def test_a_failed_export_leaves_the_old_file(file: Path) -> None:
     export_official([ONE], file)
     before = file.read_bytes()
     damped = Program.identity(DEPTH).repeat(1, 1, 2, 0.5)
-    wrong = SearchRecord(ONE.question, DEPTH, Verdict(True), (Explored(damped, Verdict(True), 1.0),))
+    wrong = SearchRecord(
+        ONE.question, DEPTH, Verdict(True), (Explored(damped, Verdict(True), 1.0),)
+    )
     for export in (export_official, export_re_polar):
-        with pytest.raises(InputError, match=r"question 'math/1' cannot be written to .*: program .* is damped, which a list"):
+        with pytest.raises(
+            InputError,
+            match=r"question 'math/1' cannot be written to .*: program .* is damped, which a list",
+        ):
             export([TWO, wrong], file)
     silent = SearchRecord(Question("q", "", "", ()), DEPTH, Verdict(True), ())
-    with pytest.raises(InputError, match="question 'q' cannot be written to .*: it has no question text or no answer"):
+    with pytest.raises(
+        InputError,
+        match="question 'q' cannot be written to .*: it has no question text or no answer",
+    ):
         export_official([silent], file)
     assert file.read_bytes() == before and [p.name for p in file.parent.iterdir()] == [file.name]
     with pytest.raises(RecordFileError, match="name a file that can be written"):
@@ -328,4 +441,6 @@ def test_a_failed_export_leaves_the_old_file(file: Path) -> None:
 
 def test_an_empty_file_has_no_rows(file: Path) -> None:
     export_official([], file)
-    assert list(import_official(file)) == [] and json.loads(file.read_text(encoding="utf-8")) == {"samples": []}
+    assert list(import_official(file)) == [] and json.loads(file.read_text(encoding="utf-8")) == {
+        "samples": []
+    }

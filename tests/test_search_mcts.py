@@ -1,6 +1,7 @@
-"""Monte Carlo tree search: its tree, its scores, its budget. What it finds is in test_search_methods.
+"""Monte Carlo tree search: its tree, its scores, its budget. What it finds is in
+test_search_methods.
 
-python tests/test_search_mcts.py    # writes the golden trees anew; read the diff before committing it
+python tests/test_search_mcts.py  # writes the golden trees anew; read the diff before committing it
 """
 
 import difflib
@@ -23,7 +24,9 @@ from toy_search import constant, drive, sparse
 GOLDEN = Path(__file__).parent / "golden" / "search"
 
 
-def grown(depth: int, reward: Callable[[Program], float] = constant, seed: int = 0, **settings) -> Tree:
+def grown(
+    depth: int, reward: Callable[[Program], float] = constant, seed: int = 0, **settings
+) -> Tree:
     tree = Tree(depth, SearchConfig(**settings), random.Random(seed))
     drive(tree.search(), reward)
     return tree
@@ -45,7 +48,9 @@ CASES: dict[str, Callable[[], Tree]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_golden(name: str) -> None:
     want, got = (GOLDEN / f"{name}.txt").read_text(encoding="utf-8"), format_tree(CASES[name]())
-    diff = "\n".join(difflib.unified_diff(want.splitlines(), got.splitlines(), "golden", "now", lineterm=""))
+    diff = "\n".join(
+        difflib.unified_diff(want.splitlines(), got.splitlines(), "golden", "now", lineterm="")
+    )
     assert got == want, f"{diff}\nif that is meant: python tests/test_search_mcts.py"
 
 
@@ -86,7 +91,8 @@ def test_shorter_programs_are_preferred_and_first_ones_among_equals() -> None:
     first.visits = second.visits = 1
     first.total = second.total = 0.5
     assert tree.best_child(node) is first
-    node.children.append(shorter := Node(Program.from_path([0, 1], 4), visits=1))  # 5 * 1/4 beats 0.5
+    # 5 * 1/4 beats 0.5
+    node.children.append(shorter := Node(Program.from_path([0, 1], 4), visits=1))
     assert tree.best_child(node) is shorter
 
 
@@ -127,18 +133,28 @@ def parents(tree: Tree, node: Node) -> list[Node]:
 
 def test_edits_in_any_order_meet() -> None:
     """3 layers that are skipped, kept or run twice: all but the empty program, each once."""
-    settings = dict(max_length=1, max_extra=1, length_penalty=0.0, simulations=2000, widening_factor=9.0)
+    settings = dict(
+        max_length=1, max_extra=1, length_penalty=0.0, simulations=2000, widening_factor=9.0
+    )
     tree = Tree(3, SearchConfig(**settings), random.Random(0))
     assert len(drive(tree.search(), constant)) == len(tree.nodes) == 3**3 - 1
     both = tree.nodes[(1,)]  # skip 0, skip 2
     assert {node.program.path for node in parents(tree, both)} == {(1, 2), (0, 1)}
     three = tree.nodes[(0, 0, 1, 1)]  # repeat 0, repeat 1, skip 2
-    assert {node.program.path for node in parents(tree, three)} == {(0, 0, 1, 1, 2), (0, 0, 1), (0, 1, 1)}
+    assert {node.program.path for node in parents(tree, three)} == {
+        (0, 0, 1, 1, 2),
+        (0, 0, 1),
+        (0, 1, 1),
+    }
 
 
 def test_one_path_is_one_node_however_it_is_cut() -> None:
     tree = grown(3, length_penalty=0.0, simulations=2000, max_extra=1, widening_factor=9.0)
-    assert {node.program.path for node in parents(tree, tree.nodes[(0,)])} == {(0, 1, 2), (0, 1), (0, 2)}
+    assert {node.program.path for node in parents(tree, tree.nodes[(0,)])} == {
+        (0, 1, 2),
+        (0, 1),
+        (0, 2),
+    }
 
 
 @pytest.mark.parametrize("nested", [False, True])
@@ -149,7 +165,9 @@ def test_children_are_one_edit_away(nested: bool) -> None:
         for edit in tree.actions:
             if nested and edit.start + edit.length > len(path):
                 continue
-            if not nested and any(path.count(layer) != 1 for layer in range(edit.start, edit.start + edit.length)):
+            if not nested and any(
+                path.count(layer) != 1 for layer in range(edit.start, edit.start + edit.length)
+            ):
                 continue
             start = edit.start if nested else path.index(edit.start)
             if runs(edit):
@@ -192,7 +210,10 @@ def test_a_walk_that_finds_nothing_new_counts() -> None:
 def test_a_search_ends_where_everything_was_tried() -> None:
     tree = grown(2, length_penalty=0.0, simulations=10_000)
     # Within 4 steps: 0-4 runs of each layer, not none of both, or both layers twice in turn.
-    assert len(tree.nodes) == sum(1 <= zeros + ones <= 4 for zeros in range(5) for ones in range(5)) + 1
+    assert (
+        len(tree.nodes)
+        == sum(1 <= zeros + ones <= 4 for zeros in range(5) for ones in range(5)) + 1
+    )
     assert tree.root.closed and tree.num_simulations < 1000
 
 
@@ -205,12 +226,17 @@ def test_nodes_hold_no_actions() -> None:
     finally:
         tracemalloc.stop()
     assert size / len(tree.nodes) < 2500
-    assert not hasattr(tree.root, "__dict__") and max(sys.getsizeof(node.tried) for node in tree.nodes.values()) < 150
+    assert (
+        not hasattr(tree.root, "__dict__")
+        and max(sys.getsizeof(node.tried) for node in tree.nodes.values()) < 150
+    )
     assert grown(30).actions is tree.actions
 
 
 def test_a_search_costs_little_beside_a_model() -> None:
-    """200 simulations at depth 30 take 4 ms of a quiet core; a limit that a busy one meets as well."""
+    """200 simulations at depth 30 take 4 ms of a quiet core; a limit that a busy one meets as
+    well.
+    """
     times = []
     for seed in range(5):
         start = time.perf_counter()

@@ -42,12 +42,16 @@ def find(name: str, depth: int, config: SearchConfig, seed: int, reward=constant
 
 @settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(METHODS)), st.integers(1, 9), configs, st.integers(0, 99))
-def test_each_program_once_within_the_budget(name: str, depth: int, config: SearchConfig, seed: int) -> None:
+def test_each_program_once_within_the_budget(
+    name: str, depth: int, config: SearchConfig, seed: int
+) -> None:
     draw = random.Random(seed)
     programs = find(name, depth, config, seed, lambda program: draw.random())
     assert programs[0] == Program.identity(depth)
     assert len(set(programs)) == len(programs) <= 1 + config.simulations
-    assert all(1 <= program.num_steps <= max(depth, max_steps(depth, config)) for program in programs)
+    assert all(
+        1 <= program.num_steps <= max(depth, max_steps(depth, config)) for program in programs
+    )
     assert all(program.depth == depth and not program.blends for program in programs)
     if name != "mcts" or not config.nested:
         assert all(program.is_segmentable for program in programs)
@@ -95,8 +99,17 @@ def test_a_wrong_number_of_rewards_is_noticed(name: str) -> None:
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("name", ["mcts", "beam", "evolution"])
 def test_a_hidden_program_is_found_by_likeness(name: str, seed: int) -> None:
-    """Rewards of neighbors differ by a few percent, so exploration has to weigh little; random search finds it 2 times in 10."""
-    config = SearchConfig(simulations=400, max_length=2, max_extra=1, exploration=0.1, length_penalty=0, widening_factor=4.0)
+    """Rewards of neighbors differ by a few percent, so exploration has to weigh little; random
+    search finds it 2 times in 10.
+    """
+    config = SearchConfig(
+        simulations=400,
+        max_length=2,
+        max_extra=1,
+        exploration=0.1,
+        length_penalty=0,
+        widening_factor=4.0,
+    )
     assert HIDDEN in find(name, 12, config, seed, likeness)
 
 
@@ -110,7 +123,9 @@ def test_sparse_rewards_are_found(name: str, penalty: float) -> None:
 
 @pytest.mark.parametrize("name", ["mcts", "random"])
 def test_edits_have_no_position_bias(name: str) -> None:
-    """Where edits are placed from left to right only, half of them are in the last third (RE-PoLar)."""
+    """Where edits are placed from left to right only, half of them are in the last third
+    (RE-PoLar).
+    """
     thirds = [0, 0, 0]
     for seed in range(20):
         for program in find(name, 30, SearchConfig(length_penalty=0), seed):
@@ -126,14 +141,20 @@ def test_edits_have_no_position_bias(name: str) -> None:
 
 def test_names() -> None:
     assert get_method("mcts") is METHODS["mcts"]
-    with pytest.raises(InputError, match="unknown search method 'astar'; use one of mcts, scan, random, beam, evolution"):
+    with pytest.raises(
+        InputError,
+        match="unknown search method 'astar'; use one of mcts, scan, random, beam, evolution",
+    ):
         get_method("astar")
 
 
 def test_question_seeds() -> None:
     """The number is fixed: it must not change with the process, the machine or a release."""
     assert question_seed(0, "a") == 14946763695692304074
-    assert len({question_seed(seed, name) for seed in (0, 1, 10) for name in ("a", "b", "0 a", "")}) == 12
+    assert (
+        len({question_seed(seed, name) for seed in (0, 1, 10) for name in ("a", "b", "0 a", "")})
+        == 12
+    )
 
 
 # Edits
@@ -142,7 +163,9 @@ def test_question_seeds() -> None:
 def test_single_edits() -> None:
     edits = single_edits(30, 4, 4)
     assert len(edits) == len(set(edits)) == 5 * (30 + 29 + 28 + 27)
-    assert edits[:2] == (Edit(0, 1, Op.SKIP), Edit(1, 1, Op.SKIP)) and edits[-1] == Edit(26, 4, Op.REPEAT, 5)
+    assert edits[:2] == (Edit(0, 1, Op.SKIP), Edit(1, 1, Op.SKIP)) and edits[-1] == Edit(
+        26, 4, Op.REPEAT, 5
+    )
     assert len({Program.from_edits([edit], 30) for edit in edits}) == len(edits)
     assert single_edits(30, 4, 4) is edits  # shared by all searches
     assert len(single_edits(2, 4, 1)) == 2 * (2 + 1)
@@ -150,17 +173,23 @@ def test_single_edits() -> None:
 
 def test_masks() -> None:
     assert layer_mask(Edit(3, 2, Op.SKIP)) == 0b11000
-    assert union_mask((Edit(0, 1, Op.SKIP), Edit(3, 2, Op.REPEAT))) == 0b11001 and union_mask(()) == 0
+    assert (
+        union_mask((Edit(0, 1, Op.SKIP), Edit(3, 2, Op.REPEAT))) == 0b11001 and union_mask(()) == 0
+    )
 
 
 def test_longest_path() -> None:
-    assert [max_steps(20, SearchConfig(max_steps_ratio=ratio)) for ratio in (1, 1.15, 2.0, 2.04)] == [20, 23, 40, 40]
+    assert [
+        max_steps(20, SearchConfig(max_steps_ratio=ratio)) for ratio in (1, 1.15, 2.0, 2.04)
+    ] == [20, 23, 40, 40]
     assert max_steps(4096, SearchConfig()) == 4096  # what a program may have at most
 
 
 def test_scan_is_every_single_edit() -> None:
     config = SearchConfig(simulations=1000)
-    assert find("scan", 30, config, 0)[1:] == [Program.from_edits([edit], 30) for edit in single_edits(30, 4, 4)]
+    assert find("scan", 30, config, 0)[1:] == [
+        Program.from_edits([edit], 30) for edit in single_edits(30, 4, 4)
+    ]
     # Of 4 layers, skipping all is no program, and 4 more runs of 2 layers are too long.
     assert len(find("scan", 4, config, 0)) == 1 + (4 + 3 + 2) + (4 * 4 + 2 * 3 + 1 * 2 + 1)
 
@@ -180,7 +209,10 @@ def test_random_programs_have_any_number_of_edits() -> None:
     drawn = [sampler.random_edits() for _ in range(2000)]
     counts = [sum(len(edits) == size for edits in drawn) for size in (1, 2, 3, 4)]
     assert sum(counts) == 2000 and all(430 < count < 570 for count in counts)
-    assert all(union_mask(edits).bit_count() == sum(edit.length for edit in edits) for edits in drawn)  # none overlap
+    # none overlap
+    assert all(
+        union_mask(edits).bit_count() == sum(edit.length for edit in edits) for edits in drawn
+    )
 
 
 def test_beam_goes_on_from_the_best() -> None:
@@ -205,7 +237,10 @@ def test_mutation_changes_one_edit() -> None:
 
 
 def test_crossing_takes_edits_of_both() -> None:
-    one, other = (Edit(3, 1, Op.SKIP), Edit(9, 2, Op.REPEAT)), (Edit(10, 1, Op.SKIP), Edit(20, 1, Op.REPEAT))
+    one, other = (
+        (Edit(3, 1, Op.SKIP), Edit(9, 2, Op.REPEAT)),
+        (Edit(10, 1, Op.SKIP), Edit(20, 1, Op.REPEAT)),
+    )
     rng = random.Random(0)
     children = [cross(one, other, 3, rng) for _ in range(200)]
     assert any(set(child) & set(one) and set(child) & set(other) for child in children)

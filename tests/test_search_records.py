@@ -31,8 +31,17 @@ IDENTITY = Program.identity(DEPTH)
 
 SCORES = st.none() | st.floats(allow_nan=False)
 VERDICTS = st.builds(Verdict, st.booleans(), SCORES, SCORES)
-TEXTS = st.text(st.characters(exclude_categories=()), max_size=30)  # line separators and half surrogate pairs as well
-QUESTIONS = st.builds(Question, TEXTS, TEXTS, TEXTS, st.lists(TEXTS, max_size=3).map(tuple), st.none() | st.integers(1, 5), TEXTS)
+# line separators and half surrogate pairs as well
+TEXTS = st.text(st.characters(exclude_categories=()), max_size=30)
+QUESTIONS = st.builds(
+    Question,
+    TEXTS,
+    TEXTS,
+    TEXTS,
+    st.lists(TEXTS, max_size=3).map(tuple),
+    st.none() | st.integers(1, 5),
+    TEXTS,
+)
 
 
 @st.composite
@@ -48,14 +57,17 @@ def records(draw: st.DrawFn) -> SearchRecord:
     explored = [Explored(p, draw(VERDICTS), draw(st.floats(0, 1))) for p in found if p != IDENTITY]
     verified = draw(st.dictionaries(st.sampled_from([IDENTITY, *found]), VERDICTS, max_size=2))
     seed, seconds = draw(st.none() | st.integers(0, 2**64 - 1)), draw(st.none() | st.floats(0, 1e6))
-    return SearchRecord(draw(QUESTIONS), DEPTH, draw(VERDICTS), tuple(explored), seed, seconds, verified)
+    return SearchRecord(
+        draw(QUESTIONS), DEPTH, draw(VERDICTS), tuple(explored), seed, seconds, verified
+    )
 
 
 @given(records())
 @settings(max_examples=200)
 def test_a_record_reads_back_from_its_line(each: SearchRecord) -> None:
     line = encode_line(record_to_fields(each))
-    assert line.decode().splitlines(keepends=True) == [line.decode()]  # one line, also for those who split at U+2028
+    # one line, also for those who split at U+2028
+    assert line.decode().splitlines(keepends=True) == [line.decode()]
     assert record_from_fields(decode_line(line), DEPTH) == each
 
 
@@ -64,7 +76,11 @@ def test_a_record_reads_back_from_its_line(each: SearchRecord) -> None:
 def test_no_changed_byte_goes_unseen(each: SearchRecord, data: st.DataObject) -> None:
     line = encode_line(record_to_fields(each))
     position = data.draw(st.integers(0, len(line) - 1))
-    changed = line[:position] + bytes([line[position] ^ 1 << data.draw(st.integers(0, 6))]) + line[position + 1 :]
+    changed = (
+        line[:position]
+        + bytes([line[position] ^ 1 << data.draw(st.integers(0, 6))])
+        + line[position + 1 :]
+    )
     try:
         fields = decode_line(changed)
     except InputError:
@@ -77,13 +93,25 @@ def test_a_line_can_be_read_and_checked_by_anyone(tmp_path: Path) -> None:
     with RecordStore.open(path, HEADER) as store:
         store.append(record(3))
     header, fields = (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines())
-    assert header["format"] == "polar_fx.search" and header["version"] == 1 and header["depth"] == DEPTH
+    assert (
+        header["format"] == "polar_fx.search"
+        and header["version"] == 1
+        and header["depth"] == DEPTH
+    )
     assert header["software"]["python"] and header["created"].endswith("+00:00")
     assert fields["question"] == "3 · 2 = ?" and "3 · 2 = ?" in path.read_text(encoding="utf-8")
     row = dict(zip(header["columns"], fields["explored"][0], strict=True))
-    assert Program.parse(row["program"], DEPTH) == record(3).explored[0].program and "/" not in row["program"]
+    assert (
+        Program.parse(row["program"], DEPTH) == record(3).explored[0].program
+        and "/" not in row["program"]
+    )
     sha256 = fields.pop("sha256")
-    assert sha256 == hashlib.sha256(json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    assert (
+        sha256
+        == hashlib.sha256(
+            json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
+    )
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -104,27 +132,38 @@ def test_numbers_json_has_not_do_not_end_a_search(value: float) -> None:
 )
 def test_a_record_holds_each_program_once(explored: list[Program], message: str) -> None:
     with pytest.raises(InputError, match=f"question 'q1'.*{message}"):
-        dataclasses.replace(record(1), explored=tuple(Explored(p, Verdict(False), 0.0) for p in explored))
+        dataclasses.replace(
+            record(1), explored=tuple(Explored(p, Verdict(False), 0.0) for p in explored)
+        )
 
 
 def test_a_record_tells_what_was_valid_and_rescued() -> None:
-    explored = (Explored(IDENTITY.skip(1), Verdict(True), 1.0), Explored(IDENTITY.skip(2), Verdict(False), 0.0))
+    explored = (
+        Explored(IDENTITY.skip(1), Verdict(True), 1.0),
+        Explored(IDENTITY.skip(2), Verdict(False), 0.0),
+    )
     wrong = dataclasses.replace(record(0), baseline=Verdict(False), explored=explored)
     assert wrong.valid == (IDENTITY.skip(1),) and wrong.is_rescued
-    assert not dataclasses.replace(wrong, baseline=Verdict(True)).is_rescued and hash(wrong) == hash(wrong)
+    assert not dataclasses.replace(wrong, baseline=Verdict(True)).is_rescued and hash(
+        wrong
+    ) == hash(wrong)
 
 
 def test_second_verdicts_count() -> None:
     one, other, third = IDENTITY.skip(1), IDENTITY.skip(2), IDENTITY.skip(3)
     verdicts = {one: Verdict(True), other: Verdict(True), third: Verdict(False)}
     found = dataclasses.replace(
-        record(0), baseline=Verdict(True), explored=tuple(Explored(p, v, 0.0) for p, v in verdicts.items()),
+        record(0),
+        baseline=Verdict(True),
+        explored=tuple(Explored(p, v, 0.0) for p, v in verdicts.items()),
         verified={other: Verdict(False), IDENTITY: Verdict(False), third: Verdict(True)},
-    )  # fmt: skip
+    )
     assert found.valid == (one, third) and not found.identity_correct and found.is_rescued
     assert found.verdicts == {IDENTITY: Verdict(True), **verdicts}, "the first ones are kept"
     assert not dataclasses.replace(found, explored=found.explored[1:2]).is_rescued
 
 
 def test_headers_name_the_software() -> None:
-    assert {"polar_fx", "python", "torch", "transformers"} <= SearchHeader("", 1, SearchConfig()).software.keys()
+    assert {"polar_fx", "python", "torch", "transformers"} <= SearchHeader(
+        "", 1, SearchConfig()
+    ).software.keys()

@@ -14,7 +14,13 @@ from polar_fx.search.lockstep import run_searches
 from polar_fx.search.methods.registry import METHODS
 
 DEPTH = 8
-ROWS = [(Question(f"q{i}", "toy", f"question {i}", ("1",)), EncodedQuestion(f"q{i}", (), (i + 1,), ((1,),))) for i in range(7)]
+ROWS = [
+    (
+        Question(f"q{i}", "toy", f"question {i}", ("1",)),
+        EncodedQuestion(f"q{i}", (), (i + 1,), ((1,),)),
+    )
+    for i in range(7)
+]
 
 
 class Toy:
@@ -26,7 +32,14 @@ class Toy:
 
     def evaluate(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
         self.calls.append([(q.id, p) for q, p in pairs])
-        return [Verdict(q.prompt[0] % DEPTH not in p.path, -float(p.num_steps), float(DEPTH / 2 - p.num_steps)) for q, p in pairs]
+        return [
+            Verdict(
+                q.prompt[0] % DEPTH not in p.path,
+                -float(p.num_steps),
+                float(DEPTH / 2 - p.num_steps),
+            )
+            for q, p in pairs
+        ]
 
     def forget(self, question_ids: Iterable[str]) -> None:
         self.forgotten += question_ids
@@ -55,18 +68,28 @@ def test_every_method_searches_every_question_within_its_budget(method: str) -> 
 
 def test_what_runs_beside_a_search_does_not_change_it() -> None:
     config = SearchConfig(simulations=30)
-    alone = {r.question.id: r.explored for row in ROWS for r in run_searches([row], Toy(), DEPTH, config)}
+    alone = {
+        r.question.id: r.explored for row in ROWS for r in run_searches([row], Toy(), DEPTH, config)
+    }
     for in_flight in (1, 4, 50):
-        together = {r.question.id: r.explored for r in run_searches(ROWS, Toy(), DEPTH, config, in_flight=in_flight)}
+        together = {
+            r.question.id: r.explored
+            for r in run_searches(ROWS, Toy(), DEPTH, config, in_flight=in_flight)
+        }
         assert together == alone
-    other = {r.question.id: r.explored for r in run_searches(ROWS, Toy(), DEPTH, SearchConfig(simulations=30, seed=1))}
+    other = {
+        r.question.id: r.explored
+        for r in run_searches(ROWS, Toy(), DEPTH, SearchConfig(simulations=30, seed=1))
+    }
     assert other != alone
 
 
 def test_questions_have_seeds_of_their_own() -> None:
     records = list(run_searches(ROWS, Toy(), DEPTH, SearchConfig(method="random", simulations=30)))
     assert len({r.seed for r in records}) == len(ROWS)
-    assert len({tuple(e.program for e in r.explored) for r in records}) == len(ROWS), "a shared seed would fake a menu"
+    assert len({tuple(e.program for e in r.explored) for r in records}) == len(ROWS), (
+        "a shared seed would fake a menu"
+    )
 
 
 @pytest.mark.parametrize("reward", sorted(REWARDS))
@@ -79,7 +102,9 @@ def test_rewards_are_what_the_search_is_told(reward: str) -> None:
 
 def test_valid_programs_are_verified_by_themselves() -> None:
     verifier = Toy()
-    records = list(run_searches(ROWS[:2], Toy(), DEPTH, SearchConfig(simulations=30), verifier=verifier))
+    records = list(
+        run_searches(ROWS[:2], Toy(), DEPTH, SearchConfig(simulations=30), verifier=verifier)
+    )
     for record in records:
         assert tuple(record.verified) == record.valid and record.valid
     assert len(verifier.calls) == 2 and len(verifier.forgotten) == 2
@@ -105,7 +130,9 @@ def test_rewards_that_generation_cannot_give(reward: str) -> None:
 
 
 def test_unknown_names_list_the_known_ones() -> None:
-    with pytest.raises(InputError, match="unknown reward 'luck'; use one of exact, likelihood, margin"):
+    with pytest.raises(
+        InputError, match="unknown reward 'luck'; use one of exact, likelihood, margin"
+    ):
         list(run_searches(ROWS, Toy(), DEPTH, SearchConfig(reward="luck")))
     with pytest.raises(InputError, match="unknown search method 'luck'"):
         list(run_searches(ROWS, Toy(), DEPTH, SearchConfig(method="luck")))
@@ -114,15 +141,23 @@ def test_unknown_names_list_the_known_ones() -> None:
 @pytest.mark.parametrize(
     "name, value",
     [
-        ("simulations", 0), ("simulations", 1.5), ("seed", True), ("random_child", 1.5), ("exploration", -1),
+        ("simulations", 0),
+        ("simulations", 1.5),
+        ("seed", True),
+        ("random_child", 1.5),
+        ("exploration", -1),
         ("max_steps_ratio", 0.5),
     ],
-)  # fmt: skip
+)
 def test_settings_out_of_range(name: str, value: float) -> None:
     with pytest.raises(InputError, match=f"{name} is {value}"):
         SearchConfig(**{name: value})
 
 
 def test_rewards_of_extreme_verdicts_stay_in_range() -> None:
-    for verdict in (Verdict(False, -1e6, -1e6), Verdict(True, 0.0, 1e6), Verdict(False, math.nan, math.nan)):
+    for verdict in (
+        Verdict(False, -1e6, -1e6),
+        Verdict(True, 0.0, 1e6),
+        Verdict(False, math.nan, math.nan),
+    ):
         assert all(0 <= reward(verdict) <= 1 for reward in REWARDS.values())

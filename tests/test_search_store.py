@@ -1,4 +1,6 @@
-"""Search records on disk: what was finished stays, whatever happens to the process, the disk or the file."""
+"""Search records on disk: what was finished stays, whatever happens to the process, the disk or the
+file.
+"""
 
 import dataclasses
 import errno
@@ -57,8 +59,11 @@ def _replace_line(path: Path, number: int, change: Callable[[bytes], bytes]) -> 
 def _worker(*arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, search_store_worker.__file__, *map(str, arguments)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 # Making, going on, refusing
@@ -93,16 +98,25 @@ def test_records_that_do_not_belong_are_refused(path: Path) -> None:
             {"config": SearchConfig(simulations=9, seed=1)},
             "config.seed is 0 in the file and 1 here, config.simulations is 8 .* 9 here",
         ),
-        ({"task": {"name": "sequences"}}, "task.name is 'arithmetic' in the file and 'sequences' here"),
+        (
+            {"task": {"name": "sequences"}},
+            "task.name is 'arithmetic' in the file and 'sequences' here",
+        ),
         ({"prompt": {"style": "few-shot"}}, "prompt.shots is 4 in the file and absent here"),
-        ({"prompt": {**HEADER.prompt, "system": None}}, "prompt.system is absent in the file and None here"),
+        (
+            {"prompt": {**HEADER.prompt, "system": None}},
+            "prompt.system is absent in the file and None here",
+        ),
     ],
 )
-def test_another_search_is_refused_by_what_differs(changes: dict[str, Any], message: str, path: Path) -> None:
+def test_another_search_is_refused_by_what_differs(
+    changes: dict[str, Any], message: str, path: Path
+) -> None:
     before = _filled(path, 1).read_bytes()
     other = dataclasses.replace(HEADER, **changes)
     with pytest.raises(
-        RecordFileError, match=rf"search.jsonl: it is of another search: {message}; name another file, or .*restart"
+        RecordFileError,
+        match=rf"search.jsonl: it is of another search: {message}; name another file, or .*restart",
     ):
         RecordStore.open(path, other)
     assert path.read_bytes() == before
@@ -113,16 +127,27 @@ def test_another_search_is_refused_by_what_differs(changes: dict[str, Any], mess
 
 def test_software_and_time_may_differ(path: Path) -> None:
     _filled(path, 1)
-    with RecordStore.open(path, dataclasses.replace(HEADER, software={"torch": "9"}, created="later")) as store:
+    with RecordStore.open(
+        path, dataclasses.replace(HEADER, software={"torch": "9"}, created="later")
+    ) as store:
         assert store.done == {"q1"} and store.header.software == HEADER.software
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (b'{"format": "polar_fx.search", "version": 2}\n', "version is 2 in the file, and 1 is what this polar_fx reads"),
-        (b'{"format": "parquet"}\n', "line 1 is not a header of search records: format is 'parquet', not 'polar_fx.search'"),
-        (b"a,b,c\n1,2,3\n", "line 1 is not a header of search records: it is not JSON: .*; name another file"),
+        (
+            b'{"format": "polar_fx.search", "version": 2}\n',
+            "version is 2 in the file, and 1 is what this polar_fx reads",
+        ),
+        (
+            b'{"format": "parquet"}\n',
+            "line 1 is not a header of search records: format is 'parquet', not 'polar_fx.search'",
+        ),
+        (
+            b"a,b,c\n1,2,3\n",
+            "line 1 is not a header of search records: it is not JSON: .*; name another file",
+        ),
         (b"[]\n", "it is not a JSON object"),
         (b'{"format": "polar_fx.search"', "it ends within the line"),
         ("".join(["{}", "\n"]).encode("utf-16"), "byte 1 of the line is not UTF-8"),
@@ -131,7 +156,10 @@ def test_software_and_time_may_differ(path: Path) -> None:
 )
 def test_other_files_are_refused_and_left(header: bytes, message: str, path: Path) -> None:
     path.write_bytes(header)
-    for opened in (lambda: RecordStore.open(path, HEADER), lambda: RecordReader(path, strict=False)):
+    for opened in (
+        lambda: RecordStore.open(path, HEADER),
+        lambda: RecordReader(path, strict=False),
+    ):
         with pytest.raises(RecordFileError, match=message):
             opened()
     assert path.read_bytes() == header
@@ -190,12 +218,19 @@ def test_an_unusable_place_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kept", [1, 40, -2, -1])
-def test_a_torn_last_line_is_cut_off(kept: int, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_torn_last_line_is_cut_off(
+    kept: int, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     whole = _filled(path, 1, 2, 3).read_bytes()
     last = _lines(path)[-1]
     path.write_bytes(whole[: len(whole) - len(last)] + last[:kept])
     reader = RecordReader(path)
-    assert [r.question.id for r in reader] == ["q1", "q2"] and reader.damage == [] and reader.tail and reader.tail.line == 4
+    assert (
+        [r.question.id for r in reader] == ["q1", "q2"]
+        and reader.damage == []
+        and reader.tail
+        and reader.tail.line == 4
+    )
     with RecordStore.open(path, HEADER) as store:
         assert store.done == {"q1", "q2"}
         store.append(record(3))
@@ -206,7 +241,8 @@ def test_a_torn_last_line_is_cut_off(kept: int, path: Path, caplog: pytest.LogCa
 def test_a_last_line_of_zeros_or_with_a_wrong_sum_is_cut_off(path: Path) -> None:
     whole = _filled(path, 1, 2).read_bytes()
     for last in (bytes(500), bytes(500) + b"\n", _lines(path)[-1].replace(b'"q2"', b'"q3"')):
-        path.write_bytes(whole + last)  # as a power cut leaves it, where the length was written before the content
+        # as a power cut leaves it, where the length was written before the content
+        path.write_bytes(whole + last)
         with RecordStore.open(path, HEADER) as store:
             assert store.done == {"q1", "q2"}
         assert path.read_bytes() == whole
@@ -215,14 +251,26 @@ def test_a_last_line_of_zeros_or_with_a_wrong_sum_is_cut_off(path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda line: line.replace(b"true", b"false", 1), "it was changed since it was written: its sha256 does not fit"),
+        (
+            lambda line: line.replace(b"true", b"false", 1),
+            "it was changed since it was written: its sha256 does not fit",
+        ),
         (lambda line: line[: len(line) // 2] + b"\n", "it is not JSON"),
         (lambda line: b"\n", "it is not JSON"),
-        (lambda line: line.decode().replace("·", "\xb7").encode("latin-1"), "byte [0-9]+ of the line is not UTF-8"),
-        (lambda line: line.replace(b'"seed":', b'"seed":NaN,"s":'), "it is not JSON: Out of range float"),
+        (
+            lambda line: line.decode().replace("·", "\xb7").encode("latin-1"),
+            "byte [0-9]+ of the line is not UTF-8",
+        ),
+        (
+            lambda line: line.replace(b'"seed":', b'"seed":NaN,"s":'),
+            "it is not JSON: Out of range float",
+        ),
         (lambda line: b"[" * 100_000 + b"\n", "it is not JSON"),
         (lambda line: encode_line({"question": "?"}), "it is no record: its id is missing"),
-        (lambda line: encode_line(record_to_fields(record(1))), "it repeats question 'q1' of line 2"),
+        (
+            lambda line: encode_line(record_to_fields(record(1))),
+            "it repeats question 'q1' of line 2",
+        ),
     ],
 )
 def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_lost(
@@ -232,7 +280,9 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_lost(
     before = path.read_bytes()
     for use in (lambda: RecordStore.open(path, HEADER), lambda: _ids(path)):
         with pytest.raises(
-            RecordFileError, match=f"search.jsonl: line 3 is damaged: {reason}.* left as it is.*; .*delete that line"
+            RecordFileError,
+            match=f"search.jsonl: line 3 is damaged: {reason}.* left as it is.*; .*delete that "
+            "line",
         ):
             use()
     assert path.read_bytes() == before
@@ -251,15 +301,26 @@ def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_lost(
         ({"baseline": None}, "baseline is None, not an object"),
         ({"seed": True}, "seed is True, not a whole number"),
         ({"answers": [1]}, r"answers is \[1\], not a list of texts"),
-        ({"explored": [["0-5", True]]}, r"explored\[0\] is \['0-5', True\], not a list of program, correct"),
+        (
+            {"explored": [["0-5", True]]},
+            r"explored\[0\] is \['0-5', True\], not a list of program, correct",
+        ),
         ({"explored": [["0-9", True, None, None, 1.0]]}, "'0-9' is no program of 6 layers: "),
         ({"explored": [[5, True, None, None, 1.0]]}, "5 is no program of 6 layers: "),
         ({"explored": [["0-4", "yes", None, None, 1.0]]}, "correct is 'yes', not true or false"),
-        ({"explored": [["0-4", True, "high", None, 1.0]]}, "log_likelihood is 'high', not a number"),
-        ({"explored": [["0-5", True, None, None, 1.0]]}, "in the record of question 'q1', the identity is among the explored"),
+        (
+            {"explored": [["0-4", True, "high", None, 1.0]]},
+            "log_likelihood is 'high', not a number",
+        ),
+        (
+            {"explored": [["0-5", True, None, None, 1.0]]},
+            "in the record of question 'q1', the identity is among the explored",
+        ),
     ],
 )
-def test_a_line_of_another_program_is_checked(changes: dict[str, Any], reason: str, path: Path) -> None:
+def test_a_line_of_another_program_is_checked(
+    changes: dict[str, Any], reason: str, path: Path
+) -> None:
     """Its sha256 is right, its fields are not."""
     _filled(path, 1, 2)
     _replace_line(path, 2, lambda _: encode_line({**record_to_fields(record(1)), **changes}))
@@ -279,7 +340,9 @@ def test_fields_of_later_versions_are_passed_over(path: Path) -> None:
 
 @pytest.mark.parametrize("written", [0, 1, 100])
 @pytest.mark.parametrize("call", ["write", "fsync"])
-def test_a_full_disk_loses_nothing(call: str, written: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_loses_nothing(
+    call: str, written: int, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = _filled(path, 1).read_bytes()
     whole = os.write
 
@@ -292,10 +355,13 @@ def test_a_full_disk_loses_nothing(call: str, written: int, path: Path, monkeypa
     with RecordStore.open(path, HEADER) as store:
         monkeypatch.setattr(os, call, full)
         with pytest.raises(
-            RecordFileError, match="question 'q2' cannot be written: No space .*; the 1 before it are whole; free"
+            RecordFileError,
+            match="question 'q2' cannot be written: No space .*; the 1 before it are whole; free",
         ) as error:
             store.append(record(2))
-        assert str(path) in str(error.value) and path.read_bytes() == before and store.done == {"q1"}
+        assert (
+            str(path) in str(error.value) and path.read_bytes() == before and store.done == {"q1"}
+        )
         store.append(record(2))
     assert _ids(path) == ["q1", "q2"]
 
@@ -318,8 +384,15 @@ def test_an_interrupted_write_is_taken_back(path: Path, monkeypatch: pytest.Monk
 
 def test_a_file_that_may_not_grow_keeps_what_is_there(path: Path) -> None:
     count, message = json.loads(_worker("fill", path, 20_000).communicate(timeout=60)[0])
-    assert "File too large" in message and f"the {count} before it are whole; free some space" in message
-    assert count > 3 and _ids(path) == [f"q{number}" for number in range(1, count + 1)] and path.read_bytes().endswith(b"\n")
+    assert (
+        "File too large" in message
+        and f"the {count} before it are whole; free some space" in message
+    )
+    assert (
+        count > 3
+        and _ids(path) == [f"q{number}" for number in range(1, count + 1)]
+        and path.read_bytes().endswith(b"\n")
+    )
 
 
 def test_a_failed_start_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,11 +411,16 @@ def test_a_failed_start_leaves_no_file(path: Path, monkeypatch: pytest.MonkeyPat
     ("change", "message"),
     [
         (lambda path: path.unlink(), "it was removed"),
-        (lambda path: (path.rename(f"{path}.moved"), path.write_bytes(b"")), "it was exchanged for another file"),
+        (
+            lambda path: (path.rename(f"{path}.moved"), path.write_bytes(b"")),
+            "it was exchanged for another file",
+        ),
         (lambda path: path.write_bytes(b""), "it has 0 bytes instead of [0-9]+"),
     ],
 )
-def test_a_file_changed_by_others_gets_no_record(change: Callable[[Path], None], message: str, path: Path) -> None:
+def test_a_file_changed_by_others_gets_no_record(
+    change: Callable[[Path], None], message: str, path: Path
+) -> None:
     with RecordStore.open(path, HEADER) as store:
         store.append(record(1))
         change(path)
@@ -358,7 +436,8 @@ def test_two_writers_are_refused(path: Path) -> None:
     assert worker.stdout and worker.stdout.readline() == "ready\n"
     for restart in (False, True):
         with pytest.raises(
-            RecordFileError, match="search.jsonl: another process is writing to it; wait until that ends, or name"
+            RecordFileError,
+            match="search.jsonl: another process is writing to it; wait until that ends, or name",
         ):
             RecordStore.open(path, HEADER, restart=restart)
     worker.communicate("end\n", timeout=60)
@@ -392,5 +471,8 @@ def test_kills_at_any_moment_lose_nothing_finished(path: Path) -> None:
 
 
 def test_reading_and_writing_need_no_torch() -> None:
-    code = "import sys, polar_fx.search.records.record_file, polar_fx.search.records.formats; assert 'torch' not in sys.modules"
+    code = (
+        "import sys, polar_fx.search.records.record_file, polar_fx.search.records.formats; "
+        "assert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

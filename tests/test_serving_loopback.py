@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 ray = pytest.importorskip("ray", reason="serving needs pip install 'polar_fx[serve]'")
-openai = pytest.importorskip("openai", reason="the client library is not installed: pip install openai")
+openai = pytest.importorskip(
+    "openai", reason="the client library is not installed: pip install openai"
+)
 from test_serving_engine import TEMPLATE, alone  # noqa: E402
 
 from polar_fx.bundle import export, load_bundle  # noqa: E402
@@ -41,14 +43,35 @@ def free_port() -> str:
 
 @pytest.fixture(scope="module")
 def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """Address of a server, which is ended as by a service manager. (Ctrl-C would not do where tests run in the background.)"""
+    """Address of a server, which is ended as by a service manager.
+
+    (Ctrl-C would not do where tests run in the background.)
+    """
     port = free_port()
     log = tmp_path_factory.mktemp("log") / "server.txt"
-    command = [sys.executable, "-m", "polar_fx", "serve", str(folder), "--port", port, "--wait-ms", "100", "--json"]
-    with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as server:
+    command = [
+        sys.executable,
+        "-m",
+        "polar_fx",
+        "serve",
+        str(folder),
+        "--port",
+        port,
+        "--wait-ms",
+        "100",
+        "--json",
+    ]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as server,
+    ):
         try:
             deadline = time.monotonic() + 300
-            while server.poll() is None and "Ctrl-C ends it" not in log.read_text() and time.monotonic() < deadline:
+            while (
+                server.poll() is None
+                and "Ctrl-C ends it" not in log.read_text()
+                and time.monotonic() < deadline
+            ):
                 time.sleep(0.1)
             assert server.poll() is None and "Ctrl-C ends it" in log.read_text(), log.read_text()
             yield f"http://127.0.0.1:{port}"
@@ -82,28 +105,56 @@ def test_completions_are_those_of_the_bundle(client: Any, folder: Path) -> None:
     engine = Engine(load_bundle(folder), "tiny")
     for program in ("identity", "skip 1"):
         found = client.completions.create(
-            model="tiny", prompt="w5 w6 w7", max_tokens=6, temperature=0, extra_body={"program": program}
+            model="tiny",
+            prompt="w5 w6 w7",
+            max_tokens=6,
+            temperature=0,
+            extra_body={"program": program},
         )
-        assert found.choices[0].text == alone(engine, [5, 6, 7], program, 6) and found.choices[0].finish_reason == "length"
+        assert (
+            found.choices[0].text == alone(engine, [5, 6, 7], program, 6)
+            and found.choices[0].finish_reason == "length"
+        )
         assert found.usage.total_tokens == 9
         used = found.choices[0].model_extra["polar_fx"]
-        assert used == {"program": str(engine.bundle.resolve(program)), "steps": used["steps"], "probability": None, "rows": 1}
+        assert used == {
+            "program": str(engine.bundle.resolve(program)),
+            "steps": used["steps"],
+            "probability": None,
+            "rows": 1,
+        }
     chat = client.chat.completions.create(
-        model="tiny", messages=[{"role": "user", "content": "w5 w6 w7"}], max_completion_tokens=6, temperature=0
+        model="tiny",
+        messages=[{"role": "user", "content": "w5 w6 w7"}],
+        max_completion_tokens=6,
+        temperature=0,
     )
     assert chat.choices[0].message.content == alone(engine, [5, 6, 7], "identity", 6)
     (model,) = client.models.list().data
-    assert model.id == "tiny" and model.polar_fx["programs"] == ["0-3 /4", "0 2-3 /4", "0 (1-2)*2@0.5 3 /4"]
+    assert model.id == "tiny" and model.polar_fx["programs"] == [
+        "0-3 /4",
+        "0 2-3 /4",
+        "0 (1-2)*2@0.5 3 /4",
+    ]
 
 
 def test_answers_come_as_they_are_made(client: Any) -> None:
     given: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 6}
     whole = client.completions.create(prompt="w5 w6 w7", **given).choices[0]
-    events = list(client.completions.create(prompt="w5 w6 w7", stream=True, stream_options={"include_usage": True}, **given))
+    events = list(
+        client.completions.create(
+            prompt="w5 w6 w7", stream=True, stream_options={"include_usage": True}, **given
+        )
+    )
     assert "".join(e.choices[0].text for e in events[:-1]) == whole.text and len(events) > 3
-    assert events[-2].choices[0].finish_reason == "length" and events[-2].choices[0].polar_fx["steps"] == 4
+    assert (
+        events[-2].choices[0].finish_reason == "length"
+        and events[-2].choices[0].polar_fx["steps"] == 4
+    )
     assert events[-1].usage.total_tokens == 9 and not events[-1].choices
-    said = client.chat.completions.create(messages=[{"role": "user", "content": "w5 w6 w7"}], stream=True, **given)
+    said = client.chat.completions.create(
+        messages=[{"role": "user", "content": "w5 w6 w7"}], stream=True, **given
+    )
     assert "".join(e.choices[0].delta.content for e in said) == whole.text
 
 
@@ -112,7 +163,9 @@ def test_a_burst_of_one_program_runs_in_few_batches(client: Any, url: str) -> No
 
     def ask(number: int) -> Any:
         program = {"program": "skip 1"}
-        return client.completions.create(model="tiny", prompt=[3 + number] * 4, max_tokens=8, temperature=0, extra_body=program)
+        return client.completions.create(
+            model="tiny", prompt=[3 + number] * 4, max_tokens=8, temperature=0, extra_body=program
+        )
 
     with ThreadPoolExecutor(8) as threads:
         found = list(threads.map(ask, range(8)))
@@ -147,7 +200,10 @@ def test_a_client_that_leaves_is_noticed(client: Any, url: str) -> None:
     deadline = time.monotonic() + 60
     while count_of(url, "polar_fx_waiting") and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert client.completions.create(model="tiny", prompt="w5", max_tokens=1).usage.completion_tokens == 1
+    assert (
+        client.completions.create(model="tiny", prompt="w5", max_tokens=1).usage.completion_tokens
+        == 1
+    )
 
 
 def test_health_and_metrics(url: str, client: Any) -> None:
@@ -161,14 +217,21 @@ def test_health_and_metrics(url: str, client: Any) -> None:
 
 
 def test_what_cannot_be_served_is_said_at_once(
-    folder: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    url: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     for arguments, message in (
         ([str(tmp_path)], "manifest.json"),
         ([str(folder), "--port", url.rpartition(":")[2]], "nothing can listen at 127.0.0.1:"),
         ([str(folder), "--fingerprint", "0" * 64], "has fingerprint"),
-        ([str(folder), "--port", free_port()], "serving needs ray, which is not installed; pip install"),
+        (
+            [str(folder), "--port", free_port()],
+            "serving needs ray, which is not installed; pip install",
+        ),
     ):
         assert main(["serve", *arguments]) == 2
         assert message in capsys.readouterr().err

@@ -30,10 +30,15 @@ def test_a_bundle_without_a_tokenizer(tmp_path: Path) -> None:
     assert tokenizer is None and not bundle.has_tokenizer
 
 
-def test_a_bundle_has_the_dtype_it_was_exported_with(whole_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_has_the_dtype_it_was_exported_with(
+    whole_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert polar_fx.load(whole_bundle, torch.float32)[0].dtype == torch.float32
     monkeypatch.setattr("polar_fx.loading.load_bundle", lambda *a: pytest.fail("its code was run"))
-    with pytest.raises(InputError, match=r"is a bundle of dtype torch\.float32, not torch\.bfloat16; leave dtype out"):
+    with pytest.raises(
+        InputError,
+        match=r"is a bundle of dtype torch\.float32, not torch\.bfloat16; leave dtype out",
+    ):
         polar_fx.load(whole_bundle, torch.bfloat16)
 
 
@@ -46,7 +51,9 @@ def test_a_damaged_bundle_is_refused_as_one(mutable: Mutable) -> None:
 
 def test_models_load_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("llama").save_pretrained(tmp_path)
-    monkeypatch.setattr("polar_fx.models.AutoTokenizer.from_pretrained", lambda *a, **kw: "tokenizer")
+    monkeypatch.setattr(
+        "polar_fx.models.AutoTokenizer.from_pretrained", lambda *a, **kw: "tokenizer"
+    )
     for dtype, found in ((None, torch.float32), (torch.bfloat16, torch.bfloat16)):
         model, tokenizer = polar_fx.load(tmp_path, dtype)
         assert (model.dtype, tokenizer, model.training) == (found, "tokenizer", False)
@@ -57,15 +64,21 @@ def test_models_load_as_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 IN_ANOTHER_PROCESS = """
 import json, re, sys
 import polar_fx
+
 bundle, tokenizer = polar_fx.load(sys.argv[1])
-modeling = [m for m in sys.modules if re.match(r"transformers\\.models\\.(?!auto\\.)\\w+\\.modeling_", m)]
+modeling = [
+    m for m in sys.modules if re.match(r"transformers\\.models\\.(?!auto\\.)\\w+\\.modeling_", m)
+]
 print(json.dumps([repr(bundle), tokenizer.decode([5, 17]), modeling]))
 """
 
 
 def test_no_modeling_code_is_imported(whole_bundle: Path) -> None:
     other = subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(whole_bundle)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(whole_bundle)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert other.returncode == 0, other.stderr
     about, text, modeling = json.loads(other.stdout.splitlines()[-1])

@@ -27,7 +27,11 @@ def store(tmp_path: Path) -> ArtifactStore:
 
 def _files(store: ArtifactStore) -> set[Path]:
     """Everything but locks and folders."""
-    return {p for p in store.root.rglob("*") if p.parent.name != "locks" and (p.is_symlink() or not p.is_dir())}
+    return {
+        p
+        for p in store.root.rglob("*")
+        if p.parent.name != "locks" and (p.is_symlink() or not p.is_dir())
+    }
 
 
 def _entry(store: ArtifactStore, number: int) -> Path:
@@ -35,7 +39,11 @@ def _entry(store: ArtifactStore, number: int) -> Path:
 
 
 def _add(store: ArtifactStore, facts: dict[str, Any], **files: bytes) -> str:
-    store.get_or_make(digest(facts), facts, lambda folder: [(folder / n).write_bytes(c) for n, c in files.items()] and None)
+    store.get_or_make(
+        digest(facts),
+        facts,
+        lambda folder: [(folder / n).write_bytes(c) for n, c in files.items()] and None,
+    )
     return digest(facts)
 
 
@@ -46,16 +54,29 @@ def test_round_trip(store: ArtifactStore) -> None:
     assert paths["code.pt2"].suffix == ".pt2"  # what loads it may go by the suffix
     again = ArtifactStore(store.root)
     assert again.get(key(1), facts(1)) == paths
-    assert again.get_or_make(key(1), facts(1), lambda _: pytest.fail("made twice")) == (paths, False)
+    assert again.get_or_make(key(1), facts(1), lambda _: pytest.fail("made twice")) == (
+        paths,
+        False,
+    )
     (entry,) = again.entries()
-    assert (entry.key, entry.facts, entry.num_bytes) == (key(1), facts(1), sum(map(len, contents(1).values())))
+    assert (entry.key, entry.facts, entry.num_bytes) == (
+        key(1),
+        facts(1),
+        sum(map(len, contents(1).values())),
+    )
     assert {f.name: f.path for f in entry.files.values()} == paths
     assert again.refusals == again.verify() == []
 
 
 def test_digests_depend_on_values_and_types_not_on_order_or_process() -> None:
     assert digest({"a": 1, "b": "x"}) == digest({"b": "x", "a": 1})
-    assert len({digest({"a": value}) for value in (1, 1.5, True, None, "1", "True")} | {digest({"b": 1})}) == 7
+    assert (
+        len(
+            {digest({"a": value}) for value in (1, 1.5, True, None, "1", "True")}
+            | {digest({"b": 1})}
+        )
+        == 7
+    )
     assert digest({"a": 1}) == "015abd7f5cc57a2dd94b7590f04ad8084273905ee33ec5cebeae62276a97f862"
 
 
@@ -118,8 +139,16 @@ DAMAGES: dict[str, tuple[Callable[[ArtifactStore], object], bool, str]] = {
     "flipped byte": (_flip, True, "code.pt2 is not what was stored"),
     "missing object": (lambda s: _object(s).unlink(), True, "code.pt2 is missing"),
     "object is a link": (lambda s: _link(_object(s), s), True, "code.pt2 is not a plain file"),
-    "object is a folder": (lambda s: _replace_by_folder(_object(s)), True, "code.pt2 is not a plain file"),
-    "object writable": (lambda s: _object(s).chmod(0o602), True, "code.pt2 can be written by others"),
+    "object is a folder": (
+        lambda s: _replace_by_folder(_object(s)),
+        True,
+        "code.pt2 is not a plain file",
+    ),
+    "object writable": (
+        lambda s: _object(s).chmod(0o602),
+        True,
+        "code.pt2 can be written by others",
+    ),
     "other format": (lambda s: _rewrite(s, format=0), False, "has format 0, not 1"),
     "not JSON": (lambda s: _entry(s, 1).write_bytes(b"\xff{"), False, "malformed"),
     "empty entry": (lambda s: _entry(s, 1).write_text(""), False, "malformed"),
@@ -127,16 +156,44 @@ DAMAGES: dict[str, tuple[Callable[[ArtifactStore], object], bool, str]] = {
     "deep JSON": (lambda s: _entry(s, 1).write_text("[" * 100_000), False, "malformed"),
     "no format": (lambda s: _entry(s, 1).write_text("{}"), False, "malformed: KeyError('format')"),
     "fields of other types": (lambda s: _rewrite(s, files=[1]), False, "malformed"),
-    "sizes of other types": (lambda s: _rewrite(s, files={"a": {"sha256": "0" * 64, "bytes": "1", "object": ""}}), False, "malf"),
+    "sizes of other types": (
+        lambda s: _rewrite(s, files={"a": {"sha256": "0" * 64, "bytes": "1", "object": ""}}),
+        False,
+        "malf",
+    ),
     "edited entry": (_edit_entry, False, "changed since it was written"),
-    "other facts": (lambda s: _rewrite(s, facts=facts(1) | {"body": "x", "more": 1}), False, "other facts: body, more"),
-    "other type of fact": (lambda s: _rewrite(s, facts=facts(1) | {"number": True}), False, "other facts: number"),
+    "other facts": (
+        lambda s: _rewrite(s, facts=facts(1) | {"body": "x", "more": 1}),
+        False,
+        "other facts: body, more",
+    ),
+    "other type of fact": (
+        lambda s: _rewrite(s, facts=facts(1) | {"number": True}),
+        False,
+        "other facts: number",
+    ),
     "other key": (lambda s: _rewrite(s, key=key(2)), False, f"belongs to key '{key(2)}'"),
-    "path leaves the store": (lambda s: _move_object(s, "../outside.pt2"), False, "where no object belongs: '../outside.pt2'"),
-    "absolute path": (lambda s: _move_object(s, str(s.root.parent / "outside.pt2")), False, "where no object belongs"),
+    "path leaves the store": (
+        lambda s: _move_object(s, "../outside.pt2"),
+        False,
+        "where no object belongs: '../outside.pt2'",
+    ),
+    "absolute path": (
+        lambda s: _move_object(s, str(s.root.parent / "outside.pt2")),
+        False,
+        "where no object belongs",
+    ),
     "entry is a link": (lambda s: _link(_entry(s, 1), s), False, "its entry is not a plain file"),
-    "entry is a folder": (lambda s: _replace_by_folder(_entry(s, 1)), False, "its entry is not a plain file"),
-    "entry writable": (lambda s: _entry(s, 1).chmod(0o620), False, "its entry can be written by others"),
+    "entry is a folder": (
+        lambda s: _replace_by_folder(_entry(s, 1)),
+        False,
+        "its entry is not a plain file",
+    ),
+    "entry writable": (
+        lambda s: _entry(s, 1).chmod(0o620),
+        False,
+        "its entry can be written by others",
+    ),
 }
 
 
@@ -153,7 +210,9 @@ def _assert_refused_and_made_again(store: ArtifactStore, reason: str, culprit: P
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_damage_is_refused_removed_and_made_again(case: str, store: ArtifactStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_damage_is_refused_removed_and_made_again(
+    case: str, store: ArtifactStore, caplog: pytest.LogCaptureFixture
+) -> None:
     damage, object_goes, reason = DAMAGES[case]
     put(store, 1)
     put(store, 4)
@@ -168,14 +227,20 @@ def test_damage_is_refused_removed_and_made_again(case: str, store: ArtifactStor
 
 
 @pytest.mark.parametrize("which", ["entry", "object"])
-def test_files_of_another_user_are_refused(which: str, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_another_user_are_refused(
+    which: str, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(store, 1)
     put(store, 4)
     theirs, real = {"entry": _entry(store, 1), "object": _object(store)}[which], Path.lstat
 
     def lstat(path: Path) -> os.stat_result:
         status = real(path)
-        return os.stat_result((*status[:4], status.st_uid + 1, *status[5:])) if path == theirs else status
+        return (
+            os.stat_result((*status[:4], status.st_uid + 1, *status[5:]))
+            if path == theirs
+            else status
+        )
 
     monkeypatch.setattr(Path, "lstat", lstat)
     assert store.get(key(1), facts(1)) is None
@@ -194,7 +259,10 @@ def test_a_folder_that_others_can_write_to_is_not_used(folder: str, store: Artif
     put(store, 1)
     (store.root / folder).chmod(0o770)
     for use in (lambda: store.get(key(1), facts(1)), lambda: put(store, 2), store.verify):
-        with pytest.raises(CacheError, match=r"can be written by others; .*chmod -R go-w.*POLAR_FX_CACHE_DIR.*cache=False"):
+        with pytest.raises(
+            CacheError,
+            match=r"can be written by others; .*chmod -R go-w.*POLAR_FX_CACHE_DIR.*cache=False",
+        ):
             use()
 
 
@@ -237,7 +305,9 @@ def test_verify_tells_and_repair_removes(store: ArtifactStore) -> None:
     _flip(store)
     _entry(store, 2).write_text("{")
     found = store.verify()
-    assert Refusal(key(1), "code.pt2 is not what was stored") in found and {r.key for r in found} == {key(1), key(2)}
+    assert Refusal(key(1), "code.pt2 is not what was stored") in found and {
+        r.key for r in found
+    } == {key(1), key(2)}
     assert store.verify() == found == store.verify(repair=True)  # only repair removes
     assert store.verify() == [] and [e.key for e in store.entries()] == [key(4)]
     assert len(_files(store)) == 3  # one entry, two objects
@@ -269,8 +339,10 @@ def test_clear(store: ArtifactStore) -> None:
     day = 86400
     os.utime(_entry(store, 1), (_entry(store, 1).stat().st_mtime - 3 * day,) * 2)
     _entry(store, 2).write_text("{")
-    assert store.clear(unused_s=4 * day) == (0, len(contents(2)["code.pt2"]) + 20_000)  # of the one that is damaged
-    assert store.clear(unused_s=2 * day) == (1, len(contents(1)["code.pt2"]))  # artifact 4 shares its table
+    # of the one that is damaged
+    assert store.clear(unused_s=4 * day) == (0, len(contents(2)["code.pt2"]) + 20_000)
+    # artifact 4 shares its table
+    assert store.clear(unused_s=2 * day) == (1, len(contents(1)["code.pt2"]))
     assert read(store.get(key(4), facts(4))) == contents(4)
     assert store.clear() == (2, len(contents(4)["code.pt2"]) + 20_000)
     assert _files(store) == set()
@@ -303,14 +375,20 @@ def test_shared_objects_count_once_and_go_with_the_last(store: ArtifactStore) ->
     shared = b"s" * 2000
     one, two = (_add(store, {"n": n}, common=shared, own=bytes([n]) * 500) for n in range(2))
     assert total_bytes(store.entries()) == 3000 and len(store.entries()) == 2
-    _add(store, {"n": 2}, own=b"2" * 500)  # frees 500 bytes of the first, as the second still needs the others
+    # frees 500 bytes of the first, as the second still needs the others
+    _add(store, {"n": 2}, own=b"2" * 500)
     assert store.get(one, {"n": 0}) is None
     assert read(store.get(two, {"n": 1})) == {"common": shared, "own": b"\1" * 500}
     _add(store, {"n": 3}, common=shared, own=b"3" * 500)
     assert [e.facts["n"] for e in store.entries()] == [1, 3]
-    _add(store, {"n": 4}, own=b"4" * 600)  # the 500 bytes of one are not enough; with the other go the shared ones
+    # the 500 bytes of one are not enough; with the other go the shared ones
+    _add(store, {"n": 4}, own=b"4" * 600)
     assert [e.facts["n"] for e in store.entries()] == [4]
-    assert total_bytes(store.entries()) == 600 == sum(p.stat().st_size for p in store.root.glob("objects/*/*"))
+    assert (
+        total_bytes(store.entries())
+        == 600
+        == sum(p.stat().st_size for p in store.root.glob("objects/*/*"))
+    )
 
 
 def test_without_a_limit_nothing_goes(store: ArtifactStore) -> None:
@@ -320,8 +398,15 @@ def test_without_a_limit_nothing_goes(store: ArtifactStore) -> None:
 
 
 LIMITS = {
-    "0": 0, "1000": 1000, "500MB": 500_000_000, "4GiB": 2**32, " 1.5 kib ": 1536, "2tb": 2 * 10**12, "0.1B": 1, "": 2**32
-}  # fmt: skip
+    "0": 0,
+    "1000": 1000,
+    "500MB": 500_000_000,
+    "4GiB": 2**32,
+    " 1.5 kib ": 1536,
+    "2tb": 2 * 10**12,
+    "0.1B": 1,
+    "": 2**32,
+}
 
 
 @pytest.mark.parametrize("text", LIMITS)
@@ -335,5 +420,7 @@ def test_limits(text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
 @pytest.mark.parametrize("text", ["much", "-1", "4 G", "1e9", "5 MB!", "MB", "nan"])
 def test_bad_limits_are_named(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POLAR_FX_CACHE_LIMIT", text)
-    with pytest.raises(InputError, match=f"POLAR_FX_CACHE_LIMIT='{text}' is not a size.*KB, MB.*0 is no limit"):
+    with pytest.raises(
+        InputError, match=f"POLAR_FX_CACHE_LIMIT='{text}' is not a size.*KB, MB.*0 is no limit"
+    ):
         ArtifactStore()

@@ -28,13 +28,20 @@ def store(tmp_path: Path) -> ArtifactStore:
 def _worker(*arguments: object) -> "subprocess.Popen[str]":
     return subprocess.Popen(
         [sys.executable, store_worker.__file__, *map(str, arguments)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
 
 
 def _files(store: ArtifactStore) -> set[Path]:
     """Everything but locks and folders."""
-    return {p for p in store.root.rglob("*") if p.parent.name != "locks" and (p.is_symlink() or not p.is_dir())}
+    return {
+        p
+        for p in store.root.rglob("*")
+        if p.parent.name != "locks" and (p.is_symlink() or not p.is_dir())
+    }
 
 
 def _entry(store: ArtifactStore, number: int) -> Path:
@@ -63,7 +70,9 @@ def test_only_plain_files_are_stored(store: ArtifactStore) -> None:
 
 @pytest.mark.parametrize("call", range(3))
 @pytest.mark.parametrize("name", ["replace", "fsync"])
-def test_a_full_disk_leaves_what_was_there(name: str, call: int, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_what_was_there(
+    name: str, call: int, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(store, 4)  # shares a file with artifact 1
     before, calls, real = _files(store), iter(range(100)), getattr(os, name)
 
@@ -73,22 +82,36 @@ def test_a_full_disk_leaves_what_was_there(name: str, call: int, store: Artifact
         real(*arguments)
 
     monkeypatch.setattr(os, name, full)
-    with pytest.raises(CacheError, match=r"No space left on device; free some space.*POLAR_FX_CACHE_DIR.*cache=False") as caught:
+    with pytest.raises(
+        CacheError,
+        match=r"No space left on device; free some space.*POLAR_FX_CACHE_DIR.*cache=False",
+    ) as caught:
         put(store, 1)
     assert str(store.root) in str(caught.value)
     monkeypatch.undo()
-    assert _files(store) == before and store.verify() == [] and list((store.root / "tmp").iterdir()) == []
+    assert (
+        _files(store) == before
+        and store.verify() == []
+        and list((store.root / "tmp").iterdir()) == []
+    )
     assert read(store.get(key(4), facts(4))) == contents(4)
     assert read(put(store, 1)) == contents(1)
 
 
 def test_an_unusable_folder_is_named_before_anything_is_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CacheError, match=f"cannot keep artifacts in {tmp_path}/file/artifacts: .*; make it a folder you"):
-        ArtifactStore(tmp_path / "file" / "artifacts").get_or_make(key(1), facts(1), lambda _: pytest.fail("made"))
+    with pytest.raises(
+        CacheError,
+        match=f"cannot keep artifacts in {tmp_path}/file/artifacts: .*; make it a folder you",
+    ):
+        ArtifactStore(tmp_path / "file" / "artifacts").get_or_make(
+            key(1), facts(1), lambda _: pytest.fail("made")
+        )
 
 
-def test_a_store_that_may_only_be_read_serves(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_may_only_be_read_serves(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(store, 1)
 
     def read_only(*_: Any, **__: Any) -> None:
@@ -111,7 +134,9 @@ def test_eight_processes_make_an_artifact_once(tmp_path: Path) -> None:
         worker.stdin.flush()
     results = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
     assert len((tmp_path / "log").read_text().splitlines()) == 1
-    assert sorted(made for made, _ in results) == [False] * 7 + [True] and all(right for _, right in results)
+    assert sorted(made for made, _ in results) == [False] * 7 + [True] and all(
+        right for _, right in results
+    )
 
 
 def test_threads_make_an_artifact_once(store: ArtifactStore) -> None:
@@ -131,7 +156,9 @@ def test_eviction_by_others_is_never_taken_for_damage(tmp_path: Path) -> None:
     assert [json.loads(worker.communicate(timeout=60)[0]) for worker in workers] == [[[], 0]] * 4
     store = ArtifactStore(tmp_path / "artifacts", 0)
     assert store.verify() == [] and total_bytes(store.entries()) <= 120_000
-    assert len(list(store.root.glob("objects/*/*"))) == len({f.path for e in store.entries() for f in e.files.values()})
+    assert len(list(store.root.glob("objects/*/*"))) == len(
+        {f.path for e in store.entries() for f in e.files.values()}
+    )
 
 
 @pytest.mark.parametrize("then", ["evicted", "made again"])
@@ -162,14 +189,20 @@ def test_a_hundred_kills_lose_nothing(tmp_path: Path) -> None:
     assert store.verify(repair=True) == []
     assert all(read(store.get(key(number), facts(number))) == contents(number) for number in stored)
     assert list((store.root / "tmp").iterdir()) == []
-    assert set(store.root.glob("objects/*/*")) == {f.path for e in store.entries() for f in e.files.values()}
+    assert set(store.root.glob("objects/*/*")) == {
+        f.path for e in store.entries() for f in e.files.values()
+    }
 
 
-def test_a_kill_before_any_file_operation_leaves_a_store_that_verifies(store: ArtifactStore, tmp_path: Path) -> None:
+def test_a_kill_before_any_file_operation_leaves_a_store_that_verifies(
+    store: ArtifactStore, tmp_path: Path
+) -> None:
     """While one artifact is refused, one is stored and one is evicted."""
     for number in (0, 1, 2):
         put(store, number)
-    table = next(p for p in store.root.glob("objects/*/*") if p.read_bytes() == contents(0)["table.bin"])
+    table = next(
+        p for p in store.root.glob("objects/*/*") if p.read_bytes() == contents(0)["table.bin"]
+    )
     table.write_bytes(b"damaged")
     limit = sum(len(content) for number in (2, 9) for content in contents(number).values())
     worker = _worker("kill_everywhere", store.root, tmp_path / "killed", limit)
@@ -186,6 +219,8 @@ def test_a_kill_before_any_file_operation_leaves_a_store_that_verifies(store: Ar
             assert read(left.get(key(number), facts(number))) in (None, contents(number))
         left.verify(repair=True)
         assert left.verify() == [] and list((root / "tmp").iterdir()) == []
-        assert set(root.glob("objects/*/*")) == {f.path for e in left.entries() for f in e.files.values()}
+        assert set(root.glob("objects/*/*")) == {
+            f.path for e in left.entries() for f in e.files.values()
+        }
         assert read(put(left, 9)) == contents(9)
     assert len(roots) > 50 and evicted[0] is False and evicted[-1] is True

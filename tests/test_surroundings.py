@@ -1,4 +1,6 @@
-"""What stands around a compiled model: copies, autocast, threads, wrapped models, models of several parts."""
+"""What stands around a compiled model: copies, autocast, threads, wrapped models, models of several
+parts.
+"""
 
 import copy
 import pickle
@@ -7,7 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, CLIPVisionConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from polar_fx.backends.worker import compiler_reason
 from polar_fx.compiled import compile
@@ -38,7 +45,9 @@ def test_a_forward_that_torch_compile_replaced_is_named(place: str) -> None:
     model = make("llama", num_hidden_layers=2)
     module = model if place == "the model" else model.get_submodule(place)
     module.forward = torch.compile(module.forward, backend="eager")
-    with pytest.raises(UnsupportedModelError, match=f"forward of {place} was replaced by torch.compile"):
+    with pytest.raises(
+        UnsupportedModelError, match=f"forward of {place} was replaced by torch.compile"
+    ):
         compile(model, "eager", max_length=31)
 
 
@@ -62,26 +71,45 @@ def test_models_may_be_compiled_in_several_threads() -> None:
 
 def test_a_picture_tower_as_deep_as_the_text_is_not_taken_for_it() -> None:
     vision = CLIPVisionConfig(
-        hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=8,
     )
     text = make("llama", num_hidden_layers=2).config
-    model = LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=99)).eval()
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(text_config=text, vision_config=vision, image_token_index=99)
+    ).eval()
     ids = prompts(5, vocab=98)[0]
     compiled = compile(model, "eager", max_length=31, cache=False)
-    torch.testing.assert_close(compiled.forward(ids[None])[0], reference(model, [ids])[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        compiled.forward(ids[None])[0], reference(model, [ids])[0], rtol=1e-3, atol=1e-4
+    )
 
 
 def test_layers_that_share_a_module_are_refused_by_their_stack() -> None:
     model = AutoModelForCausalLM.from_config(make("llama", num_hidden_layers=3).config).eval()
     model.model.layers[1].mlp = model.model.layers[0].mlp
-    with pytest.raises(CaptureError, match=r"of the 3 layers in model\.layers, the trace tells \d apart.*share submodules"):
+    with pytest.raises(
+        CaptureError,
+        match=r"of the 3 layers in model\.layers, the trace tells \d apart.*share submodules",
+    ):
         compile(model, "eager", max_length=31, cache=False)
 
 
 def test_a_compilers_own_words_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError("C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nold\ng++: fatal error: no input files")
+    error = RuntimeError(
+        "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nold\ng++: fatal error: no input files"
+    )
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
-    assert compiler_reason(error) == "RuntimeError: C++ compile error: g++: fatal error: no input files"
+    assert (
+        compiler_reason(error)
+        == "RuntimeError: C++ compile error: g++: fatal error: no input files"
+    )
     monkeypatch.setattr("tempfile.tempdir", "/tmp/two words")
-    assert compiler_reason(error).endswith("'/tmp/two words', has a space in its name: set TMPDIR to one without")
+    assert compiler_reason(error).endswith(
+        "'/tmp/two words', has a space in its name: set TMPDIR to one without"
+    )
     assert compiler_reason(ValueError("short\nlong")) == "ValueError: short"

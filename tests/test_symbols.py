@@ -1,4 +1,5 @@
-"""The symbol table: what it says of calls, how it prints and parses, and libraries that know no more than it.
+"""The symbol table: what it says of calls, how it prints and parses, and libraries that know no
+more than it.
 
 Shape legend: B batch, T tokens, L KV length.
 """
@@ -27,7 +28,7 @@ FAMILIES = ("llama", "gemma2", "gpt2", "qwen2_moe", "phi3", "deepseek_v3")
 each_family = pytest.mark.parametrize("family", FAMILIES)
 
 
-# -------------------------------------------------------------------------------------------------- print and parse
+# ---------------------------------------------------------------------------------- print and parse
 
 
 @each_family
@@ -39,7 +40,9 @@ def test_json_parses_back(family: str) -> None:
 
 
 def test_dtypes_survive() -> None:
-    specs = tuple(dataclasses.replace(s, dtype=torch.bfloat16) for s in tiny("llama").captured.kv_specs)
+    specs = tuple(
+        dataclasses.replace(s, dtype=torch.bfloat16) for s in tiny("llama").captured.kv_specs
+    )
     table = read_symbols(_outlined(), specs)
     assert {s.dtype for s in SymbolTable.from_json(table.to_json()).kv_specs} == {torch.bfloat16}
 
@@ -68,13 +71,17 @@ def test_tables_are_equal_in_another_process() -> None:
     code = "from tiny_models import tiny; print(tiny('gemma2').library.table.to_json(), end='')"
     here = Path(__file__).parent
     other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=here,
         env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(here.parent), "PATH": ""},
-    )  # fmt: skip
+    )
     assert other.stdout == tiny("gemma2").library.table.to_json()
 
 
-# ------------------------------------------------------------------------------------------------- what it says
+# ------------------------------------------------------------------------------------- what it says
 
 
 @each_family
@@ -85,7 +92,9 @@ def test_operands_come_in_the_order_in_which_links_pass_them(family: str) -> Non
         layer = call not in (library.table.prologue, library.table.epilogue)
         first = ["hidden"] if call != library.table.prologue else []
         side = ["side" if first else "input"] * len(call.sides)
-        assert roles == [*first, *side, *["kv"] * (2 * layer), *["weight"] * len(call.weights)], call.target
+        assert roles == [*first, *side, *["kv"] * (2 * layer), *["weight"] * len(call.weights)], (
+            call.target
+        )
 
 
 @each_family
@@ -105,20 +114,30 @@ def test_examples_have_the_layout_that_the_graph_was_traced_with(family: str) ->
         for call in library.table.calls():
             if call.target == name and call.weights:
                 operands = body.operands[-len(call.weights) :]
-                for operand, weight in zip(operands, (library.tensors[n] for n in call.weights), strict=True):
+                for operand, weight in zip(
+                    operands, (library.tensors[n] for n in call.weights), strict=True
+                ):
                     example = operand.example(sizes, library.device)
-                    assert (example.shape, example.stride(), example.dtype) == (weight.shape, weight.stride(), weight.dtype)
+                    assert (example.shape, example.stride(), example.dtype) == (
+                        weight.shape,
+                        weight.stride(),
+                        weight.dtype,
+                    )
 
 
 def test_sizes_may_be_expressions() -> None:
     operand = Operand("side", "bool", ("B", "1", "T", "L"), ("L*T", "L*T", "L", "1"))
     example = operand.example({"B": 3, "T": 5, "L": 16}, torch.device("cpu"))
-    assert (example.shape, example.stride(), example.dtype) == ((3, 1, 5, 16), (80, 80, 16, 1), torch.bool)
+    assert (example.shape, example.stride(), example.dtype) == (
+        (3, 1, 5, 16),
+        (80, 80, 16, 1),
+        torch.bool,
+    )
     assert operand.axes() == {0: "batch", 2: "tokens"}
     assert Operand("side", "float32", ("B*T", "8"), ("8", "1")).axes() == {}
 
 
-# --------------------------------------------------------------------------------------------------- fingerprints
+# ------------------------------------------------------------------------------------- fingerprints
 
 
 def _outlined(scales: tuple[float, ...] = (0.5, 0.5, 0.25)) -> GraphModule:
@@ -162,7 +181,9 @@ CHANGES = (_operator, _literal, _wiring, _dtype, _size, _layout)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda c: c.__name__.strip("_"))
-def test_whatever_changes_a_body_changes_its_fingerprint_alone(change: Callable[[GraphModule], None]) -> None:
+def test_whatever_changes_a_body_changes_its_fingerprint_alone(
+    change: Callable[[GraphModule], None],
+) -> None:
     before, gm = _fingerprints(_outlined()), _outlined()
     body = gm.get_submodule("layer_kind_0")
     assert isinstance(body, GraphModule)
@@ -179,16 +200,22 @@ def test_names_and_other_layers_do_not_enter_a_fingerprint() -> None:
     for node in body.graph.nodes:
         node.name = f"other_{node.name}"
     assert _fingerprints(gm) == _fingerprints(_outlined())
-    assert _fingerprints(_outlined((0.5,)))["layer_kind_0"] == _fingerprints(_outlined())["layer_kind_0"]
+    assert (
+        _fingerprints(_outlined((0.5,)))["layer_kind_0"]
+        == _fingerprints(_outlined())["layer_kind_0"]
+    )
 
 
 def test_a_library_is_fingerprinted_with_its_wiring() -> None:
-    libraries = [LayerLibrary(CapturedModel(flat(scales), 3, (), "", 0.0)) for scales in ((0.5, 0.5, 0.25), (0.5, 0.25, 0.5))]
+    libraries = [
+        LayerLibrary(CapturedModel(flat(scales), 3, (), "", 0.0))
+        for scales in ((0.5, 0.5, 0.25), (0.5, 0.25, 0.5))
+    ]
     assert _fingerprints(libraries[0].graph_module) == _fingerprints(libraries[1].graph_module)
     assert libraries[0].fingerprint != libraries[1].fingerprint
 
 
-# --------------------------------------------------------------------------------------- a library by its table
+# --------------------------------------------------------------------------- a library by its table
 
 
 class _Capture:
@@ -213,11 +240,21 @@ def test_a_library_by_its_table_traces_only_when_its_graphs_are_asked_for(family
     known, capture = tiny(family).library, _Capture(family)
     library = _by_table(family, capture)
     program = Program.from_path((0, 2, 2, 3), 4)
-    assert (library.depth, library.device, library.dtype) == (known.depth, known.device, known.dtype)
-    assert library.fingerprint == known.fingerprint and library.kv_specs(program) == known.kv_specs(program)
-    for mine, theirs in zip((library.prologue, *library.layers), (known.prologue, *known.layers), strict=True):
+    assert (library.depth, library.device, library.dtype) == (
+        known.depth,
+        known.device,
+        known.dtype,
+    )
+    assert library.fingerprint == known.fingerprint and library.kv_specs(program) == known.kv_specs(
+        program
+    )
+    for mine, theirs in zip(
+        (library.prologue, *library.layers), (known.prologue, *known.layers), strict=True
+    ):
         assert (mine.target, mine.sides) == (theirs.target, theirs.sides)
-        assert all(a.data_ptr() == b.data_ptr() for a, b in zip(mine.weights, theirs.weights, strict=True))
+        assert all(
+            a.data_ptr() == b.data_ptr() for a, b in zip(mine.weights, theirs.weights, strict=True)
+        )
     assert not library.is_traced and capture.calls == 0
     assert library.bodies.keys() == known.bodies.keys()
     assert library.is_traced and capture.calls == 1
@@ -230,7 +267,9 @@ def test_a_library_by_its_table_computes_the_same_bits(family: str) -> None:
     results = []
     for library in (known, _by_table(family, capture)):
         slots = make_slots(library, program, 2, 16)
-        logits = library.interpret(program, ids, torch.arange(5).expand(2, -1), torch.arange(16), slots)
+        logits = library.interpret(
+            program, ids, torch.arange(5).expand(2, -1), torch.arange(16), slots
+        )
         results.append([logits, *(t for pair in slots for t in pair)])
     assert capture.calls == 1 and results[0][0].abs().sum() > 0
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -243,11 +282,18 @@ def test_a_table_of_another_graph_is_an_error_once_the_graphs_are_there() -> Non
     table = dataclasses.replace(known.table, bodies={**known.table.bodies, name: body})
     library = LayerLibrary.from_table(table, known.tensors, _Capture("llama"))
     for _ in range(2):
-        with pytest.raises(CaptureError, match="not the one its cached symbol table was made from; run .* cache clear"):
+        with pytest.raises(
+            CaptureError,
+            match="not the one its cached symbol table was made from; run .* cache clear",
+        ):
             _ = library.graph_module
 
 
 def test_a_table_that_names_tensors_the_model_lacks_is_a_key_error() -> None:
     known = tiny("llama").library
     with pytest.raises(KeyError, match="lm_head"):
-        LayerLibrary.from_table(known.table, {n: t for n, t in known.tensors.items() if "lm_head" not in n}, _Capture("llama"))
+        LayerLibrary.from_table(
+            known.table,
+            {n: t for n, t in known.tensors.items() if "lm_head" not in n},
+            _Capture("llama"),
+        )

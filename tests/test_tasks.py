@@ -1,4 +1,6 @@
-"""Built-in tasks: one seed gives the same rows, splits never overlap, answers are right; levels follow fail rates."""
+"""Built-in tasks: one seed gives the same rows, splits never overlap, answers are right; levels
+follow fail rates.
+"""
 
 import hashlib
 import re
@@ -14,7 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from polar_fx.errors import InputError
-from polar_fx.questions import TASKS, cell_sample, generate, get_task, levels, split_of, with_difficulty
+from polar_fx.questions import (
+    TASKS,
+    cell_sample,
+    generate,
+    get_task,
+    levels,
+    split_of,
+    with_difficulty,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,9 +71,17 @@ GOLDEN = {
     "sequences": (
         "5163f546c5f85441",
         [
-            ("sequences:13,10,12,13,10,12,13", "Which number comes next: 13, 10, 12, 13, 10, 12, 13", "10"),
+            (
+                "sequences:13,10,12,13,10,12,13",
+                "Which number comes next: 13, 10, 12, 13, 10, 12, 13",
+                "10",
+            ),
             ("sequences:34,43,52,61,70", "Which number comes next: 34, 43, 52, 61, 70", "79"),
-            ("sequences:94,109,124,139,154", "Which number comes next: 94, 109, 124, 139, 154", "169"),
+            (
+                "sequences:94,109,124,139,154",
+                "Which number comes next: 94, 109, 124, 139, 154",
+                "169",
+            ),
         ],
     ),
     "subtraction": (
@@ -79,17 +97,20 @@ GOLDEN = {
         [
             (
                 "word-problems:more:22,35",
-                "Lily has 22 stickers. Jack gives Lily 35 more stickers. How many stickers does Lily have now?",
+                "Lily has 22 stickers. Jack gives Lily 35 more stickers. How many stickers does "
+                "Lily have now?",
                 "57",
             ),
             (
                 "word-problems:more-fewer:7,24,25",
-                "A bus carries 7 people. At a stop 24 people get on and 25 get off. How many people are on the bus?",
+                "A bus carries 7 people. At a stop 24 people get on and 25 get off. How many "
+                "people are on the bus?",
                 "6",
             ),
             (
                 "word-problems:two-groups-fewer:3,7,6,4",
-                "Ben buys 3 packs of 7 shells, gets 6 more from Omar and loses 4. How many shells does Ben have?",
+                "Ben buys 3 packs of 7 shells, gets 6 more from Omar and loses 4. How many shells "
+                "does Ben have?",
                 "23",
             ),
         ],
@@ -99,7 +120,9 @@ GOLDEN = {
 
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_golden_rows(task: str) -> None:
-    """Published results name these rows: they must not change, also not between versions of Python."""
+    """Published results name these rows: they must not change, also not between versions of
+    Python.
+    """
     digest, first = GOLDEN[task]
     rows = generate(task, 200, seed=2024)
     assert [(q.id, q.question, q.answers[0]) for q in rows[:3]] == first
@@ -114,14 +137,27 @@ def test_fewer_rows_are_the_first_of_more(task: str, seed: int, n: int, more: in
     assert generate(task, n, seed) == rows[:n]
     assert len({q.id for q in rows}) == len({q.question for q in rows}) == n + more
     counts = Counter(q.cell for q in rows)
-    assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == min(len(rows), len(TASKS[task].cells))
+    assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == min(
+        len(rows), len(TASKS[task].cells)
+    )
 
 
 @settings(max_examples=25, deadline=None)
-@given(task_names, st.integers(), st.integers(), st.sampled_from(["train", "validation", "test"]), st.data())
-def test_a_question_is_in_one_split_whatever_the_seed(task: str, a: int, b: int, split: Any, data: st.DataObject) -> None:
-    cells = data.draw(st.lists(st.sampled_from([c.name for c in TASKS[task].cells]), min_size=1, unique=True))
-    rows = [q for cell in cells for q in cell_sample(task, cell, 8, a, split)]  # small cells hold fewer
+@given(
+    task_names,
+    st.integers(),
+    st.integers(),
+    st.sampled_from(["train", "validation", "test"]),
+    st.data(),
+)
+def test_a_question_is_in_one_split_whatever_the_seed(
+    task: str, a: int, b: int, split: Any, data: st.DataObject
+) -> None:
+    cells = data.draw(
+        st.lists(st.sampled_from([c.name for c in TASKS[task].cells]), min_size=1, unique=True)
+    )
+    # small cells hold fewer
+    rows = [q for cell in cells for q in cell_sample(task, cell, 8, a, split)]
     rows += generate(task, 8, a, split=split)
     assert {split_of(q.id) for q in rows} == {split} and {q.cell for q in rows} >= set(cells)
     known = {q.id: q for q in generate(task, 200, b)}
@@ -140,7 +176,11 @@ def test_any_text_has_a_split() -> None:
 
 def test_shares_of_the_splits() -> None:
     counts = Counter(split_of(f"question {i}") for i in range(20_000))
-    assert abs(counts["train"] - 12_000) < 300 and abs(counts["validation"] - 3_000) < 250 and abs(counts["test"] - 5_000) < 250
+    assert (
+        abs(counts["train"] - 12_000) < 300
+        and abs(counts["validation"] - 3_000) < 250
+        and abs(counts["test"] - 5_000) < 250
+    )
 
 
 @given(st.integers(0, 999), st.integers(0, 999))
@@ -150,7 +190,14 @@ def test_mirrored_questions_share_a_split(a: int, b: int) -> None:
 
 def test_splits_are_pinned() -> None:
     """A change here would move test questions into everyone's training data."""
-    ids = ["addition:12+7", "multiplication:7x8", "word-problems:more:7,6", "svamp-chal-1", "gsm8k/é", ""]
+    ids = [
+        "addition:12+7",
+        "multiplication:7x8",
+        "word-problems:more:7,6",
+        "svamp-chal-1",
+        "gsm8k/é",
+        "",
+    ]
     assert [split_of(i) for i in ids] == ["train", "train", "train", "train", "train", "test"]
 
 
@@ -168,7 +215,10 @@ def test_comparisons_are_right() -> None:
     for q in generate("comparison", 1500, 5):
         numbers = [int(n) for n in re.findall(r"\d+", q.question)]
         assert int(q.answers[0]) == max(numbers) and len(set(numbers)) == len(numbers)
-        assert q.cell == f"{len(numbers)} of {len(str(numbers[0]))} digit{'s' if numbers[0] > 9 else ''}"
+        assert (
+            q.cell
+            == f"{len(numbers)} of {len(str(numbers[0]))} digit{'s' if numbers[0] > 9 else ''}"
+        )
         places[q.cell, numbers.index(max(numbers))] += 1
     for cell in TASKS["comparison"].cells:  # the place of the largest tells nothing
         counts = [count for (of, _), count in places.items() if of == cell.name]
@@ -191,10 +241,19 @@ def test_sequences_are_right() -> None:
 
 
 STORIES = {
-    "more": "a + b", "fewer": "a - b", "groups": "a * b", "share": "a / b", "more-fewer": "a + b - c", "groups-more": "a * b + c",
-    "groups-fewer": "a * b - c", "add-share": "(a + b) / c", "two-groups-fewer": "a * b + c - d", "costs": "a * b + c * d",
-    "change": "d - a * (b + c)", "left-share": "(a + b - c) / d",
-}  # fmt: skip
+    "more": "a + b",
+    "fewer": "a - b",
+    "groups": "a * b",
+    "share": "a / b",
+    "more-fewer": "a + b - c",
+    "groups-more": "a * b + c",
+    "groups-fewer": "a * b - c",
+    "add-share": "(a + b) / c",
+    "two-groups-fewer": "a * b + c - d",
+    "costs": "a * b + c * d",
+    "change": "d - a * (b + c)",
+    "left-share": "(a + b - c) / d",
+}
 
 
 def test_word_problems_are_right() -> None:
@@ -205,14 +264,20 @@ def test_word_problems_are_right() -> None:
         assert Counter(re.findall(r"\d+", q.question)) == Counter(map(str, values.values()))
         assert int(q.answers[0]) == eval(STORIES[kind], values) >= 0
         operations = len(re.findall(r"[-+*/]", STORIES[kind]))
-        assert q.cell.startswith(str(operations)) and "{" not in q.question and q.question.endswith("?")
+        assert (
+            q.cell.startswith(str(operations))
+            and "{" not in q.question
+            and q.question.endswith("?")
+        )
         wordings.setdefault(kind, set()).add(re.sub(r"[A-Z][a-z]+|\d+", "", q.question))
     assert wordings.keys() == STORIES.keys() and all(len(w) >= 2 for w in wordings.values())
 
 
 def test_two_people_of_a_story_differ() -> None:
     for q in generate("word-problems", 600, 9, cells=["1 step"]):
-        names = re.findall(r"\b(?:Mia|Tom|Ava|Ben|Lily|Sam|Nora|Leo|Ruth|Omar|Ines|Jack)\b", q.question)
+        names = re.findall(
+            r"\b(?:Mia|Tom|Ava|Ben|Lily|Sam|Nora|Leo|Ruth|Omar|Ines|Jack)\b", q.question
+        )
         if "and" in q.question and "How many more" in q.question:
             assert len(set(names)) == 2
 
@@ -225,11 +290,19 @@ def test_examples_of_prompts_are_never_asked(task: str, seed: int) -> None:
 
 
 def test_all_rows_of_a_cell_can_be_had_and_no_more() -> None:
-    assert sorted(_ids("multiplication", 62, cells=["1x1 digits"])) == sorted(_ids("multiplication", 62, 8, cells=["1x1 digits"]))
-    message = "63 questions asked of multiplication with the cells 1x1 digits, but 62 exist; ask for fewer, or add cells"
+    assert sorted(_ids("multiplication", 62, cells=["1x1 digits"])) == sorted(
+        _ids("multiplication", 62, 8, cells=["1x1 digits"])
+    )
+    message = (
+        "63 questions asked of multiplication with the cells 1x1 digits, but 62 exist; ask "
+        "for fewer, or add cells"
+    )
     with pytest.raises(InputError, match=re.escape(message)):
         generate("multiplication", 63, cells=["1x1 digits"])
-    with pytest.raises(InputError, match=r"of multiplication with the cells 1x1 digits, but \d+ exist in the test split; ask"):
+    with pytest.raises(
+        InputError,
+        match=r"of multiplication with the cells 1x1 digits, but \d+ exist in the test split; ask",
+    ):
         generate("multiplication", 62, cells=["1x1 digits"], split="test")
 
 
@@ -245,13 +318,19 @@ def test_a_dry_cell_leaves_its_rows_to_the_others() -> None:
             {"task": "roots"},
             "unknown task 'roots'; use one of addition, subtraction, multiplication, word",
         ),
-        ({"cells": ["9+9 digits"]}, "unknown cell '9+9 digits' of addition; use some of 1+1 digits, 2+1 digits"),
+        (
+            {"cells": ["9+9 digits"]},
+            "unknown cell '9+9 digits' of addition; use some of 1+1 digits, 2+1 digits",
+        ),
         ({"cells": []}, "no cells of addition were named; use some of 1+1 digits"),
         ({"n": 0}, "n is 0; ask for a whole number of questions, at least 1"),
         ({"n": True}, "n is True"),
         ({"n": 2.0}, "n is 2.0"),
         ({"seed": "7"}, "seed is '7'; give a whole number"),
-        ({"split": "dev"}, "unknown split 'dev'; use one of train, validation, test, or None for all"),
+        (
+            {"split": "dev"},
+            "unknown split 'dev'; use one of train, validation, test, or None for all",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(options: dict[str, Any], message: str) -> None:
@@ -267,9 +346,12 @@ def test_one_cell_may_be_named_without_a_list() -> None:
 @pytest.mark.child_process
 def test_tasks_need_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys, polar_fx.questions.tasks, polar_fx.questions; print({'torch', 'transformers', 'sympy'} & sys.modules.keys())"
+        "import sys, polar_fx.questions.tasks, polar_fx.questions; print({'torch', "
+        "'transformers', 'sympy'} & sys.modules.keys())"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert result.stdout.strip() == "set()", result.stderr
 
 
@@ -299,15 +381,23 @@ def test_a_cell_with_more_right_is_not_harder(n: int, data: st.DataObject) -> No
 
 @pytest.mark.parametrize("counts", [(0, 0), (-1, 5), (6, 5)])
 def test_impossible_counts(counts: tuple[int, int]) -> None:
-    with pytest.raises(InputError, match=f"cell 'x' has {counts[0]} right answers of {counts[1]}; measure"):
+    with pytest.raises(
+        InputError, match=f"cell 'x' has {counts[0]} right answers of {counts[1]}; measure"
+    ):
         levels({"x": counts})
 
 
 def test_questions_get_the_level_of_their_cell() -> None:
     rows = generate("addition", 4, cells=["1+1 digits", "3+3 digits"])
     found = with_difficulty(rows, {"1+1 digits": 1, "3+3 digits": 5})
-    assert [q.difficulty for q in found] == [1, 5, 1, 5] and [q.id for q in found] == [q.id for q in rows]
+    assert [q.difficulty for q in found] == [1, 5, 1, 5] and [q.id for q in found] == [
+        q.id for q in rows
+    ]
     with pytest.raises(
-        InputError, match=r"is of the cell '3\+3 digits', which has no level; measure it too.*known: '1\+1 digits'"
+        InputError,
+        match=(
+            r"is of the cell '3\+3 digits', which has no level; measure it "
+            r"too.*known: '1\+1 digits'"
+        ),
     ):
         with_difficulty(rows, {"1+1 digits": 1})

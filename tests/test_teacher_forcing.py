@@ -32,25 +32,36 @@ def pairs(compiled: CompiledModel) -> list[tuple[EncodedQuestion, Program]]:
     return found
 
 
-def scores(compiled: CompiledModel, question: EncodedQuestion, program: Program) -> tuple[float, float]:
-    """Log-likelihood and margin of the answer given or else the likeliest, from plain forward passes."""
+def scores(
+    compiled: CompiledModel, question: EncodedQuestion, program: Program
+) -> tuple[float, float]:
+    """Log-likelihood and margin of the answer given or else the likeliest, from plain forward
+    passes.
+    """
     found = []
     for target in question.targets:
         ids = torch.tensor([question.prefix + question.prompt + target])
         logits = compiled.forward(ids, program=program)[0, -len(target) - 1 : -1]
         gold = torch.tensor(target)[:, None]
-        margin = logits.gather(-1, gold) - logits.scatter(-1, gold, -torch.inf).amax(-1, keepdim=True)
+        margin = logits.gather(-1, gold) - logits.scatter(-1, gold, -torch.inf).amax(
+            -1, keepdim=True
+        )
         found.append((float(logits.log_softmax(-1).gather(-1, gold).sum()), float(margin.min())))
     return max(found, key=lambda s: (s[1] > 0, s[0]))
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_a_verdict_is_what_generation_gives(compiled: CompiledModel, pairs: Any, deterministic: bool) -> None:
+def test_a_verdict_is_what_generation_gives(
+    compiled: CompiledModel, pairs: Any, deterministic: bool
+) -> None:
     verdicts = TeacherForcing(compiled, deterministic=deterministic).evaluate(pairs)
     right = 0
     for (question, program), verdict in zip(pairs, verdicts, strict=True):
         tokens = generated(compiled, question, program, max(map(len, question.targets)))
-        assert verdict.correct == any(tokens[: len(t)] == t for t in question.targets), (question.id, str(program))
+        assert verdict.correct == any(tokens[: len(t)] == t for t in question.targets), (
+            question.id,
+            str(program),
+        )
         log_likelihood, margin = scores(compiled, question, program)
         assert verdict.log_likelihood == pytest.approx(log_likelihood, abs=1e-3)
         assert verdict.margin == pytest.approx(margin, abs=1e-3)
@@ -61,10 +72,14 @@ def test_a_verdict_is_what_generation_gives(compiled: CompiledModel, pairs: Any,
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral", "phi3"])
 def test_positions_windows_and_experts_of_other_families(family: str) -> None:
     options = {} if family != "gpt2" else {"n_layer": DEPTH}
-    compiled = polar_fx.compile(peaked(family, DEPTH, **options), "eager", max_length=47, cache=False)
+    compiled = polar_fx.compile(
+        peaked(family, DEPTH, **options), "eager", max_length=47, cache=False
+    )
     asked = questions(compiled, PROGRAMS, 3)
     pairs = [(q, p) for q in asked for p in PROGRAMS[:12]]
-    for (question, program), verdict in zip(pairs, TeacherForcing(compiled).evaluate(pairs), strict=True):
+    for (question, program), verdict in zip(
+        pairs, TeacherForcing(compiled).evaluate(pairs), strict=True
+    ):
         log_likelihood, _ = scores(compiled, question, program)
         assert verdict.log_likelihood == pytest.approx(log_likelihood, abs=2e-3), str(program)
 
@@ -80,12 +95,16 @@ def test_steps_are_shared_and_kept(compiled: CompiledModel, pairs: Any) -> None:
     forcing.evaluate(longer)
     prefixes = len({q.prefix for q, _ in pairs} - {()})
     rows = {(q.id, t) for q, _ in pairs for t in q.targets}
-    assert forcing.steps_run - run <= (len(rows) + prefixes) * len({p.path for _, p in longer}), "one more step each"
+    assert forcing.steps_run - run <= (len(rows) + prefixes) * len({p.path for _, p in longer}), (
+        "one more step each"
+    )
 
 
 def test_each_step_runs_once_per_row(compiled: CompiledModel) -> None:
     question = EncodedQuestion("q", (), (1, 2, 3), ((4,),))
-    programs = [Program.parse(text, DEPTH) for text in ("identity", "skip 5", "skip 4-5", "repeat 3")]
+    programs = [
+        Program.parse(text, DEPTH) for text in ("identity", "skip 5", "skip 4-5", "repeat 3")
+    ]
     forcing = TeacherForcing(compiled)
     forcing.evaluate([(question, p) for p in programs])
     # identity holds the two that skip the end; the fourth leaves it after 0-3 and runs 3 4 5
@@ -93,7 +112,9 @@ def test_each_step_runs_once_per_row(compiled: CompiledModel) -> None:
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 100_000])
-def test_verdicts_do_not_depend_on_what_is_kept(compiled: CompiledModel, pairs: Any, cache_bytes: int) -> None:
+def test_verdicts_do_not_depend_on_what_is_kept(
+    compiled: CompiledModel, pairs: Any, cache_bytes: int
+) -> None:
     wanted = TeacherForcing(compiled, deterministic=True).evaluate(pairs)
     forcing = TeacherForcing(compiled, deterministic=True, cache_bytes=cache_bytes)
     for start in range(0, len(pairs), 50):
@@ -101,9 +122,13 @@ def test_verdicts_do_not_depend_on_what_is_kept(compiled: CompiledModel, pairs: 
         assert forcing.trie.num_bytes <= cache_bytes
 
 
-def test_deterministic_verdicts_have_the_same_bits_alone_and_among_others(compiled: CompiledModel, pairs: Any) -> None:
+def test_deterministic_verdicts_have_the_same_bits_alone_and_among_others(
+    compiled: CompiledModel, pairs: Any
+) -> None:
     together = TeacherForcing(compiled, deterministic=True).evaluate(pairs)
-    alone = [TeacherForcing(compiled, deterministic=True).evaluate([pair])[0] for pair in pairs[:60]]
+    alone = [
+        TeacherForcing(compiled, deterministic=True).evaluate([pair])[0] for pair in pairs[:60]
+    ]
     assert together[:60] == alone
     assert TeacherForcing(compiled, deterministic=True).evaluate(pairs[::-1])[::-1] == together
 
@@ -130,7 +155,9 @@ def test_a_question_may_change_under_its_id(compiled: CompiledModel) -> None:
     for prompt in ((1, 2), (3,), (1, 2)):
         question = EncodedQuestion("same", (5, 6), prompt, ((7, 8),))
         (verdict,) = forcing.evaluate([(question, identity)])
-        assert verdict.log_likelihood == pytest.approx(scores(compiled, question, identity)[0], abs=1e-3)
+        assert verdict.log_likelihood == pytest.approx(
+            scores(compiled, question, identity)[0], abs=1e-3
+        )
 
 
 def test_a_nan_of_one_row_does_not_reach_another() -> None:
@@ -156,7 +183,11 @@ def test_a_nan_of_one_row_does_not_reach_another() -> None:
         (EncodedQuestion("q", (), (), ((1,),)), InputError, "'q' has an empty prompt or answer"),
         (EncodedQuestion("q", (), (1,), ((),)), InputError, "'q' has an empty prompt or answer"),
         (EncodedQuestion("q", (), (1,), ()), InputError, "'q' has an empty prompt or answer"),
-        (EncodedQuestion("q", (1,) * 40, (1,) * 6, ((1, 2, 3),)), KvOverflowError, "take 48 tokens .*max_length=48 or more"),
+        (
+            EncodedQuestion("q", (1,) * 40, (1,) * 6, ((1, 2, 3),)),
+            KvOverflowError,
+            "take 48 tokens .*max_length=48 or more",
+        ),
         (EncodedQuestion("q", (), (1, 40), ((1,),)), InputError, "outside the vocabulary 0..39"),
         (EncodedQuestion("q", (), (1,), ((-1,),)), InputError, "outside the vocabulary 0..39"),
     ],
@@ -173,10 +204,14 @@ def test_bad_questions_are_refused_before_anything_runs(
 
 def test_a_program_of_another_depth_is_refused(compiled: CompiledModel) -> None:
     with pytest.raises(ProgramError, match="depth 7"):
-        TeacherForcing(compiled).evaluate([(EncodedQuestion("q", (), (1,), ((1,),)), Program.identity(7))])
+        TeacherForcing(compiled).evaluate(
+            [(EncodedQuestion("q", (), (1,), ((1,),)), Program.identity(7))]
+        )
 
 
-def test_compiled_regions_judge_as_the_interpreter_does(compiled: CompiledModel, pairs: Any) -> None:
+def test_compiled_regions_judge_as_the_interpreter_does(
+    compiled: CompiledModel, pairs: Any
+) -> None:
     fast = polar_fx.compile(peaked(), "inductor", max_length=47, cache=False)
     wanted = TeacherForcing(compiled).evaluate(pairs)
     for verdict, expected in zip(TeacherForcing(fast).evaluate(pairs), wanted, strict=True):
@@ -184,7 +219,9 @@ def test_compiled_regions_judge_as_the_interpreter_does(compiled: CompiledModel,
 
 
 def test_the_default_model_answers_as_it_generates(smollm2: tuple[Any, Any]) -> None:
-    """Text in, text out: generation and grading agree with teacher forcing on a real model and tokenizer."""
+    """Text in, text out: generation and grading agree with teacher forcing on a real model and
+    tokenizer.
+    """
     model, tokenizer = smollm2
     compiled = polar_fx.compile(model, "eager", max_length=127)
     texts = ("identity", "skip 5", "skip 20-21", "repeat 12", "skip 10-25")
@@ -194,6 +231,8 @@ def test_the_default_model_answers_as_it_generates(smollm2: tuple[Any, Any]) -> 
         template, rows = get_template("few-shot", task), generate(task, 6, split="train")
         pairs = [(e, p) for e in template.encode_all(tokenizer, rows) for p in programs]
         found += TeacherForcing(compiled).evaluate(pairs)
-        graded = Generation(compiled, tokenizer, {q.id: q for q in rows}, {task: template}).evaluate(pairs)
+        graded = Generation(
+            compiled, tokenizer, {q.id: q for q in rows}, {task: template}
+        ).evaluate(pairs)
         assert [v.correct for v in found[-len(pairs) :]] == [g.correct for g in graded]
     assert {v.correct for v in found} == {True, False}

@@ -1,6 +1,8 @@
-"""The TensorRT backend: regions taken apart, what is handed to the library, and what is said where it cannot run.
+"""The TensorRT backend: regions taken apart, what is handed to the library, and what is said where
+it cannot run.
 
-No engine is built here unless there is a GPU with torch_tensorrt; a stand-in of the library runs the parts as they are.
+No engine is built here unless there is a GPU with torch_tensorrt; a stand-in of the library runs
+the parts as they are.
 """
 
 import functools
@@ -47,7 +49,7 @@ def _bodies(family: str) -> dict[str, GraphModule]:
     return tiny(family).library.bodies
 
 
-# --------------------------------------------------------------------------------------------- regions taken apart
+# ------------------------------------------------------------------------------ regions taken apart
 
 
 class _Apart(EagerBackend):
@@ -59,7 +61,9 @@ class _Apart(EagerBackend):
 
 @torch.no_grad()
 def _answers(model: CompiledModel) -> list[Tensor]:
-    """Logits of a ragged batch in two chunks, and of one row; tokens of a greedy decode by a program that repeats."""
+    """Logits of a ragged batch in two chunks, and of one row; tokens of a greedy decode by a
+    program that repeats.
+    """
     ids, mask = torch.zeros(2, 11, dtype=torch.long), torch.zeros(2, 11, dtype=torch.long)
     for i, row in enumerate(prompts(11, 6)):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
@@ -69,18 +73,27 @@ def _answers(model: CompiledModel) -> list[Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_region_taken_apart_computes_the_same_bits_and_writes_the_same_slots(family: str) -> None:
-    """Prefill, decode and the last step's KV writes; a wrong slot would show in the next chunk or token."""
+    """Prefill, decode and the last step's KV writes; a wrong slot would show in the next chunk or
+    token.
+    """
     model, library = tiny(family).model, tiny(family).library
-    apart, whole = (CompiledModel(model, library, b, 31, 8, False, None) for b in (_Apart(), EagerBackend()))
+    apart, whole = (
+        CompiledModel(model, library, b, 31, 8, False, None) for b in (_Apart(), EagerBackend())
+    )
     for got, want in zip(_answers(apart), _answers(whole), strict=True):
         assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_engines_hold_nothing_but_listed_operators_on_floating_tensors_shorter_than_a_slot(family: str) -> None:
+def test_engines_hold_nothing_but_listed_operators_on_floating_tensors_shorter_than_a_slot(
+    family: str,
+) -> None:
     found = 0
     for name, body in _bodies(family).items():
-        length = next((str(n.meta["val"].shape[2]) for n in body.graph.nodes if n.meta.get("role") == "kv"), None)
+        length = next(
+            (str(n.meta["val"].shape[2]) for n in body.graph.nodes if n.meta.get("role") == "kv"),
+            None,
+        )
         for engine in engines(split(body)).values():
             found += 1
             for node in engine.graph.nodes:
@@ -88,8 +101,15 @@ def test_engines_hold_nothing_but_listed_operators_on_floating_tensors_shorter_t
                     continue
                 if isinstance(node.target, torch._ops.OpOverload):
                     assert node.target._schema.name in ENGINE_OPS and not writes(node), name
-                for value in node.meta["val"] if isinstance(node.meta["val"], (list, tuple)) else [node.meta["val"]]:
-                    assert value.is_floating_point() and length not in map(str, value.shape), (name, node)
+                for value in (
+                    node.meta["val"]
+                    if isinstance(node.meta["val"], (list, tuple))
+                    else [node.meta["val"]]
+                ):
+                    assert value.is_floating_point() and length not in map(str, value.shape), (
+                        name,
+                        node,
+                    )
     assert found >= 2, "a model without engines shows nothing"
 
 
@@ -97,27 +117,39 @@ def test_the_report_names_what_runs_where_and_counts_engines() -> None:
     report = partition_report(tiny("llama").library)
     kinds = {name: [p.engine for p in parts] for name, parts in report.parts.items()}
     assert kinds == {
-        "epilogue": [True], "layer_kind_0": [False, True, False, True], "layer_kind_0.kv": [False, True, False],
+        "epilogue": [True],
+        "layer_kind_0": [False, True, False, True],
+        "layer_kind_0.kv": [False, True, False],
         "prologue": [False],
-    }  # fmt: skip
+    }
     attention = Part(False, {"aten::index_put_": 2, "aten::scaled_dot_product_attention": 1})
     assert report.parts["layer_kind_0"][2] == attention and report.num_engines == 4
     linear = [p.operators["aten::linear"] for p in report.parts["layer_kind_0"] if p.engine]
     assert linear == [3, 4], "q, k, v before attention; its output and the feed-forward after it"
     text = report.text()
-    assert f"  {attention}\n" in text and "aten::index_put_ ×2" in text and text.endswith("shared by all programs")
+    assert (
+        f"  {attention}\n" in text
+        and "aten::index_put_ ×2" in text
+        and text.endswith("shared by all programs")
+    )
     assert text.splitlines()[-1].startswith("4 engines")
 
 
 def test_operators_can_be_kept_out_of_engines() -> None:
     body = _bodies("llama")["layer_kind_0"]
     parts = parts_of(split(body, keep=["aten::silu"]))
-    assert [p.engine for p in parts[-3:]] == [True, False, True] and parts[-2].operators == {"aten::silu": 1}
-    assert not engines(split(body, keep=["aten::linear"])), "without a linear layer an engine is not worth it"
+    assert [p.engine for p in parts[-3:]] == [True, False, True] and parts[-2].operators == {
+        "aten::silu": 1
+    }
+    assert not engines(split(body, keep=["aten::linear"])), (
+        "without a linear layer an engine is not worth it"
+    )
 
 
 class _Order(nn.Module):
-    """Memory that is read, then written with an engine's result, then read again; no value leads from write to read."""
+    """Memory that is read, then written with an engine's result, then read again; no value leads
+    from write to read.
+    """
 
     def forward(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         memory, w = operands
@@ -132,17 +164,21 @@ def test_reads_and_writes_of_one_memory_keep_their_order() -> None:
     copies = [[o.clone() for o in operands] for _ in range(2)]
     apart = split(body)
     assert len(engines(apart)) == 2
-    assert torch.equal(apart(*copies[0])[0], body(*copies[1])[0]) and torch.equal(copies[0][0], copies[1][0])
+    assert torch.equal(apart(*copies[0])[0], body(*copies[1])[0]) and torch.equal(
+        copies[0][0], copies[1][0]
+    )
 
 
-# ------------------------------------------------------------------------------------ what is handed to the library
+# -------------------------------------------------------------------- what is handed to the library
 
 
 @functools.cache
 def _exported_engines(family: str) -> tuple[ExportedProgram, ...]:
     """The parts of one kind of layer and of the head, for several rows of several tokens."""
     parts = [split(_bodies(family)[name]) for name in ("layer_kind_0", "epilogue")]
-    return tuple(e for part in parts for e in export_engines(part, {"batch": 8, "tokens": 512}).values())
+    return tuple(
+        e for part in parts for e in export_engines(part, {"batch": 8, "tokens": 512}).values()
+    )
 
 
 def test_profiles_span_the_shape_class_up_to_the_limits() -> None:
@@ -150,23 +186,37 @@ def test_profiles_span_the_shape_class_up_to_the_limits() -> None:
     hidden = {"min_shape": (2, 2, 32), "max_shape": (8, 512, 32), "dtype": torch.float32}
     for exported in (first, head):
         (described,) = [d for d in profile(exported) if d.items() >= hidden.items()][:1]
-        assert all(2 <= n <= most for n, most in zip(described["opt_shape"], (8, 512, 32), strict=True))
-    assert {"shape": (16, 32), "dtype": torch.float32} in profile(first), "weights are operands of fixed size"
-    assert not first.graph_signature.parameters and not first.constants and not first.graph_signature.buffers
+        assert all(
+            2 <= n <= most for n, most in zip(described["opt_shape"], (8, 512, 32), strict=True)
+        )
+    assert {"shape": (16, 32), "dtype": torch.float32} in profile(first), (
+        "weights are operands of fixed size"
+    )
+    assert (
+        not first.graph_signature.parameters
+        and not first.constants
+        and not first.graph_signature.buffers
+    )
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torch about copying its own values
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_every_operator_of_an_engine_has_a_converter_once_decomposed(family: str) -> None:
     for exported in _exported_engines(family):
-        used = {_operator(n.target) for n in exported.run_decompositions().graph.nodes if n.op == "call_function"}
+        used = {
+            _operator(n.target)
+            for n in exported.run_decompositions().graph.nodes
+            if n.op == "call_function"
+        }
         assert used
         for version, api in API.items():
             assert used <= set(api["converters"]), (version, used - set(api["converters"]))
 
 
 def _operator(target: Any) -> str:
-    return str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{target.__name__}"
+    return (
+        str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{target.__name__}"
+    )
 
 
 class _Input:
@@ -175,15 +225,26 @@ class _Input:
 
 
 class _Module(nn.Module):
-    """Stands in for the library's module around an engine. The engine's bytes are those of the exported part."""
+    """Stands in for the library's module around an engine.
+
+    The engine's bytes are those of the exported part.
+    """
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
-        assert given.keys() <= set.intersection(*(set(a["dynamo.runtime.TorchTensorRTModule"]) for a in API.values()))
+        assert given.keys() <= set.intersection(
+            *(set(a["dynamo.runtime.TorchTensorRTModule"]) for a in API.values())
+        )
         self.serialized_engine = given["serialized_engine"]
-        self.input_binding_names, self.output_binding_names = given["input_binding_names"], given["output_binding_names"]
+        self.input_binding_names, self.output_binding_names = (
+            given["input_binding_names"],
+            given["output_binding_names"],
+        )
         exported = torch.export.load(io.BytesIO(self.serialized_engine))
-        self.names, self.run = [n.name for n in exported.graph.find_nodes(op="placeholder")], exported.graph_module
+        self.names, self.run = (
+            [n.name for n in exported.graph.find_nodes(op="placeholder")],
+            exported.graph_module,
+        )
 
     def forward(self, *values: Tensor) -> Any:
         assert all(v.is_contiguous() for v in values)
@@ -193,12 +254,16 @@ class _Module(nn.Module):
 
 
 class _Library:
-    """Stands in for torch_tensorrt; binds inputs in another order than given, as the real one does."""
+    """Stands in for torch_tensorrt; binds inputs in another order than given, as the real one
+    does.
+    """
 
     def __init__(self, num_engines: int = 1) -> None:
         self.calls: list[dict[str, Any]] = []
         self.Input, self.num_engines = _Input, num_engines
-        self.dynamo = SimpleNamespace(compile=self.compile, runtime=SimpleNamespace(TorchTensorRTModule=_Module))
+        self.dynamo = SimpleNamespace(
+            compile=self.compile, runtime=SimpleNamespace(TorchTensorRTModule=_Module)
+        )
 
     def compile(self, exported: ExportedProgram, **settings: Any) -> nn.Module:
         self.calls.append(settings)
@@ -208,7 +273,9 @@ class _Library:
         results: Any = exported.graph.output_node().args[0]
         outputs, engine = [f"output{i}" for i in range(len(results))], content.getvalue()
         made = (
-            _Module(serialized_engine=engine, input_binding_names=names, output_binding_names=outputs)
+            _Module(
+                serialized_engine=engine, input_binding_names=names, output_binding_names=outputs
+            )
             for _ in range(self.num_engines)
         )
         return nn.Sequential(*made)
@@ -218,7 +285,9 @@ class _Library:
 def library(monkeypatch: pytest.MonkeyPatch) -> _Library:
     """The stand-in, and a GPU's name for the keys."""
     found = _Library()
-    monkeypatch.setattr(tensorrt, "find_library", lambda: (found, "torch_tensorrt 2.13.0, tensorrt 11.0.0"))
+    monkeypatch.setattr(
+        tensorrt, "find_library", lambda: (found, "torch_tensorrt 2.13.0, tensorrt 11.0.0")
+    )
     monkeypatch.setattr(tensorrt, "_check_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     gpu = SimpleNamespace(name="GPU", multi_processor_count=8)
@@ -226,30 +295,51 @@ def library(monkeypatch: pytest.MonkeyPatch) -> _Library:
     return found
 
 
-def test_regions_are_built_once_stored_and_run(library: _Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through `compile`, with everything real but the library: layers and programs share engines, a second model builds none."""
+def test_regions_are_built_once_stored_and_run(
+    library: _Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through `compile`, with everything real but the library: layers and programs share engines, a
+    second model builds none.
+    """
     store, ids = ArtifactStore(tmp_path / "artifacts", limit_bytes=0), prompts(9)[0][None]
 
     def run(backend: Any) -> Tensor:
         model = compile(make("llama"), backend, max_length=31, cache=store)
-        out = [model.generate(ids, program=p, max_new_tokens=3, do_sample=False) for p in ("identity", "0 (1)*2 /4")]
+        out = [
+            model.generate(ids, program=p, max_new_tokens=3, do_sample=False)
+            for p in ("identity", "0 (1)*2 /4")
+        ]
         return torch.stack([o[0] for o in out])
 
     want = run("eager")
     assert torch.equal(run(TensorRTBackend({"optimization_level": 2})), want)
-    # prefill: a layer's first part, its KV writes; decode: a layer's two parts and the head; and the layer's second for prefill
+    # prefill: a layer's first part, its KV writes; decode: a layer's two parts and the head; and
+    # the layer's second for prefill
     assert len(library.calls) == 6
     again = library.calls[:]
-    assert torch.equal(run(TensorRTBackend({"optimization_level": 2})), want) and library.calls == again, "from the store"
+    assert (
+        torch.equal(run(TensorRTBackend({"optimization_level": 2})), want)
+        and library.calls == again
+    ), "from the store"
 
     settings = library.calls[0]
     assert all(settings.keys() <= set(api["dynamo.compile"]) for api in API.values())
-    assert settings["require_full_compilation"] and settings["min_block_size"] == 1 and settings["optimization_level"] == 2
-    assert settings["disable_tf32"] is True and not settings.keys() & {"max_batch", "max_tokens", "torch_executed_ops"}
+    assert (
+        settings["require_full_compilation"]
+        and settings["min_block_size"] == 1
+        and settings["optimization_level"] == 2
+    )
+    assert settings["disable_tf32"] is True and not settings.keys() & {
+        "max_batch",
+        "max_tokens",
+        "torch_executed_ops",
+    }
     assert Path(settings["timing_cache_path"]).is_relative_to(tensorrt.cache_dir())
     described = [i.described for call in library.calls for i in call["arg_inputs"][0]]
     assert all(d.keys() <= set(api["Input"]) for d in described for api in API.values())
-    assert {d["max_shape"][1] for d in described if "max_shape" in d and d["max_shape"][-1] == 32} == {512}
+    assert {
+        d["max_shape"][1] for d in described if "max_shape" in d and d["max_shape"][-1] == 32
+    } == {512}
 
     (backend,) = {e.facts["backend"] for e in store.entries() if e.facts["kind"] == "region"}
     assert backend == "tensorrt torch_tensorrt 2.13.0, tensorrt 11.0.0, GPU with 8 multiprocessors"
@@ -263,21 +353,29 @@ def _head(backend: TensorRTBackend) -> Region:
 
 def test_calls_beyond_the_limits_and_bad_limits_are_refused(library: _Library) -> None:
     head = _head(TensorRTBackend({"max_batch": 4}))
-    with pytest.raises(InputError, match=r"5 rows of 3 tokens are more than .* \(4 rows, 512 tokens\).*'max_batch'"):
+    with pytest.raises(
+        InputError, match=r"5 rows of 3 tokens are more than .* \(4 rows, 512 tokens\).*'max_batch'"
+    ):
         head([torch.ones(5, 3, 32), *tiny("llama").library.epilogue.weights])
-    with pytest.raises(InputError, match=r"max_tokens of the tensorrt backend must be at least 128, got 64"):
+    with pytest.raises(
+        InputError, match=r"max_tokens of the tensorrt backend must be at least 128, got 64"
+    ):
         TensorRTBackend({"max_tokens": 64})
 
 
 def test_a_part_that_the_library_splits_again_is_an_error(library: _Library) -> None:
     library.num_engines = 2
     with pytest.raises(
-        CompileError, match=r"does not make one engine of engine_0 \(ValueError: it made 2\); .*'torch_executed_ops'"
+        CompileError,
+        match=(
+            r"does not make one engine of engine_0 \(ValueError: it made 2\); "
+            r".*'torch_executed_ops'"
+        ),
     ):
         _head(TensorRTBackend())
 
 
-# ------------------------------------------------------------------------------------------- where it cannot run
+# ------------------------------------------------------------------------------ where it cannot run
 
 
 def _installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
@@ -292,21 +390,33 @@ def _installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
 MINOR = ".".join(torch.__version__.split(".")[:2])
 UNUSABLE = {
     "missing": (None, True, r"not installed; run `pip install polar_fx\[tensorrt\]`"),
-    "for another torch": ("2.1.0", True, rf"2\.1\.0 is made for torch 2\.1, but torch is .*'torch-tensorrt=={MINOR}\.\*'"),
+    "for another torch": (
+        "2.1.0",
+        True,
+        rf"2\.1\.0 is made for torch 2\.1, but torch is .*'torch-tensorrt=={MINOR}\.\*'",
+    ),
     "no GPU": (f"{MINOR}.0", False, r"needs an NVIDIA GPU, and torch sees none"),
-    "broken": (f"{MINOR}.0", True, r"installed but does not import: no libnvinfer; install it again"),
+    "broken": (
+        f"{MINOR}.0",
+        True,
+        r"installed but does not import: no libnvinfer; install it again",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_where_it_cannot_run_the_reason_comes_before_any_work(case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_where_it_cannot_run_the_reason_comes_before_any_work(
+    case: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     version, gpu, reason = UNUSABLE[case]
     _installed(monkeypatch, version)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     (tmp_path / "torch_tensorrt.py").write_text("raise Exception('no libnvinfer')")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
-    monkeypatch.setattr(compiled, "load_library", lambda *a: pytest.fail("the model was captured first"))
+    monkeypatch.setattr(
+        compiled, "load_library", lambda *a: pytest.fail("the model was captured first")
+    )
     with pytest.raises(CompileError, match=reason):
         compile(make("llama"), backend="tensorrt")
 
@@ -315,7 +425,7 @@ def test_it_is_known_by_name() -> None:
     assert backends.BACKENDS["tensorrt"] is TensorRTBackend and "engines" in GRAPHS
 
 
-# ------------------------------------------------------------------------------------------- the library itself
+# ------------------------------------------------------------------------------- the library itself
 
 
 def _library_or_skip() -> Any:
@@ -330,7 +440,13 @@ def test_the_installed_library_has_the_recorded_interface() -> None:
 
     real = _library_or_skip()
     wanted = set(inspect.signature(real.dynamo.compile).parameters)
-    assert {"arg_inputs", "min_block_size", "require_full_compilation", "disable_tf32", "timing_cache_path"} <= wanted
+    assert {
+        "arg_inputs",
+        "min_block_size",
+        "require_full_compilation",
+        "disable_tf32",
+        "timing_cache_path",
+    } <= wanted
     module = set(inspect.signature(real.dynamo.runtime.TorchTensorRTModule).parameters)
     assert {"serialized_engine", "input_binding_names", "output_binding_names", "name"} <= module
 
@@ -338,6 +454,10 @@ def test_the_installed_library_has_the_recorded_interface() -> None:
 def test_engines_compute_what_the_interpreter_computes(tmp_path: Path) -> None:
     _library_or_skip()
     ids = prompts(9)[0][None].cuda()
-    model, oracle = (compile(make("llama").cuda(), b, max_length=31, cache=False) for b in ("tensorrt", "eager"))
+    model, oracle = (
+        compile(make("llama").cuda(), b, max_length=31, cache=False) for b in ("tensorrt", "eager")
+    )
     for program in ("identity", "0 (1)*2 /4"):
-        torch.testing.assert_close(model(ids, program=program), oracle(ids, program=program), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            model(ids, program=program), oracle(ids, program=program), rtol=1e-3, atol=1e-3
+        )

@@ -1,4 +1,6 @@
-"""A frozen text encoder: its states are what transformers gives, whatever the batch; what cannot be one is refused."""
+"""A frozen text encoder: its states are what transformers gives, whatever the batch; what cannot be
+one is refused.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,17 @@ def test_states_are_those_of_the_model_alone(encoder: TextEncoder) -> None:
         ids = encoder.tokenizer(text, return_tensors="pt").input_ids
         with torch.no_grad():
             alone = encoder.model(ids).last_hidden_state[0]
-        assert states.dtype == torch.float32 and states.shape == (len(text), encoder.size) == (len(text), 16)
+        assert states.dtype == torch.float32 and states.shape == (len(text), encoder.size) == (
+            len(text),
+            16,
+        )
         assert torch.allclose(states, alone, atol=1e-5)
-    assert torch.equal(Features(0, 99).pooled(found[0]), torch.cat([found[0][-1], found[0].mean(0)]))
-    assert not any(p.requires_grad for p in encoder.model.parameters()) and not encoder.model.training
+    assert torch.equal(
+        Features(0, 99).pooled(found[0]), torch.cat([found[0][-1], found[0].mean(0)])
+    )
+    assert (
+        not any(p.requires_grad for p in encoder.model.parameters()) and not encoder.model.training
+    )
 
 
 def test_of_a_long_text_the_end_is_read(encoder: TextEncoder) -> None:
@@ -55,7 +64,9 @@ def test_of_a_model_with_a_decoder_the_encoder_is_used(encoder: TextEncoder) -> 
     whole = T5Model(T5Config(vocab_size=len(encoder.tokenizer), **sizes))
     (states,) = TextEncoder(whole, encoder.tokenizer).states(["abc"])
     with torch.no_grad():
-        expected = whole.encoder(encoder.tokenizer("abc", return_tensors="pt").input_ids).last_hidden_state[0]
+        expected = whole.encoder(
+            encoder.tokenizer("abc", return_tensors="pt").input_ids
+        ).last_hidden_state[0]
     assert torch.allclose(states, expected, atol=1e-5)
 
 

@@ -1,4 +1,6 @@
-"""Whole programs as one graph: right, made in the background, kept only if faster, and always replaceable by links."""
+"""Whole programs as one graph: right, made in the background, kept only if faster, and always
+replaceable by links.
+"""
 
 import threading
 from pathlib import Path
@@ -40,10 +42,15 @@ def run(compiled: CompiledModel, program: str, tokens: int = 6) -> Tensor:
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_whole_programs_equal_linked_ones(program: str, store: ArtifactStore, linked: CompiledModel) -> None:
+def test_whole_programs_equal_linked_ones(
+    program: str, store: ArtifactStore, linked: CompiledModel
+) -> None:
     whole = compile(make("llama"), max_length=31, cache=store, tier="whole")
     assert (run(whole, program) - run(linked, program)).abs().max() < 1e-4
-    assert {(r.phase, r.state) for r in whole.tiers.records} == {("prefill", "whole"), ("decode", "whole")}
+    assert {(r.phase, r.state) for r in whole.tiers.records} == {
+        ("prefill", "whole"),
+        ("decode", "whole"),
+    }
 
 
 def test_other_prompt_lengths_need_nothing_new(store: ArtifactStore, linked: CompiledModel) -> None:
@@ -70,7 +77,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
-def test_a_stored_whole_program_is_loaded_not_compiled(store: ArtifactStore, jobs: list[Any]) -> None:
+def test_a_stored_whole_program_is_loaded_not_compiled(
+    store: ArtifactStore, jobs: list[Any]
+) -> None:
     first = compile(make("llama"), max_length=31, cache=store, tier="whole")
     want = run(first, "identity")
     before = len(jobs)
@@ -84,7 +93,9 @@ def promoted(store: ArtifactStore, margin: float) -> CompiledModel:
     return compile(make("llama"), max_length=31, cache=store, tier="auto", tier_policy=policy)
 
 
-def test_hot_programs_change_over_and_results_stay(store: ArtifactStore, linked: CompiledModel) -> None:
+def test_hot_programs_change_over_and_results_stay(
+    store: ArtifactStore, linked: CompiledModel
+) -> None:
     auto = promoted(store, ALWAYS)
     want = run(linked, "identity", 15)
     states = set()
@@ -92,10 +103,15 @@ def test_hot_programs_change_over_and_results_stay(store: ArtifactStore, linked:
         assert (run(auto, "identity", 15) - want).abs().max() < 1e-4
         states |= {r.state for r in auto.tiers.records}
         auto.tiers.wait()
-    assert {(r.phase, r.state) for r in auto.tiers.records} == {("prefill", "whole"), ("decode", "whole")}
+    assert {(r.phase, r.state) for r in auto.tiers.records} == {
+        ("prefill", "whole"),
+        ("decode", "whole"),
+    }
     assert all(r.linked_ms and r.whole_ms and "linked" in r.reason for r in auto.tiers.records)
     assert run(auto, "skip 1", 1).shape == run(linked, "skip 1", 1).shape
-    assert {r.state for r in auto.tiers.records if str(r.program) != str(auto.default_program)} == {"cold"}
+    assert {r.state for r in auto.tiers.records if str(r.program) != str(auto.default_program)} == {
+        "cold"
+    }
 
 
 def test_what_is_not_faster_is_dropped_and_the_record_says_so(store: ArtifactStore) -> None:
@@ -133,7 +149,9 @@ def test_requests_go_on_while_compiling_and_a_failed_compilation_changes_nothing
     assert store.verify() == []
 
 
-def test_whole_programs_beyond_the_memory_limit_are_loaded_again(store: ArtifactStore, linked: CompiledModel) -> None:
+def test_whole_programs_beyond_the_memory_limit_are_loaded_again(
+    store: ArtifactStore, linked: CompiledModel
+) -> None:
     policy = TierPolicy(memory_bytes=1)
     whole = compile(make("llama"), max_length=31, cache=store, tier="whole", tier_policy=policy)
     for _ in range(2):
@@ -144,7 +162,13 @@ def test_whole_programs_beyond_the_memory_limit_are_loaded_again(store: Artifact
 
 def test_a_worker_that_was_killed_is_started_again(tmp_path: Path) -> None:
     one = worker.Worker()
-    job = {"backend": "aot_inductor", "options": {}, "passes": "", "threads": 1, "folder": str(tmp_path)}
+    job = {
+        "backend": "aot_inductor",
+        "options": {},
+        "passes": "",
+        "threads": 1,
+        "folder": str(tmp_path),
+    }
     with pytest.raises(CompileError, match="compiling failed in a worker: .*graph.pt2"):
         one.run(job)
     assert one._process is not None
@@ -167,10 +191,18 @@ def test_policies_are_checked() -> None:
     [
         (dict(tier="best"), "unknown tier 'best'; known: linked, whole, auto"),
         (dict(tier="auto", cache=False), "tier='auto' needs the CPU, the artifact store"),
-        (dict(tier="whole", backend="eager"), "tier='whole' needs .* a backend that compiles to files"),
-        (dict(tier="auto", deterministic=True), "deterministic=True needs tier='linked' or 'whole'"),
+        (
+            dict(tier="whole", backend="eager"),
+            "tier='whole' needs .* a backend that compiles to files",
+        ),
+        (
+            dict(tier="auto", deterministic=True),
+            "deterministic=True needs tier='linked' or 'whole'",
+        ),
     ],
 )
-def test_tiers_that_cannot_be_had_are_refused(options: dict[str, Any], message: str, store: ArtifactStore) -> None:
+def test_tiers_that_cannot_be_had_are_refused(
+    options: dict[str, Any], message: str, store: ArtifactStore
+) -> None:
     with pytest.raises(InputError, match=message):
         compile(make("llama"), **{"max_length": 31, "cache": store, **options})

@@ -25,9 +25,13 @@ FIELDS = [f.name for f in dataclasses.fields(VariantKey)]
 def _key(**change: Any) -> VariantKey:
     """A key made of fixed facts; `change` replaces arguments of `VariantKey.of`."""
     given: dict[str, Any] = dict(
-        kind="region", graph="ab" * 32, shape=ShapeClass(1, None, 64), backend=AotInductorBackend(OPTIONS),
-        device=CPU, dtype=torch.float32,
-    )  # fmt: skip
+        kind="region",
+        graph="ab" * 32,
+        shape=ShapeClass(1, None, 64),
+        backend=AotInductorBackend(OPTIONS),
+        device=CPU,
+        dtype=torch.float32,
+    )
     return VariantKey.of(**{**given, **change})
 
 
@@ -36,7 +40,7 @@ def _changed(key: VariantKey, before: VariantKey | None = None) -> set[str]:
     return {name for name, _ in key.facts().items() - (before or _key()).facts().items()}
 
 
-# ------------------------------------------------------------------------------------------------------- the key
+# ------------------------------------------------------------------------------------------ the key
 
 
 def test_equal_set_ups_give_equal_keys() -> None:
@@ -48,7 +52,9 @@ def test_equal_set_ups_give_equal_keys() -> None:
 @pytest.mark.parametrize("name", FIELDS)
 def test_every_field_enters_the_digest(name: str) -> None:
     value = getattr(_key(), name)
-    other = dataclasses.replace(_key(), **{name: value + 1 if isinstance(value, int) else value + "x"})
+    other = dataclasses.replace(
+        _key(), **{name: value + 1 if isinstance(value, int) else value + "x"}
+    )
     assert other != _key() and other.digest != _key().digest
     assert _changed(other) == {name}
 
@@ -77,10 +83,16 @@ SET_UPS: dict[str, tuple[dict[str, Any], set[str]]] = {
     "other options": ({"backend": AotInductorBackend({"max_autotune": True})}, {"options"}),
     "an option more": ({"backend": AotInductorBackend({**OPTIONS, "debug": True})}, {"options"}),
     "no passes of the backend": ({"backend": AotInductorBackend(OPTIONS, passes=())}, {"passes"}),
-    "a pass's option": ({"backend": AotInductorBackend(OPTIONS, (MatvecToReduction(2), *REGION_PASSES[1:]))}, {"passes"}),
-    "passes in another order": ({"backend": AotInductorBackend(OPTIONS, REGION_PASSES[::-1])}, {"passes"}),
+    "a pass's option": (
+        {"backend": AotInductorBackend(OPTIONS, (MatvecToReduction(2), *REGION_PASSES[1:]))},
+        {"passes"},
+    ),
+    "passes in another order": (
+        {"backend": AotInductorBackend(OPTIONS, REGION_PASSES[::-1])},
+        {"passes"},
+    ),
     "another device": ({"device": torch.device("meta")}, {"device", "target", "threads"}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", SET_UPS)
@@ -101,9 +113,13 @@ def test_the_number_of_threads_is_part_of_a_key_on_the_cpu(monkeypatch: pytest.M
     assert _changed(_key(), before) == {"threads"} and _key().threads == before.threads + 3
 
 
-def test_the_processors_instructions_are_part_of_a_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_processors_instructions_are_part_of_a_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before, info = _key(), tmp_path / "cpuinfo"
-    info.write_text("processor : 0\nflags : sse2 avx2 an_instruction_of_its_own\n", encoding="utf-8")
+    info.write_text(
+        "processor : 0\nflags : sse2 avx2 an_instruction_of_its_own\n", encoding="utf-8"
+    )
     monkeypatch.setattr("polar_fx.runtime.code_key.Path", lambda name: info)
     target_of.cache_clear()
     try:
@@ -126,14 +142,20 @@ def test_a_new_version_of_a_pass_is_another_key(monkeypatch: pytest.MonkeyPatch)
 
 def test_digests_are_equal_in_every_process() -> None:
     here, threads = Path(__file__).parent, torch.get_num_threads()
-    code = f"import torch, test_variant as t; torch.set_num_threads({threads}); print(t._key().digest)"
+    code = (
+        f"import torch, test_variant as t; torch.set_num_threads({threads}); print(t._key().digest)"
+    )
     seen = {
         subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here,
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            check=True,
+            cwd=here,
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": str(here.parent), "PATH": ""},
         ).stdout.strip()
         for seed in ("1", "2")
-    }  # fmt: skip
+    }
     assert seen == {_key().digest}
 
 
@@ -142,7 +164,7 @@ def test_every_backend_has_a_key_of_its_own() -> None:
     assert len({_key(backend=b).digest for b in backends}) == 3
 
 
-# ------------------------------------------------------------------------------------------------------ the cache
+# ---------------------------------------------------------------------------------------- the cache
 
 
 def _region(operands: list[Tensor]) -> Sequence[Tensor]:
@@ -202,8 +224,15 @@ def test_dropping_gives_the_room_back() -> None:
     cache = _filled(20, a=10, b=10)
     cache.drop(_named("a"))
     cache.drop(_named("never there"))
-    assert cache.num_bytes == 10 and cache.put(_named("c"), _region, 10) == [] and _held(cache, "abc") == "bc"
+    assert (
+        cache.num_bytes == 10
+        and cache.put(_named("c"), _region, 10) == []
+        and _held(cache, "abc") == "bc"
+    )
 
 
 def test_a_record_says_compiled_unless_it_was_loaded() -> None:
-    assert (RegionRecord("layer_kind_0", "B=1 T=1 L=64", 0.5).source, RegionRecord("a", "b", 0.1).num_bytes) == ("compiled", 0)
+    assert (
+        RegionRecord("layer_kind_0", "B=1 T=1 L=64", 0.5).source,
+        RegionRecord("a", "b", 0.1).num_bytes,
+    ) == ("compiled", 0)

@@ -1,4 +1,5 @@
-"""A second process, or a second model of the same make, starts from the artifact store: it traces and compiles nothing.
+"""A second process, or a second model of the same make, starts from the artifact store: it traces
+and compiles nothing.
 
 Shape legend: B batch, T tokens, V vocabulary.
 """
@@ -20,7 +21,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from polar_fx.backends import AotInductorBackend, EagerBackend, PersistentBackend, Region, ShapeClass
+from polar_fx.backends import (
+    AotInductorBackend,
+    EagerBackend,
+    PersistentBackend,
+    Region,
+    ShapeClass,
+)
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import CaptureError, CompileError
 from polar_fx.program import Program
@@ -32,7 +39,9 @@ PROGRAM = "0 (1-2)*2@0.5 3"
 
 
 def _compile(model: PreTrainedModel, store: ArtifactStore | bool, **options: Any) -> CompiledModel:
-    return compile(model, **{"backend": "aot_inductor", "max_length": LENGTH, "cache": store, **options})
+    return compile(
+        model, **{"backend": "aot_inductor", "max_length": LENGTH, "cache": store, **options}
+    )
 
 
 @torch.no_grad()
@@ -41,7 +50,9 @@ def _answer(compiled: CompiledModel, program: str = PROGRAM, tokens: int = 9) ->
     chosen = compiled.resolve(program)
     with compiled.session(chosen, 1) as session:
         first = compiled.prefill(chosen, session, prompts(tokens))[0]
-        return torch.stack([first, *(compiled.decode(chosen, session, torch.tensor([t]))[0] for t in (5, 7))])
+        return torch.stack(
+            [first, *(compiled.decode(chosen, session, torch.tensor([t]))[0] for t in (5, 7))]
+        )
 
 
 def _sources(compiled: CompiledModel) -> list[str]:
@@ -76,38 +87,67 @@ def copied(store: ArtifactStore, first: CompiledModel, tmp_path: Path) -> Artifa
     return ArtifactStore(tmp_path / "artifacts", limit_bytes=0)
 
 
-# ------------------------------------------------------------------------------------------- cold, and then warm
+# ------------------------------------------------------------------------------ cold, and then warm
 
 
-def test_the_first_start_traces_the_model_and_compiles_six_regions(first: CompiledModel, store: ArtifactStore) -> None:
-    # prologue and layer for a prompt and for one token, the layer's KV writes for a prompt, the head for one token
+def test_the_first_start_traces_the_model_and_compiles_six_regions(
+    first: CompiledModel, store: ArtifactStore
+) -> None:
+    # prologue and layer for a prompt and for one token, the layer's KV writes for a prompt, the
+    # head for one token
     wanted = {
-        ("prologue", "T=2+"), ("layer_kind_0", "T=2+"), ("layer_kind_0.kv", "T=2+"),
-        ("prologue", "T=1"), ("layer_kind_0", "T=1"), ("epilogue", "T=1"),
-    }  # fmt: skip
-    assert {(r.body, r.shapes.split()[1]) for r in first.compilations} == wanted and len(first.compilations) == 6
+        ("prologue", "T=2+"),
+        ("layer_kind_0", "T=2+"),
+        ("layer_kind_0.kv", "T=2+"),
+        ("prologue", "T=1"),
+        ("layer_kind_0", "T=1"),
+        ("epilogue", "T=1"),
+    }
+    assert {(r.body, r.shapes.split()[1]) for r in first.compilations} == wanted and len(
+        first.compilations
+    ) == 6
     assert all(r.seconds > 0 and r.num_bytes > 0 for r in first.compilations)
-    assert first.library.is_traced and _kinds(store) == ["capture", *["region"] * 6] and store.verify() == []
+    assert (
+        first.library.is_traced
+        and _kinds(store) == ["capture", *["region"] * 6]
+        and store.verify() == []
+    )
 
 
 def test_compiled_code_agrees_with_the_interpreter(first: CompiledModel) -> None:
-    """Last tokens by compiled regions against every token by eager ones: logits, keys and values, and what comes next."""
+    """Last tokens by compiled regions against every token by eager ones: logits, keys and values,
+    and what comes next.
+    """
     eager = _compile(make("llama"), False, backend="eager")
     program, rows = first.resolve(PROGRAM), prompts(9)
     with torch.no_grad(), first.session(program, 1) as mine, eager.session(program, 1) as theirs:
-        got, want = first.prefill(program, mine, rows)[0], eager.prefill(program, theirs, rows, every=True)[0][-1]
+        got, want = (
+            first.prefill(program, mine, rows)[0],
+            eager.prefill(program, theirs, rows, every=True)[0][-1],
+        )
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
         for one, two in zip(mine.slots, theirs.slots, strict=True):
             for k in (0, 1):
                 torch.testing.assert_close(one[k][:, :, :9], two[k][:, :, :9], rtol=0, atol=1e-5)
         token = torch.tensor([5])
-        torch.testing.assert_close(first.decode(program, mine, token), eager.decode(program, theirs, token), rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            first.decode(program, mine, token),
+            eager.decode(program, theirs, token),
+            rtol=0,
+            atol=1e-4,
+        )
 
 
-def test_a_second_start_traces_and_compiles_nothing_and_gives_the_same_bits(first: CompiledModel, store: ArtifactStore) -> None:
+def test_a_second_start_traces_and_compiles_nothing_and_gives_the_same_bits(
+    first: CompiledModel, store: ArtifactStore
+) -> None:
     second = _compile(make("llama"), _again(store))
     assert torch.equal(_answer(second), _answer(first))
-    assert not second.library.is_traced and second.compilations == () and _sources(second) == ["loaded"] * 6
+    assert (
+        not second.library.is_traced
+        and second.compilations == ()
+        and _sources(second) == ["loaded"] * 6
+    )
     assert second.library.fingerprint == first.library.fingerprint
 
 
@@ -117,7 +157,11 @@ def test_a_hundred_programs_need_nothing_more(first: CompiledModel, store: Artif
     for _ in range(100):
         path = tuple(pick.randrange(4) for _ in range(pick.randint(1, 8)))
         _answer(warm, str(Program.from_path(path, 4)), pick.randint(1, 20))
-    assert not warm.library.is_traced and _sources(warm) == ["loaded"] * 6 and len(store.entries()) == 7
+    assert (
+        not warm.library.is_traced
+        and _sources(warm) == ["loaded"] * 6
+        and len(store.entries()) == 7
+    )
 
 
 def in_another_process(root: str) -> None:
@@ -127,14 +171,23 @@ def in_another_process(root: str) -> None:
     print(json.dumps([answer, compiled.library.is_traced, _sources(compiled)]))
 
 
-def test_a_fresh_process_traces_and_compiles_nothing_and_gives_the_same_bits(first: CompiledModel, store: ArtifactStore) -> None:
+def test_a_fresh_process_traces_and_compiles_nothing_and_gives_the_same_bits(
+    first: CompiledModel, store: ArtifactStore
+) -> None:
     here = Path(__file__).parent
     run = f"t.in_another_process({str(store.root)!r})"
-    code = f"import torch, test_warm_start as t; torch.set_num_threads({torch.get_num_threads()}); {run}"
+    code = (
+        "import torch, test_warm_start as t; "
+        f"torch.set_num_threads({torch.get_num_threads()}); {run}"
+    )
     other = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here,
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=here,
         env={"PYTHONHASHSEED": "7", "PYTHONPATH": str(here.parent), "PATH": ""},
-    )  # fmt: skip
+    )
     answer = hashlib.sha256(_answer(first).numpy().tobytes()).hexdigest()
     assert json.loads(other.stdout.splitlines()[-1]) == [answer, False, ["loaded"] * 6]
 
@@ -148,17 +201,21 @@ def test_weights_are_no_part_of_what_is_stored(first: CompiledModel, store: Arti
     answer = _answer(warm)
     assert not warm.library.is_traced and warm.compilations == ()
     assert not torch.allclose(answer, _answer(first), atol=1e-3)
-    torch.testing.assert_close(answer, _answer(_compile(model, False, backend="eager")), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        answer, _answer(_compile(model, False, backend="eager")), rtol=0, atol=1e-4
+    )
 
 
-# ------------------------------------------------------------------------------------------------ what is not warm
+# --------------------------------------------------------------------------------- what is not warm
 
 
 def _is_stored(compiled: CompiledModel, name: str = "layer_kind_0") -> bool:
     return compiled.regions.files(name, ShapeClass.of(1, 1, compiled.pool.length)) is not None
 
 
-def test_another_length_is_another_region_of_the_same_capture(first: CompiledModel, store: ArtifactStore) -> None:
+def test_another_length_is_another_region_of_the_same_capture(
+    first: CompiledModel, store: ArtifactStore
+) -> None:
     longer = _compile(make("llama"), _again(store), max_length=127)
     assert not longer.library.is_traced and _is_stored(first) and not _is_stored(longer)
     same = _compile(make("llama"), _again(store), max_length=LENGTH - 5)
@@ -173,27 +230,36 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)
-def test_other_models_find_neither_capture_nor_regions(name: str, first: CompiledModel, copied: ArtifactStore) -> None:
+def test_other_models_find_neither_capture_nor_regions(
+    name: str, first: CompiledModel, copied: ArtifactStore
+) -> None:
     other = _compile(OTHER_MODELS[name](), copied)
     assert other.library.is_traced and not _is_stored(other)
     assert _kinds(copied) == ["capture", "capture", *["region"] * 6]
 
 
-def test_a_deeper_model_of_equal_layers_is_traced_but_shares_the_regions(first: CompiledModel, copied: ArtifactStore) -> None:
+def test_a_deeper_model_of_equal_layers_is_traced_but_shares_the_regions(
+    first: CompiledModel, copied: ArtifactStore
+) -> None:
     deeper = _compile(make("llama", num_hidden_layers=5), copied)
     _answer(deeper, "identity")
     assert deeper.library.is_traced and deeper.compilations == ()
 
 
-OTHER_BACKENDS = {"options": AotInductorBackend({"max_autotune": False}), "passes": AotInductorBackend(passes=())}
+OTHER_BACKENDS = {
+    "options": AotInductorBackend({"max_autotune": False}),
+    "passes": AotInductorBackend(passes=()),
+}
 
 
 @pytest.mark.parametrize("name", OTHER_BACKENDS)
-def test_another_backend_is_another_region(name: str, first: CompiledModel, store: ArtifactStore) -> None:
+def test_another_backend_is_another_region(
+    name: str, first: CompiledModel, store: ArtifactStore
+) -> None:
     assert not _is_stored(_compile(make("llama"), _again(store), backend=OTHER_BACKENDS[name]))
 
 
-# --------------------------------------------------------------------------------------------------- how it is made
+# ----------------------------------------------------------------------------------- how it is made
 
 
 def test_workers_and_this_process_compile_the_same(first: CompiledModel, tmp_path: Path) -> None:
@@ -207,20 +273,30 @@ BROKEN = AotInductorBackend({"no_such_option": 1})
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_cannot_be_compiled_is_an_error_that_names_the_reason(workers: int, tmp_path: Path) -> None:
+def test_what_cannot_be_compiled_is_an_error_that_names_the_reason(
+    workers: int, tmp_path: Path
+) -> None:
     store = ArtifactStore(tmp_path / "artifacts", limit_bytes=0)
     compiled = _compile(make("llama"), store, backend=BROKEN, workers=workers)
     with pytest.raises(CompileError, match="no_such_option"):
         _answer(compiled)
-    assert _kinds(store) == ["capture"] and store.verify() == [] and not list((store.root / "tmp").iterdir())
+    assert (
+        _kinds(store) == ["capture"]
+        and store.verify() == []
+        and not list((store.root / "tmp").iterdir())
+    )
     assert len(list(store.root.glob("objects/*/*"))) == 1, "the symbol table"
     assert compiled.compilations == ()
     with pytest.raises(CompileError, match="no_such_option"):
         _answer(compiled)
 
 
-def test_a_damaged_region_is_refused_and_made_again(first: CompiledModel, copied: ArtifactStore) -> None:
-    files = _compile(make("llama"), copied).regions.files("layer_kind_0", ShapeClass.of(1, 1, first.pool.length))
+def test_a_damaged_region_is_refused_and_made_again(
+    first: CompiledModel, copied: ArtifactStore
+) -> None:
+    files = _compile(make("llama"), copied).regions.files(
+        "layer_kind_0", ShapeClass.of(1, 1, first.pool.length)
+    )
     assert files is not None
     with files["region.pt2"].open("r+b") as file:
         file.seek(1000)
@@ -231,7 +307,10 @@ def test_a_damaged_region_is_refused_and_made_again(first: CompiledModel, copied
     assert torch.equal(_answer(mended), _answer(first))
     assert [r.body for r in mended.compilations] == ["layer_kind_0"] and len(copied.refusals) == 1
     assert "region.pt2 is not what was stored" in copied.refusals[0].reason
-    assert copied.verify() == [] and _sources(_answered(_compile(make("llama"), copied))) == ["loaded"] * 6
+    assert (
+        copied.verify() == []
+        and _sources(_answered(_compile(make("llama"), copied))) == ["loaded"] * 6
+    )
 
 
 def _answered(compiled: CompiledModel) -> CompiledModel:
@@ -239,11 +318,14 @@ def _answered(compiled: CompiledModel) -> CompiledModel:
     return compiled
 
 
-# ---------------------------------------------------------------------------------- a backend whose files are graphs
+# ----------------------------------------------------------------- a backend whose files are graphs
 
 
 class _Graphs(PersistentBackend):
-    """Keeps the exported graphs themselves: what `AotInductorBackend` does, without a compiler. Counts what it is asked."""
+    """Keeps the exported graphs themselves: what `AotInductorBackend` does, without a compiler.
+
+    Counts what it is asked.
+    """
 
     name: ClassVar[str] = "graphs"
     needs_shapes: ClassVar[bool] = True
@@ -256,7 +338,9 @@ class _Graphs(PersistentBackend):
     def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Any) -> Region:
         raise AssertionError("a persistent backend exports, builds and loads")
 
-    def export(self, body: GraphModule, example: Sequence[Tensor], dynamic: Any, folder: Path) -> None:
+    def export(
+        self, body: GraphModule, example: Sequence[Tensor], dynamic: Any, folder: Path
+    ) -> None:
         AotInductorBackend().export(body, example, dynamic, folder)
 
     def build(self, folder: Path) -> None:
@@ -265,7 +349,9 @@ class _Graphs(PersistentBackend):
 
     def load(self, files: Mapping[str, Path]) -> Region:
         self.loaded += 1
-        return EagerBackend().compile_region(torch.export.load(files["region.pt2"]).graph_module, [], [])
+        return EagerBackend().compile_region(
+            torch.export.load(files["region.pt2"]).graph_module, [], []
+        )
 
 
 @functools.cache
@@ -273,7 +359,9 @@ def _eager() -> CompiledModel:
     return _compile(make("llama"), False, backend="eager")
 
 
-def test_without_a_store_every_process_compiles_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_store_every_process_compiles_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POLAR_FX_CACHE_DIR", str(tmp_path / "cache"))
     for _ in range(2):
         backend = _Graphs()
@@ -284,14 +372,22 @@ def test_without_a_store_every_process_compiles_for_itself(tmp_path: Path, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_the_users_cache_is_the_store_unless_told_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_users_cache_is_the_store_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("POLAR_FX_CACHE_DIR", str(tmp_path / "cache"))
     compiled = compile(make("llama"), _Graphs(), max_length=LENGTH)
     _answer(compiled)
-    assert _kinds(ArtifactStore()) == ["capture", *["region"] * 6] and ArtifactStore().root == tmp_path / "cache" / "artifacts"
+    assert (
+        _kinds(ArtifactStore()) == ["capture", *["region"] * 6]
+        and ArtifactStore().root == tmp_path / "cache" / "artifacts"
+    )
     backend = _Graphs()
     warm = compile(make("llama"), backend, max_length=LENGTH)
-    assert torch.equal(_answer(warm), _answer(compiled)) and (backend.built, backend.loaded) == ([], 6)
+    assert torch.equal(_answer(warm), _answer(compiled)) and (backend.built, backend.loaded) == (
+        [],
+        6,
+    )
     assert not warm.library.is_traced
 
 
@@ -302,7 +398,10 @@ def test_a_region_that_is_gone_is_made_again(tmp_path: Path) -> None:
     store.clear()
     assert torch.equal(_answer(compiled), want), "what is loaded needs no store"
     backend = _Graphs()
-    assert torch.equal(_answer(_compile(make("llama"), store, backend=backend)), want) and len(backend.built) == 6
+    assert (
+        torch.equal(_answer(_compile(make("llama"), store, backend=backend)), want)
+        and len(backend.built) == 6
+    )
 
 
 def test_two_models_of_one_make_in_one_process_compile_once(tmp_path: Path) -> None:
@@ -314,7 +413,9 @@ def test_two_models_of_one_make_in_one_process_compile_once(tmp_path: Path) -> N
 
 
 class _Transposed(_Graphs):
-    """Hands on every side value of two axes or more in another layout: same numbers, other strides."""
+    """Hands on every side value of two axes or more in another layout: same numbers, other
+    strides.
+    """
 
     def load(self, files: Mapping[str, Path]) -> Region:
         region = super().load(files)
@@ -329,6 +430,9 @@ def test_a_prologue_that_hands_on_another_layout_is_refused_every_time(tmp_path:
     """Compiled code reads its operands by the strides it was compiled for."""
     store = ArtifactStore(tmp_path / "artifacts", limit_bytes=0)
     for _ in range(2):
-        with pytest.raises(CaptureError, match=r"the compiled prologue hands on .* where .* reads strides .*backend='eager'"):
+        with pytest.raises(
+            CaptureError,
+            match=r"the compiled prologue hands on .* where .* reads strides .*backend='eager'",
+        ):
             _answer(_compile(make("llama"), store, backend=_Transposed()))
     assert _kinds(store) == ["capture"], "what was refused must not be there for the next process"

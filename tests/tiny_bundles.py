@@ -19,7 +19,9 @@ PROGRAMS = ("identity", "skip 1", "0 (1-2)*2@0.5 3")
 
 
 def compiled_model() -> CompiledModel:
-    """A tiny model whose regions are compiled once a test session: the session's store keeps them."""
+    """A tiny model whose regions are compiled once a test session: the session's store keeps
+    them.
+    """
     return compile(make("llama"), "aot_inductor", max_length=LENGTH, workers=2)
 
 

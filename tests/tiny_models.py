@@ -25,9 +25,17 @@ transformers_logging.set_verbosity_error()
 WINDOW = 8
 _SLIDING_AND_FULL = ["sliding_attention", "full_attention"] * 2
 _BASE: dict[str, Any] = dict(
-    hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
-    vocab_size=100, max_position_embeddings=256, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=100,
+    max_position_embeddings=256,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 _GPT2 = dict(n_embd=32, n_layer=4, n_head=4, n_positions=256)
 _MOE = dict(num_experts=4, num_experts_per_tok=2)
 
@@ -41,8 +49,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "cohere2": dict(sliding_window=WINDOW, head_dim=8),
     "deepseek_v3": dict(
-        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, kv_lora_rank=8,
-        q_lora_rank=8, qk_rope_head_dim=4, qk_nope_head_dim=8, v_head_dim=8, first_k_dense_replace=1, num_key_value_heads=4,
+        n_routed_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        n_group=1,
+        topk_group=1,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        first_k_dense_replace=1,
+        num_key_value_heads=4,
     ),
     "ernie4_5": {},
     "exaone4": dict(sliding_window=WINDOW),
@@ -50,18 +68,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma": dict(head_dim=8),
     "gemma2": dict(head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16),
     "gemma3_text": dict(
-        head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=16, num_hidden_layers=3,
+        head_dim=16,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=16,
+        num_hidden_layers=3,
         layer_types=["sliding_attention", "full_attention", "sliding_attention"],
     ),
     "gemma4_text": dict(
-        head_dim=8, global_head_dim=16, sliding_window=WINDOW, vocab_size_per_layer_input=100, hidden_size_per_layer_input=8
+        head_dim=8,
+        global_head_dim=16,
+        sliding_window=WINDOW,
+        vocab_size_per_layer_input=100,
+        hidden_size_per_layer_input=8,
     ),
     "glm4": dict(head_dim=8),
     "gpt2": {**_GPT2, "n_inner": 64},
     "gpt_bigcode": _GPT2,
     "gpt_neox": {},
     "gpt_oss": dict(
-        num_local_experts=4, num_experts_per_tok=2, head_dim=8, sliding_window=WINDOW, layer_types=_SLIDING_AND_FULL
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        head_dim=8,
+        sliding_window=WINDOW,
+        layer_types=_SLIDING_AND_FULL,
     ),
     "gptj": {**_GPT2, "rotary_dim": 4},
     "granite": {},
@@ -87,7 +116,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "stablelm": {},
     "starcoder2": {},
-}  # fmt: skip
+}
 
 
 def make(family: str, **overrides: Any) -> PreTrainedModel:
@@ -100,7 +129,9 @@ def make(family: str, **overrides: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def spread(model: PreTrainedModel) -> PreTrainedModel:
-    """Weights of trained size: with the usual tiny initial ones attention is flat, and masks and rotary hardly show."""
+    """Weights of trained size: with the usual tiny initial ones attention is flat, and masks and
+    rotary hardly show.
+    """
     for p in model.parameters():
         noise = torch.randn(p.shape).to(p.dtype)
         p.copy_(noise * 1.5 * p.shape[-1] ** -0.5 if p.dim() > 1 else p + 0.1 * noise)
@@ -110,10 +141,16 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:
     """Everything a capture must leave alone."""
     modules = {
-        name: (m.training, {k: len(v) if k.endswith("hooks") else id(v) for k, v in vars(m).items()})
+        name: (
+            m.training,
+            {k: len(v) if k.endswith("hooks") else id(v) for k, v in vars(m).items()},
+        )
         for name, m in model.named_modules()
     }
-    tensors = {n: (t.data_ptr(), t._version, t.requires_grad) for n, t in model.state_dict(keep_vars=True).items()}
+    tensors = {
+        n: (t.data_ptr(), t._version, t.requires_grad)
+        for n, t in model.state_dict(keep_vars=True).items()
+    }
     return {
         "modules": modules,
         "tensors": tensors,
@@ -149,15 +186,26 @@ def prompts(*lengths: int, vocab: int = 100) -> list[Tensor]:
     return [torch.randint(3, vocab, (n,), generator=generator) for n in lengths]
 
 
-def make_slots(library: LayerLibrary, program: Program, batch: int, length: int) -> list[tuple[Tensor, Tensor]]:
+def make_slots(
+    library: LayerLibrary, program: Program, batch: int, length: int
+) -> list[tuple[Tensor, Tensor]]:
     """Empty KV slots of a program's steps."""
-    return [tuple(torch.zeros(s, dtype=spec.dtype) for s in spec.shapes(batch, length)) for spec in library.kv_specs(program)]  # type: ignore[return-value]
+    return [
+        tuple(torch.zeros(s, dtype=spec.dtype) for s in spec.shapes(batch, length))
+        for spec in library.kv_specs(program)
+    ]  # type: ignore[return-value]
 
 
 def run_rows(
-    library: LayerLibrary, program: Program, rows: Sequence[Tensor], prefill: Sequence[int], length: int = 32
+    library: LayerLibrary,
+    program: Program,
+    rows: Sequence[Tensor],
+    prefill: Sequence[int],
+    length: int = 32,
 ) -> list[Tensor]:
-    """Logits [T, V] of each row: one ragged batch by the interpreter, first prefill[b] tokens a row, then one at a time."""
+    """Logits [T, V] of each row: one ragged batch by the interpreter, first prefill[b] tokens a
+    row, then one at a time.
+    """
     slots = make_slots(library, program, len(rows), length)
     index = torch.arange(length)
     got: list[list[Tensor]] = [[] for _ in rows]
@@ -165,7 +213,9 @@ def run_rows(
     while any(n < len(r) for n, r in zip(done, rows, strict=True)):
         parts = [slice(n, min(n + c, len(r))) for n, c, r in zip(done, chunk, rows, strict=True)]
         ids = pad_sequence([r[p] for r, p in zip(rows, parts, strict=True)], batch_first=True)
-        positions = pad_sequence([index[p] for p in parts], batch_first=True, padding_value=length - 1)
+        positions = pad_sequence(
+            [index[p] for p in parts], batch_first=True, padding_value=length - 1
+        )
         logits = library.interpret(program, ids, positions, index, slots)
         for i, part in enumerate(parts):
             got[i].append(logits[i, : part.stop - part.start])

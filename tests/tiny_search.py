@@ -1,4 +1,6 @@
-"""A tiny model whose answers vary with the program, questions it can be asked, and a tokenizer for whole folders."""
+"""A tiny model whose answers vary with the program, questions it can be asked, and a tokenizer for
+whole folders.
+"""
 
 import random
 from pathlib import Path
@@ -19,27 +21,52 @@ def peaked(family: str = "llama", depth: int = 6, **options: Any) -> Any:
 
 
 def random_programs(depth: int, count: int, seed: int = 0) -> list[Program]:
-    """Paths of all kinds: edits of the identity, nested ones, damped ones, and layers in any order."""
+    """Paths of all kinds: edits of the identity, nested ones, damped ones, and layers in any
+    order.
+    """
     rng = random.Random(seed)
-    found = [Program.identity(depth), Program.parse("0-1 (2-3)*2@0.5 4-5", depth), Program.parse("[0-2]@0.5 4 [4-5]@0.25", depth)]
+    found = [
+        Program.identity(depth),
+        Program.parse("0-1 (2-3)*2@0.5 4-5", depth),
+        Program.parse("[0-2]@0.5 4 [4-5]@0.25", depth),
+    ]
     while len(found) < count:
         start = rng.randrange(depth)
         length = rng.randint(1, min(2, depth - start))
-        edit = Edit(start, length, Op.SKIP) if rng.random() < 0.5 else Edit(start, length, Op.REPEAT, rng.randint(2, 3))
-        anywhere = Program.from_path([rng.randrange(depth) for _ in range(rng.randint(1, depth + 3))], depth)
+        edit = (
+            Edit(start, length, Op.SKIP)
+            if rng.random() < 0.5
+            else Edit(start, length, Op.REPEAT, rng.randint(2, 3))
+        )
+        anywhere = Program.from_path(
+            [rng.randrange(depth) for _ in range(rng.randint(1, depth + 3))], depth
+        )
         found.append(rng.choice([Program.from_edits([edit], depth), anywhere]))
     return found
 
 
-def generated(compiled: CompiledModel, question: EncodedQuestion, program: Program, tokens: int) -> tuple[int, ...]:
+def generated(
+    compiled: CompiledModel, question: EncodedQuestion, program: Program, tokens: int
+) -> tuple[int, ...]:
     """The first tokens of greedy decoding."""
     ids = torch.tensor([question.prefix + question.prompt])
-    out = compiled.generate(ids, program=program, max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = compiled.generate(
+        ids,
+        program=program,
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     return tuple(out[0, ids.shape[1] :].tolist())
 
 
-def questions(compiled: CompiledModel, programs: list[Program], count: int = 8, seed: int = 0) -> list[EncodedQuestion]:
-    """Questions with shared and without any prefix, of one token and more, whose answers some program gives."""
+def questions(
+    compiled: CompiledModel, programs: list[Program], count: int = 8, seed: int = 0
+) -> list[EncodedQuestion]:
+    """Questions with shared and without any prefix, of one token and more, whose answers some
+    program gives.
+    """
     rng = random.Random(seed)
     shared = tuple(rng.randrange(40) for _ in range(7))
     found = []
@@ -47,7 +74,10 @@ def questions(compiled: CompiledModel, programs: list[Program], count: int = 8, 
         prefix = (shared, shared[:4], ())[i % 3]
         prompt = tuple(rng.randrange(40) for _ in range(rng.randint(1, 5)))
         asked = EncodedQuestion(f"q{i}", prefix, prompt, ((0,),))
-        answers = tuple(generated(compiled, asked, program, rng.randint(1, 3)) for program in rng.sample(programs, 1 + i % 2))
+        answers = tuple(
+            generated(compiled, asked, program, rng.randint(1, 3))
+            for program in rng.sample(programs, 1 + i % 2)
+        )
         found.append(EncodedQuestion(asked.id, prefix, prompt, answers))
     return found
 
@@ -63,23 +93,36 @@ def save_tiny(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    peaked(vocab_size=len(vocabulary), eos_token_id=0, bos_token_id=None, pad_token_id=0).save_pretrained(folder)
+    peaked(
+        vocab_size=len(vocabulary), eos_token_id=0, bos_token_id=None, pad_token_id=0
+    ).save_pretrained(folder)
     return folder
 
 
 def save_tiny_encoder(folder: Path, **options: Any) -> Path:
-    """A folder with a tiny text encoder and a tokenizer of characters; `options` are those of the tokenizer."""
+    """A folder with a tiny text encoder and a tokenizer of characters; `options` are those of the
+    tokenizer.
+    """
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-    vocabulary = {text: i for i, text in enumerate(["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz0123456789"])}
+    vocabulary = {
+        text: i
+        for i, text in enumerate(["[PAD]", "[UNK]", *"abcdefghijklmnopqrstuvwxyz0123456789"])
+    }
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     options = {"pad_token": "[PAD]", **options}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", **options).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="[UNK]", **options
+    ).save_pretrained(folder)
     torch.manual_seed(0)
     sizes: dict[str, Any] = dict(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=12
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=12,
     )
     BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
     return folder

@@ -32,5 +32,7 @@ def likeness(program: Program) -> float:
 
 
 def sparse(program: Program) -> float:
-    """1 for about one program in 35 of 400 random ones: layer 3 does not run and layer 8 runs twice."""
+    """1 for about one program in 35 of 400 random ones: layer 3 does not run and layer 8 runs
+    twice.
+    """
     return float(3 not in program.path and program.path.count(8) == 2)

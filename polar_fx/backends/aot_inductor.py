@@ -1,7 +1,8 @@
-"""AOTInductor regions: a shared library per body and shape class, on disk, called without Python between kernels.
+"""AOTInductor regions: a shared library per body and shape class, on disk, called without Python
+between kernels.
 
-The adapter around torch's semi-public `aot_compile`, `package_aoti` and package loader; nothing else in the project
-touches them.
+The adapter around torch's semi-public `aot_compile`, `package_aoti` and package loader; nothing
+else in the project touches them.
 """
 
 import warnings
@@ -24,15 +25,21 @@ GRAPH, REGION = "graph.pt2", "region.pt2"
 
 
 class AotInductorBackend(PersistentBackend):
-    """Each body compiled ahead of time, once per shape class; weights and KV slots are operands, so layers share the code."""
+    """Each body compiled ahead of time, once per shape class; weights and KV slots are operands, so
+    layers share the code.
+    """
 
     name: ClassVar[str] = "aot_inductor"
     needs_shapes: ClassVar[bool] = True
 
-    def __init__(self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = REGION_PASSES) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = REGION_PASSES
+    ) -> None:
         super().__init__(options, passes)
 
-    def export(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path) -> None:
+    def export(
+        self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path
+    ) -> None:
         save(specialize(body, example, dynamic), folder / GRAPH)
 
     def build(self, folder: Path) -> None:
@@ -40,15 +47,18 @@ class AotInductorBackend(PersistentBackend):
             warnings.simplefilter("ignore")  # torch warns about its own internals
             graph_module = graph_of(torch.export.load(folder / GRAPH), self.passes)
             options = {"aot_inductor.package": True, **compiler_options(graph_module, self.options)}
-            files: Any = torch._inductor.aot_compile(graph_module, tuple(example_values(graph_module)), options=options)
+            files: Any = torch._inductor.aot_compile(
+                graph_module, tuple(example_values(graph_module)), options=options
+            )
             package_aoti(str(folder / REGION), files)
 
     def load(self, files: Mapping[str, Path]) -> Region:
-        # torch's Python loader would first ask which vector instructions there are by running a compiler; the variant key
-        # already says so
+        # torch's Python loader would first ask which vector instructions there are by running a
+        # compiler; the variant key already says so
         path = str(files[REGION])
         about: Any = AOTIModelPackageLoader.load_metadata_from_package(path, "model")  # type: ignore[attr-defined]
-        # On a GPU a package would wait for its own last run before each run, which a graph capture does not allow; streams
-        # order runs there. On the CPU the wait is what keeps two threads out of one package.
+        # On a GPU a package would wait for its own last run before each run, which a graph capture
+        # does not allow; streams order runs there. On the CPU the wait is what keeps two threads
+        # out of one package.
         single_threaded = about["AOTI_DEVICE_KEY"] != "cpu"
         return AOTIModelPackageLoader(path, "model", single_threaded, 1, -1).boxed_run

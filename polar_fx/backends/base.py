@@ -55,40 +55,58 @@ class Backend(ABC):
     options: Mapping[str, Any]
     passes: tuple[Pass, ...]
 
-    def __init__(self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()
+    ) -> None:
         self.options, self.passes = dict(options or {}), tuple(passes)
 
     @property
     def compiler(self) -> str:
-        """What else decides the code and is no part of torch, for keys: a library, the machine it measured on."""
+        """What else decides the code and is no part of torch, for keys: a library, the machine it
+        measured on.
+        """
         return ""
 
     @abstractmethod
-    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
-        """A callable for the body on operands of the example's shape class; KV operands are written in place."""
+    def compile_region(
+        self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic
+    ) -> Region:
+        """A callable for the body on operands of the example's shape class; KV operands are written
+        in place.
+        """
 
 
 class PersistentBackend(Backend):
-    """A backend whose compiled regions are files: they can be stored, and loaded by another process in milliseconds.
+    """A backend whose compiled regions are files: they can be stored, and loaded by another process
+    in milliseconds.
 
     `in_workers` says that other processes may compile as well, several at once.
     """
 
     in_workers: ClassVar[bool] = True
 
-    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
+    def compile_region(
+        self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic
+    ) -> Region:
         with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
             self.export(body, example, dynamic, Path(place))
             self.build(Path(place))
             return self.load({p.name: p for p in Path(place).iterdir()})
 
     @abstractmethod
-    def export(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path) -> None:
-        """Write the body's graph for one shape class into `folder`: all that `build` needs, no weights."""
+    def export(
+        self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path
+    ) -> None:
+        """Write the body's graph for one shape class into `folder`: all that `build` needs, no
+        weights.
+        """
 
     @abstractmethod
     def build(self, folder: Path) -> None:
-        """Compile the graph in `folder`, adding the compiled file. Runs in a worker process, too."""
+        """Compile the graph in `folder`, adding the compiled file.
+
+        Runs in a worker process, too.
+        """
 
     @abstractmethod
     def load(self, files: Mapping[str, Path]) -> Region:

@@ -15,7 +15,9 @@ class EagerBackend(Backend):
     name: ClassVar[str] = "eager"
     needs_shapes: ClassVar[bool] = False
 
-    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
+    def compile_region(
+        self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic
+    ) -> Region:
         run = body.forward
 
         def region(operands: list[Tensor]) -> Sequence[Tensor]:

@@ -1,4 +1,5 @@
-"""Inductor regions without dynamo guards: the linker checks shapes once per call, not once per layer.
+"""Inductor regions without dynamo guards: the linker checks shapes once per call, not once per
+layer.
 
 The adapter around torch's semi-public `standalone_compile`; nothing else in the project touches it.
 """
@@ -17,20 +18,27 @@ from ..passes.matvec_to_reduction import MatvecToReduction
 from .base import Backend, Dynamic, Region
 from .specialize import compiler_options, example_values, graph_of, specialize
 
-# What pays on a region of known sizes (docs/performance.md); both leave graphs on other devices alone.
+# What pays on a region of known sizes (docs/performance.md); both leave graphs on other devices
+# alone.
 REGION_PASSES: tuple[Pass, ...] = (MatvecToReduction(), AttentionToReduction())
 
 
 class InductorBackend(Backend):
-    """Each body compiled once per shape class, in this process; weights and KV slots are operands, so layers share the code."""
+    """Each body compiled once per shape class, in this process; weights and KV slots are operands,
+    so layers share the code.
+    """
 
     name: ClassVar[str] = "inductor"
     needs_shapes: ClassVar[bool] = True
 
-    def __init__(self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = REGION_PASSES) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = REGION_PASSES
+    ) -> None:
         super().__init__(options, passes)
 
-    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic) -> Region:
+    def compile_region(
+        self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic
+    ) -> Region:
         exported = specialize(body, example, dynamic)
         symbolic = any(dynamic)
         with torch.no_grad(), warnings.catch_warnings():
@@ -39,7 +47,8 @@ class InductorBackend(Backend):
             options = compiler_options(graph_module, self.options)
             if symbolic:
                 for node in graph_module.graph.output_node().all_input_nodes:
-                    node.meta["example_value"] = node.meta["val"]  # where Inductor looks for the values' fake mode
+                    # where Inductor looks for the values' fake mode
+                    node.meta["example_value"] = node.meta["val"]
             artifact = torch._inductor.standalone_compile(
                 graph_module,
                 example_values(graph_module) if symbolic else list(example),

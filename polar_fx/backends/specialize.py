@@ -1,4 +1,6 @@
-"""A body for one shape class: `torch.export` with the sizes that may vary as symbols and the others fixed."""
+"""A body for one shape class: `torch.export` with the sizes that may vary as symbols and the others
+fixed.
+"""
 
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,18 +31,27 @@ _LARGEST = 1 << 20
 
 
 def specialize(
-    body: torch.nn.Module, example: Sequence[Tensor], dynamic: Dynamic, largest: Mapping[str, int] | None = None
+    body: torch.nn.Module,
+    example: Sequence[Tensor],
+    dynamic: Dynamic,
+    largest: Mapping[str, int] | None = None,
 ) -> ExportedProgram:
-    """The body exported for the example's shape class; `largest` bounds the sizes that may vary, by their names.
+    """The body exported for the example's shape class; `largest` bounds the sizes that may vary, by
+    their names.
 
     Raises CaptureError if it holds tensors of its own.
     """
     names = sorted({name for axes in dynamic for name in axes.values()})
-    dims = {name: torch.export.Dim(name, min=2, max=(largest or {}).get(name, _LARGEST)) for name in names}
+    dims = {
+        name: torch.export.Dim(name, min=2, max=(largest or {}).get(name, _LARGEST))
+        for name in names
+    }
     shapes = tuple({axis: dims[name] for axis, name in axes.items()} or None for axes in dynamic)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
-        exported = torch.export.export(_Body(body), (tuple(example),), dynamic_shapes=(shapes,), strict=False)
+        exported = torch.export.export(
+            _Body(body), (tuple(example),), dynamic_shapes=(shapes,), strict=False
+        )
     if exported.graph_signature.buffers_to_mutate or exported.constants:
         raise CaptureError(f"region {body} holds state of its own; report this model")
     return exported
@@ -63,10 +74,12 @@ def graph_of(exported: ExportedProgram, passes: Sequence[Pass] = ()) -> GraphMod
 
 
 def compiler_options(graph_module: GraphModule, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options to compile a graph with: the user's, and on a GPU, where it multiplies one row, tuning of block sizes.
+    """The options to compile a graph with: the user's, and on a GPU, where it multiplies one row,
+    tuning of block sizes.
 
-    With tuning, Inductor turns a product of one row into a reduction, and reads the weights at up to 2.4 times the rate of
-    cuBLAS (H200, bf16, 896 x 4,864: 4,015 against 1,682 GB/s; 3,584 x 18,944: 4,366 against 3,616; docs/gpu.md).
+    With tuning, Inductor turns a product of one row into a reduction, and reads the weights at up
+    to 2.4 times the rate of cuBLAS (H200, bf16, 896 x 4,864: 4,015 against 1,682 GB/s; 3,584 x
+    18,944: 4,366 against 3,616; docs/gpu.md).
     """
     one_row = any(is_single_row(node, "cuda") for node in graph_module.graph.nodes)
     return {**({"coordinate_descent_tuning": True} if one_row else {}), **options}
@@ -75,15 +88,20 @@ def compiler_options(graph_module: GraphModule, options: Mapping[str, Any]) -> d
 def example_values(graph_module: GraphModule) -> list[Any]:
     """The graph's own example values, as operands to compile for.
 
-    With real tensors Inductor would make every size a symbol, and equal sizes the same one: three rows and three KV
-    heads could then not differ.
+    With real tensors Inductor would make every size a symbol, and equal sizes the same one: three
+    rows and three KV heads could then not differ.
     """
     return [n.meta["val"] for n in graph_module.graph.find_nodes(op="placeholder")]
 
 
 def like(value: Tensor) -> Tensor:
-    """A real tensor of a traced value's layout, with the example sizes of its symbols; its contents are arbitrary."""
-    sizes, strides = [example_size(s) for s in value.shape], [example_size(s) for s in value.stride()]
+    """A real tensor of a traced value's layout, with the example sizes of its symbols; its contents
+    are arbitrary.
+    """
+    sizes, strides = (
+        [example_size(s) for s in value.shape],
+        [example_size(s) for s in value.stride()],
+    )
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
 

@@ -19,7 +19,9 @@ from .specialize import like
 
 @dataclass(frozen=True)
 class WholeStep:
-    """One step: the body it runs, its sides and weights by number, and the blends that open before and close after it."""
+    """One step: the body it runs, its sides and weights by number, and the blends that open before
+    and close after it.
+    """
 
     target: str
     sides: tuple[int, ...]
@@ -32,9 +34,9 @@ class WholeStep:
 class WholePlan:
     """A program over exported bodies.
 
-    `prefill` says that T tokens come in and the logits of token `where` are wanted; else one token comes in. `bodies`
-    maps names to files: those of one token under their own names, those of T tokens with a `*` behind the name, and the
-    last step's KV writes for T tokens as `kv`.
+    `prefill` says that T tokens come in and the logits of token `where` are wanted; else one token
+    comes in. `bodies` maps names to files: those of one token under their own names, those of T
+    tokens with a `*` behind the name, and the last step's KV writes for T tokens as `kv`.
     """
 
     prefill: bool
@@ -49,14 +51,24 @@ class WholePlan:
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "WholePlan":
         def step(s: dict[str, Any]) -> WholeStep:
-            return WholeStep(s["target"], tuple(s["sides"]), tuple(s["weights"]), s["opens"], tuple(s["closes"]))
+            return WholeStep(
+                s["target"], tuple(s["sides"]), tuple(s["weights"]), s["opens"], tuple(s["closes"])
+            )
 
         steps = tuple(step(s) for s in plain["steps"])
-        return cls(plain["prefill"], plain["bodies"], tuple(plain["prologue"]), steps, step(plain["epilogue"]))
+        return cls(
+            plain["prefill"],
+            plain["bodies"],
+            tuple(plain["prologue"]),
+            steps,
+            step(plain["epilogue"]),
+        )
 
 
 class _Whole(torch.nn.Module):
-    """Operands: input_ids, positions, kv_index, [where,] the slots of every step, the distinct weights; logits [1, 1, V]."""
+    """Operands: input_ids, positions, kv_index, [where,] the slots of every step, the distinct
+    weights; logits [1, 1, V].
+    """
 
     def __init__(self, plan: WholePlan, bodies: Mapping[str, torch.fx.GraphModule]) -> None:
         super().__init__()
@@ -80,14 +92,19 @@ class _Whole(torch.nn.Module):
             if plan.prefill and number == len(plan.steps) - 1:
                 run("kv", hidden, *(values[i] for i in step.sides), *kv, of=step.weights)
                 where = operands[3]
-                hidden, saved = hidden.index_select(1, where), [s.index_select(1, where) for s in saved]
+                hidden, saved = (
+                    hidden.index_select(1, where),
+                    [s.index_select(1, where) for s in saved],
+                )
                 inputs = [i.index_select(1, where) for i in inputs[:2]] + inputs[2:]
                 values = [*inputs, *run("prologue", *inputs, of=plan.prologue)]
                 name = step.target
             hidden = run(name, hidden, *(values[i] for i in step.sides), *kv, of=step.weights)[0]
             for damping in step.closes:
                 hidden = torch.lerp(saved.pop(), hidden, damping)
-        return run("epilogue", hidden, *(values[i] for i in plan.epilogue.sides), of=plan.epilogue.weights)[0]
+        return run(
+            "epilogue", hidden, *(values[i] for i in plan.epilogue.sides), of=plan.epilogue.weights
+        )[0]
 
 
 def compose(backend: PersistentBackend, plain: dict[str, Any], folder: Path) -> None:

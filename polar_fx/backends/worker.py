@@ -1,7 +1,7 @@
 """Compiling in other processes: several regions at once, and whole programs while requests go on.
 
-A worker reads one job a line on stdin and answers with one line; it ends when its parent does. Jobs name a folder
-that holds exported graphs; what is compiled is written beside them.
+A worker reads one job a line on stdin and answers with one line; it ends when its parent does. Jobs
+name a folder that holds exported graphs; what is compiled is written beside them.
 """
 
 import contextlib
@@ -20,11 +20,15 @@ from ..errors import CompileError
 from ..passes.pipeline import PASSES, Pipeline
 from .base import Backend, PersistentBackend
 
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from polar_fx.backends.worker import main; main()"
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from polar_fx.backends.worker import main; main()"
+)
 
 
 def compiler_reason(error: Exception) -> str:
-    """One line of an error: its first line, the first line of a compiler's own output, and what may be done about it."""
+    """One line of an error: its first line, the first line of a compiler's own output, and what may
+    be done about it.
+    """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     reason = f"{type(error).__name__}: {lines[0]}"
     output = lines[lines.index("Output:") + 1 :] if "Output:" in lines else []
@@ -32,27 +36,42 @@ def compiler_reason(error: Exception) -> str:
     if said is not None:
         reason += f": {said}"
     if said is not None and " " in (place := tempfile.gettempdir()):
-        reason += f"; the folder for temporary files, {place!r}, has a space in its name: set TMPDIR to one without"
+        reason += (
+            f"; the folder for temporary files, {place!r}, has a space in its name: set "
+            "TMPDIR to one without"
+        )
     return reason
 
 
 def describe(backend: Backend) -> dict[str, Any] | None:
-    """A backend as JSON values, or None if a worker could not make it again (passes or a class of the user's own)."""
+    """A backend as JSON values, or None if a worker could not make it again (passes or a class of
+    the user's own).
+    """
     from . import BACKENDS
 
-    known = type(backend) is BACKENDS.get(backend.name) and all(type(p) is PASSES.get(p.name) for p in backend.passes)
+    known = type(backend) is BACKENDS.get(backend.name) and all(
+        type(p) is PASSES.get(p.name) for p in backend.passes
+    )
     if not known or not isinstance(backend, PersistentBackend) or not backend.in_workers:
         return None
     try:
-        return json.loads(json.dumps({
-            "backend": backend.name, "options": dict(backend.options), "passes": str(Pipeline(backend.passes)),
-        }))  # fmt: skip
+        return json.loads(
+            json.dumps(
+                {
+                    "backend": backend.name,
+                    "options": dict(backend.options),
+                    "passes": str(Pipeline(backend.passes)),
+                }
+            )
+        )
     except TypeError:
         return None
 
 
 class Worker:
-    """A worker process, started for its first job and again if it ended; `run` does a job and waits for it."""
+    """A worker process, started for its first job and again if it ended; `run` does a job and waits
+    for it.
+    """
 
     def __init__(self, nice: int = 0) -> None:
         self._nice = nice
@@ -67,8 +86,11 @@ class Worker:
             self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
             self._process = subprocess.Popen(
                 [sys.executable, "-c", _START, root, str(self._nice)],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                text=True,
+            )
         assert self._process.stdin is not None and self._process.stdout is not None
         try:
             self._process.stdin.write(json.dumps(job) + "\n")
@@ -89,7 +111,10 @@ class Worker:
         return f" with status {status}: {lines[-1].strip() if lines else 'it said nothing'}"
 
     def close(self) -> None:
-        """End the process, in the middle of a job if need be. A forked child leaves its parent's worker alone."""
+        """End the process, in the middle of a job if need be.
+
+        A forked child leaves its parent's worker alone.
+        """
         if self._process is None or self._owner != os.getpid():
             return
         self._process.kill()
@@ -156,7 +181,9 @@ def _do(job: dict[str, Any]) -> None:
     from . import BACKENDS
     from .whole import compose
 
-    backend = BACKENDS[job["backend"]](options=job["options"], passes=Pipeline.parse(job["passes"]).passes)
+    backend = BACKENDS[job["backend"]](
+        options=job["options"], passes=Pipeline.parse(job["passes"]).passes
+    )
     assert isinstance(backend, PersistentBackend)
     torch.set_num_threads(job["threads"])
     folder = Path(job["folder"])

@@ -9,6 +9,14 @@ from .manifest import BundledFile, Manifest, add_program, read_manifest, remove_
 from .writer import export
 
 __all__ = [
-    "BundleError", "BundledFile", "BundledModel", "Manifest", "add_program", "export", "load_bundle",
-    "read_manifest", "remove_program", "verify_bundle",
-]  # fmt: skip
+    "BundleError",
+    "BundledFile",
+    "BundledModel",
+    "Manifest",
+    "add_program",
+    "export",
+    "load_bundle",
+    "read_manifest",
+    "remove_program",
+    "verify_bundle",
+]

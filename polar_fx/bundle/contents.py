@@ -1,7 +1,8 @@
 """What is inside a bundle's files, held against each other before anything runs.
 
-Compiled code reads its operands by the sizes and strides it was compiled for and checks nothing itself. So the symbol
-table, the weights file (see weights.py), the regions and the limits of the manifest must say the same.
+Compiled code reads its operands by the sizes and strides it was compiled for and checks nothing
+itself. So the symbol table, the weights file (see weights.py), the regions and the limits of the
+manifest must say the same.
 
 Shape legend: B batch, T tokens, L KV length.
 """
@@ -25,16 +26,30 @@ from .files import parse_json
 from .manifest import Manifest
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
-_DTYPE_NAMES = {str(value).removeprefix("torch.") for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_DTYPE_NAMES = {
+    str(value).removeprefix("torch.")
+    for value in vars(torch).values()
+    if isinstance(value, torch.dtype)
+}
 _ROLES = ("input", "hidden", "side", "kv", "weight")
 _BODY = re.compile(r"[A-Za-z0-9_]{1,128}")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")
-_SIZE = re.compile(r"[0-9BTL+*() -]{1,200}")  # an expression of the axes, which nothing here evaluates
+# an expression of the axes, which nothing here evaluates
+_SIZE = re.compile(r"[0-9BTL+*() -]{1,200}")
 _MAX_AXES, _MAX_SIDES = 16, 4096
 _MAX_SLOT_WIDTH = 1 << 24  # elements that one token takes in one slot
 
@@ -71,11 +86,14 @@ def num_elements(size: Iterable[int], stride: Iterable[int]) -> int:
     return 0 if any(s == 0 for s, _ in pairs) else 1 + sum((s - 1) * step for s, step in pairs)
 
 
-# ------------------------------------------------------------------------------------------------------- symbol table
+# ------------------------------------------------------------------------------------- symbol table
 
 
 def read_table(path: Path, text: bytes, manifest: Manifest) -> SymbolTable:
-    """The symbol table, after everything it says was held against the manifest. Raises BundleError naming `path`."""
+    """The symbol table, after everything it says was held against the manifest.
+
+    Raises BundleError naming `path`.
+    """
     parse_json(path, text)  # the table's own reader would take a name twice
     try:
         table = SymbolTable.from_json(text.decode())
@@ -94,8 +112,12 @@ def _problem_of_table(table: SymbolTable, manifest: Manifest) -> str | None:
     if len(table.layers) != manifest.depth or len(table.kv_specs) != manifest.depth:
         return f"has {count(len(table.layers), 'layer')}, the manifest says {manifest.depth}"
     for name, body in table.bodies.items():
-        if not (type(name) is str and _BODY.fullmatch(name)) or not _is_text(body.fingerprint, SHA256):
-            return f"names a body {name!r} with fingerprint {body.fingerprint!r}, which is malformed"
+        if not (type(name) is str and _BODY.fullmatch(name)) or not _is_text(
+            body.fingerprint, SHA256
+        ):
+            return (
+                f"names a body {name!r} with fingerprint {body.fingerprint!r}, which is malformed"
+            )
         for operand in body.operands:
             if problem := _problem_of_operand(operand):
                 return f"has an operand of {name} that {problem}"
@@ -104,7 +126,10 @@ def _problem_of_table(table: SymbolTable, manifest: Manifest) -> str | None:
             return f"has a call of {call.target!r} that {problem}"
     for layer, (call, spec) in enumerate(zip(table.layers, table.kv_specs, strict=True)):
         numbers = [getattr(spec, f.name) for f in fields_of(spec) if f.name != "dtype"]
-        if not all(type(n) is int and 0 < n <= _MAX_SLOT_WIDTH for n in numbers) or spec.dtype not in DTYPES.values():
+        if (
+            not all(type(n) is int and 0 < n <= _MAX_SLOT_WIDTH for n in numbers)
+            or spec.dtype not in DTYPES.values()
+        ):
             return f"has no usable KV slot for layer {layer}: {spec}"
         slots = [o for o in table.bodies[call.target].operands if o.role == "kv"]
         wanted = [(str(spec.heads), str(width)) for width in (spec.key_size, spec.value_size)]
@@ -114,7 +139,9 @@ def _problem_of_table(table: SymbolTable, manifest: Manifest) -> str | None:
 
 
 def _problem_of_operand(operand: Operand) -> str | None:
-    if operand.role not in _ROLES or operand.dtype not in (NAMES if operand.role == "weight" else _DTYPE_NAMES):
+    if operand.role not in _ROLES or operand.dtype not in (
+        NAMES if operand.role == "weight" else _DTYPE_NAMES
+    ):
         return f"is a {operand.role!r} of dtype {operand.dtype!r}"
     if len(operand.size) != len(operand.stride) or len(operand.size) > _MAX_AXES:
         return f"has sizes {operand.size} and strides {operand.stride}"
@@ -133,7 +160,9 @@ def _problem_of_call(table: SymbolTable, call: Symbol) -> str | None:
         return f"takes side values {str(call.sides)[:80]}"
     if len(call.sides) != roles.count("input" if is_start else "side"):
         return f"takes {len(call.sides)} side values where its body takes {roles.count('side')}"
-    if not all(type(name) is str and name for name in call.weights) or len(call.weights) != roles.count("weight"):
+    if not all(type(name) is str and name for name in call.weights) or len(
+        call.weights
+    ) != roles.count("weight"):
         return f"takes {len(call.weights)} weights where its body takes {roles.count('weight')}"
     return None
 
@@ -142,13 +171,19 @@ def _is_text(value: Any, pattern: re.Pattern[str]) -> bool:
     return type(value) is str and pattern.fullmatch(value) is not None
 
 
-# ------------------------------------------------------------------------------------------------------------- regions
+# ------------------------------------------------------------------------------------------ regions
 
 
 def check_regions(path: Path, manifest: Manifest, table: SymbolTable) -> None:
     """Every region that the shapes need is named, and no other one. Raises BundleError."""
-    wanted, found = set(region_names(table, manifest.shapes)), {f.region for f in manifest.files if f.region}
-    for what, regions in (("does not name", wanted - found), ("names, though nothing calls it,", found - wanted)):
+    wanted, found = (
+        set(region_names(table, manifest.shapes)),
+        {f.region for f in manifest.files if f.region},
+    )
+    for what, regions in (
+        ("does not name", wanted - found),
+        ("names, though nothing calls it,", found - wanted),
+    ):
         if regions:
             name, shape = min(regions, key=str)
             raise BundleError(path, f"{what} region {name} for {shape}")

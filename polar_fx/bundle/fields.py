@@ -1,4 +1,6 @@
-"""Reading plain values that came from elsewhere: every field there, none unknown, each of its type and within bounds."""
+"""Reading plain values that came from elsewhere: every field there, none unknown, each of its type
+and within bounds.
+"""
 
 import re
 from collections import Counter
@@ -11,7 +13,10 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Fields:
-    """The fields of one JSON object of a file. Everything raises BundleError naming the file and the field."""
+    """The fields of one JSON object of a file.
+
+    Everything raises BundleError naming the file and the field.
+    """
 
     def __init__(self, path: Path, where: str, value: Any, names: tuple[str, ...]) -> None:
         self.path, self.where = path, where
@@ -70,7 +75,9 @@ class Fields:
         values = self.items(name, least, most)
         for value in values:
             if type(value) is not str or len(value) > each:
-                raise self.wrong(name, f"must hold text of at most {each:,} characters, got {_shown(value)}")
+                raise self.wrong(
+                    name, f"must hold text of at most {each:,} characters, got {_shown(value)}"
+                )
         if len(set(values)) != len(values):
             raise self.wrong(name, f"holds {_shown(Counter(values).most_common(1)[0][0])} twice")
         return values
@@ -79,18 +86,23 @@ class Fields:
         """An object with names of its own."""
         value = self._values[name]
         if type(value) is not dict or len(value) > most:
-            raise self.wrong(name, f"must be an object of at most {most:,} names, got {_shown(value)}")
+            raise self.wrong(
+                name, f"must be an object of at most {most:,} names, got {_shown(value)}"
+            )
         return value
 
     def section(self, name: str, names: tuple[str, ...]) -> "Fields":
         """An object with these fields."""
-        return Fields(self.path, f"{self.where}.{name}" if self.where else name, self._values[name], names)
+        return Fields(
+            self.path, f"{self.where}.{name}" if self.where else name, self._values[name], names
+        )
 
 
 def _shown(value: Any) -> str:
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value):,}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 1 << 64:
-        return "a number beyond 64 bits"  # printing one of thousands of digits is an error of its own
+        # printing one of thousands of digits is an error of its own
+        return "a number beyond 64 bits"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

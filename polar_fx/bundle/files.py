@@ -1,7 +1,8 @@
 """Files of a bundle: where they may be, and whether they are what the manifest says.
 
-A bundle comes from elsewhere. So every path is checked before it is opened, links are not followed, and each file is
-hashed whole before anything in it is used; what is used are the very bytes that were hashed, if `verified` hands them out.
+A bundle comes from elsewhere. So every path is checked before it is opened, links are not followed,
+and each file is hashed whole before anything in it is used; what is used are the very bytes that
+were hashed, if `verified` hands them out.
 """
 
 import hashlib
@@ -30,7 +31,9 @@ MAX_JSON_BYTES = 64 << 20
 
 
 def problem_of_path(path: str) -> str | None:
-    """Why a path of a manifest is not one of a file in the bundle, as the end of a sentence; None if it is."""
+    """Why a path of a manifest is not one of a file in the bundle, as the end of a sentence; None
+    if it is.
+    """
     if path.startswith(("/", "\\")) or re.match(r"[A-Za-z]:", path):
         return "is absolute"
     if ".." in re.split(r"[/\\]", path):
@@ -39,14 +42,19 @@ def problem_of_path(path: str) -> str | None:
 
 
 class Reader:
-    """A file of a bundle, read once and in order: what is handed out is what is hashed, in a thread beside the reading."""
+    """A file of a bundle, read once and in order: what is handed out is what is hashed, in a thread
+    beside the reading.
+    """
 
     def __init__(self, path: Path, file: FileIO, hasher: Executor) -> None:
         self.path = path
         self._file, self._hasher, self._sha256 = file, hasher, hashlib.sha256()
 
     def readinto(self, memory: memoryview) -> None:
-        """Fill a block of bytes, which must stay as it is until the file is closed. Raises BundleError where the file ends."""
+        """Fill a block of bytes, which must stay as it is until the file is closed.
+
+        Raises BundleError where the file ends.
+        """
         while memory:
             part = memory[:_PART_BYTES]
             num_read = self._file.readinto(part)
@@ -80,10 +88,11 @@ class Reader:
 
 @contextmanager
 def verified(root: Path, path: str, num_bytes: int, sha256: str) -> Iterator[Reader]:
-    """A file to be read once; at the end, the rest of it is read and the whole is held against the manifest.
+    """A file to be read once; at the end, the rest of it is read and the whole is held against the
+    manifest.
 
-    What was read may be used only after that. Raises BundleError if it is not what the manifest says, whatever else was
-    found wrong with it, or if it is reached through a link.
+    What was read may be used only after that. Raises BundleError if it is not what the manifest
+    says, whatever else was found wrong with it, or if it is reached through a link.
     """
     place = root
     for part in path.split("/")[:-1]:
@@ -93,7 +102,9 @@ def verified(root: Path, path: str, num_bytes: int, sha256: str) -> Iterator[Rea
     status = _require(full, stat.S_ISREG, "a plain file")
     if status.st_size != num_bytes:
         what = "truncated" if status.st_size < num_bytes else "longer than it was"
-        raise BundleError(full, f"is {what}: {status.st_size:,} bytes, the manifest says {num_bytes:,}")
+        raise BundleError(
+            full, f"is {what}: {status.st_size:,} bytes, the manifest says {num_bytes:,}"
+        )
     with ThreadPoolExecutor(1) as hasher, _open(full) as file:
         reader, problem = Reader(full, file, hasher), None
         try:
@@ -101,16 +112,23 @@ def verified(root: Path, path: str, num_bytes: int, sha256: str) -> Iterator[Rea
         except BundleError as error:
             problem = error
         if reader.finish() != sha256:
-            raise BundleError(full, "was changed or exchanged: its sha256 is not the one in the manifest")
+            raise BundleError(
+                full, "was changed or exchanged: its sha256 is not the one in the manifest"
+            )
         if problem is not None:
             raise problem
 
 
 @contextmanager
 def _open(path: Path) -> Iterator[FileIO]:
-    """A plain file, unbuffered, links not followed. Raises BundleError, also for what fails while it is read."""
+    """A plain file, unbuffered, links not followed.
+
+    Raises BundleError, also for what fails while it is read.
+    """
     try:
-        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0))
+        handle = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)
+        )
         with open(handle, "rb", buffering=0) as file:
             yield file
     except OSError as error:
@@ -127,7 +145,9 @@ def read_small(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a plain file of at most `limit` bytes. Raises BundleError."""
     status = _require(path, stat.S_ISREG, "a plain file")
     if status.st_size > limit:
-        raise BundleError(path, f"has {status.st_size:,} bytes, and such a file has at most {limit:,}")
+        raise BundleError(
+            path, f"has {status.st_size:,} bytes, and such a file has at most {limit:,}"
+        )
     try:
         return path.read_bytes()
     except OSError as error:
@@ -149,8 +169,11 @@ def parse_json(path: Path, text: bytes) -> Any:
 
     try:
         return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, a number of thousands of digits, too deep
-        raise BundleError(path, f"is not valid JSON: {str(error) or type(error).__name__}") from error
+    except (ValueError, RecursionError) as error:
+        # bad JSON, bad UTF-8, a number of thousands of digits, too deep
+        raise BundleError(
+            path, f"is not valid JSON: {str(error) or type(error).__name__}"
+        ) from error
 
 
 @contextmanager
@@ -162,7 +185,11 @@ def os_errors(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         full = error.errno in DISK_FULL
-        remedy = "free some space there, or name a folder on another disk" if full else "name a place you can write to"
+        remedy = (
+            "free some space there, or name a folder on another disk"
+            if full
+            else "name a place you can write to"
+        )
         raise BundleError(path, f"cannot be written: {error.strerror or error}", remedy) from error
 
 
@@ -174,7 +201,11 @@ def _require(path: Path, is_kind: Any, what: str) -> os.stat_result:
     except OSError as error:
         raise BundleError(path, f"cannot be read ({error.strerror or error})") from error
     if stat.S_ISLNK(status.st_mode):
-        raise BundleError(path, "is a symbolic link, which could lead out of the bundle", "put the file itself there")
+        raise BundleError(
+            path,
+            "is a symbolic link, which could lead out of the bundle",
+            "put the file itself there",
+        )
     if not is_kind(status.st_mode):
         raise BundleError(path, f"is not {what}")
     return status

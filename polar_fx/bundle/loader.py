@@ -1,7 +1,8 @@
 """A bundle -> a model that runs its programs: no modeling code, no tracing, no compiler.
 
-The parts are those of `polar_fx.compile`: a library by its symbol table, a linker, a KV pool and a generator. Only what
-they are given differs: tensors from the weights file, and regions that are loaded or refused, never made.
+The parts are those of `polar_fx.compile`: a library by its symbol table, a linker, a KV pool and a
+generator. Only what they are given differs: tensors from the weights file, and regions that are
+loaded or refused, never made.
 """
 
 import tempfile
@@ -52,10 +53,14 @@ from .weights import check_weights, load_weights
 _ELSEWHERE = "export the bundle on a machine like this one, or load it where it was made for"
 
 
-def verify_bundle(folder: str | PathLike[str], *, fingerprint: str | None = None, target: bool = True) -> Manifest:
-    """Check every file of a bundle, and that it fits this machine unless `target` is False; loads and runs nothing.
+def verify_bundle(
+    folder: str | PathLike[str], *, fingerprint: str | None = None, target: bool = True
+) -> Manifest:
+    """Check every file of a bundle, and that it fits this machine unless `target` is False; loads
+    and runs nothing.
 
-    `fingerprint` is the `Manifest.fingerprint` that is expected, if it is known from elsewhere. Raises BundleError.
+    `fingerprint` is the `Manifest.fingerprint` that is expected, if it is known from elsewhere.
+    Raises BundleError.
     """
     place = Path(folder).resolve()
     contents = _verified(place, fingerprint, target)
@@ -63,22 +68,28 @@ def verify_bundle(folder: str | PathLike[str], *, fingerprint: str | None = None
     return contents.manifest
 
 
-def load_bundle(folder: str | PathLike[str], *, any_program: bool = False, fingerprint: str | None = None) -> "BundledModel":
-    """The model of a bundle, ready to run: every region is loaded, nothing is traced or compiled, now or later.
+def load_bundle(
+    folder: str | PathLike[str], *, any_program: bool = False, fingerprint: str | None = None
+) -> "BundledModel":
+    """The model of a bundle, ready to run: every region is loaded, nothing is traced or compiled,
+    now or later.
 
     Args:
         folder: what `export` wrote. A bundle holds compiled code: load those you trust.
         any_program: run any program of the layers, not only those that the manifest names.
-        fingerprint: the `Manifest.fingerprint` that the bundle must have, noted when it was exported.
+        fingerprint: the `Manifest.fingerprint` that the bundle must have, noted when it was
+            exported.
 
-    Raises BundleError before anything of a bundle that is not whole, or is not for this machine, is loaded.
+    Raises BundleError before anything of a bundle that is not whole, or is not for this machine, is
+    loaded.
     """
     place = Path(folder).resolve()
     with tempfile.TemporaryDirectory(prefix="polar_fx-") as packages:
         contents = _verified(place, fingerprint, target=True, packages=Path(packages))
         weights = load_weights(place, contents.manifest, contents.table)
         if contents.manifest.device != "cpu":
-            moved = {id(t): t.to(contents.manifest.device) for t in weights.values()}  # shared ones stay shared
+            # shared ones stay shared
+            moved = {id(t): t.to(contents.manifest.device) for t in weights.values()}
             weights = {name: moved[id(t)] for name, t in weights.items()}
         return BundledModel(place, contents, weights, Path(packages), any_program)
 
@@ -93,14 +104,21 @@ class _Contents:
     generation_config: GenerationConfig
 
 
-def _verified(place: Path, fingerprint: str | None, target: bool, packages: Path | None = None) -> _Contents:
+def _verified(
+    place: Path, fingerprint: str | None, target: bool, packages: Path | None = None
+) -> _Contents:
     """All checks but that of the weights, from the cheapest to the ones that read everything.
 
-    Regions are copied to `packages`, if that is given: what is opened there is what was hashed, whoever can write to the bundle.
+    Regions are copied to `packages`, if that is given: what is opened there is what was hashed,
+    whoever can write to the bundle.
     """
     manifest = read_manifest(place)
     if fingerprint is not None and manifest.fingerprint != fingerprint:
-        raise BundleError(place, f"has fingerprint {manifest.fingerprint}, not {fingerprint}", "load the bundle you mean")
+        raise BundleError(
+            place,
+            f"has fingerprint {manifest.fingerprint}, not {fingerprint}",
+            "load the bundle you mean",
+        )
     if target:
         _check_target(place / MANIFEST, manifest)
     texts: dict[str, bytes] = {}
@@ -116,41 +134,67 @@ def _verified(place: Path, fingerprint: str | None, target: bool, packages: Path
     check_regions(place / MANIFEST, manifest, table)
     config = read_config(place / CONFIG, texts[CONFIG])
     if config.num_hidden_layers != manifest.depth:
-        raise BundleError(place / MANIFEST, f"says {count(manifest.depth, 'layer')}, config.json {config.num_hidden_layers}")
-    return _Contents(manifest, table, config, read_generation(place / GENERATION, texts[GENERATION]))
+        raise BundleError(
+            place / MANIFEST,
+            f"says {count(manifest.depth, 'layer')}, config.json {config.num_hidden_layers}",
+        )
+    return _Contents(
+        manifest, table, config, read_generation(place / GENERATION, texts[GENERATION])
+    )
 
 
 def _check_target(path: Path, manifest: Manifest) -> None:
     if manifest.device not in ("cpu", "cuda"):
-        what = f"is of a bundle for device {manifest.device!r}; this polar_fx loads those for 'cpu' and 'cuda'"
+        what = (
+            f"is of a bundle for device {manifest.device!r}; this polar_fx loads those for "
+            "'cpu' and 'cuda'"
+        )
         raise BundleError(path, what, _ELSEWHERE)
     if manifest.device == "cuda" and not torch.cuda.is_available():
-        raise BundleError(path, "is of a bundle for an NVIDIA GPU, and torch sees none here", _ELSEWHERE)
+        raise BundleError(
+            path, "is of a bundle for an NVIDIA GPU, and torch sees none here", _ELSEWHERE
+        )
     if manifest.backend != AotInductorBackend.name:
         raise BundleError(
-            path, f"names backend {manifest.backend!r}, this polar_fx loads {AotInductorBackend.name!r}", _ELSEWHERE
+            path,
+            f"names backend {manifest.backend!r}, this polar_fx loads {AotInductorBackend.name!r}",
+            _ELSEWHERE,
         )
     own = f"{torch.__version__} {torch.version.git_version}"
     if manifest.torch != own:
         remedy = f"install torch {manifest.torch.partition(' ')[0]}, or export with this one"
-        raise BundleError(path, f"is of a bundle for torch {manifest.torch}, and this is {own}", remedy)
+        raise BundleError(
+            path, f"is of a bundle for torch {manifest.torch}, and this is {own}", remedy
+        )
     processor = target_of(torch.device(manifest.device))
     if manifest.processor != processor:
         what = f"is of a bundle for processor {manifest.processor!r}, and this is {processor!r}"
         raise BundleError(path, f"{what}: its instructions may be missing here", _ELSEWHERE)
     length = KvPool(manifest.max_length, torch.device("cpu")).length
     if manifest.kv_length != length:
-        what = f"was compiled for {manifest.kv_length} KV columns, and this polar_fx allocates {length}"
+        what = (
+            f"was compiled for {manifest.kv_length} KV columns, and this polar_fx allocates "
+            f"{length}"
+        )
         raise BundleError(path, what, "export the bundle with this polar_fx")
 
 
 class BundledModel(CompiledModel):
-    """A model from a bundle: `forward`, `generate`, `warmup` and all else of `CompiledModel`, over its own programs.
+    """A model from a bundle: `forward`, `generate`, `warmup` and all else of `CompiledModel`, over
+    its own programs.
 
-    `programs` are those of the manifest, the first the default one. Without regions for many rows, rows run one by one.
+    `programs` are those of the manifest, the first the default one. Without regions for many rows,
+    rows run one by one.
     """
 
-    def __init__(self, folder: Path, contents: _Contents, weights: dict[str, Tensor], packages: Path, any_program: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        contents: _Contents,
+        weights: dict[str, Tensor],
+        packages: Path,
+        any_program: bool,
+    ) -> None:
         manifest = contents.manifest
         self.folder, self.manifest, self.any_program = folder, manifest, any_program
         self.programs = manifest.programs
@@ -158,9 +202,14 @@ class BundledModel(CompiledModel):
         library = LayerLibrary.from_table(contents.table, weights, _no_graphs(folder))
         stand_in = _StandIn(contents.config, contents.generation_config, manifest.vocab_size)
         super().__init__(
-            cast(PreTrainedModel, stand_in), library, _Sealed(folder, packages), manifest.max_length, manifest.prefill_chunk,
-            manifest.deterministic or not manifest.many_rows, manifest.programs[0],
-        )  # fmt: skip
+            cast(PreTrainedModel, stand_in),
+            library,
+            _Sealed(folder, packages),
+            manifest.max_length,
+            manifest.prefill_chunk,
+            manifest.deterministic or not manifest.many_rows,
+            manifest.programs[0],
+        )
         self.regions = _BundledRegions(folder, packages, manifest, library, self.backend)
         self.linker = Linker(library, self.regions, self.pool)
         self.tiers = Tiers(library, self.regions, self.pool.kv_index, "linked", TierPolicy())
@@ -170,25 +219,36 @@ class BundledModel(CompiledModel):
             self._dispatch_as_exported()
 
     def __repr__(self) -> str:
-        about = f"depth={self.depth}, {count(len(self.programs), 'program')}, max_length={self.pool.max_length}"
+        about = (
+            f"depth={self.depth}, {count(len(self.programs), 'program')}, "
+            f"max_length={self.pool.max_length}"
+        )
         return f"BundledModel({self.manifest.model}, {about}, folder={str(self.folder)!r})"
 
     def resolve(self, program: ProgramLike) -> Program:
-        """As in CompiledModel; raises ProgramError for one that the manifest does not name, unless `any_program`."""
+        """As in CompiledModel; raises ProgramError for one that the manifest does not name, unless
+        `any_program`.
+        """
         chosen = super().resolve(program)
         if self.any_program or chosen in self._allowed:
             return chosen
         raise ProgramError(
-            f"program {chosen} is not among the {count(len(self.programs), 'program')} of the bundle {self.folder}; add it with "
-            "add_program and load the bundle again, or load it with any_program=True"
+            f"program {chosen} is not among the {count(len(self.programs), 'program')} of the "
+            f"bundle {self.folder}; add it with add_program and load the bundle again, or load it "
+            "with any_program=True"
         )
 
     def dispatch_by(self, *args: Any, **options: Any) -> Dispatcher:
-        """As in CompiledModel; raises ProgramError, unless `any_program`, if the menu names others than the bundle does."""
+        """As in CompiledModel; raises ProgramError, unless `any_program`, if the menu names others
+        than the bundle does.
+        """
         before, dispatcher = self.dispatcher, super().dispatch_by(*args, **options)
         try:
             if not self.any_program and dispatcher.unprepared == "link":
-                raise InputError("unprepared='link' runs programs of no menu; load the bundle with any_program=True for that")
+                raise InputError(
+                    "unprepared='link' runs programs of no menu; load the bundle with "
+                    "any_program=True for that"
+                )
             for program in dispatcher.menu.programs:
                 self.resolve(program)
         except BaseException:
@@ -201,7 +261,9 @@ class BundledModel(CompiledModel):
             selector, policy = load_selector(self.folder / PREDICTOR, self.manifest.weights)
             self.dispatch_by(selector, policy=policy).admit()
         except (InputError, ProgramError) as error:
-            raise BundleError(self.folder / PREDICTOR, f"cannot be used: {error}", "export the bundle again") from error
+            raise BundleError(
+                self.folder / PREDICTOR, f"cannot be used: {error}", "export the bundle again"
+            ) from error
 
     @property
     def has_tokenizer(self) -> bool:
@@ -210,16 +272,25 @@ class BundledModel(CompiledModel):
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer that was exported, loaded when it is first asked for. Raises InputError if there is none."""
+        """The tokenizer that was exported, loaded when it is first asked for.
+
+        Raises InputError if there is none.
+        """
         if not self.has_tokenizer:
-            raise InputError(f"the bundle {self.folder} holds no tokenizer; export it with tokenizer=")
+            raise InputError(
+                f"the bundle {self.folder} holds no tokenizer; export it with tokenizer="
+            )
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.folder / TOKENIZER, local_files_only=True, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(
+            self.folder / TOKENIZER, local_files_only=True, trust_remote_code=False
+        )
 
 
 class _StandIn:
-    """What CompiledModel asks of a HuggingFace model: its settings, and how many token ids there are."""
+    """What CompiledModel asks of a HuggingFace model: its settings, and how many token ids there
+    are.
+    """
 
     def __init__(self, config: Any, generation_config: Any, vocab_size: int) -> None:
         self.config, self.generation_config = config, generation_config
@@ -232,10 +303,14 @@ class _StandIn:
 class _BundledRegions(RegionTable):
     """Regions from the bundle's packages; what is not there is refused."""
 
-    def __init__(self, folder: Path, packages: Path, manifest: Manifest, library: LayerLibrary, backend: Any) -> None:
+    def __init__(
+        self, folder: Path, packages: Path, manifest: Manifest, library: LayerLibrary, backend: Any
+    ) -> None:
         super().__init__(library, backend, manifest.max_length, None, 0)
         self._folder = folder
-        self._packages = {f.region: packages / f.path for f in manifest.files if f.region is not None}
+        self._packages = {
+            f.region: packages / f.path for f in manifest.files if f.region is not None
+        }
 
     def files(self, name: str, shape: ShapeClass) -> Mapping[str, Path] | None:
         path = self._packages.get((name, shape))
@@ -276,4 +351,8 @@ def _no_graphs(folder: Path) -> Any:
 
 
 def _refuse(folder: Path, what: str) -> NoReturn:
-    raise BundleError(folder, f"does not hold {what}, and nothing is traced or compiled for a bundle", "export it again")
+    raise BundleError(
+        folder,
+        f"does not hold {what}, and nothing is traced or compiled for a bundle",
+        "export it again",
+    )

@@ -1,7 +1,7 @@
 """`manifest.json`: what a bundle holds, where it runs, and its programs.
 
-The manifest is readable, strict (no unknown field, no wrong type) and carries a checksum of itself. Everything else in a
-bundle is named in it by size and sha256.
+The manifest is readable, strict (no unknown field, no wrong type) and carries a checksum of itself.
+Everything else in a bundle is named in it by size and sha256.
 """
 
 import json
@@ -33,7 +33,12 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 KIND = "polar_fx_bundle"  # the name under which the format's version stands
 
-WEIGHTS, SYMBOLS, CONFIG, GENERATION = "weights.safetensors", "symbols.json", "config.json", "generation.json"
+WEIGHTS, SYMBOLS, CONFIG, GENERATION = (
+    "weights.safetensors",
+    "symbols.json",
+    "config.json",
+    "generation.json",
+)
 REGIONS, TOKENIZER = "regions/", "tokenizer/"
 TOKENIZER_SUFFIXES = (".json", ".txt", ".model", ".jinja")
 PREDICTOR = "predictor/"
@@ -46,12 +51,27 @@ _MAX_FILES, _MAX_TIES = 4096, 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
 _SHAPES = re.compile(r"B=(1|2\+) T=(1|2\+) L=([1-9][0-9]{0,8})")
 
-_ALL = (KIND, "created", "polar_fx", "model", "target", "limits", "fingerprints", "programs", "ties", "files", "checksum")
+_ALL = (
+    KIND,
+    "created",
+    "polar_fx",
+    "model",
+    "target",
+    "limits",
+    "fingerprints",
+    "programs",
+    "ties",
+    "files",
+    "checksum",
+)
 
 
 @dataclass(frozen=True)
 class BundledFile:
-    """One file: its path in the bundle, bytes and sha256. Of a region also its body's name and shape class."""
+    """One file: its path in the bundle, bytes and sha256.
+
+    Of a region also its body's name and shape class.
+    """
 
     path: str
     num_bytes: int
@@ -63,9 +83,10 @@ class BundledFile:
 class Manifest:
     """What a bundle holds. The first of `programs` is what calls without `program=` run.
 
-    `graphs` and `weights` are fingerprints (sha256) of the symbol table, and of it and all weights. `ties` names tensors
-    that are another one of the weights file. `max_length` is in tokens a row, `kv_length` in allocated columns of a KV
-    slot. `many_rows` says whether regions for two rows and more are there; else rows run one by one.
+    `graphs` and `weights` are fingerprints (sha256) of the symbol table, and of it and all weights.
+    `ties` names tensors that are another one of the weights file. `max_length` is in tokens a row,
+    `kv_length` in allocated columns of a KV slot. `many_rows` says whether regions for two rows and
+    more are there; else rows run one by one.
     """
 
     created: str
@@ -106,12 +127,18 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 of everything here but the programs: the same before and after `add_program` and `remove_program`."""
-        return digest({k: v for k, v in self.to_dict().items() if k not in ("programs", "checksum")})
+        """Sha256 of everything here but the programs: the same before and after `add_program` and
+        `remove_program`.
+        """
+        return digest(
+            {k: v for k, v in self.to_dict().items() if k not in ("programs", "checksum")}
+        )
 
     @property
     def shapes(self) -> tuple[ShapeClass, ...]:
-        """The shape classes that must be there: many tokens and one, of one row and perhaps of more."""
+        """The shape classes that must be there: many tokens and one, of one row and perhaps of
+        more.
+        """
         rows = (1, None) if self.many_rows else (1,)
         tokens = (None, 1) if min(self.max_length, self.prefill_chunk) > 1 else (1,)
         return tuple(ShapeClass(b, t, self.kv_length) for b in rows for t in tokens)
@@ -122,30 +149,43 @@ class Manifest:
             KIND: FORMAT,
             "created": self.created,
             "polar_fx": self.polar_fx,
-            "model": {"name": self.model, "depth": self.depth, "dtype": self.dtype, "vocab_size": self.vocab_size},
+            "model": {
+                "name": self.model,
+                "depth": self.depth,
+                "dtype": self.dtype,
+                "vocab_size": self.vocab_size,
+            },
             "target": {
-                "device": self.device, "processor": self.processor, "torch": self.torch, "threads": self.threads,
+                "device": self.device,
+                "processor": self.processor,
+                "torch": self.torch,
+                "threads": self.threads,
                 "backend": self.backend,
             },
             "limits": {
-                "max_length": self.max_length, "kv_length": self.kv_length, "prefill_chunk": self.prefill_chunk,
-                "many_rows": self.many_rows, "deterministic": self.deterministic,
+                "max_length": self.max_length,
+                "kv_length": self.kv_length,
+                "prefill_chunk": self.prefill_chunk,
+                "many_rows": self.many_rows,
+                "deterministic": self.deterministic,
             },
             "fingerprints": {"graphs": self.graphs, "weights": self.weights},
             "programs": [str(p) for p in self.programs],
             "ties": self.ties,
             "files": [
                 {
-                    "path": f.path, "bytes": f.num_bytes, "sha256": f.sha256,
+                    "path": f.path,
+                    "bytes": f.num_bytes,
+                    "sha256": f.sha256,
                     **({"region": f.region[0], "shapes": str(f.region[1])} if f.region else {}),
                 }
                 for f in self.files
             ],
-        }  # fmt: skip
+        }
         return fields | {"checksum": digest(fields)}
 
 
-# ------------------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -154,11 +194,17 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise BundleError(folder, "is not a folder", "name the folder that polar_fx.export wrote")
     if not os.path.lexists(path):
-        raise BundleError(path, "is missing: this is no bundle, or not a whole one", "name the folder that polar_fx.export wrote")
+        raise BundleError(
+            path,
+            "is missing: this is no bundle, or not a whole one",
+            "name the folder that polar_fx.export wrote",
+        )
     values = parse_json(path, read_small(path))
     version = values.get(KIND) if isinstance(values, dict) else None
     if type(version) is not int or version < 1:
-        raise BundleError(path, f"has no format version under {KIND!r}: it is not the manifest of a bundle")
+        raise BundleError(
+            path, f"has no format version under {KIND!r}: it is not the manifest of a bundle"
+        )
     if version > FORMAT:
         raise BundleError(
             path,
@@ -173,7 +219,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise BundleError(path, f"holds a number that is none: {error}") from error
     if stated != actual:
         raise BundleError(
-            path, "was edited: its checksum does not fit", f"change programs with add_program and remove_program, or {AGAIN}"
+            path,
+            "was edited: its checksum does not fit",
+            f"change programs with add_program and remove_program, or {AGAIN}",
         )
     return _manifest(fields)
 
@@ -181,9 +229,14 @@ def read_manifest(folder: Path) -> Manifest:
 def _manifest(fields: Fields) -> Manifest:
     model = fields.section("model", ("name", "depth", "dtype", "vocab_size"))
     target = fields.section("target", ("device", "processor", "torch", "threads", "backend"))
-    limits = fields.section("limits", ("max_length", "kv_length", "prefill_chunk", "many_rows", "deterministic"))
+    limits = fields.section(
+        "limits", ("max_length", "kv_length", "prefill_chunk", "many_rows", "deterministic")
+    )
     prints = fields.section("fingerprints", ("graphs", "weights"))
-    depth, max_length = model.number("depth", 1, MAX_STEPS), limits.number("max_length", 1, MAX_LENGTH)
+    depth, max_length = (
+        model.number("depth", 1, MAX_STEPS),
+        limits.number("max_length", 1, MAX_LENGTH),
+    )
     ties = fields.mapping("ties", _MAX_TIES)
     if not all(type(t) is str for t in ties.values()):
         raise fields.wrong("ties", "must map names of tensors to names of tensors")
@@ -220,10 +273,13 @@ def _programs(fields: Fields, depth: int) -> tuple[Program, ...]:
         except ProgramError as error:
             what = str(error).partition("\n")[0]
             raise fields.wrong(
-                "programs", f"holds {text[:80]!r}, which is no program of {count(depth, 'layer')}: {what}"
+                "programs",
+                f"holds {text[:80]!r}, which is no program of {count(depth, 'layer')}: {what}",
             ) from error
         if program in found:
-            raise fields.wrong("programs", f"holds one program twice, as {found[program]!r} and as {text[:80]!r}")
+            raise fields.wrong(
+                "programs", f"holds one program twice, as {found[program]!r} and as {text[:80]!r}"
+            )
         found[program] = text[:80]
     return tuple(found)
 
@@ -249,7 +305,9 @@ def _files(fields: Fields) -> tuple[BundledFile, ...]:
             region = (file.text("region", _NAME), ShapeClass(rows, tokens, int(shapes[3])))
         if not _belongs(path, is_region):
             raise file.wrong("path", f"names {path!r}, which has no place in a bundle")
-        size = file.number("bytes", 1, _MAX_FILE_BYTES if path == WEIGHTS or is_region else MAX_JSON_BYTES)
+        size = file.number(
+            "bytes", 1, _MAX_FILE_BYTES if path == WEIGHTS or is_region else MAX_JSON_BYTES
+        )
         found[path.casefold()] = BundledFile(path, size, file.text("sha256", SHA256), region)
     for path in (WEIGHTS, SYMBOLS, CONFIG, GENERATION):
         if path not in found:
@@ -268,11 +326,14 @@ def _belongs(path: str, is_region: bool) -> bool:
     return path in (WEIGHTS, SYMBOLS, CONFIG, GENERATION, *PREDICTOR_FILES)
 
 
-# ------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------ writing
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write or replace the manifest: a reader sees the old one or the new one, whole. Raises BundleError."""
+    """Write or replace the manifest: a reader sees the old one or the new one, whole.
+
+    Raises BundleError.
+    """
     path, work = folder / MANIFEST, folder / f".{MANIFEST}.{secrets.token_hex(8)}"
     try:
         with os_errors(path):
@@ -284,11 +345,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
             work.unlink()  # gone already if all went well
 
 
-def add_program(folder: str | os.PathLike[str], program: Program | str, *, default: bool = False) -> Manifest:
-    """Add a program to the bundle at `folder`, as the default one if `default`; nothing but its manifest is rewritten.
+def add_program(
+    folder: str | os.PathLike[str], program: Program | str, *, default: bool = False
+) -> Manifest:
+    """Add a program to the bundle at `folder`, as the default one if `default`; nothing but its
+    manifest is rewritten.
 
-    One that is there already stays where it is, unless it becomes the default. Raises BundleError, and ProgramError for a
-    program of another depth.
+    One that is there already stays where it is, unless it becomes the default. Raises BundleError,
+    and ProgramError for a program of another depth.
     """
     with _edited(Path(folder)) as manifest:
         added = _resolve(program, manifest.depth)
@@ -297,7 +361,9 @@ def add_program(folder: str | os.PathLike[str], program: Program | str, *, defau
         programs = (added, *rest) if default else there
         if len(programs) > _MAX_PROGRAMS:
             raise BundleError(
-                folder, f"holds {_MAX_PROGRAMS:,} programs already", "remove some, or load it with any_program=True"
+                folder,
+                f"holds {_MAX_PROGRAMS:,} programs already",
+                "remove some, or load it with any_program=True",
             )
         changed = replace(manifest, programs=programs)
         write_manifest(Path(folder), changed)
@@ -305,7 +371,8 @@ def add_program(folder: str | os.PathLike[str], program: Program | str, *, defau
 
 
 def remove_program(folder: str | os.PathLike[str], program: Program | str) -> Manifest:
-    """Remove a program from the bundle at `folder`; if it was the default, the next one is. Only the manifest is rewritten.
+    """Remove a program from the bundle at `folder`; if it was the default, the next one is. Only
+    the manifest is rewritten.
 
     Raises BundleError, also if it is not there or the only one.
     """
@@ -313,7 +380,9 @@ def remove_program(folder: str | os.PathLike[str], program: Program | str) -> Ma
         gone = _resolve(program, manifest.depth)
         programs = tuple(p for p in manifest.programs if p != gone)
         if len(programs) == len(manifest.programs):
-            raise BundleError(folder, f"holds no program {gone}", "remove one of those that its manifest names")
+            raise BundleError(
+                folder, f"holds no program {gone}", "remove one of those that its manifest names"
+            )
         if not programs:
             raise BundleError(folder, f"{gone} is its only program", "add another one first")
         changed = replace(manifest, programs=programs)
@@ -325,14 +394,18 @@ def _resolve(program: Program | str, depth: int) -> Program:
     if isinstance(program, str):
         return Program.parse(program, depth)
     if program.depth != depth:
-        raise ProgramError(f"program {program} has depth {program.depth} but the bundle has {count(depth, 'layer')}")
+        raise ProgramError(
+            f"program {program} has depth {program.depth} but the bundle has "
+            f"{count(depth, 'layer')}"
+        )
     return program
 
 
 @contextmanager
 def _edited(folder: Path) -> Iterator[Manifest]:
     """The manifest, with the folder locked against others that edit it."""
-    manifest = read_manifest(folder)  # before the lock: it says what is wrong with a folder that is no bundle
+    # before the lock: it says what is wrong with a folder that is no bundle
+    manifest = read_manifest(folder)
     if fcntl is None:
         yield manifest
         return

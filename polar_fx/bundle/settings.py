@@ -1,7 +1,8 @@
-"""The model's config and generation defaults as plain JSON, read back without a class of the model's family.
+"""The model's config and generation defaults as plain JSON, read back without a class of the
+model's family.
 
-Generation asks a config for a handful of numbers. A plain `PreTrainedConfig` answers them, so that a bundle needs neither
-the family's files nor a transformers release that has them.
+Generation asks a config for a handful of numbers. A plain `PreTrainedConfig` answers them, so that
+a bundle needs neither the family's files nor a transformers release that has them.
 """
 
 from pathlib import Path
@@ -13,13 +14,23 @@ from .errors import BundleError
 from .files import parse_json
 
 # what generation asks for under these names, whatever the family calls them
-_ASKED = ("vocab_size", "num_hidden_layers", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")
-# a folder of the exporting machine; code of the model's own; what is done to weights when they are loaded
+_ASKED = (
+    "vocab_size",
+    "num_hidden_layers",
+    "max_position_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+# a folder of the exporting machine; code of the model's own; what is done to weights when they are
+# loaded
 _LEFT_OUT = ("_name_or_path", "auto_map", "quantization_config")
 
 
 def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The text model's config as JSON values, with what generation asks for under its common names."""
+    """The text model's config as JSON values, with what generation asks for under its common
+    names.
+    """
     text = config.get_text_config(decoder=True)
     fields = {k: v for k, v in text.to_dict().items() if k not in _LEFT_OUT}
     fields |= {name: getattr(text, name) for name in _ASKED if hasattr(text, name)}
@@ -28,13 +39,17 @@ def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
 
 def generation_fields(config: GenerationConfig | None) -> dict[str, Any]:
     """Generation defaults as JSON values, those that are not set left out."""
-    return {k: v for k, v in (config.to_dict() if config is not None else {}).items() if v is not None}
+    return {
+        k: v for k, v in (config.to_dict() if config is not None else {}).items() if v is not None
+    }
 
 
 def read_config(path: Path, text: bytes) -> PreTrainedConfig:
     """Raises BundleError naming `path`."""
     fields = _object(path, text)
-    if not isinstance(fields.get("is_encoder_decoder", False), bool) or fields.get("is_encoder_decoder"):
+    if not isinstance(fields.get("is_encoder_decoder", False), bool) or fields.get(
+        "is_encoder_decoder"
+    ):
         raise BundleError(path, "is that of an encoder-decoder, which has no programs of layers")
     names = fields.get("architectures")
     if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
@@ -54,7 +69,9 @@ def read_generation(path: Path, text: bytes) -> GenerationConfig:
     try:
         return GenerationConfig.from_dict(fields)
     except Exception as error:  # as above
-        raise BundleError(path, f"has no generation defaults: {type(error).__name__} {error}") from error
+        raise BundleError(
+            path, f"has no generation defaults: {type(error).__name__} {error}"
+        ) from error
 
 
 def _object(path: Path, text: bytes) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`export`: a compiled model -> a bundle, one folder that is there whole or not at all.
 
-Regions take weights as operands, so layers and programs share one copy of both: a program is a line of the manifest.
+Regions take weights as operands, so layers and programs share one copy of both: a program is a line
+of the manifest.
 """
 
 import json
@@ -71,50 +72,81 @@ def export(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Manifest:
-    """Write a bundle of `compiled` to the new folder `out`; compiles the regions that are not there yet.
+    """Write a bundle of `compiled` to the new folder `out`; compiles the regions that are not there
+    yet.
 
     Args:
-        compiled: of backend "aot_inductor", on the CPU. Its limits and generation defaults become the bundle's.
-        programs: the programs that may be run, the first by default (None: the model's default program, or the menu of its
-            dispatcher, whose selector and policy are shipped along).
-        buckets: rows that calls have. (1,): one at a time, batches row by row; with any number from 2 up: batches, too.
+        compiled: of backend "aot_inductor", on the CPU. Its limits and generation defaults become
+            the bundle's.
+        programs: the programs that may be run, the first by default (None: the model's default
+            program, or the menu of its dispatcher, whose selector and policy are shipped along).
+        buckets: rows that calls have. (1,): one at a time, batches row by row; with any number from
+            2 up: batches, too.
         tokenizer: what has a `save_pretrained`, to be shipped along.
         overwrite: replace a bundle that is there; anything else is never replaced.
 
-    Raises InputError, ProgramError, CompileError, and BundleError if the folder cannot be written. Whenever it is
-    interrupted, what is there under the name `out` is nothing, the former bundle or the new one, never a part of one.
+    Raises InputError, ProgramError, CompileError, and BundleError if the folder cannot be written.
+    Whenever it is interrupted, what is there under the name `out` is nothing, the former bundle or
+    the new one, never a part of one.
     """
     if not isinstance(compiled, CompiledModel):
-        raise InputError(f"export takes what polar_fx.compile returns, got {type(compiled).__name__}")
+        raise InputError(
+            f"export takes what polar_fx.compile returns, got {type(compiled).__name__}"
+        )
     if isinstance(compiled, BundledModel):
-        raise InputError(f"{compiled.folder} is a bundle already; copy the folder, and change its programs with add_program")
+        raise InputError(
+            f"{compiled.folder} is a bundle already; copy the folder, and change its programs "
+            "with add_program"
+        )
     if type(compiled.backend) is not AotInductorBackend:
         raise InputError(
-            f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with backend='aot_inductor'"
+            f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with "
+            "backend='aot_inductor'"
         )
     if compiled.device.type not in ("cpu", "cuda"):
         raise InputError(
-            f"bundles are for the CPU and CUDA, and the model is on {compiled.device}; compile it on one of them"
+            f"bundles are for the CPU and CUDA, and the model is on {compiled.device}; compile it "
+            "on one of them"
         )
     chosen, dispatcher = programs_to_ship(compiled, programs), compiled.dispatcher
     if dispatcher is not None:
         if not isinstance(dispatcher.predictor, Selector):
-            raise InputError("the model's predictor is no Selector; set compiled.dispatcher = None to export without it")
+            raise InputError(
+                "the model's predictor is no Selector; set compiled.dispatcher = None to export "
+                "without it"
+            )
         if dispatcher.menu != dispatcher.predictor.menu:
-            raise InputError("the model dispatches by another menu than its predictor's; only the predictor's own can be shipped")
+            raise InputError(
+                "the model dispatches by another menu than its predictor's; only the predictor's "
+                "own can be shipped"
+            )
         if dispatcher.policy.kind == "latency_ms":
-            raise InputError("policy latency_ms<= is measured where it runs; set another one, and dispatch_by() after loading")
+            raise InputError(
+                "policy latency_ms<= is measured where it runs; set another one, and "
+                "dispatch_by() after loading"
+            )
         if missing := [p for p in dispatcher.menu.programs if p not in chosen]:
-            raise InputError(f"the predictor may choose {missing[0]}, which is not among programs=; leave that out, or add it")
+            raise InputError(
+                f"the predictor may choose {missing[0]}, which is not among programs=; leave that "
+                "out, or add it"
+            )
     if not buckets or any(type(b) is not int or b < 1 for b in buckets):
-        raise InputError(f"buckets must be numbers of rows, such as (1,) or (1, 2), got {buckets!r}")
+        raise InputError(
+            f"buckets must be numbers of rows, such as (1,) or (1, 2), got {buckets!r}"
+        )
     target = check_target(out, overwrite)
     with os_errors(target), tempfile.TemporaryDirectory(prefix="polar_fx-") as spare:
         many_rows = max(buckets) > 1 and not compiled.deterministic
         draft = _draft(compiled, chosen, many_rows)
-        packages = _packages(compiled, region_names(compiled.library.table, draft.shapes), Path(spare))
+        packages = _packages(
+            compiled, region_names(compiled.library.table, draft.shapes), Path(spare)
+        )
         weights, ties = stored_weights(compiled.library.tensors, compiled.library.table)
-        require_room(target.parent, sum(t.nbytes for t in weights.values()) + sum(p.stat().st_size for p in packages.values()))
+        require_room(
+            target.parent,
+            sum(t.nbytes for t in weights.values())
+            + sum(p.stat().st_size for p in packages.values()),
+        )
         with new_folder(target, overwrite) as work:
             save_weights(weights, work / WEIGHTS)
             manifest = _write(compiled, replace(draft, ties=ties), packages, tokenizer, work)
@@ -122,19 +154,33 @@ def export(
     return manifest
 
 
-def programs_to_ship(compiled: CompiledModel, programs: Iterable[ProgramLike] | None) -> tuple[Program, ...]:
-    """The programs, each once; None: the default one, or the dispatcher's menu. Raises InputError and ProgramError."""
+def programs_to_ship(
+    compiled: CompiledModel, programs: Iterable[ProgramLike] | None
+) -> tuple[Program, ...]:
+    """The programs, each once; None: the default one, or the dispatcher's menu.
+
+    Raises InputError and ProgramError.
+    """
     dispatcher = compiled.dispatcher
     by_default: Sequence[ProgramLike] = (None,) if dispatcher is None else dispatcher.menu.programs
-    chosen = tuple(dict.fromkeys(compiled.resolve(p) for p in (by_default if programs is None else programs)))
+    chosen = tuple(
+        dict.fromkeys(compiled.resolve(p) for p in (by_default if programs is None else programs))
+    )
     if not chosen:
-        raise InputError("an export needs at least one program; leave programs= out for the default one")
+        raise InputError(
+            "an export needs at least one program; leave programs= out for the default one"
+        )
     return chosen
 
 
 def check_target(out: str | PathLike[str], overwrite: bool, mark: str = MANIFEST) -> Path:
-    """The absolute path of a folder that may be written; what is overwritten must hold a file `mark`. Raises BundleError."""
-    target = Path(os.path.abspath(out))  # not resolved: a link under that name is an existing thing, too
+    """The absolute path of a folder that may be written; what is overwritten must hold a file
+    `mark`.
+
+    Raises BundleError.
+    """
+    # not resolved: a link under that name is an existing thing, too
+    target = Path(os.path.abspath(out))
     if not target.parent.is_dir():
         raise BundleError(target, "is in no folder that exists", f"make {target.parent} first")
     if not os.path.lexists(target):
@@ -143,22 +189,31 @@ def check_target(out: str | PathLike[str], overwrite: bool, mark: str = MANIFEST
         raise BundleError(target, "exists already", "name another folder, or say overwrite=True")
     if target.is_symlink() or not (target / mark).is_file():
         what = "is no bundle" if mark == MANIFEST else f"holds no {mark}"
-        raise BundleError(target, f"is there and {what}, so it is not overwritten", "name another folder, or remove it")
+        raise BundleError(
+            target,
+            f"is there and {what}, so it is not overwritten",
+            "name another folder, or remove it",
+        )
     return target
 
 
 def require_room(folder: Path, num_bytes: int) -> None:
-    """Raises BundleError if the disk has less left, and some for manifest, settings and file system."""
+    """Raises BundleError if the disk has less left, and some for manifest, settings and file
+    system.
+    """
     needed = num_bytes + _SPARE_BYTES
     if (free := shutil.disk_usage(folder).free) < needed:
         raise BundleError(
-            folder, f"has {size(free)} left, and the bundle takes {size(needed)}", "free some space there, or name another disk"
+            folder,
+            f"has {size(free)} left, and the bundle takes {size(needed)}",
+            "free some space there, or name another disk",
         )
 
 
 @contextmanager
 def new_folder(target: Path, overwrite: bool, mark: str = MANIFEST) -> Iterator[Path]:
-    """A hidden folder beside `target` to write into, which then gets that name; removed if that does not come to pass.
+    """A hidden folder beside `target` to write into, which then gets that name; removed if that
+    does not come to pass.
 
     Raises BundleError for what the operating system refuses, and as `check_target`.
     """
@@ -201,7 +256,9 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bo
 
 
 def _packages(compiled: CompiledModel, wanted: list[Wanted], spare: Path) -> dict[Wanted, Path]:
-    """Copies of the compiled packages, in `spare`: in the store others could remove them before they are shipped."""
+    """Copies of the compiled packages, in `spare`: in the store others could remove them before
+    they are shipped.
+    """
     regions = compiled.regions
     found: dict[Wanted, Path] = {}
     copies = spare / "regions"
@@ -222,27 +279,54 @@ def _packages(compiled: CompiledModel, wanted: list[Wanted], spare: Path) -> dic
 
     if regions.store is not None:
         take(regions)
-    if len(found) < len(wanted):  # without a store, or with one that has no room for all: once more, in a place of our own
+    # without a store, or with one that has no room for all: once more, in a place of our own
+    if len(found) < len(wanted):
         store = ArtifactStore(spare / "store", limit_bytes=0)
-        take(RegionTable(compiled.library, compiled.backend, regions.max_length, store, regions.workers))
+        take(
+            RegionTable(
+                compiled.library, compiled.backend, regions.max_length, store, regions.workers
+            )
+        )
     return found
 
 
-def _write(compiled: CompiledModel, draft: Manifest, packages: dict[Wanted, Path], tokenizer: Any, work: Path) -> Manifest:
+def _write(
+    compiled: CompiledModel,
+    draft: Manifest,
+    packages: dict[Wanted, Path],
+    tokenizer: Any,
+    work: Path,
+) -> Manifest:
     """Write everything but the weights into `work`, then read it as a loader would."""
     (work / REGIONS).mkdir()
     write_file(work / SYMBOLS, compiled.library.table.to_json().encode())
     write_file(work / CONFIG, json.dumps(config_fields(compiled.config), indent=1).encode())
-    write_file(work / GENERATION, json.dumps(generation_fields(compiled.generation_config), indent=1).encode())
+    write_file(
+        work / GENERATION,
+        json.dumps(generation_fields(compiled.generation_config), indent=1).encode(),
+    )
     regions: dict[str, Wanted] = {}
     for (name, shape), package in packages.items():
-        part = f"{name}.{'one-row' if shape.batch else 'rows'}.{'one-token' if shape.tokens else 'tokens'}.pt2"
+        rows = "one-row" if shape.batch else "rows"
+        tokens = "one-token" if shape.tokens else "tokens"
+        part = f"{name}.{rows}.{tokens}.pt2"
         regions[REGIONS + part] = name, shape
         copy_file(package, work / REGIONS / part)
-    paths = [WEIGHTS, SYMBOLS, CONFIG, GENERATION, *regions, *_save_tokenizer(tokenizer, work), *_save_predictor(compiled, work)]
+    paths = [
+        WEIGHTS,
+        SYMBOLS,
+        CONFIG,
+        GENERATION,
+        *regions,
+        *_save_tokenizer(tokenizer, work),
+        *_save_predictor(compiled, work),
+    ]
     for folder in {(work / p).parent for p in paths}:
         sync(folder)
-    files = tuple(BundledFile(p, (work / p).stat().st_size, digest_of(work / p), regions.get(p)) for p in paths)
+    files = tuple(
+        BundledFile(p, (work / p).stat().st_size, digest_of(work / p), regions.get(p))
+        for p in paths
+    )
     manifest = replace(draft, files=files)
     write_manifest(work, manifest)
     verify_bundle(work)
@@ -255,14 +339,20 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
         save_file(weights, path)
     except SafetensorError as error:  # in which the system's own error is but text
         raise BundleError(
-            path, f"cannot be written: {error}", "free some space there, or name a folder on another disk"
+            path,
+            f"cannot be written: {error}",
+            "free some space there, or name a folder on another disk",
         ) from error
-    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)  # safetensors writes for the owner alone
+    # safetensors writes for the owner alone
+    path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
     sync(path)
 
 
 def _save_tokenizer(tokenizer: Any, work: Path) -> list[str]:
-    """Paths of the tokenizer's files. Raises InputError for one that comes with code or formats of its own."""
+    """Paths of the tokenizer's files.
+
+    Raises InputError for one that comes with code or formats of its own.
+    """
     if tokenizer is None:
         return []
     place = work / TOKENIZER
@@ -270,7 +360,10 @@ def _save_tokenizer(tokenizer: Any, work: Path) -> list[str]:
     files = sorted(f for f in place.rglob("*") if not f.is_dir())
     for file in files:
         if file.suffix not in TOKENIZER_SUFFIXES:
-            raise InputError(f"the tokenizer saves {file.name}, which a bundle cannot ship; export without tokenizer=")
+            raise InputError(
+                f"the tokenizer saves {file.name}, which a bundle cannot ship; export without "
+                "tokenizer="
+            )
         sync(file)
     return [f.relative_to(work).as_posix() for f in files]
 
@@ -281,14 +374,19 @@ def _save_predictor(compiled: CompiledModel, work: Path) -> list[str]:
         return []
     selector = compiled.dispatcher.predictor
     assert isinstance(selector, Selector)
-    save_selector(selector, work / PREDICTOR, compiled.library.model_fingerprint, compiled.dispatcher.policy)
+    save_selector(
+        selector, work / PREDICTOR, compiled.library.model_fingerprint, compiled.dispatcher.policy
+    )
     for path in PREDICTOR_FILES:
         sync(work / path)
     return list(PREDICTOR_FILES)
 
 
 def _place(work: Path, target: Path, overwrite: bool, mark: str) -> None:
-    """Give the finished folder its name. There is never a half bundle under that name; for a moment there may be none."""
+    """Give the finished folder its name.
+
+    There is never a half bundle under that name; for a moment there may be none.
+    """
     if overwrite and os.path.lexists(target):
         check_target(target, overwrite, mark)
         former = work.with_suffix(".former")

@@ -1,5 +1,6 @@
-"""HuggingFace causal LM -> `CapturedModel`. This folder is all that knows how a model is put together; it knows no
-model by name."""
+"""HuggingFace causal LM -> `CapturedModel`. This folder is all that knows how a model is put
+together; it knows no model by name.
+"""
 
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE
@@ -7,5 +8,12 @@ from .support import attention_variants, check_supported, embedding_weight, shar
 from .trace import capture
 
 __all__ = [
-    "CACHE", "CapturedModel", "KvSpec", "attention_variants", "capture", "check_supported", "embedding_weight", "shared_view",
-]  # fmt: skip
+    "CACHE",
+    "CapturedModel",
+    "KvSpec",
+    "attention_variants",
+    "capture",
+    "check_supported",
+    "embedding_weight",
+    "shared_view",
+]

@@ -10,7 +10,9 @@ ALIGNMENT = 16  # slots are a multiple of so many columns long
 
 @dataclass(frozen=True)
 class KvSpec:
-    """Geometry of one layer's slot: keys are [B, heads, L, key_size], values [B, heads, L, value_size]."""
+    """Geometry of one layer's slot: keys are [B, heads, L, key_size], values [B, heads, L,
+    value_size].
+    """
 
     heads: int
     key_size: int
@@ -18,7 +20,12 @@ class KvSpec:
     dtype: torch.dtype
 
     def shapes(self, batch: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (batch, self.heads, length, self.key_size), (batch, self.heads, length, self.value_size)
+        return (batch, self.heads, length, self.key_size), (
+            batch,
+            self.heads,
+            length,
+            self.value_size,
+        )
 
     def bytes_per_token(self) -> int:
         return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
@@ -28,9 +35,11 @@ class KvSpec:
 class CapturedModel:
     """A model as a flat FX graph.
 
-    Placeholders: `input_ids` i64[B, T], `positions` i64[B, T] (per-row token positions, also the KV index
-    each token writes), `kv_index` i64[L] (0 .. L-1), then `kv_<layer>_0` (keys) and `kv_<layer>_1` (values),
-    written in place. Output: logits [B, T, V]. Weights are get_attr nodes holding the model's own tensors.
+    Placeholders: `input_ids` i64[B, T], `positions` i64[B, T] (per-row token positions, also the KV
+    index each token writes), `kv_index` i64[L] (0 .. L-1), then `kv_<layer>_0` (keys) and
+    `kv_<layer>_1` (values),
+    written in place. Output: logits [B, T, V]. Weights are get_attr nodes holding the model's own
+    tensors.
     """
 
     graph_module: GraphModule

@@ -1,4 +1,6 @@
-"""Trust, but verify: a captured graph must compute what the model computes before anyone runs it."""
+"""Trust, but verify: a captured graph must compute what the model computes before anyone runs
+it.
+"""
 
 import logging
 import warnings
@@ -13,33 +15,45 @@ from .trace import TRACING
 
 log = logging.getLogger("polar_fx.check")
 
-# Largest accepted difference of logits, relative to the largest logit, whatever its size: rounding grows with the numbers. In
-# bfloat16 it is up to 0.025 for tiny models of 44 families, and 0.06 between two ways to run a random one of 28 layers.
+# Largest accepted difference of logits, relative to the largest logit, whatever its size: rounding
+# grows with the numbers. In bfloat16 it is up to 0.025 for tiny models of 44 families, and 0.06
+# between two ways to run a random one of 28 layers.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 _LENGTHS, _SPLITS = (9, 6), (5, 2)
-_REMEDY = "use a model whose code follows transformers' current cache and mask interfaces; docs/models.md says what is needed"
+_REMEDY = (
+    "use a model whose code follows transformers' current cache and mask interfaces; "
+    "docs/models.md says what is needed"
+)
 
 
 @torch.no_grad()
 def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[float, float]:
-    """(largest absolute logit difference, largest absolute logit) of identity against the model itself.
+    """(largest absolute logit difference, largest absolute logit) of identity against the model
+    itself.
 
-    Two rows of different length, fed as one ragged batch in two parts that start at different positions, against each
-    row alone in the model: that exercises per-row positions, masks and the KV slots.
+    Two rows of different length, fed as one ragged batch in two parts that start at different
+    positions, against each row alone in the model: that exercises per-row positions, masks and the
+    KV slots.
     """
     reference = shared_view(model, model.config._attn_implementation)
     device, vocab = captured.device, embedding_weight(model).shape[0]
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, vocab, (n,), generator=generator).to(device) for n in _LENGTHS]
     length = 16
-    kv = [torch.zeros(s, dtype=spec.dtype, device=device) for spec in captured.kv_specs for s in spec.shapes(2, length)]
+    kv = [
+        torch.zeros(s, dtype=spec.dtype, device=device)
+        for spec in captured.kv_specs
+        for s in spec.shapes(2, length)
+    ]
     index = torch.arange(length, device=device)
     got: list[list[torch.Tensor]] = [[], []]
     for starts, stops in (((0, 0), _SPLITS), (_SPLITS, _LENGTHS)):
         pieces = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
         ids, positions = (
             torch.nn.utils.rnn.pad_sequence(
-                [x[p] for x, p in zip(values, pieces, strict=True)], batch_first=True, padding_value=pad
+                [x[p] for x, p in zip(values, pieces, strict=True)],
+                batch_first=True,
+                padding_value=pad,
             )
             for values, pad in ((rows, 0), ([index, index], length - 1))
         )
@@ -52,7 +66,9 @@ def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[flo
         both = torch.isfinite(want)
         if not both.any():
             continue
-        worst = max(worst, float((torch.cat(pieces) - want)[both].abs().nan_to_num(torch.inf).max()))
+        worst = max(
+            worst, float((torch.cat(pieces) - want)[both].abs().nan_to_num(torch.inf).max())
+        )
         scale = max(scale, float(want[both].abs().max()))
     return worst, scale
 
@@ -60,7 +76,8 @@ def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[flo
 def capture_checked(model: PreTrainedModel, check: bool = True) -> CapturedModel:
     """Capture with the first attention variant whose graph agrees with the model.
 
-    Raises CaptureError with the measured difference if none does, UnsupportedModelError as `capture` does.
+    Raises CaptureError with the measured difference if none does, UnsupportedModelError as
+    `capture` does.
     """
     with TRACING, without_autocast(embedding_weight(model).device):
         return _first_that_agrees(model, check)
@@ -83,17 +100,31 @@ def _first_that_agrees(model: PreTrainedModel, check: bool) -> CapturedModel:
         if worst <= _TOLERANCE[captured.dtype] * (scale or 1.0):
             log.info("identity agrees with the model: largest logit difference %.1e", worst)
             return captured
-        problems.append(f"traced with {variant}, logits differ from the model's by {worst:.2g} (largest logit {scale:.2g})")
-    raise CaptureError(f"{type(model).__name__} is not supported: {'; '.join(dict.fromkeys(problems))}; {_REMEDY}") from error
+        problems.append(
+            f"traced with {variant}, logits differ from the model's by {worst:.2g} (largest logit "
+            f"{scale:.2g})"
+        )
+    raise CaptureError(
+        f"{type(model).__name__} is not supported: {'; '.join(dict.fromkeys(problems))}; {_REMEDY}"
+    ) from error
 
 
 @torch.no_grad()
 def warn_if_not_finite(model: PreTrainedModel) -> None:
-    """Warn (ModelWarning) if weights hold NaN or infinity, naming where: a damaged checkpoint gives NaN answers."""
-    plain = {n: p for n, p in model.named_parameters() if type(p) is torch.nn.Parameter and p.is_floating_point()}
+    """Warn (ModelWarning) if weights hold NaN or infinity, naming where: a damaged checkpoint gives
+    NaN answers.
+    """
+    plain = {
+        n: p
+        for n, p in model.named_parameters()
+        if type(p) is torch.nn.Parameter and p.is_floating_point()
+    }
     bad = {n: p for n, p in plain.items() if not _all_finite(p)}
     if bad:
-        shown = ", ".join(f"{n} ({int((~torch.isfinite(p)).sum())} of {p.numel()})" for n, p in list(bad.items())[:3])
+        shown = ", ".join(
+            f"{n} ({int((~torch.isfinite(p)).sum())} of {p.numel()})"
+            for n, p in list(bad.items())[:3]
+        )
         more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
         warnings.warn(
             f"weights are NaN or infinite in {shown}{more}; the checkpoint is probably damaged: "
@@ -104,5 +135,6 @@ def warn_if_not_finite(model: PreTrainedModel) -> None:
 
 
 def _all_finite(weight: torch.Tensor) -> bool:
-    # extremes first: NaN and infinity both reach them, and it is one pass without a mask as large as the weight
+    # extremes first: NaN and infinity both reach them, and it is one pass without a mask as large
+    # as the weight
     return weight.numel() == 0 or bool(torch.isfinite(torch.stack(weight.aminmax())).all())

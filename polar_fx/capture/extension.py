@@ -1,7 +1,7 @@
 """The public extension points of transformers through which unchanged modeling code is traced.
 
-An attention function and a mask function registered under names of our own, and caches that answer a model's
-questions about the past from per-row positions.
+An attention function and a mask function registered under names of our own, and caches that answer
+a model's questions about the past from per-row positions.
 
 Shape legend: B batch, T tokens, L KV length, H KV heads, E head size.
 """
@@ -25,7 +25,9 @@ from .captured import KvSpec
 SDPA, EAGER = "polar_fx_sdpa", "polar_fx_eager"
 
 # What models, their outputs and generation call the cache: the name changed in transformers 5.24.
-CACHE = next(f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values"))
+CACHE = next(
+    f.name for f in fields(CausalLMOutputWithPast) if f.name in ("cache", "past_key_values")
+)
 
 
 def _mask(
@@ -38,12 +40,20 @@ def _mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """Boolean mask [B, 1, T, L] from the model's own mask rule, with one position per row and token.
+    """Boolean mask [B, 1, T, L] from the model's own mask rule, with one position per row and
+    token.
 
     `q_offset` is what our cache answers for the query offset: the positions [B, T] themselves.
     """
-    if not isinstance(q_offset, Tensor) or q_offset.dim() != 2 or mask_function is None or kv_offset != 0:
-        raise CaptureError("the model computes its attention mask in a way that per-row positions cannot follow")
+    if (
+        not isinstance(q_offset, Tensor)
+        or q_offset.dim() != 2
+        or mask_function is None
+        or kv_offset != 0
+    ):
+        raise CaptureError(
+            "the model computes its attention mask in a way that per-row positions cannot follow"
+        )
     device = q_offset.device
     rows = torch.arange(batch_size, device=device)[:, None, None, None]
     heads = torch.zeros(1, dtype=torch.long, device=device)[None, :, None, None]
@@ -54,22 +64,39 @@ def _mask(
 
 def _additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
     mask = _mask(*args, **kwargs)
-    return torch.where(mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min)
+    return torch.where(
+        mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min
+    )
 
 
-def _sdpa(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any) -> Any:
+def _sdpa(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
     """The model's sdpa attention; grouped heads go to the kernel as they are where one takes them.
 
-    Expanding K and V to all heads first costs more than the attention itself when one token is decoded (CPU: 96 against 36
-    microseconds at L = 528; H200, bf16, 24 heads in 8 groups: 84 against 18 at L = 4,112). The CPU kernel computes the same
-    bits without it. On a GPU only cuDNN and flash take groups, in half precision; float32 would fall back to plain products.
+    Expanding K and V to all heads first costs more than the attention itself when one token is
+    decoded (CPU: 96 against 36 microseconds at L = 528; H200, bf16, 24 heads in 8 groups: 84
+    against 18 at L = 4,112). The CPU kernel computes the same bits without it. On a GPU only cuDNN
+    and flash take groups, in half precision; float32 would fall back to plain products.
     """
     groups = getattr(module, "num_key_value_groups", 1)
-    plain = not ({"position_bias", "cache", "softcap"} & {k for k, v in kwargs.items() if v is not None})
+    plain = not (
+        {"position_bias", "cache", "softcap"} & {k for k, v in kwargs.items() if v is not None}
+    )
     grouped = query.device.type == "cpu" or query.dtype in (torch.float16, torch.bfloat16)
     if groups > 1 and plain and grouped and key.shape[1] * groups == query.shape[1]:
         result = nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling"), enable_gqa=True
+            query,
+            key,
+            value,
+            attn_mask=attention_mask,
+            scale=kwargs.get("scaling"),
+            enable_gqa=True,
         )
         return result.transpose(1, 2).contiguous(), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -81,7 +108,8 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     forward = getattr(source, "eager_attention_forward", None)
     if forward is None:
         raise UnsupportedModelError(
-            f"{type(module).__name__} has no eager attention function to trace", "load it with attn_implementation='sdpa'"
+            f"{type(module).__name__} has no eager attention function to trace",
+            "load it with attn_implementation='sdpa'",
         )
     return forward(module, *args, **kwargs)
 
@@ -94,7 +122,9 @@ def register() -> None:
 
 
 class _TracingCache(Cache):
-    """Answers a model's questions about the past from per-row positions; `update` is for subclasses."""
+    """Answers a model's questions about the past from per-row positions; `update` is for
+    subclasses.
+    """
 
     is_compileable = True  # type: ignore[assignment]
 
@@ -114,13 +144,15 @@ class _TracingCache(Cache):
     def __len__(self) -> int:
         return self.depth
 
-    is_sliding = property(lambda self: [False] * self.depth)  # full-length slots: the window lives in the mask
+    # full-length slots: the window lives in the mask
+    is_sliding = property(lambda self: [False] * self.depth)
     is_linear = property(lambda self: [False] * self.depth)
     is_dummy = property(lambda self: [False] * self.depth)
     is_initialized = property(lambda self: True)
 
     def _stateful(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("a layer keeps recurrent or convolutional state")  # `probe` names the model and the remedy
+        # `probe` names the model and the remedy
+        raise NotImplementedError("a layer keeps recurrent or convolutional state")
 
     update_conv_state = update_recurrent_state = has_previous_state = _stateful
 
@@ -132,24 +164,32 @@ class Recorder(_TracingCache):
         super().__init__(positions, length, depth)
         self.calls: list[tuple[int, KvSpec]] = []
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         k, v = key_states, value_states
         self.calls.append((layer_idx, KvSpec(k.shape[1], k.shape[3], v.shape[3], k.dtype)))
         return k, v
 
 
 class Slots(_TracingCache):
-    """Writes keys and values at the given positions of slots that are graph inputs; returns whole slots."""
+    """Writes keys and values at the given positions of slots that are graph inputs; returns whole
+    slots.
+    """
 
     def __init__(self, positions: Tensor, kv_index: Tensor, kv: list[Tensor]) -> None:
         super().__init__(positions, kv_index.shape[0], len(kv) // 2)
         self.kv = kv
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
         where = [rows, None, self.positions]
         written = [
             torch.ops.aten.index_put_(slot, where, states.transpose(1, 2))
-            for slot, states in zip(self.kv[2 * layer_idx : 2 * layer_idx + 2], (key_states, value_states), strict=True)
+            for slot, states in zip(
+                self.kv[2 * layer_idx : 2 * layer_idx + 2], (key_states, value_states), strict=True
+            )
         ]
         return written[0], written[1]

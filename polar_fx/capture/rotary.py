@@ -1,8 +1,9 @@
 """Rotary frequencies that depend on the longest position, in a form a graph can hold.
 
-transformers calls this "longrope": one set of frequencies while every position is below the length the model was first
-trained for, another set beyond it. Its older releases choose with an `if`, for which tracing would need the positions
-themselves; here both sets are there, and an operator chooses.
+transformers calls this "longrope": one set of frequencies while every position is below the length
+the model was first trained for, another set beyond it. Its older releases choose with an `if`, for
+which tracing would need the positions themselves; here both sets are there, and an operator
+chooses.
 """
 
 import inspect
@@ -15,10 +16,16 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
 def choose_frequencies_by_operator(view: nn.Module) -> None:
-    """Let the longrope modules of a view (never of the user's model) choose their frequencies without an `if`."""
+    """Let the longrope modules of a view (never of the user's model) choose their frequencies
+    without an `if`.
+    """
     for module in view.modules():
         kinds = getattr(module, "rope_type", None)
-        layer_types = [t for t, kind in kinds.items() if kind == "longrope"] if isinstance(kinds, dict) else []
+        layer_types = (
+            [t for t, kind in kinds.items() if kind == "longrope"]
+            if isinstance(kinds, dict)
+            else []
+        )
         if kinds == "longrope":
             layer_types = [None]
         if layer_types:
@@ -26,7 +33,9 @@ def choose_frequencies_by_operator(view: nn.Module) -> None:
 
 
 def _choosing(module: nn.Module, layer_types: list[Any]) -> Any:
-    """The module's own forward pass without transformers' decorator, after the choice of frequencies."""
+    """The module's own forward pass without transformers' decorator, after the choice of
+    frequencies.
+    """
     decorated = type(module).forward
     inner = inspect.unwrap(decorated)
     long = {layer_type: _long_frequencies(module, layer_type) for layer_type in layer_types}
@@ -56,4 +65,6 @@ def _first_length(module: Any, layer_type: str | None) -> int:
 def _long_frequencies(module: Any, layer_type: str | None) -> Tensor:
     device = next(module.buffers()).device
     length = _first_length(module, layer_type) + 1
-    return ROPE_INIT_FUNCTIONS["longrope"](module.config, device, seq_len=length, layer_type=layer_type)[0]
+    return ROPE_INIT_FUNCTIONS["longrope"](
+        module.config, device, seq_len=length, layer_type=layer_type
+    )[0]

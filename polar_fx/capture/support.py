@@ -1,4 +1,6 @@
-"""What can be captured: the layer stack, the attention to trace, and whether every layer owns its state."""
+"""What can be captured: the layer stack, the attention to trace, and whether every layer owns its
+state.
+"""
 
 import contextlib
 import copy
@@ -6,7 +8,9 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._functorch._aot_autograd.subclass_parametrization import unwrap_tensor_subclass_parameters
+from torch._functorch._aot_autograd.subclass_parametrization import (
+    unwrap_tensor_subclass_parameters,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -20,36 +24,46 @@ _MORE_ROWS = 16  # a table of positions may have: OPT's begins at 2
 def attention_variants(model: PreTrainedModel) -> tuple[str, ...]:
     """Names under which the model's attention may be traced, the one it was loaded with first.
 
-    Older modeling code compares the name with "sdpa" itself instead of asking for a function; it then takes its
-    eager path, which needs an additive mask. Which variant is right is decided by running it.
+    Older modeling code compares the name with "sdpa" itself instead of asking for a function; it
+    then takes its eager path, which needs an additive mask. Which variant is right is decided by
+    running it.
     """
     loaded = model.config._attn_implementation
     names = {"sdpa": (SDPA, EAGER), "eager": (EAGER,), None: (EAGER,)}
     if loaded not in names:
         raise UnsupportedModelError(
-            f"attention implementation {loaded!r} cannot be traced", "load the model with attn_implementation='sdpa' or 'eager'"
+            f"attention implementation {loaded!r} cannot be traced",
+            "load the model with attn_implementation='sdpa' or 'eager'",
         )
     return names[loaded]
 
 
 def embedding_weight(model: PreTrainedModel) -> Tensor:
-    """The input embedding [V, d]: its device is where token ids go, its length the number of ids."""
+    """The input embedding [V, d]: its device is where token ids go, its length the number of
+    ids.
+    """
     return cast(Tensor, model.get_input_embeddings().weight)
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Inside it torch.autocast is off: graphs are traced and run in the types of the model's own weights."""
-    # asked first: of a device that autocast does not know, such as "meta", the second question raises
+    """Inside it torch.autocast is off: graphs are traced and run in the types of the model's own
+    weights.
+    """
+    # asked first: of a device that autocast does not know, such as "meta", the second question
+    # raises
     on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if on else contextlib.nullcontext()
 
 
 def shared_view(model: PreTrainedModel, attention: str | None) -> PreTrainedModel:
-    """A structural copy of the model that shares all tensors, in eval mode, with our attention functions."""
+    """A structural copy of the model that shares all tensors, in eval mode, with our attention
+    functions.
+    """
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     view = copy.deepcopy(model, tensors)  # type: ignore[arg-type]
     view.eval()
-    for module in view.modules():  # only the logits are wanted, whatever else the user's model hands out
+    # only the logits are wanted, whatever else the user's model hands out
+    for module in view.modules():
         if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
             config._attn_implementation_internal = attention
             config.return_dict, config.output_router_logits = True, False
@@ -57,9 +71,11 @@ def shared_view(model: PreTrainedModel, attention: str | None) -> PreTrainedMode
 
 
 def unwrapped(view: PreTrainedModel) -> PreTrainedModel:
-    """The view with weights that are tensor subclasses (quantized ones) as the plain tensors they are made of.
+    """The view with weights that are tensor subclasses (quantized ones) as the plain tensors they
+    are made of.
 
-    Traced so, scales and integers are weights like any other, and dequantizing is part of the graph.
+    Traced so, scales and integers are weights like any other, and dequantizing is part of the
+    graph.
     """
     if any(is_traceable_wrapper_subclass(p) for p in view.parameters()):
         unwrap_tensor_subclass_parameters(view)
@@ -69,33 +85,48 @@ def unwrapped(view: PreTrainedModel) -> PreTrainedModel:
 def find_stack(model: PreTrainedModel) -> str:
     """Dotted path of the ModuleList that holds the decoder layers."""
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
-    lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0}
+    lists = {
+        name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0
+    }
     outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
     fits = [n for n, m in outermost.items() if len(m) == depth] or list(outermost)
     # of a model that also sees or hears, the text model's own layers, whatever else is as deep
-    own = {id(m) for m in decoder.modules()} if isinstance(decoder := model.get_decoder(), nn.Module) else set()
+    own = (
+        {id(m) for m in decoder.modules()}
+        if isinstance(decoder := model.get_decoder(), nn.Module)
+        else set()
+    )
     fits = [n for n in fits if id(outermost[n]) in own] or fits
     if not fits:
         raise UnsupportedModelError(
-            f"{type(model).__name__} has no stack of layers (no nn.ModuleList)", "pass a decoder-only causal language model"
+            f"{type(model).__name__} has no stack of layers (no nn.ModuleList)",
+            "pass a decoder-only causal language model",
         )
     return max(fits, key=lambda n: sum(p.numel() for p in outermost[n].parameters()))
 
 
 def last_position(model: PreTrainedModel) -> int | None:
-    """The last position a model can look up, if it keeps a table of them, learned or computed ahead; None if it needs none.
+    """The last position a model can look up, if it keeps a table of them, learned or computed
+    ahead; None if it needs none.
 
-    A table is known by its length: that of the config, or a few rows more. To take something else for one costs an operator.
+    A table is known by its length: that of the config, or a few rows more. To take something else
+    for one costs an operator.
     """
     limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is None:
         return None
     for module in model.modules():
         if isinstance(module, nn.Embedding):
-            found = module is not model.get_input_embeddings() and limit <= module.num_embeddings < limit + _MORE_ROWS
+            found = (
+                module is not model.get_input_embeddings()
+                and limit <= module.num_embeddings < limit + _MORE_ROWS
+            )
         else:
             own = (*module._buffers.values(), *vars(module).values())
-            found = any(isinstance(t, Tensor) and t.dim() > 1 and limit <= t.shape[-2] < limit + _MORE_ROWS for t in own)
+            found = any(
+                isinstance(t, Tensor) and t.dim() > 1 and limit <= t.shape[-2] < limit + _MORE_ROWS
+                for t in own
+            )
         if found:
             return int(limit) - 1
     return None
@@ -105,39 +136,57 @@ def check_supported(model: Any) -> None:
     """Raise UnsupportedModelError for what can be told without running the model."""
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
-            f"expected a transformers PreTrainedModel, got {type(model).__name__}", "load one with polar_fx.load(...)"
+            f"expected a transformers PreTrainedModel, got {type(model).__name__}",
+            "load one with polar_fx.load(...)",
         )
     if getattr(model.config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder", "pass a decoder-only causal language model")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is an encoder-decoder",
+            "pass a decoder-only causal language model",
+        )
     if model.get_output_embeddings() is None:
-        raise UnsupportedModelError(f"{type(model).__name__} has no language-model head", "load it with AutoModelForCausalLM")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no language-model head",
+            "load it with AutoModelForCausalLM",
+        )
     devices = sorted({str(p.device) for p in model.parameters()})
     if devices == ["meta"] or len(devices) > 1:
         raise UnsupportedModelError(
-            f"the weights of {type(model).__name__} are on {', '.join(devices)}", "load them all onto one device"
+            f"the weights of {type(model).__name__} are on {', '.join(devices)}",
+            "load them all onto one device",
         )
     hooked = sorted({n or "the model" for n, m in model.named_modules() for h in _hooks(m)})
     if hooked:
         raise UnsupportedModelError(
-            f"{hooked[0]} has a forward hook, which a compiled graph would not run", "remove the hooks first"
+            f"{hooked[0]} has a forward hook, which a compiled graph would not run",
+            "remove the hooks first",
         )
-    replaced = [n for n, m in model.named_modules() if hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")]
+    replaced = [
+        n
+        for n, m in model.named_modules()
+        if hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")
+    ]
     if replaced:
         raise UnsupportedModelError(
             f"forward of {replaced[0] or 'the model'} was replaced by torch.compile",
-            "compile the model as it was loaded: delete the attribute (del model.forward), or load the model again",
+            "compile the model as it was loaded: delete the attribute (del model.forward), or "
+            "load the model again",
         )
     find_stack(model)
 
 
 def _hooks(module: nn.Module) -> list[Any]:
-    """The user's hooks; transformers leaves some of its own behind, which do nothing unless it records outputs."""
+    """The user's hooks; transformers leaves some of its own behind, which do nothing unless it
+    records outputs.
+    """
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith("transformers.")]
 
 
 class _ReadOnlyWeights(TorchDispatchMode):
-    """Some models rescale their weights in their first forward pass; a view must not do that to the user's model."""
+    """Some models rescale their weights in their first forward pass; a view must not do that to the
+    user's model.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -152,32 +201,46 @@ class _ReadOnlyWeights(TorchDispatchMode):
             and args[0].untyped_storage().data_ptr() in self.storages
         ):
             raise UnsupportedModelError(
-                f"{type(self.model).__name__} changes its weights in its forward pass", "pass a model that only reads them"
+                f"{type(self.model).__name__} changes its weights in its forward pass",
+                "pass a model that only reads them",
             )
         return func(*args, **(kwargs or {}))
 
 
 def probe(view: PreTrainedModel, depth: int) -> tuple[KvSpec, ...]:
-    """Run two tokens through the view and see that every layer stores keys and values of its own, once."""
+    """Run two tokens through the view and see that every layer stores keys and values of its own,
+    once.
+    """
     device = embedding_weight(view).device
     positions = torch.arange(2, device=device)[None]
     recorder = Recorder(positions, 2, depth)
     try:
         with torch.no_grad(), _ReadOnlyWeights(view):
-            view(input_ids=torch.zeros_like(positions), position_ids=positions, use_cache=True, **{CACHE: recorder})
+            view(
+                input_ids=torch.zeros_like(positions),
+                position_ids=positions,
+                use_cache=True,
+                **{CACHE: recorder},
+            )
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{type(view).__name__} does not run with one KV slot per layer ({type(error).__name__}: {error})",
+            f"{type(view).__name__} does not run with one KV slot per layer "
+            f"({type(error).__name__}: {error})",
             "models with recurrent, convolutional or cross-layer state are not supported",
         ) from error
     stored = [layer for layer, _ in recorder.calls]
     if stored != list(range(depth)):
         silent = sorted(set(range(depth)) - set(stored))
-        what = f"layers {silent} store no keys and values of their own" if silent else f"layers store KV in the order {stored}"
+        what = (
+            f"layers {silent} store no keys and values of their own"
+            if silent
+            else f"layers store KV in the order {stored}"
+        )
         raise UnsupportedModelError(
             f"{type(view).__name__}: {what} (shared KV, or recurrent state)",
-            "skipping or repeating layers of such a model is unsound; use one where every layer owns its KV",
+            "skipping or repeating layers of such a model is unsound; use one where every layer "
+            "owns its KV",
         )
     return tuple(spec for _, spec in recorder.calls)

@@ -1,7 +1,7 @@
 """HuggingFace causal LM -> flat FX graph with weights, KV and positions made explicit.
 
-The model traced is a view: a structural copy that shares every tensor with the user's model, so nothing is written
-to the user's object.
+The model traced is a view: a structural copy that shares every tensor with the user's model, so
+nothing is written to the user's object.
 
 Shape legend: B batch, T tokens, L KV length, V vocabulary.
 """
@@ -37,7 +37,7 @@ from .support import (
     shared_view,
     unwrapped,
     without_autocast,
-)  # fmt: skip
+)
 
 log = logging.getLogger("polar_fx.capture")
 
@@ -52,19 +52,27 @@ class _Traced(nn.Module):
         super().__init__()
         self.model, self.last = model, last
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]
+    ) -> Tensor:
         cache = Slots(positions, kv_index, kv)
-        # "no padding", for code that would otherwise make such a mask from a length it believes to be a number
+        # "no padding", for code that would otherwise make such a mask from a length it believes to
+        # be a number
         mask = torch.ones_like(kv_index).expand(input_ids.shape[0], -1)
         given: dict[str, Any] = {CACHE: cache}
-        # padding is written to a spare column, which may lie beyond the model's own table of positions: only the table is spared
+        # padding is written to a spare column, which may lie beyond the model's own table of
+        # positions: only the table is spared
         places = positions if self.last is None else positions.clamp(max=self.last)
-        return self.model(input_ids=input_ids, attention_mask=mask, position_ids=places, use_cache=True, **given).logits
+        return self.model(
+            input_ids=input_ids, attention_mask=mask, position_ids=places, use_cache=True, **given
+        ).logits
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch.export warns about its own internals, and prints half a graph when it fails; neither helps a user."""
+    """torch.export warns about its own internals, and prints half a graph when it fails; neither
+    helps a user.
+    """
     with warnings.catch_warnings(), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -73,8 +81,16 @@ def _quiet() -> Iterator[None]:
 def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.ExportedProgram:
     device = embedding_weight(view).device
     positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
-    kv = [torch.zeros(s, dtype=spec.dtype, device=device) for spec in specs for s in spec.shapes(_B, _L)]
-    batch, tokens, length = torch.export.Dim("batch"), torch.export.Dim("tokens"), torch.export.Dim("length")
+    kv = [
+        torch.zeros(s, dtype=spec.dtype, device=device)
+        for spec in specs
+        for s in spec.shapes(_B, _L)
+    ]
+    batch, tokens, length = (
+        torch.export.Dim("batch"),
+        torch.export.Dim("tokens"),
+        torch.export.Dim("length"),
+    )
     rows = {0: batch, 1: tokens}
     shapes = (rows, rows, {0: length}, [{0: batch, 2: length}] * len(kv))
     example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), kv)
@@ -84,8 +100,9 @@ def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.Ex
             example,
             dynamic_shapes=shapes,
             strict=False,
-            # torch before 2.13 cannot prove relations such as min(16 * L, 32 * L) == 16 * L, which grouped heads lead to, and
-            # would refuse the model; the sizes our tables hand over fulfil them
+            # torch before 2.13 cannot prove relations such as min(16 * L, 32 * L) == 16 * L, which
+            # grouped heads lead to, and would refuse the model; the sizes our tables hand over
+            # fulfil them
             prefer_deferred_runtime_asserts_over_guards=True,
         )
 
@@ -122,14 +139,19 @@ def _flatten(exported: torch.export.ExportedProgram, stack: str) -> GraphModule:
             graph.output(env[node.args[0][0]])
         elif node.op == "get_attr":
             raise UnsupportedModelError(
-                f"the trace holds a nested graph ({node.target})", "data-dependent control flow is not supported"
+                f"the trace holds a nested graph ({node.target})",
+                "data-dependent control flow is not supported",
             )
         elif writes(node) and env[buffer := storage(node)].op == "get_attr":
-            if node.target is not torch.ops.aten.copy_.default or node is not next(iter(buffer.users)):
+            if node.target is not torch.ops.aten.copy_.default or node is not next(
+                iter(buffer.users)
+            ):
                 raise UnsupportedModelError(
-                    f"the forward pass writes to {env[buffer].target}", "a model that keeps state between calls is not supported"
+                    f"the forward pass writes to {env[buffer].target}",
+                    "a model that keeps state between calls is not supported",
                 )
-            env[node] = env[node.args[1]]  # computed anew by each call, as rotary frequencies may be: no write is needed
+            # computed anew by each call, as rotary frequencies may be: no write is needed
+            env[node] = env[node.args[1]]
         else:
             env[node] = new = graph.node_copy(node, env.__getitem__)
             new.meta = {"val": node.meta.get("val"), "layer": _layer_of(node, in_layer)}
@@ -141,7 +163,9 @@ def _tensor(exported: torch.export.ExportedProgram, spec: Any) -> Tensor:
         value = exported.state_dict.get(spec.target, exported.constants.get(spec.target))
         if isinstance(value, Tensor):
             return value
-    raise UnsupportedModelError(f"the trace needs an input of kind {spec.kind}", "report this model")
+    raise UnsupportedModelError(
+        f"the trace needs an input of kind {spec.kind}", "report this model"
+    )
 
 
 def _layer_of(node: Node, in_layer: re.Pattern[str]) -> int | None:
@@ -154,19 +178,19 @@ def _layer_of(node: Node, in_layer: re.Pattern[str]) -> int | None:
 def capture(model: PreTrainedModel, attention: str | None = None) -> CapturedModel:
     """Trace `model` into a flat FX graph; the model is neither changed nor copied.
 
-    `attention` is one of `attention_variants(model)`, by default the first. `check.capture_checked` picks the
-    variant that agrees with the model.
+    `attention` is one of `attention_variants(model)`, by default the first. `check.capture_checked`
+    picks the variant that agrees with the model.
 
-    Raises UnsupportedModelError for models whose layers cannot be skipped or repeated soundly and CaptureError
-    when tracing itself fails; both say what to do.
+    Raises UnsupportedModelError for models whose layers cannot be skipped or repeated soundly and
+    CaptureError when tracing itself fails; both say what to do.
     """
+    check_supported(model)
     with TRACING, without_autocast(embedding_weight(model).device):
         return _capture(model, attention)
 
 
 def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     start = time.perf_counter()
-    check_supported(model)
     register()
     stack = find_stack(model)
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
@@ -179,8 +203,16 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
         raise
     except Exception as error:
         reason = str(error).strip().partition("\n")[0]
-        raise CaptureError(f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {reason}") from error
+        raise CaptureError(
+            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {reason}"
+        ) from error
     flat = _flatten(exported, stack)
     seconds = time.perf_counter() - start
-    log.info("captured %s: %d layers, %d nodes in %.1f s", type(model).__name__, depth, len(flat.graph.nodes), seconds)
+    log.info(
+        "captured %s: %d layers, %d nodes in %.1f s",
+        type(model).__name__,
+        depth,
+        len(flat.graph.nodes),
+        seconds,
+    )
     return CapturedModel(flat, depth, specs, stack, seconds)

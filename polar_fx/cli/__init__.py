@@ -1,8 +1,9 @@
-"""The command line: `python -m polar_fx run | inspect | compile | demo | cache | search | analyze | train | evaluate | export |
-bundle | serve`.
+"""The command line: `python -m polar_fx run | inspect | compile | demo | cache | search | analyze |
+train | evaluate | export | bundle | serve`.
 
-Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 1 done and
-found something wrong, 2 bad input, 130 interrupted. Commands import torch only when they run.
+Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 1
+done and found something wrong, 2 bad input, 130 interrupted. Commands import torch only when they
+run.
 """
 
 import argparse
@@ -13,27 +14,46 @@ from typing import Any
 
 from ..errors import PolarError
 
-COMMANDS = ("run", "inspect", "compile", "demo", "cache", "search", "analyze", "train", "evaluate", "export", "bundle", "serve")
+COMMANDS = (
+    "run",
+    "inspect",
+    "compile",
+    "demo",
+    "cache",
+    "search",
+    "analyze",
+    "train",
+    "evaluate",
+    "export",
+    "bundle",
+    "serve",
+)
 
 
 def _parser() -> argparse.ArgumentParser:
     from ..version import __version__
 
     parser = argparse.ArgumentParser(
-        prog="polar_fx", description="Run a language model by programs of its layers: skip, keep or repeat any of them."
+        prog="polar_fx",
+        description="Run a language model by programs of its layers: skip, keep or repeat any of "
+        "them.",
     )
     parser.add_argument("--version", action="version", version=f"polar_fx {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}")
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}"
+    )
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __name__)
         command = commands.add_parser(
             name,
-            help=str(module.__doc__).partition("\n")[0],
+            help=" ".join(str(module.__doc__).partition("\n\n")[0].split()),
             description=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(command)
-        command.add_argument("--json", action="store_true", help="print one JSON object, and nothing else, to stdout")
+        command.add_argument(
+            "--json", action="store_true", help="print one JSON object, and nothing else, to stdout"
+        )
         command.set_defaults(execute=module.execute)
     return parser
 

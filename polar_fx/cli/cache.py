@@ -2,7 +2,8 @@
 
 Examples:
   python -m polar_fx cache ls
-  python -m polar_fx cache verify --repair           # remove what is damaged; it is compiled again when it is needed
+  # remove what is damaged; it is compiled again when it is needed
+  python -m polar_fx cache verify --repair
   python -m polar_fx cache clear --older-than 30     # not used for 30 days
 """
 
@@ -20,16 +21,32 @@ from ..output.plain_text import count, size
 from ..store import ArtifactStore, Entry, total_bytes
 from .options import whole
 
-ACTIONS = {"ls": "list them", "verify": "check every file; exit status 1 if some may not be used", "clear": "remove them"}
-_COLUMNS = (("kind", "body"), ("backend", "device", "dtype"), ("bucket",))  # facts, any of which may be missing
+ACTIONS = {
+    "ls": "list them",
+    "verify": "check every file; exit status 1 if some may not be used",
+    "clear": "remove them",
+}
+# facts, any of which may be missing
+_COLUMNS = (("kind", "body"), ("backend", "device", "dtype"), ("bucket",))
 _DAY_S = 86400
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("action", choices=ACTIONS, help="; ".join(f"{name}: {what}" for name, what in ACTIONS.items()))
-    parser.add_argument("--repair", action="store_true", help="verify: remove what may not be used, and leftovers")
-    parser.add_argument("--older-than", type=whole(1), metavar="DAYS", help="clear: only those not used for so many days")
+    parser.add_argument(
+        "action",
+        choices=ACTIONS,
+        help="; ".join(f"{name}: {what}" for name, what in ACTIONS.items()),
+    )
+    parser.add_argument(
+        "--repair", action="store_true", help="verify: remove what may not be used, and leftovers"
+    )
+    parser.add_argument(
+        "--older-than",
+        type=whole(1),
+        metavar="DAYS",
+        help="clear: only those not used for so many days",
+    )
     parser.add_argument("--yes", action="store_true", help="clear: do not ask")
 
 
@@ -37,7 +54,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Do it; returns what was found or removed."""
     for name, action in {"repair": "verify", "older_than": "clear", "yes": "clear"}.items():
         if getattr(options, name) and options.action != action:
-            raise InputError(f"--{name.replace('_', '-')} belongs to `cache {action}`, not to `cache {options.action}`")
+            raise InputError(
+                f"--{name.replace('_', '-')} belongs to `cache {action}`, not to `cache "
+                f"{options.action}`"
+            )
     store = ArtifactStore()
     return {"ls": _list, "verify": _verify, "clear": _clear}[options.action](store, options)
 
@@ -50,13 +70,27 @@ def _list(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
         if entries:
             console.print(_table(entries))
         limit = f"of {size(store.limit_bytes)}" if store.limit_bytes else "and no limit"
-        console.print(Text(f"{count(len(entries), 'artifact')}, {size(total)} {limit}, in {store.root}"), soft_wrap=True)
+        console.print(
+            Text(f"{count(len(entries), 'artifact')}, {size(total)} {limit}, in {store.root}"),
+            soft_wrap=True,
+        )
     artifacts = [
-        {"key": e.key, "facts": e.facts, "bytes": e.num_bytes, "files": {f.name: f.num_bytes for f in e.files.values()},
-         "created": e.created.isoformat(), "used": e.used.isoformat()}
+        {
+            "key": e.key,
+            "facts": e.facts,
+            "bytes": e.num_bytes,
+            "files": {f.name: f.num_bytes for f in e.files.values()},
+            "created": e.created.isoformat(),
+            "used": e.used.isoformat(),
+        }
         for e in entries
-    ]  # fmt: skip
-    return {"folder": str(store.root), "limit_bytes": store.limit_bytes, "bytes": total, "artifacts": artifacts}
+    ]
+    return {
+        "folder": str(store.root),
+        "limit_bytes": store.limit_bytes,
+        "bytes": total,
+        "artifacts": artifacts,
+    }
 
 
 def _verify(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
@@ -67,12 +101,19 @@ def _verify(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]
             print(f"{key[:12]}: {reason}")
         advice = ""
         if refused:
-            advice = ", and removed" if options.repair else "; `cache verify --repair` removes what is not"
+            advice = (
+                ", and removed"
+                if options.repair
+                else "; `cache verify --repair` removes what is not"
+            )
         print(f"{count(num_fine, 'artifact')} fit for use, {len(refused)} not{advice}")
     return {
-        "folder": str(store.root), "ok": options.repair or not refused, "repaired": options.repair, "fine": num_fine,
+        "folder": str(store.root),
+        "ok": options.repair or not refused,
+        "repaired": options.repair,
+        "fine": num_fine,
         "refused": [{"key": key, "reason": reason} for key, reason in refused.items()],
-    }  # fmt: skip
+    }
 
 
 def _clear(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
@@ -97,9 +138,18 @@ def _table(entries: list[Entry]) -> Table:
     for column in ("size", "age", "unused"):
         table.add_column(column, justify="right")
     for entry in entries:
-        shown = [" ".join(str(entry.facts[n]) for n in names if entry.facts.get(n) is not None) for names in _COLUMNS]
+        shown = [
+            " ".join(str(entry.facts[n]) for n in names if entry.facts.get(n) is not None)
+            for names in _COLUMNS
+        ]
         # as Text: shapes have brackets, which are markup to rich
-        table.add_row(entry.key[:12], *map(Text, shown), size(entry.num_bytes), _age(entry.created), _age(entry.used))
+        table.add_row(
+            entry.key[:12],
+            *map(Text, shown),
+            size(entry.num_bytes),
+            _age(entry.created),
+            _age(entry.used),
+        )
     return table
 
 

@@ -1,13 +1,18 @@
-"""Ship a model as one folder that runs programs without modeling code and without compiling: weights, compiled code, programs.
+"""Ship a model as one folder that runs programs without modeling code and without compiling:
+weights, compiled code, programs.
 
-The folder runs on machines with this torch and this kind of processor; `polar_fx.load_bundle` loads it. More programs cost a line
-each: all of them share the weights and the compiled code. With `--form onnx` the folder holds no compiled code but an ONNX graph
-a program, for other runtimes; all of them share one file of weights.
+The folder runs on machines with this torch and this kind of processor; `polar_fx.load_bundle` loads
+it. More programs cost a line
+each: all of them share the weights and the compiled code. With `--form onnx` the folder holds no
+compiled code but an ONNX graph a program, for other runtimes; all of them share one file of
+weights.
 
 Examples:
   python -m polar_fx export --out bundle --programs identity "skip 5" "repeat 10-11 x3 @0.5"
-  python -m polar_fx export --out bundle --programs menu.txt --overwrite     # one program a line, # begins a comment
-  python -m polar_fx export --out bundle --model ./my-model --dtype bfloat16 --max-length 1024 --batch 8
+  # one program a line, # begins a comment
+  python -m polar_fx export --out bundle --programs menu.txt --overwrite
+  python -m polar_fx export --out bundle --model ./my-model --dtype bfloat16 \
+      --max-length 1024 --batch 8
   python -m polar_fx export --out graphs --form onnx --programs identity "skip 5"
 """
 
@@ -18,24 +23,56 @@ from typing import Any
 
 from ..errors import InputError
 from ..output.plain_text import count, size
-from .options import add_length_argument, add_model_arguments, compile_model, load_model, program_texts, row_length, status, whole
+from .options import (
+    add_length_argument,
+    add_model_arguments,
+    compile_model,
+    load_model,
+    program_texts,
+    row_length,
+    status,
+    whole,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="the folder to write; it must not exist yet")
-    parser.add_argument("--form", choices=("bundle", "onnx"), default="bundle", help="(default: %(default)s)")
     parser.add_argument(
-        "--programs", nargs="+", metavar="FILE_OR_TEXT",
-        help="program texts, and files of them; the first is what calls that name no program run (default: identity; with "
-        "--predictor its menu)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--batch", type=whole(1), default=1, metavar="N", help="rows a call; from 2 up any number is served at once"
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="the folder to write; it must not exist yet",
     )
-    parser.add_argument("--predictor", type=Path, metavar="FOLDER", help="of `train`; its menu and policy are shipped along")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder of that form that is there")
-    parser.add_argument("--no-tokenizer", action="store_true", help="leave the tokenizer's files out")
+    parser.add_argument(
+        "--form", choices=("bundle", "onnx"), default="bundle", help="(default: %(default)s)"
+    )
+    parser.add_argument(
+        "--programs",
+        nargs="+",
+        metavar="FILE_OR_TEXT",
+        help="program texts, and files of them; the first is what calls that name no program run "
+        "(default: identity; with --predictor its menu)",
+    )
+    parser.add_argument(
+        "--batch",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help="rows a call; from 2 up any number is served at once",
+    )
+    parser.add_argument(
+        "--predictor",
+        type=Path,
+        metavar="FOLDER",
+        help="of `train`; its menu and policy are shipped along",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a folder of that form that is there"
+    )
+    parser.add_argument(
+        "--no-tokenizer", action="store_true", help="leave the tokenizer's files out"
+    )
     add_length_argument(parser, "256")
     add_model_arguments(parser, backend="aot_inductor")
 
@@ -44,7 +81,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Compile what is missing and write the bundle; returns and prints what it holds."""
     texts = program_texts(options.programs) if options.programs else None
     if options.backend not in ("aot_inductor", "auto"):
-        raise InputError(f"--backend {options.backend} makes no code that can be shipped; leave it out, or name aot_inductor")
+        raise InputError(
+            f"--backend {options.backend} makes no code that can be shipped; leave it out, or "
+            "name aot_inductor"
+        )
     if options.form == "onnx":
         return _onnx(options, texts)
     options.backend = "aot_inductor"
@@ -60,32 +100,49 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     start = time.perf_counter()
     with status().status("compiling and writing ..."):
         manifest = export(
-            compiled, options.out, texts, buckets=(1, options.batch),
-            tokenizer=None if options.no_tokenizer else tokenizer, overwrite=options.overwrite,
-        )  # fmt: skip
+            compiled,
+            options.out,
+            texts,
+            buckets=(1, options.batch),
+            tokenizer=None if options.no_tokenizer else tokenizer,
+            overwrite=options.overwrite,
+        )
     seconds = time.perf_counter() - start
     if not options.json:
         regions = [f for f in manifest.files if f.region]
         print(
-            f"{options.out}: {count(len(manifest.programs), 'program')}, {size(manifest.num_bytes)}, of which "
-            f"{size(sum(f.num_bytes for f in regions))} are {count(len(regions), 'compiled region')}"
+            f"{options.out}: {count(len(manifest.programs), 'program')}, "
+            f"{size(manifest.num_bytes)}, of which {size(sum(f.num_bytes for f in regions))} are "
+            f"{count(len(regions), 'compiled region')}"
         )
         print(
-            f"up to {count(manifest.max_length, 'token')} a row, {'any number of rows' if manifest.many_rows else 'row by row'}"
+            f"up to {count(manifest.max_length, 'token')} a row, "
+            f"{'any number of rows' if manifest.many_rows else 'row by row'}"
         )
         print(f"for {manifest.processor}, torch {manifest.torch.partition(' ')[0]}")
         print(f"fingerprint {manifest.fingerprint}")
     return {
-        "folder": str(options.out), "fingerprint": manifest.fingerprint, "bytes": manifest.num_bytes, "seconds": seconds,
-        "compiled": len(compiled.compilations), "manifest": manifest.to_dict(),
-    }  # fmt: skip
+        "folder": str(options.out),
+        "fingerprint": manifest.fingerprint,
+        "bytes": manifest.num_bytes,
+        "seconds": seconds,
+        "compiled": len(compiled.compilations),
+        "manifest": manifest.to_dict(),
+    }
 
 
 def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any]:
     """Write ONNX files; returns and prints what the folder holds."""
-    bundles_only = {"--predictor": options.predictor, "--max-length": options.max_length, "--batch": options.batch - 1}
+    bundles_only = {
+        "--predictor": options.predictor,
+        "--max-length": options.max_length,
+        "--batch": options.batch - 1,
+    }
     if given := [name for name, value in bundles_only.items() if value]:
-        raise InputError(f"{given[0]} is for bundles: ONNX graphs take any batch and length, and no predictor; leave it out")
+        raise InputError(
+            f"{given[0]} is for bundles: ONNX graphs take any batch and length, and no predictor; "
+            "leave it out"
+        )
 
     from ..bundle.writer import check_target
     from ..graph_files import export_onnx
@@ -102,6 +159,9 @@ def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any
     num_bytes = sum(entry["bytes"] for entry in (about["weights"], *about["programs"]))
     if not options.json:
         share = size(about["weights"]["bytes"])
-        print(f"{options.out}: {count(len(about['programs']), 'program')}, {size(num_bytes)}, of which {share} are weights")
+        print(
+            f"{options.out}: {count(len(about['programs']), 'program')}, {size(num_bytes)}, of "
+            f"which {share} are weights"
+        )
         print(f"fingerprint {about['fingerprint']}")
     return {"folder": str(options.out), "bytes": num_bytes, "seconds": seconds, "programs": about}

@@ -33,7 +33,12 @@ GRAPHS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--program", action="append", metavar="PROGRAM", help="program text; may be given several times")
+    parser.add_argument(
+        "--program",
+        action="append",
+        metavar="PROGRAM",
+        help="program text; may be given several times",
+    )
     which = "; ".join(f"{name}: {what}" for name, what in GRAPHS.items())
     parser.add_argument("--graph", choices=GRAPHS, help=f"print graph text instead ({which})")
     add_model_arguments(parser, backend="eager")
@@ -81,27 +86,50 @@ def _summary(compiled: "CompiledModel", programs: list["Program"]) -> dict[str, 
     for name, graph in library.bodies.items():
         layers = [i for i, call in enumerate(library.layers) if call.target == name]
         weights = calls[name].weights
-        parts.append({
-            "graph": name, "calls": counted.get(name, 1), "layers": layers, "nodes": len(graph.graph.nodes),
-            "parameters_each": sum(w.numel() for w in weights), "bytes_each": sum(w.numel() * w.element_size() for w in weights),
-        })  # fmt: skip
+        parts.append(
+            {
+                "graph": name,
+                "calls": counted.get(name, 1),
+                "layers": layers,
+                "nodes": len(graph.graph.nodes),
+                "parameters_each": sum(w.numel() for w in weights),
+                "bytes_each": sum(w.numel() * w.element_size() for w in weights),
+            }
+        )
     return {
-        "model": type(compiled.config).__name__, "depth": compiled.depth, "dtype": str(compiled.dtype).removeprefix("torch."),
-        "capture_s": library.captured.seconds, "fingerprint": library.fingerprint, "graphs": parts,
-        "kv_bytes_per_token_and_step": sorted({s.bytes_per_token() for s in library.captured.kv_specs}),
-        "passes": [{"name": r.name, "modified": r.modified, "counts": r.counts, "time_ms": r.time_ms} for r in library.records],
+        "model": type(compiled.config).__name__,
+        "depth": compiled.depth,
+        "dtype": str(compiled.dtype).removeprefix("torch."),
+        "capture_s": library.captured.seconds,
+        "fingerprint": library.fingerprint,
+        "graphs": parts,
+        "kv_bytes_per_token_and_step": sorted(
+            {s.bytes_per_token() for s in library.captured.kv_specs}
+        ),
+        "passes": [
+            {"name": r.name, "modified": r.modified, "counts": r.counts, "time_ms": r.time_ms}
+            for r in library.records
+        ],
         "programs": [
-            {"program": str(p), "steps": p.num_steps, "unique_layers": p.num_unique_layers, "fingerprint": p.fingerprint,
-             "parameters": sum(w.numel() for i in p.path for w in library.layers[i].weights)}
+            {
+                "program": str(p),
+                "steps": p.num_steps,
+                "unique_layers": p.num_unique_layers,
+                "fingerprint": p.fingerprint,
+                "parameters": sum(w.numel() for i in p.path for w in library.layers[i].weights),
+            }
             for p in programs
         ],
-    }  # fmt: skip
+    }
 
 
 def _show(summary: dict[str, Any], programs: list["Program"]) -> None:
     console = Console(highlight=False)
     kv = " or ".join(str(b) for b in summary["kv_bytes_per_token_and_step"])
-    console.print(f"[bold]{summary['model']}[/]: {summary['depth']} layers, {summary['dtype']}, {kv} KV bytes a token and step")
+    console.print(
+        f"[bold]{summary['model']}[/]: {summary['depth']} layers, {summary['dtype']}, {kv} KV "
+        "bytes a token and step"
+    )
     table = Table("graph", "layers", "nodes", "parameters each", "MB each")
     for part in summary["graphs"]:
         table.add_row(

@@ -1,4 +1,6 @@
-"""The model of a command that labels questions: loaded once, its verdicts and features kept in files."""
+"""The model of a command that labels questions: loaded once, its verdicts and features kept in
+files.
+"""
 
 import argparse
 import time
@@ -23,15 +25,19 @@ if TYPE_CHECKING:
 class Labeller:
     """Loads and compiles what the options name (`add_model_arguments`, --workers).
 
-    `encoded` has the questions as tokens, by id; those of `also`, in the built-in prompt of that name, fit the model, too.
-    Raises InputError if `header` is of another model.
+    `encoded` has the questions as tokens, by id; those of `also`, in the built-in prompt of that
+    name, fit the model, too. Raises InputError if `header` is of another model.
     """
 
     def __init__(
-        self, options: argparse.Namespace, templates: "Mapping[str, PromptTemplate]", questions: "Sequence[Question]",
-        header: "SearchHeader | None" = None, generated: bool = False,
+        self,
+        options: argparse.Namespace,
+        templates: "Mapping[str, PromptTemplate]",
+        questions: "Sequence[Question]",
+        header: "SearchHeader | None" = None,
+        generated: bool = False,
         also: "tuple[Sequence[Question], str]" = ((), "plain"),
-    ) -> None:  # fmt: skip
+    ) -> None:
         import torch
 
         from ..models import load, position_limit
@@ -48,13 +54,27 @@ class Labeller:
         every = [*found, *encode(self.tokenizer, measuring, templates)]
         length = row_length(every, [*questions, *measuring], templates, limit, generated)
         if others:
-            length = max(length, row_length(encode(self.tokenizer, others, theirs), others, theirs, limit, False))
-        threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
-        self.workers, self.templates, self._config = options.workers, templates, SearchConfig(method="listed")
+            length = max(
+                length,
+                row_length(encode(self.tokenizer, others, theirs), others, theirs, limit, False),
+            )
+        threads = (
+            max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
+        )
+        self.workers, self.templates, self._config = (
+            options.workers,
+            templates,
+            SearchConfig(method="listed"),
+        )
         self.workplace = Workplace(
-            options.model, options.dtype, options.backend, length, threads=threads, templates=dict(templates),
+            options.model,
+            options.dtype,
+            options.backend,
+            length,
+            threads=threads,
+            templates=dict(templates),
             device=options.device,
-        )  # fmt: skip
+        )
         with status().status("compiling ..."):
             self.place = self.workplace.open(questions, (model, self.tokenizer))
             for batch in (1, 2):
@@ -64,21 +84,33 @@ class Labeller:
         self.model_fingerprint: str = self.compiled.library.model_fingerprint
         if header is not None and header.model != self.model_fingerprint:
             raise InputError(
-                f"the records are of a model of fingerprint {header.model[:12]}, this one's is {self.model_fingerprint[:12]} "
-                f"(dtype {header.prompt.get('dtype', 'not noted')} there, {options.dtype} here); name that model and dtype"
+                f"the records are of a model of fingerprint {header.model[:12]}, this one's is "
+                f"{self.model_fingerprint[:12]} (dtype {header.prompt.get('dtype', 'not noted')} "
+                f"there, {options.dtype} here); name that model and dtype"
             )
 
     def encode(self, questions: "Sequence[Question]", prompt: str) -> "list[EncodedQuestion]":
-        """Other questions as tokens, in the built-in prompt of that name. Raises KvOverflowError if one does not fit."""
+        """Other questions as tokens, in the built-in prompt of that name.
+
+        Raises KvOverflowError if one does not fit.
+        """
         found = encode(self.tokenizer, questions, templates_of(prompt, questions))
         longest = max(found, key=lambda e: len(e.prefix) + len(e.prompt), default=None)
-        if longest is not None and len(longest.prefix) + len(longest.prompt) > self.compiled.pool.max_length:
+        if (
+            longest is not None
+            and len(longest.prefix) + len(longest.prompt) > self.compiled.pool.max_length
+        ):
             most = self.compiled.pool.max_length
-            raise KvOverflowError(f"question {longest.id!r} does not fit the {most} tokens that the test questions need")
+            raise KvOverflowError(
+                f"question {longest.id!r} does not fit the {most} tokens that the test questions "
+                "need"
+            )
         return found
 
     def with_difficulty(self, questions: "Sequence[Question]") -> "list[Question]":
-        """The questions, those of built-in tasks with the level of the identity's accuracy on train questions of their cell."""
+        """The questions, those of built-in tasks with the level of the identity's accuracy on train
+        questions of their cell.
+        """
         asked = measuring_questions(questions)
         others = encode(self.tokenizer, asked, self.templates)
         with status().status("measuring the difficulty of the questions ..."):
@@ -91,11 +123,20 @@ class Labeller:
         listed = tuple(p for p in dict.fromkeys(programs) if not p.is_identity)
         return VerdictTable.of(self.records(path, rows, {q.id: listed for q, _ in rows}), listed)
 
-    def records(self, path: Path, rows: "Rows", programs: "Mapping[str, tuple[Program, ...]]") -> "list[SearchRecord]":
+    def records(
+        self, path: Path, rows: "Rows", programs: "Mapping[str, tuple[Program, ...]]"
+    ) -> "list[SearchRecord]":
         """Each question's own programs on it, kept at `path`; shows progress."""
         from dataclasses import replace
 
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
 
         from ..search.workers import search_in_processes
         from ..training.verdict_table import listed_records
@@ -107,7 +148,12 @@ class Labeller:
             return replace(self.place, workplace=workplace).search(iter(left), self._config)
 
         bar = Progress(
-            TextColumn(path.stem), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), console=status()
+            TextColumn(path.stem),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=status(),
         )
         began, pairs = time.perf_counter(), sum(len(programs[q.id]) + 1 for q, _ in rows)
         with bar:
@@ -117,11 +163,16 @@ class Labeller:
                 bar.update(line, completed=done)
                 if not bar.console.is_terminal and done % max(1, total // 10) == 0:
                     seconds = time.perf_counter() - began
-                    bar.console.print(f"{path.stem}: {done}/{total} questions, {pairs} evaluations in all, {seconds:.0f} s")
+                    bar.console.print(
+                        f"{path.stem}: {done}/{total} questions, {pairs} evaluations in all, "
+                        f"{seconds:.0f} s"
+                    )
 
             how: dict[str, Any] = {task: template.key for task, template in self.templates.items()}
             how |= {"judge": "teacher-forcing", "dtype": self.workplace.dtype}
-            return listed_records(path, rows, programs, self.model_fingerprint, self.depth, how, run, progress)
+            return listed_records(
+                path, rows, programs, self.model_fingerprint, self.depth, how, run, progress
+            )
 
     def states(self, rows: "Rows", features: "Features") -> "list[Tensor]":
         """Hidden states of each row, [T, d] as the model has them."""

@@ -28,7 +28,9 @@ def whole(minimum: int) -> Any:
         except ValueError:
             value = minimum - 1
         if value < minimum:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {minimum}, got {text!r}")
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number of at least {minimum}, got {text!r}"
+            )
         return value
 
     return convert
@@ -36,21 +38,37 @@ def whole(minimum: int) -> Any:
 
 def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
     """--model, --dtype, --device, --backend."""
-    parser.add_argument("--model", metavar="ID_OR_FOLDER", help="model to run (default: the embedded SmolLM2-135M-Instruct)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights; auto: as saved (default: float32)")
-    parser.add_argument("--device", metavar="NAME", help="where to run: cpu, cuda, cuda:1 (default: cpu)")
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_FOLDER",
+        help="model to run (default: the embedded SmolLM2-135M-Instruct)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        default="float32",
+        help="of the weights; auto: as saved (default: float32)",
+    )
+    parser.add_argument(
+        "--device", metavar="NAME", help="where to run: cpu, cuda, cuda:1 (default: cpu)"
+    )
     known = "auto, aot_inductor, eager, inductor or tensorrt"
     parser.add_argument("--backend", default=backend, help=f"{known} (default: {backend})")
 
 
 def add_length_argument(parser: argparse.ArgumentParser, least: str) -> None:
     """--max-length; commands that name none use `row_length`."""
-    what = f"tokens a row may hold; regions are compiled for it (default: {least}, a power of two, as far as the model goes)"
+    what = (
+        f"tokens a row may hold; regions are compiled for it (default: {least}, a power of "
+        "two, as far as the model goes)"
+    )
     parser.add_argument("--max-length", type=whole(1), metavar="N", help=what)
 
 
 def row_length(model: Any, tokens: int = 1) -> int:
-    """`max_length` for rows of `tokens`: a power of two within the model's limit, so that rows of many lengths share regions."""
+    """`max_length` for rows of `tokens`: a power of two within the model's limit, so that rows of
+    many lengths share regions.
+    """
     length = max(_SHORTEST, 1 << (tokens - 1).bit_length())
     from ..models import longest_row
 
@@ -73,7 +91,9 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
         return load(options.model, options.dtype, options.device)
 
 
-def compile_model(model: Any, options: argparse.Namespace, max_length: int | None, tier: "Tier" = "linked") -> "CompiledModel":
+def compile_model(
+    model: Any, options: argparse.Namespace, max_length: int | None, tier: "Tier" = "linked"
+) -> "CompiledModel":
     """Capture, with the seconds it took, or that it was not necessary, on stderr."""
     from ..compiled import compile
 
@@ -95,12 +115,19 @@ def warm_up(compiled: "CompiledModel", programs: Any, batch: int = 1) -> float:
         regions = compiled.warmup(programs, batch)
     seconds = time.perf_counter() - start
     if regions:
-        status().print(f"[dim]compiled {len(regions)} regions in {seconds:.1f} s; every program runs on them[/]")
+        status().print(
+            f"[dim]compiled {len(regions)} regions in {seconds:.1f} s; every program runs on "
+            "them[/]"
+        )
     return seconds
 
 
 def program_texts(given: list[str]) -> list[str]:
-    """The program texts among `given`, and those of the files among it, one a line; # begins a comment. Raises InputError."""
+    """The program texts among `given`, and those of the files among it, one a line; # begins a
+    comment.
+
+    Raises InputError.
+    """
     found: list[str] = []
     for value in given:
         if not _is_file(value):
@@ -109,8 +136,13 @@ def program_texts(given: list[str]) -> list[str]:
         path = Path(value)
         try:
             if path.stat().st_size > _MAX_FILE_BYTES:
-                raise InputError(f"{value} has {size(path.stat().st_size)}; a file of programs is much smaller")
-            lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+                raise InputError(
+                    f"{value} has {size(path.stat().st_size)}; a file of programs is much smaller"
+                )
+            lines = [
+                line.partition("#")[0].strip()
+                for line in path.read_text(encoding="utf-8").splitlines()
+            ]
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{value} cannot be read: {error}") from error
         found += [line for line in lines if line]

@@ -3,9 +3,12 @@
 Examples:
   python -m polar_fx run --prompt "Q: What is 6 * 7?" --program identity --program "skip 5"
   echo "The moon is" | python -m polar_fx run --prompt - --raw --max-new-tokens 20 --json
-  python -m polar_fx run --prompt "Name a color." --program "0-9 (10-11)*2 12-29" --sample --temperature 0.7
-  python -m polar_fx run --prompt "Name a color." --backend auto     # with regions that `compile` made, if there are any
-  python -m polar_fx run --prompt "Name a color." --model bundle     # the code in a bundle is run: name one you trust
+  python -m polar_fx run --prompt "Name a color." --program "0-9 (10-11)*2 12-29" --sample \
+      --temperature 0.7
+  # with regions that `compile` made, if there are any
+  python -m polar_fx run --prompt "Name a color." --backend auto
+  # the code in a bundle is run: name one you trust
+  python -m polar_fx run --prompt "Name a color." --model bundle
 """
 
 import argparse
@@ -13,24 +16,47 @@ import sys
 from typing import Any
 
 from ..errors import InputError
-from .options import add_length_argument, add_model_arguments, compile_model, load_model, row_length, status, warm_up, whole
+from .options import (
+    add_length_argument,
+    add_model_arguments,
+    compile_model,
+    load_model,
+    row_length,
+    status,
+    warm_up,
+    whole,
+)
 
 _BACKEND = "eager"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin")
-    parser.add_argument("--program", action="append", metavar="PROGRAM", help="program text; may be given several times")
+    parser.add_argument(
+        "--prompt", required=True, metavar="TEXT", help="what to answer; - reads it from stdin"
+    )
+    parser.add_argument(
+        "--program",
+        action="append",
+        metavar="PROGRAM",
+        help="program text; may be given several times",
+    )
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N")
     add_length_argument(parser, "256, or what prompt and answer need")
-    parser.add_argument("--raw", action="store_true", help="continue the text as it is; default: as a chat, if the model has one")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="continue the text as it is; default: as a chat, if the model has one",
+    )
     parser.add_argument("--sample", action="store_true", help="sample; default: greedy")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0, help="of sampling, the same for every program")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of sampling, the same for every program"
+    )
     add_model_arguments(parser, backend=_BACKEND)
-    parser.set_defaults(dtype=None, backend=None)  # so that what is given can be told from what is not
+    # so that what is given can be told from what is not
+    parser.set_defaults(dtype=None, backend=None)
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
@@ -39,7 +65,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     if not text.strip():
         raise InputError("the prompt is empty; give some text with --prompt")
     if options.temperature <= 0 or not 0 < options.top_p <= 1:
-        raise InputError(f"need --temperature above 0 and --top-p in (0, 1], got {options.temperature} and {options.top_p}")
+        raise InputError(
+            f"need --temperature above 0 and --top-p in (0, 1], got {options.temperature} and "
+            f"{options.top_p}"
+        )
 
     import torch
 
@@ -56,33 +85,53 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         model, tokenizer = load_model(options)
     ids = _encode(tokenizer, text, options.raw)
     tokens = ids.shape[1] + options.max_new_tokens - 1  # the last one is never fed back
-    max_length = model.pool.max_length if bundled else options.max_length or row_length(model, tokens)
+    max_length = (
+        model.pool.max_length if bundled else options.max_length or row_length(model, tokens)
+    )
     if max_length < tokens:
         needed = f"a prompt of {ids.shape[1]} tokens and --max-new-tokens {options.max_new_tokens}"
-        remedy = f"ask for fewer tokens, or export it with --max-length {tokens}" if bundled else f"name at least {tokens}"
+        remedy = (
+            f"ask for fewer tokens, or export it with --max-length {tokens}"
+            if bundled
+            else f"name at least {tokens}"
+        )
         what = "the bundle's length of" if bundled else "--max-length"
         raise InputError(f"{what} {max_length} is too short for {needed}; {remedy}")
     compiled = model if bundled else compile_model(model, options, max_length)
     programs = [compiled.resolve(p) for p in options.program or [None]]
     compile_s = warm_up(compiled, programs)
-    arguments: dict[str, Any] = {"max_new_tokens": options.max_new_tokens, "do_sample": options.sample}
+    arguments: dict[str, Any] = {
+        "max_new_tokens": options.max_new_tokens,
+        "do_sample": options.sample,
+    }
     if options.sample:
         arguments |= {"temperature": options.temperature, "top_p": options.top_p}
     results = []
     for program in programs:
         torch.manual_seed(options.seed)
         watch = Stopwatch()
-        tokens = compiled.generate(ids, program=program, streamer=watch, **arguments)[0, ids.shape[1] :]
-        results.append({
-            "program": str(program), "steps": program.num_steps, "text": tokenizer.decode(tokens, skip_special_tokens=True),
-            "new_tokens": len(tokens), "prefill_ms": watch.prefill_ms, "token_ms": watch.token_ms,
-        })  # fmt: skip
+        tokens = compiled.generate(ids, program=program, streamer=watch, **arguments)[
+            0, ids.shape[1] :
+        ]
+        results.append(
+            {
+                "program": str(program),
+                "steps": program.num_steps,
+                "text": tokenizer.decode(tokens, skip_special_tokens=True),
+                "new_tokens": len(tokens),
+                "prefill_ms": watch.prefill_ms,
+                "token_ms": watch.token_ms,
+            }
+        )
         if not options.json:
             _show(results[-1])
     return {
-        "prompt_tokens": ids.shape[1], "max_length": max_length, "backend": options.backend or compiled.backend.name,
-        "compile_s": compile_s, "results": results,
-    }  # fmt: skip
+        "prompt_tokens": ids.shape[1],
+        "max_length": max_length,
+        "backend": options.backend or compiled.backend.name,
+        "compile_s": compile_s,
+        "results": results,
+    }
 
 
 def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -90,11 +139,17 @@ def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
 
     for name in ("dtype", "device", "backend", "max_length"):
         if getattr(options, name):
-            raise InputError(f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its own, leave it out")
+            raise InputError(
+                f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its "
+                "own, leave it out"
+            )
     with status().status("loading the bundle ..."):
         bundle, tokenizer = load(options.model)
     if tokenizer is None:
-        raise InputError(f"the bundle {options.model} holds no tokenizer to read a prompt with; export it with one")
+        raise InputError(
+            f"the bundle {options.model} holds no tokenizer to read a prompt with; export it with "
+            "one"
+        )
     return bundle, tokenizer
 
 
@@ -102,12 +157,16 @@ def _encode(tokenizer: Any, text: str, raw: bool) -> Any:
     if raw or not getattr(tokenizer, "chat_template", None):
         return tokenizer(text, return_tensors="pt").input_ids
     messages = [{"role": "user", "content": text}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+    return tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
 
 
 def _show(result: dict[str, Any]) -> None:
     token = "" if result["token_ms"] is None else f", {result['token_ms']:.1f} ms a token"
     status().print(
-        f"[bold]{result['program']}[/]  {result['steps']} steps, prefill {result['prefill_ms']:.1f} ms{token}", markup=True
+        f"[bold]{result['program']}[/]  {result['steps']} steps, prefill "
+        f"{result['prefill_ms']:.1f} ms{token}",
+        markup=True,
     )
     print(result["text"], flush=True)

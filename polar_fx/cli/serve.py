@@ -1,13 +1,15 @@
-"""Serve a bundle over HTTP, by routes that OpenAI clients speak: completions, chat, models; health and metrics.
+"""Serve a bundle over HTTP, by routes that OpenAI clients speak: completions, chat, models; health
+and metrics.
 
-There is no authentication: keep it on loopback, or behind something that asks who is there. Ctrl-C or SIGTERM
-ends it.
+There is no authentication: keep it on loopback, or behind something that asks who is there. Ctrl-C
+or SIGTERM ends it.
 
 Examples:
   python -m polar_fx serve bundle
   python -m polar_fx serve bundle --port 9000 --max-batch 16 --threads 4
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-    -d '{"model": "bundle", "prompt": "6 * 7 =", "max_tokens": 4, "temperature": 0, "program": "skip 5"}'
+    -d '{"model": "bundle", "prompt": "6 * 7 =", "max_tokens": 4, "temperature": 0, "program": "skip
+    5"}'
 """
 
 import argparse
@@ -23,17 +25,43 @@ from .options import status, whole
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("bundle", type=Path, metavar="FOLDER", help="what `export` wrote, with its tokenizer")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: %(default)s)")
-    parser.add_argument("--port", type=whole(1), default=8000, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
-    parser.add_argument("--fingerprint", metavar="HASH", help="refuse the bundle if it has another one")
-    parser.add_argument("--threads", type=whole(1), metavar="N", help="(default: as many as it was exported with)")
-    parser.add_argument("--max-batch", type=whole(1), default=8, metavar="N", help="prompts at once (default: %(default)s)")
     parser.add_argument(
-        "--wait-ms", type=whole(0), default=5, metavar="N", help="how long a prompt waits for others (default: %(default)s)"
+        "bundle", type=Path, metavar="FOLDER", help="what `export` wrote, with its tokenizer"
     )
-    parser.add_argument("--timeout", type=whole(1), default=300, metavar="S", help="seconds a request may take (%(default)s)")
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--port", type=whole(1), default=8000, metavar="N", help="(default: %(default)s)"
+    )
+    parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
+    parser.add_argument(
+        "--fingerprint", metavar="HASH", help="refuse the bundle if it has another one"
+    )
+    parser.add_argument(
+        "--threads", type=whole(1), metavar="N", help="(default: as many as it was exported with)"
+    )
+    parser.add_argument(
+        "--max-batch",
+        type=whole(1),
+        default=8,
+        metavar="N",
+        help="prompts at once (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--wait-ms",
+        type=whole(0),
+        default=5,
+        metavar="N",
+        help="how long a prompt waits for others (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--timeout",
+        type=whole(1),
+        default=300,
+        metavar="S",
+        help="seconds a request may take (%(default)s)",
+    )
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
@@ -50,16 +78,29 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
         from ..serving.app import build
     except ImportError as error:
-        raise InputError("serving needs ray, which is not installed; pip install 'polar_fx[serve]'") from error
+        raise InputError(
+            "serving needs ray, which is not installed; pip install 'polar_fx[serve]'"
+        ) from error
     given = {
-        "bundle": str(options.bundle), "name": options.name, "fingerprint": options.fingerprint,
-        "threads": options.threads or manifest.threads or 1, "max_batch": options.max_batch, "wait_ms": options.wait_ms,
-    }  # fmt: skip
+        "bundle": str(options.bundle),
+        "name": options.name,
+        "fingerprint": options.fingerprint,
+        "threads": options.threads or manifest.threads or 1,
+        "max_batch": options.max_batch,
+        "wait_ms": options.wait_ms,
+    }
     with status().status("starting ..."):
         ray.init(address="local", include_dashboard=False)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what service managers send ends it as Ctrl-C does
+    # what service managers send ends it as Ctrl-C does
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        serve.start(http_options={"host": options.host, "port": options.port, "request_timeout_s": options.timeout})
+        serve.start(
+            http_options={
+                "host": options.host,
+                "port": options.port,
+                "request_timeout_s": options.timeout,
+            }
+        )
         serve.run(build({k: v for k, v in given.items() if v is not None}))
         url = f"http://{options.host}:{options.port}"
         about = f"serving {options.bundle} at {url}/v1; {url}/health, {url}/metrics; Ctrl-C ends it"
@@ -78,4 +119,6 @@ def _check_free(host: str, port: int) -> None:
     try:
         socket.create_server((host, port)).close()
     except (OSError, OverflowError) as error:
-        raise InputError(f"nothing can listen at {host}:{port}: {error}; name another --host or --port") from error
+        raise InputError(
+            f"nothing can listen at {host}:{port}: {error}; name another --host or --port"
+        ) from error

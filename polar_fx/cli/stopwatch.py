@@ -1,4 +1,6 @@
-"""A streamer that times generation from outside, so that any model with `generate` is timed the same way."""
+"""A streamer that times generation from outside, so that any model with `generate` is timed the
+same way.
+"""
 
 import statistics
 import time
@@ -9,7 +11,9 @@ from transformers.generation.streamers import BaseStreamer
 
 
 class Stopwatch(BaseStreamer):
-    """Notes when the prompt goes in and when each token comes out; may hand the tokens on to `show`."""
+    """Notes when the prompt goes in and when each token comes out; may hand the tokens on to
+    `show`.
+    """
 
     def __init__(self, show: Callable[[list[int]], None] | None = None) -> None:
         self.times: list[float] = []

@@ -1,8 +1,9 @@
-"""Methods that need generated answers: votes and confidence over several programs, sampling, and what graders make of an answer.
+"""Methods that need generated answers: votes and confidence over several programs, sampling, and
+what graders make of an answer.
 
-Single-shot methods are compared by teacher forcing, which asks for the accepted answer to the token. Here answers are generated
-and graded, so that an answer in another form counts as well, and it can be told whether a program reasons better or only writes
-the expected form more often.
+Single-shot methods are compared by teacher forcing, which asks for the accepted answer to the
+token. Here answers are generated and graded, so that an answer in another form counts as well, and
+it can be told whether a program reasons better or only writes the expected form more often.
 """
 
 from collections import Counter, defaultdict
@@ -27,7 +28,8 @@ Row = tuple[Question, EncodedQuestion]
 
 @dataclass(frozen=True)
 class Answer:
-    """What a program answered: the text up to the stop, its tokens, whether that stop came, and how sure the program was.
+    """What a program answered: the text up to the stop, its tokens, whether that stop came, and how
+    sure the program was.
 
     `log_likelihood` is that of the tokens, in nats.
     """
@@ -39,27 +41,48 @@ class Answer:
 
 
 class Answerer:
-    """Generates answers, questions of one program and task together; `progress(count)` is called after each batch."""
+    """Generates answers, questions of one program and task together; `progress(count)` is called
+    after each batch.
+    """
 
     def __init__(
-        self, compiled: "CompiledModel", tokenizer: Any, templates: Mapping[str, PromptTemplate], batch: int = 32,
+        self,
+        compiled: "CompiledModel",
+        tokenizer: Any,
+        templates: Mapping[str, PromptTemplate],
+        batch: int = 32,
         progress: Callable[[int], None] | None = None,
-    ) -> None:  # fmt: skip
-        self.compiled, self.tokenizer, self.templates, self.batch = compiled, tokenizer, templates, batch
+    ) -> None:
+        self.compiled, self.tokenizer, self.templates, self.batch = (
+            compiled,
+            tokenizer,
+            templates,
+            batch,
+        )
         self.progress = progress or (lambda count: None)
 
     def greedy(self, pairs: Sequence[tuple[Row, Program]]) -> list[Answer]:
         """An answer a pair, in order."""
         return [each[0] for each in self._answers(pairs, {"do_sample": False})]
 
-    def sampled(self, rows: Sequence[Row], program: Program, count: int, temperature: float, seed: int) -> list[list[Answer]]:
+    def sampled(
+        self, rows: Sequence[Row], program: Program, count: int, temperature: float, seed: int
+    ) -> list[list[Answer]]:
         """`count` answers a question at a temperature, by one program."""
-        options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0, "num_return_sequences": count}
+        options = {
+            "do_sample": True,
+            "temperature": temperature,
+            "top_k": 0,
+            "top_p": 1.0,
+            "num_return_sequences": count,
+        }
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self._answers([(row, program) for row in rows], options)
 
-    def _answers(self, pairs: Sequence[tuple[Row, Program]], options: dict[str, Any]) -> list[list[Answer]]:
+    def _answers(
+        self, pairs: Sequence[tuple[Row, Program]], options: dict[str, Any]
+    ) -> list[list[Answer]]:
         groups: dict[tuple[Program, str], list[int]] = defaultdict(list)
         for i, ((question, _), program) in enumerate(pairs):
             groups[program, question.task].append(i)
@@ -77,21 +100,29 @@ class Answerer:
         return [found[i] for i in range(len(pairs))]
 
     def _generate(
-        self, questions: Sequence[EncodedQuestion], program: Program, template: PromptTemplate, options: dict[str, Any]
+        self,
+        questions: Sequence[EncodedQuestion],
+        program: Program,
+        template: PromptTemplate,
+        options: dict[str, Any],
     ) -> list[Answer]:
         stop = template.decode_stop(self.tokenizer)
         ids, arguments = generate_arguments(questions, self.tokenizer, stop)
         arguments |= {**options, "return_dict_in_generate": True, "output_logits": True}
         out = self.compiled.generate(ids, program=program, **arguments)
         new = out.sequences[:, ids.shape[1] :]
-        scores = torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, new[..., None])[..., 0]
+        scores = (
+            torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, new[..., None])[..., 0]
+        )
         return [self._answer(row, of_row, stop) for row, of_row in zip(new, scores, strict=True)]
 
     def _answer(self, ids: torch.Tensor, scores: torch.Tensor, stop: Any) -> Answer:
         """Of a row that its batch may have carried on beyond its own stop."""
         count, stopped = len(ids), False
         for end in range(1, len(ids) + 1):
-            if int(ids[end - 1]) in stop.token_ids or any(s in self.tokenizer.decode(ids[:end]) for s in stop.strings):
+            if int(ids[end - 1]) in stop.token_ids or any(
+                s in self.tokenizer.decode(ids[:end]) for s in stop.strings
+            ):
                 count, stopped = end, True
                 break
         text = self.tokenizer.decode(ids[:count], skip_special_tokens=True)
@@ -101,7 +132,9 @@ class Answerer:
 
 
 def majority(answers: Sequence[Answer]) -> int:
-    """The place of the answer that most give (as text, white space at the ends aside); of equals the earliest."""
+    """The place of the answer that most give (as text, white space at the ends aside); of equals
+    the earliest.
+    """
     texts = [extract(a.text).answer for a in answers]
     counts = Counter(texts)
     return max(range(len(texts)), key=lambda i: (counts[texts[i]], -i))
@@ -118,7 +151,9 @@ def is_right(answer: Answer, question: Question) -> bool:
 
 
 def is_parsable(answer: Answer, question: Question) -> bool:
-    """Whether an answer of the asked kind can be read: it ended, and where numbers are accepted it is one."""
+    """Whether an answer of the asked kind can be read: it ended, and where numbers are accepted it
+    is one.
+    """
     numeric = all(_is_number(accepted) for accepted in question.answers)
     text = extract(answer.text).answer
     return answer.stopped and bool(text.strip()) and (not numeric or _is_number(text))
@@ -132,8 +167,9 @@ def _is_number(text: str) -> bool:
 class Rescues:
     """What generation and grading make of a method's gains over the identity, in questions.
 
-    `reasoning`: graded right, where the identity's graded answer is wrong. `format`: exact, where the identity's answer is right
-    when graded but not in the expected form, so that teacher forcing calls it wrong. `lost`: graded wrong, and the identity's
+    `reasoning`: graded right, where the identity's graded answer is wrong. `format`: exact, where
+    the identity's answer is right when graded but not in the expected form, so that teacher forcing
+    calls it wrong. `lost`: graded wrong, and the identity's
     graded answer is right.
     """
 
@@ -143,7 +179,11 @@ class Rescues:
 
     @classmethod
     def of(
-        cls, identity_exact: Sequence[bool], identity_graded: Sequence[bool], exact: Sequence[bool], graded: Sequence[bool]
+        cls,
+        identity_exact: Sequence[bool],
+        identity_graded: Sequence[bool],
+        exact: Sequence[bool],
+        graded: Sequence[bool],
     ) -> "Rescues":
         """From four flags a question."""
         rows = list(zip(identity_exact, identity_graded, exact, graded, strict=True))

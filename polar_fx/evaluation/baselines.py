@@ -1,4 +1,6 @@
-"""The methods a selector has to beat, each trained on the same train questions and none on test ones."""
+"""The methods a selector has to beat, each trained on the same train questions and none on test
+ones.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -36,7 +38,10 @@ _INFLUENCE_PROMPTS = 64
 
 @dataclass(frozen=True, eq=False)
 class TrainingRecords:
-    """Records of train and validation questions. `dense` have every program of the menu, `train` whatever was tried."""
+    """Records of train and validation questions.
+
+    `dense` have every program of the menu, `train` whatever was tried.
+    """
 
     dense: list[SearchRecord]
     train: list[SearchRecord]
@@ -45,7 +50,9 @@ class TrainingRecords:
 
 @dataclass(frozen=True, eq=False)
 class TrainedOn:
-    """What a predictor was made of: dense records of its train and validation questions, and ids of those it was mined from."""
+    """What a predictor was made of: dense records of its train and validation questions, and ids of
+    those it was mined from.
+    """
 
     train: list[SearchRecord]
     validation: list[SearchRecord]
@@ -58,8 +65,12 @@ class TrainedOn:
         try:
             mined = json.loads((parts / MINED).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise InputError(f"{parts / MINED} cannot be read: {error}; train again, or bring it back") from error
-        train, validation = (list(RecordReader(parts / f"{name}.jsonl")) for name in ("train", "validation"))
+            raise InputError(
+                f"{parts / MINED} cannot be read: {error}; train again, or bring it back"
+            ) from error
+        train, validation = (
+            list(RecordReader(parts / f"{name}.jsonl")) for name in ("train", "validation")
+        )
         return cls(train, validation, frozenset(mined))
 
     @property
@@ -72,29 +83,39 @@ class TrainedOn:
         return self.mined | {q.id for q in self.questions}
 
 
-def training_records(trained_on: TrainedOn, searches: Sequence[Path], test_ids: set[str], model: str) -> TrainingRecords:
+def training_records(
+    trained_on: TrainedOn, searches: Sequence[Path], test_ids: set[str], model: str
+) -> TrainingRecords:
     """What a predictor was trained on, and what searches found for other questions.
 
-    Raises InputError if a test question is among them or a search was of another model than that of fingerprint `model`, and
-    RecordFileError for a file that cannot be read.
+    Raises InputError if a test question is among them or a search was of another model than that of
+    fingerprint `model`, and RecordFileError for a file that cannot be read.
     """
     for path in searches:
         if RecordReader(path).header.model != model:
-            raise InputError(f"{path} has records of another model; name searches of the model that is evaluated, in its dtype")
+            raise InputError(
+                f"{path} has records of another model; name searches of the model that is "
+                "evaluated, in its dtype"
+            )
     dense, validation = trained_on.train, trained_on.validation
     held_out = {r.question.id for r in validation}
     more = [r for path in searches for r in RecordReader(path) if r.question.id not in held_out]
     train = merge([*more, *dense])
     if shared := sorted(test_ids & ({r.question.id for r in train} | held_out)):
         raise InputError(
-            f"test question {shared[0]!r} (and {len(shared) - 1} more) is among the training records or in a file of --records; "
-            "ask questions of the test split, and search others"
+            f"test question {shared[0]!r} (and {len(shared) - 1} more) is among the training "
+            "records or in a file of --records; ask questions of the test split, and search "
+            "others"
         )
     return TrainingRecords(dense, train, validation)
 
 
-def static_choices(known: TrainingRecords, selector: Selector, questions: Sequence[Any]) -> list[Choice]:
-    """The best programs of the menu on train questions: over all, within the budget, and a task each."""
+def static_choices(
+    known: TrainingRecords, selector: Selector, questions: Sequence[Any]
+) -> list[Choice]:
+    """The best programs of the menu on train questions: over all, within the budget, and a task
+    each.
+    """
     table = VerdictTable.of(known.dense, selector.menu.programs)
     n = len(questions)
     tasks = list(dict.fromkeys(q.task for q in table.questions))
@@ -111,12 +132,21 @@ def static_choices(known: TrainingRecords, selector: Selector, questions: Sequen
 
 
 def pruning_choices(
-    model: "CompiledModel", encoded: Sequence[EncodedQuestion], selector: Selector, n: int, seed: int
-) -> tuple[list[Choice], list[float]]:  # fmt: skip
-    """Block-influence pruning (arXiv 2403.03853) at the budget, random programs of as many steps; and each layer's influence."""
+    model: "CompiledModel",
+    encoded: Sequence[EncodedQuestion],
+    selector: Selector,
+    n: int,
+    seed: int,
+) -> tuple[list[Choice], list[float]]:
+    """Block-influence pruning (arXiv 2403.03853) at the budget, random programs of as many steps;
+    and each layer's influence.
+    """
     trunk, depth = selector.features.num_steps, selector.depth
     steps = int(_BUDGET * depth + 1e-9)
-    prompts = [torch.tensor((*e.prefix, *e.prompt)) for e in encoded[:: max(1, len(encoded) // _INFLUENCE_PROMPTS)]]
+    prompts = [
+        torch.tensor((*e.prefix, *e.prompt))
+        for e in encoded[:: max(1, len(encoded) // _INFLUENCE_PROMPTS)]
+    ]
     influences = block_influences(model, prompts[:_INFLUENCE_PROMPTS])
     pruned = least_influence_program(influences, depth - steps, trunk)
     made = [
@@ -127,40 +157,76 @@ def pruning_choices(
 
 
 def learned_choices(
-    model: "CompiledModel", known: TrainingRecords, encoded: Mapping[str, EncodedQuestion], seen: Sequence[Tensor],
-    features: Features, seed: int,
-) -> tuple[list[Choice], dict[str, Any]]:  # fmt: skip
-    """Per-layer routers and PoLar's network, on the same states as the selector; and how their training went.
+    model: "CompiledModel",
+    known: TrainingRecords,
+    encoded: Mapping[str, EncodedQuestion],
+    seen: Sequence[Tensor],
+    features: Features,
+    seed: int,
+) -> tuple[list[Choice], dict[str, Any]]:
+    """Per-layer routers and PoLar's network, on the same states as the selector; and how their
+    training went.
 
     `seen` are those of the test questions (`token_features`).
     """
     depth, trunk = model.depth, features.num_steps
-    tokens = {split: _tokens(model, records, encoded, features) for split, records in _splits(known).items()}
+    tokens = {
+        split: _tokens(model, records, encoded, features)
+        for split, records in _splits(known).items()
+    }
     seen = [states.float() for states in seen]
-    windows = {split: {name: pool_windows(t) for name, t in found.items()} for split, found in tokens.items()}
+    windows = {
+        split: {name: pool_windows(t) for name, t in found.items()}
+        for split, found in tokens.items()
+    }
     asked = torch.stack([pool_windows(t) for t in seen])
-    labels = {split: router_labels(records, depth, trunk) for split, records in _splits(known).items()}
-    stacked = {split: torch.stack([windows[split][q] for q in labels[split].questions]) for split in labels}
+    labels = {
+        split: router_labels(records, depth, trunk) for split, records in _splits(known).items()
+    }
+    stacked = {
+        split: torch.stack([windows[split][q] for q in labels[split].questions]) for split in labels
+    }
     notes: dict[str, Any] = {}
     choices = []
-    for name, ops in (("per-layer router (DR.LLM-style)", OPS), (f"skip gate <= {_BUDGET:g} steps (MindSkip-style)", SKIP_OPS)):
+    for name, ops in (
+        ("per-layer router (DR.LLM-style)", OPS),
+        (f"skip gate <= {_BUDGET:g} steps (MindSkip-style)", SKIP_OPS),
+    ):
         router, history = train_layer_router(
-            stacked["train"], labels["train"].classes, stacked["validation"], labels["validation"].classes, trunk, ops
+            stacked["train"],
+            labels["train"].classes,
+            stacked["validation"],
+            labels["validation"].classes,
+            trunk,
+            ops,
         )
         if ops == SKIP_OPS:
             router = router.with_budget(torch.stack(list(windows["validation"].values())), _BUDGET)
         choices.append(Choice.single(name, router.programs(asked)))
         notes[name] = {k: v for k, v in history.items() if k != "history"}
     more, notes["PoLar network"] = polar_choices(
-        "PoLar network", known, {**tokens["train"], **tokens["validation"]}, seen, depth, trunk, seed
+        "PoLar network",
+        known,
+        {**tokens["train"], **tokens["validation"]},
+        seen,
+        depth,
+        trunk,
+        seed,
     )
     return choices + more, notes
 
 
 def encoder_choices(
-    encoder: TextEncoder, known: TrainingRecords, test: Sequence[Question], depth: int, trunk: int, seed: int
+    encoder: TextEncoder,
+    known: TrainingRecords,
+    test: Sequence[Question],
+    depth: int,
+    trunk: int,
+    seed: int,
 ) -> tuple[list[Choice], dict[str, Any]]:
-    """PoLar's network on what the paper gives it: a frozen text encoder's states of the question; and how its training went."""
+    """PoLar's network on what the paper gives it: a frozen text encoder's states of the question;
+    and how its training went.
+    """
     learned = [r.question for records in _splits(known).values() for r in records]
     states = encoder.states([q.question for q in (*learned, *test)])
     by_id = dict(zip([q.id for q in learned], states, strict=False))
@@ -170,14 +236,27 @@ def encoder_choices(
 
 
 def polar_choices(
-    name: str, known: TrainingRecords, tokens: Mapping[str, Tensor], seen: Sequence[Tensor], depth: int, trunk: int, seed: int
+    name: str,
+    known: TrainingRecords,
+    tokens: Mapping[str, Tensor],
+    seen: Sequence[Tensor],
+    depth: int,
+    trunk: int,
+    seed: int,
 ) -> tuple[list[Choice], dict[str, Any]]:
     """PoLar's network by several decoders, and how its training went.
 
-    `tokens` has token features f32[T, Q] of the searched questions by id, `seen` those of the test questions.
+    `tokens` has token features f32[T, Q] of the searched questions by id, `seen` those of the test
+    questions.
     """
     trained, counts = train_polar_arm(
-        known.train, known.validation, tokens, depth, trunk, training=TrainingConfig(epochs=10, seed=seed), seed=seed
+        known.train,
+        known.validation,
+        tokens,
+        depth,
+        trunk,
+        training=TrainingConfig(epochs=10, seed=seed),
+        seed=seed,
     )
     arm = PolarArm(trained.network, trunk)
     ranked = arm.beam(seen)
@@ -188,10 +267,11 @@ def polar_choices(
         Choice(f"{name}, pass@5", tuple(tuple(found) for found in ranked), True),
     ]
     return choices, {
-        "best_epoch": trained.history["best_epoch"], "validation_loss": trained.history["best_validation_loss"],
+        "best_epoch": trained.history["best_epoch"],
+        "validation_loss": trained.history["best_validation_loss"],
         "labels": {split: str(found) for split, found in counts.items()},
         "identity_first": sum(found[0].is_identity for found in ranked) / len(ranked),
-    }  # fmt: skip
+    }
 
 
 def _splits(known: TrainingRecords) -> dict[str, list[SearchRecord]]:
@@ -199,7 +279,10 @@ def _splits(known: TrainingRecords) -> dict[str, list[SearchRecord]]:
 
 
 def _tokens(
-    model: "CompiledModel", records: Sequence[SearchRecord], encoded: Mapping[str, EncodedQuestion], features: Features
+    model: "CompiledModel",
+    records: Sequence[SearchRecord],
+    encoded: Mapping[str, EncodedQuestion],
+    features: Features,
 ) -> dict[str, Tensor]:
     questions = [encoded[r.question.id] for r in records]
     found = token_features(model, questions, features)

@@ -1,7 +1,9 @@
-"""Static removal of the layers that change their input least: block influence (Men et al. 2024, arXiv 2403.03853).
+"""Static removal of the layers that change their input least: block influence (Men et al. 2024,
+arXiv 2403.03853).
 
-The influence of a layer is 1 minus the mean, over tokens, of the cosine of its input and its output. One program for all
-inputs comes of it. Their search data are text for pretraining; here they are whatever prompts are given.
+The influence of a layer is 1 minus the mean, over tokens, of the cosine of its input and its
+output. One program for all inputs comes of it. Their search data are text for pretraining; here
+they are whatever prompts are given.
 
 Shape legend: B batch, T tokens, d hidden size, D layers.
 """
@@ -27,8 +29,9 @@ _BATCH = 16
 def block_influences(model: "CompiledModel", rows: Sequence[Tensor]) -> np.ndarray:
     """Influence of each layer, f64[D] in 0..2, over all tokens of the prompts, rows of ids i64[T].
 
-    The layers run one by one on the model's regions, each once, and each is compared with the one before it. Raises InputError
-    if there is no prompt or a state is not finite, and KvOverflowError for a prompt that does not fit the model.
+    The layers run one by one on the model's regions, each once, and each is compared with the one
+    before it. Raises InputError if there is no prompt or a state is not finite, and KvOverflowError
+    for a prompt that does not fit the model.
     """
     if not rows:
         raise InputError("there are no prompts; give at least one to measure influences on")
@@ -45,15 +48,25 @@ def block_influences(model: "CompiledModel", rows: Sequence[Tensor]) -> np.ndarr
                 session.advance(counts)
     if not bool(sums.isfinite().all()):
         layer = int((~sums.isfinite()).nonzero()[0])
-        raise InputError(f"the states around layer {layer} are not finite; measure with another dtype or other prompts")
+        raise InputError(
+            f"the states around layer {layer} are not finite; measure with another dtype or other "
+            "prompts"
+        )
     return (1 - sums / tokens).clamp_min(0).numpy()
 
 
 @torch.no_grad()
-def _cosine_sums(model: "CompiledModel", identity: Program, session: "KvSession", ids: Tensor, counts: list[int]) -> Tensor:
-    """f64[D]: the sum of the cosines of each layer's input and output over the chunk's tokens; padding does not count."""
-    # linked for every token: the last layer's output is needed like any other's, which a prefill would run for one token
-    linked = model.linker.link(identity, ShapeClass.of(ids.shape[0], ids.shape[1], model.pool.length))
+def _cosine_sums(
+    model: "CompiledModel", identity: Program, session: "KvSession", ids: Tensor, counts: list[int]
+) -> Tensor:
+    """f64[D]: the sum of the cosines of each layer's input and output over the chunk's tokens;
+    padding does not count.
+    """
+    # linked for every token: the last layer's output is needed like any other's, which a prefill
+    # would run for one token
+    linked = model.linker.link(
+        identity, ShapeClass.of(ids.shape[0], ids.shape[1], model.pool.length)
+    )
     inputs = [ids, session.positions(counts), linked.kv_index]
     values = [*inputs, *linked.prologue([*inputs, *linked.prologue_weights])]
     is_token = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
@@ -61,27 +74,34 @@ def _cosine_sums(model: "CompiledModel", identity: Program, session: "KvSession"
     for step, slot in zip(linked.steps, session.slots, strict=True):
         after = step.region(step.operands(hidden, values, slot))[0]
         # in double precision, so that a layer that changes nothing has influence 0
-        cosine = torch.nn.functional.cosine_similarity(hidden.cpu().double(), after.cpu().double(), dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(
+            hidden.cpu().double(), after.cpu().double(), dim=-1
+        )
         found.append(cosine[is_token].sum())
         hidden = after
     return torch.stack(found)
 
 
-def least_influence_program(influences: np.ndarray, num_removed: int, protected: int = 0) -> Program:
-    """The identity without the `num_removed` layers of lowest influence f64[D]; of equals the earlier ones go first.
+def least_influence_program(
+    influences: np.ndarray, num_removed: int, protected: int = 0
+) -> Program:
+    """The identity without the `num_removed` layers of lowest influence f64[D]; of equals the
+    earlier ones go first.
 
-    The first `protected` layers, those of the trunk, always stay, and so does a layer after them. Raises InputError if there
-    are not so many to remove.
+    The first `protected` layers, those of the trunk, always stay, and so does a layer after them.
+    Raises InputError if there are not so many to remove.
     """
     depth = len(influences)
     if influences.ndim != 1 or not np.isfinite(influences).all():
         raise InputError(f"influences are {influences!r}; give a finite number a layer")
     if not 0 <= protected < depth:
-        raise InputError(f"protected is {protected}; give a number of first layers from 0 to {depth - 1}")
+        raise InputError(
+            f"protected is {protected}; give a number of first layers from 0 to {depth - 1}"
+        )
     if not 0 <= num_removed < depth - protected:
         raise InputError(
-            f"num_removed is {num_removed}, but of {depth} layers {protected} are protected and one more must stay; "
-            f"give 0 to {depth - protected - 1}"
+            f"num_removed is {num_removed}, but of {depth} layers {protected} are protected and "
+            f"one more must stay; give 0 to {depth - protected - 1}"
         )
     order = protected + np.argsort(influences[protected:], kind="stable")
     removed = set(order[:num_removed].tolist())

@@ -22,9 +22,11 @@ from ..training.selector_training import choose_all
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """A method: the programs it runs on each of N questions, one each unless it needs the answer key to tell which is right.
+    """A method: the programs it runs on each of N questions, one each unless it needs the answer
+    key to tell which is right.
 
-    With several, the question counts as answered if any of them is right, all of them count as executed, and it is an `oracle`.
+    With several, the question counts as answered if any of them is right, all of them count as
+    executed, and it is an `oracle`.
     """
 
     name: str
@@ -41,7 +43,10 @@ class Choice:
 
     def __post_init__(self) -> None:
         if not self.oracle and any(len(each) != 1 for each in self.programs):
-            raise InputError(f"method {self.name!r} runs several programs on a question: only an oracle can choose among them")
+            raise InputError(
+                f"method {self.name!r} runs several programs on a question: only an oracle can "
+                "choose among them"
+            )
 
 
 def by_policy(name: str, selector: Selector, policy: Policy, chances: np.ndarray) -> Choice:
@@ -49,14 +54,20 @@ def by_policy(name: str, selector: Selector, policy: Policy, chances: np.ndarray
     menu, calibration = selector.menu, selector.calibration
     policy.check(calibration, None)
     if policy.kind not in ("accuracy", "mean_steps", "steps"):
-        raise InputError(f"policy {policy} is not compared here; use accuracy, steps<= or mean_steps<=")
-    chosen = [policy.choose(Proposal(menu.programs, menu.steps, row), calibration) for row in chances]
+        raise InputError(
+            f"policy {policy} is not compared here; use accuracy, steps<= or mean_steps<="
+        )
+    chosen = [
+        policy.choose(Proposal(menu.programs, menu.steps, row), calibration) for row in chances
+    ]
     return Choice.single(name, [menu.programs[k] for k in chosen])
 
 
 def likeliest(name: str, menu: Menu, chances: np.ndarray) -> Choice:
     """The likeliest program of each question, whatever the threshold."""
-    return Choice.single(name, [menu.programs[k] for k in choose_all(chances, menu.steps, menu.depth, -np.inf)])
+    return Choice.single(
+        name, [menu.programs[k] for k in choose_all(chances, menu.steps, menu.depth, -np.inf)]
+    )
 
 
 def static(name: str, program: Program, n: int) -> Choice:
@@ -64,14 +75,20 @@ def static(name: str, program: Program, n: int) -> Choice:
     return Choice.single(name, [program] * n)
 
 
-def static_by_task(name: str, programs: Mapping[str, Program], questions: Sequence[Question]) -> Choice:
-    """One program a task, which has to be told which task a question is of; the identity for unknown ones."""
+def static_by_task(
+    name: str, programs: Mapping[str, Program], questions: Sequence[Question]
+) -> Choice:
+    """One program a task, which has to be told which task a question is of; the identity for
+    unknown ones.
+    """
     depth = next(iter(programs.values())).depth
     return Choice.single(name, [programs.get(q.task, Program.identity(depth)) for q in questions])
 
 
 def random_skips(name: str, depth: int, num_steps: int, trunk: int, n: int, seed: int) -> Choice:
-    """For each question a random program of `num_steps` steps: layers behind the trunk left out at random."""
+    """For each question a random program of `num_steps` steps: layers behind the trunk left out at
+    random.
+    """
     rng = random.Random(seed)
     found = []
     for _ in range(n):
@@ -91,12 +108,19 @@ def top_k(name: str, menu: Menu, chances: np.ndarray, k: int) -> Choice:
     return Choice(name, tuple(tuple(menu.programs[j] for j in row) for row in order), True)
 
 
-def wanted_programs(choices: Sequence[Choice], questions: Sequence[Question]) -> dict[str, tuple[Program, ...]]:
-    """All programs that any method runs on each question, by its id, without the identity, which always runs."""
+def wanted_programs(
+    choices: Sequence[Choice], questions: Sequence[Question]
+) -> dict[str, tuple[Program, ...]]:
+    """All programs that any method runs on each question, by its id, without the identity, which
+    always runs.
+    """
     found: dict[str, dict[Program, None]] = {q.id: {} for q in questions}
     for choice in choices:
         if len(choice.programs) != len(questions):
-            raise InputError(f"method {choice.name!r} has programs for {len(choice.programs)} questions, not {len(questions)}")
+            raise InputError(
+                f"method {choice.name!r} has programs for {len(choice.programs)} questions, not "
+                f"{len(questions)}"
+            )
         for question, programs in zip(questions, choice.programs, strict=True):
             found[question.id] |= dict.fromkeys(p for p in programs if not p.is_identity)
     return {name: tuple(programs) for name, programs in found.items()}
@@ -104,14 +128,18 @@ def wanted_programs(choices: Sequence[Choice], questions: Sequence[Question]) ->
 
 def arm_results(
     choices: Sequence[Choice], records: Sequence[SearchRecord], unseen: Collection[str] = ()
-) -> list[ArmResult]:  # fmt: skip
-    """A result a method and task, from records of all that the methods run, in the order of their questions.
+) -> list[ArmResult]:
+    """A result a method and task, from records of all that the methods run, in the order of their
+    questions.
 
-    `unseen` are tasks the predictor was not trained on. Raises InputError if a record lacks a program.
+    `unseen` are tasks the predictor was not trained on. Raises InputError if a record lacks a
+    program.
     """
     verdicts = [r.verdicts for r in records]
     tasks = list(dict.fromkeys(r.question.task for r in records))
-    members = {task: [i for i, r in enumerate(records) if r.question.task == task] for task in tasks}
+    members = {
+        task: [i for i, r in enumerate(records) if r.question.task == task] for task in tasks
+    }
     found = []
     for choice in choices:
         for task in tasks:
@@ -119,15 +147,25 @@ def arm_results(
             for i in members[task]:
                 programs = choice.programs[i]
                 if missing := [p for p in programs if p not in verdicts[i]]:
-                    raise InputError(f"question {records[i].question.id!r} has no verdict of {missing[0]} of {choice.name!r}")
+                    raise InputError(
+                        f"question {records[i].question.id!r} has no verdict of {missing[0]} of "
+                        f"{choice.name!r}"
+                    )
                 right.append(any(verdicts[i][p].correct for p in programs))
                 steps.append(float(sum(p.num_steps for p in programs)))
                 unique.append(float(np.mean([p.num_unique_layers for p in programs])))
             identity = np.array([records[i].baseline.correct for i in members[task]])
             found.append(
                 ArmResult(
-                    choice.name, task, np.array(right), identity, np.array(steps), np.full(len(right), float(records[0].depth)),
-                    unique_layers=np.array(unique), oracle=choice.oracle, unseen=task in unseen,
+                    choice.name,
+                    task,
+                    np.array(right),
+                    identity,
+                    np.array(steps),
+                    np.full(len(right), float(records[0].depth)),
+                    unique_layers=np.array(unique),
+                    oracle=choice.oracle,
+                    unseen=task in unseen,
                 )
-            )  # fmt: skip
+            )
     return found

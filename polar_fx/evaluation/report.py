@@ -19,15 +19,23 @@ from .choices import Choice
 
 
 def calibration_report(chances: np.ndarray, right: np.ndarray) -> dict[str, Any]:
-    """Of probabilities f64[N, K] against outcomes bool[N, K]: calibration error, Brier score, log loss, and the bins."""
+    """Of probabilities f64[N, K] against outcomes bool[N, K]: calibration error, Brier score, log
+    loss, and the bins.
+    """
     return {
-        "ece": ece(chances, right), "brier": brier(chances, right), "log_loss": log_loss(chances, right),
+        "ece": ece(chances, right),
+        "brier": brier(chances, right),
+        "log_loss": log_loss(chances, right),
         "bins": reliability(chances, right).to_dict(),
-    }  # fmt: skip
+    }
 
 
-def distributions(questions: Sequence[Question], trained_on: Collection[str]) -> dict[str, list[int]]:
-    """The places of questions of tasks the predictor was trained on, and of others; without what there is none of."""
+def distributions(
+    questions: Sequence[Question], trained_on: Collection[str]
+) -> dict[str, list[int]]:
+    """The places of questions of tasks the predictor was trained on, and of others; without what
+    there is none of.
+    """
     found: dict[str, list[int]] = {}
     for place, question in enumerate(questions):
         found.setdefault(SEEN if question.task in trained_on else UNSEEN, []).append(place)
@@ -35,9 +43,13 @@ def distributions(questions: Sequence[Question], trained_on: Collection[str]) ->
 
 
 def selector_report(
-    choices: Sequence[Choice], records: Sequence[SearchRecord], chances: np.ndarray, right: np.ndarray
+    choices: Sequence[Choice],
+    records: Sequence[SearchRecord],
+    chances: np.ndarray,
+    right: np.ndarray,
 ) -> dict[str, Any]:
-    """What single-shot methods, the selector's first, do on these questions: programs it uses, calibration, difficulty.
+    """What single-shot methods, the selector's first, do on these questions: programs it uses,
+    calibration, difficulty.
 
     `chances` f64[N, K] are its probabilities, `right` bool[N, K] what came true.
     """
@@ -46,14 +58,17 @@ def selector_report(
         "questions": len(records),
         "calibration": calibration_report(chances, right),
         "programs_used": [
-            {"program": str(p), "steps": p.num_steps, "share": c / len(records)} for p, c in counts.most_common()
+            {"program": str(p), "steps": p.num_steps, "share": c / len(records)}
+            for p, c in counts.most_common()
         ],
         "difficulty": [row for choice in choices for row in by_difficulty(choice, records)],
-    }  # fmt: skip
+    }
 
 
 def by_difficulty(choice: Choice, records: Sequence[SearchRecord]) -> list[dict[str, Any]]:
-    """A single-shot method's accuracy, the identity's, and mean steps a difficulty level, over all tasks."""
+    """A single-shot method's accuracy, the identity's, and mean steps a difficulty level, over all
+    tasks.
+    """
     programs = [program for (program,) in choice.programs]
     right = np.array([r.verdicts[p].correct for r, p in zip(records, programs, strict=True)])
     steps = np.array([float(p.num_steps) for p in programs])
@@ -62,10 +77,16 @@ def by_difficulty(choice: Choice, records: Sequence[SearchRecord]) -> list[dict[
     found = []
     for level in sorted({int(v) for v in levels}):
         of = levels == level
-        found.append({
-            "arm": choice.name, "difficulty": level or None, "n": int(of.sum()), "identity": float(identity[of].mean()),
-            "accuracy": float(right[of].mean()), "steps": float(steps[of].mean()),
-        })  # fmt: skip
+        found.append(
+            {
+                "arm": choice.name,
+                "difficulty": level or None,
+                "n": int(of.sum()),
+                "identity": float(identity[of].mean()),
+                "accuracy": float(right[of].mean()),
+                "steps": float(steps[of].mean()),
+            }
+        )
     return found
 
 
@@ -74,29 +95,49 @@ def against(arms: Sequence[ArmResult], method: str, other: str) -> list[dict[str
     by_name = {name: [a for a in arms if a.name == name] for name in (method, other)}
     pairs = list(zip(*by_name.values(), strict=True))
     together = pooled_names(by_name[method]).items()
-    pairs[:0] = [tuple(pool([a for a in each if a.task in of], label) for each in by_name.values()) for label, of in together]
+    pairs[:0] = [
+        tuple(pool([a for a in each if a.task in of], label) for each in by_name.values())
+        for label, of in together
+    ]
     return [
-        {"method": method, "against": other, "task": one.task,
-         **compare(one.right, two.right, steps=one.steps, identity_steps=two.steps, strata=one.strata).to_dict()}
+        {
+            "method": method,
+            "against": other,
+            "task": one.task,
+            **compare(
+                one.right, two.right, steps=one.steps, identity_steps=two.steps, strata=one.strata
+            ).to_dict(),
+        }
         for one, two in pairs
-    ]  # fmt: skip
+    ]
 
 
 def write_report(
-    folder: Path, arms: Sequence[ArmResult], results: Mapping[str, Any], diagrams: Mapping[str, Reliability], figures: bool = True
+    folder: Path,
+    arms: Sequence[ArmResult],
+    results: Mapping[str, Any],
+    diagrams: Mapping[str, Reliability],
+    figures: bool = True,
 ) -> list[Path]:
     """Write `results.json`, `arms.md`, `arms.csv` and figures; returns the paths. Raises OSError.
 
-    Every arm of `results.json` has its comparison with the identity; per-question outcomes stay in the record files.
+    Every arm of `results.json` has its comparison with the identity; per-question outcomes stay in
+    the record files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = compare_arms(arms)
     compared = [
-        {"arm": row.label, "task": row.arm.task, "out_of_distribution": row.arm.unseen, "oracle": row.arm.oracle,
-         "adjusted_p": row.adjusted_p,
-         **row.paired.to_dict(), **_means(row.arm)}
+        {
+            "arm": row.label,
+            "task": row.arm.task,
+            "out_of_distribution": row.arm.unseen,
+            "oracle": row.arm.oracle,
+            "adjusted_p": row.adjusted_p,
+            **row.paired.to_dict(),
+            **_means(row.arm),
+        }
         for row in rows
-    ]  # fmt: skip
+    ]
     path = folder / "results.json"
     text = json.dumps({**results, "arms": compared}, indent=1, default=_as_json)
     replace_file(path, [text.encode() + b"\n"])
@@ -110,7 +151,10 @@ def write_report(
 
 def _means(arm: ArmResult) -> dict[str, float | None]:
     names = ("unique_layers", "format_valid", "generated_tokens")
-    return {name: None if getattr(arm, name) is None else float(np.mean(getattr(arm, name))) for name in names}
+    return {
+        name: None if getattr(arm, name) is None else float(np.mean(getattr(arm, name)))
+        for name in names
+    }
 
 
 def _as_json(value: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Arms by generated answers, on part of the test questions: votes, confidence, sampling, and what formats have to do with it.
+"""Arms by generated answers, on part of the test questions: votes, confidence, sampling, and what
+formats have to do with it.
 
-A vote over k programs runs all k; its cost is counted so. Answers are graded as text here, so these numbers are not those of
-teacher forcing: the identity is generated and graded beside them.
+A vote over k programs runs all k; its cost is counted so. Answers are graded as text here, so these
+numbers are not those of teacher forcing: the identity is generated and graded beside them.
 """
 
 from collections.abc import Collection, Sequence
@@ -22,7 +23,9 @@ _TEMPERATURE = 0.7
 
 @dataclass(frozen=True, eq=False)
 class GeneratedArms:
-    """Arms of generated answers, and of the selector what became of its gains, by task and over several."""
+    """Arms of generated answers, and of the selector what became of its gains, by task and over
+    several.
+    """
 
     arms: list[ArmResult]
     rescues: dict[str, Rescues]
@@ -31,15 +34,26 @@ class GeneratedArms:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the arms' outcomes."""
-        return {"n": sum(a.n for a in self.arms if a.name == self.arms[0].name), "agreement": self.agreement,
-                "rescues": {task: asdict(found) for task, found in self.rescues.items()}}  # fmt: skip
+        return {
+            "n": sum(a.n for a in self.arms if a.name == self.arms[0].name),
+            "agreement": self.agreement,
+            "rescues": {task: asdict(found) for task, found in self.rescues.items()},
+        }
 
 
 def generated_arms(
-    answerer: Answerer, selector: Selector, chances: np.ndarray, chosen: Choice, records: Sequence[SearchRecord],
-    rows: Sequence[Row], votes: int, seed: int, unseen: Collection[str] = (),
-) -> GeneratedArms:  # fmt: skip
-    """Generate, grade and compare on these rows, whose probabilities f64[N, K], choices and records are in the same order.
+    answerer: Answerer,
+    selector: Selector,
+    chances: np.ndarray,
+    chosen: Choice,
+    records: Sequence[SearchRecord],
+    rows: Sequence[Row],
+    votes: int,
+    seed: int,
+    unseen: Collection[str] = (),
+) -> GeneratedArms:
+    """Generate, grade and compare on these rows, whose probabilities f64[N, K], choices and records
+    are in the same order.
 
     `unseen` are tasks the predictor was not trained on.
     """
@@ -55,11 +69,17 @@ def generated_arms(
         return [answers[i, p] for p in programs]
 
     made: dict[str, tuple[list[Answer], list[float], list[float]]] = {
-        "identity": (of_each := [answers[i, identity] for i in range(n)], [selector.depth * 1.0] * n, _tokens(of_each)),
-        "selector: accuracy": (
-            picked := [answers[i, singles[i]] for i in range(n)], [p.num_steps * 1.0 for p in singles], _tokens(picked)
+        "identity": (
+            of_each := [answers[i, identity] for i in range(n)],
+            [selector.depth * 1.0] * n,
+            _tokens(of_each),
         ),
-    }  # fmt: skip
+        "selector: accuracy": (
+            picked := [answers[i, singles[i]] for i in range(n)],
+            [p.num_steps * 1.0 for p in singles],
+            _tokens(picked),
+        ),
+    }
     costs = [float(sum(p.num_steps for p in ranked[i])) for i in range(n)]
     all_tokens = [float(sum(a.num_tokens for a in of(i, ranked[i]))) for i in range(n)]
     for name, pick in (("vote", majority), ("most confident", most_confident)):
@@ -67,26 +87,45 @@ def generated_arms(
         made[f"{name} of {votes} programs"] = (best, costs, all_tokens)
     best = [row[majority(row)] for row in sampled]
     spent = [float(sum(a.num_tokens for a in row)) for row in sampled]
-    made[f"vote of {votes} samples of the identity"] = (best, [selector.depth * float(votes)] * n, spent)
-    graded = {name: [is_right(a, q) for a, (q, _) in zip(found, rows, strict=True)] for name, (found, _, _) in made.items()}
+    made[f"vote of {votes} samples of the identity"] = (
+        best,
+        [selector.depth * float(votes)] * n,
+        spent,
+    )
+    graded = {
+        name: [is_right(a, q) for a, (q, _) in zip(found, rows, strict=True)]
+        for name, (found, _, _) in made.items()
+    }
     tasks = list(dict.fromkeys(q.task for q, _ in rows))
     members = {task: [i for i, (q, _) in enumerate(rows) if q.task == task] for task in tasks}
     arms = [
         ArmResult(
-            name, task, np.array([graded[name][i] for i in members[task]]),
+            name,
+            task,
+            np.array([graded[name][i] for i in members[task]]),
             np.array([graded["identity"][i] for i in members[task]]),
-            np.array([steps[i] for i in members[task]]), np.full(len(members[task]), float(selector.depth)),
+            np.array([steps[i] for i in members[task]]),
+            np.full(len(members[task]), float(selector.depth)),
             format_valid=np.array([is_parsable(found[i], rows[i][0]) for i in members[task]]),
-            generated_tokens=np.array([tokens[i] for i in members[task]]), unseen=task in unseen,
+            generated_tokens=np.array([tokens[i] for i in members[task]]),
+            unseen=task in unseen,
         )
-        for name, (found, steps, tokens) in made.items() for task in tasks
-    ]  # fmt: skip
+        for name, (found, steps, tokens) in made.items()
+        for task in tasks
+    ]
     exact = [r.baseline.correct for r in records]
     method = [r.verdicts[p].correct for r, p in zip(records, singles, strict=True)]
     flags = (exact, graded["identity"], method, graded["selector: accuracy"])
     together = {**{task: [task] for task in tasks}, **pooled_names(arms)}
-    rescues = {name: Rescues.of(*([f[i] for task in of for i in members[task]] for f in flags)) for name, of in together.items()}
-    return GeneratedArms(arms, rescues, float(np.mean([e == g for e, g in zip(exact, graded["identity"], strict=True)])))
+    rescues = {
+        name: Rescues.of(*([f[i] for task in of for i in members[task]] for f in flags))
+        for name, of in together.items()
+    }
+    return GeneratedArms(
+        arms,
+        rescues,
+        float(np.mean([e == g for e, g in zip(exact, graded["identity"], strict=True)])),
+    )
 
 
 def _tokens(answers: Sequence[Answer]) -> list[float]:

@@ -1,1 +1,4 @@
-"""What was captured, compiled, loaded and linked, and what a program costs. Looks, never compiles."""
+"""What was captured, compiled, loaded and linked, and what a program costs.
+
+Looks, never compiles.
+"""

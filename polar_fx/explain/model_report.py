@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Kind:
-    """Layers that share one graph, and so its regions; `weight_bytes` are those of one layer. The ends have no layers."""
+    """Layers that share one graph, and so its regions; `weight_bytes` are those of one layer.
+
+    The ends have no layers.
+    """
 
     body: str
     layers: tuple[int, ...]
@@ -31,7 +34,9 @@ class Kind:
 
 @dataclass(frozen=True)
 class StoreReport:
-    """The artifact store: its entries are of all models; `limit_bytes` 0 is no limit; `refused` lists keys and reasons."""
+    """The artifact store: its entries are of all models; `limit_bytes` 0 is no limit; `refused`
+    lists keys and reasons.
+    """
 
     folder: str
     num_entries: int
@@ -44,8 +49,9 @@ class StoreReport:
 class Report:
     """What a compiled model holds and how it came by it.
 
-    `capture_s` and `layer_path` are None, and `passes` empty, if nothing was traced in this process. `num_programs` counts
-    linked programs. Weights are the model's own, each tensor counted once; KV slots hold L = `kv_length` tokens a row.
+    `capture_s` and `layer_path` are None, and `passes` empty, if nothing was traced in this
+    process. `num_programs` counts linked programs. Weights are the model's own, each tensor counted
+    once; KV slots hold L = `kv_length` tokens a row.
     """
 
     model: str
@@ -72,14 +78,20 @@ class Report:
 
     @property
     def totals(self) -> dict[str, float]:
-        """Regions compiled and the seconds of the slowest (several are compiled at once), regions loaded and the seconds of
-        all, their bytes, and the bytes of weights and KV slots."""
-        compiled, loaded = ([r for r in self.regions if r.source == source] for source in ("compiled", "loaded"))
+        """Regions compiled and the seconds of the slowest (several are compiled at once), regions
+        loaded and the seconds of all, their bytes, and the bytes of weights and KV slots.
+        """
+        compiled, loaded = (
+            [r for r in self.regions if r.source == source] for source in ("compiled", "loaded")
+        )
         return {
-            "num_compiled": len(compiled), "slowest_compiled_s": max((r.seconds for r in compiled), default=0.0),
-            "num_loaded": len(loaded), "loaded_s": sum(r.seconds for r in loaded),
-            "region_bytes": sum(r.num_bytes for r in self.regions), "held_bytes": self.weight_bytes + self.kv_bytes,
-        }  # fmt: skip
+            "num_compiled": len(compiled),
+            "slowest_compiled_s": max((r.seconds for r in compiled), default=0.0),
+            "num_loaded": len(loaded),
+            "loaded_s": sum(r.seconds for r in loaded),
+            "region_bytes": sum(r.num_bytes for r in self.regions),
+            "held_bytes": self.weight_bytes + self.kv_bytes,
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `json` writes and reads back unchanged."""
@@ -100,17 +112,36 @@ def report(compiled: "CompiledModel") -> Report:
     if regions.store is not None:
         entries = regions.store.entries()
         refused = tuple((r.key, r.reason) for r in regions.store.refusals)
-        store = StoreReport(str(regions.store.root), len(entries), total_bytes(entries), regions.store.limit_bytes, refused)
+        store = StoreReport(
+            str(regions.store.root),
+            len(entries),
+            total_bytes(entries),
+            regions.store.limit_bytes,
+            refused,
+        )
     return Report(
-        model=compiled.architecture, depth=library.depth, dtype=str(library.dtype).removeprefix("torch."),
-        device=str(library.device), backend=compiled.backend.name, max_length=pool.max_length,
-        is_traced=library.is_traced, capture_s=captured and captured.seconds, layer_path=captured and captured.layer_path,
-        kinds=kinds_of(compiled), passes=library.records if captured else (), regions=tuple(regions.records),
+        model=compiled.architecture,
+        depth=library.depth,
+        dtype=str(library.dtype).removeprefix("torch."),
+        device=str(library.device),
+        backend=compiled.backend.name,
+        max_length=pool.max_length,
+        is_traced=library.is_traced,
+        capture_s=captured and captured.seconds,
+        layer_path=captured and captured.layer_path,
+        kinds=kinds_of(compiled),
+        passes=library.records if captured else (),
+        regions=tuple(regions.records),
         num_programs=compiled.linker.num_programs,
-        tier=compiled.tiers.tier, tiers=tuple(replace(t) for t in compiled.tiers.records),
-        weight_bytes=tensor_bytes(library.tensors.values()), num_weights=len(_distinct(library.tensors.values())),
-        kv_bytes=pool.num_bytes, num_kv_slots=pool.num_slots, kv_length=pool.length, store=store,
-    )  # fmt: skip
+        tier=compiled.tiers.tier,
+        tiers=tuple(replace(t) for t in compiled.tiers.records),
+        weight_bytes=tensor_bytes(library.tensors.values()),
+        num_weights=len(_distinct(library.tensors.values())),
+        kv_bytes=pool.num_bytes,
+        num_kv_slots=pool.num_slots,
+        kv_length=pool.length,
+        store=store,
+    )
 
 
 def kinds_of(compiled: "CompiledModel") -> tuple[Kind, ...]:
@@ -119,8 +150,14 @@ def kinds_of(compiled: "CompiledModel") -> tuple[Kind, ...]:
     found: dict[str, list[int]] = {}
     for layer, call in enumerate(library.layers):
         found.setdefault(call.target, []).append(layer)
-    layers = [Kind(body, tuple(of), tensor_bytes(library.layers[of[0]].weights)) for body, of in found.items()]
-    start, head = (Kind(call.target, (), tensor_bytes(call.weights)) for call in (library.prologue, library.epilogue))
+    layers = [
+        Kind(body, tuple(of), tensor_bytes(library.layers[of[0]].weights))
+        for body, of in found.items()
+    ]
+    start, head = (
+        Kind(call.target, (), tensor_bytes(call.weights))
+        for call in (library.prologue, library.epilogue)
+    )
     return (start, *layers, head)
 
 
@@ -148,7 +185,9 @@ def plain(value: Any) -> Any:
 def _report_lines(r: Report) -> Iterator[str]:
     kinds, totals = [k for k in r.kinds if k.layers], r.totals
     where = f"{r.dtype} on {r.device}, backend {r.backend}"
-    yield f"{r.model}: {count(r.depth, 'layer')}, {where}, up to {count(r.max_length, 'token')} a row"
+    yield (
+        f"{r.model}: {count(r.depth, 'layer')}, {where}, up to {count(r.max_length, 'token')} a row"
+    )
     yield ""
     if r.is_traced:
         yield f"captured  in {r.capture_s:.1f} s, layers at {r.layer_path}"
@@ -156,21 +195,36 @@ def _report_lines(r: Report) -> Iterator[str]:
         yield "captured  earlier: from the symbol table on disk; nothing was traced, so no pass ran"
     yield f"layers    {r.depth} -> {count(len(kinds), 'kind')}"
     yield f"weights   {size(r.weight_bytes)} in {count(r.num_weights, 'tensor')}, each counted once"
-    yield f"KV pool   {size(r.kv_bytes)} in {count(r.num_kv_slots, 'slot')} of {count(r.kv_length, 'token')}"
+    yield (
+        f"KV pool   {size(r.kv_bytes)} in {count(r.num_kv_slots, 'slot')} of "
+        f"{count(r.kv_length, 'token')}"
+    )
     yield f"linked    {count(r.num_programs, 'program')}"
-    slowest = f", the slowest in {totals['slowest_compiled_s']:.1f} s" if totals["num_compiled"] else ""
+    slowest = (
+        f", the slowest in {totals['slowest_compiled_s']:.1f} s" if totals["num_compiled"] else ""
+    )
     loaded = f", {totals['num_loaded']} loaded in {totals['loaded_s']:.2f} s"
-    yield f"regions   {totals['num_compiled']} compiled{slowest}{loaded}, {size(totals['region_bytes'])}"
-    yield f"tier 1    {r.tier}" + ("" if r.tier != "linked" else ": whole programs are not compiled")
+    yield (
+        f"regions   {totals['num_compiled']} compiled{slowest}{loaded}, "
+        f"{size(totals['region_bytes'])}"
+    )
+    yield f"tier 1    {r.tier}" + (
+        "" if r.tier != "linked" else ": whole programs are not compiled"
+    )
     if r.store is None:
         yield "store     none: nothing is kept for later processes"
     else:
         limit = f" of {size(r.store.limit_bytes)}" if r.store.limit_bytes else ""
         entries = f"{r.store.num_entries:,} {'entry' if r.store.num_entries == 1 else 'entries'}"
-        yield f"store     {entries}, {size(r.store.num_bytes)}{limit}, {len(r.store.refused)} refused, in {r.store.folder}"
+        yield (
+            f"store     {entries}, {size(r.store.num_bytes)}{limit}, {len(r.store.refused)} "
+            f"refused, in {r.store.folder}"
+        )
         yield from (f"          {key[:12]} refused: {reason}" for key, reason in r.store.refused)
     yield ""
-    rows = [(k.body, ranges(k.layers), str(len(k.layers) or 1), size(k.weight_bytes)) for k in r.kinds]
+    rows = [
+        (k.body, ranges(k.layers), str(len(k.layers) or 1), size(k.weight_bytes)) for k in r.kinds
+    ]
     yield from table(("graph", "layers", "calls", "weights each"), rows, ("calls", "weights each"))
     if r.passes:
         yield ""
@@ -178,7 +232,9 @@ def _report_lines(r: Report) -> Iterator[str]:
         yield from table(("pass", "what it did", "ms"), rows, ("ms",))
     if r.regions:
         yield ""
-        rows = [(g.body, g.shapes, g.source, f"{g.seconds:.2f}", size(g.num_bytes)) for g in r.regions]
+        rows = [
+            (g.body, g.shapes, g.source, f"{g.seconds:.2f}", size(g.num_bytes)) for g in r.regions
+        ]
         yield from table(("region", "shapes", "how", "s", "size"), rows, ("s", "size"))
     if r.tiers:
         yield ""
@@ -194,9 +250,18 @@ def _tier_table(records: Iterable[TierRecord]) -> list[str]:
         return "" if value is None else f"{value:.2f}"
 
     cells = [
-        (str(t.program), t.phase, t.state, str(t.calls), f"{t.compile_s:.1f}", ms(t.linked_ms), ms(t.whole_ms),
-         size(t.num_bytes), t.reason)
+        (
+            str(t.program),
+            t.phase,
+            t.state,
+            str(t.calls),
+            f"{t.compile_s:.1f}",
+            ms(t.linked_ms),
+            ms(t.whole_ms),
+            size(t.num_bytes),
+            t.reason,
+        )
         for t in records
-    ]  # fmt: skip
+    ]
     numbers = ("calls", "compile s", "linked ms", "whole ms", "size")
     return table(("program", "phase", "state", *numbers, "why"), cells, numbers)

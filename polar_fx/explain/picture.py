@@ -1,4 +1,6 @@
-"""Pictures of programs: one row of marks for a terminal, and graphviz source for everything else."""
+"""Pictures of programs: one row of marks for a terminal, and graphviz source for everything
+else.
+"""
 
 import html
 import os
@@ -21,18 +23,23 @@ _TITLE_COLUMNS = 56
 _MAX_PASSES = 6  # listed one by one
 _FONT = "Helvetica,Arial,sans-serif"
 _INK, _QUIET, _LINE, _END, _PAPER = "#1f2933", "#7b8794", "#52606d", "#e4e7eb", "#ffffff"
-_FILLS = ("#bcdcf5", "#fbdcb0", "#c9e8c5", "#e3d0f0", "#f7c9c9", "#f3ecae", "#c5e8e4", "#d9d9d9")  # by kind of layer
+# by kind of layer
+_FILLS = ("#bcdcf5", "#fbdcb0", "#c9e8c5", "#e3d0f0", "#f7c9c9", "#f3ecae", "#c5e8e4", "#d9d9d9")
 
 
 def picture(program: Program) -> str:
-    """One mark a layer: `·` skipped, `■` run once, a digit for that many times (`+` beyond 9), ten to a group.
+    """One mark a layer: `·` skipped, `■` run once, a digit for that many times (`+` beyond 9), ten
+    to a group.
 
     A second line holds the text form, a third the segments if the path has any.
     """
     runs = [program.path.count(layer) for layer in range(program.depth)]
     marks = [_SKIPPED if n == 0 else _ONCE if n == 1 else str(n) if n < 10 else "+" for n in runs]
     groups = ["".join(marks[i : i + 10]) for i in range(0, len(marks), 10)]
-    share = f"{program.num_steps} steps, {program.num_steps / program.depth:.0%} of the {program.depth} layers"
+    share = (
+        f"{program.num_steps} steps, {program.num_steps / program.depth:.0%} of the "
+        f"{program.depth} layers"
+    )
     lines = [f"{' '.join(groups)}   {share}", str(program)]
     try:
         segments = program.segments()
@@ -51,12 +58,14 @@ def _segment(segment: Segment) -> str:
     return f"{segment.op} {layers}{times}{damping}"
 
 
-# ------------------------------------------------------------------------------------------------------- graphviz
+# ----------------------------------------------------------------------------------------- graphviz
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Layers drawn as one box, the first step of each pass over them (none: skipped), and the damping of further passes."""
+    """Layers drawn as one box, the first step of each pass over them (none: skipped), and the
+    damping of further passes.
+    """
 
     layers: tuple[int, ...]
     passes: tuple[int, ...] = ()
@@ -66,11 +75,18 @@ class _Block:
         return ranges(range(first, first + len(self.layers)))
 
 
-def program_dot(program: Program, kinds: Sequence[str], legend: Mapping[str, str], ends: tuple[str, str], title: str) -> str:
+def program_dot(
+    program: Program,
+    kinds: Sequence[str],
+    legend: Mapping[str, str],
+    ends: tuple[str, str],
+    title: str,
+) -> str:
     """Graphviz source: prologue, the program's steps as boxes of layers, epilogue.
 
-    `kinds` names the kind of each layer, which gives it its color; `legend` says more about a kind, `ends` about prologue
-    and epilogue. Repeats are loops, skipped layers dashed; further lines of `title` are set small.
+    `kinds` names the kind of each layer, which gives it its color; `legend` says more about a kind,
+    `ends` about prologue and epilogue. Repeats are loops, skipped layers dashed; further lines of
+    `title` are set small.
     """
     names = list(dict.fromkeys(kinds))
     fills = {name: _FILLS[i % len(_FILLS)] for i, name in enumerate(names)}
@@ -78,8 +94,10 @@ def program_dot(program: Program, kinds: Sequence[str], legend: Mapping[str, str
     text = f'fontname="{_FONT}", fontsize=11, fontcolor="{_INK}"'
     lines = [
         "digraph program {",
-        f'  graph [rankdir=TB, ranksep=0.3, nodesep=0.3, pad=0.25, bgcolor="{_PAPER}", fontname="{_FONT}", labelloc=t,',
-        f"    labeljust=l, label=<{_caption(title, {n: legend.get(n, '') for n in names}, fills)}>];",
+        f'  graph [rankdir=TB, ranksep=0.3, nodesep=0.3, pad=0.25, bgcolor="{_PAPER}", '
+        f'fontname="{_FONT}", labelloc=t,',
+        "    labeljust=l, "
+        f"label=<{_caption(title, {n: legend.get(n, '') for n in names}, fills)}>];",
         f'  node [shape=box, style=rounded, margin="0.08,0.04", color="{_LINE}", {text}];',
         f'  edge [color="{_LINE}", arrowsize=0.7, penwidth=1.4, {text}];',
     ]
@@ -88,7 +106,15 @@ def program_dot(program: Program, kinds: Sequence[str], legend: Mapping[str, str
         lines.append(f"  {name} [{style}, label=<<b>{name}</b>{_small(about and '   ' + about)}>];")
     met: set[int] = set()
     for i, block in enumerate(blocks):
-        op = "skip" if not block.passes else "repeat" if len(block.passes) > 1 else "keep" if segmented else "run"
+        op = (
+            "skip"
+            if not block.passes
+            else "repeat"
+            if len(block.passes) > 1
+            else "keep"
+            if segmented
+            else "run"
+        )
         head = f"<b>{op}</b> {ranges(block.layers)}{' again' if met & set(block.layers) else ''}"
         met |= set(block.layers)
         style = "" if block.passes else f'style="rounded,dashed", color="{_QUIET}", '
@@ -100,13 +126,20 @@ def program_dot(program: Program, kinds: Sequence[str], legend: Mapping[str, str
 
 
 def render_svg(source: str, path: str | os.PathLike[str]) -> Path:
-    """Write graphviz source as an SVG picture. Raises PolarError without graphviz, InputError if it cannot be written."""
+    """Write graphviz source as an SVG picture.
+
+    Raises PolarError without graphviz, InputError if it cannot be written.
+    """
     dot = find_dot()
     try:
-        made = subprocess.run([dot, "-Tsvg"], input=source.encode(), capture_output=True, check=True, timeout=120).stdout
+        made = subprocess.run(
+            [dot, "-Tsvg"], input=source.encode(), capture_output=True, check=True, timeout=120
+        ).stdout
     except (subprocess.SubprocessError, OSError) as error:
         said = getattr(error, "stderr", None) or str(error).encode()
-        raise PolarError(f"graphviz failed ({said.decode(errors='replace').strip()}); .dot() gives the source") from error
+        raise PolarError(
+            f"graphviz failed ({said.decode(errors='replace').strip()}); .dot() gives the source"
+        ) from error
     return write_whole(made, path)
 
 
@@ -115,8 +148,8 @@ def find_dot() -> str:
     found = shutil.which("dot")
     if found is None:
         raise PolarError(
-            "drawing needs graphviz, and there is no `dot` to run; install it (apt install graphviz, brew install graphviz), "
-            "or take the source from .dot()"
+            "drawing needs graphviz, and there is no `dot` to run; install it (apt install "
+            "graphviz, brew install graphviz), or take the source from .dot()"
         )
     return found
 
@@ -131,13 +164,17 @@ def _blocks(program: Program) -> tuple[list[_Block], bool]:
     for segment in segments:
         layers = tuple(range(segment.start, segment.stop))
         times = 0 if segment.op is Op.SKIP else segment.times
-        blocks.append(_Block(layers, tuple(step + i * len(layers) for i in range(times)), segment.damping))
+        blocks.append(
+            _Block(layers, tuple(step + i * len(layers) for i in range(times)), segment.damping)
+        )
         step += times * len(layers)
     return blocks, True
 
 
 def _runs(program: Program) -> Iterator[_Block]:
-    """Steps over ascending layers, cut where blends begin and end; layers that never run stand where they are jumped over."""
+    """Steps over ascending layers, cut where blends begin and end; layers that never run stand
+    where they are jumped over.
+    """
     path, cuts = program.path, {at for b in program.blends for at in (b.start, b.stop)}
     left = set(range(program.depth)) - set(path)
 
@@ -153,7 +190,9 @@ def _runs(program: Program) -> Iterator[_Block]:
         while stop < len(path) and path[stop] == path[stop - 1] + 1 and stop not in cuts:
             stop += 1
         passes, layers = [start], path[start:stop]
-        while path[stop : stop + len(layers)] == layers and cuts.isdisjoint(range(stop, stop + len(layers))):
+        while path[stop : stop + len(layers)] == layers and cuts.isdisjoint(
+            range(stop, stop + len(layers))
+        ):
             passes.append(stop)
             stop += len(layers)
         yield from jumped(previous, path[start])
@@ -195,7 +234,10 @@ def _box(block: _Block, head: str, kinds: Sequence[str], fills: Mapping[str, str
         head += _small(f"   KV {block.slots(block.passes[0])}")
     rows = [head]
     if notes:
-        cells = [f'<td width="26" height="20" bgcolor="{fills[kinds[layer]]}">{layer}</td>' for layer in block.layers]
+        cells = [
+            f'<td width="26" height="20" bgcolor="{fills[kinds[layer]]}">{layer}</td>'
+            for layer in block.layers
+        ]
         rows.append(_table(["".join(cells[i : i + _WRAP]) for i in range(0, len(cells), _WRAP)], 2))
     if len(notes) > _MAX_PASSES:
         notes[_MAX_PASSES - 1 : -1] = ["..."]
@@ -205,7 +247,10 @@ def _box(block: _Block, head: str, kinds: Sequence[str], fills: Mapping[str, str
 
 def _caption(title: str, legend: Mapping[str, str], fills: Mapping[str, str]) -> str:
     first, *more = title.splitlines()
-    lines = [f'<font point-size="14"><b>{html.escape(line)}</b></font>' for line in textwrap.wrap(first, _TITLE_COLUMNS)]
+    lines = [
+        f'<font point-size="14"><b>{html.escape(line)}</b></font>'
+        for line in textwrap.wrap(first, _TITLE_COLUMNS)
+    ]
     rows = [f'<td colspan="2" align="left">{line}</td>' for line in (*lines, *map(_small, more))]
     for name, text in legend.items():
         square = f'<td width="26" height="14" fixedsize="true" bgcolor="{fills[name]}"></td>'
@@ -222,4 +267,7 @@ def _small(text: str) -> str:
     """Quiet text; runs of spaces are kept."""
     if not text:
         return ""
-    return f'<font point-size="10" color="{_QUIET}">{html.escape(text).replace("  ", "&#160;&#160;")}</font>'
+    return (
+        '<font point-size="10" '
+        f'color="{_QUIET}">{html.escape(text).replace("  ", "&#160;&#160;")}</font>'
+    )

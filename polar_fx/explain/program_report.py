@@ -1,4 +1,5 @@
-"""What one program would run, in words, as JSON and as a picture; `report` is about the whole compiled model.
+"""What one program would run, in words, as JSON and as a picture; `report` is about the whole
+compiled model.
 
 Both only look: they trace nothing, compile nothing, load nothing and touch no artifact.
 
@@ -25,14 +26,31 @@ from .picture import picture, program_dot, render_svg
 if TYPE_CHECKING:
     from ..compiled import CompiledModel, ProgramLike
 
-__all__ = ["Cost", "Explanation", "Kind", "RegionUse", "Report", "StepUse", "TierState", "explain", "report"]
+__all__ = [
+    "Cost",
+    "Explanation",
+    "Kind",
+    "RegionUse",
+    "Report",
+    "StepUse",
+    "TierState",
+    "explain",
+    "report",
+]
 
-IN_MEMORY, ON_DISK, TO_COMPILE, INTERPRETED = "in memory", "on disk", "to be compiled", "interpreted"
+IN_MEMORY, ON_DISK, TO_COMPILE, INTERPRETED = (
+    "in memory",
+    "on disk",
+    "to be compiled",
+    "interpreted",
+)
 
 
 @dataclass(frozen=True)
 class StepUse:
-    """One step: its layer, body and KV slot; blends opened before and closed (dampings) after it; bytes of its weights."""
+    """One step: its layer, body and KV slot; blends opened before and closed (dampings) after it;
+    bytes of its weights.
+    """
 
     index: int
     layer: int
@@ -46,8 +64,9 @@ class StepUse:
 
 @dataclass(frozen=True)
 class RegionUse:
-    """A region, how often one call of a phase runs it, and whether it is there: in memory, on disk, to be compiled, or
-    interpreted. `num_bytes` on disk, if it is there."""
+    """A region, how often one call of a phase runs it, and whether it is there: in memory, on disk,
+    to be compiled, or interpreted. `num_bytes` on disk, if it is there.
+    """
 
     region: str
     shapes: str
@@ -60,9 +79,10 @@ class RegionUse:
 class Cost:
     """Bytes that one decode call of `batch` rows moves at least.
 
-    `step_bytes` are the weights of all steps, a layer that runs twice counting twice (experts that are not chosen count as
-    well); `end_bytes` those of prologue and epilogue, one row a token of tables by token id. Attention reads each row's slots
-    whole (`kv_read_bytes`, all rows) and writes `kv_bytes_per_token` a row.
+    `step_bytes` are the weights of all steps, a layer that runs twice counting twice (experts that
+    are not chosen count as well); `end_bytes` those of prologue and epilogue, one row a token of
+    tables by token id. Attention reads each row's slots whole (`kv_read_bytes`, all rows) and
+    writes `kv_bytes_per_token` a row.
     """
 
     batch: int
@@ -83,7 +103,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class TierState:
-    """The whole form of the program for a phase: its record, if it ran, and whether it is in the artifact store."""
+    """The whole form of the program for a phase: its record, if it ran, and whether it is in the
+    artifact store.
+    """
 
     phase: str
     record: TierRecord | None
@@ -92,7 +114,10 @@ class TierState:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What one program would run. `segments` is None if its path has none; `kinds` are those of the whole model."""
+    """What one program would run.
+
+    `segments` is None if its path has none; `kinds` are those of the whole model.
+    """
 
     program: Program
     picture: str
@@ -115,17 +140,30 @@ class Explanation:
     @property
     def missing(self) -> tuple[tuple[str, str], ...]:
         """Regions and shapes that the first call would have to compile."""
-        return tuple(dict.fromkeys((r.region, r.shapes) for r in (*self.prefill, *self.decode) if r.state == TO_COMPILE))
+        return tuple(
+            dict.fromkeys(
+                (r.region, r.shapes) for r in (*self.prefill, *self.decode) if r.state == TO_COMPILE
+            )
+        )
 
     @property
     def would_trace(self) -> bool:
         """Whether the first call would trace the model."""
-        return not self.is_traced and any(r.state in (TO_COMPILE, INTERPRETED) for r in (*self.prefill, *self.decode))
+        return not self.is_traced and any(
+            r.state in (TO_COMPILE, INTERPRETED) for r in (*self.prefill, *self.decode)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values that `json` writes and reads back unchanged."""
-        sums = {"weight_bytes": self.cost.weight_bytes, "memory_bound_bytes": self.cost.memory_bound_bytes}
-        more = {"num_steps": self.program.num_steps, "skipped": list(self.skipped), "would_trace": self.would_trace}
+        sums = {
+            "weight_bytes": self.cost.weight_bytes,
+            "memory_bound_bytes": self.cost.memory_bound_bytes,
+        }
+        more = {
+            "num_steps": self.program.num_steps,
+            "skipped": list(self.skipped),
+            "would_trace": self.would_trace,
+        }
         more["missing"] = [list(m) for m in self.missing]
         own = plain(self)
         return {**own, **more, "cost": {**own["cost"], **sums}}
@@ -137,27 +175,41 @@ class Explanation:
     def dot(self) -> str:
         """Graphviz source of the program's picture."""
         kinds = {layer: kind.body for kind in self.kinds for layer in kind.layers}
-        legend = {k.body: f"layers {ranges(k.layers)}, {size(k.weight_bytes)} each" for k in self.kinds if k.layers}
+        legend = {
+            k.body: f"layers {ranges(k.layers)}, {size(k.weight_bytes)} each"
+            for k in self.kinds
+            if k.layers
+        }
         start, head = (size(k.weight_bytes) for k in self.kinds if not k.layers)
         about = (
-            f"{count(self.program.num_steps, 'step')}, {size(self.cost.weight_bytes)} of weights a token, "
-            f"{size(self.cost.kv_bytes_per_token)} of KV"
+            f"{count(self.program.num_steps, 'step')}, {size(self.cost.weight_bytes)} of weights "
+            f"a token, {size(self.cost.kv_bytes_per_token)} of KV"
         )
         of_layers = [kinds[layer] for layer in range(self.program.depth)]
-        return program_dot(self.program, of_layers, legend, (start, head), f"{self.program}\n{about}")
+        return program_dot(
+            self.program, of_layers, legend, (start, head), f"{self.program}\n{about}"
+        )
 
     def svg(self, path: str | PathLike[str]) -> Path:
-        """Draw the picture. Raises PolarError if graphviz is missing, InputError if the file cannot be written."""
+        """Draw the picture.
+
+        Raises PolarError if graphviz is missing, InputError if the file cannot be written.
+        """
         return render_svg(self.dot(), path)
 
     __str__ = text
 
 
-# --------------------------------------------------------------------------------------------------------- looking
+# ------------------------------------------------------------------------------------------ looking
 
 
-def explain(compiled: "CompiledModel", program: "ProgramLike" = None, batch: int = 1) -> Explanation:
-    """What generating by `program` (None: the default one) would run for `batch` rows. Raises ProgramError, InputError."""
+def explain(
+    compiled: "CompiledModel", program: "ProgramLike" = None, batch: int = 1
+) -> Explanation:
+    """What generating by `program` (None: the default one) would run for `batch` rows.
+
+    Raises ProgramError, InputError.
+    """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch must be a positive number of rows, got {batch!r}")
     chosen = compiled.resolve(program)
@@ -166,40 +218,72 @@ def explain(compiled: "CompiledModel", program: "ProgramLike" = None, batch: int
     shape = ShapeClass.of(batch, min(compiled.prefill_chunk, pool.max_length), pool.length)
     entries = {e.key: e for e in regions.store.entries()} if regions.store is not None else {}
     # of a prompt, its last chunk; a chunk of one token runs as if decoded
-    parts = (compiled.linker.calls(chosen, of, every=of == shape.decode) for of in (shape, shape.decode))
+    parts = (
+        compiled.linker.calls(chosen, of, every=of == shape.decode) for of in (shape, shape.decode)
+    )
     prefill, decode = (_uses(compiled, Counter(calls), entries) for calls in parts)
     steps = []
     for step in chosen.schedule():
         call, spec = library.layers[step.layer], library.table.kv_specs[step.layer]
         steps.append(
-            StepUse(step.index, step.layer, call.target, step.index, step.opens, step.closes, tensor_bytes(call.weights),
-                    spec.bytes_per_token())
-        )  # fmt: skip
+            StepUse(
+                step.index,
+                step.layer,
+                call.target,
+                step.index,
+                step.opens,
+                step.closes,
+                tensor_bytes(call.weights),
+                spec.bytes_per_token(),
+            )
+        )
     try:
         segments = tuple({**asdict(s), "op": str(s.op)} for s in chosen.segments())
     except NotSegmentableError:
         segments = None
     kv_bytes = sum(s.kv_bytes_per_token for s in steps)
-    cost = Cost(batch, sum(s.weight_bytes for s in steps), _end_bytes(compiled, batch), kv_bytes, batch * pool.length * kv_bytes)
+    cost = Cost(
+        batch,
+        sum(s.weight_bytes for s in steps),
+        _end_bytes(compiled, batch),
+        kv_bytes,
+        batch * pool.length * kv_bytes,
+    )
     return Explanation(
-        chosen, picture(chosen), segments, kinds_of(compiled), tuple(steps), prefill, decode, library.is_traced, pool.length,
-        cost, compiled.tiers.tier, _tiers(compiled, chosen, shape, entries),
-    )  # fmt: skip
+        chosen,
+        picture(chosen),
+        segments,
+        kinds_of(compiled),
+        tuple(steps),
+        prefill,
+        decode,
+        library.is_traced,
+        pool.length,
+        cost,
+        compiled.tiers.tier,
+        _tiers(compiled, chosen, shape, entries),
+    )
 
 
-def _uses(compiled: "CompiledModel", calls: Counter[Wanted], entries: dict[str, Entry]) -> tuple[RegionUse, ...]:
+def _uses(
+    compiled: "CompiledModel", calls: Counter[Wanted], entries: dict[str, Entry]
+) -> tuple[RegionUse, ...]:
     regions, found = compiled.regions, []
     if not compiled.backend.needs_shapes:
         names: Counter[str] = Counter()
         for (name, _), number in calls.items():
             names[name] += number
-        return tuple(RegionUse(name, "any", number, INTERPRETED, None) for name, number in names.items())
+        return tuple(
+            RegionUse(name, "any", number, INTERPRETED, None) for name, number in names.items()
+        )
     loaded = {(r.body, r.shapes): r.num_bytes for r in regions.records}
     for (name, shape), number in calls.items():
         num_bytes = None
         if (name, str(shape)) in loaded:
             state, num_bytes = IN_MEMORY, loaded[name, str(shape)] or None
-        elif isinstance(compiled.backend, PersistentBackend) and (entry := entries.get(regions.key(name, shape).digest)):
+        elif isinstance(compiled.backend, PersistentBackend) and (
+            entry := entries.get(regions.key(name, shape).digest)
+        ):
             state, num_bytes = ON_DISK, entry.num_bytes
         else:
             state = TO_COMPILE
@@ -207,43 +291,68 @@ def _uses(compiled: "CompiledModel", calls: Counter[Wanted], entries: dict[str, 
     return tuple(found)
 
 
-def _tiers(compiled: "CompiledModel", program: Program, shape: ShapeClass, entries: dict[str, Entry]) -> tuple[TierState, ...]:
+def _tiers(
+    compiled: "CompiledModel", program: Program, shape: ShapeClass, entries: dict[str, Entry]
+) -> tuple[TierState, ...]:
     """A state a phase, unless whole programs are off; they serve one row."""
     if compiled.tiers.tier == "linked" or shape.batch != 1:
         return ()
     found = []
     records = {r.phase: replace(r) for r in compiled.tiers.records if r.program == program}
     for phase, of in (("prefill", shape), ("decode", shape.decode)):
-        found.append(TierState(phase, records.get(phase), compiled.tiers.key(program, of).digest in entries))
+        found.append(
+            TierState(phase, records.get(phase), compiled.tiers.key(program, of).digest in entries)
+        )
     return tuple(found)
 
 
 def _end_bytes(compiled: "CompiledModel", batch: int) -> int:
-    """Bytes of prologue and epilogue that `batch` tokens read; of a table by token id, the tokens' rows."""
+    """Bytes of prologue and epilogue that `batch` tokens read; of a table by token id, the tokens'
+    rows.
+    """
     start, head = compiled.library.prologue, compiled.library.epilogue
     tables = [w for w in start.weights if w.dim() > 1 and w.shape[0] == compiled.vocab_size]
     rest = [w for w in start.weights if not any(w is t for t in tables)]
-    return tensor_bytes([*rest, *head.weights]) + sum(batch * t[0].numel() * t.element_size() for t in tables)
+    return tensor_bytes([*rest, *head.weights]) + sum(
+        batch * t[0].numel() * t.element_size() for t in tables
+    )
 
 
-# ------------------------------------------------------------------------------------------------------------ text
+# --------------------------------------------------------------------------------------------- text
 
 
 def _explanation_lines(e: Explanation) -> Iterator[str]:
     yield from (e.picture, "")
     rows = [_step_row(group) for group in _groups(e.steps)]
-    yield from table(("steps", "layers", "graph", "KV slots", "blends", "weights"), rows, ("weights",))
+    yield from table(
+        ("steps", "layers", "graph", "KV slots", "blends", "weights"), rows, ("weights",)
+    )
     yield ""
     phases = [("prefill", r) for r in e.prefill] + [("decode", r) for r in e.decode]
-    rows = [(p, r.region, r.shapes, str(r.calls), r.state, "" if r.num_bytes is None else size(r.num_bytes)) for p, r in phases]
-    yield from table(("call", "region", "shapes", "times", "state", "size"), rows, ("times", "size"))
+    rows = [
+        (
+            p,
+            r.region,
+            r.shapes,
+            str(r.calls),
+            r.state,
+            "" if r.num_bytes is None else size(r.num_bytes),
+        )
+        for p, r in phases
+    ]
+    yield from table(
+        ("call", "region", "shapes", "times", "state", "size"), rows, ("times", "size")
+    )
     if e.missing or e.would_trace:
         trace = "trace the model" if e.would_trace else ""
         regions = f"compile {count(len(e.missing), 'region')}" if e.missing else ""
         yield f"the first call will {' and '.join(filter(None, (trace, regions)))}"
     yield ""
     cost = e.cost
-    yield f"one decoded token{'' if cost.batch == 1 else f' of each of {cost.batch} rows'} moves {size(cost.memory_bound_bytes)}:"
+    yield (
+        f"one decoded token{'' if cost.batch == 1 else f' of each of {cost.batch} rows'} moves "
+        f"{size(cost.memory_bound_bytes)}:"
+    )
     parts = f"{size(cost.step_bytes)} of the steps, {size(cost.end_bytes)} of prologue and epilogue"
     yield f"  weights  {size(cost.weight_bytes)}: {parts}"
     yield (
@@ -251,12 +360,19 @@ def _explanation_lines(e: Explanation) -> Iterator[str]:
         f"{size(cost.kv_bytes_per_token)} written a row"
     )
     if not e.tiers:
-        yield "tier 1   off: linked regions run " + ("this program" if e.tier == "linked" else "batches")
+        yield "tier 1   off: linked regions run " + (
+            "this program" if e.tier == "linked" else "batches"
+        )
     for tier in e.tiers:
         record = tier.record
-        state = f"{record.state}, {count(record.calls, 'call')}" if record else "cold, not called yet"
+        state = (
+            f"{record.state}, {count(record.calls, 'call')}" if record else "cold, not called yet"
+        )
         more = ", whole form on disk" if tier.is_on_disk else ""
-        yield f"tier 1   {tier.phase}: {state}{more}{f' ({record.reason})' if record and record.reason else ''}"
+        yield (
+            f"tier 1   {tier.phase}: "
+            f"{state}{more}{f' ({record.reason})' if record and record.reason else ''}"
+        )
 
 
 def _groups(steps: Sequence[StepUse]) -> Iterator[list[StepUse]]:
@@ -264,7 +380,9 @@ def _groups(steps: Sequence[StepUse]) -> Iterator[list[StepUse]]:
     group: list[StepUse] = []
     for step in steps:
         last = group[-1] if group else None
-        if last and (step.opens or last.closes or step.body != last.body or step.layer != last.layer + 1):
+        if last and (
+            step.opens or last.closes or step.body != last.body or step.layer != last.layer + 1
+        ):
             yield group
             group = []
         group.append(step)
@@ -275,4 +393,11 @@ def _step_row(group: Sequence[StepUse]) -> tuple[str, ...]:
     blends = [f"opens {group[0].opens}"] if group[0].opens else []
     blends += [f"closes @{damping:g}" for damping in group[-1].closes]
     numbers = [ranges([getattr(s, name) for s in group]) for name in ("index", "layer", "slot")]
-    return numbers[0], numbers[1], group[0].body, numbers[2], ", ".join(blends), size(sum(s.weight_bytes for s in group))
+    return (
+        numbers[0],
+        numbers[1],
+        group[0].body,
+        numbers[2],
+        ", ".join(blends),
+        size(sum(s.weight_bytes for s in group)),
+    )

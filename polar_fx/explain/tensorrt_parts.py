@@ -1,8 +1,11 @@
-"""What of each region would run in TensorRT engines; nothing is built, and TensorRT is not needed."""
+"""What of each region would run in TensorRT engines; nothing is built, and TensorRT is not
+needed.
+"""
 
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -23,12 +26,18 @@ class Part:
 
     def __str__(self) -> str:
         names = ", ".join(f"{name} ×{n}" if n > 1 else name for name, n in self.operators.items())
-        return f"{'engine' if self.engine else 'torch '} {count(sum(self.operators.values()), 'operator')}: {names}"
+        return (
+            f"{'engine' if self.engine else 'torch '} "
+            f"{count(sum(self.operators.values()), 'operator')}: {names}"
+        )
 
 
 @dataclass(frozen=True)
 class PartitionReport:
-    """What of each region would run in TensorRT engines. `parts` maps region names to their parts in order."""
+    """What of each region would run in TensorRT engines.
+
+    `parts` maps region names to their parts in order.
+    """
 
     parts: dict[str, tuple[Part, ...]]
 
@@ -39,16 +48,26 @@ class PartitionReport:
 
     def text(self) -> str:
         """A paragraph for each region."""
-        lines = [f"{name}\n" + "".join(f"  {part}\n" for part in parts) for name, parts in self.parts.items()]
-        return "".join(lines) + f"{count(self.num_engines, 'engine')} for each shape class, shared by all programs"
+        lines = [
+            f"{name}\n" + "".join(f"  {part}\n" for part in parts)
+            for name, parts in self.parts.items()
+        ]
+        return (
+            "".join(lines)
+            + f"{count(self.num_engines, 'engine')} for each shape class, shared by all programs"
+        )
 
 
 def partition_report(library: LayerLibrary, keep: Collection[str] = ()) -> PartitionReport:
-    """Take every region of a library apart, as captured on its device; builds nothing and needs no TensorRT."""
+    """Take every region of a library apart, as captured on its device; builds nothing and needs no
+    TensorRT.
+    """
     bodies = dict(library.bodies)
     for name in {call.target for call in library.layers}:
         bodies[f"{name}.kv"] = KeepKvWrites().run(bodies[name]).graph_module
-    return PartitionReport({name: parts_of(split(body, keep)) for name, body in sorted(bodies.items())})
+    return PartitionReport(
+        {name: parts_of(split(body, keep)) for name, body in sorted(bodies.items())}
+    )
 
 
 def parts_of(graph_module: GraphModule) -> tuple[Part, ...]:
@@ -64,7 +83,8 @@ def parts_of(graph_module: GraphModule) -> tuple[Part, ...]:
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             close()
-            parts.append(Part(True, _names(graph_module.get_submodule(str(node.target)).graph.nodes)))  # type: ignore[union-attr]
+            engine: Any = graph_module.get_submodule(str(node.target))
+            parts.append(Part(True, _names(engine.graph.nodes)))
         else:
             between.append(node)
     close()
@@ -72,5 +92,9 @@ def parts_of(graph_module: GraphModule) -> tuple[Part, ...]:
 
 
 def _names(nodes: Sequence[Node]) -> dict[str, int]:
-    named = [n.target._schema.name for n in nodes if isinstance(n.target, torch._ops.OpOverload) and not is_size(n)]
+    named = [
+        n.target._schema.name
+        for n in nodes
+        if isinstance(n.target, torch._ops.OpOverload) and not is_size(n)
+    ]
     return dict(Counter(named).most_common())

@@ -1,4 +1,7 @@
-"""Programs as files for other runtimes: ONNX graphs, and `torch.export` files. See docs/export.md."""
+"""Programs as files for other runtimes: ONNX graphs, and `torch.export` files.
+
+See docs/export.md.
+"""
 
 from .onnx_files import export_onnx
 from .program_file import export_program

@@ -1,6 +1,8 @@
-"""Programs of one model as ONNX files in one folder, for runtimes that are not torch; all of them share one file of weights.
+"""Programs of one model as ONNX files in one folder, for runtimes that are not torch; all of them
+share one file of weights.
 
-See `onnx_graphs.py` for the graphs. The folder is written beside its target and renamed, as a bundle is.
+See `onnx_graphs.py` for the graphs. The folder is written beside its target and renamed, as a
+bundle is.
 
 Shape legend: B batch, T tokens, L KV length, W tokens of a row whose logits are asked for.
 """
@@ -34,34 +36,49 @@ _GRAPH_BYTES = 1 << 21  # more than any program's graph takes
 
 
 def export_onnx(
-    compiled: CompiledModel, out: str | PathLike[str], programs: Iterable[ProgramLike] | None = None, *, overwrite: bool = False
+    compiled: CompiledModel,
+    out: str | PathLike[str],
+    programs: Iterable[ProgramLike] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write programs of a float32 model on the CPU to the new folder `out`, an ONNX file each and one file of weights.
+    """Write programs of a float32 model on the CPU to the new folder `out`, an ONNX file each and
+    one file of weights.
 
-    One graph prefills and decodes. It takes `input_ids` and `positions` i64[B, T], `logits_at` i64[B, W], the places among the T
-    tokens whose logits are wanted, and of each step s the slots `past.s.key` and `past.s.value` [B, heads, L, size]; it returns
-    `logits` [B, W, vocabulary] and `present.s.key`, `present.s.value`: the slots with the T tokens at their positions. B, T, L
-    and W are free. Traces the model if that has not happened.
+    One graph prefills and decodes. It takes `input_ids` and `positions` i64[B, T], `logits_at`
+    i64[B, W], the places among the T tokens whose logits are wanted, and of each step s the slots
+    `past.s.key` and `past.s.value` [B, heads, L, size]; it returns `logits` [B, W, vocabulary] and
+    `present.s.key`, `present.s.value`: the slots with the T tokens at their positions. B, T, L and
+    W are free. Traces the model if that has not happened.
 
-    `programs` as in `export`; `overwrite` replaces a folder that this wrote. Returns what `programs.json` then says: texts, files
-    and slots. Raises InputError, ProgramError, CaptureError, and BundleError if the folder cannot be written.
+    `programs` as in `export`; `overwrite` replaces a folder that this wrote. Returns what
+    `programs.json` then says: texts, files and slots. Raises InputError, ProgramError,
+    CaptureError, and BundleError if the folder cannot be written.
     """
     if isinstance(compiled, BundledModel):
-        raise InputError(f"the bundle {compiled.folder} holds no graphs; export ONNX from a compiled model")
+        raise InputError(
+            f"the bundle {compiled.folder} holds no graphs; export ONNX from a compiled model"
+        )
     library = compiled.library
     if library.dtype != torch.float32 or library.device.type != "cpu":
         raise InputError(
-            f"ONNX files are written for float32 on the CPU, and the model is {str(library.dtype).removeprefix('torch.')} on "
-            f"{library.device}; load it in float32, and let the runtime convert it"
+            "ONNX files are written for float32 on the CPU, and the model is "
+            f"{str(library.dtype).removeprefix('torch.')} on {library.device}; load it in "
+            "float32, and let the runtime convert it"
         )
     chosen = programs_to_ship(compiled, programs)
     target = check_target(out, overwrite, ABOUT)
     try:
         from . import onnx_graphs as graphs
     except ImportError as error:
-        raise InputError(f"writing ONNX needs packages that are not installed ({error}); pip install 'polar_fx[onnx]'") from error
+        raise InputError(
+            f"writing ONNX needs packages that are not installed ({error}); pip install "
+            "'polar_fx[onnx]'"
+        ) from error
     weights, ties = stored_weights(library.tensors, library.table)
-    require_room(target.parent, sum(t.nbytes for t in weights.values()) + len(chosen) * _GRAPH_BYTES)
+    require_room(
+        target.parent, sum(t.nbytes for t in weights.values()) + len(chosen) * _GRAPH_BYTES
+    )
     functions = graphs.export_functions(library)
     with new_folder(target, overwrite, ABOUT) as work:
         save_weights(weights, work / WEIGHTS)

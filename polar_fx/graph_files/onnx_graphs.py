@@ -1,10 +1,12 @@
-"""Programs as ONNX graphs: torch exports each body once, as a function, and a program is a graph of calls of them.
+"""Programs as ONNX graphs: torch exports each body once, as a function, and a program is a graph of
+calls of them.
 
-That is linking once more. Functions take weights and KV slots as operands, so a program's graph is some kilobytes, made in
-milliseconds, and no weight is in it: graphs name places in one file of weights.
+That is linking once more. Functions take weights and KV slots as operands, so a program's graph is
+some kilobytes, made in milliseconds, and no weight is in it: graphs name places in one file of
+weights.
 
-Shape legend: B batch, T tokens, L KV length, W tokens of a row whose logits are asked for, V vocabulary, H KV heads,
-E head size.
+Shape legend: B batch, T tokens, L KV length, W tokens of a row whose logits are asked for, V
+vocabulary, H KV heads, E head size.
 """
 
 import logging
@@ -39,16 +41,20 @@ _AXES = {"B": "batch", "T": "tokens", "L": "length"}
 aten = torch.ops.aten
 
 
-# ------------------------------------------------------------------------------------------------ bodies as functions
+# ------------------------------------------------------------------------------ bodies as functions
 
 
 def export_functions(library: LayerLibrary) -> dict[str, ir.Function]:
-    """Each body as a function of its operands, for any B, T and L; slots are written to copies, which are results.
+    """Each body as a function of its operands, for any B, T and L; slots are written to copies,
+    which are results.
 
     Raises CaptureError if torch cannot export one.
     """
     if library.table.epilogue.sides:
-        raise CaptureError("the model's head takes more than hidden states, which ONNX files are not written for; report it")
+        raise CaptureError(
+            "the model's head takes more than hidden states, which ONNX files are not written "
+            "for; report it"
+        )
     return {name: _export(library, name) for name in library.table.bodies}
 
 
@@ -67,23 +73,34 @@ class _Functional(nn.Module):
 
 def _export(library: LayerLibrary, name: str) -> ir.Function:
     operands = library.table.bodies[name].operands
-    body = _Functional(_writing_by_head(library.bodies[name]), [i for i, o in enumerate(operands) if o.role == "kv"])
+    body = _Functional(
+        _writing_by_head(library.bodies[name]),
+        [i for i, o in enumerate(operands) if o.role == "kv"],
+    )
     example = [o.example(SIZES, library.device) for o in operands]
     dynamic = [{i: _AXES[size] for i, size in enumerate(o.size) if size in _AXES} for o in operands]
     try:
         with _quiet():
             exported = torch.onnx.export(
-                specialize(body, example, dynamic), dynamo=True, opset_version=OPSET, verbose=False,
-                custom_translation_table={torch.ops.transformers.grouped_mm_fallback.default: _grouped_matmul},
-            )  # fmt: skip
+                specialize(body, example, dynamic),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                custom_translation_table={
+                    torch.ops.transformers.grouped_mm_fallback.default: _grouped_matmul
+                },
+            )
     except Exception as error:
         cause: BaseException = error
         while cause.__cause__ is not None:  # torch's own message is advice to its developers
             cause = cause.__cause__
         reason = str(cause).strip().partition("\n")[0]
-        raise CaptureError(f"torch cannot export {name} to ONNX: {type(cause).__name__}: {reason}") from error
+        raise CaptureError(
+            f"torch cannot export {name} to ONNX: {type(cause).__name__}: {reason}"
+        ) from error
     assert exported is not None
-    ClearMetadataAndDocStringPass()(exported.model)  # every operator's place in files of this machine
+    # every operator's place in files of this machine
+    ClearMetadataAndDocStringPass()(exported.model)
     graph = exported.model.graph
     for i, (value, operand) in enumerate(zip(graph.inputs, operands, strict=True)):
         value.name = f"{operand.role}_{i}"
@@ -107,15 +124,26 @@ def _writing_by_head(body: GraphModule) -> GraphModule:
             continue
         with graph.inserting_before(node):
             call = Caller(graph, node)
-            rows, positions = call(aten.unsqueeze.default, indices[0], 2), call(aten.unsqueeze.default, indices[2], 1)
-            heads = call(aten.unsqueeze.default, call(aten.arange.default, slot.meta["val"].shape[1]), 1)
-            node.args = (slot, [rows, heads, positions], call(aten.transpose.int, values, 1, 2), *rest)
+            rows, positions = (
+                call(aten.unsqueeze.default, indices[0], 2),
+                call(aten.unsqueeze.default, indices[2], 1),
+            )
+            heads = call(
+                aten.unsqueeze.default, call(aten.arange.default, slot.meta["val"].shape[1]), 1
+            )
+            node.args = (
+                slot,
+                [rows, heads, positions],
+                call(aten.transpose.int, values, 1, 2),
+                *rest,
+            )
     graph_module.recompile()
     return graph_module
 
 
 def _grouped_matmul(rows: Any, weight: Any, offs: Any) -> Any:
-    """[S, N] of rows [S, K] sorted by expert, weights [experts, K, N], and where each expert's rows end, integers [experts].
+    """[S, N] of rows [S, K] sorted by expert, weights [experts, K, N], and where each expert's rows
+    end, integers [experts].
 
     One product for each expert, of as many rows as it has.
     """
@@ -124,7 +152,12 @@ def _grouped_matmul(rows: Any, weight: Any, offs: Any) -> Any:
     start, products = opset.Constant(value_ints=[0]), []
     for expert in range(weight.shape[0]):
         end = opset.Gather(ends, opset.Constant(value_ints=[expert]))
-        products.append(opset.MatMul(opset.Slice(rows, start, end), opset.Gather(weight, opset.Constant(value_int=expert))))
+        products.append(
+            opset.MatMul(
+                opset.Slice(rows, start, end),
+                opset.Gather(weight, opset.Constant(value_int=expert)),
+            )
+        )
         start = end
     return opset.Concat(*products, axis=0)
 
@@ -132,7 +165,9 @@ def _grouped_matmul(rows: Any, weight: Any, offs: Any) -> Any:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Without what torch and onnx warn of and log about their own internals."""
-    levels = {log: log.level for log in map(logging.getLogger, ("torch.onnx", "onnx_ir", "onnxscript"))}
+    levels = {
+        log: log.level for log in map(logging.getLogger, ("torch.onnx", "onnx_ir", "onnxscript"))
+    }
     for log in levels:
         log.setLevel(logging.ERROR)
     try:
@@ -144,11 +179,13 @@ def _quiet() -> Iterator[None]:
             log.setLevel(level)
 
 
-# ------------------------------------------------------------------------------------------------- programs as graphs
+# ------------------------------------------------------------------------------- programs as graphs
 
 
 def external_weights(path: Path, ties: Mapping[str, str]) -> dict[str, ir.ExternalTensor]:
-    """Weights as places in a safetensors file, to be found beside the graphs; `ties` are names of the same tensor."""
+    """Weights as places in a safetensors file, to be found beside the graphs; `ties` are names of
+    the same tensor.
+    """
     with path.open("rb") as file:
         header_bytes = int.from_bytes(file.read(8), "little")
         header = parse_json(path, file.read(header_bytes))
@@ -157,20 +194,28 @@ def external_weights(path: Path, ties: Mapping[str, str]) -> dict[str, ir.Extern
         stored = header[ties.get(name, name)]
         start, stop = stored["data_offsets"]
         dtype, shape = from_torch_dtype(DTYPES[stored["dtype"]]), ir.Shape(stored["shape"])
-        found[name] = ir.ExternalTensor(path.name, 8 + header_bytes + start, stop - start, dtype, shape=shape, name=name)
+        found[name] = ir.ExternalTensor(
+            path.name, 8 + header_bytes + start, stop - start, dtype, shape=shape, name=name
+        )
     return found
 
 
 def program_graph(
-    library: LayerLibrary, program: Program, functions: Mapping[str, ir.Function], weights: Mapping[str, ir.ExternalTensor]
+    library: LayerLibrary,
+    program: Program,
+    functions: Mapping[str, ir.Function],
+    weights: Mapping[str, ir.ExternalTensor],
 ) -> bytes:
     """The ONNX file of a program.
 
-    Inputs are `input_ids` and `positions` i64[B, T], `logits_at` i64[B, W] and each step's slot, `past.0.key` [B, H, L, E],
-    `past.0.value`, `past.1.key` ...; outputs `logits` [B, W, V] and `present.0.key` ...
+    Inputs are `input_ids` and `positions` i64[B, T], `logits_at` i64[B, W] and each step's slot,
+    `past.0.key` [B, H, L, E], `past.0.value`, `past.1.key` ...; outputs `logits` [B, W, V] and
+    `present.0.key` ...
     """
     links = _Links(functions, weights)
-    ids, positions = (links.input(name, torch.int64, ["batch", "tokens"]) for name in ("input_ids", "positions"))
+    ids, positions = (
+        links.input(name, torch.int64, ["batch", "tokens"]) for name in ("input_ids", "positions")
+    )
     logits_at = links.input("logits_at", torch.int64, ["batch", "wanted"])
     slots = [
         [
@@ -194,17 +239,31 @@ def program_graph(
             links.output(new, str(old.name).replace("past", "present"), old.dtype, old.shape)
         for damping in step.closes:
             change = links.add("Sub", [hidden, start := saved.pop()])
-            hidden = links.add("Add", [start, links.add("Mul", [change, links.constant(damping, library.dtype)])])
-    hidden = links.add("GatherND", [hidden, links.add("Unsqueeze", [logits_at, links.constant([-1])])], batch_dims=1)
+            hidden = links.add(
+                "Add", [start, links.add("Mul", [change, links.constant(damping, library.dtype)])]
+            )
+    hidden = links.add(
+        "GatherND",
+        [hidden, links.add("Unsqueeze", [logits_at, links.constant([-1])])],
+        batch_dims=1,
+    )
     (logits,) = links.call(table.epilogue, [hidden], "epilogue")
-    links.output(logits, "logits", from_torch_dtype(library.dtype), ir.Shape(["batch", "wanted", None]), first=True)
+    links.output(
+        logits,
+        "logits",
+        from_torch_dtype(library.dtype),
+        ir.Shape(["batch", "wanted", None]),
+        first=True,
+    )
     return links.to_bytes()
 
 
 class _Links:
     """A graph of calls, as it grows."""
 
-    def __init__(self, functions: Mapping[str, ir.Function], weights: Mapping[str, ir.ExternalTensor]) -> None:
+    def __init__(
+        self, functions: Mapping[str, ir.Function], weights: Mapping[str, ir.ExternalTensor]
+    ) -> None:
         self._functions, self._weights = functions, weights
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
@@ -212,10 +271,14 @@ class _Links:
         self._used: dict[str, ir.Value] = {}
 
     def input(self, name: str, dtype: torch.dtype, shape: Sequence[int | str]) -> ir.Value:
-        self._inputs.append(ir.Value(name=name, type=ir.TensorType(from_torch_dtype(dtype)), shape=ir.Shape(shape)))
+        self._inputs.append(
+            ir.Value(name=name, type=ir.TensorType(from_torch_dtype(dtype)), shape=ir.Shape(shape))
+        )
         return self._inputs[-1]
 
-    def output(self, value: ir.Value, name: str, dtype: Any, shape: Any, first: bool = False) -> None:
+    def output(
+        self, value: ir.Value, name: str, dtype: Any, shape: Any, first: bool = False
+    ) -> None:
         value.name, value.dtype, value.shape = name, dtype, shape
         self._outputs.insert(0 if first else len(self._outputs), value)
 
@@ -229,21 +292,31 @@ class _Links:
     def call(self, symbol: Symbol, operands: Sequence[ir.Value], name: str) -> Sequence[ir.Value]:
         given = [*operands, *map(self._weight, symbol.weights)]
         num_results = len(self._functions[symbol.target].outputs)
-        self._nodes.append(ir.node(symbol.target, given, domain=_DOMAIN, num_outputs=num_results, name=name))
+        self._nodes.append(
+            ir.node(symbol.target, given, domain=_DOMAIN, num_outputs=num_results, name=name)
+        )
         return self._nodes[-1].outputs
 
     def _weight(self, name: str) -> ir.Value:
         if name not in self._used:
             place = self._weights[name]
-            self._used[name] = ir.Value(name=name, type=ir.TensorType(place.dtype), shape=place.shape, const_value=place)
+            self._used[name] = ir.Value(
+                name=name, type=ir.TensorType(place.dtype), shape=place.shape, const_value=place
+            )
         return self._used[name]
 
     def to_bytes(self) -> bytes:
         graph = ir.Graph(
-            self._inputs, self._outputs, nodes=self._nodes, initializers=list(self._used.values()), name="program",
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=list(self._used.values()),
+            name="program",
             opset_imports={"": OPSET, _DOMAIN: 1},
-        )  # fmt: skip
+        )
         called = {node.op_type for node in self._nodes}
         functions = [f for name, f in self._functions.items() if name in called]
-        model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="polar_fx", functions=functions)
+        model = ir.Model(
+            graph, ir_version=_IR_VERSION, producer_name="polar_fx", functions=functions
+        )
         return ir.serde.serialize_model(model).SerializeToString(deterministic=True)

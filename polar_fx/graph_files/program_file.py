@@ -1,7 +1,8 @@
-"""One program as a `torch.export` file: its operators and the weights it uses, for any processor, without polar_fx.
+"""One program as a `torch.export` file: its operators and the weights it uses, for any processor,
+without polar_fx.
 
-Larger and slower than a bundle (a copy of the weights a program, nothing compiled), but bound to no machine and no torch build:
-the form from which other compilers start.
+Larger and slower than a bundle (a copy of the weights a program, nothing compiled), but bound to no
+machine and no torch build: the form from which other compilers start.
 
 Shape legend: B batch, T tokens, L KV length, S steps, H KV heads, E head size, V vocabulary.
 """
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from ..compiled import CompiledModel, ProgramLike
 
 ABOUT = "polar_fx.json"  # the extra file that tells what the program is
-SIZES = {"B": 3, "T": 7, "L": 23}  # of examples: distinct primes, so that no two axes are taken for one another
+# of examples: distinct primes, so that no two axes are taken for one another
+SIZES = {"B": 3, "T": 7, "L": 23}
 
 
 class _Flat(nn.Module):
@@ -38,23 +40,35 @@ class _Flat(nn.Module):
         super().__init__()
         self.program = graph
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, slots: list[Tensor]) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, slots: list[Tensor]
+    ) -> Tensor:
         return self.program(input_ids, positions, kv_index, *slots)
 
 
 def export_program(
-    compiled: "CompiledModel", program: "ProgramLike", path: str | PathLike[str], *, overwrite: bool = False
+    compiled: "CompiledModel",
+    program: "ProgramLike",
+    path: str | PathLike[str],
+    *,
+    overwrite: bool = False,
 ) -> Path:
-    """Write one program as a `.pt2` file that `torch.export.load` reads; traces the model if that has not happened.
+    """Write one program as a `.pt2` file that `torch.export.load` reads; traces the model if that
+    has not happened.
 
-    The exported module takes `input_ids` and `positions` i64[B, T], `kv_index` i64[L] (0 .. L - 1) and `slots`, keys [B, H, L, E]
-    and values of step 0, then of step 1 and so on, which it writes in place at the positions; it returns logits [B, T, V].
-    B, T and L are free. The extra file `polar_fx.json` tells the program and the sizes of each step's slot.
+    The exported module takes `input_ids` and `positions` i64[B, T], `kv_index` i64[L] (0 .. L - 1)
+    and `slots`, keys [B, H, L, E] and values of step 0, then of step 1 and so on, which it writes
+    in place at the positions; it returns logits [B, T, V]. B, T and L are free. The extra file
+    `polar_fx.json` tells the program and the sizes of each step's slot.
 
-    Raises InputError, ProgramError, CaptureError, and BundleError if the file cannot be written; it is whole or not there.
+    Raises InputError, ProgramError, CaptureError, and BundleError if the file cannot be written; it
+    is whole or not there.
     """
     if isinstance(compiled, BundledModel):
-        raise InputError(f"the bundle {compiled.folder} holds no graphs; export the program from a compiled model")
+        raise InputError(
+            f"the bundle {compiled.folder} holds no graphs; export the program from a compiled "
+            "model"
+        )
     target = Path(os.path.abspath(path))
     if target.suffix != ".pt2":
         raise InputError(f"torch.export reads files that end in .pt2, got {target.name!r}")
@@ -65,24 +79,32 @@ def export_program(
     chosen, library = compiled.resolve(program), compiled.library
     specs, device, (b, t, n) = library.kv_specs(chosen), library.device, SIZES.values()
     positions = torch.arange(t, device=device) + torch.arange(b, device=device)[:, None]
-    slots = [torch.zeros(s, dtype=spec.dtype, device=device) for spec in specs for s in spec.shapes(b, n)]
+    slots = [
+        torch.zeros(s, dtype=spec.dtype, device=device) for spec in specs for s in spec.shapes(b, n)
+    ]
     batch, tokens, length = (torch.export.Dim(name) for name in ("batch", "tokens", "length"))
     rows = {0: batch, 1: tokens}
     shapes = (rows, rows, {0: length}, [{0: batch, 2: length}] * len(slots))
     example = (torch.zeros_like(positions), positions, torch.arange(n, device=device), slots)
     about = {
-        "program": str(chosen), "depth": chosen.depth, "dtype": str(library.dtype).removeprefix("torch."),
+        "program": str(chosen),
+        "depth": chosen.depth,
+        "dtype": str(library.dtype).removeprefix("torch."),
         "fingerprint": library.model_fingerprint,
         "slots": described_slots(specs),
-    }  # fmt: skip
+    }
     work = target.with_name(f".{target.stem}.{secrets.token_hex(8)}.pt2")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
         try:
-            exported = torch.export.export(_Flat(library.flat_graph(chosen)), example, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(
+                _Flat(library.flat_graph(chosen)), example, dynamic_shapes=shapes, strict=False
+            )
         except Exception as error:
             reason = str(error).strip().partition("\n")[0]
-            raise CaptureError(f"torch.export cannot take program {chosen}: {type(error).__name__}: {reason}") from error
+            raise CaptureError(
+                f"torch.export cannot take program {chosen}: {type(error).__name__}: {reason}"
+            ) from error
         exported.example_inputs = None  # type: ignore[assignment]  # nothing is to be run when it is loaded
         try:
             with os_errors(target):
@@ -107,5 +129,7 @@ def _save(exported: torch.export.ExportedProgram, about: str, path: Path) -> Non
     except RuntimeError as error:  # torch's own writer; in which the system's error is but text
         reason = str(error).strip().partition("\n")[0]
         raise BundleError(
-            path, f"cannot be written: {reason}", "free some space there, or name a file on another disk"
+            path,
+            f"cannot be written: {reason}",
+            "free some space there, or name a file on another disk",
         ) from error

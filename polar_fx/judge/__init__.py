@@ -1,1 +1,3 @@
-"""Whether a model's answer is right: teacher-forced verdicts, verdicts by generation, grading of texts."""
+"""Whether a model's answer is right: teacher-forced verdicts, verdicts by generation, grading of
+texts.
+"""

@@ -1,4 +1,6 @@
-"""Verdicts by generating and grading: what teacher forcing stands for, and the way where right answers have many forms."""
+"""Verdicts by generating and grading: what teacher forcing stands for, and the way where right
+answers have many forms.
+"""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +21,8 @@ class Generation:
     """Judges (question, program) pairs by greedy generation, graded as text.
 
     Args:
-        compiled: generates; compile it with deterministic=True for verdicts that do not depend on the batch.
+        compiled: generates; compile it with deterministic=True for verdicts that do not depend on
+            the batch.
         tokenizer: decodes.
         questions: by id, with their accepted answers.
         templates: the prompt of each task, which says where an answer ends.
@@ -27,9 +30,13 @@ class Generation:
     """
 
     def __init__(
-        self, compiled: CompiledModel, tokenizer: Any, questions: Mapping[str, Question],
-        templates: Mapping[str, PromptTemplate], batch: int = 32,
-    ) -> None:  # fmt: skip
+        self,
+        compiled: CompiledModel,
+        tokenizer: Any,
+        questions: Mapping[str, Question],
+        templates: Mapping[str, PromptTemplate],
+        batch: int = 32,
+    ) -> None:
         self.compiled, self.tokenizer, self.batch = compiled, tokenizer, batch
         self.questions, self.templates = questions, templates
 
@@ -52,17 +59,25 @@ class Generation:
     def forget(self, question_ids: Iterable[str]) -> None:
         """Nothing is kept."""
 
-    def answers(self, questions: Sequence[EncodedQuestion], program: Program, template: PromptTemplate) -> list[str]:
+    def answers(
+        self, questions: Sequence[EncodedQuestion], program: Program, template: PromptTemplate
+    ) -> list[str]:
         """What greedy decoding answers, up to the stop (and maybe beyond it)."""
-        ids, arguments = generate_arguments(questions, self.tokenizer, template.decode_stop(self.tokenizer))
-        out = self.compiled.generate(ids, program=program, do_sample=False, **arguments)[:, ids.shape[1] :]
+        ids, arguments = generate_arguments(
+            questions, self.tokenizer, template.decode_stop(self.tokenizer)
+        )
+        out = self.compiled.generate(ids, program=program, do_sample=False, **arguments)[
+            :, ids.shape[1] :
+        ]
         return self.tokenizer.batch_decode(out, skip_special_tokens=True)
 
 
 def generate_arguments(
     questions: Sequence[EncodedQuestion], tokenizer: Any, stop: DecodeStop
-) -> tuple[torch.Tensor, dict[str, Any]]:  # fmt: skip
-    """The prompts i64[B, T], padded on the left, and the other arguments of a `generate` that ends at `stop`."""
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The prompts i64[B, T], padded on the left, and the other arguments of a `generate` that ends
+    at `stop`.
+    """
     ids, mask = padded_rows([q.prefix + q.prompt for q in questions])
     arguments: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": stop.max_new_tokens}
     if stop.token_ids:

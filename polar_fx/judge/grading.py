@@ -1,7 +1,8 @@
 """Whether generated text answers a question, decided by math-verify.
 
-math-verify runs in a process of its own (`grading_worker.py`): generated text can be an expression that takes forever or all
-memory, and its own time limit works in the main thread only and not inside one long operation on large numbers.
+math-verify runs in a process of its own (`grading_worker.py`): generated text can be an expression
+that takes forever or all memory, and its own time limit works in the main thread only and not
+inside one long operation on large numbers.
 """
 
 import atexit
@@ -26,7 +27,10 @@ _MAX_LENGTH = 1000  # characters; a longer answer is equal as a string or not at
 
 _KILLED = -9  # by the system or a user; the process ends itself otherwise
 
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from polar_fx.judge.grading_worker import main; main()"
+_START = (
+    "import sys; sys.path.insert(0, sys.argv[1]); from polar_fx.judge.grading_worker import "
+    "main; main()"
+)
 
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _WORDS = re.compile(r"(?=.*[^\W\d_]{2})[^\W\d_]+(?:[ '-][^\W\d_]+)*")
@@ -43,9 +47,11 @@ class Extracted:
 
 
 def extract(text: str, stops: Iterable[str] = ()) -> Extracted:
-    """The answer in generated text (decoded without special tokens): what the first \\boxed{} holds, else all of it.
+    """The answer in generated text (decoded without special tokens): what the first \\boxed{}
+    holds, else all of it.
 
-    What follows the first of `stops` does not count (`DecodeStop.strings`). A box that is never closed is no box.
+    What follows the first of `stops` does not count (`DecodeStop.strings`). A box that is never
+    closed is no box.
     """
     for stop in stops:
         text = text.partition(stop)[0]
@@ -60,12 +66,16 @@ def extract(text: str, stops: Iterable[str] = ()) -> Extracted:
 def grade(text: str, question: Question, stops: Iterable[str] = ()) -> bool:
     """Whether the answer in `text` (see `extract`) is one of the question's accepted answers.
 
-    Answers in words are compared as text, without regard to case; others also by math-verify, where 1/2 is 0.5. Where a plain
-    number is asked for, a calculation of it (12 + 7 for 19) is not an answer: it may only repeat the question. What math-verify
-    cannot read, or not within seconds, is wrong. Raises InputError when math-verify is not installed.
+    Answers in words are compared as text, without regard to case; others also by math-verify, where
+    1/2 is 0.5. Where a plain number is asked for, a calculation of it (12 + 7 for 19) is not an
+    answer: it may only repeat the question. What math-verify cannot read, or not within seconds, is
+    wrong. Raises InputError when math-verify is not installed.
     """
     if importlib.util.find_spec("math_verify") is None:
-        raise InputError("grading needs math-verify, which is not installed; pip install 'polar_fx[search]' or math-verify")
+        raise InputError(
+            "grading needs math-verify, which is not installed; pip install 'polar_fx[search]' or "
+            "math-verify"
+        )
     answer = extract(text, stops).answer
     return any(_equal(accepted, answer) for accepted in question.answers)
 
@@ -120,7 +130,9 @@ def _closing(text: str) -> int | None:
 
 
 class _Worker:
-    """The process math-verify runs in; started when first needed, and again after it gave up on an answer."""
+    """The process math-verify runs in; started when first needed, and again after it gave up on an
+    answer.
+    """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -138,11 +150,14 @@ class _Worker:
                     self._close()
                     if status != _KILLED:
                         return False
-                except BaseException:  # interrupted: what it says next would be taken for the answer to the next question
+                except BaseException:
+                    # interrupted: what it says next would be taken for the answer to the next
+                    # question
                     self._close()
                     raise
         raise InputError(
-            f"the math-verify process was killed twice while it compared {answer[:80]!r} with {accepted[:80]!r}; free some memory"
+            f"the math-verify process was killed twice while it compared {answer[:80]!r} with "
+            f"{accepted[:80]!r}; free some memory"
         )
 
     def _ask(self, process: subprocess.Popen[str], accepted: str, answer: str) -> bool:
@@ -155,8 +170,12 @@ class _Worker:
         root = str(Path(__file__).parent.parent.parent)
         process = subprocess.Popen(
             [sys.executable, "-c", _START, root],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="ascii",
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="ascii",
+        )
         self._process = process
         atexit.register(self.close)
         assert process.stdout is not None
@@ -165,8 +184,9 @@ class _Worker:
                 process.wait(timeout=10)  # for its own status, not that of being killed
             self._close()
             raise InputError(
-                f"math-verify cannot be used: its process ended with status {process.returncode}; see whether "
-                f"`{sys.executable} -c 'import math_verify'` works, and install it again if not"
+                f"math-verify cannot be used: its process ended with status {process.returncode}; "
+                f"see whether `{sys.executable} -c 'import math_verify'` works, and install it "
+                "again if not"
             )
         return process
 
@@ -193,7 +213,9 @@ _PARENTS: list[Any] = []  # held, because letting go of a process that runs is a
 
 
 def _forked() -> None:
-    """A forked child leaves its parent's process, and a lock that another thread may have held, alone."""
+    """A forked child leaves its parent's process, and a lock that another thread may have held,
+    alone.
+    """
     global _WORKER
     atexit.unregister(_WORKER.close)
     _PARENTS.append(_WORKER)

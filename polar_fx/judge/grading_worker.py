@@ -1,4 +1,6 @@
-"""The process that runs math-verify: reads [accepted, answer] as JSON, a pair a line, and says whether they are equal."""
+"""The process that runs math-verify: reads [accepted, answer] as JSON, a pair a line, and says
+whether they are equal.
+"""
 
 import contextlib
 import faulthandler
@@ -11,13 +13,15 @@ from functools import lru_cache
 from typing import Any
 
 _SECONDS = 2  # math-verify's own limit on one operation
-_GIVE_UP = 6.0  # for one pair; then the process ends itself, also inside an operation that nothing can interrupt
+# for one pair; then the process ends itself, also inside an operation that nothing can interrupt
+_GIVE_UP = 6.0
 _MEMORY = 4 << 30
 
 
 def main() -> None:
     """Serve pairs from stdin until it closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the parent, which ends this process when it has to
+    # for the parent, which ends this process when it has to
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
@@ -41,7 +45,11 @@ def _equal(accepted: str, answer: str) -> bool:
     from math_verify import verify
 
     gold, found = _parse(accepted), _parse(answer)
-    if not gold or not found or (_is_number(gold[0]) and not (_is_number(found[0]) or "%" in answer)):
+    if (
+        not gold
+        or not found
+        or (_is_number(gold[0]) and not (_is_number(found[0]) or "%" in answer))
+    ):
         return False
     return verify(list(gold), list(found), timeout_seconds=_SECONDS)
 
@@ -63,7 +71,12 @@ def _parse(text: str) -> tuple[Any, ...]:
     from math_verify import LatexExtractionConfig, parse
 
     # in a box, all of it is the answer; elsewhere math-verify picks what looks like one
-    return tuple(parse(
-        f"\\boxed{{{text}}}", [LatexExtractionConfig(boxed_match_priority=0)], fallback_mode="no_fallback",
-        extraction_mode="first_match", parsing_timeout=_SECONDS,
-    ))  # fmt: skip
+    return tuple(
+        parse(
+            f"\\boxed{{{text}}}",
+            [LatexExtractionConfig(boxed_match_priority=0)],
+            fallback_mode="no_fallback",
+            extraction_mode="first_match",
+            parsing_timeout=_SECONDS,
+        )
+    )

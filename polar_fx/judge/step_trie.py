@@ -1,6 +1,8 @@
-"""States of step prefixes: what rows of tokens have become after the first steps of programs, kept for later programs.
+"""States of step prefixes: what rows of tokens have become after the first steps of programs, kept
+for later programs.
 
-Programs that begin with the same steps share a node. The least recently used states go when memory is short.
+Programs that begin with the same steps share a node. The least recently used states go when memory
+is short.
 """
 
 from collections import OrderedDict
@@ -15,8 +17,10 @@ from ..program import Program
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A row after a step: `hidden` [T, d]; `saved`, the hidden states blends still wait for; `kv`, what the step wrote
-    for the row's tokens, keys and values [H, T, E] (kept only where other rows continue the row)."""
+    """A row after a step: `hidden` [T, d]; `saved`, the hidden states blends still wait for; `kv`,
+    what the step wrote for the row's tokens, keys and values [H, T, E] (kept only where other rows
+    continue the row).
+    """
 
     hidden: Tensor
     saved: tuple[Tensor, ...] = ()
@@ -24,7 +28,9 @@ class State:
 
     @property
     def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in (self.hidden, *self.saved, *(self.kv or ())))
+        return sum(
+            t.numel() * t.element_size() for t in (self.hidden, *self.saved, *(self.kv or ()))
+        )
 
 
 class Node:
@@ -32,7 +38,9 @@ class Node:
 
     __slots__ = ("children", "closes", "layer", "opens", "parent", "states")
 
-    def __init__(self, parent: "Node | None", layer: int = -1, opens: int = 0, closes: tuple[float, ...] = ()) -> None:
+    def __init__(
+        self, parent: "Node | None", layer: int = -1, opens: int = 0, closes: tuple[float, ...] = ()
+    ) -> None:
         self.parent, self.layer, self.opens, self.closes = parent, layer, opens, closes
         self.children: dict[tuple[Any, ...], Node] = {}
         self.states: dict[Hashable, State] = {}
@@ -46,7 +54,9 @@ class Node:
 
 
 class StepTrie:
-    """Nodes of all programs seen, and at most `limit_bytes` of states (more while programs are being run)."""
+    """Nodes of all programs seen, and at most `limit_bytes` of states (more while programs are
+    being run).
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.root = Node(None)

@@ -1,14 +1,17 @@
-"""Verdicts by teacher forcing: one pass over prompt and answer instead of a generation, and no step run twice.
+"""Verdicts by teacher forcing: one pass over prompt and answer instead of a generation, and no step
+run twice.
 
-Greedy decoding gives an answer exactly when, with the answer's tokens fed in, each of them (and the stop) is the argmax of
-the logits before it. Three things are shared:
+Greedy decoding gives an answer exactly when, with the answer's tokens fed in, each of them (and the
+stop) is the argmax of the logits before it. Three things are shared:
 
 - programs that begin with the same steps share the hidden states after them (`StepTrie`);
-- questions of one prompt share its constant prefix: its tokens run once per step, their KV serves every question;
-- at each step the rows, whatever their question and program, that need the same layer next run as one batch.
+- questions of one prompt share its constant prefix: its tokens run once per step, their KV serves
+every question;
+- at each step the rows, whatever their question and program, that need the same layer next run as
+one batch.
 
-Shape legend: B batch, T tokens, P prefix tokens, A answer tokens, d hidden size, H KV heads, L KV length, E head size,
-V vocabulary.
+Shape legend: B batch, T tokens, P prefix tokens, A answer tokens, d hidden size, H KV heads, L KV
+length, E head size, V vocabulary.
 """
 
 import math
@@ -35,7 +38,9 @@ _WORTH_A_CALL = 6  # rows; with fewer, padding costs less than another call
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Row:
-    """Tokens run together: a prompt's prefix, or a question's own tokens and one of its answers behind that prefix."""
+    """Tokens run together: a prompt's prefix, or a question's own tokens and one of its answers
+    behind that prefix.
+    """
 
     name: Hashable
     ids: Tensor  # i64[T]
@@ -55,20 +60,30 @@ class TeacherForcing:
 
     Args:
         compiled: its regions run the layers; its `max_length` bounds prompt and answer.
-        deterministic: run every row alone, so that a verdict has the same bits whatever is judged beside it.
+        deterministic: run every row alone, so that a verdict has the same bits whatever is judged
+            beside it.
         max_rows, max_tokens: of one batch.
         cache_bytes: what hidden states and KV kept for later programs may take.
         share: keep states for later programs at all; only benchmarks turn it off.
 
-    `steps_run` counts executed (row, step) pairs, `steps_asked` those that running each pair by itself would have needed.
+    `steps_run` counts executed (row, step) pairs, `steps_asked` those that running each pair by
+    itself would have needed.
     """
 
     def __init__(
-        self, compiled: CompiledModel, *, deterministic: bool = False, max_rows: int = 64, max_tokens: int = 1024,
-        cache_bytes: int = 2 << 30, share: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        compiled: CompiledModel,
+        *,
+        deterministic: bool = False,
+        max_rows: int = 64,
+        max_tokens: int = 1024,
+        cache_bytes: int = 2 << 30,
+        share: bool = True,
+    ) -> None:
         self.compiled, self.deterministic = compiled, deterministic
-        self.max_rows, self.max_tokens = (1, max_tokens) if deterministic else (max_rows, max_tokens)
+        self.max_rows, self.max_tokens = (
+            (1, max_tokens) if deterministic else (max_rows, max_tokens)
+        )
         self.trie = StepTrie(cache_bytes if share else 0)
         self.steps_run = self.steps_asked = 0
         self._rows: dict[str, tuple[EncodedQuestion, tuple[_Row, ...]]] = {}
@@ -76,11 +91,14 @@ class TeacherForcing:
         self._sides: OrderedDict[tuple[_Row, ...], list[Tensor]] = OrderedDict()
         self._slots: dict[KvSpec, tuple[Tensor, ...]] = {}
 
-    # ------------------------------------------------------------------------------------------------ judging
+    # -------------------------------------------------------------------------------------- judging
 
     @torch.no_grad()
     def evaluate(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
-        """A verdict a pair, in order. Raises InputError, KvOverflowError or ProgramError before anything runs."""
+        """A verdict a pair, in order.
+
+        Raises InputError, KvOverflowError or ProgramError before anything runs.
+        """
         for question, program in pairs:
             self.compiled.library.check(program)
             self._rows_of(question)
@@ -111,23 +129,41 @@ class TeacherForcing:
 
     def _new_rows(self, question: EncodedQuestion) -> tuple[_Row, ...]:
         if not question.prompt or not question.targets or not all(question.targets):
-            raise InputError(f"question {question.id!r} has an empty prompt or answer; encode it with a PromptTemplate")
+            raise InputError(
+                f"question {question.id!r} has an empty prompt or answer; encode it with a "
+                "PromptTemplate"
+            )
         longest = len(question.prefix) + len(question.prompt) + max(map(len, question.targets)) - 1
         if longest > self.compiled.pool.max_length:
             raise KvOverflowError(
-                f"question {question.id!r} and its answer take {longest} tokens but the model was compiled for "
-                f"{self.compiled.pool.max_length}; compile with max_length={longest} or more"
+                f"question {question.id!r} and its answer take {longest} tokens but the model was "
+                f"compiled for {self.compiled.pool.max_length}; compile with max_length={longest} "
+                "or more"
             )
-        tokens = (*question.prefix, *question.prompt, *(t for target in question.targets for t in target))
+        tokens = (
+            *question.prefix,
+            *question.prompt,
+            *(t for target in question.targets for t in target),
+        )
         if not 0 <= min(tokens) <= max(tokens) < self.compiled.vocab_size:
-            raise InputError(f"question {question.id!r} holds token ids outside the vocabulary 0..{self.compiled.vocab_size - 1}")
+            raise InputError(
+                f"question {question.id!r} holds token ids outside the vocabulary "
+                f"0..{self.compiled.vocab_size - 1}"
+            )
         prefix = None
         if question.prefix:
             if question.prefix not in self._prefixes:
-                self._prefixes[question.prefix] = _Row(f"prefix {len(self._prefixes)}", self._tensor(question.prefix))
+                self._prefixes[question.prefix] = _Row(
+                    f"prefix {len(self._prefixes)}", self._tensor(question.prefix)
+                )
             prefix = self._prefixes[question.prefix]
         return tuple(
-            _Row((question.id, i), self._tensor((*question.prompt, *target[:-1])), prefix, self._tensor(target))
+            _Row(
+                (question.id, i),
+                self._tensor((*question.prompt, *target[:-1])),
+                prefix,
+                self._tensor(target),
+            )
             for i, target in enumerate(question.targets)
         )
 
@@ -136,7 +172,9 @@ class TeacherForcing:
 
     def _score(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
         ends = [(self._rows_of(q), self.trie.leaf(p)) for q, p in pairs]
-        self.steps_asked += sum(len(rows) * p.num_steps for (rows, _), (_, p) in zip(ends, pairs, strict=True))
+        self.steps_asked += sum(
+            len(rows) * p.num_steps for (rows, _), (_, p) in zip(ends, pairs, strict=True)
+        )
         tasks = list(dict.fromkeys((row, leaf) for rows, leaf in ends for row in rows))
         self._run(tasks)
         scores: dict[_Task, tuple[bool, float, float]] = {}
@@ -145,13 +183,17 @@ class TeacherForcing:
         verdicts = []
         for rows, leaf in ends:
             found = [scores[row, leaf] for row in rows]
-            verdicts.append(Verdict(*max(found, key=lambda s: (s[0], -math.inf if math.isnan(s[1]) else s[1]))))
+            verdicts.append(
+                Verdict(*max(found, key=lambda s: (s[0], -math.inf if math.isnan(s[1]) else s[1])))
+            )
         return verdicts
 
-    # ---------------------------------------------------------------------------------------- running steps
+    # -------------------------------------------------------------------------------- running steps
 
     def _run(self, tasks: Sequence[_Task]) -> None:
-        """Bring the rows to their nodes: run every step on the way that is not known yet, by layer, most rows first."""
+        """Bring the rows to their nodes: run every step on the way that is not known yet, by layer,
+        most rows first.
+        """
         waiting: dict[_Task, int] = {}
         followers: dict[_Task, list[_Task]] = defaultdict(list)
         for row, leaf in tasks:
@@ -170,7 +212,8 @@ class TeacherForcing:
             if not count:
                 ready[task[1].layer, task[0].start].append(task)
         while ready:
-            # the fullest batch first; early layers before late ones, so that the rows behind catch up
+            # the fullest batch first; early layers before late ones, so that the rows behind catch
+            # up
             key = max(ready, key=lambda k: (len(ready[k]), -k[0]))
             for batch in self._batches(ready.pop(key), lambda row: len(row.ids)):
                 self._step(batch)
@@ -181,7 +224,9 @@ class TeacherForcing:
                             ready[follower[1].layer, follower[0].start].append(follower)
 
     def _missing(self, row: _Row, leaf: Node, planned: dict[_Task, int]) -> list[_Task]:
-        """The steps above `leaf` whose states of `row` are neither known nor planned, first one first."""
+        """The steps above `leaf` whose states of `row` are neither known nor planned, first one
+        first.
+        """
         found: list[_Task] = []
         for node in leaf.upwards():
             if row in node.states:
@@ -217,14 +262,20 @@ class TeacherForcing:
         keys, slot_values = self._scratch(layer, batch)
         region = self._region(call.target, len(rows), tokens)
         hidden = padded([s.hidden for s in before], tokens)
-        out = region([hidden, *[values[i] for i in call.sides], keys, slot_values, *call.weights])[0]
+        out = region([hidden, *[values[i] for i in call.sides], keys, slot_values, *call.weights])[
+            0
+        ]
         for i, ((row, node), state) in enumerate(zip(batch, before, strict=True)):
             after = out[i, : len(row.ids)]
             saved = [*state.saved, *[state.hidden] * node.opens]
             for damping in node.closes:
                 after = torch.lerp(saved.pop(), after, damping)
             # clones: a view would keep the whole batch
-            kv = None if row.target is not None else tuple(t[i, :, : len(row.ids)].clone() for t in (keys, slot_values))
+            kv = (
+                None
+                if row.target is not None
+                else tuple(t[i, :, : len(row.ids)].clone() for t in (keys, slot_values))
+            )
             self.trie.put(node, row, State(after.clone(), tuple(saved), kv))  # type: ignore[arg-type]
 
     def _state(self, row: _Row, node: Node | None) -> State:
@@ -234,11 +285,15 @@ class TeacherForcing:
         return State(self._inputs((row,))[0][3][0, : len(row.ids)])
 
     def _scratch(self, layer: int, batch: list[_Task]) -> tuple[Tensor, Tensor]:
-        """A step's slot [B, H, L, E] for this batch alone, the prefix's keys and values in place, zeros behind them."""
+        """A step's slot [B, H, L, E] for this batch alone, the prefix's keys and values in place,
+        zeros behind them.
+        """
         spec = self.compiled.library.table.kv_specs[layer]
         if spec not in self._slots or len(self._slots[spec][0]) < len(batch):
             shapes = spec.shapes(len(batch), self.compiled.pool.length)
-            self._slots[spec] = tuple(torch.zeros(s, dtype=spec.dtype, device=self.compiled.device) for s in shapes)
+            self._slots[spec] = tuple(
+                torch.zeros(s, dtype=spec.dtype, device=self.compiled.device) for s in shapes
+            )
         keys, values = (slot[: len(batch)] for slot in self._slots[spec])
         pair = keys, values
         for which, slot in enumerate(pair):
@@ -249,11 +304,15 @@ class TeacherForcing:
         return pair
 
     def _inputs(self, rows: tuple[_Row, ...]) -> tuple[list[Tensor], int]:
-        """Side values of a batch, the hidden state after the embedding among them, and its padded tokens."""
+        """Side values of a batch, the hidden state after the embedding among them, and its padded
+        tokens.
+        """
         tokens = max(2, *(len(r.ids) for r in rows))
         if rows not in self._sides:
             ids = padded([r.ids for r in rows], tokens)
-            self._sides[rows] = self._prologue(ids, torch.stack([self._positions(r, tokens) for r in rows]))
+            self._sides[rows] = self._prologue(
+                ids, torch.stack([self._positions(r, tokens) for r in rows])
+            )
             if len(self._sides) > _MAX_SIDES:
                 self._sides.popitem(last=False)
         self._sides.move_to_end(rows)
@@ -267,23 +326,30 @@ class TeacherForcing:
     def _positions(self, row: _Row, tokens: int) -> Tensor:
         # padding goes to the spare last column, as in a ragged batch of KvSession
         places = torch.full((tokens,), self.compiled.pool.length - 1, device=self.compiled.device)
-        places[: len(row.ids)] = torch.arange(row.start, row.start + len(row.ids), device=self.compiled.device)
+        places[: len(row.ids)] = torch.arange(
+            row.start, row.start + len(row.ids), device=self.compiled.device
+        )
         return places
 
     def _region(self, target: str, batch: int, tokens: int) -> Region:
-        found = self.compiled.regions.get([(target, ShapeClass.of(batch, tokens, self.compiled.pool.length))])
+        found = self.compiled.regions.get(
+            [(target, ShapeClass.of(batch, tokens, self.compiled.pool.length))]
+        )
         return next(iter(found.values()))
 
-    # ---------------------------------------------------------------------------------------------- the head
+    # ------------------------------------------------------------------------------------- the head
 
     def _heads(self, batch: list[_Task]) -> list[tuple[bool, float, float]]:
-        """Per row: whether every target token is the argmax, their log-probability, their smallest lead in logits."""
+        """Per row: whether every target token is the argmax, their log-probability, their smallest
+        lead in logits.
+        """
         count = max(2, *(len(row.target) for row, _ in batch))  # type: ignore[arg-type]
         ids, positions, hidden, gold = [], [], [], []
         for row, node in batch:
             target = row.target
             assert target is not None
-            # logits that decide the answer stand at the prompt's last token and at every answer token but the stop
+            # logits that decide the answer stand at the prompt's last token and at every answer
+            # token but the stop
             where = torch.arange(len(row.ids) - len(target), len(row.ids), device=target.device)
             where = torch.nn.functional.pad(where, (0, count - len(target)), value=len(row.ids) - 1)
             ids.append(row.ids[where])
@@ -293,7 +359,9 @@ class TeacherForcing:
         values = self._prologue(torch.stack(ids), torch.stack(positions))
         head = self.compiled.library.epilogue
         region = self._region(head.target, len(batch), count)
-        logits = region([torch.stack(hidden), *[values[i] for i in head.sides], *head.weights])[0].float()
+        logits = region([torch.stack(hidden), *[values[i] for i in head.sides], *head.weights])[
+            0
+        ].float()
         wanted = torch.stack(gold)[..., None]
         chosen = logits.gather(-1, wanted)
         log_likelihood = (chosen - logits.logsumexp(-1, keepdim=True))[..., 0]
@@ -309,4 +377,7 @@ class TeacherForcing:
             margin.masked_fill(beyond, torch.inf).amin(-1).double(),
         )
         # read once: each number read by itself would wait for the device
-        return [(bool(sure), likelihood, lead) for sure, likelihood, lead in torch.stack(found, -1).tolist()]
+        return [
+            (bool(sure), likelihood, lead)
+            for sure, likelihood, lead in torch.stack(found, -1).tolist()
+        ]

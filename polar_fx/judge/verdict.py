@@ -11,9 +11,10 @@ from ..errors import InputError
 class Verdict:
     """`correct`: whether greedy decoding gives an accepted answer.
 
-    Where the answer was scored by teacher forcing: `log_likelihood` is the log-probability, in nats (<= 0), of the accepted
-    continuation that greedy decoding gives, or else of the likeliest one; `margin` is the smallest lead, in logits, of its tokens
-    over every other token (at least 0 when greedy decoding gives it). Where it was generated and graded, both are None.
+    Where the answer was scored by teacher forcing: `log_likelihood` is the log-probability, in nats
+    (<= 0), of the accepted continuation that greedy decoding gives, or else of the likeliest one;
+    `margin` is the smallest lead, in logits, of its tokens over every other token (at least 0 when
+    greedy decoding gives it). Where it was generated and graded, both are None.
     """
 
     correct: bool
@@ -33,14 +34,22 @@ def exact(verdict: Verdict) -> float:
 def likelihood(verdict: Verdict) -> float:
     """The probability of the right answer."""
     if verdict.log_likelihood is None:
-        raise InputError("the reward 'likelihood' needs teacher-forced verdicts; use the reward 'exact' with generated answers")
+        raise InputError(
+            "the reward 'likelihood' needs teacher-forced verdicts; use the reward 'exact' with "
+            "generated answers"
+        )
     return 0.0 if math.isnan(verdict.log_likelihood) else math.exp(verdict.log_likelihood)
 
 
 def margin(verdict: Verdict) -> float:
-    """The smallest lead of the right answer's tokens, through a logistic function: above 1/2 when the answer is right."""
+    """The smallest lead of the right answer's tokens, through a logistic function: above 1/2 when
+    the answer is right.
+    """
     if verdict.margin is None:
-        raise InputError("the reward 'margin' needs teacher-forced verdicts; use the reward 'exact' with generated answers")
+        raise InputError(
+            "the reward 'margin' needs teacher-forced verdicts; use the reward 'exact' with "
+            "generated answers"
+        )
     return 0.0 if math.isnan(verdict.margin) else 1 / (1 + math.exp(-max(-700.0, verdict.margin)))
 
 

@@ -1,4 +1,6 @@
-"""A model as a library: its distinct graphs, the symbol table of its layers' calls, and its weights."""
+"""A model as a library: its distinct graphs, the symbol table of its layers' calls, and its
+weights.
+"""
 
 from .library import LayerLibrary
 

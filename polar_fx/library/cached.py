@@ -1,8 +1,9 @@
 """A library by its symbol table from disk, so that a second process need not trace the model.
 
-The table is found again under a fingerprint of everything that tracing could depend on (`model_facts`). What cannot be
-fingerprinted (tensors of a class of their own, a method set on a module) is traced every time. Functions of torch and of
-transformers' shared files are known by their versions: who patches those in memory should pass cache=False.
+The table is found again under a fingerprint of everything that tracing could depend on
+(`model_facts`). What cannot be fingerprinted (tensors of a class of their own, a method set on a
+module) is traced every time. Functions of torch and of transformers' shared files are known by
+their versions: who patches those in memory should pass cache=False.
 """
 
 import logging
@@ -27,11 +28,14 @@ _TABLE = "symbols.json"
 
 
 def load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | None) -> LayerLibrary:
-    """The model's library: from its table in `store` if that is there, else captured, and kept there.
+    """The model's library: from its table in `store` if that is there, else captured, and kept
+    there.
 
     `check` as in `compile`: a table is only taken if it was checked then.
     """
-    with TRACING:  # also for what is done with a graph's symbolic sizes: while one thread traces, they fail in any other
+    # also for what is done with a graph's symbolic sizes: while one thread traces, they fail in any
+    # other
+    with TRACING:
         return _load_library(model, check, store)
 
 
@@ -52,7 +56,9 @@ def _load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | No
             table = SymbolTable.from_json(files[_TABLE].read_text(encoding="utf-8"))
             return LayerLibrary.from_table(table, _tensors(model, table), capture)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            log.warning("the cached symbol table %s is of no use (%r); tracing the model", key[:12], error)
+            log.warning(
+                "the cached symbol table %s is of no use (%r); tracing the model", key[:12], error
+            )
     library = LayerLibrary(capture())
     try:
         own = _tensors(model, library.table)

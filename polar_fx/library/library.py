@@ -1,8 +1,10 @@
-"""The layer library: distinct layer graphs, the weights they are called with, and the plain interpreter.
+"""The layer library: distinct layer graphs, the weights they are called with, and the plain
+interpreter.
 
-A transformer's layers are object files and a program is a link order. `LayerLibrary` holds the object files
-(one graph per kind of layer, prologue and epilogue) and the symbol table (which weights and side values each
-layer's call takes). Everything that runs programs reads this table; `interpret` is the oracle they are tested
+A transformer's layers are object files and a program is a link order. `LayerLibrary` holds the
+object files (one graph per kind of layer, prologue and epilogue) and the symbol table (which
+weights and side values each layer's call takes). Everything that runs programs reads this table;
+`interpret` is the oracle they are tested
 against: it runs the step graph that the passes build, node by node, and knows nothing of linking.
 """
 
@@ -18,7 +20,14 @@ from torch.fx import GraphModule
 from ..capture import CapturedModel, KvSpec
 from ..errors import CaptureError, ProgramError
 from ..passes.base import PassError, kind, layer_calls
-from ..passes.pipeline import PassRecord, Pipeline, PipelineResult, flat_pipeline, library_pipeline, program_pipeline
+from ..passes.pipeline import (
+    PassRecord,
+    Pipeline,
+    PipelineResult,
+    flat_pipeline,
+    library_pipeline,
+    program_pipeline,
+)
 from ..program import Program
 from .symbols import Symbol, SymbolTable, read_symbols
 
@@ -33,7 +42,8 @@ class Call:
 
 
 class LayerLibrary:
-    """A captured model as callable pieces. The graphs are made when first asked for, if only the table is known yet.
+    """A captured model as callable pieces. The graphs are made when first asked for, if only the
+    table is known yet.
 
     `table` is the symbol table, `tensors` the model's own weights by name.
     """
@@ -51,7 +61,9 @@ class LayerLibrary:
         capture: Callable[[], CapturedModel],
         pipeline: Pipeline | None = None,
     ) -> "LayerLibrary":
-        """A library known by its table; `capture` traces the model should its graphs be needed after all."""
+        """A library known by its table; `capture` traces the model should its graphs be needed
+        after all.
+        """
         self = cls.__new__(cls)
         self.pipeline = pipeline or library_pipeline()
         self._capture = capture
@@ -62,7 +74,9 @@ class LayerLibrary:
         self.table = table
 
         names = dict.fromkeys(n for symbol in table.calls() for n in symbol.weights)
-        self.tensors = {n: (tensors[n] if tensors is not None else self._attribute(n)).detach() for n in names}
+        self.tensors = {
+            n: (tensors[n] if tensors is not None else self._attribute(n)).detach() for n in names
+        }
 
         def bind(symbol: Symbol) -> Call:
             return Call(symbol.target, symbol.sides, tuple(self.tensors[n] for n in symbol.weights))
@@ -71,11 +85,13 @@ class LayerLibrary:
         self.layers = tuple(bind(s) for s in table.layers)
         self._program_graph = functools.lru_cache(maxsize=64)(self._build_program_graph)
 
-    # ------------------------------------------------------------------------------------------------ the graphs
+    # ----------------------------------------------------------------------------------- the graphs
 
     @functools.cached_property
     def captured(self) -> CapturedModel:
-        """The flat graph and what is known of it; traces the model if that has not happened in this process."""
+        """The flat graph and what is known of it; traces the model if that has not happened in this
+        process.
+        """
         return self._capture()
 
     @functools.cached_property
@@ -83,18 +99,23 @@ class LayerLibrary:
         try:
             result = self.pipeline.run(self.captured.graph_module)
         except PassError as error:
-            raise CaptureError(f"the captured graph cannot be taken apart into layers: {error}") from error
+            raise CaptureError(
+                f"the captured graph cannot be taken apart into layers: {error}"
+            ) from error
         calls = layer_calls(result.graph_module)
         ends = {kind(n) for n in result.graph_module.graph.nodes}
         if len(calls) != self.captured.depth or not {"prologue", "epilogue"} <= ends:
             if "outline-layers" in str(self.pipeline):
                 raise CaptureError(
-                    f"of the {self.captured.depth} layers in {self.captured.layer_path}, the trace tells {len(calls)} apart: "
-                    "either they share submodules, or they are not the layers that the forward pass runs; pass a model whose "
-                    "layers each have modules of their own, and of a model with several parts its language model alone"
+                    f"of the {self.captured.depth} layers in {self.captured.layer_path}, the "
+                    f"trace tells {len(calls)} apart: either they share submodules, or they are "
+                    "not the layers that the forward pass runs; pass a model whose layers each "
+                    "have modules of their own, and of a model with several parts its language "
+                    "model alone"
                 )
             raise ProgramError(
-                f"the pipeline {self.pipeline} left {len(calls)} layer calls of {self.captured.depth}; keep outline-layers in it"
+                f"the pipeline {self.pipeline} left {len(calls)} layer calls of "
+                f"{self.captured.depth}; keep outline-layers in it"
             )
         table = read_symbols(result.graph_module, self.captured.kv_specs)
         if hasattr(self, "table") and table != self.table:
@@ -124,7 +145,7 @@ class LayerLibrary:
         """Graphs by name: `prologue`, `layer_kind_0` ..., `epilogue`."""
         return {n: self.graph_module.get_submodule(n) for n in self.table.bodies}  # type: ignore[misc]
 
-    # ------------------------------------------------------------------------------------------------- the table
+    # ------------------------------------------------------------------------------------ the table
 
     @property
     def depth(self) -> int:
@@ -160,13 +181,16 @@ class LayerLibrary:
         """Raise ProgramError if the program is of another depth."""
         if program.depth != self.depth:
             raise ProgramError(
-                f"program {program} has depth {program.depth} but the model has {self.depth} layers; write it for /{self.depth}"
+                f"program {program} has depth {program.depth} but the model has {self.depth} "
+                f"layers; write it for /{self.depth}"
             )
 
-    # ---------------------------------------------------------------------------------------- graphs of programs
+    # --------------------------------------------------------------------------- graphs of programs
 
     def program_graph(self, program: Program) -> GraphModule:
-        """Step graph of a program (cached): prologue, one call per step with its own KV slot, epilogue."""
+        """Step graph of a program (cached): prologue, one call per step with its own KV slot,
+        epilogue.
+        """
         self.check(program)
         return self._program_graph(program)
 
@@ -180,10 +204,19 @@ class LayerLibrary:
 
     @torch.no_grad()
     def interpret(
-        self, program: Program, input_ids: Tensor, positions: Tensor, kv_index: Tensor, slots: list[tuple[Tensor, Tensor]]
+        self,
+        program: Program,
+        input_ids: Tensor,
+        positions: Tensor,
+        kv_index: Tensor,
+        slots: list[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        """Logits [B, T, V] of the step graph, run operator by operator; writes the slots in place."""
-        return self.program_graph(program)(input_ids, positions, kv_index, *(t for pair in slots for t in pair))
+        """Logits [B, T, V] of the step graph, run operator by operator; writes the slots in
+        place.
+        """
+        return self.program_graph(program)(
+            input_ids, positions, kv_index, *(t for pair in slots for t in pair)
+        )
 
     def _attribute(self, target: str) -> Tensor:
         value = self.graph_module

@@ -1,7 +1,8 @@
 """What a trace of a model depends on: facts that a symbol table is found again under.
 
-They are the modeling code as it is in memory, every plain attribute of every module, configs, layouts and ties of the tensors,
-versions, and our own code. What cannot be fingerprinted (tensors of a class of their own, a method set on a module) is refused.
+They are the modeling code as it is in memory, every plain attribute of every module, configs,
+layouts and ties of the tensors, versions, and our own code. What cannot be fingerprinted (tensors
+of a class of their own, a method set on a module) is refused.
 """
 
 import functools
@@ -24,7 +25,8 @@ from ..passes.pipeline import library_pipeline
 _OURS = ("capture", "passes", "library/symbols.py", "library/library.py")
 # code that a version stands for
 _VERSIONED = sys.stdlib_module_names | {"torch", "numpy", "transformers"}
-# nn.Module's own bookkeeping; hooks are refused elsewhere, tensors and submodules are looked at one by one
+# nn.Module's own bookkeeping; hooks are refused elsewhere, tensors and submodules are looked at one
+# by one
 _BOOKKEEPING = frozenset(nn.Module().__dict__)
 
 
@@ -33,7 +35,10 @@ class UnknownFactError(Exception):
 
 
 def model_facts(model: PreTrainedModel) -> dict[str, str | int]:
-    """What a trace of `model` depends on. Raises UnknownFactError if something has no fingerprint."""
+    """What a trace of `model` depends on.
+
+    Raises UnknownFactError if something has no fingerprint.
+    """
     state = hashlib.sha256(json.dumps(list(_state(model)), sort_keys=True).encode()).hexdigest()
     return {
         "kind": "capture",
@@ -42,7 +47,8 @@ def model_facts(model: PreTrainedModel) -> dict[str, str | int]:
         "code": _code_of(model),
         "passes": library_pipeline().content_id,
         "polar_fx": _own_code(),
-        "modes": f"{torch.get_default_dtype()} autocast={torch.is_autocast_enabled(model.device.type)}",
+        "modes": f"{torch.get_default_dtype()} "
+        f"autocast={torch.is_autocast_enabled(model.device.type)}",
         "python": f"{sys.version_info.major}.{sys.version_info.minor}",
         "torch": f"{torch.__version__} {torch.version.git_version}",
         "transformers": transformers.__version__,
@@ -50,7 +56,9 @@ def model_facts(model: PreTrainedModel) -> dict[str, str | int]:
 
 
 def _state(model: nn.Module) -> Iterator[Any]:
-    """Every module's path, class and plain attributes, and every tensor's layout and which tensors are one."""
+    """Every module's path, class and plain attributes, and every tensor's layout and which tensors
+    are one.
+    """
     first: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own = {k: v for k, v in vars(module).items() if k not in _BOOKKEEPING}
@@ -66,7 +74,15 @@ def _state(model: nn.Module) -> Iterator[Any]:
                 if type(t) not in (nn.Parameter, Tensor, nn.Buffer):
                     raise UnknownFactError(f"{path}.{name} is a {type(t).__name__}")
                 full = f"{path}.{name}"
-                yield [kind, full, str(t.dtype), str(t.device), list(t.shape), list(t.stride()), first.setdefault(id(t), full)]
+                yield [
+                    kind,
+                    full,
+                    str(t.dtype),
+                    str(t.device),
+                    list(t.shape),
+                    list(t.stride()),
+                    first.setdefault(id(t), full),
+                ]
 
 
 def _qualified(value: Any) -> str:
@@ -86,12 +102,23 @@ def _plain(value: Any, where: str) -> Any:
         return {str(k): _plain(v, where) for k, v in value.items()}
     if isinstance(value, PreTrainedConfig):
         # which attention and experts to use is not in the JSON
-        chosen = {k: _plain(v, where) for k, v in vars(value).items() if k.endswith("_implementation_internal")}
-        return {"config": type(value).__name__, **json.loads(value.to_json_string(use_diff=False)), **chosen}
+        chosen = {
+            k: _plain(v, where)
+            for k, v in vars(value).items()
+            if k.endswith("_implementation_internal")
+        }
+        return {
+            "config": type(value).__name__,
+            **json.loads(value.to_json_string(use_diff=False)),
+            **chosen,
+        }
     if isinstance(value, type):
         return _qualified(value)
     if isinstance(value, (types.FunctionType, types.BuiltinFunctionType)):
-        return [_qualified(value), _functions([value]) if isinstance(value, types.FunctionType) else ""]
+        return [
+            _qualified(value),
+            _functions([value]) if isinstance(value, types.FunctionType) else "",
+        ]
     if isinstance(value, functools.partial):
         return [_plain(value.func, where), _plain(value.args, where), _plain(value.keywords, where)]
     if type(value).__module__.startswith("transformers.") and hasattr(value, "to_dict"):
@@ -100,7 +127,9 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _code_of(model: nn.Module) -> str:
-    """Fingerprint of the modeling code in memory: classes of all modules, and the functions of their files."""
+    """Fingerprint of the modeling code in memory: classes of all modules, and the functions of
+    their files.
+    """
     code: dict[str, Any] = {}
     classes = {c for m in model.modules() for c in type(m).__mro__}
     for cls in classes:
@@ -120,7 +149,8 @@ def _members(namespace: Mapping[str, Any], module: str) -> dict[str, str]:
     for name, value in list(namespace.items()):
         if (function := _unwrapped(value)) is not None:
             found[name] = _functions([function])
-        elif not name.startswith(hidden) and not _is_versioned(module):  # shared files hold a number drawn at random
+        elif not name.startswith(hidden) and not _is_versioned(module):
+            # shared files hold a number drawn at random
             found[name] = repr_plain(value)
     return found
 
@@ -133,7 +163,9 @@ def _unwrapped(member: Any) -> types.FunctionType | None:
 
 
 def _functions(roots: Iterable[types.FunctionType]) -> str:
-    """Fingerprint of functions, of those they close over, and of what the user's own ones call and read."""
+    """Fingerprint of functions, of those they close over, and of what the user's own ones call and
+    read.
+    """
     met: list[types.FunctionType] = list(roots)
 
     def text(value: Any) -> str:
@@ -148,14 +180,23 @@ def _functions(roots: Iterable[types.FunctionType]) -> str:
     for function in met:  # which grows
         closed = [text(content) for content in _closed_over(function)]
         of = {} if _is_versioned(_home(function)) else function.__globals__
-        read = {n: text(of[n]) for n in _names(function.__code__) if n in of and not _is_versioned(_home(of[n]))}
-        defaults = [repr_plain(function.__defaults__), repr_plain(tuple(sorted((function.__kwdefaults__ or {}).items())))]
+        read = {
+            n: text(of[n])
+            for n in _names(function.__code__)
+            if n in of and not _is_versioned(_home(of[n]))
+        }
+        defaults = [
+            repr_plain(function.__defaults__),
+            repr_plain(tuple(sorted((function.__kwdefaults__ or {}).items()))),
+        ]
         parts.append([_code(function.__code__), defaults, closed, read])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _home(function: Any) -> str:
-    """The module whose names a function sees: `functools.wraps` makes `__module__` say something else."""
+    """The module whose names a function sees: `functools.wraps` makes `__module__` say something
+    else.
+    """
     return str(getattr(function, "__globals__", {}).get("__name__", ""))
 
 
@@ -192,7 +233,9 @@ def _names(code: types.CodeType) -> list[str]:
 
 
 def _code(code: types.CodeType) -> list[Any]:
-    constants = [_code(c) if isinstance(c, types.CodeType) else repr_plain(c) for c in code.co_consts]
+    constants = [
+        _code(c) if isinstance(c, types.CodeType) else repr_plain(c) for c in code.co_consts
+    ]
     return [code.co_code.hex(), constants, list(code.co_names), list(code.co_varnames)]
 
 
@@ -200,7 +243,11 @@ def _code(code: types.CodeType) -> list[Any]:
 def _own_code() -> str:
     """Fingerprint of the files here that shape a capture."""
     here = Path(__file__).parent.parent
-    files = sorted(f for name in _OURS for f in ([here / name] if name.endswith(".py") else (here / name).glob("*.py")))
+    files = sorted(
+        f
+        for name in _OURS
+        for f in ([here / name] if name.endswith(".py") else (here / name).glob("*.py"))
+    )
     seen = hashlib.sha256()
     for file in files:
         seen.update(file.name.encode() + b"\0" + file.read_bytes())

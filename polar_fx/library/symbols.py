@@ -1,7 +1,8 @@
-"""The symbol table of a captured model: what links need to know of its bodies, without their graphs.
+"""The symbol table of a captured model: what links need to know of its bodies, without their
+graphs.
 
-It is plain data and prints as JSON, so a process that finds it and the compiled regions on disk links and runs programs
-without tracing anything.
+It is plain data and prints as JSON, so a process that finds it and the compiled regions on disk
+links and runs programs without tracing anything.
 
 Shape legend: B batch, T tokens, L KV length.
 """
@@ -25,7 +26,10 @@ _AXES = {"B": "batch", "T": "tokens"}
 
 @dataclass(frozen=True)
 class Operand:
-    """One operand of a body. Sizes and strides are text: a number, or an expression of B, T and L."""
+    """One operand of a body.
+
+    Sizes and strides are text: a number, or an expression of B, T and L.
+    """
 
     role: str
     dtype: str
@@ -39,7 +43,12 @@ class Operand:
         def numbers(texts: tuple[str, ...]) -> list[int]:
             return [int(sympy.sympify(text).subs(sizes)) for text in texts]  # type: ignore[arg-type]
 
-        return torch.empty_strided(numbers(self.size), numbers(self.stride), dtype=getattr(torch, self.dtype), device=device)
+        return torch.empty_strided(
+            numbers(self.size),
+            numbers(self.stride),
+            dtype=getattr(torch, self.dtype),
+            device=device,
+        )
 
     def axes(self) -> dict[int, str]:
         """The axes that follow the batch or the tokens of a call."""
@@ -48,7 +57,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class BodySymbols:
-    """A body as its callers see it. `fingerprint` (sha256) covers operators, wiring, literals and operands."""
+    """A body as its callers see it.
+
+    `fingerprint` (sha256) covers operators, wiring, literals and operands.
+    """
 
     fingerprint: str
     operands: tuple[Operand, ...]
@@ -58,7 +70,8 @@ class BodySymbols:
 class Symbol:
     """One call: the body's name, and the operands it passes beside hidden state and KV.
 
-    `sides` index the list of side values (graph inputs, then prologue results); `weights` name the model's tensors.
+    `sides` index the list of side values (graph inputs, then prologue results); `weights` name the
+    model's tensors.
     """
 
     target: str
@@ -89,16 +102,24 @@ class SymbolTable:
 
     @classmethod
     def from_json(cls, text: str) -> "SymbolTable":
-        """Raises KeyError, TypeError, ValueError or AttributeError on text that is not a symbol table."""
+        """Raises KeyError, TypeError, ValueError or AttributeError on text that is not a symbol
+        table.
+        """
         table: dict[str, Any] = json.loads(text)
         bodies = {
             name: BodySymbols(
                 b["fingerprint"],
-                tuple(Operand(o["role"], o["dtype"], tuple(o["size"]), tuple(o["stride"])) for o in b["operands"]),
+                tuple(
+                    Operand(o["role"], o["dtype"], tuple(o["size"]), tuple(o["stride"]))
+                    for o in b["operands"]
+                ),
             )
             for name, b in table["bodies"].items()
         }
-        specs = [KvSpec(s["heads"], s["key_size"], s["value_size"], getattr(torch, s["dtype"])) for s in table["kv_specs"]]
+        specs = [
+            KvSpec(s["heads"], s["key_size"], s["value_size"], getattr(torch, s["dtype"]))
+            for s in table["kv_specs"]
+        ]
 
         def call(entry: dict[str, Any]) -> Symbol:
             return Symbol(entry["target"], tuple(entry["sides"]), tuple(entry["weights"]))
@@ -116,7 +137,9 @@ def read_symbols(graph_module: GraphModule, kv_specs: tuple[KvSpec, ...]) -> Sym
     graph = graph_module.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder" and role(n) == "input"]
     ends = {kind(n): n for n in graph.nodes if kind(n) in ("prologue", "epilogue")}
-    results = {u: len(inputs) + int(u.args[1]) for u in ends["prologue"].users if u.op == "call_function"}  # type: ignore[arg-type]
+    results = {
+        u: len(inputs) + int(u.args[1]) for u in ends["prologue"].users if u.op == "call_function"
+    }  # type: ignore[arg-type]
     places: dict[Node, int] = {**{n: i for i, n in enumerate(inputs)}, **results}
     (batch, tokens), (length,) = inputs[0].meta["val"].shape, inputs[2].meta["val"].shape
     names = {str(size): name for size, name in ((batch, "B"), (tokens, "T"), (length, "L"))}
@@ -146,7 +169,11 @@ def _body(graph_module: GraphModule, names: Mapping[str, str]) -> BodySymbols:
         if not isinstance(size, torch.SymInt):
             return str(size)
         expression = size.node.expr
-        return str(expression.xreplace({s: sympy.Symbol(names.get(str(s), str(s))) for s in expression.free_symbols}))
+        return str(
+            expression.xreplace(
+                {s: sympy.Symbol(names.get(str(s), str(s))) for s in expression.free_symbols}
+            )
+        )
 
     operands = []
     for node in graph_module.graph.find_nodes(op="placeholder"):

@@ -1,4 +1,5 @@
-"""lm-evaluation-harness on compiled models: `PolarLM`, registered as "polar_fx", and local tasks of made questions.
+"""lm-evaluation-harness on compiled models: `PolarLM`, registered as "polar_fx", and local tasks of
+made questions.
 
 Optional: `pip install 'polar_fx[harness]'`. Importing it registers the model; the command line is
 `python -m polar_fx.lm_harness`.

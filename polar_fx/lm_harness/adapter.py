@@ -1,6 +1,8 @@
-"""A compiled model as a model of lm-evaluation-harness; each request runs the program chosen for its context.
+"""A compiled model as a model of lm-evaluation-harness; each request runs the program chosen for
+its context.
 
-The continuation that is scored takes no part in the choice. Shape legend: B batch, T tokens, V vocabulary.
+The continuation that is scored takes no part in the choice. Shape legend: B batch, T tokens, V
+vocabulary.
 """
 
 import logging
@@ -26,7 +28,9 @@ try:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
     from tqdm import tqdm
 except ImportError as error:
-    raise InputError(f"evaluating with lm-eval needs it installed ({error}); pip install 'polar_fx[harness]'") from error
+    raise InputError(
+        f"evaluating with lm-eval needs it installed ({error}); pip install 'polar_fx[harness]'"
+    ) from error
 
 log = logging.getLogger("polar_fx.harness")
 
@@ -40,37 +44,67 @@ class PolarLM(TemplateLM):
     """A compiled model that lm-eval evaluates.
 
     Args:
-        pretrained: a folder or model id, None for the embedded default; or a `CompiledModel`, with its `tokenizer`.
-        dtype, backend, max_length, predictor, policy: as `polar_fx.compile` takes them; not with a `CompiledModel`.
-        program: what every request runs; with a predictor or policy, requests are dispatched instead.
+        pretrained: a folder or model id, None for the embedded default; or a `CompiledModel`, with
+            its `tokenizer`.
+        dtype, backend, max_length, predictor, policy: as `polar_fx.compile` takes them; not with a
+            `CompiledModel`.
+        program: what every request runs; with a predictor or policy, requests are dispatched
+            instead.
         batch_size: rows that run at once, all by one program.
         max_gen_toks: new tokens of a request that names no number.
         device: where the model goes; a GPU that is not there leaves it on the CPU, as in lm-eval.
         max_batch_size: not used; lm-eval hands it over.
 
-    A dispatcher's menu is prepared here if it was not. `report()` says which programs ran. Raises InputError, and what
-    `polar_fx.load` and `polar_fx.compile` raise.
+    A dispatcher's menu is prepared here if it was not. `report()` says which programs ran. Raises
+    InputError, and what `polar_fx.load` and `polar_fx.compile` raise.
     """
 
     def __init__(
-        self, pretrained: str | CompiledModel | None = None, tokenizer: Any = None, *, dtype: str | None = None,
-        backend: str | None = None, max_length: int | None = None, predictor: str | None = None, policy: str | None = None,
-        program: ProgramLike = None, batch_size: int | str = 1, max_gen_toks: int = 256, device: str | None = None,
+        self,
+        pretrained: str | CompiledModel | None = None,
+        tokenizer: Any = None,
+        *,
+        dtype: str | None = None,
+        backend: str | None = None,
+        max_length: int | None = None,
+        predictor: str | None = None,
+        policy: str | None = None,
+        program: ProgramLike = None,
+        batch_size: int | str = 1,
+        max_gen_toks: int = 256,
+        device: str | None = None,
         max_batch_size: int | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__()
-        self.batch_size, self.max_gen_toks = _count("batch_size", batch_size), _count("max_gen_toks", max_gen_toks)
+        self.batch_size, self.max_gen_toks = (
+            _count("batch_size", batch_size),
+            _count("max_gen_toks", max_gen_toks),
+        )
         if program is not None and (predictor is not None or policy is not None):
-            raise InputError(f"program={program!r} and a predictor or policy exclude each other; leave one of them off")
+            raise InputError(
+                f"program={program!r} and a predictor or policy exclude each other; leave one of "
+                "them off"
+            )
         if isinstance(pretrained, CompiledModel):
             options = {
-                "dtype": dtype, "backend": backend, "max_length": max_length, "predictor": predictor, "policy": policy,
+                "dtype": dtype,
+                "backend": backend,
+                "max_length": max_length,
+                "predictor": predictor,
+                "policy": policy,
                 "device": device,
-            }  # fmt: skip
-            if given := [f"{name}={value!r}" for name, value in options.items() if value is not None]:
-                raise InputError(f"{', '.join(given)}: the model is compiled already; give it to polar_fx.compile or dispatch_by")
+            }
+            if given := [
+                f"{name}={value!r}" for name, value in options.items() if value is not None
+            ]:
+                raise InputError(
+                    f"{', '.join(given)}: the model is compiled already; give it to "
+                    "polar_fx.compile or dispatch_by"
+                )
             if tokenizer is None:
-                raise InputError("a CompiledModel needs the tokenizer of its model; give tokenizer=")
+                raise InputError(
+                    "a CompiledModel needs the tokenizer of its model; give tokenizer="
+                )
             self.compiled = pretrained
         else:
             if dtype is not None and dtype not in _DTYPES:
@@ -79,16 +113,22 @@ class PolarLM(TemplateLM):
             tokenizer = own if tokenizer is None else tokenizer
             if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
                 _move(model, device)  # lm-eval's command line says cuda:0 on machines without, too
-            self.compiled = compile(model, backend or "auto", max_length=max_length, predictor=predictor, policy=policy)
+            self.compiled = compile(
+                model, backend or "auto", max_length=max_length, predictor=predictor, policy=policy
+            )
         self.tokenizer = tokenizer
         self.program = None if program is None else self.compiled.resolve(program)
         self.used = ProgramsUsed()
         self._decisions: list[Decision] = []  # of the last requests that were scored
         dispatcher = self._dispatcher
-        if dispatcher and dispatcher.unprepared == "identity" and set(dispatcher.menu.programs) - dispatcher.prepared:
+        if (
+            dispatcher
+            and dispatcher.unprepared == "identity"
+            and set(dispatcher.menu.programs) - dispatcher.prepared
+        ):
             self.compiled.warmup()
 
-    # ---------------------------------------------------------------------------------- what lm-eval asks a model
+    # -------------------------------------------------------------------- what lm-eval asks a model
 
     @property
     def device(self) -> torch.device:
@@ -104,25 +144,41 @@ class PolarLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """What a continuation without context is conditioned on. Raises InputError if the tokenizer has nothing for it."""
+        """What a continuation without context is conditioned on.
+
+        Raises InputError if the tokenizer has nothing for it.
+        """
         for token in (self.tokenizer.bos_token_id, self.tokenizer.eos_token_id):
             if token is not None:
                 return token
-        raise InputError("an empty context needs a first token, and the tokenizer has neither bos nor eos; set eos_token")
+        raise InputError(
+            "an empty context needs a first token, and the tokenizer has neither bos nor eos; set "
+            "eos_token"
+        )
 
     @property
     def tokenizer_name(self) -> str:
         return self.tokenizer.name_or_path.replace("/", "__")
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """The prompt for a conversation; without a generation prompt, the last turn is gone on with."""
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """The prompt for a conversation; without a generation prompt, the last turn is gone on
+        with.
+        """
         return self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt,
+            chat_history,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
             continue_final_message=not add_generation_prompt,
-        )  # fmt: skip
+        )
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids; by default with the tokenizer's special tokens, unless the text begins with them (a chat template's)."""
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids; by default with the tokenizer's special tokens, unless the text begins with
+        them (a chat template's).
+        """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
@@ -140,15 +196,19 @@ class PolarLM(TemplateLM):
         """The report, for the results' `config`."""
         return {"polar_fx": self.report()}
 
-    # ------------------------------------------------------------------------------------------------- likelihoods
+    # ---------------------------------------------------------------------------------- likelihoods
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Log-likelihood of each continuation, and whether greedy decoding gives it."""
         results = super().loglikelihood(list(requests), disable_tqdm)
         self.used.add(requests, self._decisions)
         return results
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(
+        self, requests: Sequence[Any], disable_tqdm: bool = False
+    ) -> list[float]:
         """Log-likelihood of each text, in windows of `max_length`, each token once.
 
         A window's context is one token, and all that its program is chosen from.
@@ -160,7 +220,9 @@ class PolarLM(TemplateLM):
                 windows.append((None, *make_disjoint_window(pair)))
                 owners.append(i)
         totals = [0.0] * len(requests)
-        for i, (value, _) in zip(owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True):
+        for i, (value, _) in zip(
+            owners, self._loglikelihood_tokens(windows, disable_tqdm), strict=True
+        ):
             totals[i] += value
         self.used.add([requests[i] for i in owners], self._decisions)
         for request, total in zip(requests, totals, strict=True):
@@ -168,33 +230,47 @@ class PolarLM(TemplateLM):
         return totals
 
     def _loglikelihood_tokens(
-        self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
+        self,
+        requests: Sequence[tuple[Any, list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **kwargs: Any,
     ) -> list[tuple[float, bool]]:
         rows = [self._fitted(*request) for request in requests]
         decisions = self._decide([context for context, _ in rows])
         # requests of one input, such as choices of one token, share a row
         programs: dict[Program, dict[Tokens, list[int]]] = {}
         for i, ((context, continuation), decision) in enumerate(zip(rows, decisions, strict=True)):
-            programs.setdefault(decision.program, {}).setdefault(context + continuation[:-1], []).append(i)
+            programs.setdefault(decision.program, {}).setdefault(
+                context + continuation[:-1], []
+            ).append(i)
         results: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        with tqdm(total=len(rows), disable=disable_tqdm, desc="Running loglikelihood requests") as bar:
+        with tqdm(
+            total=len(rows), disable=disable_tqdm, desc="Running loglikelihood requests"
+        ) as bar:
             for program, inputs in programs.items():
                 for batch in self._batches(inputs, len):
                     for row, logits in zip(batch, self._logits(program, batch), strict=True):
                         for i in inputs[row]:
                             results[i] = _score(logits, rows[i][1])
                             if requests[i][0] is not None:
-                                self.cache_hook.add_partial("loglikelihood", requests[i][0], results[i])
+                                self.cache_hook.add_partial(
+                                    "loglikelihood", requests[i][0], results[i]
+                                )
                             bar.update()
         self._decisions = decisions
         return results
 
-    def _fitted(self, text: Any, context: list[int], continuation: list[int]) -> tuple[Tokens, Tokens]:
-        """The end of the context that fits beside the continuation, at least one token; the last token is not fed."""
+    def _fitted(
+        self, text: Any, context: list[int], continuation: list[int]
+    ) -> tuple[Tokens, Tokens]:
+        """The end of the context that fits beside the continuation, at least one token; the last
+        token is not fed.
+        """
         if not 1 <= len(continuation) <= self.max_length:
             raise InputError(
-                f"a continuation has {len(continuation)} tokens ({text!r:.200}), not 1 to max_length={self.max_length}; "
-                "see that it is not empty, or compile with a larger max_length"
+                f"a continuation has {len(continuation)} tokens ({text!r:.200}), not 1 to "
+                f"max_length={self.max_length}; see that it is not empty, or compile with a "
+                "larger max_length"
             )
         context = context or [self.prefix_token_id]
         room = self.max_length + 1 - len(continuation)
@@ -205,20 +281,28 @@ class PolarLM(TemplateLM):
     def _logits(self, program: Program, rows: Sequence[Tokens]) -> list[Tensor]:
         """Logits [T, V] of each row."""
         with self.compiled.session(program, len(rows)) as session:
-            return self.compiled.prefill(program, session, [torch.tensor(r) for r in rows], every=True)
+            return self.compiled.prefill(
+                program, session, [torch.tensor(r) for r in rows], every=True
+            )
 
-    # -------------------------------------------------------------------------------------------------- generation
+    # ----------------------------------------------------------------------------------- generation
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """The text generated for each context, without what it stopped at; sampling arguments go to `generate`."""
+        """The text generated for each context, without what it stopped at; sampling arguments go to
+        `generate`.
+        """
         asked = [Asked.of(request.args[1], self.max_gen_toks) for request in requests]
-        contexts = [self._context(r.args[0], a.max_new_tokens) for r, a in zip(requests, asked, strict=True)]
+        contexts = [
+            self._context(r.args[0], a.max_new_tokens) for r, a in zip(requests, asked, strict=True)
+        ]
         decisions = self._decide(contexts)
         groups: dict[tuple[Program, str], list[int]] = {}
         for i, (a, decision) in enumerate(zip(asked, decisions, strict=True)):
             groups.setdefault((decision.program, a.key), []).append(i)
         texts = [""] * len(requests)
-        with tqdm(total=len(requests), disable=disable_tqdm, desc="Running generate_until requests") as bar:
+        with tqdm(
+            total=len(requests), disable=disable_tqdm, desc="Running generate_until requests"
+        ) as bar:
             for (program, _), members in groups.items():
                 for batch in self._batches(members, lambda i: len(contexts[i])):
                     made = self._generate(program, [contexts[i] for i in batch], asked[batch[0]])
@@ -233,8 +317,9 @@ class PolarLM(TemplateLM):
         room = self.max_length - new_tokens
         if room < 1:
             raise InputError(
-                f"max_gen_toks={new_tokens} leaves no room for a context in max_length={self.max_length}; "
-                "lower it in the task's generation_kwargs or here, or compile with a larger max_length"
+                f"max_gen_toks={new_tokens} leaves no room for a context in "
+                f"max_length={self.max_length}; lower it in the task's generation_kwargs or here, "
+                "or compile with a larger max_length"
             )
         tokens = self.tok_encode(text) or [self.prefix_token_id]
         if len(tokens) > room:
@@ -243,26 +328,40 @@ class PolarLM(TemplateLM):
 
     def _generate(self, program: Program, contexts: Sequence[Tokens], asked: Asked) -> list[str]:
         ids, mask = padded_rows(contexts)
-        special = {s: self.tokenizer.convert_tokens_to_ids(s) for s in asked.until if s in self.tokenizer.all_special_tokens}
+        special = {
+            s: self.tokenizer.convert_tokens_to_ids(s)
+            for s in asked.until
+            if s in self.tokenizer.all_special_tokens
+        }
         strings = [s for s in asked.until if s not in special]
         ends = [*self._ends, *special.values()]
         options = dict(asked.options)
         if strings:
             options["stopping_criteria"] = [StopStrings(self.tokenizer, strings, ids.shape[1])]
         tokens = self.compiled.generate(
-            ids.to(self.device), program=program, attention_mask=mask.to(self.device), max_new_tokens=asked.max_new_tokens,
-            eos_token_id=ends or None, pad_token_id=self.compiled.generator.pad_token(), **options,
-        )  # fmt: skip
-        return [new_text(self.tokenizer, row, ends, strings) for row in tokens[:, ids.shape[1] :].tolist()]
+            ids.to(self.device),
+            program=program,
+            attention_mask=mask.to(self.device),
+            max_new_tokens=asked.max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=self.compiled.generator.pad_token(),
+            **options,
+        )
+        return [
+            new_text(self.tokenizer, row, ends, strings)
+            for row in tokens[:, ids.shape[1] :].tolist()
+        ]
 
     @property
     def _ends(self) -> list[int]:
         """The tokens that end a text, by the model's generation config and by the tokenizer."""
         named = getattr(self.compiled.generation_config, "eos_token_id", None)
         named = named if isinstance(named, list) else [named]
-        return list(dict.fromkeys(t for t in (*named, self.tokenizer.eos_token_id) if t is not None))
+        return list(
+            dict.fromkeys(t for t in (*named, self.tokenizer.eos_token_id) if t is not None)
+        )
 
-    # ---------------------------------------------------------------------------------------- programs and batches
+    # ------------------------------------------------------------------------- programs and batches
 
     @property
     def _dispatcher(self) -> Dispatcher | None:
@@ -275,7 +374,9 @@ class PolarLM(TemplateLM):
             return [Decision(self.program or self.compiled.default_program)] * len(contexts)
         found: dict[Tokens, Decision] = {}
         for batch in self._batches(dict.fromkeys(contexts), len):
-            found.update(zip(batch, dispatcher.choose(*padded_rows(batch, side="right")), strict=True))
+            found.update(
+                zip(batch, dispatcher.choose(*padded_rows(batch, side="right")), strict=True)
+            )
         return [found[context] for context in contexts]
 
     def _batches(self, items: Iterable[T], length: Callable[[T], int]) -> Iterator[list[T]]:
@@ -286,7 +387,9 @@ class PolarLM(TemplateLM):
 
 
 def _score(logits: Tensor, continuation: Tokens) -> tuple[float, bool]:
-    """Log-likelihood of the tokens that the last of logits [T, V] predict, and whether each is the likeliest."""
+    """Log-likelihood of the tokens that the last of logits [T, V] predict, and whether each is the
+    likeliest.
+    """
     target = torch.tensor(continuation, device=logits.device)
     last = logits[-len(target) :].float()
     chosen = last.log_softmax(-1).gather(1, target[:, None])
@@ -297,7 +400,9 @@ def _move(model: Any, device: str) -> None:
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"the model cannot go to device={device!r}: {error}; use cpu, or a device there is") from error
+        raise InputError(
+            f"the model cannot go to device={device!r}: {error}; use cpu, or a device there is"
+        ) from error
 
 
 def _count(name: str, value: int | str) -> int:

@@ -1,4 +1,6 @@
-"""Which programs an evaluation ran, and how many steps they took, so that scores and steps are stated together."""
+"""Which programs an evaluation ran, and how many steps they took, so that scores and steps are
+stated together.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -9,7 +11,10 @@ from ..runtime.dispatcher import Decision
 
 
 class ProgramsUsed:
-    """Decisions by task and question. A question may be several requests: one an answer to choose from, or one a window."""
+    """Decisions by task and question.
+
+    A question may be several requests: one an answer to choose from, or one a window.
+    """
 
     def __init__(self) -> None:
         self._tasks: dict[str, dict[Any, list[Decision]]] = {}
@@ -24,8 +29,8 @@ class ProgramsUsed:
     def to_dict(self) -> dict[str, Any]:
         """By task: counts, the programs by how often they ran, and executed steps, as JSON values.
 
-        `mean_steps` weighs each question alike, as accuracy does. `instead` counts requests that ran the identity in place of
-        what was chosen, by reason.
+        `mean_steps` weighs each question alike, as accuracy does. `instead` counts requests that
+        ran the identity in place of what was chosen, by reason.
         """
         return {task: _summary(list(questions.values())) for task, questions in self._tasks.items()}
 

@@ -24,7 +24,8 @@ class Asked:
     def of(cls, arguments: Mapping[str, Any], max_new_tokens: int) -> "Asked":
         """From a request's arguments; `max_new_tokens` where they name none.
 
-        As in the harness, a temperature above 0 samples unless `do_sample` says otherwise, and greedy decoding has none.
+        As in the harness, a temperature above 0 samples unless `do_sample` says otherwise, and
+        greedy decoding has none.
         """
         options = dict(arguments)
         until = options.pop("until", None) or ()
@@ -35,7 +36,9 @@ class Asked:
             for name in _SAMPLING:
                 options.pop(name, None)
         strings = (until,) if isinstance(until, str) else tuple(until)
-        return cls(tuple(s for s in strings if s), int(named[0]) if named else max_new_tokens, options)
+        return cls(
+            tuple(s for s in strings if s), int(named[0]) if named else max_new_tokens, options
+        )
 
     @property
     def key(self) -> str:
@@ -46,21 +49,30 @@ class Asked:
 class StopStrings(StoppingCriteria):
     """Ends rows whose new text holds one of the strings.
 
-    transformers' own stop strings may begin in the prompt: one that ends in a line break and an answer that begins with one
-    would make "\\n\\n".
+    transformers' own stop strings may begin in the prompt: one that ends in a line break and an
+    answer that begins with one would make "\\n\\n".
     """
 
     def __init__(self, tokenizer: Any, strings: Sequence[str], prompt_tokens: int) -> None:
         self.tokenizer, self.strings, self.start = tokenizer, strings, prompt_tokens
-        self.reach = 1 + max(len(s.encode()) for s in strings)  # no token of a text is shorter than a byte
+        # no token of a text is shorter than a byte
+        self.reach = 1 + max(len(s.encode()) for s in strings)
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        tails = self.tokenizer.batch_decode(input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :])
-        return torch.tensor([any(s in tail for s in self.strings) for tail in tails], device=input_ids.device)
+        tails = self.tokenizer.batch_decode(
+            input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :]
+        )
+        return torch.tensor(
+            [any(s in tail for s in self.strings) for tail in tails], device=input_ids.device
+        )
 
 
-def new_text(tokenizer: Any, tokens: Iterable[int], ends: Iterable[int], until: Iterable[str]) -> str:
-    """The text of new tokens up to the first that is one of `ends`, and of that up to the first of the stop strings."""
+def new_text(
+    tokenizer: Any, tokens: Iterable[int], ends: Iterable[int], until: Iterable[str]
+) -> str:
+    """The text of new tokens up to the first that is one of `ends`, and of that up to the first of
+    the stop strings.
+    """
     kept, stops = list(tokens), set(ends)
     first = next((i for i, t in enumerate(kept) if t in stops), len(kept))
     text = tokenizer.decode(kept[:first], skip_special_tokens=True)

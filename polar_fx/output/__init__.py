@@ -1,1 +1,4 @@
-"""Tools for what is written: files, digests, plain text, the style of figures. Nothing here knows a model."""
+"""Tools for what is written: files, digests, plain text, the style of figures.
+
+Nothing here knows a model.
+"""

@@ -8,12 +8,16 @@ from pathlib import Path
 
 from ..errors import InputError
 
-DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}  # what the system says when there is no room
+# what the system says when there is no room
+DISK_FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 _CHUNK = 1 << 20
 
 
 def write_whole(content: bytes, path: str | os.PathLike[str]) -> Path:
-    """Write a file under another name and rename it, so that nobody meets half of it. Raises InputError."""
+    """Write a file under another name and rename it, so that nobody meets half of it.
+
+    Raises InputError.
+    """
     target = Path(path)
     work = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -23,7 +27,10 @@ def write_whole(content: bytes, path: str | os.PathLike[str]) -> Path:
         finally:
             work.unlink(missing_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write {target}: {error.strerror or error}; name a file in a folder you can write to") from error
+        raise InputError(
+            f"cannot write {target}: {error.strerror or error}; name a file in a folder you can "
+            "write to"
+        ) from error
     return target
 
 
@@ -33,12 +40,17 @@ def made_folder(folder: str | os.PathLike[str]) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot make the folder {place}: {error.strerror or error}; name one that can be made") from error
+        raise InputError(
+            f"cannot make the folder {place}: {error.strerror or error}; name one that can be made"
+        ) from error
     return place
 
 
 def replace_file(path: Path, parts: Iterable[bytes]) -> None:
-    """Write a file so that it is there whole or not at all, replacing one that is. Raises OSError."""
+    """Write a file so that it is there whole or not at all, replacing one that is.
+
+    Raises OSError.
+    """
     made = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with made.open("wb") as file:
@@ -66,7 +78,9 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy contents (not modes: what is private in the artifact store is meant to be shipped), durably."""
+    """Copy contents (not modes: what is private in the artifact store is meant to be shipped),
+    durably.
+    """
     with source.open("rb") as old, target.open("xb") as new:
         while chunk := old.read(_CHUNK):
             new.write(chunk)

@@ -3,14 +3,20 @@
 from collections.abc import Iterable, Sequence
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()) -> list[str]:
-    """Lines of a table, two spaces between columns; those named in `right` are aligned to the right."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()
+) -> list[str]:
+    """Lines of a table, two spaces between columns; those named in `right` are aligned to the
+    right.
+    """
     cells = [list(head), *(list(row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
     to_right = [name in set(right) for name in head]
 
     def line(row: Sequence[str]) -> str:
-        parts = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right, strict=True)]
+        parts = [
+            c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, to_right, strict=True)
+        ]
         return "  ".join(parts).rstrip()
 
     return [line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])]
@@ -41,7 +47,11 @@ def ranges(numbers: Sequence[int]) -> str:
             stop += 1
         if step > 1 and stop - at < 4:
             stop = at + 1  # too few to leave any out
-        many = f"{first}-{numbers[stop - 1]}" if step == 1 else f"{first}, {first + step} .. {numbers[stop - 1]}"
+        many = (
+            f"{first}-{numbers[stop - 1]}"
+            if step == 1
+            else f"{first}, {first + step} .. {numbers[stop - 1]}"
+        )
         found.append(str(first) if stop - at == 1 else many)
         at = stop
     return ", ".join(found)

@@ -1,1 +1,4 @@
-"""Which program an input should run: features, menus, policies and the selector. Nothing here runs the model or searches."""
+"""Which program an input should run: features, menus, policies and the selector.
+
+Nothing here runs the model or searches.
+"""

@@ -12,23 +12,35 @@ from ..program import Program
 
 @dataclass(frozen=True)
 class Menu:
-    """Programs of one depth, the identity first. Raises InputError if it is not, or for a program that is there twice."""
+    """Programs of one depth, the identity first.
+
+    Raises InputError if it is not, or for a program that is there twice.
+    """
 
     programs: tuple[Program, ...]
 
     def __post_init__(self) -> None:
         if not self.programs or not self.programs[0].is_identity:
             first = f"{self.programs[0]} is first" if self.programs else "it is empty"
-            raise InputError(f"a menu begins with the identity, which inputs fall back to, but {first}; use Menu.of(programs)")
+            raise InputError(
+                f"a menu begins with the identity, which inputs fall back to, but {first}; use "
+                "Menu.of(programs)"
+            )
         if other := next((p for p in self.programs if p.depth != self.depth), None):
-            raise InputError(f"program {other} has depth {other.depth}, the menu {self.depth}; make a menu for each model")
+            raise InputError(
+                f"program {other} has depth {other.depth}, the menu {self.depth}; make a menu for "
+                "each model"
+            )
         if len(set(self.programs)) < len(self.programs):
             twice = next(p for i, p in enumerate(self.programs) if p in self.programs[:i])
             raise InputError(f"program {twice} is on the menu twice; name it once")
 
     @classmethod
     def of(cls, programs: Iterable[Program], depth: int | None = None) -> "Menu":
-        """A menu of these programs, the identity put first and repetitions left out. `depth` is needed if there are none."""
+        """A menu of these programs, the identity put first and repetitions left out.
+
+        `depth` is needed if there are none.
+        """
         known = list(programs)
         if not known and depth is None:
             raise InputError("a menu without programs needs a depth; give depth=, or programs")
@@ -49,7 +61,10 @@ class Menu:
         try:
             return self.programs.index(program)
         except ValueError:
-            raise InputError(f"program {program} is not among the menu's {len(self)}; add it, or choose one of them") from None
+            raise InputError(
+                f"program {program} is not among the menu's {len(self)}; add it, or choose one of "
+                "them"
+            ) from None
 
     def __len__(self) -> int:
         return len(self.programs)
@@ -57,10 +72,11 @@ class Menu:
 
 @dataclass(frozen=True, eq=False)
 class Proposal:
-    """What a predictor says of one input: programs, and the probability that each answers it right, f64[K].
+    """What a predictor says of one input: programs, and the probability that each answers it right,
+    f64[K].
 
-    `steps` is what each costs, f64[K]. The identity is first. Probabilities of a predictor without calibrated ones are
-    scores, and only their order means something.
+    `steps` is what each costs, f64[K]. The identity is first. Probabilities of a predictor without
+    calibrated ones are scores, and only their order means something.
     """
 
     programs: Sequence[Program]

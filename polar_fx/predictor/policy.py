@@ -1,7 +1,7 @@
 """Policies: which of the proposed programs an input runs.
 
-Each is written as one text: `identity`, `accuracy`, `steps<=0.9`, `mean_steps<=0.9`, `latency_ms<=30`, or a program.
-Shape legend: K programs of a proposal.
+Each is written as one text: `identity`, `accuracy`, `steps<=0.9`, `mean_steps<=0.9`,
+`latency_ms<=30`, or a program. Shape legend: K programs of a proposal.
 """
 
 import math
@@ -16,15 +16,18 @@ from ..program import Program
 from .menu import Proposal
 
 Kind = Literal["identity", "accuracy", "steps", "mean_steps", "latency_ms", "program"]
-_EXAMPLES = "identity, accuracy, steps<=0.9, mean_steps<=0.9, latency_ms<=30, or a program such as 'skip 5'"
+_EXAMPLES = (
+    "identity, accuracy, steps<=0.9, mean_steps<=0.9, latency_ms<=30, or a program such as 'skip 5'"
+)
 
 
 @dataclass(frozen=True)
 class Calibration:
     """What was set on validation questions, never on test ones.
 
-    `threshold`: an input leaves the identity only for a predicted gain (difference of the two probabilities) of at least that;
-    inf means never. `prices`: by budget, the fraction of the identity's steps, the gain in probability that one identity's worth
+    `threshold`: an input leaves the identity only for a predicted gain (difference of the two
+    probabilities) of at least that; inf means never. `prices`: by budget, the fraction of the
+    identity's steps, the gain in probability that one identity's worth
     of steps must bring for the mean to keep within the budget.
     """
 
@@ -37,9 +40,12 @@ class Policy:
     """Chooses one of the proposed programs.
 
     - `identity`: always that.
-    - `accuracy`: the likeliest to answer right, if its predicted gain over the identity reaches the threshold.
-    - `steps<=f`: the likeliest with at most f x depth steps, for each input (a compute budget as in BUDDY, arXiv 2606.09514).
-    - `mean_steps<=f`: likeliest at a price for steps, set on validation so that their mean is at most f x depth.
+    - `accuracy`: the likeliest to answer right, if its predicted gain over the identity reaches the
+    threshold.
+    - `steps<=f`: the likeliest with at most f x depth steps, for each input (a compute budget as in
+    BUDDY, arXiv 2606.09514).
+    - `mean_steps<=f`: likeliest at a price for steps, set on validation so that their mean is at
+    most f x depth.
     - `latency_ms<=t`: the likeliest whose measured prefill and decode step take at most t.
     - a program: that one, whatever the predictor says.
 
@@ -54,7 +60,9 @@ class Policy:
         if self.kind not in get_args(Kind):
             raise InputError(f"unknown policy {self.kind!r}; write {_EXAMPLES}")
         if not self.limit > 0 or math.isinf(self.limit):
-            raise InputError(f"the limit of policy {self.kind!r} is {self.limit}; give a positive number")
+            raise InputError(
+                f"the limit of policy {self.kind!r} is {self.limit}; give a positive number"
+            )
 
     @classmethod
     def parse(cls, text: "str | Policy", depth: int) -> "Policy":
@@ -68,7 +76,9 @@ class Policy:
             try:
                 value = float(limit)
             except ValueError:
-                raise InputError(f"policy {text!r}: {limit!r} is no number; write {_EXAMPLES}") from None
+                raise InputError(
+                    f"policy {text!r}: {limit!r} is no number; write {_EXAMPLES}"
+                ) from None
             return cls(kind, value)
         if text in ("identity", "accuracy"):
             return cls(text)
@@ -80,18 +90,32 @@ class Policy:
     def __str__(self) -> str:
         if self.kind == "program":
             return str(self.program)
-        return self.kind if self.kind in ("identity", "accuracy") else f"{self.kind}<={self.limit:g}"
+        return (
+            self.kind if self.kind in ("identity", "accuracy") else f"{self.kind}<={self.limit:g}"
+        )
 
     def check(self, calibration: Calibration, costs_ms: Mapping[Program, float] | None) -> None:
         """Raise InputError if what the policy needs was not measured."""
         if self.kind == "mean_steps" and self.limit not in calibration.prices:
             known = ", ".join(f"{f:g}" for f in calibration.prices) or "none"
-            raise InputError(f"no price of mean_steps<={self.limit:g} was set in training, only of {known}; train with --budget")
+            raise InputError(
+                f"no price of mean_steps<={self.limit:g} was set in training, only of {known}; "
+                "train with --budget"
+            )
         if self.kind == "latency_ms" and not costs_ms:
-            raise InputError("latency_ms<= needs measured costs; call warmup() first, which measures them")
+            raise InputError(
+                "latency_ms<= needs measured costs; call warmup() first, which measures them"
+            )
 
-    def choose(self, proposal: Proposal, calibration: Calibration, costs_ms: Mapping[Program, float] | None = None) -> int:
-        """The chosen place in the proposal; 0 is the identity, also where a probability is not a number."""
+    def choose(
+        self,
+        proposal: Proposal,
+        calibration: Calibration,
+        costs_ms: Mapping[Program, float] | None = None,
+    ) -> int:
+        """The chosen place in the proposal; 0 is the identity, also where a probability is not a
+        number.
+        """
         chances = proposal.probabilities
         if self.kind == "identity" or not np.isfinite(chances).all():
             return 0
@@ -102,7 +126,9 @@ class Policy:
             best = _best(chances, proposal.steps)
             return best if chances[best] - chances[0] >= calibration.threshold else 0
         if self.kind == "mean_steps":
-            return _best(chances - calibration.prices[self.limit] * proposal.steps / depth, proposal.steps)
+            return _best(
+                chances - calibration.prices[self.limit] * proposal.steps / depth, proposal.steps
+            )
         if self.kind == "steps":
             fits = proposal.steps <= self.limit * depth + 1e-9
         else:

@@ -1,7 +1,8 @@
-"""A selector on disk: `predictor.json` (menu, features, calibration, the model it was trained for) and `predictor.safetensors`.
+"""A selector on disk: `predictor.json` (menu, features, calibration, the model it was trained for)
+and `predictor.safetensors`.
 
-Nothing in them is executed. Both are written under other names and moved; the JSON has the tensors' sha256, so files of two
-predictors are never taken for one.
+Nothing in them is executed. Both are written under other names and moved; the JSON has the tensors'
+sha256, so files of two predictors are never taken for one.
 """
 
 import hashlib
@@ -29,11 +30,17 @@ _JSON, _TENSORS = "predictor.json", "predictor.safetensors"
 
 
 def save_selector(
-    selector: Selector, folder: str | Path, model: str, policy: Policy | None = None, notes: Mapping[str, Any] | None = None
+    selector: Selector,
+    folder: str | Path,
+    model: str,
+    policy: Policy | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write a selector for the model of fingerprint `model` (`LayerLibrary.model_fingerprint`); returns the folder.
+    """Write a selector for the model of fingerprint `model` (`LayerLibrary.model_fingerprint`);
+    returns the folder.
 
-    What else is in the folder stays. `notes` (JSON values) say how it was trained. Raises InputError if it cannot be written.
+    What else is in the folder stays. `notes` (JSON values) say how it was trained. Raises
+    InputError if it cannot be written.
     """
     folder = Path(folder)
     tensors = {name: t.contiguous() for name, t in selector.network.state_dict().items()}
@@ -41,28 +48,41 @@ def save_selector(
     calibration = selector.calibration
     inner = selector.network.inner
     fields = {
-        "format": FORMAT, "version": VERSION, "kind": selector.kind, "model": model, "depth": selector.depth,
+        "format": FORMAT,
+        "version": VERSION,
+        "kind": selector.kind,
+        "model": model,
+        "depth": selector.depth,
         "menu": [str(p) for p in selector.menu.programs],
         "features": {"num_steps": selector.features.num_steps, "window": selector.features.window},
-        "network": {"num_features": selector.num_features, "width": 0 if inner is None else inner.out_features},
+        "network": {
+            "num_features": selector.num_features,
+            "width": 0 if inner is None else inner.out_features,
+        },
         "calibration": {
             "threshold": None if math.isinf(calibration.threshold) else calibration.threshold,
             "prices": {str(f): price for f, price in calibration.prices.items()},
         },
-        "policy": str(policy or Policy("accuracy")), "notes": dict(notes or {}),
-    }  # fmt: skip
+        "policy": str(policy or Policy("accuracy")),
+        "notes": dict(notes or {}),
+    }
     made = folder / f".{os.getpid()}.tmp"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         made.mkdir()
         save_file(tensors, made / _TENSORS)
-        # the JSON names the tensors' bytes and goes last: a kill between the two leaves files that do not fit, which is seen
+        # the JSON names the tensors' bytes and goes last: a kill between the two leaves files that
+        # do not fit, which is seen
         fields["tensors_sha256"] = hashlib.sha256((made / _TENSORS).read_bytes()).hexdigest()
-        (made / _JSON).write_text(json.dumps(fields, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        (made / _JSON).write_text(
+            json.dumps(fields, indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
         for name in (_TENSORS, _JSON):
             os.replace(made / name, folder / name)
     except OSError as error:
-        raise InputError(f"the predictor cannot be written to {folder}: {error.strerror or error}; name another") from error
+        raise InputError(
+            f"the predictor cannot be written to {folder}: {error.strerror or error}; name another"
+        ) from error
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return folder
@@ -71,33 +91,41 @@ def save_selector(
 def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selector, Policy]:
     """The selector of a folder and the policy saved with it.
 
-    Raises InputError naming the file and what is wrong with it, and if it was trained for another model than that of
-    fingerprint `model` (None: not checked).
+    Raises InputError naming the file and what is wrong with it, and if it was trained for another
+    model than that of fingerprint `model` (None: not checked).
     """
     path = Path(folder) / _JSON
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         data = (Path(folder) / _TENSORS).read_bytes()
     except OSError as error:
-        raise InputError(f"{folder} holds no predictor: {error}; train one with `python -m polar_fx train`") from error
+        raise InputError(
+            f"{folder} holds no predictor: {error}; train one with `python -m polar_fx train`"
+        ) from error
     except ValueError as error:
         raise _damaged(path, f"it is not JSON: {error}") from error
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _damaged(path, "it describes no predictor")
     if fields.get("version") != VERSION:
         there = fields.get("version")
-        raise InputError(f"{path} is of version {there!r}, and {VERSION} is read here; use the polar_fx that wrote it")
+        raise InputError(
+            f"{path} is of version {there!r}, and {VERSION} is read here; use the polar_fx that "
+            "wrote it"
+        )
     if model is not None and fields.get("model") != model:
         raise InputError(
-            f"the predictor in {folder} was trained for a model of fingerprint {str(fields.get('model'))[:12]}..., this one's is "
-            f"{model[:12]}... (another dtype is another one too); train one for this model, or load that model"
+            f"the predictor in {folder} was trained for a model of fingerprint "
+            f"{str(fields.get('model'))[:12]}..., this one's is {model[:12]}... (another dtype is "
+            "another one too); train one for this model, or load that model"
         )
     if hashlib.sha256(data).hexdigest() != fields.get("tensors_sha256"):
         raise _damaged(path.with_name(_TENSORS), f"its sha256 is not the one in {_JSON}")
     try:
         depth = fields["depth"]
         menu = Menu(tuple(Program.parse(text, depth) for text in fields["menu"]))
-        network = SelectorNetwork(fields["network"]["num_features"], len(menu), fields["network"]["width"])
+        network = SelectorNetwork(
+            fields["network"]["num_features"], len(menu), fields["network"]["width"]
+        )
         tensors = load_file(path.with_name(_TENSORS))
         slopes, shifts = tensors.pop("slopes"), tensors.pop("shifts")
         network.load_state_dict(tensors)
@@ -106,11 +134,23 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
             math.inf if threshold is None else float(threshold),
             {float(f): float(price) for f, price in fields["calibration"]["prices"].items()},
         )
-        if not all(bool(torch.isfinite(t).all()) and t.numel() for t in (*tensors.values(), slopes, shifts)):
+        if not all(
+            bool(torch.isfinite(t).all()) and t.numel() for t in (*tensors.values(), slopes, shifts)
+        ):
             raise ValueError("a weight is not finite")
-        selector = Selector(menu, Features(**fields["features"]), network, calibration, slopes, shifts)
+        selector = Selector(
+            menu, Features(**fields["features"]), network, calibration, slopes, shifts
+        )
         return selector, Policy.parse(fields["policy"], depth)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError, ProgramError) as error:
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+        ProgramError,
+    ) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
 
 
@@ -119,12 +159,17 @@ def _damaged(path: Path, reason: str) -> InputError:
 
 
 def read_notes(folder: str | Path) -> dict[str, Any]:
-    """How a predictor was trained (`save_selector`'s notes), without its weights. Raises InputError."""
+    """How a predictor was trained (`save_selector`'s notes), without its weights.
+
+    Raises InputError.
+    """
     path = Path(folder) / _JSON
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"{folder} holds no predictor: {error}; train one with `python -m polar_fx train`") from error
+        raise InputError(
+            f"{folder} holds no predictor: {error}; train one with `python -m polar_fx train`"
+        ) from error
     except ValueError as error:
         raise _damaged(path, f"it is not JSON: {error}") from error
     if not isinstance(fields, dict) or not isinstance(fields.get("notes"), dict):

@@ -1,8 +1,9 @@
 """The menu selector: the probability that each program of a menu answers this input right.
 
-It is trained on dense labels (every program of the menu on every train question), so it needs no guess about programs that a
-search did not look at, and it scores whole programs: per-layer marginals of a set of valid programs would favor `keep`
-everywhere. Shape legend: B batch, F features, K programs.
+It is trained on dense labels (every program of the menu on every train question), so it needs no
+guess about programs that a search did not look at, and it scores whole programs: per-layer
+marginals of a set of valid programs would favor `keep` everywhere. Shape legend: B batch, F
+features, K programs.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,8 @@ from .policy import Calibration
 
 
 class SelectorNetwork(nn.Module):
-    """Features f32[B, F] -> logits f32[B, K]: standardized, one hidden layer, a bias that starts at the base rates.
+    """Features f32[B, F] -> logits f32[B, K]: standardized, one hidden layer, a bias that starts at
+    the base rates.
 
     With `width` 0 it is linear. Raises InputError for sizes below 1.
     """
@@ -26,10 +28,15 @@ class SelectorNetwork(nn.Module):
     mean: Tensor
     scale: Tensor
 
-    def __init__(self, num_features: int, num_programs: int, width: int = 64, dropout: float = 0.2) -> None:
+    def __init__(
+        self, num_features: int, num_programs: int, width: int = 64, dropout: float = 0.2
+    ) -> None:
         super().__init__()
         if min(num_features, num_programs) < 1 or width < 0:
-            raise InputError(f"a selector of {num_features} features, {num_programs} programs and width {width} cannot be made")
+            raise InputError(
+                f"a selector of {num_features} features, {num_programs} programs and width "
+                f"{width} cannot be made"
+            )
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("scale", torch.ones(num_features))
         self.inner = nn.Linear(num_features, width) if width else None
@@ -45,9 +52,11 @@ class SelectorNetwork(nn.Module):
     @classmethod
     @torch.no_grad()
     def mean_of(cls, networks: "Sequence[SelectorNetwork]") -> "SelectorNetwork":
-        """One network whose logits are the mean of those of networks that were started from the same features.
+        """One network whose logits are the mean of those of networks that were started from the
+        same features.
 
-        Its hidden layer is theirs side by side, so it costs one network of that width. Raises InputError if there is none.
+        Its hidden layer is theirs side by side, so it costs one network of that width. Raises
+        InputError if there is none.
         """
         if not networks:
             raise InputError("a mean of no networks cannot be made; give at least one")
@@ -61,37 +70,50 @@ class SelectorNetwork(nn.Module):
         if merged.inner is not None:
             merged.inner.weight.copy_(torch.cat([inner.weight for inner in inners]))
             merged.inner.bias.copy_(torch.cat([inner.bias for inner in inners]))
-        merged.outer.weight.copy_(torch.cat(weights, 1) / n if inners else torch.stack(weights).mean(0))
+        merged.outer.weight.copy_(
+            torch.cat(weights, 1) / n if inners else torch.stack(weights).mean(0)
+        )
         merged.outer.bias.copy_(torch.stack([network.outer.bias for network in networks]).mean(0))
         return merged.eval()
 
     @torch.no_grad()
     def start_from(self, features: Tensor, rates: Tensor) -> None:
-        """Standardize by these features f32[N, F], and begin with the programs' base rates f32[K]."""
+        """Standardize by these features f32[N, F], and begin with the programs' base rates
+        f32[K].
+        """
         self.mean.copy_(features.mean(0))
         spread = features.std(0, correction=0)
-        self.scale.copy_(torch.where(spread > 1e-4, 1 / spread.clamp_min(1e-4), 0.0))  # what never varied tells nothing
+        # what never varied tells nothing
+        self.scale.copy_(torch.where(spread > 1e-4, 1 / spread.clamp_min(1e-4), 0.0))
         self.outer.weight.mul_(0.1)
         self.outer.bias.copy_(torch.logit(rates.clamp(0.01, 0.99)))
 
 
 class Selector:
-    """A trained selector over a menu. `slopes` and `shifts` f32[K] calibrate the logits (Platt scaling on validation)."""
+    """A trained selector over a menu.
+
+    `slopes` and `shifts` f32[K] calibrate the logits (Platt scaling on validation).
+    """
 
     kind = "selector"
 
     def __init__(
-        self, menu: Menu, features: Features, network: SelectorNetwork, calibration: Calibration | None = None,
-        slopes: Tensor | None = None, shifts: Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        menu: Menu,
+        features: Features,
+        network: SelectorNetwork,
+        calibration: Calibration | None = None,
+        slopes: Tensor | None = None,
+        shifts: Tensor | None = None,
+    ) -> None:
         self.menu, self.features, self.network = menu, features, network.eval()
         self.calibration = calibration or Calibration()
         self.slopes = torch.ones(len(menu)) if slopes is None else slopes
         self.shifts = torch.zeros(len(menu)) if shifts is None else shifts
         if self.network.outer.out_features != len(menu):
             raise InputError(
-                f"the selector scores {self.network.outer.out_features} programs but the menu has {len(menu)}; "
-                "use the menu it was trained with"
+                f"the selector scores {self.network.outer.out_features} programs but the menu has "
+                f"{len(menu)}; use the menu it was trained with"
             )
 
     @property
@@ -112,4 +134,6 @@ class Selector:
     def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
         """A proposal a row, of its hidden states [T, d] after the features' steps."""
         pooled = torch.stack([self.features.pooled(h) for h in hidden]).cpu()
-        return [Proposal(self.menu.programs, self.menu.steps, row) for row in self.probabilities(pooled)]
+        return [
+            Proposal(self.menu.programs, self.menu.steps, row) for row in self.probabilities(pooled)
+        ]

@@ -1,4 +1,7 @@
-"""The program IR: an immutable path over a model's layers, its text form, segments and edits. Standard library only."""
+"""The program IR: an immutable path over a model's layers, its text form, segments and edits.
+
+Standard library only.
+"""
 
 from .parts import MAX_STEPS, Blend, Edit, Op, Segment, Step
 from .program import Program

@@ -14,8 +14,9 @@ from typing import SupportsIndex
 from ..errors import ProgramError
 
 MAX_STEPS = 4096
-"""Most steps a program may run, and most layers it may address. Checked before anything is laid out, so
-a typing mistake such as `(0)*999999999` costs an error, not the machine's memory."""
+"""Most steps a program may run, and most layers it may address. Checked before anything is laid
+out, so a typing mistake such as `(0)*999999999` costs an error, not the machine's memory.
+"""
 
 
 class Op(StrEnum):
@@ -27,7 +28,9 @@ class Op(StrEnum):
 
 
 def check_whole(value: SupportsIndex, what: str, low: int, high: int | None = None) -> int:
-    """Return `value` as an int; raise ProgramError for bools, floats and values outside low..high."""
+    """Return `value` as an int; raise ProgramError for bools, floats and values outside
+    low..high.
+    """
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -49,7 +52,9 @@ def check_depth(depth: SupportsIndex) -> int:
 def check_damping(damping: float, what: str) -> float:
     """Return `damping` as a float; raise ProgramError unless it lies in (0, 1]."""
     if isinstance(damping, bool) or not isinstance(damping, Real) or not 0 < float(damping) <= 1:
-        raise ProgramError(f"damping of {what} is {damping!r}; give a number above 0 and at most 1 (1 = undamped)")
+        raise ProgramError(
+            f"damping of {what} is {damping!r}; give a number above 0 and at most 1 (1 = undamped)"
+        )
     return float(damping)
 
 
@@ -64,15 +69,17 @@ def check_op(op: Op | str, where: str) -> Op:
 def check_num_steps(num_steps: int, what: str) -> None:
     """Raise ProgramError if a program would run more than MAX_STEPS steps."""
     if num_steps > MAX_STEPS:
-        raise ProgramError(f"{what} would run {num_steps} steps, the limit is {MAX_STEPS}; repeat less")
+        raise ProgramError(
+            f"{what} would run {num_steps} steps, the limit is {MAX_STEPS}; repeat less"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Layers start..stop-1 of the original order with one op (PoLar's unit of a program).
 
-    `times` counts all executions of a repeat. With `damping` a < 1 the first pass is plain and every
-    further pass is h <- h + a * (segment(h) - h). Raises ProgramError on bad fields.
+    `times` counts all executions of a repeat. With `damping` a < 1 the first pass is plain and
+    every further pass is h <- h + a * (segment(h) - h). Raises ProgramError on bad fields.
     """
 
     start: int
@@ -83,15 +90,22 @@ class Segment:
 
     def __post_init__(self) -> None:
         start = check_whole(self.start, "segment start", 0)
-        stop = check_whole(self.stop, f"stop (exclusive) of the segment that starts at layer {start}", start + 1)
+        stop = check_whole(
+            self.stop, f"stop (exclusive) of the segment that starts at layer {start}", start + 1
+        )
         where = f"segment {start}:{stop}"
         op = check_op(self.op, where)
         times = check_whole(self.times, f"times of {where}", 1)
         damping = check_damping(self.damping, where)
         if op is Op.REPEAT and times < 2:
-            raise ProgramError(f"{where} repeats with times={times}; times counts all runs: give 2 or more")
+            raise ProgramError(
+                f"{where} repeats with times={times}; times counts all runs: give 2 or more"
+            )
         if op is not Op.REPEAT and (times, damping) != (1, 1.0):
-            raise ProgramError(f"{where} has op {op} with times={times}, damping={damping}; only a repeat takes them")
+            raise ProgramError(
+                f"{where} has op {op} with times={times}, damping={damping}; only a repeat takes "
+                "them"
+            )
         _set(self, start=start, stop=stop, op=op, times=times, damping=damping)
 
     @property
@@ -109,8 +123,8 @@ class Segment:
 class Edit:
     """One skip or repeat of `length` layers from original layer `start`, over the identity.
 
-    Edits do not nest, so sets of them commute and always parse back into segments (RE-PoLar's search
-    space). Raises ProgramError on bad fields.
+    Edits do not nest, so sets of them commute and always parse back into segments (RE-PoLar's
+    search space). Raises ProgramError on bad fields.
     """
 
     start: int
@@ -129,7 +143,9 @@ class Edit:
         if op is Op.KEEP:
             raise ProgramError(f"{where} has op keep; leave the edit out, or use skip or repeat")
         if op is Op.SKIP and (times, damping) != (2, 1.0):
-            raise ProgramError(f"{where} skips with times={times}, damping={damping}; leave both at their defaults")
+            raise ProgramError(
+                f"{where} skips with times={times}, damping={damping}; leave both at their defaults"
+            )
         _set(self, start=start, length=length, op=op, times=times, damping=damping)
 
     def to_segment(self) -> Segment:
@@ -142,8 +158,8 @@ class Edit:
 class Blend:
     """Steps start..stop-1 damped: h_in + damping * (h_out - h_in), as in a damped repeat.
 
-    h_in is the hidden state before step `start`, h_out the one after step stop-1. Raises ProgramError on
-    bad fields.
+    h_in is the hidden state before step `start`, h_out the one after step stop-1. Raises
+    ProgramError on bad fields.
     """
 
     start: int
@@ -152,7 +168,9 @@ class Blend:
 
     def __post_init__(self) -> None:
         start = check_whole(self.start, "blend start", 0)
-        stop = check_whole(self.stop, f"stop (exclusive) of the blend that starts at step {start}", start + 1)
+        stop = check_whole(
+            self.stop, f"stop (exclusive) of the blend that starts at step {start}", start + 1
+        )
         damping = check_damping(self.damping, f"the blend over steps {start}:{stop}")
         _set(self, start=start, stop=stop, damping=damping)
 
@@ -161,8 +179,9 @@ class Blend:
 class Step:
     """One entry of a path, with the blends that start before it and end after it.
 
-    Before the step, save the hidden state `opens` times (outer blends first). After it, for each damping
-    in `closes` (innermost blend first), pop the last saved state s and set h = s + damping * (h - s).
+    Before the step, save the hidden state `opens` times (outer blends first). After it, for each
+    damping in `closes` (innermost blend first), pop the last saved state s and set h = s + damping
+    * (h - s).
     """
 
     index: int
@@ -182,12 +201,15 @@ def canonical_blends(blends: Iterable[Blend], num_steps: int) -> tuple[Blend, ..
             raise ProgramError(f"blends holds {blend!r}; give Blend(start, stop, damping) values")
         if blend.stop > num_steps:
             raise ProgramError(
-                f"blend over steps {blend.start}:{blend.stop} reaches beyond the last of {num_steps} steps;"
-                f" blends count steps, not layers: give a stop of at most {num_steps}"
+                f"blend over steps {blend.start}:{blend.stop} reaches beyond the last of "
+                f"{num_steps} steps; blends count steps, not layers: give a stop of at most "
+                f"{num_steps}"
             )
         factors.setdefault((blend.start, blend.stop), []).append(blend.damping)
     # Sorted factors make the rounded product independent of the order they were given in.
-    merged = [Blend(start, stop, math.prod(sorted(each))) for (start, stop), each in factors.items()]
+    merged = [
+        Blend(start, stop, math.prod(sorted(each))) for (start, stop), each in factors.items()
+    ]
     result = tuple(sorted((b for b in merged if b.damping < 1), key=lambda b: (b.start, -b.stop)))
     enclosing: list[Blend] = []
     for blend in result:
@@ -196,8 +218,8 @@ def canonical_blends(blends: Iterable[Blend], num_steps: int) -> tuple[Blend, ..
         if enclosing and blend.stop > enclosing[-1].stop:
             outer = enclosing[-1]
             raise ProgramError(
-                f"blends over steps {outer.start}:{outer.stop} and {blend.start}:{blend.stop} overlap;"
-                " make them disjoint or nest one in the other"
+                f"blends over steps {outer.start}:{outer.stop} and {blend.start}:{blend.stop} "
+                "overlap; make them disjoint or nest one in the other"
             )
         enclosing.append(blend)
     return result

@@ -1,7 +1,7 @@
 """Programs: which layers of a frozen transformer run, in which order.
 
-A program (PoLar, arXiv 2606.06574) is a path of layer numbers over a model of `depth` layers, run between
-the embedding and the final norm. This module needs the standard library only.
+A program (PoLar, arXiv 2606.06574) is a path of layer numbers over a model of `depth` layers, run
+between the embedding and the final norm. This module needs the standard library only.
 
     >>> from polar_fx.program import Edit, Op, Program
     >>> program = Program.from_edits([Edit(5, 1, Op.SKIP), Edit(10, 2, Op.REPEAT)], depth=30)
@@ -43,9 +43,10 @@ _FINGERPRINT_VERSION = 1  # raise it when the fingerprinted fields or their mean
 class Program:
     """An immutable, hashable path over `depth` layers; equal programs run the same computation.
 
-    `path` holds layer numbers in execution order and `blends` the damped stretches of it, in canonical
-    form: outer before inner, one per interval, no-ops dropped. Raises ProgramError if the path is empty,
-    longer than MAX_STEPS or leaves layers 0..depth-1, or if blends overlap without nesting.
+    `path` holds layer numbers in execution order and `blends` the damped stretches of it, in
+    canonical
+    form: outer before inner, one per interval, no-ops dropped. Raises ProgramError if the path is
+    empty, longer than MAX_STEPS or leaves layers 0..depth-1, or if blends overlap without nesting.
     """
 
     depth: int
@@ -67,7 +68,10 @@ class Program:
 
     @classmethod
     def identity(cls, depth: int) -> "Program":
-        """Return the standard forward pass, layers 0..depth-1. Raises ProgramError on a bad depth."""
+        """Return the standard forward pass, layers 0..depth-1.
+
+        Raises ProgramError on a bad depth.
+        """
         depth = check_depth(depth)
         return cls(depth, tuple(range(depth)))
 
@@ -91,22 +95,29 @@ class Program:
         return cls(depth, *steps_of_segments(segments))
 
     @classmethod
-    def from_encoding(cls, boundaries: Sequence[int], labels: Sequence[Op | str], times: int = 2) -> "Program":
+    def from_encoding(
+        cls, boundaries: Sequence[int], labels: Sequence[Op | str], times: int = 2
+    ) -> "Program":
         """Return the program of PoLar's predictor output: boundary mask z_seg and op labels z_op.
 
-        Both have one entry a layer; boundaries[i] = 1 starts a segment at layer i, and labels are read
-        only there. Repeats run `times` times. Raises ProgramError if the lengths differ, layer 0 starts
-        no segment, a mask entry is not 0 or 1, a label that is read is unknown, or all is skipped.
+        Both have one entry a layer; boundaries[i] = 1 starts a segment at layer i, and labels are
+        read only there. Repeats run `times` times. Raises ProgramError if the lengths differ, layer
+        0 starts no segment, a mask entry is not 0 or 1, a label that is read is unknown, or all is
+        skipped.
         """
         depth = check_depth(len(boundaries))
         times = check_whole(times, "times", 2)
         if len(labels) != depth:
-            raise ProgramError(f"{depth} boundaries but {len(labels)} labels; give one of each a layer")
+            raise ProgramError(
+                f"{depth} boundaries but {len(labels)} labels; give one of each a layer"
+            )
         # A mask may well be bools, so int() them first; only layer numbers must not be.
         mask = [int(bit) if isinstance(bit, bool) else bit for bit in boundaries]
         starts = [i for i, bit in enumerate(mask) if check_whole(bit, f"boundaries[{i}]", 0, 1)]
         if not mask[0]:
-            raise ProgramError("boundaries[0] is 0, but the first segment starts at layer 0; set it to 1")
+            raise ProgramError(
+                "boundaries[0] is 0, but the first segment starts at layer 0; set it to 1"
+            )
         segments = []
         for start, stop in zip(starts, [*starts[1:], depth], strict=True):
             op = check_op(labels[start], f"labels[{start}]")
@@ -127,39 +138,51 @@ class Program:
         """Return the program written as `text`; the inverse of str().
 
         Items are layers `5`, ranges `0-4` (both ends included), groups `(10-11)*2` or damped
-        `(10-11)*3@0.5`, and single damped passes `[10-11]@0.5`, then `/30` for the depth unless `depth`
-        gives it. Also read: `identity`, and edits such as `skip 3-5, repeat 10-11 x3 @0.5`.
-        Raises ProgramTextError with the position of a mistake, ProgramError for edits that overlap or
-        skip every layer.
+        `(10-11)*3@0.5`, and single damped passes `[10-11]@0.5`, then `/30` for the depth unless
+        `depth` gives it. Also read: `identity`, and edits such as `skip 3-5, repeat 10-11 x3 @0.5`.
+        Raises ProgramTextError with the position of a mistake, ProgramError for edits that overlap
+        or skip every layer.
         """
         if not isinstance(text, str):
-            raise ProgramError(f"text is {text!r} ({type(text).__name__}); give a str, or use from_path")
+            raise ProgramError(
+                f"text is {text!r} ({type(text).__name__}); give a str, or use from_path"
+            )
         return cls(*parse_text(text, None if depth is None else check_depth(depth)))
 
-    # Nested edits, on positions of the current path (PoLar App. B.3: actions modify the current program)
+    # Nested edits, on positions of the current path (PoLar App. B.3: actions modify the current
+    # program)
 
     def skip(self, start: int, length: int = 1) -> "Program":
         """Return the program without steps start..start+length-1.
 
-        Blends around them shrink, and go when nothing is left. Raises ProgramError if the steps do not
-        exist, are all there are, or cut a blend in two.
+        Blends around them shrink, and go when nothing is left. Raises ProgramError if the steps do
+        not exist, are all there are, or cut a blend in two.
         """
         start, stop = self._block(start, length)
         if stop - start == self.num_steps:
-            raise ProgramError(f"skip of steps {start}:{stop} leaves an empty program; keep at least one step")
+            raise ProgramError(
+                f"skip of steps {start}:{stop} leaves an empty program; keep at least one step"
+            )
         kept = [
-            Blend(b.start - _overlap(b.start, start, stop), b.stop - _overlap(b.stop, start, stop), b.damping)
+            Blend(
+                b.start - _overlap(b.start, start, stop),
+                b.stop - _overlap(b.stop, start, stop),
+                b.damping,
+            )
             for b in self.blends
             if not start <= b.start < b.stop <= stop
         ]
         return Program(self.depth, self.path[:start] + self.path[stop:], tuple(kept))
 
-    def repeat(self, start: int, length: int = 1, times: int = 2, damping: float = 1.0) -> "Program":
-        """Return the program that runs steps start..start+length-1 `times` times in a row, in place.
+    def repeat(
+        self, start: int, length: int = 1, times: int = 2, damping: float = 1.0
+    ) -> "Program":
+        """Return the program that runs steps start..start+length-1 `times` times in a row, in
+        place.
 
-        Every run but the first is blended in with `damping`. Blends on or inside the steps are copied
-        with them, blends around them grow. Raises ProgramError if the steps do not exist or cut a blend
-        in two, for times < 2, a damping outside (0, 1], and beyond MAX_STEPS steps.
+        Every run but the first is blended in with `damping`. Blends on or inside the steps are
+        copied with them, blends around them grow. Raises ProgramError if the steps do not exist or
+        cut a blend in two, for times < 2, a damping outside (0, 1], and beyond MAX_STEPS steps.
         """
         start, stop = self._block(start, length)
         size, times = stop - start, check_whole(times, "times", 2)
@@ -170,7 +193,9 @@ class Program:
         for b in self.blends:
             if start <= b.start and b.stop <= stop:
                 shifts = range(0, size * times, size)
-                blends += [replace(b, start=b.start + shift, stop=b.stop + shift) for shift in shifts]
+                blends += [
+                    replace(b, start=b.start + shift, stop=b.stop + shift) for shift in shifts
+                ]
             else:
                 after_start, after_stop = added * (b.start >= stop), added * (b.stop >= stop)
                 blends.append(replace(b, start=b.start + after_start, stop=b.stop + after_stop))
@@ -180,12 +205,14 @@ class Program:
     def _block(self, start: int, length: int) -> tuple[int, int]:
         """Return the checked (start, stop) of a block of steps."""
         start = check_whole(start, "start (a step)", 0, self.num_steps - 1)
-        stop = start + check_whole(length, f"length of the block at step {start}", 1, self.num_steps - start)
+        stop = start + check_whole(
+            length, f"length of the block at step {start}", 1, self.num_steps - start
+        )
         for b in self.blends:
             if start < b.start < stop < b.stop or b.start < start < b.stop < stop:
                 raise ProgramError(
-                    f"block of steps {start}:{stop} cuts the blend over steps {b.start}:{b.stop} in two;"
-                    " edit steps within it, or all of it"
+                    f"block of steps {start}:{stop} cuts the blend over steps {b.start}:{b.stop} "
+                    "in two; edit steps within it, or all of it"
                 )
         return start, stop
 
@@ -213,23 +240,34 @@ class Program:
 
     @property
     def is_monotone(self) -> bool:
-        """Whether the path never goes back to an earlier layer (running one layer again is allowed)."""
-        return all(earlier <= later for earlier, later in zip(self.path, self.path[1:], strict=False))
+        """Whether the path never goes back to an earlier layer (running one layer again is
+        allowed).
+        """
+        return all(
+            earlier <= later for earlier, later in zip(self.path, self.path[1:], strict=False)
+        )
 
     @property
     def fingerprint(self) -> str:
         """32 hex digits that name this program, the same in every process and version."""
         blends = [[b.start, b.stop, b.damping] for b in self.blends]
-        fields = {"version": _FINGERPRINT_VERSION, "depth": self.depth, "path": self.path, "blends": blends}
+        fields = {
+            "version": _FINGERPRINT_VERSION,
+            "depth": self.depth,
+            "path": self.path,
+            "blends": blends,
+        }
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:32]
 
-    def segments(self, max_length: int | None = None, max_times: int | None = None) -> tuple[Segment, ...]:
+    def segments(
+        self, max_length: int | None = None, max_times: int | None = None
+    ) -> tuple[Segment, ...]:
         """Return the fewest segments that run exactly this path and these blends.
 
-        `max_length` caps the layers of a segment (4 in PoLar's predictor), `max_times` the runs of a
-        repeat. Ties, which only the cap makes, go to longer segments first. Raises NotSegmentableError,
-        naming the step, if no segments do it: 0,1,2,3,2,4,5 has none.
+        `max_length` caps the layers of a segment (4 in PoLar's predictor), `max_times` the runs of
+        a repeat. Ties, which only the cap makes, go to longer segments first. Raises
+        NotSegmentableError, naming the step, if no segments do it: 0,1,2,3,2,4,5 has none.
         """
         max_length = None if max_length is None else check_whole(max_length, "max_length", 1)
         max_times = None if max_times is None else check_whole(max_times, "max_times", 1)
@@ -245,7 +283,8 @@ class Program:
         return True
 
     def encoding(self, max_length: int | None = 4) -> tuple[tuple[int, ...], tuple[Op, ...]]:
-        """Return PoLar's (z_seg, z_op): boundary mask and op of each layer; inverse of `from_encoding`.
+        """Return PoLar's (z_seg, z_op): boundary mask and op of each layer; inverse of
+        `from_encoding`.
 
         Raises NotSegmentableError if the program has no segments of at most `max_length` layers, or
         repeats more than twice or damped, which the paper's encoding cannot say.
@@ -255,21 +294,26 @@ class Program:
         for segment in self.segments(max_length, max_times=2):
             if segment.damping < 1:
                 raise NotSegmentableError(
-                    f"the encoding has no damping, but layers {segment.start}:{segment.stop} repeat with"
-                    f" {segment.damping}; keep the segments instead, or repeat undamped"
+                    f"the encoding has no damping, but layers {segment.start}:{segment.stop} "
+                    f"repeat with {segment.damping}; keep the segments instead, or repeat undamped"
                 )
             boundaries += [1] + [0] * (segment.num_layers - 1)
             labels += [segment.op] * segment.num_layers
         return tuple(boundaries), tuple(labels)
 
     def schedule(self) -> tuple[Step, ...]:
-        """Return the path with the blends to open before and close after each step, for a compiler."""
+        """Return the path with the blends to open before and close after each step, for a
+        compiler.
+        """
         opens = [0] * self.num_steps
         closes: list[list[float]] = [[] for _ in self.path]
         for blend in reversed(self.blends):  # inner blends first
             opens[blend.start] += 1
             closes[blend.stop - 1].append(blend.damping)
-        return tuple(Step(index, layer, opens[index], tuple(closes[index])) for index, layer in enumerate(self.path))
+        return tuple(
+            Step(index, layer, opens[index], tuple(closes[index]))
+            for index, layer in enumerate(self.path)
+        )
 
     def __str__(self) -> str:
         """The canonical text, `0-4 6-29 /30`; `parse` reads it back exactly."""

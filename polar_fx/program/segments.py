@@ -17,14 +17,15 @@ def segments_of_edits(edits: Iterable[Edit], depth: int) -> list[Segment]:
     for segment in sorted((edit.to_segment() for edit in edits), key=lambda segment: segment.start):
         if segment.stop > depth:
             raise ProgramError(
-                f"edit of layers {segment.start}:{segment.stop} reaches beyond layer {depth - 1}, the last"
-                f" of depth {depth}; edit layers 0..{depth - 1}"
+                f"edit of layers {segment.start}:{segment.stop} reaches beyond layer {depth - 1}, "
+                f"the last of depth {depth}; edit layers 0..{depth - 1}"
             )
         if segment.start < position:
             other = segments[-1]
             raise ProgramError(
-                f"edits of layers {other.start}:{other.stop} and {segment.start}:{segment.stop} overlap;"
-                " edit each layer once, or nest edits with Program.skip and Program.repeat"
+                f"edits of layers {other.start}:{other.stop} and {segment.start}:{segment.stop} "
+                "overlap; edit each layer once, or nest edits with Program.skip and "
+                "Program.repeat"
             )
         if segment.start > position:
             segments.append(Segment(position, segment.start))
@@ -41,12 +42,15 @@ def check_tiling(segments: Iterable[Segment], depth: int) -> None:
     for index, segment in enumerate(segments):
         if segment.start != position or segment.stop > depth:
             raise ProgramError(
-                f"segment {index} covers layers {segment.start}:{segment.stop}, expected a segment that"
-                f" starts at {position} and stops by {depth}; tile 0:{depth} in order, with skip for gaps"
+                f"segment {index} covers layers {segment.start}:{segment.stop}, expected a "
+                f"segment that starts at {position} and stops by {depth}; tile 0:{depth} in "
+                "order, with skip for gaps"
             )
         position = segment.stop
     if position != depth:
-        raise ProgramError(f"segments stop at layer {position} of depth {depth}; add a segment {position}:{depth}")
+        raise ProgramError(
+            f"segments stop at layer {position} of depth {depth}; add a segment {position}:{depth}"
+        )
 
 
 def steps_of_segments(segments: Sequence[Segment]) -> tuple[tuple[int, ...], tuple[Blend, ...]]:
@@ -69,12 +73,14 @@ def minimal_segments(
     max_length: int | None = None,
     max_times: int | None = None,
 ) -> tuple[Segment, ...]:
-    """Return the fewest segments that run `path` with `blends`; raise NotSegmentableError if none do.
+    """Return the fewest segments that run `path` with `blends`; raise NotSegmentableError if none
+    do.
 
-    No dynamic program is needed. Segments run layers in ascending order, so all runs of one layer lie in
-    one segment: how often a layer occurs tells keep from repeat, and the distance to its second
-    occurrence is the repeat's length. Only where keep and skip runs are cut under `max_length` is open;
-    cutting off the longest piece first is minimal, and is the tie-break (as in PoLar's label parser).
+    No dynamic program is needed. Segments run layers in ascending order, so all runs of one layer
+    lie in one segment: how often a layer occurs tells keep from repeat, and the distance to its
+    second occurrence is the repeat's length. Only where keep and skip runs are cut under
+    `max_length` is open; cutting off the longest piece first is minimal, and is the tie-break (as
+    in PoLar's label parser).
     """
     counts = Counter(path)
     dampings = {(blend.start, blend.stop): blend.damping for blend in blends}
@@ -84,13 +90,17 @@ def minimal_segments(
         first, times = path[step], counts[path[step]]
         if first < layer:
             raise NotSegmentableError(
-                f"no segmentation continues at step {step}: it runs layer {first} after layer {layer - 1},"
-                " but segments run layers in ascending order; run this path as it is, unsegmented"
+                f"no segmentation continues at step {step}: it runs layer {first} after layer "
+                f"{layer - 1}, but segments run layers in ascending order; run this path as it "
+                "is, unsegmented"
             )
         segments += _pieces(layer, first, Op.SKIP, max_length)
         if times == 1:
             length = 1
-            while path[step + length : step + length + 1] == (first + length,) and counts[first + length] == 1:
+            while (
+                path[step + length : step + length + 1] == (first + length,)
+                and counts[first + length] == 1
+            ):
                 length += 1
             segments += _pieces(first, first + length, Op.KEEP, max_length)
         else:
@@ -114,9 +124,16 @@ def _pieces(start: int, stop: int, op: Op, max_length: int | None) -> Iterator[S
 
 
 def _check_repeat(
-    path: tuple[int, ...], step: int, length: int, times: int, max_length: int | None, max_times: int | None
+    path: tuple[int, ...],
+    step: int,
+    length: int,
+    times: int,
+    max_length: int | None,
+    max_times: int | None,
 ) -> None:
-    """Raise NotSegmentableError unless `times` runs of `length` ascending layers start at `step`."""
+    """Raise NotSegmentableError unless `times` runs of `length` ascending layers start at
+    `step`.
+    """
     first = path[step]
     layers = f"layers {first}..{first + length - 1}"
     for offset in range(length * times):
@@ -124,15 +141,16 @@ def _check_repeat(
         if at >= len(path) or path[at] != expected:
             found = "the path ends" if at >= len(path) else f"it runs layer {path[at]}"
             raise NotSegmentableError(
-                f"no segmentation continues at step {at}: layer {first} runs {times} times, so steps from"
-                f" {step} would repeat {layers} and step {at} would run layer {expected}, but {found};"
-                " run this path as it is, unsegmented"
+                f"no segmentation continues at step {at}: layer {first} runs {times} times, so "
+                f"steps from {step} would repeat {layers} and step {at} would run layer "
+                f"{expected}, but {found}; run this path as it is, unsegmented"
             )
     for value, limit, name in ((length, max_length, "max_length"), (times, max_times, "max_times")):
         if limit is not None and value > limit:
             raise NotSegmentableError(
-                f"no segmentation continues at step {step}: it repeats {layers} ({length} layers) {times}"
-                f" times, beyond {name}={limit}, and a repeat cannot be cut; raise {name} or drop the program"
+                f"no segmentation continues at step {step}: it repeats {layers} ({length} layers) "
+                f"{times} times, beyond {name}={limit}, and a repeat cannot be cut; raise {name} "
+                "or drop the program"
             )
 
 
@@ -142,7 +160,8 @@ def _check_blends(segments: Sequence[Segment], actual: dict[tuple[int, int], flo
     if needed != actual:
         start, stop = min(key for key in needed | actual if needed.get(key) != actual.get(key))
         raise NotSegmentableError(
-            f"no segmentation blends steps {start}:{stop} with damping {actual.get((start, stop), 1.0)}"
-            f" (segments would need {needed.get((start, stop), 1.0)}): only a repeat is damped, in all its"
-            " passes but the first, equally; run this program as it is, unsegmented"
+            f"no segmentation blends steps {start}:{stop} with damping "
+            f"{actual.get((start, stop), 1.0)} (segments would need "
+            f"{needed.get((start, stop), 1.0)}): only a repeat is damped, in all its passes but "
+            "the first, equally; run this program as it is, unsegmented"
         )

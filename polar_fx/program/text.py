@@ -1,13 +1,15 @@
-"""The text form of programs: reading it with exact error positions, and printing the canonical form.
+"""The text form of programs: reading it with exact error positions, and printing the canonical
+form.
 
     text   := body ['/' depth]           body := 'identity' | edits | items
     items  := item { [','] item }        item := layer ['-' layer]
                                                | '(' items ')' '*' times ['@' damping]
                                                | '[' items ']' '@' damping
-    edits  := edit { (',' | ';') edit }  edit := 'skip' layers | 'repeat' layers ['x' times] ['@' damping]
+    edits  := edit { (',' | ';') edit }  edit := 'skip' layers | 'repeat' layers ['x' times] ['@'
+    damping]
 
-`a-b` includes b. In `(...)*n@a` the first pass is plain and every further pass is blended in with a;
-`[...]@a` blends a single pass. Printing uses items only.
+`a-b` includes b. In `(...)*n@a` the first pass is plain and every further pass is blended in with
+a; `[...]@a` blends a single pass. Printing uses items only.
 """
 
 import re
@@ -19,7 +21,9 @@ from ..errors import ProgramTextError
 from .parts import MAX_STEPS, Blend, Edit, Op, Step
 from .segments import segments_of_edits, steps_of_segments
 
-_TOKEN = re.compile(r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<word>[A-Za-z]+)|(?P<sign>[-,;()\[\]*@/])")
+_TOKEN = re.compile(
+    r"(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)|(?P<word>[A-Za-z]+)|(?P<sign>[-,;()\[\]*@/])"
+)
 _MAX_DIGITS = 9  # longer whole numbers are refused unread: int() of a huge literal is slow
 
 
@@ -51,8 +55,8 @@ class _Frame:
 def parse_text(text: str, depth: int | None) -> tuple[int, tuple[int, ...], tuple[Blend, ...]]:
     """Return the (depth, path, blends) that `text` says.
 
-    Raises ProgramTextError, with the position, for malformed text, a layer outside the depth, more than
-    MAX_STEPS steps and a missing or contradicted depth; ProgramError for edits that overlap.
+    Raises ProgramTextError, with the position, for malformed text, a layer outside the depth, more
+    than MAX_STEPS steps and a missing or contradicted depth; ProgramError for edits that overlap.
     """
     return _Reader(text, depth).read()
 
@@ -65,7 +69,9 @@ class _Reader:
         self.tokens = self._tokenize()
         self.index = 0
         if len(self.tokens) == 1:
-            self.fail("empty program; give layers such as 0-4 6-29 /30, or identity", self.tokens[0])
+            self.fail(
+                "empty program; give layers such as 0-4 6-29 /30, or identity", self.tokens[0]
+            )
         self.depth = self._find_depth(depth)
 
     def _tokenize(self) -> list[_Token]:
@@ -78,7 +84,11 @@ class _Reader:
             match = _TOKEN.match(self.text, position)
             if match is None:
                 token = _Token("sign", self.text[position], position)
-                self.fail(f"unexpected character {token.text!r}; see polar_fx.program.text for the grammar", token)
+                self.fail(
+                    f"unexpected character {token.text!r}; see polar_fx.program.text for the "
+                    "grammar",
+                    token,
+                )
             tokens.append(_Token(str(match.lastgroup), match[0], position))
             position = match.end()
         tokens.append(_Token("end", "the end of the text", position))
@@ -114,16 +124,24 @@ class _Reader:
             self.index = slash + 1
             stated = self.whole("the depth", 1, MAX_STEPS)
             if self.next.kind != "end":
-                self.fail(f"unexpected {_shown(self.next)} after the depth; put /{stated} last", self.next)
+                self.fail(
+                    f"unexpected {_shown(self.next)} after the depth; put /{stated} last", self.next
+                )
             if depth is not None and depth != stated:
                 token = self.tokens[slash + 1]
-                self.fail(f"the text says depth {stated}, the argument depth={depth}; make them agree", token)
+                self.fail(
+                    f"the text says depth {stated}, the argument depth={depth}; make them agree",
+                    token,
+                )
             self.index = 0
-            self.tokens[slash:] = [_Token("end", "the end of the program", self.tokens[slash].position)]
+            self.tokens[slash:] = [
+                _Token("end", "the end of the program", self.tokens[slash].position)
+            ]
             return stated
         if depth is None:
             self.fail(
-                "unknown depth; end the text with /30, say, for a model of 30 layers, or pass depth=",
+                "unknown depth; end the text with /30, say, for a model of 30 layers, or pass "
+                "depth=",
                 self.tokens[-1],
             )
         return depth
@@ -165,7 +183,10 @@ class _Reader:
     def read(self) -> tuple[int, tuple[int, ...], tuple[Blend, ...]]:
         if self.accept("identity"):
             if self.next.kind != "end":
-                self.fail(f"expected the end after 'identity', found {_shown(self.next)}; drop it", self.next)
+                self.fail(
+                    f"expected the end after 'identity', found {_shown(self.next)}; drop it",
+                    self.next,
+                )
             return self.depth, tuple(range(self.depth)), ()
         if self.next.kind == "word":
             return self.depth, *self._read_edits()
@@ -187,7 +208,10 @@ class _Reader:
             if self.next.kind == "end":
                 return steps_of_segments(segments_of_edits(edits, self.depth))
             if not (self.accept(",") or self.accept(";")):
-                self.fail(f"unexpected {_shown(self.next)} after an edit; separate edits with a comma", self.next)
+                self.fail(
+                    f"unexpected {_shown(self.next)} after an edit; separate edits with a comma",
+                    self.next,
+                )
 
     def _read_items(self) -> tuple[tuple[int, ...], tuple[Blend, ...]]:
         # An explicit stack: deep nesting must not end in a RecursionError.
@@ -208,14 +232,19 @@ class _Reader:
             elif after_item and token.text in (")", "]"):
                 self._close(frames)
             elif after_item and token.kind == "end" and len(frames) == 1:
-                blends = (Blend(start, stop, each) for (start, stop), each in frames[0].blends.items())
+                blends = (
+                    Blend(start, stop, each) for (start, stop), each in frames[0].blends.items()
+                )
                 return tuple(frames[0].path), tuple(blends)
             elif after_item and token.kind == "end":
                 opener = frames[-1].opener
                 assert opener is not None
                 self.fail(f"{opener.text!r} is never closed; close it, or drop it", opener)
             elif after_item:
-                self.fail(f"unexpected {_shown(token)}; separate layers, ranges and groups by spaces", token)
+                self.fail(
+                    f"unexpected {_shown(token)}; separate layers, ranges and groups by spaces",
+                    token,
+                )
             else:
                 self.fail(f"expected a layer, a range or a group, found {_shown(token)}", token)
 
@@ -235,7 +264,9 @@ class _Reader:
         damping = self.damping() if self.accept("@") else 1.0
         self._append(frames[-1], body, times, damping, opener)
 
-    def _append(self, frame: _Frame, body: _Frame, times: int, damping: float, token: _Token) -> None:
+    def _append(
+        self, frame: _Frame, body: _Frame, times: int, damping: float, token: _Token
+    ) -> None:
         """Run `body` `times` times in `frame`, the first time plain unless it is the only one."""
         num_steps = len(frame.path) + len(body.path) * times
         if num_steps > MAX_STEPS:
@@ -248,8 +279,8 @@ def _shown(token: _Token) -> str:
     return token.text if token.kind == "end" else repr(token.text)
 
 
-# Printing. An item is a layer, or a blend over items that are printed already; equal text means equal
-# items, so blends compare by their text alone, however deep they nest.
+# Printing. An item is a layer, or a blend over items that are printed already; equal text means
+# equal items, so blends compare by their text alone, however deep they nest.
 
 
 class _Blended(NamedTuple):
@@ -263,8 +294,8 @@ _Item = int | _Blended
 def format_text(steps: Iterable[Step], depth: int) -> str:
     """Return the canonical text: ascending runs as ranges, adjacent equal runs folded into groups.
 
-    Folding goes left to right and takes the repetition that covers most items, the shortest on a tie. For
-    a segmentable program that gives exactly its minimal segments.
+    Folding goes left to right and takes the repetition that covers most items, the shortest on a
+    tie. For a segmentable program that gives exactly its minimal segments.
     """
     frames: list[list[_Item]] = [[]]
     bodies: dict[str, list[_Item]] = {}

@@ -1,4 +1,6 @@
-"""Difficulty from what the unchanged model fails, as DART-Math does: by measured fail rate, not by how hard a row looks."""
+"""Difficulty from what the unchanged model fails, as DART-Math does: by measured fail rate, not by
+how hard a row looks.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -8,15 +10,20 @@ from .question import Question
 
 
 def levels(results: Mapping[str, tuple[int, int]]) -> dict[str, int]:
-    """Level by cell, from how many of how many questions were answered right: 1 up to 20 % failed, 2 up to 40 % ... 5 above 80 %.
+    """Level by cell, from how many of how many questions were answered right: 1 up to 20 % failed,
+    2 up to 40 % ... 5 above 80 %.
 
     Raises InputError for counts that cannot be.
     """
     found = {}
     for cell, (right, n) in results.items():
         if n < 1 or not 0 <= right <= n:
-            raise InputError(f"cell {cell!r} has {right} right answers of {n}; measure at least one question, and count again")
-        found[cell] = max(1, -(-5 * (n - right) // n))  # rounded up, in whole numbers: 20 % sharp is level 1
+            raise InputError(
+                f"cell {cell!r} has {right} right answers of {n}; measure at least one question, "
+                "and count again"
+            )
+        # rounded up, in whole numbers: 20 % sharp is level 1
+        found[cell] = max(1, -(-5 * (n - right) // n))
     return found
 
 

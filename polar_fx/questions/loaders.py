@@ -1,4 +1,7 @@
-"""Questions from files and from HuggingFace datasets. All rows are checked before any is returned."""
+"""Questions from files and from HuggingFace datasets.
+
+All rows are checked before any is returned.
+"""
 
 import hashlib
 import json
@@ -16,15 +19,19 @@ _MAX_DIGITS = 30  # of a number written out; more is a mistake, or text
 def load_jsonl(path: str | Path, task: str | None = None) -> list[Question]:
     """Questions of a JSONL file in UTF-8, one object a line; blank lines do not count.
 
-    Fields: `question`; `answer`, a string, a number, or a list of those, the preferred one first; optional `id` (else made of
-    the question's text), `task` or `dataset` (else the file's name; the argument `task` is for all rows), `difficulty` (1 to 5,
-    or null) and `cell`. Others are ignored. Raises InputError naming file, line and what is wrong with it.
+    Fields: `question`; `answer`, a string, a number, or a list of those, the preferred one first;
+    optional `id` (else made of the question's text), `task` or `dataset` (else the file's name; the
+    argument `task` is for all rows), `difficulty` (1 to 5,
+    or null) and `cell`. Others are ignored. Raises InputError naming file, line and what is wrong
+    with it.
     """
     path = Path(path)
     try:
         data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
-        raise InputError(f"cannot read questions from {path}: {error.strerror}; name a JSONL file") from error
+        raise InputError(
+            f"cannot read questions from {path}: {error.strerror}; name a JSONL file"
+        ) from error
     rows = _Rows(str(path), task, path.stem)
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
@@ -45,32 +52,44 @@ def load_dataset(
     revision: str | None = None,
     task: str | None = None,
 ) -> list[Question]:
-    """Questions of a HuggingFace dataset; `question`, `answer`, `id` and `difficulty` name its columns.
+    """Questions of a HuggingFace dataset; `question`, `answer`, `id` and `difficulty` name its
+    columns.
 
-    With `answer_after`, the answer is what follows the last such text in its column, commas between digits removed ("####" for
-    GSM8K). `task` is else the dataset's name. Raises InputError where `datasets` is not installed, the dataset cannot be loaded,
-    or a row is not valid as in `load_jsonl`.
+    With `answer_after`, the answer is what follows the last such text in its column, commas between
+    digits removed ("####" for GSM8K). `task` is else the dataset's name. Raises InputError where
+    `datasets` is not installed, the dataset cannot be loaded, or a row is not valid as in
+    `load_jsonl`.
     """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise InputError("loading a HuggingFace dataset needs `pip install datasets`; or save it as a JSONL file") from error
+        raise InputError(
+            "loading a HuggingFace dataset needs `pip install datasets`; or save it as a JSONL file"
+        ) from error
     try:
         table = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # many kinds: unknown name or split, no network, a damaged cache
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise InputError(f"cannot load the dataset {name!r}, split {split!r}: {reason}; check name, config and split") from error
+        raise InputError(
+            f"cannot load the dataset {name!r}, split {split!r}: {reason}; check name, config and "
+            "split"
+        ) from error
     columns = {"question": question, "answer": answer, "id": id, "difficulty": difficulty}
     for field, column in columns.items():
         if column is not None and column not in table.column_names:
-            raise InputError(f"the dataset {name!r} has no column {column!r} for {field}; it has {', '.join(table.column_names)}")
+            raise InputError(
+                f"the dataset {name!r} has no column {column!r} for {field}; it has "
+                f"{', '.join(table.column_names)}"
+            )
     rows = _Rows(name, task, name, unit="row")
     for number, row in enumerate(table, 1):
         values = {field: row[column] for field, column in columns.items() if column is not None}
         if answer_after and isinstance(values["answer"], str):
             _, mark, after = values["answer"].rpartition(answer_after)
             if not mark:
-                rows.fail(number, f"its answer holds no {answer_after!r}", "give another answer_after")
+                rows.fail(
+                    number, f"its answer holds no {answer_after!r}", "give another answer_after"
+                )
             values["answer"] = after.replace(",", "")
         rows.add(number, values)
     return rows.questions()
@@ -86,7 +105,11 @@ def _parse(rows: "_Rows", number: int, line: bytes) -> Mapping[str, Any]:
     except (ValueError, RecursionError) as error:
         rows.fail(number, f"it is not JSON ({error})", "write one JSON object a line")
     if not isinstance(row, dict):
-        rows.fail(number, f"it is {_kind(row)}", 'write an object, such as {"question": "6 * 7", "answer": "42"}')
+        rows.fail(
+            number,
+            f"it is {_kind(row)}",
+            'write an object, such as {"question": "6 * 7", "answer": "42"}',
+        )
     return row
 
 
@@ -97,7 +120,9 @@ def _refuse(constant: str) -> None:
 class _Rows:
     """Checked rows of one source."""
 
-    def __init__(self, source: str, task: str | None, default_task: str, unit: str = "line") -> None:
+    def __init__(
+        self, source: str, task: str | None, default_task: str, unit: str = "line"
+    ) -> None:
         self._source, self._task, self._default_task, self._unit = source, task, default_task, unit
         self._questions: list[Question] = []
         self._numbers: dict[str, int] = {}
@@ -119,15 +144,23 @@ class _Rows:
         first = self._numbers.setdefault(question_id, number)
         if first != number:
             what = f"its id {question_id!r}" if given else "its question"
-            self.fail(number, f"{what} is that of {self._unit} {first} too", "give each row an id of its own, or drop one")
+            self.fail(
+                number,
+                f"{what} is that of {self._unit} {first} too",
+                "give each row an id of its own, or drop one",
+            )
         answers = self._answers(number, row.get("answer"))
         difficulty = self._difficulty(number, row.get("difficulty"))
-        self._questions.append(Question(question_id, task, text, answers, difficulty, self._text(number, row, "cell")))
+        self._questions.append(
+            Question(question_id, task, text, answers, difficulty, self._text(number, row, "cell"))
+        )
 
     def questions(self) -> list[Question]:
         """All of them. Raises InputError if there is none."""
         if not self._questions:
-            raise InputError(f"{self._source} holds no questions; name one with at least one {self._unit}")
+            raise InputError(
+                f"{self._source} holds no questions; name one with at least one {self._unit}"
+            )
         return self._questions
 
     def _text(self, number: int, row: Mapping[str, Any], field: str, numbers: bool = False) -> str:
@@ -149,24 +182,45 @@ class _Rows:
 
     def _answer(self, number: int, value: Any) -> str:
         if value is None or (isinstance(value, str) and not value.strip()):
-            self.fail(number, "it has no answer, or an empty one", 'give a short text or a number as "answer"')
+            self.fail(
+                number,
+                "it has no answer, or an empty one",
+                'give a short text or a number as "answer"',
+            )
         if isinstance(value, str):
             return value.strip()
         if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
-            self.fail(number, f"its answer is {_kind(value)}", "give a text, a number, or a list of those")
+            self.fail(
+                number, f"its answer is {_kind(value)}", "give a text, a number, or a list of those"
+            )
         exact = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
         if not exact.is_finite() or abs(exact.adjusted()) > _MAX_DIGITS:
-            self.fail(number, f"its answer is the number {value}", f"give numbers of over {_MAX_DIGITS} digits as text")
+            self.fail(
+                number,
+                f"its answer is the number {value}",
+                f"give numbers of over {_MAX_DIGITS} digits as text",
+            )
         return str(int(exact)) if exact == int(exact) else format(exact.normalize(), "f")
 
     def _difficulty(self, number: int, value: Any) -> int | None:
         if value is None:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 5:
-            self.fail(number, f"its difficulty is {value!r}", "give a whole number from 1 to 5, or null")
+            self.fail(
+                number, f"its difficulty is {value!r}", "give a whole number from 1 to 5, or null"
+            )
         return value
 
 
 def _kind(value: Any) -> str:
-    names = {bool: "true or false", str: "a text", list: "a list", dict: "an object", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float, Decimal)) else f"a {type(value).__name__}")
+    names = {
+        bool: "true or false",
+        str: "a text",
+        list: "a list",
+        dict: "an object",
+        type(None): "null",
+    }
+    return names.get(
+        type(value),
+        "a number" if isinstance(value, (int, float, Decimal)) else f"a {type(value).__name__}",
+    )

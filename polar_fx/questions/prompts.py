@@ -11,13 +11,16 @@ from typing import Any
 from ..errors import InputError
 from .question import EncodedQuestion, Question
 
-# Questions as different as they come: what their prompts begin with in common, those of all questions do.
+# Questions as different as they come: what their prompts begin with in common, those of all
+# questions do.
 _PROBES = ("7", "x", "Q", "(", "-", "$", "\\frac", "é", "\u4e00")
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeStop:
-    """Where generation under a prompt ends: after one of `token_ids`, at one of `strings`, or after `max_new_tokens`."""
+    """Where generation under a prompt ends: after one of `token_ids`, at one of `strings`, or after
+    `max_new_tokens`.
+    """
 
     token_ids: tuple[int, ...]
     strings: tuple[str, ...]
@@ -26,11 +29,13 @@ class DecodeStop:
 
 @dataclass(frozen=True)
 class PromptTemplate:
-    """A way to ask. Change `version` with any change of the others: results are kept under name and version.
+    """A way to ask. Change `version` with any change of the others: results are kept under name and
+    version.
 
-    `prompt` is the text, with `{question}` where the question goes; `answer` is how a right continuation reads, with
-    `{answer}` in it; `stop` is the text that ends it. An empty `stop` is the end of the turn, or of the text. With `chat`,
-    `prompt` is what the user says in the tokenizer's chat template, where it has one. Raises InputError on a bad field.
+    `prompt` is the text, with `{question}` where the question goes; `answer` is how a right
+    continuation reads, with `{answer}` in it; `stop` is the text that ends it. An empty `stop` is
+    the end of the turn, or of the text. With `chat`, `prompt` is what the user says in the
+    tokenizer's chat template, where it has one. Raises InputError on a bad field.
     """
 
     name: str
@@ -44,11 +49,17 @@ class PromptTemplate:
     def __post_init__(self) -> None:
         for field, mark in (("prompt", "{question}"), ("answer", "{answer}")):
             if (count := getattr(self, field).count(mark)) != 1:
-                raise InputError(f"{field} of the prompt template {self.name!r} holds {mark} {count} times; write it once")
+                raise InputError(
+                    f"{field} of the prompt template {self.name!r} holds {mark} {count} times; "
+                    "write it once"
+                )
         for field in ("version", "max_new_tokens"):
             value = getattr(self, field)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise InputError(f"{field} of the prompt template {self.name!r} is {value!r}; give a whole number from 1")
+                raise InputError(
+                    f"{field} of the prompt template {self.name!r} is {value!r}; give a whole "
+                    "number from 1"
+                )
 
     @property
     def key(self) -> str:
@@ -60,7 +71,9 @@ class PromptTemplate:
         text = self.prompt.replace("{question}", question.strip())
         if not self._in_chat(tokenizer):
             return text + "\n" if self.chat else text  # where the user's turn would end
-        return tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
 
     def encode(self, tokenizer: Any, question: Question) -> EncodedQuestion:
         """A question as token ids; see `encode_all`."""
@@ -69,9 +82,9 @@ class PromptTemplate:
     def encode_all(self, tokenizer: Any, questions: Iterable[Question]) -> list[EncodedQuestion]:
         """Questions as token ids; all have one prefix.
 
-        A target is what the tokenizer makes of prompt, answer and stop together, behind the prompt's own tokens. Raises
-        InputError where that is not defined: the tokenizer merges the prompt's end with the answer, or begins a prompt
-        otherwise than those of other questions.
+        A target is what the tokenizer makes of prompt, answer and stop together, behind the
+        prompt's own tokens. Raises InputError where that is not defined: the tokenizer merges the
+        prompt's end with the answer, or begins a prompt otherwise than those of other questions.
         """
         prefix = self._prefix(tokenizer)
         return [self._encode(tokenizer, question, prefix) for question in questions]
@@ -82,7 +95,8 @@ class PromptTemplate:
             eos = tokenizer.eos_token_id
             return DecodeStop(() if eos is None else (eos,), (self.stop,), self.max_new_tokens)
         end = self._end(tokenizer)
-        ids = dict.fromkeys((end, tokenizer.eos_token_id))  # a chat's turn may end otherwise than its text
+        # a chat's turn may end otherwise than its text
+        ids = dict.fromkeys((end, tokenizer.eos_token_id))
         return DecodeStop(tuple(i for i in ids if i is not None), (), self.max_new_tokens)
 
     def _in_chat(self, tokenizer: Any) -> bool:
@@ -97,7 +111,9 @@ class PromptTemplate:
         same = takewhile(lambda ids: len(set(ids)) == 1, zip(*probes, strict=False))
         return tuple(ids[0] for ids in same)
 
-    def _encode(self, tokenizer: Any, question: Question, prefix: tuple[int, ...]) -> EncodedQuestion:
+    def _encode(
+        self, tokenizer: Any, question: Question, prefix: tuple[int, ...]
+    ) -> EncodedQuestion:
         text = self.text(tokenizer, question.question)
         tokens = self._tokens(tokenizer, text)
         where = f"prompt template {self.key}, question {question.id!r}: "
@@ -111,11 +127,14 @@ class PromptTemplate:
         end = () if self.stop else (self._end(tokenizer),)
         targets = []
         for answer in dict.fromkeys(question.answers):
-            whole = self._tokens(tokenizer, text + self.answer.replace("{answer}", answer) + self.stop) + end
+            whole = (
+                self._tokens(tokenizer, text + self.answer.replace("{answer}", answer) + self.stop)
+                + end
+            )
             if whole[: len(tokens)] != tokens:
                 raise InputError(
-                    f"{where}the tokenizer merges the end of the prompt with the answer {answer!r}; "
-                    "move white space between `prompt` and `answer` of the template"
+                    f"{where}the tokenizer merges the end of the prompt with the answer "
+                    f"{answer!r}; move white space between `prompt` and `answer` of the template"
                 )
             targets.append(whole[len(tokens) :])
         if not targets:
@@ -123,7 +142,9 @@ class PromptTemplate:
         return EncodedQuestion(question.id, prefix, tokens[len(prefix) :], tuple(targets))
 
     def _end(self, tokenizer: Any) -> int:
-        """The token that ends the answer where no text does: what the chat template closes a turn with, else eos."""
+        """The token that ends the answer where no text does: what the chat template closes a turn
+        with, else eos.
+        """
         if self._in_chat(tokenizer):
             turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
             behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
@@ -133,7 +154,8 @@ class PromptTemplate:
                 return ids[0]
         if tokenizer.eos_token_id is None:
             raise InputError(
-                f"prompt template {self.key} ends answers with the end of the text, which this tokenizer has no token for; "
-                "set tokenizer.eos_token, or give the template a `stop` text"
+                f"prompt template {self.key} ends answers with the end of the text, which this "
+                "tokenizer has no token for; set tokenizer.eos_token, or give the template a "
+                "`stop` text"
             )
         return tokenizer.eos_token_id

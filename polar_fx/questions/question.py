@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class Question:
     """One row of a task. `answers` are the accepted final answers as text, the preferred one first.
 
-    `difficulty` is 1 (easiest) to 5, None where it was not measured; `cell` names the kind of question within its task,
-    such as "2x1 digits": rows of one cell share a measured base accuracy.
+    `difficulty` is 1 (easiest) to 5, None where it was not measured; `cell` names the kind of
+    question within its task, such as "2x1 digits": rows of one cell share a measured base accuracy.
     """
 
     id: str
@@ -23,9 +23,10 @@ class Question:
 class EncodedQuestion:
     """A question under a prompt, as token ids.
 
-    The prompt is `prefix + prompt`: `prefix` is what all questions of a task begin with (instructions, examples; it may be
-    empty), `prompt` this question's own part. `targets` are the continuations that count as right when greedy decoding gives
-    exactly one of them: answer, then stop token. None is empty.
+    The prompt is `prefix + prompt`: `prefix` is what all questions of a task begin with
+    (instructions, examples; it may be empty), `prompt` this question's own part. `targets` are the
+    continuations that count as right when greedy decoding gives exactly one of them: answer, then
+    stop token. None is empty.
     """
 
     id: str

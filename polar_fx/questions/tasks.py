@@ -1,7 +1,8 @@
 """The built-in tasks: questions made from a seed, with short answers that can be checked exactly.
 
-What a row is depends only on its numbers: its id names them, and wording that varies (names, things, phrases) is drawn by a
-hash of the id. So no two rows differ in wording alone, and the split, a hash of the id, keeps near copies together.
+What a row is depends only on its numbers: its id names them, and wording that varies (names,
+things, phrases) is drawn by a hash of the id. So no two rows differ in wording alone, and the
+split, a hash of the id, keeps near copies together.
 """
 
 import hashlib
@@ -23,7 +24,8 @@ T = TypeVar("T")
 Split = Literal["train", "validation", "test"]
 
 TASKS: dict[str, Task] = {
-    t.name: t for t in (ADDITION, SUBTRACTION, MULTIPLICATION, WORD_PROBLEMS, SEQUENCES, DIVISION, COMPARISON)
+    t.name: t
+    for t in (ADDITION, SUBTRACTION, MULTIPLICATION, WORD_PROBLEMS, SEQUENCES, DIVISION, COMPARISON)
 }
 
 _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.60), ("validation", 0.15), ("test", 0.25))
@@ -32,18 +34,24 @@ _SHARES: tuple[tuple[Split, float], ...] = (("train", 0.60), ("validation", 0.15
 def get_task(name: str) -> Task:
     """A built-in task by name. Raises InputError naming the known ones."""
     if name not in TASKS:
-        raise InputError(f"unknown task {name!r}; use one of {', '.join(TASKS)}, or load questions from a file")
+        raise InputError(
+            f"unknown task {name!r}; use one of {', '.join(TASKS)}, or load questions from a file"
+        )
     return TASKS[name]
 
 
 def split_of(question_id: str) -> Split:
-    """The split a question belongs to, whatever task, seed or file it came from: 60 % train, 15 % validation, 25 % test.
+    """The split a question belongs to, whatever task, seed or file it came from: 60 % train, 15 %
+    validation, 25 % test.
 
     Ids that hold the same numbers in another order (7x8, 8x7) are in one split.
     """
     numbers = iter(sorted(re.findall(r"\d+", question_id)))
     key = re.sub(r"\d+", lambda _: next(numbers), question_id)
-    at = int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "big") / 2**64
+    at = (
+        int.from_bytes(hashlib.sha256(key.encode(errors="surrogatepass")).digest()[:8], "big")
+        / 2**64
+    )
     for name, share in _SHARES:
         if at < share:
             return name
@@ -51,12 +59,14 @@ def split_of(question_id: str) -> Split:
     return "test"
 
 
-def generate(task: str, n: int, seed: int = 0, cells: Sequence[str] | None = None, split: Split | None = None) -> list[Question]:
+def generate(
+    task: str, n: int, seed: int = 0, cells: Sequence[str] | None = None, split: Split | None = None
+) -> list[Question]:
     """`n` different questions of a built-in task, as many of each cell as there are, cells in turn.
 
-    The same arguments give the same rows; fewer rows are the first of more, and a cell's rows do not depend on the other
-    cells. The examples of the few-shot prompts are never among them. Raises InputError for an unknown task, cell or split,
-    and when fewer than `n` exist.
+    The same arguments give the same rows; fewer rows are the first of more, and a cell's rows do
+    not depend on the other cells. The examples of the few-shot prompts are never among them. Raises
+    InputError for an unknown task, cell or split, and when fewer than `n` exist.
     """
     made = get_task(task)
     chosen = _chosen(made, cells)
@@ -65,17 +75,27 @@ def generate(task: str, n: int, seed: int = 0, cells: Sequence[str] | None = Non
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise InputError(f"seed is {seed!r}; give a whole number")
     if split is not None and split not in get_args(Split):
-        raise InputError(f"unknown split {split!r}; use one of {', '.join(get_args(Split))}, or None for all")
+        raise InputError(
+            f"unknown split {split!r}; use one of {', '.join(get_args(Split))}, or None for all"
+        )
     rows = list(islice(_in_turn([_rows(made, cell, seed, split) for cell in chosen]), n))
     if len(rows) == n:
         return rows
     where = f" in the {split} split" if split else ""
     names = "" if cells is None else f" with the cells {', '.join(c.name for c in chosen)}"
-    raise InputError(f"{n} questions asked of {task}{names}, but {len(rows)} exist{where}; ask for fewer, or add cells")
+    raise InputError(
+        f"{n} questions asked of {task}{names}, but {len(rows)} exist{where}; ask for fewer, or "
+        "add cells"
+    )
 
 
-def cell_sample(task: str, cell: str, n: int, seed: int = 0, split: Split | None = None) -> list[Question]:
-    """`n` different questions of one cell, or as many as there are. Raises InputError for an unknown task or cell."""
+def cell_sample(
+    task: str, cell: str, n: int, seed: int = 0, split: Split | None = None
+) -> list[Question]:
+    """`n` different questions of one cell, or as many as there are.
+
+    Raises InputError for an unknown task or cell.
+    """
     made = get_task(task)
     (chosen,) = _chosen(made, [cell])
     return list(islice(_rows(made, chosen, seed, split), n))
@@ -87,10 +107,14 @@ def _chosen(task: Task, cells: Sequence[str] | None) -> list[Cell]:
     names = [c.name for c in task.cells]
     wanted = [cells] if isinstance(cells, str) else list(cells)
     if not wanted:
-        raise InputError(f"no cells of {task.name} were named; use some of {', '.join(names)}, or None for all")
+        raise InputError(
+            f"no cells of {task.name} were named; use some of {', '.join(names)}, or None for all"
+        )
     for name in wanted:
         if name not in names:
-            raise InputError(f"unknown cell {name!r} of {task.name}; use some of {', '.join(names)}")
+            raise InputError(
+                f"unknown cell {name!r} of {task.name}; use some of {', '.join(names)}"
+            )
     return [c for c in task.cells if c.name in wanted]
 
 

@@ -1,21 +1,23 @@
 """The built-in prompts.
 
-What the few-shot prompts measured: SmolLM2-135M-Instruct in bfloat16, greedy answers that are a target exactly, rows of the
-train split (seed 11), right/asked by cell. Of several wordings, and two, four or eight examples, the best by these rows is kept:
+What the few-shot prompts measured: SmolLM2-135M-Instruct in bfloat16, greedy answers that are a
+target exactly, rows of the train split (seed 11), right/asked by cell. Of several wordings, and
+two, four or eight examples, the best by these rows is kept:
 
-    addition         1+1 41/44   2+1 24/64   2+2 19/64   3+2 7/64   3+3 2/64
-    subtraction      1-1 23/29   2-1 4/68    2-2 4/68    3-2 0/68   3-3 0/67
-    multiplication   1x1 30/33   2x1 16/69   3x1 6/69    2x2 3/69
-    word-problems    1 step 2/20   2 steps 1/20   3 steps 1/20 (the wordings tried differ by less than the noise)
-    sequences        repeating 23/30   small step 16/30   large step 8/30   falling 9/30   growing step 1/30   multiplied 1/30
+    addition         1+1 41/44   2+1 24/64   2+2 19/64   3+2 7/64   3+3 2/64 subtraction      1-1
+    23/29   2-1 4/68    2-2 4/68    3-2 0/68   3-3 0/67 multiplication   1x1 30/33   2x1 16/69   3x1
+    6/69    2x2 3/69 word-problems    1 step 2/20   2 steps 1/20   3 steps 1/20 (the wordings tried
+    differ by less than the noise) sequences        repeating 23/30   small step 16/30   large step
+    8/30   falling 9/30   growing step 1/30   multiplied 1/30
 
-Of division and comparison, 100 rows of the test split (seed 0), in the one wording that each is asked in:
+Of division and comparison, 100 rows of the test split (seed 0), in the one wording that each is
+asked in:
 
     division         2/1 3/13   2/2 0/13   3/1 1/12   3/2 1/12
     comparison       2 of 1 digit 7/10   3 of 1 4/10   2 of 2 6/10   2 of 3 5/10   3 of 2 6/10
 
-The sequences' numbers are for "What are the next numbers:" in place of the question's own words, which were not measured;
-without that line it was 47/180 for 58/180, and examples did not help.
+The sequences' numbers are for "What are the next numbers:" in place of the question's own words,
+which were not measured; without that line it was 47/180 for 58/180, and examples did not help.
 """
 
 from ..errors import InputError
@@ -24,9 +26,13 @@ from .tasks import TASKS
 
 
 def _few_shot(task: str, form: str, stop: str = "\n", shots: int = 4) -> PromptTemplate:
-    """The task's examples written as `form`, then the question; `form` ends with a space, the answer and the stop."""
+    """The task's examples written as `form`, then the question; `form` ends with a space, the
+    answer and the stop.
+    """
     examples = TASKS[task].examples[:shots]
-    shown = "".join(form.replace("{question}", e.question).replace("{answer}", e.answer) for e in examples)
+    shown = "".join(
+        form.replace("{question}", e.question).replace("{answer}", e.answer) for e in examples
+    )
     return PromptTemplate(f"few-shot:{task}", 1, shown + form.partition(" {answer}")[0], stop=stop)
 
 
@@ -47,7 +53,8 @@ FEW_SHOT = {
 DIRECT = PromptTemplate(
     "direct",
     1,
-    "Answer the question directly, without any steps or explanation. Write only \\boxed{ANSWER}.\n\n{question}",
+    "Answer the question directly, without any steps or explanation. Write only "
+    "\\boxed{ANSWER}.\n\n{question}",
     answer="\\boxed{{answer}}",
     stop="",
     chat=True,
@@ -59,7 +66,8 @@ TEMPLATES = ("few-shot", "direct", "plain")
 
 
 def get_template(name: str, task: str = "") -> PromptTemplate:
-    """A built-in prompt by name: `few-shot` (there is one for each built-in task), `direct` or `plain`.
+    """A built-in prompt by name: `few-shot` (there is one for each built-in task), `direct` or
+    `plain`.
 
     Raises InputError naming the known ones.
     """
@@ -73,4 +81,6 @@ def get_template(name: str, task: str = "") -> PromptTemplate:
     for template in (DIRECT, PLAIN):
         if name == template.name:
             return template
-    raise InputError(f"unknown prompt {name!r}; use one of {', '.join(TEMPLATES)}, or make a PromptTemplate")
+    raise InputError(
+        f"unknown prompt {name!r}; use one of {', '.join(TEMPLATES)}, or make a PromptTemplate"
+    )

@@ -1,1 +1,3 @@
-"""From compiled pieces to tokens: keys, regions, links, KV slots, whole programs, prefill and decode, dispatch."""
+"""From compiled pieces to tokens: keys, regions, links, KV slots, whole programs, prefill and
+decode, dispatch.
+"""

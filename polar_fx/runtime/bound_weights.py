@@ -1,7 +1,8 @@
 """Whether a model still holds the tensors that were bound when it was compiled.
 
-Compiled programs read the model's own tensors, so what is written into them in place is seen. A tensor that is exchanged
-(`load_state_dict(assign=True)`, `p.data = ...`, another layer, `model.to(...)`) is not: such a model is refused.
+Compiled programs read the model's own tensors, so what is written into them in place is seen. A
+tensor that is exchanged (`load_state_dict(assign=True)`, `p.data = ...`, another layer,
+`model.to(...)`) is not: such a model is refused.
 """
 
 import weakref
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 from ..errors import WeightsReplacedError
 
-# A dictionary of a module, a key in it, what stood there, its address if it is a tensor, and its name.
+# A dictionary of a module, a key in it, what stood there, its address if it is a tensor, and its
+# name.
 _Place = tuple[dict[str, Any], str, Any, int, str]
 
 
 class BoundWeights:
-    """What stood on the way to each weight when it was bound. `check` costs a fraction of a microsecond a weight.
+    """What stood on the way to each weight when it was bound. `check` costs a fraction of a
+    microsecond a weight.
 
     The model is not kept alive: nobody can exchange the weights of one that is gone.
     """
@@ -37,12 +40,28 @@ class BoundWeights:
             owner, path = model, ""
             for part in full.split("."):
                 path = f"{path}.{part}" if path else part
-                held = next((of for of in (owner._modules, owner._parameters, owner._buffers) if of.get(part) is not None), None)
-                if held is None:  # a part of a quantized weight, or a constant of the trace: all that its module holds counts
+                held = next(
+                    (
+                        of
+                        for of in (owner._modules, owner._parameters, owner._buffers)
+                        if of.get(part) is not None
+                    ),
+                    None,
+                )
+                # a part of a quantized weight, or a constant of the trace: all that its module
+                # holds counts
+                if held is None:
                     for name, value in owner._parameters.items():
-                        found[id(owner._parameters), name] = (owner._parameters, name, value, _address(value), path)
+                        found[id(owner._parameters), name] = (
+                            owner._parameters,
+                            name,
+                            value,
+                            _address(value),
+                            path,
+                        )
                     break
-                if part in owner._non_persistent_buffers_set:  # models exchange these themselves, such as rotary frequencies
+                # models exchange these themselves, such as rotary frequencies
+                if part in owner._non_persistent_buffers_set:
                     break
                 value = held[part]
                 found[id(held), part] = (held, part, value, _address(value), path)
@@ -52,18 +71,27 @@ class BoundWeights:
         return list(found.values())
 
     def check(self) -> None:
-        """Raise WeightsReplacedError, naming the first place, if a weight is not the one that was bound."""
+        """Raise WeightsReplacedError, naming the first place, if a weight is not the one that was
+        bound.
+        """
         if self._model() is None:
             return
         for held, key, value, address, path in self._places:
             if held.get(key) is not value or (address and value.data_ptr() != address):
                 raise WeightsReplacedError(
-                    f"{path} of the model is not what it was when the model was compiled: it was replaced, and compiled programs "
-                    "would go on with the old weights; compile the model again, or change weights in place (copy_, "
-                    "load_state_dict without assign=True)"
+                    f"{path} of the model is not what it was when the model was compiled: it was "
+                    "replaced, and compiled programs would go on with the old weights; compile "
+                    "the model again, or change weights in place (copy_, load_state_dict without "
+                    "assign=True)"
                 )
 
 
 def _address(value: Any) -> int:
-    """Where a plain tensor's values lie; 0 for anything else, which is only compared by identity."""
-    return value.data_ptr() if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter, nn.Buffer) else 0
+    """Where a plain tensor's values lie; 0 for anything else, which is only compared by
+    identity.
+    """
+    return (
+        value.data_ptr()
+        if isinstance(value, Tensor) and type(value) in (Tensor, nn.Parameter, nn.Buffer)
+        else 0
+    )

@@ -1,7 +1,7 @@
 """What is compiled, and the key under which it is found again.
 
-A *variant* is compiled code for one graph and one class of shapes: a region that all programs share, or a whole
-program (tier 1). Everything that could change the code is a field of its key.
+A *variant* is compiled code for one graph and one class of shapes: a region that all programs
+share, or a whole program (tier 1). Everything that could change the code is a field of its key.
 """
 
 import functools
@@ -31,9 +31,15 @@ def target_of(device: torch.device) -> str:
     # Inductor compiles for the very processor it runs on
     info = Path("/proc/cpuinfo")
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    flags = next((line for line in lines if line.lower().startswith(("flags", "features"))), platform.processor())
+    flags = next(
+        (line for line in lines if line.lower().startswith(("flags", "features"))),
+        platform.processor(),
+    )
     known = hashlib.sha256(flags.encode()).hexdigest()[:8]
-    return f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} {known}"
+    return (
+        f"{platform.system()} {platform.machine()} {torch.backends.cpu.get_cpu_capability()} "
+        f"{known}"
+    )
 
 
 @functools.cache
@@ -49,10 +55,11 @@ def _builder() -> str:
 class VariantKey:
     """Identifies compiled code; two keys are equal exactly when the code may be exchanged.
 
-    `graph` is the fingerprint of what is compiled (operators, wiring, literals, operand layouts), `passes` the content
-    ids of the passes run on it, `bucket` the class of shapes. transformers' version is no field: what it changes is the
-    graph. `threads` is one because Inductor decides by it which loops to split, `builder` because our own adapters decide
-    what the compiler is given. Inductor's global settings are none: set them through the backend's `options`.
+    `graph` is the fingerprint of what is compiled (operators, wiring, literals, operand layouts),
+    `passes` the content ids of the passes run on it, `bucket` the class of shapes. transformers'
+    version is no field: what it changes is the graph. `threads` is one because Inductor decides by
+    it which loops to split, `builder` because our own adapters decide what the compiler is given.
+    Inductor's global settings are none: set them through the backend's `options`.
     """
 
     kind: str
@@ -71,9 +78,16 @@ class VariantKey:
 
     @classmethod
     def of(
-        cls, kind: str, graph: str, shape: ShapeClass, backend: Backend, device: torch.device, dtype: torch.dtype,
-        program: str = "", passes: tuple[str, ...] = (),
-    ) -> "VariantKey":  # fmt: skip
+        cls,
+        kind: str,
+        graph: str,
+        shape: ShapeClass,
+        backend: Backend,
+        device: torch.device,
+        dtype: torch.dtype,
+        program: str = "",
+        passes: tuple[str, ...] = (),
+    ) -> "VariantKey":
         """The key of `graph` for `shape` by `backend` on this machine."""
         return cls(
             kind=kind,
@@ -103,7 +117,8 @@ class VariantKey:
 
 @dataclass(frozen=True)
 class RegionRecord:
-    """How one region came to be: which body, for which shapes, where from, the seconds it took and its bytes on disk.
+    """How one region came to be: which body, for which shapes, where from, the seconds it took and
+    its bytes on disk.
 
     `source` is "compiled" or "loaded" (from the artifact store).
     """
@@ -116,11 +131,17 @@ class RegionRecord:
 
 
 def _name(kind: type[Backend]) -> str:
-    return kind.name if kind.__module__.startswith("polar_fx.") else f"{kind.__module__}.{kind.__qualname__}"
+    return (
+        kind.name
+        if kind.__module__.startswith("polar_fx.")
+        else f"{kind.__module__}.{kind.__qualname__}"
+    )
 
 
 class VariantCache:
-    """Loaded variants in memory, the least recently used dropped when their bytes exceed `limit_bytes`."""
+    """Loaded variants in memory, the least recently used dropped when their bytes exceed
+    `limit_bytes`.
+    """
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit_bytes = limit_bytes

@@ -1,8 +1,9 @@
 """Captured decodes: on CUDA a linked program is one launch a token instead of one for every kernel.
 
-A linked decode is a fixed sequence of kernels on fixed addresses. It is captured into a CUDA graph when it first runs and
-replayed from then on. All graphs take their intermediate values from one memory pool: they never run at the same time, and
-none leaves anything in the pool that is read later.
+A linked decode is a fixed sequence of kernels on fixed addresses. It is captured into a CUDA graph
+when it first runs and replayed from then on. All graphs take their intermediate values from one
+memory pool: they never run at the same time, and none leaves anything in the pool that is read
+later.
 
 Shape legend: B batch, V vocabulary; a decode is of one token a row.
 """
@@ -56,12 +57,15 @@ class GraphApi(Protocol):
     def capture(self, pool: Any, function: Callable[[], object]) -> Graph:
         """The work `function` launches, recorded, not run, its memory taken from `pool`.
 
-        Raises RuntimeError if it cannot be; the current stream is the same afterwards, and not capturing.
+        Raises RuntimeError if it cannot be; the current stream is the same afterwards, and not
+        capturing.
         """
         ...
 
     def wait(self) -> None:
-        """Order what comes next on the current stream behind the work of the stream that called this last."""
+        """Order what comes next on the current stream behind the work of the stream that called
+        this last.
+        """
         ...
 
     def synchronize(self) -> None:
@@ -72,19 +76,23 @@ class GraphApi(Protocol):
 class CudaApi:
     """CUDA graphs of one device.
 
-    A capture neither waits for the device nor empties its caches, as `torch.cuda.graph` does: requests would pay for it.
+    A capture neither waits for the device nor empties its caches, as `torch.cuda.graph` does:
+    requests would pay for it.
     """
 
-    _capturing: ClassVar[threading.Lock] = threading.Lock()  # beginning one capture would break another that is under way
+    # beginning one capture would break another that is under way
+    _capturing: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        # One stream for all captures, as a pool reuses memory within a stream alone. Nothing else runs on it: the cuBLAS
-        # workspace of this stream is then allocated in a capture, that is in the pool, which matters because resetting a
-        # graph drops the workspace of its stream (pytorch#193402) and the others that use it must find it mapped.
+        # One stream for all captures, as a pool reuses memory within a stream alone. Nothing else
+        # runs on it: the cuBLAS workspace of this stream is then allocated in a capture, that is in
+        # the pool, which matters because resetting a graph drops the workspace of its stream
+        # (pytorch#193402) and the others that use it must find it mapped.
         self._stream = torch.cuda.Stream(device)
         self._last: torch.cuda.Stream | None = None
-        self._pools: list[torch.cuda.MemPool] = []  # held: a pool that no graph uses would be given up
+        # held: a pool that no graph uses would be given up
+        self._pools: list[torch.cuda.MemPool] = []
 
     def new_pool(self) -> Any:
         self._pools.append(torch.cuda.MemPool())
@@ -95,7 +103,8 @@ class CudaApi:
         with self._capturing, torch.cuda.device(self.device), torch.cuda.stream(self._stream):
             ended = False
             try:
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may allocate meanwhile
+                # other threads may allocate meanwhile
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
                 try:
                     function()
                 finally:
@@ -109,12 +118,13 @@ class CudaApi:
     def _mend(self, pool: Any) -> None:
         """Undo what torch leaves after a capture that could not be begun or ended (pytorch#180395).
 
-        The pool, unless it is None, would go on taking every allocation of this stream, and the generator would refuse
-        ordinary calls.
+        The pool, unless it is None, would go on taking every allocation of this stream, and the
+        generator would refuse ordinary calls.
         """
         index = torch.cuda.current_device()
         if pool is not None:
-            with contextlib.suppress(RuntimeError):  # it is not recording: the capture failed before that
+            # it is not recording: the capture failed before that
+            with contextlib.suppress(RuntimeError):
                 torch._C._cuda_endAllocateToPool(index, pool)
         generator = torch.cuda.default_generators[index]
         state = generator.get_state()
@@ -139,7 +149,9 @@ class CudaApi:
 
 @dataclass(frozen=True)
 class GraphRecord:
-    """One attempt to capture: milliseconds it took, the pool it drew from, and the reason if it failed."""
+    """One attempt to capture: milliseconds it took, the pool it drew from, and the reason if it
+    failed.
+    """
 
     program: Program
     batch: int
@@ -152,7 +164,8 @@ class GraphRecord:
 class _Buffers:
     """What goes in and comes out at fixed addresses: ids and positions i64[B, 1], logits [B, 1, V].
 
-    Allocated outside the pool and shared by all graphs of a batch size, so that no graph keeps anything in the pool.
+    Allocated outside the pool and shared by all graphs of a batch size, so that no graph keeps
+    anything in the pool.
     """
 
     ids: Tensor
@@ -166,9 +179,11 @@ class _Buffers:
 
 @dataclass(eq=False, slots=True)
 class _Captured:
-    """A graph and what must outlive it: the linked program owns the weights and keeps its id from being another's.
+    """A graph and what must outlive it: the linked program owns the weights and keeps its id from
+    being another's.
 
-    Slots are not held. Only a caller whose slots lie at the captured addresses meets the graph, and those it holds itself.
+    Slots are not held. Only a caller whose slots lie at the captured addresses meets the graph, and
+    those it holds itself.
     """
 
     graph: Graph
@@ -180,9 +195,9 @@ class _Captured:
 class CudaGraphs:
     """Runs linked decodes of one model as CUDA graphs; at most `limit` are kept (0: none are made).
 
-    The least recently used is dropped for a new one, but not while all are in use: a program too many then runs as it is
-    linked, which costs less than capturing in turns. So does, without end, a program that cannot be captured; `records` and
-    the log say why.
+    The least recently used is dropped for a new one, but not while all are in use: a program too
+    many then runs as it is linked, which costs less than capturing in turns. So does, without end,
+    a program that cannot be captured; `records` and the log say why.
     """
 
     def __init__(self, api: GraphApi, limit: int = 64) -> None:
@@ -205,13 +220,21 @@ class CudaGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(self, linked: LinkedProgram, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """Logits [B, 1, V] of one token a row (ids and positions i64[B, 1]), a tensor of the caller's own.
+    def run(
+        self,
+        linked: LinkedProgram,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Logits [B, 1, V] of one token a row (ids and positions i64[B, 1]), a tensor of the
+        caller's own.
 
-        Writes the slots in place. The first run of a program, batch size and set of slots captures and replays. Where it
-        needs code that has not run for this batch size yet, the first run is an ordinary one, and the capture follows it; a
-        program that cannot be captured runs as it is linked. Sessions of a program meet their graph again as far as the pool
-        hands out the same slots in the same order.
+        Writes the slots in place. The first run of a program, batch size and set of slots captures
+        and replays. Where it needs code that has not run for this batch size yet, the first run is
+        an ordinary one, and the capture follows it; a program that cannot be captured runs as it is
+        linked. Sessions of a program meet their graph again as far as the pool hands out the same
+        slots in the same order.
         """
         assert input_ids.shape[1] == 1, "a decode is of one token a row"
         # not the address of kv_index: it is the linked program's own
@@ -221,27 +244,37 @@ class CudaGraphs:
             captured = self._graphs.get(key)
             if captured is None:
                 worthwhile = self._is_worthwhile(linked.program, len(input_ids))
-                out = self._outputs.get(len(input_ids)) if worthwhile and self._is_loaded(linked, len(input_ids)) else None
+                out = (
+                    self._outputs.get(len(input_ids))
+                    if worthwhile and self._is_loaded(linked, len(input_ids))
+                    else None
+                )
                 if out is not None:
                     captured = self._capture(key, linked, input_ids, positions, slots, out)
                 if captured is None:
-                    # This loads the kernels as well, which a capture must not do. It need not happen on the side stream:
-                    # what is loaded is the device's, and the side stream is to be kept free (see CudaApi).
+                    # This loads the kernels as well, which a capture must not do. It need not
+                    # happen on the side stream: what is loaded is the device's, and the side stream
+                    # is to be kept free (see CudaApi).
                     logits = linked.run(input_ids, positions, slots)
                     if worthwhile and out is None:
                         self._outputs[len(input_ids)] = logits.shape, logits.dtype
                         self._loaded |= _code(linked, len(input_ids))
-                        self._capture(key, linked, input_ids, positions, slots, self._outputs[len(input_ids)])
+                        self._capture(
+                            key, linked, input_ids, positions, slots, self._outputs[len(input_ids)]
+                        )
                     return logits
             self._graphs.move_to_end(key)
             captured.last_run = self._num_runs
-            self._api.wait()  # buffers and pool are shared, and the caller may be on another stream than the last one
+            # buffers and pool are shared, and the caller may be on another stream than the last one
+            self._api.wait()
             captured.buffers.fill(input_ids, positions)
             captured.graph.replay()
             return captured.buffers.logits.clone()
 
     def _is_loaded(self, linked: LinkedProgram, batch: int) -> bool:
-        """Whether every kernel of a run is on the device, because programs of the same regions have run."""
+        """Whether every kernel of a run is on the device, because programs of the same regions have
+        run.
+        """
         return _code(linked, batch) <= self._loaded
 
     def _is_worthwhile(self, program: Program, batch: int) -> bool:
@@ -255,18 +288,27 @@ class CudaGraphs:
         return self._num_runs - oldest.last_run > _GRACE * self.limit
 
     def _capture(
-        self, key: _Key, linked: LinkedProgram, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]],
+        self,
+        key: _Key,
+        linked: LinkedProgram,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]],
         out: _Output,
-    ) -> "_Captured | None":  # fmt: skip
+    ) -> "_Captured | None":
         """Capture such a run; on failure, remember and log the reason."""
         buffers = self._static(input_ids, positions, out)
         self._api.wait()  # a graph that uses these buffers may still run on another stream
-        # A capture writes nothing. Should a part of it run after all, it writes this token's keys and values once more.
+        # A capture writes nothing. Should a part of it run after all, it writes this token's keys
+        # and values once more.
         buffers.fill(input_ids, positions)
         handled, start = sys.exception(), time.perf_counter()
         reason, graph = None, None
         try:
-            graph = self._api.capture(self._pool, lambda: buffers.logits.copy_(linked.run(buffers.ids, buffers.positions, slots)))
+            graph = self._api.capture(
+                self._pool,
+                lambda: buffers.logits.copy_(linked.run(buffers.ids, buffers.positions, slots)),
+            )
         except RuntimeError as error:  # CUDA's errors and want of memory are among them
             reason = _first_cause(error, handled)
         milliseconds = 1e3 * (time.perf_counter() - start)
@@ -292,14 +334,19 @@ class CudaGraphs:
             log.warning("no decode could be captured; none is tried any more")
         self._api.synchronize()
         if len(self._failed) <= _MAX_POOLS:
-            self._pool = self._api.new_pool()  # what the failed one left in the other is unknown; graphs keep theirs
+            # what the failed one left in the other is unknown; graphs keep theirs
+            self._pool = self._api.new_pool()
 
     def _static(self, input_ids: Tensor, positions: Tensor, out: _Output) -> _Buffers:
         shape, dtype = out
         key = (shape, dtype, input_ids.dtype)
         if (buffers := self._buffers.get(key)) is None:
-            with torch.inference_mode(False):  # or they could not be filled outside of inference mode again
-                ids, places = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (input_ids, positions))
+            # or they could not be filled outside of inference mode again
+            with torch.inference_mode(False):
+                ids, places = (
+                    torch.empty(t.shape, dtype=t.dtype, device=t.device)
+                    for t in (input_ids, positions)
+                )
                 logits = torch.empty(shape, dtype=dtype, device=positions.device)
             buffers = self._buffers[key] = _Buffers(ids, places, logits)
         return buffers
@@ -308,7 +355,11 @@ class CudaGraphs:
 def _code(linked: LinkedProgram, batch: int) -> set[tuple[int, Hashable]]:
     """What decides the kernels of a run: its regions, whether it blends, and the number of rows."""
     assert linked.epilogue is not None
-    regions: list[Hashable] = [linked.prologue, linked.epilogue.region, *(step.region for step in linked.steps)]
+    regions: list[Hashable] = [
+        linked.prologue,
+        linked.epilogue.region,
+        *(step.region for step in linked.steps),
+    ]
     blends: list[Hashable] = ["blend"] if any(step.closes for step in linked.steps) else []
     return {(batch, part) for part in regions + blends}
 

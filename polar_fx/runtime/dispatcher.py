@@ -1,7 +1,7 @@
 """Dispatch: each row of a batch to its program, on regions that are compiled already.
 
-The steps that all programs share run once, the predictor looks at the hidden states after them, rows are grouped by program,
-and each group goes on from there. Shape legend: B batch, T tokens.
+The steps that all programs share run once, the predictor looks at the hidden states after them,
+rows are grouped by program, and each group goes on from there. Shape legend: B batch, T tokens.
 """
 
 import logging
@@ -49,8 +49,9 @@ class Predictor(Protocol):
 class Decision:
     """What one row runs, and why.
 
-    `probability` is the predicted one of being right, `gain` that over the identity's; both None where a prediction was not
-    made or not finite. `reason`: "policy", or why it is the identity instead ("not prepared", "not finite").
+    `probability` is the predicted one of being right, `gain` that over the identity's; both None
+    where a prediction was not made or not finite. `reason`: "policy", or why it is the identity
+    instead ("not prepared", "not finite").
     """
 
     program: Program
@@ -65,7 +66,9 @@ class Decision:
 
 @dataclass(frozen=True)
 class DispatchReport:
-    """What a request did: a decision a row, and seconds of the trunk, of prediction, and of everything."""
+    """What a request did: a decision a row, and seconds of the trunk, of prediction, and of
+    everything.
+    """
 
     decisions: tuple[Decision, ...]
     trunk_s: float
@@ -80,7 +83,13 @@ class DispatchReport:
     def to_dict(self) -> dict[str, Any]:
         """As JSON values."""
         rows = [
-            {"program": str(d.program), "steps": d.num_steps, "probability": d.probability, "gain": d.gain, "reason": d.reason}
+            {
+                "program": str(d.program),
+                "steps": d.num_steps,
+                "probability": d.probability,
+                "gain": d.gain,
+                "reason": d.reason,
+            }
             for d in self.decisions
         ]
         times = {"trunk_s": self.trunk_s, "predict_s": self.predict_s, "total_s": self.total_s}
@@ -92,44 +101,58 @@ class Dispatcher:
 
     Args:
         model: runs them.
-        predictor: proposes them; None proposes the menu without probabilities, which suits policies that need none.
+        predictor: proposes them; None proposes the menu without probabilities, which suits policies
+            that need none.
         menu: programs prepared by `warmup`; default: the predictor's own.
         policy: chooses among the proposed; its text, or a `Policy`.
-        unprepared: what happens to a program that `warmup` did not prepare: "identity" runs that instead, "link" runs it
-            all the same, which takes milliseconds and compiles nothing where regions are there.
+        unprepared: what happens to a program that `warmup` did not prepare: "identity" runs that
+            instead, "link" runs it all the same, which takes milliseconds and compiles nothing
+            where regions are there.
 
-    Raises InputError if the predictor or a program is of another depth, and ProgramError if a program does not begin with the
-    steps the predictor looks behind.
+    Raises InputError if the predictor or a program is of another depth, and ProgramError if a
+    program does not begin with the steps the predictor looks behind.
     """
 
     def __init__(
-        self, model: "CompiledModel", predictor: Predictor | None, menu: Menu | None, policy: str | Policy,
+        self,
+        model: "CompiledModel",
+        predictor: Predictor | None,
+        menu: Menu | None,
+        policy: str | Policy,
         unprepared: Unprepared = "identity",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.model, self.predictor = model, predictor
         self.unprepared: Unprepared = unprepared
         if unprepared not in ("identity", "link"):
             raise InputError(f"unprepared is {unprepared!r}; use 'identity' or 'link'")
         if predictor is not None and predictor.depth != model.depth:
             raise InputError(
-                f"the predictor was trained for {predictor.depth} layers but the model has {model.depth}; train one for it"
+                f"the predictor was trained for {predictor.depth} layers but the model has "
+                f"{model.depth}; train one for it"
             )
         self.menu = menu or getattr(predictor, "menu", None) or Menu.of((), model.depth)
         if self.menu.depth != model.depth:
-            raise InputError(f"the menu has programs of depth {self.menu.depth} but the model has {model.depth} layers")
+            raise InputError(
+                f"the menu has programs of depth {self.menu.depth} but the model has "
+                f"{model.depth} layers"
+            )
         self.identity = Program.identity(model.depth)
         self.policy = Policy.parse(policy, model.depth)
         if self.policy.program is not None:
             self.menu = Menu.of((*self.menu.programs, self.policy.program))
         if predictor is None and self.policy.kind not in ("identity", "program"):
-            raise InputError(f"policy {self.policy} needs a predictor; give predictor=, or use 'identity' or a program")
+            raise InputError(
+                f"policy {self.policy} needs a predictor; give predictor=, or use 'identity' or a "
+                "program"
+            )
         self.calibration = predictor.calibration if predictor is not None else Calibration()
         self.num_steps = 0 if predictor is None else predictor.features.num_steps
         for program in self.menu.programs:
             if predictor is not None and not shares_trunk(program, self.num_steps):
                 raise ProgramError(
-                    f"program {program} does not begin with the {self.num_steps} steps that the predictor looks behind; "
-                    "leave it off the menu, or train a predictor with fewer shared steps"
+                    f"program {program} does not begin with the {self.num_steps} steps that the "
+                    "predictor looks behind; leave it off the menu, or train a predictor with "
+                    "fewer shared steps"
                 )
         own = getattr(predictor, "menu", None)
         self._on = frozenset(self.menu.programs)
@@ -145,7 +168,9 @@ class Dispatcher:
         return frozenset(self._prepared)
 
     def warmup(self, batches: Sequence[int] = (1, 2)) -> None:
-        """Link every program of the menu, compile what they need for one row and for several; measure costs if they count."""
+        """Link every program of the menu, compile what they need for one row and for several;
+        measure costs if they count.
+        """
         for batch in batches:
             self.model.warmup(self.menu.programs, batch)
         if self.policy.kind == "latency_ms":
@@ -157,15 +182,21 @@ class Dispatcher:
         self._prepared = {self.identity, *self.menu.programs}
 
     def with_policy(self, policy: str | Policy) -> "Dispatcher":
-        """The same with another policy; what is prepared stays so, and costs that it needs are measured."""
+        """The same with another policy; what is prepared stays so, and costs that it needs are
+        measured.
+        """
         other = Dispatcher(self.model, self.predictor, self.menu, policy, self.unprepared)
         other.costs_ms, other._prepared = self.costs_ms, set(self._prepared)
-        if other.policy.kind == "latency_ms" and not other.costs_ms and other._prepared.issuperset(other.menu.programs):
+        if (
+            other.policy.kind == "latency_ms"
+            and not other.costs_ms
+            and other._prepared.issuperset(other.menu.programs)
+        ):
             other.costs_ms = measure_costs(self.model, other.menu)
         other.policy.check(other.calibration, other.costs_ms or None)
         return other
 
-    # ------------------------------------------------------------------------------------------------- deciding
+    # ------------------------------------------------------------------------------------- deciding
 
     def decide(self, hidden: Sequence[Tensor]) -> list[Decision]:
         """A decision a row, of its hidden states [T, d] after `num_steps` steps."""
@@ -179,11 +210,15 @@ class Dispatcher:
             if chance != chance or base != base:  # NaN features: nothing is known about this input
                 decisions.append(Decision(self.identity, reason="not finite"))
                 continue
-            decisions.append(self._allowed(Decision(proposal.programs[chosen], chance, chance - base)))
+            decisions.append(
+                self._allowed(Decision(proposal.programs[chosen], chance, chance - base))
+            )
         return decisions
 
     def _on_menu(self, proposal: Proposal) -> Proposal:
-        """The proposal without programs that are not on the menu; of predictors with a menu of their own alone."""
+        """The proposal without programs that are not on the menu; of predictors with a menu of
+        their own alone.
+        """
         if not self._restricted:
             return proposal
         kept = [i for i, p in enumerate(proposal.programs) if p in self._on]
@@ -191,7 +226,10 @@ class Dispatcher:
         return Proposal(programs, proposal.steps[kept], proposal.probabilities[kept])
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
-        """What each row of i64[B, T] would run; only the shared steps run. Raises what `forward` raises."""
+        """What each row of i64[B, T] would run; only the shared steps run.
+
+        Raises what `forward` raises.
+        """
         rows, _ = self.model.rows(input_ids, attention_mask)
         if not self.needs_trunk:
             return self.decide([torch.empty(0)] * len(rows))
@@ -208,17 +246,21 @@ class Dispatcher:
             return decision
         return Decision(self.identity, reason="not prepared")
 
-    # ------------------------------------------------------------------------------------------------- generating
+    # ----------------------------------------------------------------------------------- generating
 
     def generate(self, input_ids: Tensor, **kwargs: Any) -> tuple[Any, DispatchReport]:
-        """What `CompiledModel.generate` returns, each row by its own program, rows in order; and what was done.
+        """What `CompiledModel.generate` returns, each row by its own program, rows in order; and
+        what was done.
 
-        Shorter continuations are padded as `generate` pads. Of several rows, which may run several programs, only token ids can
-        be returned. Raises what `CompiledModel.generate` raises, before anything runs, and InputError for arguments that
-        several groups of rows cannot share.
+        Shorter continuations are padded as `generate` pads. Of several rows, which may run several
+        programs, only token ids can be returned. Raises what `CompiledModel.generate` raises,
+        before anything runs, and InputError for arguments that several groups of rows cannot share.
         """
         if "program" in kwargs:
-            raise InputError("a dispatched call chooses the program itself; use generate(program=...) to name one")
+            raise InputError(
+                "a dispatched call chooses the program itself; use generate(program=...) to name "
+                "one"
+            )
         start = time.perf_counter()
         generator = self.model.generator
         rows, _, config = generator.check(input_ids, **kwargs)
@@ -241,30 +283,43 @@ class Dispatcher:
                 for program, members in groups.items()
             ]
         output = parts[0][1] if len(parts) == 1 else self._joined(input_ids, parts, kwargs)
-        report = DispatchReport(tuple(decisions), ran - start, decided - ran, time.perf_counter() - start)
+        report = DispatchReport(
+            tuple(decisions), ran - start, decided - ran, time.perf_counter() - start
+        )
         log.debug("%d rows by %d programs", len(rows), len(groups))
         return output, report
 
     def _group(
-        self, input_ids: Tensor, program: Program, members: list[int], trunk: Trunk, batch: int, kwargs: dict[str, Any]
+        self,
+        input_ids: Tensor,
+        program: Program,
+        members: list[int],
+        trunk: Trunk,
+        batch: int,
+        kwargs: dict[str, Any],
     ) -> Any:
         if len(members) == batch:
             return self.model.generator.run(input_ids, program, trunk=trunk, **kwargs)
         where = torch.tensor(members, device=input_ids.device)
         own = dict(kwargs)
         if (allowed := own.get("prefix_allowed_tokens_fn")) is not None:
-            own["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(members[row], ids)  # rows count within the group
+            # rows count within the group
+            own["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(members[row], ids)
         if own.get("attention_mask") is not None:
             own["attention_mask"] = own["attention_mask"][where.to(own["attention_mask"].device)]
         return self.model.generator.run(input_ids[where], program, trunk=trunk.take(members), **own)
 
-    def _joined(self, input_ids: Tensor, parts: list[tuple[list[int], Tensor]], kwargs: dict[str, Any]) -> Tensor:
+    def _joined(
+        self, input_ids: Tensor, parts: list[tuple[list[int], Tensor]], kwargs: dict[str, Any]
+    ) -> Tensor:
         copies = parts[0][1].shape[0] // len(parts[0][0])  # num_return_sequences
         width = max(ids.shape[1] for _, ids in parts)
         fill = self.model.generator.pad_token(**kwargs)
         joined = input_ids.new_full((input_ids.shape[0] * copies, width), fill)
         for members, ids in parts:
-            where = torch.tensor([m * copies + c for m in members for c in range(copies)], device=joined.device)
+            where = torch.tensor(
+                [m * copies + c for m in members for c in range(copies)], device=joined.device
+            )
             joined[where, : ids.shape[1]] = ids.to(joined.device)
         return joined
 
@@ -276,12 +331,17 @@ def _check_joinable(kwargs: dict[str, Any], return_dict: bool) -> None:
         given = "return_dict_in_generate"
     if given is not None:
         raise InputError(
-            f"{given} cannot be shared by rows that run different programs; pass rows one by one, or name the program= of all"
+            f"{given} cannot be shared by rows that run different programs; pass rows one by one, "
+            "or name the program= of all"
         )
 
 
-def measure_costs(model: "CompiledModel", menu: Menu, tokens: int = _COST_TOKENS) -> dict[Program, float]:
-    """Milliseconds of a prefill of `tokens` tokens and one decoding step, by program: the median of interleaved runs."""
+def measure_costs(
+    model: "CompiledModel", menu: Menu, tokens: int = _COST_TOKENS
+) -> dict[Program, float]:
+    """Milliseconds of a prefill of `tokens` tokens and one decoding step, by program: the median of
+    interleaved runs.
+    """
     tokens = max(1, min(tokens, model.pool.max_length - 1))
     rows = [torch.zeros(tokens, dtype=torch.long)]
     times: dict[Program, list[float]] = {program: [] for program in menu.programs}

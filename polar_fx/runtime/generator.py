@@ -1,7 +1,7 @@
 """transformers' generation loop on top of prefill and decode.
 
-Sampling, beams, stop tokens and strings, logits processors and streamers are transformers' own; this adapter
-only answers its forward calls. Its overhead per token is measured in bench/latency.py.
+Sampling, beams, stop tokens and strings, logits processors and streamers are transformers' own;
+this adapter only answers its forward calls. Its overhead per token is measured in bench/latency.py.
 """
 
 import contextlib
@@ -25,21 +25,41 @@ if TYPE_CHECKING:
     from ..compiled import CompiledModel
 
 _UNSUPPORTED = (
-    "assistant_model", "past_key_values", "cache", "inputs_embeds", "position_ids", "cache_implementation", "negative_prompt_ids"
-)  # fmt: skip
+    "assistant_model",
+    "past_key_values",
+    "cache",
+    "inputs_embeds",
+    "position_ids",
+    "cache_implementation",
+    "negative_prompt_ids",
+)
 _LOGITS_ONLY = ("output_hidden_states", "output_attentions")
 # settings that ask for a loop of transformers that takes more from a model than its next logits
 _OTHER_LOOPS = (
-    "constraints", "force_words_ids", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "dola_layers",
-    "penalty_alpha", "num_beam_groups",
-)  # fmt: skip
+    "constraints",
+    "force_words_ids",
+    "prompt_lookup_num_tokens",
+    "assistant_early_exit",
+    "use_mtp",
+    "dola_layers",
+    "penalty_alpha",
+    "num_beam_groups",
+)
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
-def padded_rows(rows: Sequence[Sequence[int]], fill: int = 0, side: str = "left") -> tuple[Tensor, Tensor]:
-    """Token rows as `generate` takes them: ids i64[B, T], padded with `fill`, and the mask i64[B, T] of real ones."""
-    ids = pad_sequence([torch.tensor(r) for r in rows], batch_first=True, padding_value=fill, padding_side=side)
-    return ids, pad_sequence([torch.ones(len(r), dtype=torch.long) for r in rows], batch_first=True, padding_side=side)
+def padded_rows(
+    rows: Sequence[Sequence[int]], fill: int = 0, side: str = "left"
+) -> tuple[Tensor, Tensor]:
+    """Token rows as `generate` takes them: ids i64[B, T], padded with `fill`, and the mask i64[B,
+    T] of real ones.
+    """
+    ids = pad_sequence(
+        [torch.tensor(r) for r in rows], batch_first=True, padding_value=fill, padding_side=side
+    )
+    return ids, pad_sequence(
+        [torch.ones(len(r), dtype=torch.long) for r in rows], batch_first=True, padding_side=side
+    )
 
 
 class _Running(GenerationMixin):
@@ -50,12 +70,16 @@ class _Running(GenerationMixin):
     input_modalities = ("text",)
     _is_stateful = False
 
-    def __init__(self, compiled: "CompiledModel", program: Program, trunk: Trunk | None = None) -> None:
+    def __init__(
+        self, compiled: "CompiledModel", program: Program, trunk: Trunk | None = None
+    ) -> None:
         self.compiled, self.program, self.trunk = compiled, program, trunk
         self.config = compiled.config
         self.generation_config = _without_chunks(compiled.generation_config or GenerationConfig())
         self.device, self.dtype = compiled.device, compiled.dtype
-        self._columns = 0  # of the tokens [B, T] that the loop holds, those that the session has seen, padding included
+        # of the tokens [B, T] that the loop holds, those that the session has seen, padding
+        # included
+        self._columns = 0
 
     @classmethod
     def can_generate(cls) -> bool:
@@ -65,19 +89,33 @@ class _Running(GenerationMixin):
         return False
 
     def _optimize_model_for_decode(self) -> Any:
-        return contextlib.nullcontext()  # transformers would switch its own modules' expert kernels here
+        # transformers would switch its own modules' expert kernels here
+        return contextlib.nullcontext()
 
     def prepare_inputs_for_generation(  # type: ignore[override]
-        self, input_ids: Tensor, attention_mask: Tensor | None = None,
-        cache: Any = None, past_key_values: Any = None, **kwargs: Any,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
-        return {"input_ids": input_ids, "attention_mask": attention_mask, CACHE: cache or past_key_values}
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            CACHE: cache or past_key_values,
+        }
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None,
-        cache: Any = None, past_key_values: Any = None, **kwargs: Any,
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits [B, 1, V] of the last token; [B, n, V] of a later call that brings n > 1 new tokens a row.
+        """Logits [B, 1, V] of the last token; [B, n, V] of a later call that brings n > 1 new
+        tokens a row.
 
         The loop passes either all tokens so far or, shorter than the mask, the new ones alone.
         """
@@ -88,13 +126,20 @@ class _Running(GenerationMixin):
         first, self._columns = session.get_seq_length() == 0, self._columns + new
         if first:
             rows, _ = self.compiled.rows(input_ids, attention_mask)
-            logits = torch.stack(self.compiled.prefill(self.program, session, rows, trunk=self.trunk))[:, None]
+            logits = torch.stack(
+                self.compiled.prefill(self.program, session, rows, trunk=self.trunk)
+            )[:, None]
         elif new == 1:
             logits = self.compiled.decode(self.program, session, input_ids[:, -1])[:, None]
         else:
-            rows, mask = self.compiled.rows(input_ids[:, -new:], None if attention_mask is None else attention_mask[:, -new:])
+            rows, mask = self.compiled.rows(
+                input_ids[:, -new:], None if attention_mask is None else attention_mask[:, -new:]
+            )
             if not bool(mask.all()):
-                raise InputError(f"{new} tokens a row follow the prompt at once, some of them padding; pass rows of equal length")
+                raise InputError(
+                    f"{new} tokens a row follow the prompt at once, some of them padding; pass "
+                    "rows of equal length"
+                )
             logits = torch.stack(self.compiled.prefill(self.program, session, rows, every=True))
         return CausalLMOutputWithPast(logits=logits, **{CACHE: session})  # type: ignore[arg-type]
 
@@ -102,16 +147,20 @@ class _Running(GenerationMixin):
 
 
 class Generator:
-    """Checks the arguments of a generate call, opens a KV session for it and runs transformers' loop."""
+    """Checks the arguments of a generate call, opens a KV session for it and runs transformers'
+    loop.
+    """
 
     def __init__(self, compiled: "CompiledModel") -> None:
         self.compiled = compiled
 
-    def run(self, input_ids: Tensor, program: Program, trunk: Trunk | None = None, **kwargs: Any) -> Any:
+    def run(
+        self, input_ids: Tensor, program: Program, trunk: Trunk | None = None, **kwargs: Any
+    ) -> Any:
         """What transformers' `generate` returns, on the model's device, wherever the prompts are.
 
-        After a `trunk` of these rows only the steps after it are prefilled. Raises InputError and KvOverflowError before
-        anything runs.
+        After a `trunk` of these rows only the steps after it are prefilled. Raises InputError and
+        KvOverflowError before anything runs.
         """
         compiled = self.compiled
         rows, mask, config = self.check(input_ids, **kwargs)
@@ -125,39 +174,62 @@ class Generator:
         if trunk is None:
             opened = compiled.session(program, len(rows) * copies)
         else:
-            trunk = trunk if copies == 1 else trunk.take([r for r in range(len(rows)) for _ in range(copies)])
+            trunk = (
+                trunk
+                if copies == 1
+                else trunk.take([r for r in range(len(rows)) for _ in range(copies)])
+            )
             opened = session_after(compiled, program, trunk)
         with opened as session:
-            return _Running(compiled, program, trunk).generate(input_ids, **{CACHE: session}, **kwargs)  # type: ignore[misc]
+            running: Any = _Running(compiled, program, trunk)
+            return running.generate(input_ids, **{CACHE: session}, **kwargs)
 
-    def check(self, input_ids: Tensor, **kwargs: Any) -> tuple[list[Tensor], Tensor, GenerationConfig]:
-        """Rows, mask and settings of a generate call. Raises InputError and KvOverflowError as `run` does."""
+    def check(
+        self, input_ids: Tensor, **kwargs: Any
+    ) -> tuple[list[Tensor], Tensor, GenerationConfig]:
+        """Rows, mask and settings of a generate call.
+
+        Raises InputError and KvOverflowError as `run` does.
+        """
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
-                raise InputError(f"generate() does not take {name}; the compiled model keeps its own KV cache")
+                raise InputError(
+                    f"generate() does not take {name}; the compiled model keeps its own KV cache"
+                )
         compiled = self.compiled
         rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
         config = self.config(**kwargs)
         _refuse_settings(config)
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
-        new = config.max_new_tokens if config.max_new_tokens is not None else (config.max_length or prompt + 20) - prompt
+        new = (
+            config.max_new_tokens
+            if config.max_new_tokens is not None
+            else (config.max_length or prompt + 20) - prompt
+        )
         if longest + new - 1 > compiled.pool.max_length:  # the last token is never fed back
             raise KvOverflowError(
-                f"a prompt of {longest} tokens and max_new_tokens={new} exceed the KV pool of {compiled.pool.max_length}; "
-                f"shorten the prompt, lower max_new_tokens, or compile with max_length={longest + new}"
+                f"a prompt of {longest} tokens and max_new_tokens={new} exceed the KV pool of "
+                f"{compiled.pool.max_length}; shorten the prompt, lower max_new_tokens, or "
+                f"compile with max_length={longest + new}"
             )
         return rows, mask, config
 
     def pad_token(self, **kwargs: Any) -> int:
-        """What a call fills shorter continuations with: the pad token, else the end of the text, else 0."""
+        """What a call fills shorter continuations with: the pad token, else the end of the text,
+        else 0.
+        """
         config = self.config(**kwargs)
-        end = config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        end = (
+            config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
+        )
         return next((t for t in (config.pad_token_id, end) if t is not None), 0)
 
     def config(self, **kwargs: Any) -> GenerationConfig:
         """The generation settings that a call with these arguments runs by."""
         running: Any = _Running(self.compiled, self.compiled.default_program)
-        return running._prepare_generation_config(kwargs.get("generation_config"), **_config_arguments(kwargs))[0]
+        return running._prepare_generation_config(
+            kwargs.get("generation_config"), **_config_arguments(kwargs)
+        )[0]
 
 
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -166,26 +238,39 @@ def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_settings(config: GenerationConfig) -> None:
-    """Raise InputError for settings that only the model itself can follow, wherever they were given."""
+    """Raise InputError for settings that only the model itself can follow, wherever they were
+    given.
+    """
     if (kind := getattr(config, "cache_implementation", None)) is not None:
         raise InputError(
-            f"cache_implementation={kind!r} cannot be followed: the compiled model keeps its own KV cache, allocated once; "
-            "set cache_implementation of the generation_config (the model's own, if none was passed) to None"
+            f"cache_implementation={kind!r} cannot be followed: the compiled model keeps its own "
+            "KV cache, allocated once; set cache_implementation of the generation_config (the "
+            "model's own, if none was passed) to None"
         )
     for name in _LOGITS_ONLY:
         if config.return_dict_in_generate and getattr(config, name, None):
-            raise InputError(f"{name}=True: the compiled model hands out logits only; leave it out, or ask the model itself")
+            raise InputError(
+                f"{name}=True: the compiled model hands out logits only; leave it out, or ask the "
+                "model itself"
+            )
     if (scale := config.guidance_scale) is not None and scale != 1:
-        raise InputError(f"guidance_scale={scale!r} needs a second, unguided prompt beside each; leave it out")
+        raise InputError(
+            f"guidance_scale={scale!r} needs a second, unguided prompt beside each; leave it out"
+        )
     mode = config.get_generation_mode().value
     asked = next((n for n in _OTHER_LOOPS if getattr(config, n, None)), None)
     if mode not in _MODES:
         what = f"{asked}={getattr(config, asked)!r}" if asked else "its settings"
-        raise InputError(f"generate() runs greedy search, sampling and beams; {what} asks for {mode}: leave it out")
+        raise InputError(
+            f"generate() runs greedy search, sampling and beams; {what} asks for {mode}: leave it "
+            "out"
+        )
 
 
 def _without_chunks(config: GenerationConfig) -> GenerationConfig:
-    """A copy without transformers' way of cutting a prompt (`prefill_chunk_size`): `prefill` cuts it in chunks of its own."""
+    """A copy without transformers' way of cutting a prompt (`prefill_chunk_size`): `prefill` cuts
+    it in chunks of its own.
+    """
     config = copy.deepcopy(config)
     config.prefill_chunk_size = None
     return config

@@ -1,8 +1,8 @@
 """Step-keyed static KV pool with one position per row.
 
-HuggingFace caches key a slot by the layer's own number; a layer that runs twice would then append twice to one
-slot. Here every executed step owns a slot, and the pool, not slot 0, knows how long each row is: skipping
-layer 0 is legal, and rows of one batch may have any mix of lengths.
+HuggingFace caches key a slot by the layer's own number; a layer that runs twice would then append
+twice to one slot. Here every executed step owns a slot, and the pool, not slot 0, knows how long
+each row is: skipping layer 0 is legal, and rows of one batch may have any mix of lengths.
 
 Shape legend: B batch, T tokens, L allocated length, H KV heads, E head size.
 """
@@ -32,10 +32,11 @@ class _Slot:
 
 
 class KvPool:
-    """Slots of [B, H, L, E] tensors, allocated on first use and handed out to one session at a time.
+    """Slots of [B, H, L, E] tensors, allocated on first use and handed out to one session at a
+    time.
 
-    `max_length` tokens fit a row. One column more is allocated (rounded up to 16): padding tokens of a ragged
-    batch write there, and no mask ever shows it.
+    `max_length` tokens fit a row. One column more is allocated (rounded up to 16): padding tokens
+    of a ragged batch write there, and no mask ever shows it.
     """
 
     def __init__(self, max_length: int, device: torch.device) -> None:
@@ -59,7 +60,9 @@ class KvPool:
         return sum(t.numel() * t.element_size() for t in self._allocated)
 
     def on_device(self, numbers: Sequence[int]) -> Tensor:
-        """Numbers i64[N] on the device; from pinned memory if that is a GPU, so that the host does not wait for it."""
+        """Numbers i64[N] on the device; from pinned memory if that is a GPU, so that the host does
+        not wait for it.
+        """
         values = torch.tensor(numbers, pin_memory=self.device.type == "cuda")
         return values.to(self.device, non_blocking=True)
 
@@ -71,17 +74,24 @@ class KvPool:
                 if slot.keys.shape[0] >= batch:
                     return free.pop(i)
             for slot in free:  # too small for this batch: make room before allocating larger ones
-                self._allocated = [t for t in self._allocated if t is not slot.keys and t is not slot.values]
+                self._allocated = [
+                    t for t in self._allocated if t is not slot.keys and t is not slot.values
+                ]
             free.clear()
             # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-            keys, values = (torch.zeros(s, dtype=spec.dtype, device=self.device) for s in spec.shapes(batch, self.length))
+            keys, values = (
+                torch.zeros(s, dtype=spec.dtype, device=self.device)
+                for s in spec.shapes(batch, self.length)
+            )
             self._allocated += [keys, values]
             self._serial += 1
             return _Slot(self._serial, keys, values)
 
     @contextmanager
     def session(self, specs: Sequence[KvSpec], batch: int) -> "Iterator[KvSession]":
-        """A session of `batch` empty rows over one slot per step; the slots return to the pool at the end."""
+        """A session of `batch` empty rows over one slot per step; the slots return to the pool at
+        the end.
+        """
         slots = [self._take(spec, batch) for spec in specs]
         session = KvSession(self, [(s.keys[:batch], s.values[:batch]) for s in slots], batch)
         try:
@@ -90,30 +100,37 @@ class KvPool:
             session.clear()
             with self._lock:
                 for spec, slot in zip(specs, slots, strict=True):
-                    # in order of allocation: programs then meet the same slots again, whatever ran in between, and a CUDA
-                    # graph captured on them can be replayed
+                    # in order of allocation: programs then meet the same slots again, whatever ran
+                    # in between, and a CUDA graph captured on them can be replayed
                     bisect.insort(self._free[spec], slot, key=lambda s: s.serial)
 
 
 class KvSession(Cache):
     """The KV state of one running batch: a slot per step and a length per row.
 
-    Lengths are kept twice: as numbers, to refuse what does not fit without asking the device, and on the device, where the
-    positions of a decoded token are made of them without a copy from the host or a wait.
+    Lengths are kept twice: as numbers, to refuse what does not fit without asking the device, and
+    on the device, where the positions of a decoded token are made of them without a copy from the
+    host or a wait.
 
-    It is a transformers `Cache`, so that generation utilities may carry it around; they never index it.
+    It is a transformers `Cache`, so that generation utilities may carry it around; they never index
+    it.
     """
 
     is_compileable = False  # type: ignore[assignment]
 
     def __init__(
-        self, pool: KvPool, slots: list[tuple[Tensor, Tensor]], batch: int, next_positions: Tensor | None = None
+        self,
+        pool: KvPool,
+        slots: list[tuple[Tensor, Tensor]],
+        batch: int,
+        next_positions: Tensor | None = None,
     ) -> None:
         self.layers = []
         self.pool, self.slots = pool, slots
         self._lengths = [0] * batch
         if next_positions is None:
-            with torch.inference_mode(False):  # or it could not be advanced outside of inference mode
+            # or it could not be advanced outside of inference mode
+            with torch.inference_mode(False):
                 next_positions = torch.zeros(batch, 1, dtype=torch.long, device=pool.device)
         self._next = next_positions  # i64[B, 1], the lengths on the device
         self._written = 0  # columns 0 .. _written - 1 may hold something
@@ -128,15 +145,17 @@ class KvSession(Cache):
         return len(self._lengths)
 
     def row(self, index: int) -> "KvSession":
-        """One row as a session of its own, on the same storage; lengths flow back through `advance`."""
+        """One row as a session of its own, on the same storage; lengths flow back through
+        `advance`.
+        """
         return _Row(self, index)
 
     def positions(self, counts: Sequence[int], tokens: int | None = None) -> Tensor:
         """Positions i64[B, T] of the next counts[b] tokens of each row, T = max(counts).
 
-        Padding (beyond a row's count) is sent to the spare last column. `tokens` may ask for more than the longest row has.
-        Where all rows have T tokens, nothing is copied from the host. Raises KvOverflowError before anything is written if
-        a row would exceed the pool.
+        Padding (beyond a row's count) is sent to the spare last column. `tokens` may ask for more
+        than the longest row has. Where all rows have T tokens, nothing is copied from the host.
+        Raises KvOverflowError before anything is written if a row would exceed the pool.
         """
         self.require(counts)
         tokens = max(counts) if tokens is None else tokens
@@ -145,26 +164,35 @@ class KvSession(Cache):
         self.will_write(self.pool.length if padded else max(ends))
         if tokens == 1 and not padded:
             return self._next.clone()  # the caller's own: `advance` changes the other in place
-        columns = self.pool.kv_index[:tokens] if tokens <= self.pool.length else torch.arange(tokens, device=self.pool.device)
+        columns = (
+            self.pool.kv_index[:tokens]
+            if tokens <= self.pool.length
+            else torch.arange(tokens, device=self.pool.device)
+        )
         places = self._next + columns
         if not padded:
             return places
-        return torch.where(columns < self.pool.on_device(counts)[:, None], places, self.pool.length - 1)
+        return torch.where(
+            columns < self.pool.on_device(counts)[:, None], places, self.pool.length - 1
+        )
 
     def require(self, counts: Sequence[int]) -> None:
         """Raise KvOverflowError unless every row has room for counts[b] more tokens."""
         for row, (start, count) in enumerate(zip(self._lengths, counts, strict=True)):
             if start + count > self.pool.max_length:
                 raise KvOverflowError(
-                    f"row {row} needs {start + count} token positions but the KV pool holds {self.pool.max_length}; "
-                    f"shorten the prompt, lower max_new_tokens, or compile with max_length={start + count} or more"
+                    f"row {row} needs {start + count} token positions but the KV pool holds "
+                    f"{self.pool.max_length}; shorten the prompt, lower max_new_tokens, or "
+                    f"compile with max_length={start + count} or more"
                 )
 
     def advance(self, counts: Sequence[int]) -> None:
         """The tokens of the last `positions(counts)` are there now."""
         self._lengths = [a + b for a, b in zip(self._lengths, counts, strict=True)]
         first = counts[0]
-        self._next += first if all(n == first for n in counts) else self.pool.on_device(counts)[:, None]
+        self._next += (
+            first if all(n == first for n in counts) else self.pool.on_device(counts)[:, None]
+        )
 
     def will_write(self, columns: int) -> None:
         """Note that the first `columns` columns of the slots are about to be written."""
@@ -176,7 +204,9 @@ class KvSession(Cache):
         return self._written
 
     def clear(self) -> None:
-        """Zero what was written: a later session must not meet the NaN of this one behind its mask (0 * NaN is NaN)."""
+        """Zero what was written: a later session must not meet the NaN of this one behind its mask
+        (0 * NaN is NaN).
+        """
         for pair in self.slots:
             for slot in pair:
                 slot[:, :, : self._written].zero_()
@@ -205,13 +235,17 @@ class KvSession(Cache):
         raise NotImplementedError("slots are written by compiled steps, not through Cache.update")
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError("assisted generation is not supported: a session cannot be cropped")
+        raise NotImplementedError(
+            "assisted generation is not supported: a session cannot be cropped"
+        )
 
 
 class _Row(KvSession):
     def __init__(self, parent: KvSession, index: int) -> None:
         own = slice(index, index + 1)
-        super().__init__(parent.pool, [(k[own], v[own]) for k, v in parent.slots], 1, parent._next[own])
+        super().__init__(
+            parent.pool, [(k[own], v[own]) for k, v in parent.slots], 1, parent._next[own]
+        )
         self._parent, self._index = parent, index
         self._lengths = [parent.lengths[index]]
 

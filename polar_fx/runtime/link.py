@@ -1,7 +1,7 @@
 """The linker: regions + a program -> a straight sequence of calls on shared weights.
 
-A region is compiled once per body and shape class; linking a further program only looks regions up, so it costs
-well under a millisecond and compiles nothing.
+A region is compiled once per body and shape class; linking a further program only looks regions up,
+so it costs well under a millisecond and compiles nothing.
 
 Shape legend: B batch, T tokens, d hidden size, V vocabulary.
 """
@@ -24,7 +24,9 @@ _MAX_LINKED = 1024
 
 @dataclass(frozen=True, slots=True)
 class LinkedStep:
-    """One executed layer: its code, its operands, and the blends that open before and close after it."""
+    """One executed layer: its code, its operands, and the blends that open before and close after
+    it.
+    """
 
     region: Region
     sides: tuple[int, ...]
@@ -32,7 +34,9 @@ class LinkedStep:
     opens: int
     closes: tuple[float, ...]
 
-    def operands(self, hidden: Tensor, values: Sequence[Tensor], slot: tuple[Tensor, Tensor]) -> list[Tensor]:
+    def operands(
+        self, hidden: Tensor, values: Sequence[Tensor], slot: tuple[Tensor, Tensor]
+    ) -> list[Tensor]:
         return [hidden, *[values[i] for i in self.sides], *slot, *self.weights]
 
 
@@ -40,7 +44,8 @@ class LinkedStep:
 class LinkedProgram:
     """A program bound to the regions of one shape class.
 
-    For several tokens a row, `last` is the same program for one token, and `write_kv` the last step's KV writes.
+    For several tokens a row, `last` is the same program for one token, and `write_kv` the last
+    step's KV writes.
     """
 
     program: Program
@@ -53,30 +58,50 @@ class LinkedProgram:
     last: "LinkedProgram | None" = None
 
     def run(
-        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]],
-        done: int = 0, hidden: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
-        """Logits [B, T, V] of every token; writes the slots in place. `done` and `hidden` as in `run_last`."""
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]],
+        done: int = 0,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of every token; writes the slots in place.
+
+        `done` and `hidden` as in `run_last`.
+        """
         values = self._start(input_ids, positions)
         before = values[3] if hidden is None else hidden
         hidden, _ = self._steps(self.steps[done:], values, before, slots[done:], [])
         return self._head(hidden, values)
 
     def run_first(
-        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]], num_steps: int
-    ) -> Tensor:  # fmt: skip
-        """Hidden states [B, T, d] after the first steps, 0 .. the number of steps - 1; writes their slots in place."""
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]],
+        num_steps: int,
+    ) -> Tensor:
+        """Hidden states [B, T, d] after the first steps, 0 .. the number of steps - 1; writes their
+        slots in place.
+        """
         values = self._start(input_ids, positions)
         return self._steps(self.steps[:num_steps], values, values[3], slots, [])[0]
 
     def run_last(
-        self, input_ids: Tensor, positions: Tensor, slots: Sequence[tuple[Tensor, Tensor]], where: Tensor | None,
-        done: int = 0, hidden: Tensor | None = None,
-    ) -> Tensor | None:  # fmt: skip
-        """Logits [B, 1, V] of one token per row, `where` i64[B]; or only the KV writes, if that is None.
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]],
+        where: Tensor | None,
+        done: int = 0,
+        hidden: Tensor | None = None,
+    ) -> Tensor | None:
+        """Logits [B, 1, V] of one token per row, `where` i64[B]; or only the KV writes, if that is
+        None.
 
-        What comes after the last step's keys and values runs for those tokens alone, as if they were decoded. The first
-        `done` steps, of `run_first`, left `hidden` [B, T, d] and are not run again; none of them may open a blend.
+        What comes after the last step's keys and values runs for those tokens alone, as if they
+        were decoded. The first `done` steps, of `run_first`, left `hidden` [B, T, d] and are not
+        run again; none of them may open a blend.
         """
         assert self.write_kv is not None and self.last is not None
         values = self._start(input_ids, positions)
@@ -106,9 +131,13 @@ class LinkedProgram:
         return [*inputs, *self.prologue([*inputs, *self.prologue_weights])]
 
     def _steps(
-        self, steps: Sequence[LinkedStep], values: Sequence[Tensor], hidden: Tensor,
-        slots: Sequence[tuple[Tensor, Tensor]], saved: list[Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:  # fmt: skip
+        self,
+        steps: Sequence[LinkedStep],
+        values: Sequence[Tensor],
+        hidden: Tensor,
+        slots: Sequence[tuple[Tensor, Tensor]],
+        saved: list[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
         for step, slot in zip(steps, slots, strict=False):
             if step.opens:
                 saved += [hidden] * step.opens
@@ -137,7 +166,9 @@ class Linker:
         return len({program for program, *_ in list(self._linked)})
 
     def link(self, program: Program, shape: ShapeClass, every: bool = True) -> LinkedProgram:
-        """The program on the regions of `shape`, for the logits of every token or of one token per row."""
+        """The program on the regions of `shape`, for the logits of every token or of one token per
+        row.
+        """
         key = (program, shape if self.regions.backend.needs_shapes else None, every)
         if (linked := self._linked.get(key)) is not None:
             return linked
@@ -145,13 +176,16 @@ class Linker:
             if (linked := self._linked.get(key)) is not None:  # another thread was first
                 return linked
             linked = self._link(program, shape, every)
-            if len(self._linked) >= _MAX_LINKED:  # a search runs millions of programs; linking one again costs little
+            # a search runs millions of programs; linking one again costs little
+            if len(self._linked) >= _MAX_LINKED:
                 del self._linked[next(iter(self._linked))]
             self._linked[key] = linked
             return linked
 
     def calls(self, program: Program, shape: ShapeClass, every: bool = True) -> list[Wanted]:
-        """The regions that one run of the program linked so calls, in order; of a prompt in chunks, the last one's."""
+        """The regions that one run of the program linked so calls, in order; of a prompt in chunks,
+        the last one's.
+        """
         start, head = self.library.prologue.target, self.library.epilogue.target
         targets = [self.library.layers[layer].target for layer in program.path]
         if every:
@@ -169,14 +203,25 @@ class Linker:
         steps = []
         for step in program.schedule():
             call = library.layers[step.layer]
-            steps.append(LinkedStep(regions.get(call.target, _unlinked), call.sides, call.weights, step.opens, step.closes))
+            steps.append(
+                LinkedStep(
+                    regions.get(call.target, _unlinked),
+                    call.sides,
+                    call.weights,
+                    step.opens,
+                    step.closes,
+                )
+            )
         return LinkedProgram(
-            program, regions[start.target], start.weights, tuple(steps),
+            program,
+            regions[start.target],
+            start.weights,
+            tuple(steps),
             LinkedStep(regions[head.target], head.sides, head.weights, 0, ()) if every else None,
             self.pool.kv_index,
             None if every else regions[library.layers[program.path[-1]].target + KV_WRITES],
             None if every else self.link(program, shape.decode),
-        )  # fmt: skip
+        )
 
 
 def _unlinked(operands: list[Tensor]) -> Sequence[Tensor]:

@@ -1,6 +1,8 @@
-"""Regions by name and shape class: from memory, from the artifact store, or compiled, several at once.
+"""Regions by name and shape class: from memory, from the artifact store, or compiled, several at
+once.
 
-A region's name is its body's; with `.kv` behind it, the body's KV writes alone (see passes/keep_kv_writes.py).
+A region's name is its body's; with `.kv` behind it, the body's KV writes alone (see
+passes/keep_kv_writes.py).
 """
 
 import logging
@@ -32,7 +34,8 @@ log = logging.getLogger("polar_fx.regions")
 KV_WRITES = ".kv"
 KEEP_KV_WRITES = KeepKvWrites()
 
-# Example sizes for a dynamic axis: primes, so that no axis is taken for a model dimension of the same size.
+# Example sizes for a dynamic axis: primes, so that no axis is taken for a model dimension of the
+# same size.
 _BATCH, _TOKENS = 3, 127
 _MAX_WORKERS = 8
 
@@ -51,12 +54,18 @@ def split(name: str) -> tuple[str, bool]:
 class RegionTable:
     """Every region of a library that is loaded, and how it came to be (`records`).
 
-    `store` None compiles anew in every process; `workers` is how many processes compile at once (0: this one alone;
+    `store` None compiles anew in every process; `workers` is how many processes compile at once (0:
+    this one alone;
     None: as many as there are processors).
     """
 
     def __init__(
-        self, library: LayerLibrary, backend: Backend, max_length: int, store: ArtifactStore | None, workers: int | None = None
+        self,
+        library: LayerLibrary,
+        backend: Backend,
+        max_length: int,
+        store: ArtifactStore | None,
+        workers: int | None = None,
     ) -> None:
         self.library, self.backend, self.store = library, backend, store
         self.max_length = max_length
@@ -81,7 +90,9 @@ class RegionTable:
         target, kv = split(name)
         library, fingerprint = self.library, self.library.table.bodies[target].fingerprint
         passes = (KEEP_KV_WRITES.content_id,) if kv else ()
-        return VariantKey.of("region", fingerprint, shape, self.backend, library.device, library.dtype, passes=passes)
+        return VariantKey.of(
+            "region", fingerprint, shape, self.backend, library.device, library.dtype, passes=passes
+        )
 
     def files(self, name: str, shape: ShapeClass) -> Mapping[str, Path] | None:
         """The stored files of a region, if it is there."""
@@ -91,19 +102,23 @@ class RegionTable:
         return self.store.get(key.digest, key.facts())
 
     def graph_files(self, wanted: Sequence[Wanted]) -> list[Path]:
-        """The exported graphs of regions, in the store. Raises CompileError if it has no room for all of them."""
+        """The exported graphs of regions, in the store.
+
+        Raises CompileError if it has no room for all of them.
+        """
         self.get(wanted)
         assert isinstance(self.backend, PersistentBackend)
         for name, shape in wanted:
             if self.files(name, shape) is None:  # evicted since it was loaded
                 self._build_one(self.backend, name, shape, self.backend.build)
-        found = [(w, self.files(*w)) for w in wanted]  # again, once all are made: one may have taken another's room
+        # again, once all are made: one may have taken another's room
+        found = [(w, self.files(*w)) for w in wanted]
         for w, files in found:
             if files is None:
                 raise _evicted(*w)
         return [files[GRAPH] for _, files in found if files is not None]
 
-    # ------------------------------------------------------------------------------------------------- making them
+    # ---------------------------------------------------------------------------------- making them
 
     def _make(self, wanted: list[Wanted]) -> None:
         if isinstance(self.backend, PersistentBackend):
@@ -120,7 +135,9 @@ class RegionTable:
             self._keep(name, shape, region, 0, start, "compiled")
 
     def _load(self, backend: PersistentBackend, name: str, shape: ShapeClass) -> bool:
-        """Load a region from the store; False if it is not there, or not any more when its files are opened."""
+        """Load a region from the store; False if it is not there, or not any more when its files
+        are opened.
+        """
         start = time.perf_counter()
         if (files := self.files(name, shape)) is None:
             return False
@@ -134,7 +151,9 @@ class RegionTable:
         return True
 
     def _build(self, backend: PersistentBackend, wanted: list[Wanted]) -> None:
-        """Compile several regions, in workers if that helps; a single one, or what a worker cannot make, here."""
+        """Compile several regions, in workers if that helps; a single one, or what a worker cannot
+        make, here.
+        """
         job = describe(backend)
         if len(wanted) <= 1 or self.workers < 1 or job is None:
             for w in wanted:
@@ -142,12 +161,24 @@ class RegionTable:
             return
         with TRACING:
             _ = self.library.graph_module  # once, before threads ask for it
-        with worker_pool(min(self.workers, len(wanted))) as pool, ThreadPoolExecutor(len(wanted)) as threads:
-            made = [threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted]
+        with (
+            worker_pool(min(self.workers, len(wanted))) as pool,
+            ThreadPoolExecutor(len(wanted)) as threads,
+        ):
+            made = [
+                threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted
+            ]
             for future in made:
-                future.result()  # if one fails, the others are finished and kept before that is raised
+                # if one fails, the others are finished and kept before that is raised
+                future.result()
 
-    def _build_one(self, backend: PersistentBackend, name: str, shape: ShapeClass, build: Callable[[Path], None]) -> None:
+    def _build_one(
+        self,
+        backend: PersistentBackend,
+        name: str,
+        shape: ShapeClass,
+        build: Callable[[Path], None],
+    ) -> None:
         start = time.perf_counter()
         made: list[tuple[Region, int]] = []
 
@@ -156,12 +187,16 @@ class RegionTable:
                 with TRACING:  # torch.export is not made for threads
                     backend.export(*self._source(name, shape), folder)
                 build(folder)
-                region = backend.load(_files(folder))  # from here: once stored, it may be evicted at any time
+                # from here: once stored, it may be evicted at any time
+                region = backend.load(_files(folder))
             except PolarError:
                 raise
             except Exception as error:
-                raise CompileError(f"{backend.name} cannot compile {name} for {shape}: {compiler_reason(error)}") from error
-            if name == self.library.prologue.target:  # before it is stored: what is loaded is not looked at again
+                raise CompileError(
+                    f"{backend.name} cannot compile {name} for {shape}: {compiler_reason(error)}"
+                ) from error
+            # before it is stored: what is loaded is not looked at again
+            if name == self.library.prologue.target:
                 self._check_prologue(region, shape)
             made.append((region, _size(_files(folder))))
 
@@ -179,7 +214,15 @@ class RegionTable:
         if made:
             self._keep(name, shape, *made[0], start, "compiled")
 
-    def _keep(self, name: str, shape: ShapeClass, region: Region, num_bytes: int, start: float, source: str) -> None:
+    def _keep(
+        self,
+        name: str,
+        shape: ShapeClass,
+        region: Region,
+        num_bytes: int,
+        start: float,
+        source: str,
+    ) -> None:
         record = RegionRecord(name, str(shape), time.perf_counter() - start, source, num_bytes)
         self._regions[name, shape] = region
         self.records.append(record)
@@ -190,17 +233,28 @@ class RegionTable:
         target, kv = split(name)
         body = self.library.bodies[target]
         operands = self.library.table.bodies[target].operands
-        dynamic = [{i: a for i, a in o.axes().items() if getattr(shape, a) is None} for o in operands]
+        dynamic = [
+            {i: a for i, a in o.axes().items() if getattr(shape, a) is None} for o in operands
+        ]
         example = self._example(target, shape) if self.backend.needs_shapes else []
         return (KEEP_KV_WRITES.run(body).graph_module if kv else body), example, dynamic
 
     def _example(self, target: str, shape: ShapeClass) -> list[Tensor]:
-        sizes = {"B": shape.batch or _BATCH, "T": shape.tokens or min(_TOKENS, self.max_length), "L": shape.length}
-        return [o.example(sizes, self.library.device) for o in self.library.table.bodies[target].operands]
+        sizes = {
+            "B": shape.batch or _BATCH,
+            "T": shape.tokens or min(_TOKENS, self.max_length),
+            "L": shape.length,
+        }
+        return [
+            o.example(sizes, self.library.device)
+            for o in self.library.table.bodies[target].operands
+        ]
 
     @torch.no_grad()
     def _check_prologue(self, region: Region, shape: ShapeClass) -> None:
-        """A new prologue must hand on side values laid out as the other regions were compiled to read them."""
+        """A new prologue must hand on side values laid out as the other regions were compiled to
+        read them.
+        """
         start = self.library.prologue
         example = self._example(start.target, shape)[:3]
         for operand in example[:2]:
@@ -217,21 +271,24 @@ class RegionTable:
                 given = values[side]
                 if _layout(operand) != _layout(given):
                     raise CaptureError(
-                        f"the compiled prologue hands on {tuple(given.shape)} with strides {given.stride()} where "
-                        f"{call.target} reads strides {operand.stride()}; use backend='eager' and report this model"
+                        f"the compiled prologue hands on {tuple(given.shape)} with strides "
+                        f"{given.stride()} where {call.target} reads strides {operand.stride()}; "
+                        "use backend='eager' and report this model"
                     )
 
 
 def _evicted(name: str, shape: ShapeClass) -> CompileError:
     return CompileError(
-        f"other artifacts took the room of {name} for {shape} in the artifact store before it could be used; "
-        "raise POLAR_FX_CACHE_LIMIT"
+        f"other artifacts took the room of {name} for {shape} in the artifact store before it "
+        "could be used; raise POLAR_FX_CACHE_LIMIT"
     )
 
 
 def _layout(tensor: Tensor) -> tuple[Any, ...]:
     """Type, sizes, and strides of the axes along which there is anything to step."""
-    strides = [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    strides = [
+        stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1
+    ]
     return tensor.dtype, tensor.shape, strides
 
 

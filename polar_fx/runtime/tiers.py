@@ -1,8 +1,9 @@
-"""Tier 1: a whole program compiled as one graph, where that is measured to be faster than linked regions (tier 0).
+"""Tier 1: a whole program compiled as one graph, where that is measured to be faster than linked
+regions (tier 0).
 
-`tier="auto"` counts calls. A hot program is compiled in a worker process while requests go on; then real calls alternate
-between the two forms and are timed, and the faster one stays. Both write the same KV slots, so a request may change over
-at any token.
+`tier="auto"` counts calls. A hot program is compiled in a worker process while requests go on; then
+real calls alternate between the two forms and are timed, and the faster one stays. Both write the
+same KV slots, so a request may change over at any token.
 
 Shape legend: B batch (1), T tokens, V vocabulary.
 """
@@ -43,8 +44,9 @@ _MAX_REMEMBERED = 4096
 class TierPolicy:
     """When a program is worth a compilation, and when its whole form is worth keeping.
 
-    `hot_calls` calls of one phase start a compilation, `trial_calls` timed calls of each form decide, and the whole form
-    must be at least `margin` faster by its median. `memory_bytes` bounds the loaded whole programs. Raises InputError.
+    `hot_calls` calls of one phase start a compilation, `trial_calls` timed calls of each form
+    decide, and the whole form must be at least `margin` faster by its median. `memory_bytes` bounds
+    the loaded whole programs. Raises InputError.
     """
 
     hot_calls: int = 100
@@ -55,15 +57,18 @@ class TierPolicy:
     def __post_init__(self) -> None:
         for name in ("hot_calls", "trial_calls", "memory_bytes"):
             if getattr(self, name) < 1:
-                raise InputError(f"{name} of a tier policy must be at least 1, got {getattr(self, name)}")
+                raise InputError(
+                    f"{name} of a tier policy must be at least 1, got {getattr(self, name)}"
+                )
 
 
 @dataclass
 class TierRecord:
     """What became of one program and phase.
 
-    `state`: "cold", "compiling", "trial", "whole" (kept) or "linked" (dropped, `reason` says why). Times are seconds to
-    compile or load, and median milliseconds a call (prefill: a token) of either form during the trial.
+    `state`: "cold", "compiling", "trial", "whole" (kept) or "linked" (dropped, `reason` says why).
+    Times are seconds to compile or load, and median milliseconds a call (prefill: a token) of
+    either form during the trial.
     """
 
     program: Program
@@ -88,9 +93,18 @@ class _Variant:
 
 
 class Tiers:
-    """Chooses between a program's linked and whole form, one row at a time (larger batches are always linked)."""
+    """Chooses between a program's linked and whole form, one row at a time (larger batches are
+    always linked).
+    """
 
-    def __init__(self, library: LayerLibrary, regions: RegionTable, kv_index: Tensor, tier: Tier, policy: TierPolicy) -> None:
+    def __init__(
+        self,
+        library: LayerLibrary,
+        regions: RegionTable,
+        kv_index: Tensor,
+        tier: Tier,
+        policy: TierPolicy,
+    ) -> None:
         if tier not in TIERS:
             raise InputError(f"unknown tier {tier!r}; known: {', '.join(TIERS)}")
         self.library, self.regions, self.kv_index = library, regions, kv_index
@@ -101,11 +115,15 @@ class Tiers:
         self._chance = random.Random(0)
         self._background: _Background | None = None
         self._job = describe(regions.backend)
-        # not on a GPU: whole programs are in no CUDA graph yet, without which they lose more than they gain (docs/gpu.md)
-        if tier != "linked" and (self._job is None or regions.store is None or library.device.type != "cpu"):
+        # not on a GPU: whole programs are in no CUDA graph yet, without which they lose more than
+        # they gain (docs/gpu.md)
+        if tier != "linked" and (
+            self._job is None or regions.store is None or library.device.type != "cpu"
+        ):
             raise InputError(
-                f"tier={tier!r} needs the CPU, the artifact store and a backend that compiles to files; "
-                "compile with backend='aot_inductor', its own passes and cache=True, or with tier='linked'"
+                f"tier={tier!r} needs the CPU, the artifact store and a backend that compiles to "
+                "files; compile with backend='aot_inductor', its own passes and cache=True, or "
+                "with tier='linked'"
             )
 
     @property
@@ -115,12 +133,20 @@ class Tiers:
             return tuple(v.record for v in self._variants.values())
 
     def run(
-        self, program: Program, shape: ShapeClass, input_ids: Tensor, positions: Tensor, where: Tensor | None,
-        slots: Sequence[tuple[Tensor, Tensor]], linked: Callable[[], Tensor | None],
-    ) -> Tensor | None:  # fmt: skip
-        """Logits [1, 1, V] by the form that is due. `where` i64[1] names the token of a prefill, None decodes.
+        self,
+        program: Program,
+        shape: ShapeClass,
+        input_ids: Tensor,
+        positions: Tensor,
+        where: Tensor | None,
+        slots: Sequence[tuple[Tensor, Tensor]],
+        linked: Callable[[], Tensor | None],
+    ) -> Tensor | None:
+        """Logits [1, 1, V] by the form that is due. `where` i64[1] names the token of a prefill,
+        None decodes.
 
-        With tier="whole" it compiles what is missing, and raises CompileError or CacheError if that fails.
+        With tier="whole" it compiles what is missing, and raises CompileError or CacheError if that
+        fails.
         """
         if self.tier == "linked":
             return linked()
@@ -137,7 +163,9 @@ class Tiers:
         if record.state != "trial" or region is None:
             return linked() if region is None else whole()
         # by chance, not in turns: requests may have a rhythm of their own
-        form, times = (whole, variant.whole) if self._chance.random() < 0.5 else (linked, variant.linked)
+        form, times = (
+            (whole, variant.whole) if self._chance.random() < 0.5 else (linked, variant.linked)
+        )
         start = time.perf_counter()
         logits = form()
         times.append((time.perf_counter() - start) / input_ids.shape[1])
@@ -150,7 +178,14 @@ class Tiers:
         library, backend = self.library, self.regions.backend
         passes = () if shape.tokens == 1 else (KEEP_KV_WRITES.content_id,)
         return VariantKey.of(
-            "whole", library.fingerprint, shape, backend, library.device, library.dtype, program=str(program), passes=passes
+            "whole",
+            library.fingerprint,
+            shape,
+            backend,
+            library.device,
+            library.dtype,
+            program=str(program),
+            passes=passes,
         )
 
     def wait(self) -> None:
@@ -158,10 +193,12 @@ class Tiers:
         if self._background is not None:
             self._background.jobs.join()
 
-    # ------------------------------------------------------------------------------------------------- compilation
+    # ---------------------------------------------------------------------------------- compilation
 
     def _due(self, variant: _Variant) -> Region | None:
-        """The whole form, if it is to be used; with tier="auto" nothing is compiled or loaded here."""
+        """The whole form, if it is to be used; with tier="auto" nothing is compiled or loaded
+        here.
+        """
         record = variant.record
         if self.tier == "whole":
             return self._cache.get(variant.key) or self._make(variant, "whole")
@@ -186,7 +223,8 @@ class Tiers:
             with self._lock:
                 found = self._variants.setdefault(place, made)
                 cold = [p for p, v in self._variants.items() if v.record.state == "cold"]
-                for old in cold[: len(self._variants) - _MAX_REMEMBERED]:  # a search runs millions of programs once
+                # a search runs millions of programs once
+                for old in cold[: len(self._variants) - _MAX_REMEMBERED]:
                     del self._variants[old]
         return found
 
@@ -194,13 +232,21 @@ class Tiers:
         """The distinct weights of a program by name, numbered."""
         table = self.library.table
         calls = (table.prologue, *(table.layers[layer] for layer in program.path), table.epilogue)
-        return {name: i for i, name in enumerate(dict.fromkeys(n for c in calls for n in c.weights))}
+        return {
+            name: i for i, name in enumerate(dict.fromkeys(n for c in calls for n in c.weights))
+        }
 
     def _plan(self, program: Program, shape: ShapeClass) -> WholePlan:
         table, numbers, prefill = self.library.table, self._names(program), shape.tokens != 1
 
         def step(symbol: Symbol, opens: int = 0, closes: tuple[float, ...] = ()) -> WholeStep:
-            return WholeStep(symbol.target, symbol.sides, tuple(numbers[n] for n in symbol.weights), opens, closes)
+            return WholeStep(
+                symbol.target,
+                symbol.sides,
+                tuple(numbers[n] for n in symbol.weights),
+                opens,
+                closes,
+            )
 
         steps = tuple(step(table.layers[s.layer], s.opens, s.closes) for s in program.schedule())
         start, head = step(table.prologue), step(table.epilogue)
@@ -209,19 +255,35 @@ class Tiers:
         if prefill:
             files |= {f"{name}*": (name, shape) for name in one[:-2]}
             files["kv"] = (steps[-1].target + KV_WRITES, shape)
-        bodies = {name: str(path) for name, path in zip(files, self.regions.graph_files(list(files.values())), strict=True)}
+        bodies = {
+            name: str(path)
+            for name, path in zip(
+                files, self.regions.graph_files(list(files.values())), strict=True
+            )
+        }
         return WholePlan(prefill, bodies, start.weights, steps, head)
 
     def _make(self, variant: _Variant, state: str, worker: Worker | None = None) -> Region:
-        """Compile, or load, the whole form; the record is in `state` afterwards, or as it was if that fails."""
-        record, store, backend, before = variant.record, self.regions.store, self.regions.backend, variant.record.state
-        assert store is not None and self._job is not None and isinstance(backend, PersistentBackend)
+        """Compile, or load, the whole form; the record is in `state` afterwards, or as it was if
+        that fails.
+        """
+        record, store, backend, before = (
+            variant.record,
+            self.regions.store,
+            self.regions.backend,
+            variant.record.state,
+        )
+        assert (
+            store is not None and self._job is not None and isinstance(backend, PersistentBackend)
+        )
         start = time.perf_counter()
         own = worker or Worker()
 
+        job, threads = dict(self._job), variant.key.threads
+
         def make(folder: Path) -> None:
             plan = self._plan(record.program, variant.shape).to_dict()
-            own.run({**self._job, "folder": str(folder), "threads": variant.key.threads, "whole": plan})  # type: ignore[dict-item]
+            own.run({**job, "folder": str(folder), "threads": threads, "whole": plan})
 
         record.state = "compiling"
         try:
@@ -236,29 +298,44 @@ class Tiers:
                 own.close()
         self._cache.put(variant.key, region, record.num_bytes)
         record.compile_s, record.state = time.perf_counter() - start, state
-        log.info("%s of %s is ready whole after %.1f s", record.phase, record.program, record.compile_s)
+        log.info(
+            "%s of %s is ready whole after %.1f s", record.phase, record.program, record.compile_s
+        )
         return region
 
     def _promote(self, variant: _Variant, worker: Worker) -> None:
-        """What the background does: from now on the whole form is tried, or used if it won before."""
+        """What the background does: from now on the whole form is tried, or used if it won
+        before.
+        """
         record = variant.record
         try:
             self._make(variant, "whole" if record.whole_ms is not None else "trial", worker)
         except Exception as error:  # whatever it was, the linked form goes on
             record.state, record.reason = "linked", f"{type(error).__name__}: {error}"
             if self._background is not None and not self._background.stopping.is_set():
-                log.warning("%s of %s stays linked: %s", record.phase, record.program, record.reason)
+                log.warning(
+                    "%s of %s stays linked: %s", record.phase, record.program, record.reason
+                )
 
     def _decide(self, variant: _Variant) -> None:
         record = variant.record
         with self._lock:
             if record.state != "trial":
                 return
-            record.linked_ms, record.whole_ms = (1e3 * statistics.median(t) for t in (variant.linked, variant.whole))
+            record.linked_ms, record.whole_ms = (
+                1e3 * statistics.median(t) for t in (variant.linked, variant.whole)
+            )
             faster = 1 - record.whole_ms / record.linked_ms
             record.state = "whole" if faster >= self.policy.margin else "linked"
-            what = f"whole is {100 * abs(faster):.1f} % {'faster' if faster >= 0 else 'slower'} than linked"
-            record.reason = what if record.state == "whole" else f"{what}; kept only from {100 * self.policy.margin:.0f} % on"
+            what = (
+                f"whole is {100 * abs(faster):.1f} % {'faster' if faster >= 0 else 'slower'} "
+                "than linked"
+            )
+            record.reason = (
+                what
+                if record.state == "whole"
+                else f"{what}; kept only from {100 * self.policy.margin:.0f} % on"
+            )
             if record.state == "linked":
                 self._cache.drop(variant.key)
         log.info("%s of %s: %s", record.phase, record.program, record.reason)
@@ -274,7 +351,9 @@ class _Background:
         self.jobs: queue.Queue[_Variant] = queue.Queue()
         self.stopping = threading.Event()
         self.worker = Worker(nice=10)
-        threading.Thread(target=self._serve, args=(weakref.ref(tiers),), name="polar_fx-tiers", daemon=True).start()
+        threading.Thread(
+            target=self._serve, args=(weakref.ref(tiers),), name="polar_fx-tiers", daemon=True
+        ).start()
         weakref.finalize(tiers, self._stop)
 
     def _serve(self, tiers: "weakref.ref[Tiers]") -> None:

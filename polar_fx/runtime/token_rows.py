@@ -13,21 +13,44 @@ from torch.nn.utils.rnn import pad_sequence
 from ..errors import InputError
 
 
-def token_rows(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int) -> tuple[list[Tensor], Tensor]:
-    """The real tokens of each row, and the boolean mask [B, T] that says where they stood, on the CPU. Raises InputError."""
+def token_rows(
+    input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int
+) -> tuple[list[Tensor], Tensor]:
+    """The real tokens of each row, and the boolean mask [B, T] that says where they stood, on the
+    CPU.
+
+    Raises InputError.
+    """
     if not isinstance(input_ids, Tensor) or input_ids.dim() != 2:
-        what = f"a tensor of shape {tuple(input_ids.shape)}" if isinstance(input_ids, Tensor) else type(input_ids).__name__
+        what = (
+            f"a tensor of shape {tuple(input_ids.shape)}"
+            if isinstance(input_ids, Tensor)
+            else type(input_ids).__name__
+        )
         raise InputError(f"input_ids must be an integer tensor [batch, tokens], got {what}")
     if input_ids.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"input_ids must be integers, got {input_ids.dtype}; pass the tokenizer's input_ids")
+        raise InputError(
+            f"input_ids must be integers, got {input_ids.dtype}; pass the tokenizer's input_ids"
+        )
     if input_ids.numel() == 0:
-        raise InputError(f"input_ids is empty (shape {tuple(input_ids.shape)}); a prompt needs at least one token")
+        raise InputError(
+            f"input_ids is empty (shape {tuple(input_ids.shape)}); a prompt needs at least one "
+            "token"
+        )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if not isinstance(attention_mask, Tensor) or attention_mask.shape != input_ids.shape:
-        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else type(attention_mask).__name__
-        raise InputError(f"attention_mask must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, got {got}")
-    input_ids, mask = input_ids.cpu(), attention_mask.cpu().bool()  # once: looking at each row would wait for the device
+        got = (
+            tuple(attention_mask.shape)
+            if isinstance(attention_mask, Tensor)
+            else type(attention_mask).__name__
+        )
+        raise InputError(
+            f"attention_mask must be a tensor of the shape of input_ids {tuple(input_ids.shape)}, "
+            f"got {got}"
+        )
+    # once: looking at each row would wait for the device
+    input_ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
     rows = [ids[m].long() for ids, m in zip(input_ids, mask, strict=True)]
     for i, row in enumerate(rows):
         if row.numel() == 0:
@@ -35,12 +58,16 @@ def token_rows(input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int
         low, high = int(row.min()), int(row.max())
         if low < 0 or high >= vocab_size:
             bad = low if low < 0 else high
-            raise InputError(f"row {i} holds token id {bad}, outside the vocabulary 0..{vocab_size - 1}")
+            raise InputError(
+                f"row {i} holds token id {bad}, outside the vocabulary 0..{vocab_size - 1}"
+            )
     return rows, mask
 
 
 def padded(tensors: Sequence[Tensor], tokens: int = 0) -> Tensor:
-    """Rows [T, ...] as one tensor [B, T, ...] of at least `tokens` tokens, zeros after what is shorter."""
+    """Rows [T, ...] as one tensor [B, T, ...] of at least `tokens` tokens, zeros after what is
+    shorter.
+    """
     together = pad_sequence(list(tensors), batch_first=True)
     if together.shape[1] >= tokens:
         return together

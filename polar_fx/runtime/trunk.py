@@ -1,7 +1,8 @@
-"""The trunk: first steps that all programs in question share, run before it is known which program follows.
+"""The trunk: first steps that all programs in question share, run before it is known which program
+follows.
 
-A dispatcher looks at the hidden states after them, chooses, and each row goes on from there with its own program, on keys and
-values that are there already: nothing runs twice.
+A dispatcher looks at the hidden states after them, chooses, and each row goes on from there with
+its own program, on keys and values that are there already: nothing runs twice.
 
 Shape legend: B batch, T tokens, d hidden size, n shared steps.
 """
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 class Trunk:
     """A batch after its first `num_steps` steps: layers 0 .. num_steps - 1, each once.
 
-    `hidden` holds each row's hidden states [T, d], `session` the keys and values of these steps. `rows` are the rows of the
-    batch it was run on that this one holds.
+    `hidden` holds each row's hidden states [T, d], `session` the keys and values of these steps.
+    `rows` are the rows of the batch it was run on that this one holds.
     """
 
     num_steps: int
@@ -38,32 +39,41 @@ class Trunk:
     rows: tuple[int, ...]
 
     def take(self, rows: Sequence[int]) -> "Trunk":
-        """Some of its rows, in that order, repeated ones included; keys and values are not copied before they are used."""
+        """Some of its rows, in that order, repeated ones included; keys and values are not copied
+        before they are used.
+        """
         chosen = tuple(self.rows[r] for r in rows)
         return Trunk(self.num_steps, [self.hidden[r] for r in rows], self.session, chosen)
 
 
 def shares_trunk(program: Program, num_steps: int) -> bool:
-    """Whether the program runs layers 0 .. num_steps - 1 first, each once and undamped, and some step after them."""
+    """Whether the program runs layers 0 .. num_steps - 1 first, each once and undamped, and some
+    step after them.
+    """
     first = program.path[:num_steps] == tuple(range(num_steps))
-    return first and program.num_steps > num_steps and all(blend.start >= num_steps for blend in program.blends)
+    return (
+        first
+        and program.num_steps > num_steps
+        and all(blend.start >= num_steps for blend in program.blends)
+    )
 
 
 def check_trunk(program: Program, num_steps: int) -> None:
     """Raise ProgramError unless the program shares the trunk."""
     if not shares_trunk(program, num_steps):
         raise ProgramError(
-            f"program {program} does not begin with layers 0..{num_steps - 1} and go on after them; "
-            "choose programs that do, or fewer shared steps"
+            f"program {program} does not begin with layers 0..{num_steps - 1} and go on after "
+            "them; choose programs that do, or fewer shared steps"
         )
 
 
 @contextmanager
 def run_trunk(model: "CompiledModel", rows: list[Tensor], num_steps: int) -> Iterator[Trunk]:
-    """The trunk of rows of token ids i64[T], whose keys and values are held until the end of the context.
+    """The trunk of rows of token ids i64[T], whose keys and values are held until the end of the
+    context.
 
-    `num_steps` may be 0: the hidden states are then the embedded tokens. Raises KvOverflowError before anything runs, and
-    ProgramError if the model has no layer after the trunk.
+    `num_steps` may be 0: the hidden states are then the embedded tokens. Raises KvOverflowError
+    before anything runs, and ProgramError if the model has no layer after the trunk.
     """
     identity = Program.identity(model.depth)
     check_trunk(identity, num_steps)
@@ -71,24 +81,42 @@ def run_trunk(model: "CompiledModel", rows: list[Tensor], num_steps: int) -> Ite
     with model.pool.session(model.library.kv_specs(identity)[:num_steps], len(rows)) as session:
         session.require([len(r) for r in rows])
         if model.deterministic and len(rows) > 1:
-            hidden = [_hidden(model, identity, session.row(i), [row], num_steps)[0] for i, row in enumerate(rows)]
+            hidden = [
+                _hidden(model, identity, session.row(i), [row], num_steps)[0]
+                for i, row in enumerate(rows)
+            ]
         else:
             hidden = _hidden(model, identity, session, rows, num_steps)
         yield Trunk(num_steps, hidden, session, tuple(range(len(rows))))
 
 
 @torch.no_grad()
-def _hidden(model: "CompiledModel", identity: Program, session: KvSession, rows: list[Tensor], num_steps: int) -> list[Tensor]:
+def _hidden(
+    model: "CompiledModel",
+    identity: Program,
+    session: KvSession,
+    rows: list[Tensor],
+    num_steps: int,
+) -> list[Tensor]:
     with without_autocast(model.device):
         return _run_first(model, identity, session, rows, num_steps)
 
 
-def _run_first(model: "CompiledModel", identity: Program, session: KvSession, rows: list[Tensor], num_steps: int) -> list[Tensor]:
+def _run_first(
+    model: "CompiledModel",
+    identity: Program,
+    session: KvSession,
+    rows: list[Tensor],
+    num_steps: int,
+) -> list[Tensor]:
     found: list[list[Tensor]] = [[] for _ in rows]
     for ids, counts in model.chunks(rows):
         shape = ShapeClass.of(ids.shape[0], ids.shape[1], model.pool.length)
-        linked = model.linker.link(identity, shape, every=shape.tokens == 1)  # as a prefill asks for it: nothing more to compile
-        hidden = linked.run_first(ids, session.positions(counts, ids.shape[1]), session.slots, num_steps)
+        # as a prefill asks for it: nothing more to compile
+        linked = model.linker.link(identity, shape, every=shape.tokens == 1)
+        hidden = linked.run_first(
+            ids, session.positions(counts, ids.shape[1]), session.slots, num_steps
+        )
         session.advance(counts)
         for of_row, states, count in zip(found, hidden, counts, strict=True):
             if count:
@@ -100,7 +128,8 @@ def _run_first(model: "CompiledModel", identity: Program, session: KvSession, ro
 def session_after(model: "CompiledModel", program: Program, trunk: Trunk) -> Iterator[KvSession]:
     """A session for the trunk's rows and `program`, the trunk's keys and values in its first slots.
 
-    A trunk that is used as a whole lends its slots; of one that was split up they are copied. Prefill it with the same rows.
+    A trunk that is used as a whole lends its slots; of one that was split up they are copied.
+    Prefill it with the same rows.
     """
     check_trunk(program, trunk.num_steps)
     specs = model.library.kv_specs(program)

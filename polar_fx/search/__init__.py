@@ -1,4 +1,7 @@
-"""Search: which programs answer a question. Methods know programs and rewards only; see docs/search.md."""
+"""Search: which programs answer a question.
+
+Methods know programs and rewards only; see docs/search.md.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -13,11 +16,18 @@ if TYPE_CHECKING:
     from .records.records import Explored, SearchHeader, SearchRecord
 
 _HOMES = {
-    "SearchConfig": ".config", "Generation": "..judge.by_generation", "RecordReader": ".records.record_file",
-    "RecordStore": ".records.record_file", "Explored": ".records.records", "SearchHeader": ".records.records",
-    "SearchRecord": ".records.records", "Evaluator": ".lockstep", "run_searches": ".lockstep",
-    "TeacherForcing": "..judge.teacher_forcing", "Verdict": "..judge.verdict",
-}  # fmt: skip
+    "SearchConfig": ".config",
+    "Generation": "..judge.by_generation",
+    "RecordReader": ".records.record_file",
+    "RecordStore": ".records.record_file",
+    "Explored": ".records.records",
+    "SearchHeader": ".records.records",
+    "SearchRecord": ".records.records",
+    "Evaluator": ".lockstep",
+    "run_searches": ".lockstep",
+    "TeacherForcing": "..judge.teacher_forcing",
+    "Verdict": "..judge.verdict",
+}
 
 __all__ = [
     "Evaluator",
@@ -34,7 +44,8 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:  # torch is loaded by those who judge, not by those who read records
+# torch is loaded by those who judge, not by those who read records
+def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -10,7 +10,8 @@ from ..errors import InputError
 class SearchConfig:
     """Settings of a search. Raises InputError on a value out of range.
 
-    Sources: P = PoLar (arXiv 2606.06574), C = CoLa (arXiv 2507.07996), R = RE-PoLar (arXiv 2609.31360), D = DR.LLM.
+    Sources: P = PoLar (arXiv 2606.06574), C = CoLa (arXiv 2507.07996), R = RE-PoLar (arXiv
+    2609.31360), D = DR.LLM.
     """
 
     method: str = "mcts"
@@ -20,7 +21,9 @@ class SearchConfig:
     reward: str = "exact"
     """exact (P), likelihood or margin."""
     seed: int = 0
-    """Of the run; each question derives its own from it and its id, because a shared seed fakes a menu (R)."""
+    """Of the run; each question derives its own from it and its id, because a shared seed fakes a
+    menu (R).
+    """
     max_length: int = 4
     """Layers of one edit (P: k <= 4)."""
     max_extra: int = 4
@@ -28,7 +31,10 @@ class SearchConfig:
     max_steps_ratio: float = 2.0
     """Longest path as a multiple of the depth (C)."""
     nested: bool = False
-    """Edit the current path (P, App. B.3) instead of the identity; such paths may have no segments (R)."""
+    """Edit the current path (P, App.
+
+    B.3) instead of the identity; such paths may have no segments (R).
+    """
 
     exploration: float = math.sqrt(2)
     """c of the score (R; C and D: 1.8)."""
@@ -49,18 +55,34 @@ class SearchConfig:
     """Of beam search and of evolution (ours)."""
 
     def __post_init__(self) -> None:
-        for name in ("simulations", "max_length", "max_extra", "max_edits", "beam_width", "population"):
+        for name in (
+            "simulations",
+            "max_length",
+            "max_extra",
+            "max_edits",
+            "beam_width",
+            "population",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}; give a whole number of at least 1")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise InputError(f"seed is {self.seed!r}; give a whole number")
         for name, low, high in (
-            ("exploration", 0, math.inf), ("length_penalty", 0, math.inf), ("random_child", 0, 1),
-            ("max_steps_ratio", 1, math.inf), ("widening_factor", 0, math.inf), ("widening_exponent", 0, 1),
-        ):  # fmt: skip
+            ("exploration", 0, math.inf),
+            ("length_penalty", 0, math.inf),
+            ("random_child", 0, 1),
+            ("max_steps_ratio", 1, math.inf),
+            ("widening_factor", 0, math.inf),
+            ("widening_exponent", 0, 1),
+        ):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value == math.inf:
+            if (
+                isinstance(value, bool)
+                or not isinstance(value, (int, float))
+                or not low <= value <= high
+                or value == math.inf
+            ):
                 raise InputError(f"{name} is {value!r}; give a number from {low} to {high}")
 
     @classmethod

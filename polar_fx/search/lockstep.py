@@ -1,7 +1,8 @@
-"""Search many questions at once: each has a search of its own, and what they ask for next is judged together.
+"""Search many questions at once: each has a search of its own, and what they ask for next is judged
+together.
 
-Searches wait for rewards in lockstep, so that an evaluator sees many (question, program) pairs in one call and can share
-work among them.
+Searches wait for rewards in lockstep, so that an evaluator sees many (question, program) pairs in
+one call and can share work among them.
 """
 
 import random
@@ -57,9 +58,10 @@ def run_searches(
 ) -> Iterator[SearchRecord]:
     """A record a question, as they finish; `in_flight` are searched at a time.
 
-    `verifier` judges every program found valid once more, by itself. The identity comes first in each search and is not
-    charged to its budget. `questions` is read as searches finish, so it may be a queue. With `programs`, by
-    question id, these are looked at instead of those that a method would choose.
+    `verifier` judges every program found valid once more, by itself. The identity comes first in
+    each search and is not charged to its budget. `questions` is read as searches finish, so it may
+    be a queue. With `programs`, by question id, these are looked at instead of those that a method
+    would choose.
     """
     reward = get_reward(config.reward)
     start = get_method(config.method) if programs is None else None
@@ -98,9 +100,15 @@ def run_searches(
 
 def _record(done: _Running, depth: int, verifier: Evaluator | None) -> SearchRecord:
     identity = Program.identity(depth)
-    explored = tuple(Explored(p, v, done.rewards[p]) for p, v in done.verdicts.items() if p != identity)
+    explored = tuple(
+        Explored(p, v, done.rewards[p]) for p, v in done.verdicts.items() if p != identity
+    )
     verified: dict[Program, Verdict] = {}
     if verifier is not None and (valid := [p for p, v in done.verdicts.items() if v.correct]):
-        verified = dict(zip(valid, verifier.evaluate([(done.encoded, p) for p in valid]), strict=True))
+        verified = dict(
+            zip(valid, verifier.evaluate([(done.encoded, p) for p in valid]), strict=True)
+        )
         verifier.forget([done.question.id])
-    return SearchRecord(done.question, depth, done.verdicts[identity], explored, done.seed, done.seconds, verified)
+    return SearchRecord(
+        done.question, depth, done.verdicts[identity], explored, done.seed, done.seconds, verified
+    )

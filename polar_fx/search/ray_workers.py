@@ -1,4 +1,5 @@
-"""Searching on a Ray cluster: the same searches and the same store as with processes, on any number of machines.
+"""Searching on a Ray cluster: the same searches and the same store as with processes, on any number
+of machines.
 
 Ray is optional (`pip install 'polar_fx[ray]'`). The driver alone writes the store.
 """
@@ -15,26 +16,37 @@ from .workers import Row, Workplace
 
 log = logging.getLogger("polar_fx.search")
 
-_ROUNDS = 4  # parts of the questions that each worker is dealt, so that a slow machine does not keep what others could do
+# parts of the questions that each worker is dealt, so that a slow machine does not keep what others
+# could do
+_ROUNDS = 4
 
 
 def search_on_ray(
-    workplace: Workplace, rows: Sequence[Row], config: SearchConfig, workers: int, address: str | None = None
+    workplace: Workplace,
+    rows: Sequence[Row],
+    config: SearchConfig,
+    workers: int,
+    address: str | None = None,
 ) -> Iterator[SearchRecord]:
-    """Records as they finish, from up to `workers` actors of `workplace.threads` processors (default: 1) each.
+    """Records as they finish, from up to `workers` actors of `workplace.threads` processors
+    (default: 1) each.
 
     Args:
-        workers: actors asked for. Questions are dealt to those that run; where the cluster has room for fewer, fewer search.
+        workers: actors asked for. Questions are dealt to those that run; where the cluster has room
+            for fewer, fewer search.
         address: the cluster's; None starts Ray on this machine.
 
-    Questions of an actor that is lost, with its machine or alone, are dealt out again and another actor is asked for.
-    Raises InputError if Ray is not installed, CompileError once more actors than `workers` were lost, and what goes wrong in one.
+    Questions of an actor that is lost, with its machine or alone, are dealt out again and another
+    actor is asked for. Raises InputError if Ray is not installed, CompileError once more actors
+    than `workers` were lost, and what goes wrong in one.
     """
     try:
         import ray
         from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
     except ImportError as error:
-        raise InputError("searching on a cluster needs ray, which is not installed; pip install 'polar_fx[ray]'") from error
+        raise InputError(
+            "searching on a cluster needs ray, which is not installed; pip install 'polar_fx[ray]'"
+        ) from error
 
     class Searcher:
         place: Any = None
@@ -51,17 +63,21 @@ def search_on_ray(
         except (ConnectionError, ValueError) as error:
             raise InputError(f"no Ray cluster can be reached at {address!r}: {error}") from error
     questions = [question for question, _ in rows]
-    size = min(-(-len(rows) // workers), max(workplace.in_flight, -(-len(rows) // (_ROUNDS * workers))))
+    size = min(
+        -(-len(rows) // workers), max(workplace.in_flight, -(-len(rows) // (_ROUNDS * workers)))
+    )
     waiting = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
     actor_class: Any = ray.remote(num_cpus=workplace.threads or 1)(Searcher)
-    running: dict[Any, tuple[Any, dict[str, Row]]] = {}  # a stream of records -> its actor, and the questions still to come
+    # a stream of records -> its actor, and the questions still to come
+    running: dict[Any, tuple[Any, dict[str, Row]]] = {}
 
     def deal(actor: Any, share: Sequence[Row]) -> None:
         stream = actor.search.options(num_returns="streaming").remote(share)
         running[stream] = actor, {question.id: (question, encoded) for question, encoded in share}
 
     try:
-        # no question at first: one dealt to an actor that the cluster has no room for would never be searched
+        # no question at first: one dealt to an actor that the cluster has no room for would never
+        # be searched
         for _ in waiting[:workers]:
             deal(actor_class.remote(), ())
         left, lost = len(rows), 0
@@ -80,8 +96,13 @@ def search_on_ray(
                 ray.kill(actor)  # it may only have been out of reach, and would keep its place
                 lost += 1
                 if lost > workers:
-                    raise CompileError(f"{lost} actors were lost: {error}; search again to finish their questions") from error
-                log.warning("an actor was lost; %s of its share will be searched again", count(len(share), "question"))
+                    raise CompileError(
+                        f"{lost} actors were lost: {error}; search again to finish their questions"
+                    ) from error
+                log.warning(
+                    "an actor was lost; %s of its share will be searched again",
+                    count(len(share), "question"),
+                )
                 if share:
                     waiting.append(list(share.values()))
                 deal(actor_class.remote(), ())

@@ -1,4 +1,5 @@
-"""Searching in several processes: each has a model of its own, takes the next question when it has room and hands back records.
+"""Searching in several processes: each has a model of its own, takes the next question when it has
+room and hands back records.
 
 The parent alone writes the store. Processes are started anew (spawn): a forked torch may deadlock.
 """
@@ -28,9 +29,9 @@ Row = tuple[Question, EncodedQuestion]
 class Workplace:
     """All that a process needs to judge programs: what to load, how to compile it, how to judge.
 
-    `evaluator` is "teacher-forcing" or "generation"; `verify` judges valid programs once more by generation. `threads` None
-    shares the processors among `workers`. With `programs`, by question id, these
-    are looked at instead of those a search would choose.
+    `evaluator` is "teacher-forcing" or "generation"; `verify` judges valid programs once more by
+    generation. `threads` None shares the processors among `workers`. With `programs`, by question
+    id, these are looked at instead of those a search would choose.
     """
 
     model: str | None = None
@@ -47,8 +48,13 @@ class Workplace:
     programs: Mapping[str, tuple[Program, ...]] | None = None
     device: str | None = None
 
-    def open(self, questions: Sequence[Question], loaded: tuple[Any, Any] | None = None) -> "OpenWorkplace":
-        """Load, unless model and tokenizer are there, and compile. Raises what `polar_fx.load` and `polar_fx.compile` raise."""
+    def open(
+        self, questions: Sequence[Question], loaded: tuple[Any, Any] | None = None
+    ) -> "OpenWorkplace":
+        """Load, unless model and tokenizer are there, and compile.
+
+        Raises what `polar_fx.load` and `polar_fx.compile` raise.
+        """
         import torch
         from transformers.utils import logging
 
@@ -61,12 +67,18 @@ class Workplace:
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         model, tokenizer = loaded or load(self.model, self.dtype, self.device)
-        compiled = compile(model, self.backend, max_length=self.max_length, deterministic=self.deterministic)
+        compiled = compile(
+            model, self.backend, max_length=self.max_length, deterministic=self.deterministic
+        )
         by_id = {q.id: q for q in questions}
         generation = Generation(compiled, tokenizer, by_id, self.templates)
-        forcing = TeacherForcing(compiled, deterministic=self.deterministic, cache_bytes=self.cache_bytes)
+        forcing = TeacherForcing(
+            compiled, deterministic=self.deterministic, cache_bytes=self.cache_bytes
+        )
         evaluator = {"teacher-forcing": forcing, "generation": generation}[self.evaluator]
-        return OpenWorkplace(self, compiled, evaluator, generation if self.verify else None, forcing)
+        return OpenWorkplace(
+            self, compiled, evaluator, generation if self.verify else None, forcing
+        )
 
 
 @dataclass(frozen=True)
@@ -84,13 +96,23 @@ class OpenWorkplace:
         """A record a question, as they finish."""
         place = self.workplace
         return run_searches(
-            rows, self.evaluator, self.compiled.depth, config, in_flight=place.in_flight, verifier=self.verifier,
+            rows,
+            self.evaluator,
+            self.compiled.depth,
+            config,
+            in_flight=place.in_flight,
+            verifier=self.verifier,
             programs=place.programs,
-        )  # fmt: skip
+        )
 
 
-def search_in_processes(workplace: Workplace, rows: Sequence[Row], config: SearchConfig, workers: int) -> Iterator[SearchRecord]:
-    """Records as they finish, from `workers` processes. Raises what went wrong in one of them; ends them all when closed."""
+def search_in_processes(
+    workplace: Workplace, rows: Sequence[Row], config: SearchConfig, workers: int
+) -> Iterator[SearchRecord]:
+    """Records as they finish, from `workers` processes.
+
+    Raises what went wrong in one of them; ends them all when closed.
+    """
     context = multiprocessing.get_context("spawn")
     todo: Any = context.Queue()
     results: Any = context.Queue()
@@ -100,7 +122,10 @@ def search_in_processes(workplace: Workplace, rows: Sequence[Row], config: Searc
     share = -(-len(rows) // workers)  # or the first to be ready would take everything
     workplace = replace(workplace, in_flight=max(1, min(workplace.in_flight, share)))
     processes = [
-        context.Process(target=_work, args=(workplace, questions, config, todo, results), daemon=True) for _ in range(workers)
+        context.Process(
+            target=_work, args=(workplace, questions, config, todo, results), daemon=True
+        )
+        for _ in range(workers)
     ]
     for process in processes:
         process.start()
@@ -131,12 +156,18 @@ def _next(results: Any, processes: Sequence[Any]) -> SearchRecord:
                 if isinstance(found, SearchRecord):
                     return found
             raise CompileError(
-                f"a search process ended with exit status {lost[0].exitcode}, maybe for lack of memory; "
-                "search with fewer workers or fewer questions in flight"
+                f"a search process ended with exit status {lost[0].exitcode}, maybe for lack of "
+                "memory; search with fewer workers or fewer questions in flight"
             )
 
 
-def _work(workplace: Workplace, questions: Sequence[Question], config: SearchConfig, todo: Any, results: Any) -> None:
+def _work(
+    workplace: Workplace,
+    questions: Sequence[Question],
+    config: SearchConfig,
+    todo: Any,
+    results: Any,
+) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(AttributeError, OSError):
@@ -147,7 +178,8 @@ def _work(workplace: Workplace, questions: Sequence[Question], config: SearchCon
             results.put(record)
     except PolarError as error:
         results.put(error)
-    except Exception as error:  # whatever it is, the parent must not wait for records that will not come
+    except Exception as error:
+        # whatever it is, the parent must not wait for records that will not come
         results.put(CompileError(f"a search process failed: {type(error).__name__}: {error}"))
 
 

@@ -11,8 +11,9 @@ from typing import Any, Literal
 class Answer:
     """What became of one prompt.
 
-    `probability` is the predicted one that the program answers right, None if none was predicted. `rows` is how many prompts
-    ran in its batch. `reason` is "stop" at an end-of-text token or a stop text, else "length".
+    `probability` is the predicted one that the program answers right, None if none was predicted.
+    `rows` is how many prompts ran in its batch. `reason` is "stop" at an end-of-text token or a
+    stop text, else "length".
     """
 
     text: str
@@ -37,7 +38,9 @@ class Form:
     def response(self, model: str, answers: Sequence[Answer]) -> dict[str, Any]:
         """An answer a choice, whole."""
         said = [self._said(a.text, "message") for a in answers]
-        choices = [_choice(i, what, a) for i, (a, what) in enumerate(zip(answers, said, strict=True))]
+        choices = [
+            _choice(i, what, a) for i, (a, what) in enumerate(zip(answers, said, strict=True))
+        ]
         return {**self.head(model, self.whole), "choices": choices, "usage": _usage(answers)}
 
     def head(self, model: str, kind: str | None = None) -> dict[str, Any]:
@@ -45,7 +48,9 @@ class Form:
         name, now = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         return {"id": name, "object": kind or self.part, "created": now, "model": model}
 
-    def event(self, head: dict[str, Any], text: str, answer: Answer | None = None) -> dict[str, Any]:
+    def event(
+        self, head: dict[str, Any], text: str, answer: Answer | None = None
+    ) -> dict[str, Any]:
         """Some more text; with `answer` the last, which tells how it ended."""
         return {**head, "choices": [_choice(0, self._said(text, "delta"), answer)]}
 
@@ -64,14 +69,25 @@ def usage_event(head: dict[str, Any], answer: Answer) -> dict[str, Any]:
 
 def models(name: str, created: int, **about: Any) -> dict[str, Any]:
     """Response of /v1/models."""
-    model = {"id": name, "object": "model", "created": created, "owned_by": "polar_fx", "polar_fx": about}
+    model = {
+        "id": name,
+        "object": "model",
+        "created": created,
+        "owned_by": "polar_fx",
+        "polar_fx": about,
+    }
     return {"object": "list", "data": [model]}
 
 
 def _choice(index: int, said: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
     choice = {"index": index, **said, "finish_reason": answer and answer.reason, "logprobs": None}
     if answer is not None:
-        ran = {"program": answer.program, "steps": answer.steps, "probability": answer.probability, "rows": answer.rows}
+        ran = {
+            "program": answer.program,
+            "steps": answer.steps,
+            "probability": answer.probability,
+            "rows": answer.rows,
+        }
         choice["polar_fx"] = ran
     return choice
 

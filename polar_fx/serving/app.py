@@ -1,6 +1,7 @@
 """The server: a Ray Serve deployment over one bundle.
 
-`python -m polar_fx serve` runs it on one machine; on a cluster, `serve run polar_fx.serving.app:build bundle=/path`.
+`python -m polar_fx serve` runs it on one machine; on a cluster, `serve run
+polar_fx.serving.app:build bundle=/path`.
 """
 
 import asyncio
@@ -60,9 +61,20 @@ async def _body(request: Request) -> bytes:
 @serve.deployment
 @serve.ingress(app)
 class Server:
-    """One bundle behind HTTP. All that runs on it runs in one thread, so that health and metrics answer meanwhile."""
+    """One bundle behind HTTP.
 
-    def __init__(self, bundle: str, name: str, fingerprint: str | None, threads: int, max_batch: int, wait_s: float) -> None:
+    All that runs on it runs in one thread, so that health and metrics answer meanwhile.
+    """
+
+    def __init__(
+        self,
+        bundle: str,
+        name: str,
+        fingerprint: str | None,
+        threads: int,
+        max_batch: int,
+        wait_s: float,
+    ) -> None:
         torch.set_num_threads(threads)
         self.engine = Engine(load_bundle(bundle, fingerprint=fingerprint), name)
         self._started = int(time.time())
@@ -72,13 +84,16 @@ class Server:
 
     @serve.batch
     async def _answer(self, asks: list[Ask]) -> list[Answer | RequestError]:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self.engine.answer, asks)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._thread, self.engine.answer, asks
+        )
 
     async def _answers(self, asks: Sequence[Ask]) -> list[Answer]:
         self.engine.measures.waiting.inc(len(asks))
         try:
             found: list[Any] = await asyncio.gather(*(self._answer(ask) for ask in asks))  # type: ignore[arg-type]
-        except asyncio.CancelledError:  # the client left, or its time is over: its rows end at their next token
+        except asyncio.CancelledError:
+            # the client left, or its time is over: its rows end at their next token
             for ask in asks:
                 ask.dropped = True
             raise
@@ -94,7 +109,9 @@ class Server:
             asked = read(kind, await _body(request))
             asks = self.engine.read(asked)  # type: ignore[arg-type]
             if asked.stream:
-                return StreamingResponse(self._stream(asked, asks[0], form, count), media_type="text/event-stream")
+                return StreamingResponse(
+                    self._stream(asked, asks[0], form, count), media_type="text/event-stream"
+                )
             response = form.response(self.engine.name, await self._answers(asks))
         except RequestError as error:
             count.end(error.status)
@@ -105,7 +122,9 @@ class Server:
         count.end(200)
         return JSONResponse(response)
 
-    async def _stream(self, asked: Settings, ask: Ask, form: Form, count: "_Count") -> AsyncIterator[str]:
+    async def _stream(
+        self, asked: Settings, ask: Ask, form: Form, count: "_Count"
+    ) -> AsyncIterator[str]:
         """Server-sent events: text as it is certain, then how it ended."""
         texts: asyncio.Queue[str | None] = asyncio.Queue()
         loop, status = asyncio.get_running_loop(), _LEFT
@@ -143,7 +162,11 @@ class Server:
     async def models(self) -> dict[str, Any]:
         bundle = self.engine.bundle
         policy = None if bundle.dispatcher is None else str(bundle.dispatcher.policy)
-        about = {"programs": [str(p) for p in bundle.programs], "policy": policy, "max_length": bundle.pool.max_length}
+        about = {
+            "programs": [str(p) for p in bundle.programs],
+            "policy": policy,
+            "max_length": bundle.pool.max_length,
+        }
         return models(self.engine.name, self._started, **about)
 
     @app.get("/health")
@@ -158,14 +181,23 @@ class Server:
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application of a bundle, whose folder `bundle` names.
 
-    Optional are `name` (what clients call the model; default: the folder's name), `fingerprint`, `threads` (default: 1),
-    `max_batch` (prompts that run at once; 8) and `wait_ms` (milliseconds that a prompt waits for others; 5).
+    Optional are `name` (what clients call the model; default: the folder's name), `fingerprint`,
+    `threads` (default: 1), `max_batch` (prompts that run at once; 8) and `wait_ms` (milliseconds
+    that a prompt waits for others; 5).
     """
     given = dict(args)
     bundle = Path(given.pop("bundle")).resolve()
     max_batch = int(given.pop("max_batch", 8))
-    options = Server.options(max_ongoing_requests=max(2, 2 * max_batch), max_queued_requests=_QUEUED * max_batch)  # type: ignore[attr-defined]
+    server: Any = Server
+    options = server.options(
+        max_ongoing_requests=max(2, 2 * max_batch), max_queued_requests=_QUEUED * max_batch
+    )
     return options.bind(
-        str(bundle), given.pop("name", bundle.name), given.pop("fingerprint", None), int(given.pop("threads", 1)), max_batch,
-        float(given.pop("wait_ms", 5)) / 1e3, **given,
-    )  # fmt: skip
+        str(bundle),
+        given.pop("name", bundle.name),
+        given.pop("fingerprint", None),
+        int(given.pop("threads", 1)),
+        max_batch,
+        float(given.pop("wait_ms", 5)) / 1e3,
+        **given,
+    )

@@ -32,8 +32,9 @@ _NEW_TOKENS = 16  # what OpenAI's completions default to
 class Ask:
     """One prompt with its settings, checked.
 
-    `program` None leaves the choice to the dispatcher. `told`, if set, is called by the thread that runs it, at each token, with
-    as much of the text as will not change any more. `dropped` ends it early.
+    `program` None leaves the choice to the dispatcher. `told`, if set, is called by the thread that
+    runs it, at each token, with as much of the text as will not change any more. `dropped` ends it
+    early.
     """
 
     ids: list[int]
@@ -50,14 +51,20 @@ class Ask:
     def can_join(self, others: Sequence["Ask"], longest: int) -> bool:
         """Whether it can run beside these, in rows of `longest` tokens."""
         first = others[0]
-        same = (self.program, self.temperature, self.top_p) == (first.program, first.temperature, first.top_p)
-        seeded = self.temperature > 0 and not (self.seed is None and first.seed is None)  # samples depend on the rows beside
+        same = (self.program, self.temperature, self.top_p) == (
+            first.program,
+            first.temperature,
+            first.top_p,
+        )
+        # samples depend on the rows beside
+        seeded = self.temperature > 0 and not (self.seed is None and first.seed is None)
         rows = (*others, self)
         return same and not seeded and _row_length(rows) <= longest
 
 
 class Engine:
-    """Reads requests for a bundle and answers them. `answer` may be called by any thread, and runs one batch at a time.
+    """Reads requests for a bundle and answers them. `answer` may be called by any thread, and runs
+    one batch at a time.
 
     `name` is what clients call the model. Raises InputError if the bundle holds no tokenizer.
     """
@@ -65,9 +72,10 @@ class Engine:
     def __init__(self, bundle: BundledModel, name: str, measures: Measures | None = None) -> None:
         self.bundle, self.name, self.tokenizer = bundle, name, bundle.tokenizer
         self.measures = measures or Measures()
-        self._lock = threading.Lock()  # the KV pool could be shared, but not the random state, nor the processors with profit
+        # the KV pool could be shared, but not the random state, nor the processors with profit
+        self._lock = threading.Lock()
 
-    # ----------------------------------------------------------------------------------------------------------- reading
+    # -------------------------------------------------------------------------------------- reading
 
     def read(self, asked: Completion | Chat) -> list[Ask]:
         """The prompts of a request. Raises RequestError before anything runs."""
@@ -76,26 +84,47 @@ class Engine:
             raise RequestError(what, "model", "model_not_found", status=404)
         if isinstance(asked, Completion):
             if asked.stream and len(asked.prompts) > 1:
-                raise RequestError("stream is for one prompt; send several without it", "stream", "unsupported_value")
+                raise RequestError(
+                    "stream is for one prompt; send several without it",
+                    "stream",
+                    "unsupported_value",
+                )
             new = asked.max_tokens or _NEW_TOKENS
-            return [self._ask(asked, self._encoded(prompt), new, "prompt") for prompt in asked.prompts]
+            return [
+                self._ask(asked, self._encoded(prompt), new, "prompt") for prompt in asked.prompts
+            ]
         ids = self._templated(asked)
-        new = asked.max_completion_tokens or asked.max_tokens or max(1, self.bundle.pool.max_length + 1 - len(ids))
+        new = (
+            asked.max_completion_tokens
+            or asked.max_tokens
+            or max(1, self.bundle.pool.max_length + 1 - len(ids))
+        )
         return [self._ask(asked, ids, new, "messages")]
 
     def _ask(self, asked: Settings, ids: list[int], new_tokens: int, field: str) -> Ask:
         if not ids:
             raise RequestError(f"{field} is empty; a prompt needs at least one token", field)
         if min(ids) < 0 or max(ids) >= self.bundle.vocab_size:
-            raise RequestError(f"{field} holds a token id outside 0..{self.bundle.vocab_size - 1}", field)
-        ask = Ask(ids, self._program(asked), new_tokens, asked.temperature, asked.top_p, asked.stops, asked.seed)
+            raise RequestError(
+                f"{field} holds a token id outside 0..{self.bundle.vocab_size - 1}", field
+            )
+        ask = Ask(
+            ids,
+            self._program(asked),
+            new_tokens,
+            asked.temperature,
+            asked.top_p,
+            asked.stops,
+            asked.seed,
+        )
         longest = self.bundle.pool.max_length
         if _row_length([ask]) > longest:
             raise RequestError(
-                f"{field} of {count(len(ids), 'token')} and max_tokens={new_tokens} exceed the {longest} tokens that a row of "
-                "this bundle holds; shorten one of them",
-                field, "context_length_exceeded",
-            )  # fmt: skip
+                f"{field} of {count(len(ids), 'token')} and max_tokens={new_tokens} exceed the "
+                f"{longest} tokens that a row of this bundle holds; shorten one of them",
+                field,
+                "context_length_exceeded",
+            )
         return ask
 
     def _program(self, asked: Settings) -> Program | None:
@@ -107,9 +136,11 @@ class Engine:
             known = ", ".join(repr(str(p)) for p in self.bundle.programs[:20])
             more = len(self.bundle.programs) - 20
             raise RequestError(
-                f"program {asked.program[:200]!r} is not served; use one of {known}{f' and {more} more' if more > 0 else ''}",
-                "program", "unknown_program",
-            ) from error  # fmt: skip
+                f"program {asked.program[:200]!r} is not served; use one of "
+                f"{known}{f' and {more} more' if more > 0 else ''}",
+                "program",
+                "unknown_program",
+            ) from error
 
     def _encoded(self, prompt: str | list[int]) -> list[int]:
         return prompt if isinstance(prompt, list) else list(self.tokenizer(prompt).input_ids)
@@ -122,11 +153,17 @@ class Engine:
 
         said = [{"role": m.role, "content": m.text} for m in asked.messages]
         try:
-            return list(self.tokenizer.apply_chat_template(said, add_generation_prompt=True, return_dict=True)["input_ids"])
+            return list(
+                self.tokenizer.apply_chat_template(
+                    said, add_generation_prompt=True, return_dict=True
+                )["input_ids"]
+            )
         except TemplateError as error:  # templates refuse some orders of roles
-            raise RequestError(f"messages do not fit the model's chat template: {error}", "messages") from error
+            raise RequestError(
+                f"messages do not fit the model's chat template: {error}", "messages"
+            ) from error
 
-    # --------------------------------------------------------------------------------------------------------- answering
+    # ------------------------------------------------------------------------------------ answering
 
     def answer(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
         """An answer each, in order; an error instead for those whose batch failed."""
@@ -148,13 +185,19 @@ class Engine:
         """Name the program of each, by the dispatcher."""
         if not asks or self.bundle.dispatcher is None:
             return
-        for ask, decision in zip(asks, self.bundle.dispatcher.choose(*padded_rows([a.ids for a in asks])), strict=True):
+        for ask, decision in zip(
+            asks, self.bundle.dispatcher.choose(*padded_rows([a.ids for a in asks])), strict=True
+        ):
             ask.program, ask.probability = decision.program, decision.probability
 
     def _batches(self, asks: Sequence[Ask]) -> list[list[Ask]]:
         batches: list[list[Ask]] = []
         for ask in asks:
-            if (batch := next((b for b in batches if ask.can_join(b, self.bundle.pool.max_length)), None)) is None:
+            if (
+                batch := next(
+                    (b for b in batches if ask.can_join(b, self.bundle.pool.max_length)), None
+                )
+            ) is None:
                 batches.append([ask])
             else:
                 batch.append(ask)
@@ -166,24 +209,44 @@ class Engine:
         settings = self.bundle.generator.config()
         fill = self.bundle.generator.pad_token()
         ids, mask = padded_rows([a.ids for a in batch], fill)
-        ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+        ends = (
+            settings.eos_token_id
+            if isinstance(settings.eos_token_id, list)
+            else [settings.eos_token_id]
+        )
         watch = _Watch(batch, ids.shape[1], frozenset(ends), self.tokenizer)
         how: dict[str, Any] = {"do_sample": False}
         if first.temperature > 0:
-            how = {"do_sample": True, "temperature": first.temperature, "top_p": first.top_p, "top_k": 0}
+            how = {
+                "do_sample": True,
+                "temperature": first.temperature,
+                "top_p": first.top_p,
+                "top_k": 0,
+            }
             _ = torch.seed() if first.seed is None else torch.manual_seed(first.seed)
         self.bundle.generate(
-            ids, attention_mask=mask, program=program, pad_token_id=fill, max_new_tokens=max(a.new_tokens for a in batch),
-            stopping_criteria=[watch], **how,
-        )  # fmt: skip
+            ids,
+            attention_mask=mask,
+            program=program,
+            pad_token_id=fill,
+            max_new_tokens=max(a.new_tokens for a in batch),
+            stopping_criteria=[watch],
+            **how,
+        )
         self._count(batch, watch, str(program), time.perf_counter() - start)
         return [
             Answer(
-                text, "stop" if stopped else "length", len(ask.ids), used, str(program), program.num_steps, ask.probability,
+                text,
+                "stop" if stopped else "length",
+                len(ask.ids),
+                used,
+                str(program),
+                program.num_steps,
+                ask.probability,
                 len(batch),
             )
             for ask, (text, used, stopped) in zip(batch, watch.results(), strict=True)
-        ]  # fmt: skip
+        ]
 
     def _count(self, batch: list[Ask], watch: "_Watch", program: str, seconds: float) -> None:
         counts = self.measures
@@ -195,9 +258,13 @@ class Engine:
 
 
 class _Watch(StoppingCriteria):
-    """Ends each row of a batch by its own limit and stop texts, and keeps what it said until then."""
+    """Ends each row of a batch by its own limit and stop texts, and keeps what it said until
+    then.
+    """
 
-    def __init__(self, batch: list[Ask], width: int, ends: frozenset[int | None], tokenizer: Any) -> None:
+    def __init__(
+        self, batch: list[Ask], width: int, ends: frozenset[int | None], tokenizer: Any
+    ) -> None:
         self._batch, self._width, self._ends, self._tokenizer = batch, width, ends, tokenizer
         self._results: list[tuple[str, int, bool] | None] = [None] * len(batch)
 
@@ -218,7 +285,8 @@ class _Watch(StoppingCriteria):
             return text[:cut], len(new), True
         if ask.told:
             sure = text.rstrip("\ufffd")  # the first bytes of a character
-            ask.told(sure[: len(sure) - max(map(len, ask.stops), default=1) + 1])  # a stop text may have begun
+            # a stop text may have begun
+            ask.told(sure[: len(sure) - max(map(len, ask.stops), default=1) + 1])
         return (text, len(new), False) if full else None
 
     def results(self) -> list[tuple[str, int, bool]]:

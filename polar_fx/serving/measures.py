@@ -12,19 +12,38 @@ class Measures:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         by_program = ("program",)
-        self.requests = Counter("polar_fx_requests", "Requests answered", ("route", "status"), registry=self.registry)
+        self.requests = Counter(
+            "polar_fx_requests", "Requests answered", ("route", "status"), registry=self.registry
+        )
         self.seconds = Histogram(
-            "polar_fx_request_seconds", "From a request's body to its response", ("route",), buckets=_SECONDS,
+            "polar_fx_request_seconds",
+            "From a request's body to its response",
+            ("route",),
+            buckets=_SECONDS,
             registry=self.registry,
-        )  # fmt: skip
-        self.answers = Counter("polar_fx_answers", "Prompts answered", by_program, registry=self.registry)
-        self.prompt_tokens = Counter("polar_fx_prompt_tokens", "Tokens of prompts", by_program, registry=self.registry)
-        self.new_tokens = Counter("polar_fx_new_tokens", "Tokens generated", by_program, registry=self.registry)
+        )
+        self.answers = Counter(
+            "polar_fx_answers", "Prompts answered", by_program, registry=self.registry
+        )
+        self.prompt_tokens = Counter(
+            "polar_fx_prompt_tokens", "Tokens of prompts", by_program, registry=self.registry
+        )
+        self.new_tokens = Counter(
+            "polar_fx_new_tokens", "Tokens generated", by_program, registry=self.registry
+        )
         self.batch_rows = Histogram(
-            "polar_fx_batch_rows", "Prompts that ran as one batch", by_program, buckets=_ROWS, registry=self.registry
+            "polar_fx_batch_rows",
+            "Prompts that ran as one batch",
+            by_program,
+            buckets=_ROWS,
+            registry=self.registry,
         )
         self.batch_seconds = Histogram(
-            "polar_fx_batch_seconds", "Running one batch", by_program, buckets=_SECONDS, registry=self.registry
+            "polar_fx_batch_seconds",
+            "Running one batch",
+            by_program,
+            buckets=_SECONDS,
+            registry=self.registry,
         )
         self.waiting = Gauge("polar_fx_waiting", "Prompts that wait or run", registry=self.registry)
 

@@ -18,9 +18,13 @@ Body = TypeVar("Body", bound="Settings")
 
 
 class RequestError(PolarError, ValueError):
-    """A request that is refused: HTTP status, message, and OpenAI's `param` and `code` where there are any."""
+    """A request that is refused: HTTP status, message, and OpenAI's `param` and `code` where there
+    are any.
+    """
 
-    def __init__(self, message: str, param: str | None = None, code: str | None = None, status: int = 400) -> None:
+    def __init__(
+        self, message: str, param: str | None = None, code: str | None = None, status: int = 400
+    ) -> None:
         super().__init__(message, param, code, status)
         self.message, self.param, self.code, self.status = message, param, code, status
 
@@ -30,7 +34,9 @@ class RequestError(PolarError, ValueError):
     def body(self) -> dict[str, Any]:
         """In OpenAI's error shape."""
         kind = "invalid_request_error" if self.status < 500 else "server_error"
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return {
+            "error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        }
 
 
 class StreamOptions(BaseModel):
@@ -42,7 +48,10 @@ class StreamOptions(BaseModel):
 
 
 class Settings(BaseModel):
-    """What both routes take. Fields that are not served are there with the one value that asks for nothing."""
+    """What both routes take.
+
+    Fields that are not served are there with the one value that asks for nothing.
+    """
 
     model_config = ConfigDict(extra="forbid")
 
@@ -101,7 +110,11 @@ class Message(BaseModel):
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return (
+            self.content
+            if isinstance(self.content, str)
+            else "".join(part.text for part in self.content)
+        )
 
 
 class Chat(Settings):
@@ -115,9 +128,14 @@ class Chat(Settings):
 
 
 def read(kind: type[Body], body: bytes) -> Body:
-    """The request in a body. Raises RequestError naming the first field that is wrong, and what it holds."""
+    """The request in a body.
+
+    Raises RequestError naming the first field that is wrong, and what it holds.
+    """
     if len(body) > MAX_BODY_BYTES:
-        raise RequestError(f"the body has {size(len(body))}; send at most {size(MAX_BODY_BYTES)}", status=413)
+        raise RequestError(
+            f"the body has {size(len(body))}; send at most {size(MAX_BODY_BYTES)}", status=413
+        )
     try:
         asked = kind.model_validate_json(body)
     except ValidationError as error:
@@ -125,7 +143,17 @@ def read(kind: type[Body], body: bytes) -> Body:
         field = ".".join(map(str, first["loc"]))
         if first["type"] == "extra_forbidden":
             known = ", ".join(sorted(kind.model_fields))
-            raise RequestError(f"{field} is not served; leave it out. Known are {known}", field, "unknown_parameter") from error
-        shown = "" if first["type"] in ("missing", "json_invalid") else f", got {repr(first['input'])[:80]}"
-        raise RequestError(f"{field or 'the body'}: {first['msg']}{shown}", field or None) from error
+            raise RequestError(
+                f"{field} is not served; leave it out. Known are {known}",
+                field,
+                "unknown_parameter",
+            ) from error
+        shown = (
+            ""
+            if first["type"] in ("missing", "json_invalid")
+            else f", got {repr(first['input'])[:80]}"
+        )
+        raise RequestError(
+            f"{field or 'the body'}: {first['msg']}{shown}", field or None
+        ) from error
     return asked

@@ -15,7 +15,7 @@ _FLOOR = 1e-12  # a certain miss costs 27.6 nats in the log loss, not infinitely
 _NEWTON_STEPS = 100
 
 
-# ------------------------------------------------------------------------------------------------------ reliability
+# -------------------------------------------------------------------------------------- reliability
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,12 @@ class Bin:
     outcomes: Share
 
     def to_dict(self) -> dict[str, Any]:
-        return {"low": self.low, "high": self.high, "mean": self.mean, "outcomes": self.outcomes.to_dict()}
+        return {
+            "low": self.low,
+            "high": self.high,
+            "mean": self.mean,
+            "outcomes": self.outcomes.to_dict(),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +45,9 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error: mean |share that came true - mean prediction| over the bins, weighted by count, 0 to 1."""
+        """Expected calibration error: mean |share that came true - mean prediction| over the bins,
+        weighted by count, 0 to 1.
+        """
         gaps = (b.outcomes.n * abs(b.outcomes.count / b.outcomes.n - b.mean) for b in self.bins)
         return math.fsum(gaps) / self.n
 
@@ -49,11 +56,14 @@ class Reliability:
         return {"n": self.n, "ece": self.ece, "bins": [each.to_dict() for each in self.bins]}
 
 
-def reliability(probabilities: Any, outcomes: Any, *, bins: int = 10, equal: str = "mass") -> Reliability:
+def reliability(
+    probabilities: Any, outcomes: Any, *, bins: int = 10, equal: str = "mass"
+) -> Reliability:
     """Bins of predictions [N] or [N, K] against what came true, {0, 1} of the same shape.
 
-    equal: "mass" puts as many predictions into each bin, as far as equal ones, which stay together, allow; "width" cuts 0..1
-    into equal parts. Equal mass is the less biased (Roelofs et al., arXiv 2012.08668). Raises InputError.
+    equal: "mass" puts as many predictions into each bin, as far as equal ones, which stay together,
+    allow; "width" cuts 0..1 into equal parts. Equal mass is the less biased (Roelofs et al., arXiv
+    2012.08668). Raises InputError.
     """
     p, y = _predictions(probabilities, outcomes)
     if bins < 1:
@@ -66,7 +76,11 @@ def reliability(probabilities: Any, outcomes: Any, *, bins: int = 10, equal: str
     found = []
     for index in np.unique(which):
         inside = which == index
-        low, high = (p[inside].min(), p[inside].max()) if equal == "mass" else (index / bins, (index + 1) / bins)
+        low, high = (
+            (p[inside].min(), p[inside].max())
+            if equal == "mass"
+            else (index / bins, (index + 1) / bins)
+        )
         share = Share(int(y[inside].sum()), int(inside.sum()))
         found.append(Bin(float(low), float(high), float(p[inside].mean()), share))
     return Reliability(tuple(found), len(p))
@@ -78,13 +92,17 @@ def ece(probabilities: Any, outcomes: Any, *, bins: int = 10, equal: str = "mass
 
 
 def brier(probabilities: Any, outcomes: Any) -> float:
-    """Mean squared difference of predictions [N] or [N, K] and outcomes; 0 is best, 0.25 what a constant 1/2 has."""
+    """Mean squared difference of predictions [N] or [N, K] and outcomes; 0 is best, 0.25 what a
+    constant 1/2 has.
+    """
     p, y = _predictions(probabilities, outcomes)
     return float(((p - y) ** 2).mean())
 
 
 def log_loss(probabilities: Any, outcomes: Any) -> float:
-    """Mean negative log-likelihood of outcomes, in nats; predictions are kept 1e-12 away from 0 and 1, so it is finite."""
+    """Mean negative log-likelihood of outcomes, in nats; predictions are kept 1e-12 away from 0 and
+    1, so it is finite.
+    """
     p, y = _predictions(probabilities, outcomes)
     p = np.clip(p, _FLOOR, 1 - _FLOOR)
     return float(-(y * np.log(p) + (1 - y) * np.log1p(-p)).mean())
@@ -100,25 +118,33 @@ def _flat(name: str, values: Any) -> tuple[np.ndarray, tuple[int, ...]]:
 def _outcomes(outcomes: Any, of: str, shape: tuple[int, ...]) -> np.ndarray:
     y, own = _flat("outcomes", outcomes)
     if own != shape:
-        raise InputError(f"outcomes have shape {list(own)} and {of} {list(shape)}; give one outcome each")
+        raise InputError(
+            f"outcomes have shape {list(own)} and {of} {list(shape)}; give one outcome each"
+        )
     if not np.isin(y, (0.0, 1.0)).all():
-        raise InputError(f"outcomes hold {y[~np.isin(y, (0.0, 1.0))][0]:g}; give 0 and 1, or booleans")
+        raise InputError(
+            f"outcomes hold {y[~np.isin(y, (0.0, 1.0))][0]:g}; give 0 and 1, or booleans"
+        )
     return y
 
 
 def _predictions(probabilities: Any, outcomes: Any) -> tuple[np.ndarray, np.ndarray]:
     p, shape = _flat("probabilities", probabilities)
     if p.min() < 0 or p.max() > 1:
-        raise InputError(f"probabilities from {p.min():g} to {p.max():g}; give numbers from 0 to 1, not logits")
+        raise InputError(
+            f"probabilities from {p.min():g} to {p.max():g}; give numbers from 0 to 1, not logits"
+        )
     return p, _outcomes(outcomes, "probabilities", shape)
 
 
-# ---------------------------------------------------------------------------------------------------------- scaling
+# ------------------------------------------------------------------------------------------ scaling
 
 
 @dataclass(frozen=True, slots=True)
 class Scaling:
-    """probability = sigmoid(slope * logit + intercept); `fitted` is False where the data could not tell: then unscaled."""
+    """probability = sigmoid(slope * logit + intercept); `fitted` is False where the data could not
+    tell: then unscaled.
+    """
 
     slope: float = 1.0
     intercept: float = 0.0
@@ -140,19 +166,23 @@ class Scaling:
 
 
 def fit_temperature(logits: Any, outcomes: Any) -> Scaling:
-    """The slope, at least 0, that makes validation outcomes likeliest (temperature scaling, Guo et al., arXiv 1706.04599).
+    """The slope, at least 0, that makes validation outcomes likeliest (temperature scaling, Guo et
+    al., arXiv 1706.04599).
 
-    logits, outcomes: [N] or [N, K]. As in `fit_platt`, outcomes are smoothed; with one class only, or all logits 0, there is
-    nothing to fit and the identity scaling is returned. Raises InputError.
+    logits, outcomes: [N] or [N, K]. As in `fit_platt`, outcomes are smoothed; with one class only,
+    or all logits 0, there is nothing to fit and the identity scaling is returned. Raises
+    InputError.
     """
     return _fit(logits, outcomes, with_intercept=False)
 
 
 def fit_platt(logits: Any, outcomes: Any) -> Scaling:
-    """Slope, at least 0, and intercept that make validation outcomes likeliest, with Platt's smoothed targets.
+    """Slope, at least 0, and intercept that make validation outcomes likeliest, with Platt's
+    smoothed targets.
 
-    logits, outcomes: [N] or [N, K]. Targets are (N₁ + 1) / (N₁ + 2) and 1 / (N₀ + 2) (Platt 1999), so separable data have a
-    finite fit. With one class only the identity scaling is returned. Logits that rank backwards get slope 0: turning them
+    logits, outcomes: [N] or [N, K]. Targets are (N₁ + 1) / (N₁ + 2) and 1 / (N₀ + 2) (Platt 1999),
+    so separable data have a finite fit. With one class only the identity scaling is returned.
+    Logits that rank backwards get slope 0: turning them
     around is no calibration. Raises InputError.
     """
     return _fit(logits, outcomes, with_intercept=True)
@@ -176,17 +206,22 @@ def _fit(logits: Any, outcomes: Any, with_intercept: bool) -> Scaling:
 
 
 def _newton(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """Weights [d] of the logistic regression on features [N, d]; damped, as plain Newton overshoots far from the least."""
+    """Weights [d] of the logistic regression on features [N, d]; damped, as plain Newton overshoots
+    far from the least.
+    """
     weights = np.zeros(features.shape[1])
     loss = _cross_entropy(features @ weights, targets)
     for _ in range(_NEWTON_STEPS):
         p = _sigmoid(features @ weights)
         gradient = features.T @ (p - targets) / len(targets)
         hessian = (features * (p * (1 - p))[:, None]).T @ features / len(targets)
-        # The ridge changes the way, not the end; it matters where a direction is flat, as with equal logits.
+        # The ridge changes the way, not the end; it matters where a direction is flat, as with
+        # equal logits.
         step = np.linalg.solve(hessian + 1e-10 * np.eye(len(weights)), gradient)
         size = 1.0
-        while size > 1e-10 and not _cross_entropy(features @ (weights - size * step), targets) < loss:
+        while (
+            size > 1e-10 and not _cross_entropy(features @ (weights - size * step), targets) < loss
+        ):
             size /= 2
         if size <= 1e-10:
             break

@@ -1,7 +1,7 @@
 """Pictures of compared arms and of calibration. They need matplotlib, of the extra `search`.
 
-Colors are those of Okabe and Ito, which the color-blind tell apart, and arms differ in their marks too. Nothing here touches
-pyplot or its state.
+Colors are those of Okabe and Ito, which the color-blind tell apart, and arms differ in their marks
+too. Nothing here touches pyplot or its state.
 """
 
 import io
@@ -27,32 +27,51 @@ from .paired import RESAMPLES
 
 INK, GRAY = "#333333", "#7F7F7F"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")  # with the colors: 70 arms before one comes again
+# with the colors: 70 arms before one comes again
+MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 WORSE, BETTER = "#D55E00", "#0072B2"
 _FRONT: dict[str, Any] = {"color": GRAY, "lw": 0.9, "ls": "--"}
 _percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 
 
 def write_figures(
-    results: Iterable[ArmResult], folder: str | Path, *, reliability: Mapping[str, Reliability] | None = None,
-    formats: Sequence[str] = FORMATS, seed: int = 0, resamples: int = RESAMPLES,
-) -> list[Path]:  # fmt: skip
-    """Compare the arms and draw `pareto`, `gains` and, if there is any, `reliability` into a folder, which is made.
+    results: Iterable[ArmResult],
+    folder: str | Path,
+    *,
+    reliability: Mapping[str, Reliability] | None = None,
+    formats: Sequence[str] = FORMATS,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> list[Path]:
+    """Compare the arms and draw `pareto`, `gains` and, if there is any, `reliability` into a
+    folder, which is made.
 
-    Returns the files, `<figure>.<format>`. The same results give the same bytes, with one version of matplotlib. Raises
-    InputError for unknown formats, a folder that cannot be written, no results, or what `compare_arms` refuses.
+    Returns the files, `<figure>.<format>`. The same results give the same bytes, with one version
+    of matplotlib. Raises InputError for unknown formats, a folder that cannot be written, no
+    results, or what `compare_arms` refuses.
     """
     _check(formats)
-    return draw_compared(compare_arms(results, seed=seed, resamples=resamples), folder, reliability=reliability, formats=formats)
+    return draw_compared(
+        compare_arms(results, seed=seed, resamples=resamples),
+        folder,
+        reliability=reliability,
+        formats=formats,
+    )
 
 
 def draw_compared(
-    rows: Sequence[ArmComparison], folder: str | Path, *, reliability: Mapping[str, Reliability] | None = None,
+    rows: Sequence[ArmComparison],
+    folder: str | Path,
+    *,
+    reliability: Mapping[str, Reliability] | None = None,
     formats: Sequence[str] = FORMATS,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """`write_figures` of what `compare_arms` returned."""
     _check(formats)
-    drawings: dict[str, Callable[[], Figure]] = {"pareto": lambda: pareto(rows), "gains": lambda: gains(rows)}
+    drawings: dict[str, Callable[[], Figure]] = {
+        "pareto": lambda: pareto(rows),
+        "gains": lambda: gains(rows),
+    }
     if reliability:
         drawings["reliability"] = lambda: reliability_diagram(reliability)
     folder = made_folder(folder)
@@ -63,7 +82,11 @@ def draw_compared(
             for format in formats:
                 file = io.BytesIO()
                 # no date and no version, so that files of equal content are equal
-                figure.savefig(file, format=format, metadata={"Date": None} if format == "svg" else {"Software": None})
+                figure.savefig(
+                    file,
+                    format=format,
+                    metadata={"Date": None} if format == "svg" else {"Software": None},
+                )
                 made.append(write_whole(file.getvalue(), folder / f"{name}.{format}"))
     return made
 
@@ -74,11 +97,13 @@ def _check(formats: Sequence[str]) -> None:
 
 
 def pareto(rows: Sequence[ArmComparison]) -> Figure:
-    """Accuracy by executed steps as a ratio to the identity's, a panel for each task and the overall, a point an arm.
+    """Accuracy by executed steps as a ratio to the identity's, a panel for each task and the
+    overall, a point an arm.
 
-    Bars are 95 % intervals: Wilson's for accuracy, the bootstrap's for steps. The line joins the arms that no other beats in
-    both, oracles aside, which are hollow and named so; those that run many times the steps of any method stand at the right
-    edge with their ratio. Raises InputError without rows or steps.
+    Bars are 95 % intervals: Wilson's for accuracy, the bootstrap's for steps. The line joins the
+    arms that no other beats in both, oracles aside, which are hollow and named so; those that run
+    many times the steps of any method stand at the right edge with their ratio. Raises InputError
+    without rows or steps.
     """
     panels = _panels(rows)
     looks = _looks(rows)
@@ -96,8 +121,14 @@ def pareto(rows: Sequence[ArmComparison]) -> Figure:
     return figure
 
 
-def _draw_pareto(axes: Axes, group: Sequence[ArmComparison], looks: Mapping[str, dict[str, Any]]) -> None:
-    ratios = [row.paired.step_ratio.value for row in group if row.paired.step_ratio is not None and not row.arm.oracle]
+def _draw_pareto(
+    axes: Axes, group: Sequence[ArmComparison], looks: Mapping[str, dict[str, Any]]
+) -> None:
+    ratios = [
+        row.paired.step_ratio.value
+        for row in group
+        if row.paired.step_ratio is not None and not row.arm.oracle
+    ]
     # an oracle's cost would squeeze the methods, which are what is compared, into one column
     edge = max(ratios) + max(0.1, 0.2 * (max(ratios) - min(ratios))) if ratios else math.inf
     for row in group:
@@ -106,14 +137,31 @@ def _draw_pareto(axes: Axes, group: Sequence[ArmComparison], looks: Mapping[str,
             raise InputError(f"{row.label} has no steps; give steps and identity_steps")
         at = share.count / share.n
         low, high = wilson(share.count, share.n)
-        # Percentile intervals may end a rounding error inside the value, and error bars must not be negative.
+        # Percentile intervals may end a rounding error inside the value, and error bars must not be
+        # negative.
         x_error = [[max(0.0, ratio.value - ratio.low)], [max(0.0, ratio.high - ratio.value)]]
         look, place = looks[row.label], ratio.value
         if place > edge:
             place, x_error = edge, [[0.0], [0.0]]
             note = f"{ratio.value:.1f} ×"
-            axes.annotate(note, (edge, at), xytext=(-5, 0), textcoords="offset points", ha="right", va="center", fontsize=6)
-        axes.errorbar([place], [at], xerr=x_error, yerr=[[at - low], [high - at]], ls="", elinewidth=0.9, **look)
+            axes.annotate(
+                note,
+                (edge, at),
+                xytext=(-5, 0),
+                textcoords="offset points",
+                ha="right",
+                va="center",
+                fontsize=6,
+            )
+        axes.errorbar(
+            [place],
+            [at],
+            xerr=x_error,
+            yerr=[[at - low], [high - at]],
+            ls="",
+            elinewidth=0.9,
+            **look,
+        )
     front = _front([row for row in group if not row.arm.oracle])
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), drawstyle="steps-post", zorder=1, **_FRONT)
@@ -127,9 +175,15 @@ def _draw_pareto(axes: Axes, group: Sequence[ArmComparison], looks: Mapping[str,
 
 
 def _front(rows: Sequence[ArmComparison]) -> list[tuple[float, float]]:
-    """Steps and accuracy of the arms that no other with as few steps is as accurate as, by rising steps."""
+    """Steps and accuracy of the arms that no other with as few steps is as accurate as, by rising
+    steps.
+    """
     found: list[tuple[float, float]] = []
-    points = [(r.paired.step_ratio.value, r.paired.method.count / r.paired.n) for r in rows if r.paired.step_ratio is not None]
+    points = [
+        (r.paired.step_ratio.value, r.paired.method.count / r.paired.n)
+        for r in rows
+        if r.paired.step_ratio is not None
+    ]
     for steps, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
         if not found or accuracy > found[-1][1]:
             found.append((steps, accuracy))
@@ -137,16 +191,22 @@ def _front(rows: Sequence[ArmComparison]) -> list[tuple[float, float]]:
 
 
 def gains(rows: Sequence[ArmComparison]) -> Figure:
-    """Forest plot: each arm's gain over the identity in points with its 95 % interval, a panel for each task and the overall.
+    """Forest plot: each arm's gain over the identity in points with its 95 % interval, a panel for
+    each task and the overall.
 
-    Intervals that leave out 0 are colored: blue above, red below; oracles are hollow and named so. Raises InputError without
-    rows, or with the identity alone.
+    Intervals that leave out 0 are colored: blue above, red below; oracles are hollow and named so.
+    Raises InputError without rows, or with the identity alone.
     """
     rows = [row for row in rows if row.arm.name != IDENTITY]
     panels = _panels(rows)
     labels = list(dict.fromkeys(row.label for row in rows))
     columns, lines = _grid(len(panels), 4)
-    figure = Figure(figsize=(1.2 + 0.07 * max(map(len, labels)) + 2.6 * columns, lines * (0.95 + 0.24 * len(labels)) + 0.4))
+    figure = Figure(
+        figsize=(
+            1.2 + 0.07 * max(map(len, labels)) + 2.6 * columns,
+            lines * (0.95 + 0.24 * len(labels)) + 0.4,
+        )
+    )
     axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
     for axis, (task, group) in zip(axes.flat, panels.items(), strict=False):
         for row in group:
@@ -154,7 +214,17 @@ def gains(rows: Sequence[ArmComparison]) -> Figure:
             color = BETTER if gain.low > 0 else WORSE if gain.high < 0 else GRAY
             face = "white" if row.arm.oracle else color
             error = [[max(0.0, gain.value - gain.low)], [max(0.0, gain.high - gain.value)]]
-            axis.errorbar([gain.value], [y], xerr=error, fmt="o", ms=5, lw=1.3, capsize=2, color=color, mfc=face)
+            axis.errorbar(
+                [gain.value],
+                [y],
+                xerr=error,
+                fmt="o",
+                ms=5,
+                lw=1.3,
+                capsize=2,
+                color=color,
+                mfc=face,
+            )
         axis.axvline(0, color=INK, lw=0.9)
         axis.set_title(f"{task}, n = {_questions(group)}")
         axis.set_xlabel("gain over the identity, points")
@@ -166,13 +236,17 @@ def gains(rows: Sequence[ArmComparison]) -> Figure:
         axis.remove()
     key = [("interval above 0", BETTER, BETTER), ("holds 0", GRAY, GRAY), ("below 0", WORSE, WORSE)]
     key += [("oracle", GRAY, "white")] if any(row.arm.oracle for row in rows) else []
-    handles = [Line2D([], [], color=color, mfc=face, marker="o", ms=5, lw=1.3, label=label) for label, color, face in key]
+    handles = [
+        Line2D([], [], color=color, mfc=face, marker="o", ms=5, lw=1.3, label=label)
+        for label, color, face in key
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     return figure
 
 
 def reliability_diagram(reliability: Mapping[str, Reliability]) -> Figure:
-    """Share that came true by predicted probability, with Wilson's 95 % intervals, over the counts; a column for each name.
+    """Share that came true by predicted probability, with Wilson's 95 % intervals, over the counts;
+    a column for each name.
 
     Raises InputError for no names.
     """
@@ -188,14 +262,31 @@ def reliability_diagram(reliability: Mapping[str, Reliability]) -> Figure:
         y = np.array([each.outcomes.count / each.outcomes.n for each in found.bins])
         ends = np.array([wilson(each.outcomes.count, each.outcomes.n) for each in found.bins])
         curve.plot([0, 1], [0, 1], color=GRAY, lw=0.9, ls=":")
-        curve.errorbar(x, y, yerr=[y - ends[:, 0], ends[:, 1] - y], color=BETTER, marker="o", ms=4, lw=1.2, capsize=2)
+        curve.errorbar(
+            x,
+            y,
+            yerr=[y - ends[:, 0], ends[:, 1] - y],
+            color=BETTER,
+            marker="o",
+            ms=4,
+            lw=1.2,
+            capsize=2,
+        )
         curve.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="came true" if not column else "")
         curve.set_title(f"{name}\nECE {100 * found.ece:.1f} %, {count(found.n, 'prediction')}")
         curve.grid()
         left = np.array([each.low for each in found.bins])
-        width = np.maximum([each.high - each.low for each in found.bins], 0.004)  # a bin of equal predictions has none
+        # a bin of equal predictions has none
+        width = np.maximum([each.high - each.low for each in found.bins], 0.004)
         counts.bar(
-            left, [each.outcomes.n for each in found.bins], width, align="edge", color=BETTER, alpha=0.6, ec="white", lw=0.5
+            left,
+            [each.outcomes.n for each in found.bins],
+            width,
+            align="edge",
+            color=BETTER,
+            alpha=0.6,
+            ec="white",
+            lw=0.5,
         )
         counts.set(xlabel="predicted probability", ylabel="predictions" if not column else "")
         counts.yaxis.set_major_locator(MaxNLocator(3, integer=True))
@@ -204,7 +295,9 @@ def reliability_diagram(reliability: Mapping[str, Reliability]) -> Figure:
 
 
 def _panels(rows: Sequence[ArmComparison]) -> dict[str, list[ArmComparison]]:
-    """Rows by title, in the order given: the task, marked in a second line where the predictor was not trained on it."""
+    """Rows by title, in the order given: the task, marked in a second line where the predictor was
+    not trained on it.
+    """
     if not rows:
         raise InputError("no arms to draw; give results of at least one besides the identity")
     panels: dict[str, list[ArmComparison]] = {}
@@ -222,7 +315,13 @@ def _looks(rows: Sequence[ArmComparison]) -> dict[str, dict[str, Any]]:
             own = row.arm.name == IDENTITY
             color, mark = (GRAY, "*") if own else (COLORS[at % len(COLORS)], MARKS[at % len(MARKS)])
             face = "white" if row.arm.oracle else color
-            looks[row.label] = {"color": color, "marker": mark, "mfc": face, "ms": 11 if own else 6, "zorder": 3 if own else 2}
+            looks[row.label] = {
+                "color": color,
+                "marker": mark,
+                "mfc": face,
+                "ms": 11 if own else 6,
+                "zorder": 3 if own else 2,
+            }
     return looks
 
 

@@ -13,7 +13,8 @@ _Z = 1.959963984540054  # of 95 %, two-sided
 def wilson(count: int, n: int) -> tuple[float, float]:
     """The 95 % interval of a share of `count` in `n`; (0, 1) of none.
 
-    Wilson's score interval: unlike the share plus or minus its standard error, it has width at 0 and n too.
+    Wilson's score interval: unlike the share plus or minus its standard error, it has width at 0
+    and n too.
     """
     if not n:
         return 0.0, 1.0
@@ -42,19 +43,25 @@ class Share:
         return self.count / self.n if self.n else None
 
     def to_dict(self) -> dict[str, Any]:
-        """{count, n, share, low, high}; the last three, of which two are the 95 % interval, are None where n is 0."""
+        """{count, n, share, low, high}; the last three, of which two are the 95 % interval, are
+        None where n is 0.
+        """
         low, high = wilson(self.count, self.n) if self.n else (None, None)
         return {"count": self.count, "n": self.n, "share": self.value, "low": low, "high": high}
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:
     """1 for the smallest; equal values share the mean of their ranks."""
-    _, which, counts = np.unique(np.asarray(values, dtype=float), return_inverse=True, return_counts=True)
+    _, which, counts = np.unique(
+        np.asarray(values, dtype=float), return_inverse=True, return_counts=True
+    )
     return (np.cumsum(counts) - (counts - 1) / 2)[which]
 
 
 def spearman(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The rank correlation of pairs, -1 to 1; None where one side does not vary, as with less than two pairs."""
+    """The rank correlation of pairs, -1 to 1; None where one side does not vary, as with less than
+    two pairs.
+    """
     if len(first) != len(second):
         raise ValueError(f"{len(first)} values against {len(second)}; give pairs")
     if len(first) < 2:

@@ -1,4 +1,5 @@
-"""One method against the identity on the same questions: gain, its uncertainty, tests, steps, and how many questions it takes.
+"""One method against the identity on the same questions: gain, its uncertainty, tests, steps, and
+how many questions it takes.
 
 Gains are in points (hundredths of accuracy), all other shares are 0 to 1.
 """
@@ -21,16 +22,25 @@ _MOST_DRAWS = 4_000_000  # numbers drawn at once; bounds memory to some 30 MB
 
 
 def flags(name: str, values: Any, n: int | None = None) -> np.ndarray:
-    """A boolean array [n] of its own that cannot be written. Raises InputError if empty, not boolean, or of another length."""
+    """A boolean array [n] of its own that cannot be written.
+
+    Raises InputError if empty, not boolean, or of another length.
+    """
     array = _array(name, values, None, n)
     if array.dtype != np.bool_:
-        raise InputError(f"{name} holds {array.dtype} values; give booleans, as `np.asarray(values) == 1` makes of 0 and 1")
+        raise InputError(
+            f"{name} holds {array.dtype} values; give booleans, as `np.asarray(values) == 1` "
+            "makes of 0 and 1"
+        )
     array.setflags(write=False)
     return array
 
 
 def numbers(name: str, values: Any, n: int | None = None) -> np.ndarray:
-    """A finite float64 array [n] of its own that cannot be written. Raises InputError if empty, NaN or of another length."""
+    """A finite float64 array [n] of its own that cannot be written.
+
+    Raises InputError if empty, NaN or of another length.
+    """
     array = _array(name, values, np.float64, n)
     if not np.isfinite(array).all():
         at = int(np.flatnonzero(~np.isfinite(array))[0])
@@ -43,13 +53,18 @@ def _array(name: str, values: Any, dtype: Any, n: int | None) -> np.ndarray:
     try:
         array = np.array(values, dtype=dtype)
     except (TypeError, ValueError) as error:
-        raise InputError(f"{name} cannot be read: {error}; give one value a question, [n]") from error
+        raise InputError(
+            f"{name} cannot be read: {error}; give one value a question, [n]"
+        ) from error
     if array.ndim != 1:
         raise InputError(f"{name} has shape {list(array.shape)}; give one value a question, [n]")
     if not len(array):
         raise InputError(f"{name} is empty; give at least one question")
     if n is not None and len(array) != n:
-        raise InputError(f"{name} has {len(array)} values for {n} questions; give both sides over the same questions")
+        raise InputError(
+            f"{name} has {len(array)} values for {n} questions; give both sides over the same "
+            "questions"
+        )
     return array
 
 
@@ -71,11 +86,13 @@ class Paired:
 
     method, identity: how many are right; their intervals (Wilson) are in `to_dict`
     gain: method - identity in points, with the percentile interval of the paired bootstrap
-    score: the same gain with Tango's score interval (Statistics in Medicine 17, 1998), which has width even where no pair is
-        discordant; there the bootstrap's has none. It does not know of strata
+    score: the same gain with Tango's score interval (Statistics in Medicine 17, 1998), which has
+        width even where no pair is discordant; there the bootstrap's has none. It does not know of
+        strata
     gained, lost: questions only the method, and only the identity, gets right
     p_value: of McNemar's exact test, two-sided
-    steps, step_ratio: executed steps a question, and their ratio to the identity's; None if no steps were given
+    steps, step_ratio: executed steps a question, and their ratio to the identity's; None if no
+    steps were given
     """
 
     n: int
@@ -97,8 +114,9 @@ class Paired:
     def non_inferior(self, margin_points: float) -> bool:
         """Whether the gain's lower bound lies above -margin_points.
 
-        Of bootstrap and score interval the lower one counts: without a lost pair the bootstrap's bound is at 0 or above
-        however few the questions are. Raises InputError for a negative margin.
+        Of bootstrap and score interval the lower one counts: without a lost pair the bootstrap's
+        bound is at 0 or above however few the questions are. Raises InputError for a negative
+        margin.
         """
         if not margin_points >= 0:
             raise InputError(f"a margin of {margin_points} points; give 0 or more")
@@ -106,21 +124,37 @@ class Paired:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
-        parts = {name: getattr(self, name) for name in ("method", "identity", "gain", "score", "steps", "step_ratio")}
+        parts = {
+            name: getattr(self, name)
+            for name in ("method", "identity", "gain", "score", "steps", "step_ratio")
+        }
         dicts = {name: None if part is None else part.to_dict() for name, part in parts.items()}
-        return {"n": self.n, "gained": self.gained, "lost": self.lost, "p_value": self.p_value, **dicts}
+        return {
+            "n": self.n,
+            "gained": self.gained,
+            "lost": self.lost,
+            "p_value": self.p_value,
+            **dicts,
+        }
 
 
 def compare(
-    right: Any, identity_right: Any, *, steps: Any = None, identity_steps: Any = None, strata: Sequence[Any] | None = None,
-    seed: int = 0, resamples: int = RESAMPLES,
-) -> Paired:  # fmt: skip
+    right: Any,
+    identity_right: Any,
+    *,
+    steps: Any = None,
+    identity_steps: Any = None,
+    strata: Sequence[Any] | None = None,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+) -> Paired:
     """Compare boolean arrays [n] over the same questions.
 
-    steps: executed steps of each question, [n]; with them `identity_steps`, [n] or one number for all. `strata`: the task of
-    each question, [n]; resamples then keep the number of questions a task. The same seed gives the same intervals, and those
-    of the gain do not depend on whether steps are given. Raises InputError for arrays that are empty, of unequal length, not
-    boolean or not finite.
+    steps: executed steps of each question, [n]; with them `identity_steps`, [n] or one number for
+    all. `strata`: the task of each question, [n]; resamples then keep the number of questions a
+    task. The same seed gives the same intervals, and those
+    of the gain do not depend on whether steps are given. Raises InputError for arrays that are
+    empty, of unequal length, not boolean or not finite.
     """
     mine = flags("right", right)
     n = len(mine)
@@ -130,7 +164,9 @@ def compare(
     codes = strata_codes(strata, n)
     difference = mine.astype(np.float64) - theirs
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    means = _resampled_means(difference[:, None], codes, resamples, np.random.default_rng([seed, 0]))
+    means = _resampled_means(
+        difference[:, None], codes, resamples, np.random.default_rng([seed, 0])
+    )
     gain = _estimate(100 * (gained - lost) / n, 100 * means[:, 0])
     low, high = _score_interval(gained, lost, n)
     score = Estimate(gain.value, 100 * low, 100 * high)
@@ -138,21 +174,32 @@ def compare(
     if (steps is None) is not (identity_steps is None):
         raise InputError("steps of one side only; give steps and identity_steps, or neither")
     if steps is not None:
-        both = np.stack([step_counts("steps", steps, n), step_counts("identity_steps", identity_steps, n)], axis=1)
+        both = np.stack(
+            [step_counts("steps", steps, n), step_counts("identity_steps", identity_steps, n)],
+            axis=1,
+        )
         if (both[:, 1] == 0).any():
-            raise InputError("identity_steps has a 0; the identity runs at least one step a question")
+            raise InputError(
+                "identity_steps has a 0; the identity runs at least one step a question"
+            )
         means = _resampled_means(both, codes, resamples, np.random.default_rng([seed, 1]))
         mean, base = both.mean(axis=0).tolist()
-        mean_steps, ratio = _estimate(mean, means[:, 0]), _estimate(mean / base, means[:, 0] / means[:, 1])
+        mean_steps, ratio = (
+            _estimate(mean, means[:, 0]),
+            _estimate(mean / base, means[:, 0] / means[:, 1]),
+        )
     shares = Share(int(mine.sum()), n), Share(int(theirs.sum()), n)
     return Paired(n, *shares, gain, score, gained, lost, mcnemar(gained, lost), mean_steps, ratio)
 
 
 def step_counts(name: str, values: Any, n: int) -> np.ndarray:
     """`numbers` of at least 0; one number stands for all questions. Raises InputError."""
-    array = numbers(name, np.full(n, values) if np.ndim(values) == 0 else values, n)  # one number stands for all
+    # one number stands for all
+    array = numbers(name, np.full(n, values) if np.ndim(values) == 0 else values, n)
     if array.min() < 0:
-        raise InputError(f"{name}[{int(array.argmin())}] is {array.min():g}; give executed steps, 0 or more")
+        raise InputError(
+            f"{name}[{int(array.argmin())}] is {array.min():g}; give executed steps, 0 or more"
+        )
     return array
 
 
@@ -161,15 +208,19 @@ def strata_codes(strata: Sequence[Any] | None, n: int) -> np.ndarray:
     if strata is None:
         return np.zeros(n, dtype=np.int64)
     if len(strata) != n:
-        raise InputError(f"strata has {len(strata)} values for {n} questions; give the task of each question")
+        raise InputError(
+            f"strata has {len(strata)} values for {n} questions; give the task of each question"
+        )
     return np.unique([str(each) for each in strata], return_inverse=True)[1]
 
 
-def _resampled_means(values: np.ndarray, codes: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def _resampled_means(
+    values: np.ndarray, codes: np.ndarray, resamples: int, rng: np.random.Generator
+) -> np.ndarray:
     """Means [resamples, d] of bootstrap resamples of the rows of values [n, d].
 
-    Only how often each distinct row is drawn matters, and those counts are multinomial: this is the ordinary bootstrap,
-    without n indices a resample.
+    Only how often each distinct row is drawn matters, and those counts are multinomial: this is the
+    ordinary bootstrap, without n indices a resample.
     """
     totals = np.zeros((resamples, values.shape[1]))
     for code in np.unique(codes):
@@ -188,12 +239,15 @@ def _estimate(value: float, resampled: np.ndarray) -> Estimate:
 
 
 def _score_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
-    """Tango's 95 % interval of the difference of paired shares, by bisection of the score, which falls in the difference."""
+    """Tango's 95 % interval of the difference of paired shares, by bisection of the score, which
+    falls in the difference.
+    """
 
     def score(delta: float) -> float:
         b = (2 * n - gained + lost) * delta - gained - lost
         c = -lost * delta * (1 - delta)
-        only_identity = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)  # its likeliest share, given the difference
+        # its likeliest share, given the difference
+        only_identity = (math.sqrt(max(0.0, b * b - 8 * n * c)) - b) / (4 * n)
         variance = n * (2 * only_identity + delta * (1 - delta))
         above = gained - lost - n * delta
         return above / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, above)
@@ -205,11 +259,15 @@ def _score_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
         return far
 
     value = (gained - lost) / n
-    return (solve(value, -1.0, _Z) if value > -1 else -1.0), (solve(value, 1.0, _Z) if value < 1 else 1.0)
+    return (solve(value, -1.0, _Z) if value > -1 else -1.0), (
+        solve(value, 1.0, _Z) if value < 1 else 1.0
+    )
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """The exact two-sided p of McNemar's test: twice the binomial tail at 1/2, at most 1; 1 without discordant pairs."""
+    """The exact two-sided p of McNemar's test: twice the binomial tail at 1/2, at most 1; 1 without
+    discordant pairs.
+    """
     if gained < 0 or lost < 0:
         raise InputError(f"{gained} gained and {lost} lost pairs; give counts, 0 or more")
     pairs, few = gained + lost, min(gained, lost)
@@ -221,7 +279,9 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's adjusted p-values in the order given; one at or below α is significant with all errors together kept at α."""
+    """Holm's adjusted p-values in the order given; one at or below α is significant with all errors
+    together kept at α.
+    """
     values = [float(p) for p in p_values]
     for p in values:
         if not 0 <= p <= 1:
@@ -234,27 +294,43 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def minimum_questions(discordance: float, gain_points: float) -> int:
-    """Questions for McNemar's test to find a gain with 80 % power at 5 %, two-sided: (1.960 + 0.842)² · p_d / δ².
+    """Questions for McNemar's test to find a gain with 80 % power at 5 %, two-sided: (1.960 +
+    0.842)² · p_d / δ².
 
-    discordance: share of questions on which method and identity differ, 0 to 1; gain_points: the true gain in points, of
-    either sign. Raises InputError where the gain is 0 or exceeds the discordance, which no method can.
+    discordance: share of questions on which method and identity differ, 0 to 1; gain_points: the
+    true gain in points, of either sign. Raises InputError where the gain is 0 or exceeds the
+    discordance, which no method can.
     """
     gain = abs(gain_points) / 100
     if not 0 < discordance <= 1:
         raise InputError(f"a discordance of {discordance}; give a share above 0, at most 1")
     if not 0 < gain <= discordance:
-        raise InputError(f"a gain of {gain_points} points with a discordance of {100 * discordance:g} %; give 0 < |gain| <= it")
+        raise InputError(
+            f"a gain of {gain_points} points with a discordance of {100 * discordance:g} %; give "
+            "0 < |gain| <= it"
+        )
     return math.ceil((_Z + _Z_POWER) ** 2 * discordance / gain**2)
 
 
-def best_of_useless(num_programs: int, discordance: float, n: int, rng: np.random.Generator, simulations: int = 2_000) -> float:
-    """Apparent gain in points, on average, of the best of some programs whose true gain is 0, picked on n questions.
+def best_of_useless(
+    num_programs: int,
+    discordance: float,
+    n: int,
+    rng: np.random.Generator,
+    simulations: int = 2_000,
+) -> float:
+    """Apparent gain in points, on average, of the best of some programs whose true gain is 0,
+    picked on n questions.
 
-    The winner's curse. Programs differ from the identity on that share of the questions, gaining and losing equally, each
-    independently of the others; programs that resemble each other have less of it. Raises InputError.
+    The winner's curse. Programs differ from the identity on that share of the questions, gaining
+    and losing equally, each independently of the others; programs that resemble each other have
+    less of it. Raises InputError.
     """
     if num_programs < 1 or n < 1 or simulations < 1:
-        raise InputError(f"{num_programs} programs, {n} questions, {simulations} simulations; give at least one of each")
+        raise InputError(
+            f"{num_programs} programs, {n} questions, {simulations} simulations; give at least "
+            "one of each"
+        )
     if not 0 <= discordance <= 1:
         raise InputError(f"a discordance of {discordance}; give a share from 0 to 1")
     total, chunk = 0.0, max(1, _MOST_DRAWS // num_programs)

@@ -1,4 +1,6 @@
-"""When to leave the identity: the least threshold on predicted gains that bounds the risk of losing an answer."""
+"""When to leave the identity: the least threshold on predicted gains that bounds the risk of losing
+an answer.
+"""
 
 import math
 from collections.abc import Sequence
@@ -10,13 +12,16 @@ import numpy as np
 from ..errors import InputError
 from .paired import flags, numbers
 
-THRESHOLDS = tuple(round(0.5 - 0.02 * i, 2) for i in range(26))  # predicted gains from 0.5 down to 0
+# predicted gains from 0.5 down to 0
+THRESHOLDS = tuple(round(0.5 - 0.02 * i, 2) for i in range(26))
 _NUISANCE = 0.25  # part of delta spent on the bound of the discordance
 
 
 @dataclass(frozen=True, slots=True)
 class CheckedThreshold:
-    """One threshold on validation: questions that deviate, those gained and lost by it, and whether its risk is certified."""
+    """One threshold on validation: questions that deviate, those gained and lost by it, and whether
+    its risk is certified.
+    """
 
     tau: float
     deviations: int
@@ -28,10 +33,11 @@ class CheckedThreshold:
 
 @dataclass(frozen=True, slots=True)
 class RiskThreshold:
-    """Leave the identity where the predicted gain is at least tau; infinity is never. Made by `risk_controlled_threshold`.
+    """Leave the identity where the predicted gain is at least tau; infinity is never. Made by
+    `risk_controlled_threshold`.
 
-    `tested` has the thresholds in the order tested, those after a failure left out. All certified ones hold together at
-    confidence 1 - delta, so any may be used; tau is the least of them.
+    `tested` has the thresholds in the order tested, those after a failure left out. All certified
+    ones hold together at confidence 1 - delta, so any may be used; tau is the least of them.
     """
 
     tau: float
@@ -51,54 +57,80 @@ class RiskThreshold:
 
 
 def risk_controlled_threshold(
-    gains: Any, method_right: Any, identity_right: Any, *, epsilon: float = 0.01, delta: float = 0.05,
-    grid: Sequence[float] = THRESHOLDS, starts: int = 1,
-) -> RiskThreshold:  # fmt: skip
-    """The least threshold on predicted gains with P(risk <= epsilon) >= 1 - delta, over draws of the validation questions.
+    gains: Any,
+    method_right: Any,
+    identity_right: Any,
+    *,
+    epsilon: float = 0.01,
+    delta: float = 0.05,
+    grid: Sequence[float] = THRESHOLDS,
+    starts: int = 1,
+) -> RiskThreshold:
+    """The least threshold on predicted gains with P(risk <= epsilon) >= 1 - delta, over draws of
+    the validation questions.
 
-    The risk is E[identity right - chosen right], the accuracy that choosing loses. gains: [n], finite; method_right,
-    identity_right: booleans [n] of the proposed deviation and of the identity, over validation questions drawn as later ones
-    will be, which chose neither predictor nor grid. grid: thresholds fixed beforehand.
+    The risk is E[identity right - chosen right], the accuracy that choosing loses. gains: [n],
+    finite; method_right,
+    identity_right: booleans [n] of the proposed deviation and of the identity, over validation
+    questions drawn as later ones will be, which chose neither predictor nor grid. grid: thresholds
+    fixed beforehand.
 
-    Learn then Test (Angelopoulos et al., arXiv 2110.01052): each threshold is a hypothesis "the risk exceeds epsilon", tested
-    by `risk_p_value` from the largest on until one fails. That keeps all errors together at delta without dividing it among
-    thresholds. With `starts` > 1 such sequences begin at that many evenly spaced places, each at delta / starts (their
-    Algorithm 1): for an epsilon that the first thresholds, at which hardly a question deviates, cannot be certified for. Where
-    no question was gained or lost, that takes more than ln(4 starts / delta) / epsilon questions; epsilon = 0 takes gains.
-    Raises InputError.
+    Learn then Test (Angelopoulos et al., arXiv 2110.01052): each threshold is a hypothesis "the
+    risk exceeds epsilon", tested by `risk_p_value` from the largest on until one fails. That keeps
+    all errors together at delta without dividing it among thresholds. With `starts` > 1 such
+    sequences begin at that many evenly spaced places, each at delta / starts (their Algorithm 1):
+    for an epsilon that the first thresholds, at which hardly a question deviates, cannot be
+    certified for. Where no question was gained or lost, that takes more than ln(4 starts / delta) /
+    epsilon questions; epsilon = 0 takes gains. Raises InputError.
     """
     g = numbers("gains", gains)
     n = len(g)
-    method, identity = flags("method_right", method_right, n), flags("identity_right", identity_right, n)
+    method, identity = (
+        flags("method_right", method_right, n),
+        flags("identity_right", identity_right, n),
+    )
     if not 0 <= epsilon < 1:
-        raise InputError(f"epsilon is {epsilon}; give the share of questions that may be lost, from 0 to below 1")
+        raise InputError(
+            f"epsilon is {epsilon}; give the share of questions that may be lost, from 0 to below 1"
+        )
     if not 0 < delta < 1:
         raise InputError(f"delta is {delta}; give the probability of failing, between 0 and 1")
     taus = sorted({float(tau) for tau in numbers("grid", list(grid))}, reverse=True)
     if not 1 <= starts <= len(taus):
-        raise InputError(f"{starts} starts in a grid of {len(taus)} thresholds; give from 1 to {len(taus)}")
+        raise InputError(
+            f"{starts} starts in a grid of {len(taus)} thresholds; give from 1 to {len(taus)}"
+        )
     level = delta / starts
     tested: dict[float, CheckedThreshold] = {}
     for start in range(starts):
         for tau in taus[len(taus) * start // starts :]:
             if tau not in tested:
                 chosen = g >= tau
-                gained, lost = int((chosen & method & ~identity).sum()), int((chosen & ~method & identity).sum())
+                gained, lost = (
+                    int((chosen & method & ~identity).sum()),
+                    int((chosen & ~method & identity).sum()),
+                )
                 p_value = risk_p_value(gained, lost, n, epsilon, slack=_NUISANCE * level)
-                tested[tau] = CheckedThreshold(tau, int(chosen.sum()), gained, lost, p_value, p_value <= level)
+                tested[tau] = CheckedThreshold(
+                    tau, int(chosen.sum()), gained, lost, p_value, p_value <= level
+                )
             if not tested[tau].certified:
                 break
     certified = [each.tau for each in tested.values() if each.certified]
-    return RiskThreshold(min(certified, default=math.inf), epsilon, delta, n, tuple(tested.values()))
+    return RiskThreshold(
+        min(certified, default=math.inf), epsilon, delta, n, tuple(tested.values())
+    )
 
 
 def risk_p_value(gained: int, lost: int, n: int, epsilon: float, slack: float) -> float:
-    """A valid p of "P(lost) - P(gained) > epsilon" from counts of n independent questions, each gained, lost or neither.
+    """A valid p of "P(lost) - P(gained) > epsilon" from counts of n independent questions, each
+    gained, lost or neither.
 
-    Given that D = gained + lost questions are discordant, lost is Binomial(D, q), and where the difference is at least epsilon,
-    q >= (1 + epsilon / d) / 2 with d = P(gained) + P(lost). d is not known: it lies below its Clopper-Pearson bound but for a
-    probability `slack`, which is added (Berger and Boos, JASA 89, 1994). Exact in finite samples, and sharper the fewer are
-    discordant. With epsilon = 0 it needs no bound and is the one-sided sign test. Raises InputError.
+    Given that D = gained + lost questions are discordant, lost is Binomial(D, q), and where the
+    difference is at least epsilon, q >= (1 + epsilon / d) / 2 with d = P(gained) + P(lost). d is
+    not known: it lies below its Clopper-Pearson bound but for a probability `slack`, which is added
+    (Berger and Boos, JASA 89, 1994). Exact in finite samples, and sharper the fewer are discordant.
+    With epsilon = 0 it needs no bound and is the one-sided sign test. Raises InputError.
     """
     if min(gained, lost) < 0 or not 0 < n >= gained + lost:
         raise InputError(f"{gained} gained and {lost} lost of {n} questions; give counts that fit")
@@ -126,7 +158,9 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
 
 
 def _upper_bound(k: int, n: int, level: float) -> float:
-    """Clopper and Pearson's one-sided upper bound of a share of k in n: what it exceeds with a probability of at most `level`."""
+    """Clopper and Pearson's one-sided upper bound of a share of k in n: what it exceeds with a
+    probability of at most `level`.
+    """
     low, high = k / n, 1.0
     for _ in range(50):
         middle = (low + high) / 2

@@ -14,34 +14,60 @@ from .intervals import Share
 from .paired import RESAMPLES, Estimate
 
 NOTE = (
-    "Accuracies in % with Wilson's 95 % interval; gains over the identity in points with the paired bootstrap's; p of the exact "
-    "McNemar test, and after Holm among the arms of a task; steps in % of the identity's. Oracles choose by the answer key: "
-    "bounds, not methods, and not tested."
+    "Accuracies in % with Wilson's 95 % interval; gains over the identity in points with the "
+    "paired bootstrap's; p of the exact McNemar test, and after Holm among the arms of a task; "
+    "steps in % of the identity's. Oracles choose by the answer key: bounds, not methods, and not "
+    "tested."
 )
 UNSEEN_NOTE = f"The predictor was not trained on tasks that are {UNSEEN}."
 _HEAD = (
-    "task", "arm", "n", "accuracy", "gain", "gained / lost", "McNemar p", "Holm p", "steps %", "unique layers",
-    "format valid %", "tokens",
-)  # fmt: skip
+    "task",
+    "arm",
+    "n",
+    "accuracy",
+    "gain",
+    "gained / lost",
+    "McNemar p",
+    "Holm p",
+    "steps %",
+    "unique layers",
+    "format valid %",
+    "tokens",
+)
 _NONE = "–"
 
 
 def write_tables(
-    results: Iterable[ArmResult], folder: str | Path, *, seed: int = 0, resamples: int = RESAMPLES, stem: str = "arms"
+    results: Iterable[ArmResult],
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
+    stem: str = "arms",
 ) -> list[Path]:
-    """Compare the arms and write `<stem>.md` and `<stem>.csv` into a folder, which is made; returns both. Raises InputError."""
+    """Compare the arms and write `<stem>.md` and `<stem>.csv` into a folder, which is made; returns
+    both.
+
+    Raises InputError.
+    """
     return write_compared(compare_arms(results, seed=seed, resamples=resamples), folder, stem)
 
 
-def write_compared(rows: Sequence[ArmComparison], folder: str | Path, stem: str = "arms") -> list[Path]:
+def write_compared(
+    rows: Sequence[ArmComparison], folder: str | Path, stem: str = "arms"
+) -> list[Path]:
     """`write_tables` of what `compare_arms` returned."""
     folder = made_folder(folder)
     texts = {"md": markdown(rows), "csv": csv_text(rows)}
-    return [write_whole(text.encode(), folder / f"{stem}.{ending}") for ending, text in texts.items()]
+    return [
+        write_whole(text.encode(), folder / f"{stem}.{ending}") for ending, text in texts.items()
+    ]
 
 
 def markdown(rows: Sequence[ArmComparison], note: str = NOTE) -> str:
-    """One table, a line for each arm and task in the order given, with what its columns mean below it."""
+    """One table, a line for each arm and task in the order given, with what its columns mean below
+    it.
+    """
     if note and any(row.arm.unseen for row in rows):
         note = f"{note} {UNSEEN_NOTE}"
     head = [*_HEAD]
@@ -80,7 +106,10 @@ def _scaled(estimate: Estimate) -> Estimate:
 
 
 def _interval(estimate: Estimate, form: str) -> str:
-    return f"{_number(estimate.value, form)} [{_number(estimate.low, form)}, {_number(estimate.high, form)}]"
+    return (
+        f"{_number(estimate.value, form)} [{_number(estimate.low, form)}, "
+        f"{_number(estimate.high, form)}]"
+    )
 
 
 def _number(value: float, form: str) -> str:
@@ -142,10 +171,14 @@ def _plain_mean(values: np.ndarray | None) -> float | None:
 
 
 def csv_text(rows: Iterable[ArmComparison]) -> str:
-    """The same and more as CSV, in full precision: shares and ratios 0 to 1, gains in points, nothing where there is none."""
+    """The same and more as CSV, in full precision: shares and ratios 0 to 1, gains in points,
+    nothing where there is none.
+    """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(_COLUMNS)
     for row in rows:
-        writer.writerow(["" if (value := read(row)) is None else value for read in _COLUMNS.values()])
+        writer.writerow(
+            ["" if (value := read(row)) is None else value for read in _COLUMNS.values()]
+        )
     return out.getvalue()

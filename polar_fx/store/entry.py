@@ -1,7 +1,7 @@
 """What the artifact store keeps for one key: reading it, writing it, and whether it may be used.
 
-Artifacts are loaded as code. So an entry and its files are used only if they are plain files of this user that nobody
-else can write to, and hold what was stored.
+Artifacts are loaded as code. So an entry and its files are used only if they are plain files of
+this user that nobody else can write to, and hold what was stored.
 """
 
 import hashlib
@@ -53,7 +53,10 @@ class Entry:
 
 
 class UnfitError(Exception):
-    """Why an entry may not be used, and the object that is to blame, if it is one. Never leaves the store."""
+    """Why an entry may not be used, and the object that is to blame, if it is one.
+
+    Never leaves the store.
+    """
 
     def __init__(self, reason: str, culprit: Path | None = None) -> None:
         super().__init__(reason)
@@ -62,7 +65,9 @@ class UnfitError(Exception):
 
 def total_bytes(entries: Iterable[Entry]) -> int:
     """Size of the entries' files, those that several share counted once."""
-    return sum({file.path: file.num_bytes for entry in entries for file in entry.files.values()}.values())
+    return sum(
+        {file.path: file.num_bytes for entry in entries for file in entry.files.values()}.values()
+    )
 
 
 def prepare_file(root: Path, made: Path) -> StoredFile:
@@ -74,17 +79,26 @@ def prepare_file(root: Path, made: Path) -> StoredFile:
         os.fsync(file.fileno())
     sha256 = _sha256(made)
     suffix = made.suffix if _SUFFIX.fullmatch(made.suffix) else ""
-    return StoredFile(made.name, sha256, made.stat().st_size, root / "objects" / sha256[:2] / f"{sha256}{suffix}")
+    return StoredFile(
+        made.name, sha256, made.stat().st_size, root / "objects" / sha256[:2] / f"{sha256}{suffix}"
+    )
 
 
-def write_entry(root: Path, path: Path, key: str, facts: Mapping[str, Scalar], files: Iterable[StoredFile]) -> None:
+def write_entry(
+    root: Path, path: Path, key: str, facts: Mapping[str, Scalar], files: Iterable[StoredFile]
+) -> None:
     """Write an entry that `read_entry` reads, durably."""
     fields = {
         "format": FORMAT,
         "key": key,
         "facts": dict(facts),
         "files": {
-            f.name: {"sha256": f.sha256, "bytes": f.num_bytes, "object": f.path.relative_to(root).as_posix()} for f in files
+            f.name: {
+                "sha256": f.sha256,
+                "bytes": f.num_bytes,
+                "object": f.path.relative_to(root).as_posix(),
+            }
+            for f in files
         },
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "polar_fx": __version__,
@@ -97,7 +111,10 @@ def write_entry(root: Path, path: Path, key: str, facts: Mapping[str, Scalar], f
 
 
 def read_entry(root: Path, path: Path) -> Entry:
-    """Parse an entry that is whole and ours; its files are not looked at. Raises UnfitError or FileNotFoundError."""
+    """Parse an entry that is whole and ours; its files are not looked at.
+
+    Raises UnfitError or FileNotFoundError.
+    """
     try:
         status = path.lstat()
         if problem := _distrust(status):
@@ -116,7 +133,10 @@ def read_entry(root: Path, path: Path) -> Entry:
         if fields["key"] != path.stem:
             raise UnfitError(f"its entry belongs to key {fields['key']!r}")
         files = {name: _stored_file(root, name, file) for name, file in fields["files"].items()}
-        created, used = datetime.fromisoformat(fields["created"]), datetime.fromtimestamp(status.st_mtime, UTC)
+        created, used = (
+            datetime.fromisoformat(fields["created"]),
+            datetime.fromtimestamp(status.st_mtime, UTC),
+        )
         return Entry(path.stem, dict(fields["facts"]), files, created, used)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UnfitError(f"its entry is malformed: {error!r}") from error
@@ -125,7 +145,9 @@ def read_entry(root: Path, path: Path) -> Entry:
 def check_facts(entry: Entry, facts: Mapping[str, Scalar]) -> None:
     """Raises UnfitError if the entry was made with other facts."""
     if canonical(entry.facts) != canonical(facts):
-        one, two = ({n: canonical({n: value}) for n, value in some.items()} for some in (entry.facts, facts))
+        one, two = (
+            {n: canonical({n: value}) for n, value in some.items()} for some in (entry.facts, facts)
+        )
         other = sorted(n for n in {*one, *two} if one.get(n) != two.get(n))
         raise UnfitError(f"it was made with other facts: {', '.join(other)}")
 
@@ -148,7 +170,9 @@ def check_file(file: StoredFile) -> None:
 
 
 def foreign(status: os.stat_result) -> str:
-    """How someone else could change a file or folder, as the end of a sentence; empty if nobody could."""
+    """How someone else could change a file or folder, as the end of a sentence; empty if nobody
+    could.
+    """
     if not hasattr(os, "geteuid"):
         return ""  # not POSIX: owner and mode say nothing
     if status.st_uid != os.geteuid():

@@ -1,10 +1,11 @@
-"""Artifacts on disk: content-addressed, checked before use, written whole or not at all, shared by processes.
+"""Artifacts on disk: content-addressed, checked before use, written whole or not at all, shared by
+processes.
 
     objects/<first two digits>/<sha256><suffix>    files, named by what is in them
-    entries/<key>.json                             what was made for a key; its mtime is when it was last used
-    locks/<key>.lock                               held while that key is made
-    locks/store.lock                               held while entries or objects are added or removed
-    tmp/<key>-<random>/                            work in progress
+    entries/<key>.json                             what was made for a key; its mtime is when it was
+    last used locks/<key>.lock                               held while that key is made
+    locks/store.lock                               held while entries or objects are added or
+    removed tmp/<key>-<random>/                            work in progress
 
 What fails a check is refused with its reason, removed, and made again; see `entry.py`.
 """
@@ -58,8 +59,9 @@ class Refusal:
 class ArtifactStore:
     """The artifacts under a folder, `cache_dir()/artifacts` if not named.
 
-    Any number of processes and threads may use one folder. `limit_bytes` is what the artifacts may take before the least
-    recently used are removed; 0 is no limit, None takes it from the environment. `refusals` lists what this object refused.
+    Any number of processes and threads may use one folder. `limit_bytes` is what the artifacts may
+    take before the least recently used are removed; 0 is no limit, None takes it from the
+    environment. `refusals` lists what this object refused.
     """
 
     def __init__(self, root: Path | None = None, limit_bytes: int | None = None) -> None:
@@ -70,7 +72,8 @@ class ArtifactStore:
     def get(self, key: str, facts: Mapping[str, Scalar]) -> dict[str, Path] | None:
         """The checked files of a key by name; None if there are none, or none fit for use.
 
-        Open them soon: another process that needs the room removes them once they are the least recently used.
+        Open them soon: another process that needs the room removes them once they are the least
+        recently used.
         """
         path = self._entry_path(key)
         found = self._find(path, facts)
@@ -88,11 +91,14 @@ class ArtifactStore:
             _log.debug("cannot note the use of %s: %s", key[:12], error)
         return {name: file.path for name, file in found.files.items()}
 
-    def get_or_make(self, key: str, facts: Mapping[str, Scalar], make: Callable[[Path], None]) -> tuple[dict[str, Path], bool]:
-        """The files of a key, and whether `make` had to write them, into the empty folder it is given.
+    def get_or_make(
+        self, key: str, facts: Mapping[str, Scalar], make: Callable[[Path], None]
+    ) -> tuple[dict[str, Path], bool]:
+        """The files of a key, and whether `make` had to write them, into the empty folder it is
+        given.
 
-        Processes that want the same key at the same time make it once. What `make` raises goes through, and nothing is
-        stored then. Raises CacheError if the files cannot be stored.
+        Processes that want the same key at the same time make it once. What `make` raises goes
+        through, and nothing is stored then. Raises CacheError if the files cannot be stored.
         """
         found = self.get(key, facts)
         if found is not None:
@@ -107,7 +113,10 @@ class ArtifactStore:
             return self._make(key, facts, make), True
 
     def entries(self) -> list[Entry]:
-        """All entries that can be read, the least recently used first. Their files are not checked."""
+        """All entries that can be read, the least recently used first.
+
+        Their files are not checked.
+        """
         found = []
         for path in self._entry_files():
             with suppress(UnfitError, FileNotFoundError):  # `verify` tells about the unfit ones
@@ -115,7 +124,10 @@ class ArtifactStore:
         return sorted(found, key=lambda entry: entry.used)
 
     def verify(self, repair: bool = False) -> list[Refusal]:
-        """Check every file of every entry. `repair` removes what is refused, and leftovers of processes that were killed."""
+        """Check every file of every entry.
+
+        `repair` removes what is refused, and leftovers of processes that were killed.
+        """
         found = [self._find(path, facts=None, remove=repair) for path in self._entry_files()]
         if repair and self.root.is_dir():
             with self._alone():
@@ -123,7 +135,9 @@ class ArtifactStore:
         return [refusal for refusal in found if isinstance(refusal, Refusal)]
 
     def clear(self, unused_s: float = 0.0) -> tuple[int, int]:
-        """Remove the entries that were not used for so long; returns how many, and the bytes that became free."""
+        """Remove the entries that were not used for so long; returns how many, and the bytes that
+        became free.
+        """
         if not self.root.is_dir():
             return 0, 0
         with self._alone():
@@ -135,10 +149,13 @@ class ArtifactStore:
 
     # Looking
 
-    def _find(self, path: Path, facts: Mapping[str, Scalar] | None, remove: bool = True) -> Entry | Refusal | None:
+    def _find(
+        self, path: Path, facts: Mapping[str, Scalar] | None, remove: bool = True
+    ) -> Entry | Refusal | None:
         with suppress(UnfitError):
             return self._check(path, facts)
-        with self._alone():  # look again, alone: another process may have been replacing or evicting it
+        # look again, alone: another process may have been replacing or evicting it
+        with self._alone():
             try:
                 return self._check(path, facts)
             except UnfitError as unfit:
@@ -165,7 +182,9 @@ class ArtifactStore:
 
     # Storing
 
-    def _make(self, key: str, facts: Mapping[str, Scalar], make: Callable[[Path], None]) -> dict[str, Path]:
+    def _make(
+        self, key: str, facts: Mapping[str, Scalar], make: Callable[[Path], None]
+    ) -> dict[str, Path]:
         with self._os_errors():
             work = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=self.root / "tmp"))
         try:
@@ -192,7 +211,8 @@ class ArtifactStore:
                 self._check_folder(file.path.parent)
                 if not os.path.lexists(file.path):
                     placed.append(file.path)
-                os.replace(work / "files" / file.name, file.path)  # one that is there may be damaged
+                # one that is there may be damaged
+                os.replace(work / "files" / file.name, file.path)
             os.replace(work / "entry.json", self._entry_path(key))
         except BaseException:
             for path in placed:
@@ -218,9 +238,11 @@ class ArtifactStore:
         self._sweep()
 
     def _sweep(self) -> int:
-        """Remove objects that no entry names, and the work of processes that are gone; returns the bytes of the objects.
+        """Remove objects that no entry names, and the work of processes that are gone; returns the
+        bytes of the objects.
 
-        Only under the store's lock: no process is then between placing an object and placing its entry.
+        Only under the store's lock: no process is then between placing an object and placing its
+        entry.
         """
         named = {file.path for entry in self.entries() for file in entry.files.values()}
         freed = 0
@@ -240,7 +262,9 @@ class ArtifactStore:
 
     def _entry_path(self, key: str) -> Path:
         if not SHA256.fullmatch(key):
-            raise InputError(f"a key is 64 lowercase hex digits, got {key!r}; make one with digest()")
+            raise InputError(
+                f"a key is 64 lowercase hex digits, got {key!r}; make one with digest()"
+            )
         return self.root / "entries" / f"{key}.json"
 
     def _entry_files(self) -> list[Path]:
@@ -248,7 +272,9 @@ class ArtifactStore:
 
     def _lock(self, name: str, timeout: float = -1) -> FileLock:
         # Lock files stay: removing one that another process waits for would let two in.
-        return FileLock(self.root / "locks" / f"{name}.lock", timeout=timeout, mode=0o600, poll_interval=0.01)
+        return FileLock(
+            self.root / "locks" / f"{name}.lock", timeout=timeout, mode=0o600, poll_interval=0.01
+        )
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -276,7 +302,10 @@ class ArtifactStore:
 
     def _folders(self) -> list[Path]:
         # The root may be a link, to another disk say: the user's own doing.
-        return [self.root.resolve(), *(self.root / name for name in ("objects", "entries", "locks", "tmp"))]
+        return [
+            self.root.resolve(),
+            *(self.root / name for name in ("objects", "entries", "locks", "tmp")),
+        ]
 
     def _check_folders(self) -> None:
         for folder in self._folders():
@@ -288,7 +317,11 @@ class ArtifactStore:
             status = folder.lstat()
             problem = foreign(status) if stat.S_ISDIR(status.st_mode) else "is not a folder"
             if problem:
-                raise CacheError(str(self.root), f"{folder} {problem}", "make it yours alone (chmod -R go-w) or remove it")
+                raise CacheError(
+                    str(self.root),
+                    f"{folder} {problem}",
+                    "make it yours alone (chmod -R go-w) or remove it",
+                )
 
 
 def _touch(path: Path) -> None:

@@ -17,18 +17,23 @@ _BATCH = 16
 
 
 def pooled_features(
-    model: "CompiledModel", questions: Sequence[EncodedQuestion], features: Features,
+    model: "CompiledModel",
+    questions: Sequence[EncodedQuestion],
+    features: Features,
     progress: Callable[[int, int], None] | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """f32[N, 2 d]. Raises KvOverflowError for a prompt that does not fit the model."""
     return torch.stack(_each(model, questions, features, features.pooled, progress))
 
 
 def token_features(
-    model: "CompiledModel", questions: Sequence[EncodedQuestion], features: Features,
+    model: "CompiledModel",
+    questions: Sequence[EncodedQuestion],
+    features: Features,
     progress: Callable[[int, int], None] | None = None,
-) -> list[Tensor]:  # fmt: skip
-    """A question's states [T, d] as the model has them, T at most the window; pooled they are the `pooled_features`.
+) -> list[Tensor]:
+    """A question's states [T, d] as the model has them, T at most the window; pooled they are the
+    `pooled_features`.
 
     Raises KvOverflowError for a prompt that does not fit the model.
     """
@@ -36,16 +41,23 @@ def token_features(
 
 
 def _each(
-    model: "CompiledModel", questions: Sequence[EncodedQuestion], features: Features, of: Callable[[Tensor], Tensor],
+    model: "CompiledModel",
+    questions: Sequence[EncodedQuestion],
+    features: Features,
+    of: Callable[[Tensor], Tensor],
     progress: Callable[[int, int], None] | None,
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     found: dict[int, Tensor] = {}
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i].prefix) + len(questions[i].prompt))
+    order = sorted(
+        range(len(questions)), key=lambda i: len(questions[i].prefix) + len(questions[i].prompt)
+    )
     for start in range(0, len(order), _BATCH):
         part = order[start : start + _BATCH]
         rows = [torch.tensor((*questions[i].prefix, *questions[i].prompt)) for i in part]
         with run_trunk(model, rows, features.num_steps) as trunk:
-            found |= {i: of(hidden).cpu().clone() for i, hidden in zip(part, trunk.hidden, strict=True)}
+            found |= {
+                i: of(hidden).cpu().clone() for i, hidden in zip(part, trunk.hidden, strict=True)
+            }
         if progress is not None:
             progress(len(found), len(questions))
     return [found[i] for i in range(len(questions))]

@@ -1,4 +1,6 @@
-"""What small networks trained here share: checked settings, and epochs of which the best on validation is kept."""
+"""What small networks trained here share: checked settings, and epochs of which the best on
+validation is kept.
+"""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -16,20 +18,31 @@ def check_ranges(settings: Any, what: str, ranges: Mapping[str, tuple[float, flo
     """Raise InputError if a setting lies outside its (lowest, highest) value."""
     for name, (low, high) in ranges.items():
         if not low <= getattr(settings, name) <= high:
-            raise InputError(f"{name} of {what} is {getattr(settings, name)!r}; give a number from {low} to {high}")
+            raise InputError(
+                f"{name} of {what} is {getattr(settings, name)!r}; give a number from {low} to "
+                f"{high}"
+            )
 
 
 def train_to_best(
-    network: nn.Module, num_rows: int, loss_of: Callable[[Tensor], Tensor], validation_loss: Callable[[], float], config: Any,
+    network: nn.Module,
+    num_rows: int,
+    loss_of: Callable[[Tensor], Tensor],
+    validation_loss: Callable[[], float],
+    config: Any,
     progress: Progress | None,
-) -> dict[str, Any]:  # fmt: skip
-    """Train with AdamW and leave the weights of the epoch with the lowest validation loss, the start included; the history.
+) -> dict[str, Any]:
+    """Train with AdamW and leave the weights of the epoch with the lowest validation loss, the
+    start included; the history.
 
-    `loss_of(rows)` is the loss on those of `num_rows` rows, drawn in batches; `config` has learning_rate, weight_decay, batch,
-    epochs, patience and seed. `progress(epoch, losses)` is called after each epoch.
+    `loss_of(rows)` is the loss on those of `num_rows` rows, drawn in batches; `config` has
+    learning_rate, weight_decay, batch, epochs, patience and seed. `progress(epoch, losses)` is
+    called after each epoch.
     """
     generator = torch.Generator().manual_seed(config.seed)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
 
     @torch.no_grad()
     def validate() -> float:
@@ -52,7 +65,11 @@ def train_to_best(
         if progress is not None:
             progress(epoch, now)
         if now["validation"] < best:
-            best, best_state, best_epoch = now["validation"], copy.deepcopy(network.state_dict()), epoch
+            best, best_state, best_epoch = (
+                now["validation"],
+                copy.deepcopy(network.state_dict()),
+                epoch,
+            )
         elif epoch - best_epoch >= config.patience:
             break
     network.load_state_dict(best_state)

@@ -1,9 +1,10 @@
 """Mining a menu: from what a search found valid to the K programs that a selector can make most of.
 
-A program that one question's search found may be right there by luck: the best of 100 useless programs looks 7 points better
-on 250 questions. So candidates are tried again, all on the same train questions, the best of each task on more of them, and
-the menu is chosen by three criteria: questions a program adds to what the menu covers, how much better it is on a whole kind
-of question (which a selector can learn; single questions mostly not), and what it saves.
+A program that one question's search found may be right there by luck: the best of 100 useless
+programs looks 7 points better on 250 questions. So candidates are tried again, all on the same
+train questions, the best of each task on more of them, and the menu is chosen by three criteria:
+questions a program adds to what the menu covers, how much better it is on a whole kind of question
+(which a selector can learn; single questions mostly not), and what it saves.
 
 Shape legend: N questions, K programs, G groups (task and cell).
 """
@@ -22,19 +23,23 @@ from ..runtime.trunk import shares_trunk
 from ..search.records.records import SearchRecord
 from .verdict_table import VerdictTable
 
-BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5)  # fractions of the identity's steps with a program each of their own
+# fractions of the identity's steps with a program each of their own
+BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5)
 _PRIOR = 30  # questions on which a program is taken for the identity, beside those it ran on
 _FEW = 10  # the same for candidates of searches, which ran on few questions each
 _LONG_SKIPS = ((6, 3), (9, 4), (12, 5), (15, 6))  # layers, and how far apart such skips begin
-_STEP_WEIGHT = 0.25  # what a question answered with no steps at all would count more than one answered with all
+# what a question answered with no steps at all would count more than one answered with all
+_STEP_WEIGHT = 0.25
 
 
 def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> list[Program]:
-    """Up to `count` programs of the records that begin with the trunk of `num_steps` steps, most promising first.
+    """Up to `count` programs of the records that begin with the trunk of `num_steps` steps, most
+    promising first.
 
-    In turn: those valid for most questions, those that correct most wrong answers, the shortest that are right, and for each
-    task those that beat the identity by most there, in right answers and, where both were scored, in log-likelihood (an
-    answer that came closer tells more than one that is still wrong). Verified verdicts count where there are any.
+    In turn: those valid for most questions, those that correct most wrong answers, the shortest
+    that are right, and for each task those that beat the identity by most there, in right answers
+    and, where both were scored, in log-likelihood (an answer that came closer tells more than one
+    that is still wrong). Verified verdicts count where there are any.
     """
     valid: Counter[Program] = Counter()
     corrects: Counter[Program] = Counter()
@@ -55,44 +60,68 @@ def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> l
     orders = [
         sorted(valid, key=lambda p: (-valid[p], p.num_steps, str(p))),
         sorted(valid, key=lambda p: (-corrects[p], -valid[p], p.num_steps, str(p))),
-        sorted((p for p in valid if p.num_steps < p.depth), key=lambda p: (-valid[p] * (p.depth - p.num_steps), str(p))),
+        sorted(
+            (p for p in valid if p.num_steps < p.depth),
+            key=lambda p: (-valid[p] * (p.depth - p.num_steps), str(p)),
+        ),
     ]
     for _, of_task in sorted(gains.items()):
         # as if it had been the identity on some questions more: one lucky question is no gain
         worth = {p: sum(g) / (len(g) + _FEW) for p, g in of_task.items()}
-        orders.append(sorted((p for p in worth if p in valid), key=lambda p: (-worth[p], p.num_steps, str(p))))
+        orders.append(
+            sorted((p for p in worth if p in valid), key=lambda p: (-worth[p], p.num_steps, str(p)))
+        )
     return _in_turn(orders, count)
 
 
 def single_edits(depth: int, num_steps: int) -> list[Program]:
     """Single edits behind the trunk, which need no search, the shortest first.
 
-    Every skip of 1 to 3 layers, every repeat of 1 to 3, whole and at half strength, and some longer skips.
+    Every skip of 1 to 3 layers, every repeat of 1 to 3, whole and at half strength, and some longer
+    skips.
     """
     edits: list[Edit] = []
     for n in (1, 2, 3):
         starts = range(num_steps, depth - n + 1)
         edits += [Edit(s, n, Op.SKIP) for s in starts if n < depth]
         edits += [Edit(s, n, Op.REPEAT, 2, damping) for damping in (1.0, 0.5) for s in starts]
-    edits += [Edit(s, n, Op.SKIP) for n, stride in _LONG_SKIPS if n < depth for s in range(num_steps, depth - n + 1, stride)]
-    return [p for p in (Program.from_edits([e], depth) for e in edits) if shares_trunk(p, num_steps)]
+    edits += [
+        Edit(s, n, Op.SKIP)
+        for n, stride in _LONG_SKIPS
+        if n < depth
+        for s in range(num_steps, depth - n + 1, stride)
+    ]
+    return [
+        p for p in (Program.from_edits([e], depth) for e in edits) if shares_trunk(p, num_steps)
+    ]
 
 
 def finalists(table: VerdictTable, count: int) -> list[Program]:
-    """Up to `count` programs to try on more questions: in turn the best of each task, and the best within each of `BUDGETS`.
+    """Up to `count` programs to try on more questions: in turn the best of each task, and the best
+    within each of `BUDGETS`.
 
     Which are best is told by accuracy and, where that ties, likelihood.
     """
     orders = _best(table, table.tasks(), len(table.programs))
     accuracy = table.right.mean(0)
     for fraction in BUDGETS:
-        within = [k for k in range(1, len(accuracy)) if table.steps[k] <= fraction * table.depth + 1e-9]
-        orders.append([table.programs[k] for k in sorted(within, key=lambda k: (-accuracy[k], table.steps[k], k))])
+        within = [
+            k for k in range(1, len(accuracy)) if table.steps[k] <= fraction * table.depth + 1e-9
+        ]
+        orders.append(
+            [
+                table.programs[k]
+                for k in sorted(within, key=lambda k: (-accuracy[k], table.steps[k], k))
+            ]
+        )
     return _in_turn(orders, count)
 
 
-def variations(table: VerdictTable, num_steps: int, count: int, damping: float = 0.5) -> list[Program]:
-    """Up to `count` new programs made of the best ones on the table: two of them at once, and repeats damped.
+def variations(
+    table: VerdictTable, num_steps: int, count: int, damping: float = 0.5
+) -> list[Program]:
+    """Up to `count` new programs made of the best ones on the table: two of them at once, and
+    repeats damped.
 
     Which are best is asked for each group, by accuracy and, where that ties, likelihood.
     """
@@ -102,7 +131,12 @@ def variations(table: VerdictTable, num_steps: int, count: int, damping: float =
         if (other := _damped(program, damping)) is not None:
             found[other] = None
     pairs = sorted(
-        ((a + b, order[a], order[b]) for order in best for a in range(len(order)) for b in range(a + 1, len(order))),
+        (
+            (a + b, order[a], order[b])
+            for order in best
+            for a in range(len(order))
+            for b in range(a + 1, len(order))
+        ),
         key=lambda pair: (pair[0], str(pair[1]), str(pair[2])),
     )
     for _, one, other in pairs:
@@ -113,11 +147,12 @@ def variations(table: VerdictTable, num_steps: int, count: int, damping: float =
 
 
 def mine(table: VerdictTable, size: int) -> list[Program]:
-    """A menu of at most `size` programs, the identity first, chosen on the table's questions (train ones).
+    """A menu of at most `size` programs, the identity first, chosen on the table's questions (train
+    ones).
 
-    In turn: the program that adds most to the coverage weighted by steps, the one that adds most to the mean over groups of the
-    best program's accuracy (shrunk to what its gain is on the whole task, and that to none), and the most accurate within each
-    of `BUDGETS`.
+    In turn: the program that adds most to the coverage weighted by steps, the one that adds most to
+    the mean over groups of the best program's accuracy (shrunk to what its gain is on the whole
+    task, and that to none), and the most accurate within each of `BUDGETS`.
     """
     right = table.right.astype(np.float64)
     saved = 1 - table.steps / table.depth
@@ -152,9 +187,13 @@ def mine(table: VerdictTable, size: int) -> list[Program]:
 
 
 def best_static(table: VerdictTable, max_steps: float | None = None) -> Program:
-    """The one program right most often (of equals, the shorter) of at most `max_steps` steps; the identity if there is none."""
+    """The one program right most often (of equals, the shorter) of at most `max_steps` steps; the
+    identity if there is none.
+    """
     allowed = np.ones(len(table.programs), bool) if max_steps is None else table.steps <= max_steps
-    order = sorted(np.flatnonzero(allowed), key=lambda k: (-table.right[:, k].sum(), table.steps[k], k))
+    order = sorted(
+        np.flatnonzero(allowed), key=lambda k: (-table.right[:, k].sum(), table.steps[k], k)
+    )
     return table.programs[order[0]] if order else table.programs[0]
 
 
@@ -170,13 +209,17 @@ def _within(accuracy: np.ndarray, steps: np.ndarray, limit: float) -> int | None
 
 
 def _accuracy_by_group(right: np.ndarray, groups: np.ndarray, tasks: np.ndarray) -> np.ndarray:
-    """Accuracies [G, K] in each group, their gains over the identity shrunk to the task's, and those to none."""
+    """Accuracies [G, K] in each group, their gains over the identity shrunk to the task's, and
+    those to none.
+    """
     gains = right - right[:, :1]
     found = []
     for g in range(groups.max() + 1):
         of_group = groups == g
         of_task = tasks == tasks[of_group][0]
-        found.append(right[of_group, 0].mean() + _shrunk(gains[of_group], _shrunk(gains[of_task], 0.0)))
+        found.append(
+            right[of_group, 0].mean() + _shrunk(gains[of_group], _shrunk(gains[of_task], 0.0))
+        )
     return np.stack(found)
 
 
@@ -203,7 +246,9 @@ def _damped(program: Program, damping: float) -> Program | None:
         return None
     if not any(s.op is Op.REPEAT and s.damping == 1 for s in segments):
         return None
-    return Program.from_segments([replace(s, damping=damping) if s.op is Op.REPEAT else s for s in segments], program.depth)
+    return Program.from_segments(
+        [replace(s, damping=damping) if s.op is Op.REPEAT else s for s in segments], program.depth
+    )
 
 
 def _joined(one: Program, other: Program) -> Program | None:
@@ -212,7 +257,9 @@ def _joined(one: Program, other: Program) -> Program | None:
         edits = [[s for s in p.segments() if s.op is not Op.KEEP] for p in (one, other)]
     except ProgramError:
         return None
-    layers: Sequence[set[int]] = [{i for s in each for i in range(s.start, s.stop)} for each in edits]
+    layers: Sequence[set[int]] = [
+        {i for s in each for i in range(s.start, s.stop)} for each in edits
+    ]
     if layers[0] & layers[1] or len(layers[0] | layers[1]) >= one.depth:
         return None
     try:

@@ -1,7 +1,8 @@
-"""From search records to a predictor: mine a menu, label it densely, train, calibrate, set thresholds on validation.
+"""From search records to a predictor: mine a menu, label it densely, train, calibrate, set
+thresholds on validation.
 
-Verdicts are kept in record files of one folder and gone on with where an interrupted run ended; features are made anew. Test
-questions are not seen here.
+Verdicts are kept in record files of one folder and gone on with where an interrupted run ended;
+features are made anew. Test questions are not seen here.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -32,10 +33,11 @@ from .verdict_table import Rows, VerdictTable
 class TrainingConfig:
     """Settings of a training run. Raises InputError on a value out of range.
 
-    `menu_size` programs, the identity among them, out of `num_candidates` that searches found, `num_edits` single edits and
-    `num_variations` of the best of these, all tried on `screen_questions` train questions, and the best `num_finalists` of them
-    on `final_questions` more. `risk` is the accuracy that leaving the identity may lose at most (a share of questions), at
-    confidence 1 - `delta` on validation.
+    `menu_size` programs, the identity among them, out of `num_candidates` that searches found,
+    `num_edits` single edits and `num_variations` of the best of these, all tried on
+    `screen_questions` train questions, and the best `num_finalists` of them on `final_questions`
+    more. `risk` is the accuracy that leaving the identity may lose at most (a share of questions),
+    at confidence 1 - `delta` on validation.
     """
 
     features: Features = Features()  # noqa: RUF009
@@ -52,12 +54,21 @@ class TrainingConfig:
     selector: SelectorConfig = field(default_factory=SelectorConfig)
 
     def __post_init__(self) -> None:
-        least_of = {"menu_size": 2, "num_candidates": 0, "num_edits": 0, "num_variations": 0, "screen_questions": 1}
+        least_of = {
+            "menu_size": 2,
+            "num_candidates": 0,
+            "num_edits": 0,
+            "num_variations": 0,
+            "screen_questions": 1,
+        }
         for name, least in {**least_of, "num_finalists": 1, "final_questions": 0}.items():
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; give at least {least}")
         if not all(0 < f < 1 for f in self.budgets):
-            raise InputError(f"budgets are {self.budgets}; give fractions of the identity's steps between 0 and 1")
+            raise InputError(
+                f"budgets are {self.budgets}; give fractions of the identity's steps between 0 "
+                "and 1"
+            )
 
 
 MINED = "mined.json"
@@ -67,17 +78,25 @@ MINED = "mined.json"
 Dense = Callable[[str, Rows, Sequence[Program]], VerdictTable]
 
 
-def mine_menu(records: Sequence[SearchRecord], train: Rows, dense: Dense, depth: int, config: TrainingConfig) -> VerdictTable:
+def mine_menu(
+    records: Sequence[SearchRecord], train: Rows, dense: Dense, depth: int, config: TrainingConfig
+) -> VerdictTable:
     """Screen programs and try the best again; the table's programs in `mine`'s order are the menu.
 
-    What a single question's search found, and single edits, run on some questions, then variations of the best of them, and the
-    best of all on further questions, because what came first among many has been lucky. Raises InputError if there is nothing
-    to screen.
+    What a single question's search found, and single edits, run on some questions, then variations
+    of the best of them, and the best of all on further questions, because what came first among
+    many has been lucky. Raises InputError if there is nothing to screen.
     """
     num_steps = config.features.num_steps
-    pool = [*candidates(records, num_steps, config.num_candidates), *single_edits(depth, num_steps)[: config.num_edits]]
+    pool = [
+        *candidates(records, num_steps, config.num_candidates),
+        *single_edits(depth, num_steps)[: config.num_edits],
+    ]
     if not pool:
-        raise InputError("there is no program to screen: the records hold none that fits, and num_edits is 0; allow some edits")
+        raise InputError(
+            "there is no program to screen: the records hold none that fits, and num_edits is 0; "
+            "allow some edits"
+        )
     # drawn: rows stand task by task, and within one in a rhythm of its cells
     order = np.random.default_rng(config.selector.seed).permutation(len(train))
     first, second = config.screen_questions, config.screen_questions + config.final_questions
@@ -92,13 +111,17 @@ def mine_menu(records: Sequence[SearchRecord], train: Rows, dense: Dense, depth:
 
 
 def fit(
-    menu: Menu, train: Labels, validation: Labels, config: TrainingConfig,
+    menu: Menu,
+    train: Labels,
+    validation: Labels,
+    config: TrainingConfig,
     progress: Callable[[int, dict[str, float]], None] | None = None,
-) -> tuple[Selector, dict[str, Any]]:  # fmt: skip
+) -> tuple[Selector, dict[str, Any]]:
     """A calibrated selector, and what was measured on validation.
 
-    Half of the validation questions choose the epoch and scale the probabilities, the others set threshold and prices: what
-    chose the predictor cannot certify it. Raises InputError for labels that nothing can be learned from.
+    Half of the validation questions choose the epoch and scale the probabilities, the others set
+    threshold and prices: what chose the predictor cannot certify it. Raises InputError for labels
+    that nothing can be learned from.
     """
     fitting, setting = _halves(validation, config.selector.seed)
     network, history = train_selector(train, fitting, config.selector, progress)
@@ -106,7 +129,9 @@ def fit(
         logits = network(fitting.features).double().numpy()
         others = network(setting.features).double().numpy()
     scaling = fit_platt(logits, fitting.right)
-    slopes, shifts = (torch.full((len(menu),), value) for value in (scaling.slope, scaling.intercept))
+    slopes, shifts = (
+        torch.full((len(menu),), value) for value in (scaling.slope, scaling.intercept)
+    )
     selector = Selector(menu, config.features, network, None, slopes, shifts)
     chances = selector.probabilities(setting.features)
     before = 1 / (1 + np.exp(-others))
@@ -114,50 +139,75 @@ def fit(
     rows = np.arange(len(best))
     gains = chances[rows, best] - chances[:, 0]
     chosen_right, identity_right = setting.right[rows, best], setting.right[:, 0]
-    bound = risk_controlled_threshold(gains, chosen_right, identity_right, epsilon=config.risk, delta=config.delta, starts=4)
+    bound = risk_controlled_threshold(
+        gains, chosen_right, identity_right, epsilon=config.risk, delta=config.delta, starts=4
+    )
     prices = {f: price_of(chances, menu.steps, menu.depth, f) for f in config.budgets}
-    selector.calibration = Calibration(bound.tau, {f: price for f, price in prices.items() if price is not None})
+    selector.calibration = Calibration(
+        bound.tau, {f: price for f, price in prices.items() if price is not None}
+    )
     measured = {
         "training": history,
         "scaling": scaling.to_dict(),
         "ece": {"before": ece(before, setting.right), "after": ece(chances, setting.right)},
         "log_loss": {
-            "base_rates": log_loss(np.broadcast_to(train.right.mean(0).clip(1e-3, 1 - 1e-3), chances.shape), setting.right),
-            "before": log_loss(before, setting.right), "after": log_loss(chances, setting.right),
+            "base_rates": log_loss(
+                np.broadcast_to(train.right.mean(0).clip(1e-3, 1 - 1e-3), chances.shape),
+                setting.right,
+            ),
+            "before": log_loss(before, setting.right),
+            "after": log_loss(chances, setting.right),
         },
         "threshold": bound.to_dict(),
         "budgets_out_of_reach": [f for f, price in prices.items() if price is None],
         "validation": _accuracies(selector, setting, train),
-    }  # fmt: skip
+    }
     return selector, measured
 
 
 def _halves(labels: Labels, seed: int) -> tuple[Labels, Labels]:
     """Half of the rows, drawn, and the others. Raises InputError for fewer than two."""
     if len(labels.right) < 2:
-        raise InputError("validation takes at least 2 questions, half of them to fit and half to set thresholds; ask more")
+        raise InputError(
+            "validation takes at least 2 questions, half of them to fit and half to set "
+            "thresholds; ask more"
+        )
     order = np.random.default_rng(seed).permutation(len(labels.right))
     parts = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
-    first, second = (Labels(labels.features[torch.tensor(p)], labels.right[p], labels.log_likelihood[p]) for p in parts)
+    first, second = (
+        Labels(labels.features[torch.tensor(p)], labels.right[p], labels.log_likelihood[p])
+        for p in parts
+    )
     return first, second
 
 
 def _accuracies(selector: Selector, validation: Labels, train: Labels) -> dict[str, Any]:
-    """Accuracy and mean steps on validation, which chose thresholds and prices: not an estimate of what tests will give."""
+    """Accuracy and mean steps on validation, which chose thresholds and prices: not an estimate of
+    what tests will give.
+    """
     menu, right = selector.menu, validation.right
     chances, rows = selector.probabilities(validation.features), np.arange(len(right))
 
     def of(chosen: np.ndarray) -> dict[str, float]:
-        return {"accuracy": float(right[rows, chosen].mean()), "steps": float(menu.steps[chosen].mean())}
+        return {
+            "accuracy": float(right[rows, chosen].mean()),
+            "steps": float(menu.steps[chosen].mean()),
+        }
 
     steps, depth, calibration = menu.steps, menu.depth, selector.calibration
     static = int(train.right.mean(0).argmax())
     return {
         "identity": of(np.zeros(len(rows), int)),
-        "best_static_of_train": {**of(np.full(len(rows), static)), "program": str(menu.programs[static])},
+        "best_static_of_train": {
+            **of(np.full(len(rows), static)),
+            "program": str(menu.programs[static]),
+        },
         "likeliest": of(choose_all(chances, steps, depth, -np.inf)),
         "accuracy": of(choose_all(chances, steps, depth, calibration.threshold)),
-        **{f"mean_steps<={f:g}": of(choose_all(chances, steps, depth, -np.inf, p)) for f, p in calibration.prices.items()},
+        **{
+            f"mean_steps<={f:g}": of(choose_all(chances, steps, depth, -np.inf, p))
+            for f, p in calibration.prices.items()
+        },
         "oracle": {"accuracy": float(right.any(1).mean())},
     }
 
@@ -168,13 +218,23 @@ def labels_of(table: VerdictTable, features: Tensor) -> Labels:
 
 
 def train_predictor(
-    records: Sequence[SearchRecord], train: Rows, validation: Rows, dense: Dense,
-    features_of: Callable[[Rows], Tensor], depth: int, config: TrainingConfig,
+    records: Sequence[SearchRecord],
+    train: Rows,
+    validation: Rows,
+    dense: Dense,
+    features_of: Callable[[Rows], Tensor],
+    depth: int,
+    config: TrainingConfig,
     progress: Callable[[int, dict[str, float]], None] | None = None,
-) -> tuple[Selector, dict[str, Any]]:  # fmt: skip
-    """The whole way. `features_of(rows)` gives pooled features f32[N, F]. Returns the selector and the results."""
+) -> tuple[Selector, dict[str, Any]]:
+    """The whole way.
+
+    `features_of(rows)` gives pooled features f32[N, F]. Returns the selector and the results.
+    """
     if not train or not validation:
-        raise InputError(f"{len(train)} train and {len(validation)} validation questions; both are needed")
+        raise InputError(
+            f"{len(train)} train and {len(validation)} validation questions; both are needed"
+        )
     screened = mine_menu(records, train, dense, depth, config)
     menu = Menu.of(mine(screened, config.menu_size), depth)
     splits = {"train": train, "validation": validation}
@@ -184,19 +244,33 @@ def train_predictor(
     return selector, {
         "menu": _menu_rows(menu, tables["train"], tables["validation"]),
         "best_static": str(best_static(tables["train"])),
-        "questions": {"train": len(train), "validation": len(validation), "screened": len(screened.questions)},
+        "questions": {
+            "train": len(train),
+            "validation": len(validation),
+            "screened": len(screened.questions),
+        },
         "finalists": len(screened.programs),
-        "config": {**asdict(config), "features": asdict(config.features), "selector": asdict(config.selector)},
+        "config": {
+            **asdict(config),
+            "features": asdict(config.features),
+            "selector": asdict(config.selector),
+        },
         **measured,
-    }  # fmt: skip
+    }
 
 
-def _menu_rows(menu: Menu, train: VerdictTable, validation: VerdictTable) -> list[Mapping[str, Any]]:
+def _menu_rows(
+    menu: Menu, train: VerdictTable, validation: VerdictTable
+) -> list[Mapping[str, Any]]:
     return [
-        {"program": str(p), "steps": p.num_steps, "train": float(train.right[:, k].mean()),
-         "validation": float(validation.right[:, k].mean())}
+        {
+            "program": str(p),
+            "steps": p.num_steps,
+            "train": float(train.right[:, k].mean()),
+            "validation": float(validation.right[:, k].mean()),
+        }
         for k, p in enumerate(menu.programs)
-    ]  # fmt: skip
+    ]
 
 
 def folder_of(out: Path) -> Path:

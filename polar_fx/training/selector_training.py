@@ -1,8 +1,8 @@
 """Training a menu selector: P(program answers right | input), calibrated on validation questions.
 
-Every program of the menu is a label of its own (binary cross-entropy), so no class has to win: an input may be answered by all
-programs or by none. The bias starts at the base rates, which is the best answer of a network that sees nothing; what is learned
-beyond has to lower the validation loss.
+Every program of the menu is a label of its own (binary cross-entropy), so no class has to win: an
+input may be answered by all programs or by none. The bias starts at the base rates, which is the
+best answer of a network that sees nothing; what is learned beyond has to lower the validation loss.
 
 Shape legend: N questions, F features, K programs.
 """
@@ -24,9 +24,9 @@ from .early_stopping import Progress, check_ranges, train_to_best
 class SelectorConfig:
     """How a selector is trained. Raises InputError on a value out of range.
 
-    `networks` of them are trained from different beginnings, and their mean is used. `likelihood_weight` mixes the probability
-    of the accepted answer into the 0/1 label (0: the label alone): it says how close a program came, and does not flip with
-    numerics.
+    `networks` of them are trained from different beginnings, and their mean is used.
+    `likelihood_weight` mixes the probability of the accepted answer into the 0/1 label (0: the
+    label alone): it says how close a program came, and does not flip with numerics.
     """
 
     width: int = 64
@@ -41,11 +41,21 @@ class SelectorConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_ranges(self, "selector training", {
-            "width": (0, 1 << 16), "dropout": (0, 0.95), "learning_rate": (1e-8, 1), "weight_decay": (0, 10),
-            "batch": (1, 1 << 20), "epochs": (1, 1 << 20), "patience": (1, 1 << 20), "likelihood_weight": (0, 1),
-            "networks": (1, 64),
-        })  # fmt: skip
+        check_ranges(
+            self,
+            "selector training",
+            {
+                "width": (0, 1 << 16),
+                "dropout": (0, 0.95),
+                "learning_rate": (1e-8, 1),
+                "weight_decay": (0, 10),
+                "batch": (1, 1 << 20),
+                "epochs": (1, 1 << 20),
+                "patience": (1, 1 << 20),
+                "likelihood_weight": (0, 1),
+                "networks": (1, 64),
+            },
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,36 +72,50 @@ class Labels:
     def __post_init__(self) -> None:
         if len(self.features) != len(self.right) or self.right.shape != self.log_likelihood.shape:
             raise InputError(
-                f"{tuple(self.features.shape)} features, {self.right.shape} labels and {self.log_likelihood.shape} likelihoods "
-                "do not fit; give one row a question"
+                f"{tuple(self.features.shape)} features, {self.right.shape} labels and "
+                f"{self.log_likelihood.shape} likelihoods do not fit; give one row a question"
             )
         if not len(self.features):
             raise InputError("there is no labelled question; train on at least one")
         if not bool(torch.isfinite(self.features).all()):
             row = int((~torch.isfinite(self.features)).any(1).nonzero()[0])
-            raise InputError(f"the features of question number {row} are not finite; leave it out, or train in another dtype")
+            raise InputError(
+                f"the features of question number {row} are not finite; leave it out, or train in "
+                "another dtype"
+            )
 
     def targets(self, likelihood_weight: float) -> Tensor:
         """f32[N, K] in 0..1."""
         target = self.right.astype(np.float64)
         if likelihood_weight:
             if np.isnan(self.log_likelihood).any():
-                raise InputError("likelihood_weight needs teacher-forced verdicts; use 0 with generated answers")
-            target = (1 - likelihood_weight) * target + likelihood_weight * np.exp(self.log_likelihood)
+                raise InputError(
+                    "likelihood_weight needs teacher-forced verdicts; use 0 with generated answers"
+                )
+            target = (1 - likelihood_weight) * target + likelihood_weight * np.exp(
+                self.log_likelihood
+            )
         return torch.tensor(target, dtype=torch.float32)
 
 
 def train_selector(
-    train: Labels, validation: Labels, config: SelectorConfig = SelectorConfig(), progress: Progress | None = None
-) -> tuple[SelectorNetwork, dict[str, Any]]:  # fmt: skip
+    train: Labels,
+    validation: Labels,
+    config: SelectorConfig = SelectorConfig(),
+    progress: Progress | None = None,
+) -> tuple[SelectorNetwork, dict[str, Any]]:
     """The mean of networks, each of the epoch with its lowest validation loss, and their histories.
 
-    Deterministic for a seed. `progress(epoch, losses)` is called after each epoch, counted over all networks. Raises InputError
-    if no program is right on any train question, or every one on all: there is nothing to choose from.
+    Deterministic for a seed. `progress(epoch, losses)` is called after each epoch, counted over all
+    networks. Raises InputError if no program is right on any train question, or every one on all:
+    there is nothing to choose from.
     """
     if train.right.all() or not train.right.any():
         what = "right" if train.right.any() else "wrong"
-        raise InputError(f"every program is {what} on all {len(train.right)} train questions: nothing can be learned; ask others")
+        raise InputError(
+            f"every program is {what} on all {len(train.right)} train questions: nothing can be "
+            "learned; ask others"
+        )
     epochs = count(1)
 
     def note(_: int, losses: dict[str, float]) -> None:
@@ -99,30 +123,47 @@ def train_selector(
             progress(next(epochs), losses)
 
     seeds = [config.seed + 1000 * member for member in range(config.networks)]
-    networks, histories = zip(*[_train_one(train, validation, replace(config, seed=s), note) for s in seeds], strict=True)
+    networks, histories = zip(
+        *[_train_one(train, validation, replace(config, seed=s), note) for s in seeds], strict=True
+    )
     return SelectorNetwork.mean_of(networks), {
-        "config": asdict(config), "networks": list(histories), "base_rate_loss": histories[0]["history"][0]["validation"]
-    }  # fmt: skip
+        "config": asdict(config),
+        "networks": list(histories),
+        "base_rate_loss": histories[0]["history"][0]["validation"],
+    }
 
 
 def _train_one(
     train: Labels, validation: Labels, config: SelectorConfig, progress: Progress
 ) -> tuple[SelectorNetwork, dict[str, Any]]:
-    target, held_out = train.targets(config.likelihood_weight), torch.tensor(validation.right, dtype=torch.float32)
+    target, held_out = (
+        train.targets(config.likelihood_weight),
+        torch.tensor(validation.right, dtype=torch.float32),
+    )
     loss_of = torch.nn.BCEWithLogitsLoss()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = SelectorNetwork(train.features.shape[1], train.right.shape[1], config.width, config.dropout)
+        network = SelectorNetwork(
+            train.features.shape[1], train.right.shape[1], config.width, config.dropout
+        )
         network.start_from(train.features, torch.tensor(train.right.mean(0), dtype=torch.float32))
         history = train_to_best(
-            network, len(target), lambda part: loss_of(network(train.features[part]), target[part]),
-            lambda: float(loss_of(network(validation.features), held_out)), config, progress,
-        )  # fmt: skip
+            network,
+            len(target),
+            lambda part: loss_of(network(train.features[part]), target[part]),
+            lambda: float(loss_of(network(validation.features), held_out)),
+            config,
+            progress,
+        )
     return network, history
 
 
-def choose_all(probabilities: np.ndarray, steps: np.ndarray, depth: int, threshold: float, price: float = 0.0) -> np.ndarray:
-    """What each row of f64[N, K] would run at this price for steps, i64[N]: as `Policy` chooses, for all rows at once."""
+def choose_all(
+    probabilities: np.ndarray, steps: np.ndarray, depth: int, threshold: float, price: float = 0.0
+) -> np.ndarray:
+    """What each row of f64[N, K] would run at this price for steps, i64[N]: as `Policy` chooses,
+    for all rows at once.
+    """
     scores = probabilities - price * steps / depth
     ties = scores == scores.max(1, keepdims=True)
     best = np.where(ties, steps, np.inf).argmin(1)
@@ -130,8 +171,11 @@ def choose_all(probabilities: np.ndarray, steps: np.ndarray, depth: int, thresho
     return np.where(gain >= threshold, best, 0)
 
 
-def price_of(probabilities: np.ndarray, steps: np.ndarray, depth: int, budget: float) -> float | None:
-    """The lowest price for steps at which the mean of those chosen is at most `budget` x depth; found by bisection.
+def price_of(
+    probabilities: np.ndarray, steps: np.ndarray, depth: int, budget: float
+) -> float | None:
+    """The lowest price for steps at which the mean of those chosen is at most `budget` x depth;
+    found by bisection.
 
     None if no program is short enough, or only always running the shortest would do.
     """

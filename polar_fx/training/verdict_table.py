@@ -1,4 +1,5 @@
-"""Dense labels: every program of a list on every question, so that no program is right or wrong by not having been tried.
+"""Dense labels: every program of a list on every question, so that no program is right or wrong by
+not having been tried.
 
 Shape legend: N questions, K programs.
 """
@@ -23,7 +24,8 @@ Rows = Sequence[tuple[Question, EncodedQuestion]]
 
 @dataclass(frozen=True, eq=False)
 class VerdictTable:
-    """`right` bool[N, K], and `log_likelihood` f64[N, K] of the accepted answer (NaN where answers were generated).
+    """`right` bool[N, K], and `log_likelihood` f64[N, K] of the accepted answer (NaN where answers
+    were generated).
 
     The identity is the first program.
     """
@@ -34,14 +36,20 @@ class VerdictTable:
     log_likelihood: np.ndarray
 
     @classmethod
-    def of(cls, records: Iterable[SearchRecord], programs: Sequence[Program] | None = None) -> "VerdictTable":
-        """The table of records that looked at the same programs (`programs` None), or of these programs in them.
+    def of(
+        cls, records: Iterable[SearchRecord], programs: Sequence[Program] | None = None
+    ) -> "VerdictTable":
+        """The table of records that looked at the same programs (`programs` None), or of these
+        programs in them.
 
-        Raises InputError naming a question and a program it has no verdict of, and if there is no record.
+        Raises InputError naming a question and a program it has no verdict of, and if there is no
+        record.
         """
         rows = list(records)
         if not rows:
-            raise InputError("there are no verdicts: no question was asked; ask some, of a split that has them")
+            raise InputError(
+                "there are no verdicts: no question was asked; ask some, of a split that has them"
+            )
         depth = rows[0].depth
         if programs is None:
             programs = [each.program for each in rows[0].explored]
@@ -55,8 +63,9 @@ class VerdictTable:
                 verdict = known.get(program)
                 if verdict is None:
                     raise InputError(
-                        f"question {record.question.id!r} has no verdict of program {program}; a dense label needs every "
-                        "program on every question: run them with `search --programs`"
+                        f"question {record.question.id!r} has no verdict of program {program}; a "
+                        "dense label needs every program on every question: run them with "
+                        "`search --programs`"
                     )
                 right[i, k] = verdict.correct
                 if verdict.log_likelihood is not None:
@@ -76,34 +85,60 @@ class VerdictTable:
         """Some of its programs, the identity first."""
         wanted = tuple(dict.fromkeys([self.programs[0], *programs]))
         where = [self.programs.index(p) for p in wanted]
-        return VerdictTable(self.questions, wanted, self.right[:, where], self.log_likelihood[:, where])
+        return VerdictTable(
+            self.questions, wanted, self.right[:, where], self.log_likelihood[:, where]
+        )
 
     def rows(self, where: np.ndarray) -> "VerdictTable":
         """Some of its questions, by a mask bool[N] or indices."""
         at = np.flatnonzero(where) if where.dtype == bool else where
-        return VerdictTable(tuple(self.questions[i] for i in at), self.programs, self.right[at], self.log_likelihood[at])
+        return VerdictTable(
+            tuple(self.questions[i] for i in at),
+            self.programs,
+            self.right[at],
+            self.log_likelihood[at],
+        )
 
     def beside(self, other: "VerdictTable") -> "VerdictTable":
-        """Both tables' programs, of the questions they share in the same order. Raises InputError if those differ."""
+        """Both tables' programs, of the questions they share in the same order.
+
+        Raises InputError if those differ.
+        """
         if [q.id for q in self.questions] != [q.id for q in other.questions]:
-            raise InputError("two verdict tables are of different questions; ask both the same ones, in one order")
+            raise InputError(
+                "two verdict tables are of different questions; ask both the same ones, in one "
+                "order"
+            )
         new = [k for k, p in enumerate(other.programs) if p not in self.programs]
         return VerdictTable(
-            self.questions, (*self.programs, *(other.programs[k] for k in new)),
-            np.hstack([self.right, other.right[:, new]]), np.hstack([self.log_likelihood, other.log_likelihood[:, new]]),
-        )  # fmt: skip
+            self.questions,
+            (*self.programs, *(other.programs[k] for k in new)),
+            np.hstack([self.right, other.right[:, new]]),
+            np.hstack([self.log_likelihood, other.log_likelihood[:, new]]),
+        )
 
     def above(self, other: "VerdictTable") -> "VerdictTable":
-        """Both tables' questions, of this one's programs. Raises InputError if the other lacks one, or shares a question."""
+        """Both tables' questions, of this one's programs.
+
+        Raises InputError if the other lacks one, or shares a question.
+        """
         if twice := {q.id for q in self.questions} & {q.id for q in other.questions}:
-            raise InputError(f"question {min(twice)!r} is in both verdict tables; join tables of different questions")
+            raise InputError(
+                f"question {min(twice)!r} is in both verdict tables; join tables of different "
+                "questions"
+            )
         if missing := [p for p in self.programs if p not in other.programs]:
-            raise InputError(f"the other verdict table lacks program {missing[0]}; run it on those questions as well")
+            raise InputError(
+                f"the other verdict table lacks program {missing[0]}; run it on those questions "
+                "as well"
+            )
         same = other.choose(self.programs)
         return VerdictTable(
-            (*self.questions, *same.questions), self.programs, np.vstack([self.right, same.right]),
+            (*self.questions, *same.questions),
+            self.programs,
+            np.vstack([self.right, same.right]),
             np.vstack([self.log_likelihood, same.log_likelihood]),
-        )  # fmt: skip
+        )
 
     def tasks(self) -> np.ndarray:
         """Number of each question's task, i64[N], in order of first appearance."""
@@ -121,19 +156,28 @@ Runner = Callable[[Rows, Mapping[str, tuple[Program, ...]]], Iterable[SearchReco
 
 
 def listed_records(
-    path: Path, rows: Rows, programs: Mapping[str, tuple[Program, ...]], model: str, depth: int, prompt: dict[str, Any],
-    run: Runner, progress: Callable[[int, int], None] | None = None,
-) -> list[SearchRecord]:  # fmt: skip
-    """Each question's own list of programs on it, kept in a record file at `path` and gone on with where it ends.
+    path: Path,
+    rows: Rows,
+    programs: Mapping[str, tuple[Program, ...]],
+    model: str,
+    depth: int,
+    prompt: dict[str, Any],
+    run: Runner,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[SearchRecord]:
+    """Each question's own list of programs on it, kept in a record file at `path` and gone on with
+    where it ends.
 
-    `rows` are questions with their encoded form; `programs` by question id. `progress(done, total)` is called after each
-    question. Raises RecordFileError if the file is of other questions, programs or another model.
+    `rows` are questions with their encoded form; `programs` by question id. `progress(done, total)`
+    is called after each question. Raises RecordFileError if the file is of other questions,
+    programs or another model.
     """
     config = SearchConfig(method="listed", simulations=max(1, *map(len, programs.values())))
     asked = {
-        "questions": len(rows), "sha256": digest({q.id: [q.question, *q.answers] for q, _ in rows}),
+        "questions": len(rows),
+        "sha256": digest({q.id: [q.question, *q.answers] for q, _ in rows}),
         "programs": digest({name: [str(p) for p in listed] for name, listed in programs.items()}),
-    }  # fmt: skip
+    }
     with RecordStore.open(path, SearchHeader(model, depth, config, asked, prompt)) as store:
         left = [row for row in rows if row[0].id not in store.done]
         if left:

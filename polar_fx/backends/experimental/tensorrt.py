@@ -1,7 +1,8 @@
-"""TensorRT regions: the parts of a region that multiply by weights as engines, attention and KV writes between them in torch.
+"""TensorRT regions: the parts of a region that multiply by weights as engines, attention and KV
+writes between them in torch.
 
-The adapter around torch_tensorrt; nothing else in the project touches it. Written against the sources of 2.11 to 2.13; no
-engine was ever built by the project itself (docs/tensorrt.md).
+The adapter around torch_tensorrt; nothing else in the project touches it. Written against the
+sources of 2.11 to 2.13; no engine was ever built by the project itself (docs/tensorrt.md).
 
 Shape legend: B batch, T tokens.
 """
@@ -31,31 +32,45 @@ BINDINGS = "engines.json"
 _PACKAGE = "torch-tensorrt"
 
 # A part must not be taken apart once more, and TensorFloat-32 is not asked for.
-_SETTINGS: Mapping[str, Any] = {"min_block_size": 1, "require_full_compilation": True, "disable_tf32": True}
-# Ours, beside torch_tensorrt's settings: the largest sizes engines are built for, and operators to keep in torch.
+_SETTINGS: Mapping[str, Any] = {
+    "min_block_size": 1,
+    "require_full_compilation": True,
+    "disable_tf32": True,
+}
+# Ours, beside torch_tensorrt's settings: the largest sizes engines are built for, and operators to
+# keep in torch.
 _OWN: Mapping[str, Any] = {"max_batch": 8, "max_tokens": 512, "torch_executed_ops": ()}
 _LEAST = {"max_batch": 4, "max_tokens": 128}
 
 
 class TensorRTBackend(PersistentBackend):
-    """Each region as TensorRT engines, one set per shape class; weights are operands of the engines, so layers share them.
+    """Each region as TensorRT engines, one set per shape class; weights are operands of the
+    engines, so layers share them.
 
-    `options` are settings of `torch_tensorrt.dynamo.compile`, and `max_batch` (8), `max_tokens` (512), the most rows and tokens
-    of one call, and `torch_executed_ops`, names such as "aten::gelu" of operators to keep out of engines.
+    `options` are settings of `torch_tensorrt.dynamo.compile`, and `max_batch` (8), `max_tokens`
+    (512), the most rows and tokens of one call, and `torch_executed_ops`, names such as
+    "aten::gelu" of operators to keep out of engines.
 
-    Raises CompileError if torch_tensorrt is missing, is for another torch, or cannot be imported, and if there is no GPU.
+    Raises CompileError if torch_tensorrt is missing, is for another torch, or cannot be imported,
+    and if there is no GPU.
     """
 
     name: ClassVar[str] = "tensorrt"
     needs_shapes: ClassVar[bool] = True
-    in_workers: ClassVar[bool] = False  # TensorRT chooses kernels by timing them: one build at a time on a GPU
+    # TensorRT chooses kernels by timing them: one build at a time on a GPU
+    in_workers: ClassVar[bool] = False
 
-    def __init__(self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()) -> None:
+    def __init__(
+        self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()
+    ) -> None:
         self._library, self._versions = find_library()
         super().__init__({**_OWN, **(options or {})}, passes)
         for name, least in _LEAST.items():
             if not isinstance(self.options[name], int) or self.options[name] < least:
-                raise InputError(f"{name} of the tensorrt backend must be at least {least}, got {self.options[name]!r}")
+                raise InputError(
+                    f"{name} of the tensorrt backend must be at least {least}, got "
+                    f"{self.options[name]!r}"
+                )
 
     @property
     def _largest(self) -> dict[str, int]:
@@ -66,7 +81,9 @@ class TensorRTBackend(PersistentBackend):
         gpu = torch.cuda.get_device_properties(torch.cuda.current_device())
         return f"{self._versions}, {gpu.name} with {gpu.multi_processor_count} multiprocessors"
 
-    def export(self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path) -> None:
+    def export(
+        self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path
+    ) -> None:
         _check_device(example[0].device)
         save(specialize(body, example, dynamic, self._largest), folder / GRAPH)
 
@@ -77,18 +94,21 @@ class TensorRTBackend(PersistentBackend):
             (folder / f"{name}.engine").write_bytes(made.serialized_engine)
             operands = [n.name for n in exported.graph.find_nodes(op="placeholder")]
             bindings[name] = {
-                "inputs": list(made.input_binding_names), "outputs": list(made.output_binding_names),
+                "inputs": list(made.input_binding_names),
+                "outputs": list(made.output_binding_names),
                 "operands": [operands.index(n) for n in made.input_binding_names],
-            }  # fmt: skip
+            }
         (folder / BINDINGS).write_text(json.dumps(bindings), encoding="utf-8")
 
     def load(self, files: Mapping[str, Path]) -> Region:
         graph_module = self._split(files[GRAPH])
         for name, bound in json.loads(files[BINDINGS].read_text(encoding="utf-8")).items():
             module = self._library.dynamo.runtime.TorchTensorRTModule(
-                serialized_engine=files[f"{name}.engine"].read_bytes(), input_binding_names=bound["inputs"],
-                output_binding_names=bound["outputs"], name=name,
-            )  # fmt: skip
+                serialized_engine=files[f"{name}.engine"].read_bytes(),
+                input_binding_names=bound["inputs"],
+                output_binding_names=bound["outputs"],
+                name=name,
+            )
             setattr(graph_module, name, _Engine(module, bound["operands"]))
         batch, tokens = self._largest.values()
 
@@ -96,34 +116,45 @@ class TensorRTBackend(PersistentBackend):
             given = operands[0].shape  # [B, T] or [B, T, d]
             if given[0] > batch or given[1] > tokens:
                 raise InputError(
-                    f"{given[0]} rows of {given[1]} tokens are more than the engines were built for ({batch} rows, {tokens} "
-                    "tokens); use a smaller prefill_chunk, or TensorRTBackend({'max_batch': ..., 'max_tokens': ...})"
+                    f"{given[0]} rows of {given[1]} tokens are more than the engines were built "
+                    f"for ({batch} rows, {tokens} tokens); use a smaller prefill_chunk, or "
+                    "TensorRTBackend({'max_batch': ..., 'max_tokens': ...})"
                 )
             return graph_module(*operands)
 
         return run
 
     def _split(self, path: Path) -> GraphModule:
-        return split(graph_of(torch.export.load(path), self.passes), self.options["torch_executed_ops"])
+        return split(
+            graph_of(torch.export.load(path), self.passes), self.options["torch_executed_ops"]
+        )
 
     def _lower(self, exported: ExportedProgram, name: str) -> Any:
         """The one engine of a part, as torch_tensorrt's module. Raises CompileError."""
-        settings = {**_SETTINGS, "timing_cache_path": str(cache_dir() / "tensorrt" / "timing.cache"), **self.options}
+        settings = {
+            **_SETTINGS,
+            "timing_cache_path": str(cache_dir() / "tensorrt" / "timing.cache"),
+            **self.options,
+        }
         settings = {k: v for k, v in settings.items() if k not in _OWN}
         library, (results,) = self._library.dynamo, exported.graph.output_node().args
         try:
             with torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the library and torch about their own internals
                 inputs = tuple(self._library.Input(**described) for described in profile(exported))
-                compiled = library.compile(exported, arg_inputs=[inputs], **settings)  # nested as the exported call is
-            made = [m for m in compiled.modules() if isinstance(m, library.runtime.TorchTensorRTModule)]
+                # nested as the exported call is
+                compiled = library.compile(exported, arg_inputs=[inputs], **settings)
+            made = [
+                m for m in compiled.modules() if isinstance(m, library.runtime.TorchTensorRTModule)
+            ]
             if [len(m.output_binding_names) for m in made] != [len(results)]:  # type: ignore[arg-type]
                 raise ValueError(f"it made {len(made)}")
         except Exception as error:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
             raise CompileError(
-                f"torch_tensorrt does not make one engine of {name} ({reason}); keep an operator out of the engines with "
-                "TensorRTBackend({'torch_executed_ops': ['aten::gelu']}), say, or use backend='inductor'"
+                f"torch_tensorrt does not make one engine of {name} ({reason}); keep an operator "
+                "out of the engines with TensorRTBackend({'torch_executed_ops': "
+                "['aten::gelu']}), say, or use backend='inductor'"
             ) from error
         return made[0]
 
@@ -140,19 +171,30 @@ class _Engine(torch.nn.Module):
         return (results,) if isinstance(results, Tensor) else results
 
 
-def export_engines(graph_module: GraphModule, largest: Mapping[str, int]) -> dict[str, ExportedProgram]:
-    """The engine parts of a region that was split, each for the region's shape class and up to the largest sizes."""
-    names = dict(zip(map(str, example_values(graph_module)[0].shape), ("batch", "tokens"), strict=False))
+def export_engines(
+    graph_module: GraphModule, largest: Mapping[str, int]
+) -> dict[str, ExportedProgram]:
+    """The engine parts of a region that was split, each for the region's shape class and up to the
+    largest sizes.
+    """
+    names = dict(
+        zip(map(str, example_values(graph_module)[0].shape), ("batch", "tokens"), strict=False)
+    )
     found = {}
     for name, engine in engines(graph_module).items():
         values = example_values(engine)
-        dynamic = [{i: names[str(s)] for i, s in enumerate(v.shape) if isinstance(s, torch.SymInt)} for v in values]
+        dynamic = [
+            {i: names[str(s)] for i, s in enumerate(v.shape) if isinstance(s, torch.SymInt)}
+            for v in values
+        ]
         found[name] = specialize(engine, [like(v) for v in values], dynamic, largest)
     return found
 
 
 def profile(exported: ExportedProgram) -> list[dict[str, Any]]:
-    """Dtype and shape of each operand of an engine; where sizes may vary, the least, the best served and the largest shape."""
+    """Dtype and shape of each operand of an engine; where sizes may vary, the least, the best
+    served and the largest shape.
+    """
     found = []
     for value in example_values(exported.graph_module):
         sizes = [(s, s, s) for s in value.shape]
@@ -161,7 +203,11 @@ def profile(exported: ExportedProgram) -> list[dict[str, Any]]:
                 allowed = exported.range_constraints[size.node.expr]
                 sizes[i] = (int(allowed.lower), example_size(size), int(allowed.upper))
         least, best, most = (tuple(s[i] for s in sizes) for i in range(3))
-        shape = {"shape": least} if least == most else {"min_shape": least, "opt_shape": best, "max_shape": most}
+        shape = (
+            {"shape": least}
+            if least == most
+            else {"min_shape": least, "opt_shape": best, "max_shape": most}
+        )
         found.append({**shape, "dtype": value.dtype})
     return found
 
@@ -169,37 +215,47 @@ def profile(exported: ExportedProgram) -> list[dict[str, Any]]:
 def _check_device(device: torch.device) -> None:
     if device != torch.device("cuda", torch.cuda.current_device()):
         raise InputError(
-            f"the tensorrt backend builds for the current GPU, cuda:{torch.cuda.current_device()}, but the model is on {device}; "
-            "move the model there, or call torch.cuda.set_device first"
+            "the tensorrt backend builds for the current GPU, "
+            f"cuda:{torch.cuda.current_device()}, but the model is on {device}; move the model "
+            "there, or call torch.cuda.set_device first"
         )
 
 
 def find_library() -> tuple[Any, str]:
-    """torch_tensorrt, and the versions that decide what it builds. Raises CompileError if it cannot be used here."""
+    """torch_tensorrt, and the versions that decide what it builds.
+
+    Raises CompileError if it cannot be used here.
+    """
     minor = ".".join(torch.__version__.split(".")[:2])
     try:
         version = importlib.metadata.version(_PACKAGE)
     except importlib.metadata.PackageNotFoundError:
         raise CompileError(
-            "backend='tensorrt' needs torch_tensorrt, which is not installed; run `pip install polar_fx[tensorrt]` on a Linux "
-            "machine with an NVIDIA GPU, or use backend='inductor'"
+            "backend='tensorrt' needs torch_tensorrt, which is not installed; run `pip install "
+            "polar_fx[tensorrt]` on a Linux machine with an NVIDIA GPU, or use backend='inductor'"
         ) from None
     if ".".join(version.split(".")[:2]) != minor:
         raise CompileError(
-            f"torch_tensorrt {version} is made for torch {'.'.join(version.split('.')[:2])}, but torch is {torch.__version__}; "
-            f"run `pip install 'torch-tensorrt=={minor}.*'`, or use backend='inductor'"
+            f"torch_tensorrt {version} is made for torch {'.'.join(version.split('.')[:2])}, but "
+            f"torch is {torch.__version__}; run `pip install 'torch-tensorrt=={minor}.*'`, or use "
+            "backend='inductor'"
         )
     if not torch.cuda.is_available():  # before the import, which fails without a driver
         raise CompileError(
-            "backend='tensorrt' needs an NVIDIA GPU, and torch sees none (torch.cuda.is_available() is False); "
-            "use backend='aot_inductor' on the CPU"
+            "backend='tensorrt' needs an NVIDIA GPU, and torch sees none "
+            "(torch.cuda.is_available() is False); use backend='aot_inductor' on the CPU"
         )
     try:
         library = importlib.import_module("torch_tensorrt")
-        return library, f"torch_tensorrt {version}, tensorrt {importlib.metadata.version('tensorrt')}"
-    except Exception as error:  # it raises plain Exceptions where a shared library of TensorRT is missing
+        return (
+            library,
+            f"torch_tensorrt {version}, tensorrt {importlib.metadata.version('tensorrt')}",
+        )
+    except Exception as error:
+        # it raises plain Exceptions where a shared library of TensorRT is missing
         reason = str(error).strip().partition("\n")[0]
         raise CompileError(
-            f"torch_tensorrt {version} is installed but does not import: {reason}; install it again together with TensorRT "
-            f"(`pip install --force-reinstall torch-tensorrt=={version}`)"
+            f"torch_tensorrt {version} is installed but does not import: {reason}; install it "
+            "again together with TensorRT (`pip install --force-reinstall "
+            f"torch-tensorrt=={version}`)"
         ) from error

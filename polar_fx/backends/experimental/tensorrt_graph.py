@@ -1,9 +1,10 @@
-"""A region's graph taken apart for TensorRT: engines of floating arithmetic around linear layers, and the rest, which stays
-in torch. Needs no TensorRT.
+"""A region's graph taken apart for TensorRT: engines of floating arithmetic around linear layers,
+and the rest, which stays in torch. Needs no TensorRT.
 
-TensorRT, up to the version that torch_tensorrt 2.13 is built for, cannot write into memory it is given: handed the whole
-graph, torch_tensorrt would turn each KV write into a copy of the slot and copy it back. So what touches a KV slot stays in
-torch, and so does everything as long as a slot: attention.
+TensorRT, up to the version that torch_tensorrt 2.13 is built for, cannot write into memory it is
+given: handed the whole graph, torch_tensorrt would turn each KV write into a copy of the slot and
+copy it back. So what touches a KV slot stays in torch, and so does everything as long as a slot:
+attention.
 
 Shape legend: B batch, T tokens, L KV length.
 """
@@ -19,16 +20,60 @@ from torch.fx import Graph, GraphModule, Node
 from ...passes.base import storage, writes
 from ...passes.outline_layers import Body, is_size
 
-# What engines compute, by ATen schema: each has a converter in torch_tensorrt 2.11 to 2.13, or is decomposed into some.
+# What engines compute, by ATen schema: each has a converter in torch_tensorrt 2.11 to 2.13, or is
+# decomposed into some.
 ENGINE_OPS = frozenset(
     f"aten::{name}"
     for name in (
-        "abs", "add", "addmm", "bmm", "cat", "chunk", "clamp", "clone", "contiguous", "div", "erf", "exp", "expand", "flatten",
-        "gelu", "layer_norm", "linear", "matmul", "mean", "mm", "mul", "neg", "permute", "pow", "relu", "reshape", "rsqrt",
-        "select", "sigmoid", "silu", "slice", "split", "split_with_sizes", "sqrt", "square", "squeeze", "stack", "sub",
-        "sum", "t", "tanh", "to", "transpose", "type_as", "unbind", "unsqueeze", "view",
+        "abs",
+        "add",
+        "addmm",
+        "bmm",
+        "cat",
+        "chunk",
+        "clamp",
+        "clone",
+        "contiguous",
+        "div",
+        "erf",
+        "exp",
+        "expand",
+        "flatten",
+        "gelu",
+        "layer_norm",
+        "linear",
+        "matmul",
+        "mean",
+        "mm",
+        "mul",
+        "neg",
+        "permute",
+        "pow",
+        "relu",
+        "reshape",
+        "rsqrt",
+        "select",
+        "sigmoid",
+        "silu",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "sqrt",
+        "square",
+        "squeeze",
+        "stack",
+        "sub",
+        "sum",
+        "t",
+        "tanh",
+        "to",
+        "transpose",
+        "type_as",
+        "unbind",
+        "unsqueeze",
+        "view",
     )
-)  # fmt: skip
+)
 # An engine without one of these would not be worth its launch.
 _ANCHORS = {"aten::linear", "aten::addmm"}
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
@@ -36,9 +81,11 @@ _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
 def split(graph_module: GraphModule, keep: Collection[str] = ()) -> GraphModule:
-    """The graph with its engine parts as submodules `engine_0`, `engine_1` ..., each a function of tensors to a tuple.
+    """The graph with its engine parts as submodules `engine_0`, `engine_1` ..., each a function of
+    tensors to a tuple.
 
-    Computes the same, writes the same memory. `keep` names operators (`aten::gelu`) that stay in torch as well.
+    Computes the same, writes the same memory. `keep` names operators (`aten::gelu`) that stay in
+    torch as well.
     """
     levels = _assign(graph_module.graph, keep)
     graph, env, root = Graph(), {}, {}
@@ -81,11 +128,18 @@ def _assign(graph: Graph, keep: Collection[str]) -> dict[Node, int]:
     engine: set[Node] = set()
     for node in nodes:
         touches = any(n in stays or storage(n) in written for n in node.all_input_nodes)
-        if not touches and node not in stays and (_fits(node, keep) or (node.target is getitem and node.args[0] in engine)):
+        if (
+            not touches
+            and node not in stays
+            and (_fits(node, keep) or (node.target is getitem and node.args[0] in engine))
+        ):
             engine.add(node)
     while True:
         levels = _levels(nodes, engine, written)
-        groups = [{n for n in engine if levels[n] == level} for level in set(map(levels.__getitem__, engine))]
+        groups = [
+            {n for n in engine if levels[n] == level}
+            for level in set(map(levels.__getitem__, engine))
+        ]
         unfit = [group for group in groups if not _is_worth_it(group)]
         if not unfit:
             return levels
@@ -101,21 +155,36 @@ def _fits(node: Node, keep: Collection[str]) -> bool:
 
 
 def _is_worth_it(nodes: set[Node]) -> bool:
-    """Whether there is a linear layer, and no operand with a size such as B*T, for which TensorRT would need a range."""
-    sizes = [s for n in nodes for i in n.all_input_nodes if i not in nodes for v in _values(i) for s in v.shape]
+    """Whether there is a linear layer, and no operand with a size such as B*T, for which TensorRT
+    would need a range.
+    """
+    sizes = [
+        s
+        for n in nodes
+        for i in n.all_input_nodes
+        if i not in nodes
+        for v in _values(i)
+        for s in v.shape
+    ]
     plain = all(s.node.expr.is_Symbol for s in sizes if isinstance(s, torch.SymInt))
-    return plain and any(n.target is not getitem and n.target._schema.name in _ANCHORS for n in nodes)  # type: ignore[union-attr]
+    operators: list[Any] = [n.target for n in nodes if n.target is not getitem]
+    return plain and any(operator._schema.name in _ANCHORS for operator in operators)
 
 
 def _as_long_as_kv(nodes: list[Node]) -> set[Node]:
     """Values made of KV slots that have an axis of L: keys and values, scores, probabilities.
 
-    Where another size happens to equal L, attention written out in operators ends later than it need.
+    Where another size happens to equal L, attention written out in operators ends later than it
+    need.
     """
     lengths: set[str] = set()
     found: set[Node] = set()
     for node in nodes:
-        if writes(node) and node.target is torch.ops.aten.index_put_.default and storage(node).op == "placeholder":
+        if (
+            writes(node)
+            and node.target is torch.ops.aten.index_put_.default
+            and storage(node).op == "placeholder"
+        ):
             places: Any = node.args[1]
             lengths.add(str(storage(node).meta["val"].shape[len(places) - 1]))
             found |= {node, storage(node)}
@@ -130,7 +199,9 @@ def _levels(nodes: list[Node], engine: set[Node], written: set[Node]) -> dict[No
     for node in nodes:
         level = int(node in engine)
         for source in node.all_input_nodes:
-            for tensor in source.all_input_nodes if is_size(source) and node not in engine else [source]:
+            for tensor in (
+                source.all_input_nodes if is_size(source) and node not in engine else [source]
+            ):
                 if tensor in levels:
                     level = max(level, levels[tensor] + ((tensor in engine) != (node in engine)))
         for memory in {storage(n) for n in node.all_input_nodes} & written:
@@ -142,4 +213,6 @@ def _levels(nodes: list[Node], engine: set[Node], written: set[Node]) -> dict[No
 
 def _values(node: Node) -> list[Tensor]:
     value = node.meta.get("val")
-    return [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor)]
+    return [
+        v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Tensor)
+    ]

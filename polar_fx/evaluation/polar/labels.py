@@ -1,6 +1,8 @@
-"""From the programs that answer a question to what PoLar's network is trained on (PoLar, section 3).
+"""From the programs that answer a question to what PoLar's network is trained on (PoLar, section
+3).
 
-Shapes: N label rows, D depth (layers), O op classes. Op class c runs its segment c times: 0 skip, 1 keep, 2 repeat.
+Shapes: N label rows, D depth (layers), O op classes. Op class c runs its segment c times: 0 skip, 1
+keep, 2 repeat.
 """
 
 import hashlib
@@ -25,12 +27,17 @@ class ProgramLabels:
     boundaries: tuple[int, ...]
     """z_seg: 1 where a segment starts, else 0. The first is always 1."""
     ops: tuple[int, ...]
-    """z_op as classes. They count at starts only; the other layers of a segment have its class too."""
+    """z_op as classes.
+
+    They count at starts only; the other layers of a segment have its class too.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class QuestionPrograms:
-    """What a search found for one question: whether the identity is right, and the other programs that are."""
+    """What a search found for one question: whether the identity is right, and the other programs
+    that are.
+    """
 
     question: str
     """The question's id."""
@@ -73,28 +80,37 @@ class LabelSet:
 
 
 def parse_labels(
-    program: Program | Sequence[int], depth: int | None = None, *, max_length: int = MAX_LENGTH, repeat_times: int = 2
+    program: Program | Sequence[int],
+    depth: int | None = None,
+    *,
+    max_length: int = MAX_LENGTH,
+    repeat_times: int = 2,
 ) -> ProgramLabels:
     """Return (z_seg, z_op) of a program, or of a path over `depth` layers (PoLar, section 3).
 
-    Segments have at most `max_length` layers and repeats run exactly 2 to `repeat_times` times. Of all segmentations that
-    run the program this is the one with the fewest segments, then the fewest skips, then the most repeats, then larger
-    segments earlier. Raises NotSegmentableError if there is none, or if a repeat is damped; ProgramError if a path is
-    none of `depth` layers; InputError if a path comes without a depth.
+    Segments have at most `max_length` layers and repeats run exactly 2 to `repeat_times` times. Of
+    all segmentations that run the program this is the one with the fewest segments, then the fewest
+    skips, then the most repeats, then larger segments earlier. Raises NotSegmentableError if there
+    is none, or if a repeat is damped; ProgramError if a path is none of `depth` layers; InputError
+    if a path comes without a depth.
     """
     if not isinstance(program, Program):
         if depth is None:
-            raise InputError(f"a path of {len(program)} steps came without depth; give the model's number of layers")
+            raise InputError(
+                f"a path of {len(program)} steps came without depth; give the model's number of "
+                "layers"
+            )
         program = Program.from_path(program, depth)
-    # How often a layer runs tells its op, and a repeat's length is the distance to its first layer's second run. Only where
-    # runs of kept or skipped layers are cut is open, so `segments` meets all ties by cutting the longest pieces first.
+    # How often a layer runs tells its op, and a repeat's length is the distance to its first
+    # layer's second run. Only where runs of kept or skipped layers are cut is open, so `segments`
+    # meets all ties by cutting the longest pieces first.
     boundaries: list[int] = []
     ops: list[int] = []
     for segment in program.segments(max_length, max_times=repeat_times):
         if segment.damping < 1:
             raise NotSegmentableError(
-                f"labels have no damping, but layers {segment.start}:{segment.stop} repeat with {segment.damping};"
-                " leave the program out, or repeat undamped"
+                f"labels have no damping, but layers {segment.start}:{segment.stop} repeat with "
+                f"{segment.damping}; leave the program out, or repeat undamped"
             )
         boundaries += [1] + [0] * (segment.num_layers - 1)
         ops += [0 if segment.op is Op.SKIP else segment.times] * segment.num_layers
@@ -113,31 +129,38 @@ def label_rows(
 ) -> LabelSet:
     """Return a row for each valid program of each question (PoLar, section 3).
 
-    Where the identity is right it is a row as well; it weighs `identity_weight` of another row if the question has a valid
-    program shorter than `depth`, parsable or not. Weights are scaled so that each question has 1 in all. Of more than
-    `max_paths` programs the identity stays, and the others are drawn by a hash of `seed`, question and program: the same
-    ones in any order of the search, and not the ones a search happens to find first.
+    Where the identity is right it is a row as well; it weighs `identity_weight` of another row if
+    the question has a valid program shorter than `depth`, parsable or not. Weights are scaled so
+    that each question has 1 in all. Of more than `max_paths` programs the identity stays, and the
+    others are drawn by a hash of `seed`, question and program: the same ones in any order of the
+    search, and not the ones a search happens to find first.
 
-    Raises InputError on settings out of range, a question given twice, a program of another depth, and an identity among
-    the valid programs of a question whose identity is wrong.
+    Raises InputError on settings out of range, a question given twice, a program of another depth,
+    and an identity among the valid programs of a question whose identity is wrong.
     """
     if isinstance(max_paths, bool) or not isinstance(max_paths, int) or max_paths < 1:
         raise InputError(f"max_paths is {max_paths!r}; give a whole number of at least 1")
     if not 0 < identity_weight <= 1:
-        raise InputError(f"identity_weight is {identity_weight!r}; give a number above 0 and at most 1")
+        raise InputError(
+            f"identity_weight is {identity_weight!r}; give a number above 0 and at most 1"
+        )
     identity = Program.identity(depth)
     rows: list[LabelRow] = []
     seen: set[str] = set()
     unanswered = unlabelled = unparsable = left_out = 0
     for each in questions:
         if each.question in seen:
-            raise InputError(f"question {each.question!r} came twice; give all its programs at once")
+            raise InputError(
+                f"question {each.question!r} came twice; give all its programs at once"
+            )
         seen.add(each.question)
         programs = _valid_programs(each, identity)
         labels: dict[Program, ProgramLabels] = {}
         for program in programs:
             try:
-                labels[program] = parse_labels(program, max_length=max_length, repeat_times=repeat_times)
+                labels[program] = parse_labels(
+                    program, max_length=max_length, repeat_times=repeat_times
+                )
             except NotSegmentableError:
                 unparsable += 1
         unanswered += not programs
@@ -145,14 +168,24 @@ def label_rows(
         chosen = _choose(each.question, list(labels), identity, max_paths, seed)
         left_out += len(labels) - len(chosen)
         is_shorter = any(program.num_steps < depth for program in programs)
-        weights = [identity_weight if is_shorter and program == identity else 1.0 for program in chosen]
+        weights = [
+            identity_weight if is_shorter and program == identity else 1.0 for program in chosen
+        ]
         total = sum(weights)
-        rows += [LabelRow(each.question, p, labels[p], w / total) for p, w in zip(chosen, weights, strict=True)]
-    return LabelSet(tuple(rows), LabelCounts(len(seen), unanswered, unlabelled, len(rows), unparsable, left_out))
+        rows += [
+            LabelRow(each.question, p, labels[p], w / total)
+            for p, w in zip(chosen, weights, strict=True)
+        ]
+    return LabelSet(
+        tuple(rows), LabelCounts(len(seen), unanswered, unlabelled, len(rows), unparsable, left_out)
+    )
 
 
 def label_tensors(rows: Sequence[LabelRow]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return boundaries float32 [N, D], ops int64 [N, D] and weights float32 [N]. Raises InputError if there are no rows."""
+    """Return boundaries float32 [N, D], ops int64 [N, D] and weights float32 [N].
+
+    Raises InputError if there are no rows.
+    """
     if not rows:
         raise InputError("no label rows; search questions that some program answers")
     boundaries = torch.tensor([row.labels.boundaries for row in rows], dtype=torch.float32)
@@ -160,13 +193,17 @@ def label_tensors(rows: Sequence[LabelRow]) -> tuple[Tensor, Tensor, Tensor]:
     return boundaries, ops, torch.tensor([row.weight for row in rows], dtype=torch.float32)
 
 
-def label_losses(boundary_logits: Tensor, op_logits: Tensor, boundaries: Tensor, ops: Tensor) -> tuple[Tensor, Tensor]:
-    """Return boundary loss [N] and op loss [N] of each row; their sum is the loss of PoLar, section 3.
+def label_losses(
+    boundary_logits: Tensor, op_logits: Tensor, boundaries: Tensor, ops: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return boundary loss [N] and op loss [N] of each row; their sum is the loss of PoLar, section
+    3.
 
-    Logits [N, D] and [N, D, O] with targets [N, D] (0 or 1) and [N, D] (classes). The boundary loss is the mean binary
-    cross-entropy over layers 1..D-1, because layer 0 always starts a segment; at D = 1 it is 0. The op loss is the mean
-    cross-entropy over the row's true segment starts: over a row, not over the batch, so that programs of many segments
-    weigh no more than others. The paper writes sums; means, as in its published code, weigh ops more by (D - 1) / starts.
+    Logits [N, D] and [N, D, O] with targets [N, D] (0 or 1) and [N, D] (classes). The boundary loss
+    is the mean binary cross-entropy over layers 1..D-1, because layer 0 always starts a segment; at
+    D = 1 it is 0. The op loss is the mean cross-entropy over the row's true segment starts: over a
+    row, not over the batch, so that programs of many segments weigh no more than others. The paper
+    writes sums; means, as in its published code, weigh ops more by (D - 1) / starts.
     """
     boundary_loss = functional.binary_cross_entropy_with_logits(
         boundary_logits[:, 1:], boundaries[:, 1:].to(boundary_logits.dtype), reduction="none"
@@ -183,18 +220,22 @@ def _valid_programs(question: QuestionPrograms, identity: Program) -> list[Progr
     for program in question.valid:
         if program.depth != identity.depth:
             raise InputError(
-                f"program {program} of question {question.question!r} has depth {program.depth}, not {identity.depth};"
-                " make labels of one model at a time"
+                f"program {program} of question {question.question!r} has depth {program.depth}, "
+                f"not {identity.depth}; make labels of one model at a time"
             )
     if not question.identity_correct and identity in question.valid:
         raise InputError(
-            f"question {question.question!r} has the identity among its valid programs and identity_correct=False;"
-            " one of them is wrong"
+            f"question {question.question!r} has the identity among its valid programs and "
+            "identity_correct=False; one of them is wrong"
         )
-    return list(dict.fromkeys(([identity] if question.identity_correct else []) + list(question.valid)))
+    return list(
+        dict.fromkeys(([identity] if question.identity_correct else []) + list(question.valid))
+    )
 
 
-def _choose(question: str, programs: list[Program], identity: Program, limit: int, seed: int) -> list[Program]:
+def _choose(
+    question: str, programs: list[Program], identity: Program, limit: int, seed: int
+) -> list[Program]:
     """At most `limit` of the programs, in their order."""
     if len(programs) <= limit:
         return programs

@@ -16,7 +16,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Rows by number: `make` on every combination of one number from each of `ranges`; None is no row."""
+    """Rows by number: `make` on every combination of one number from each of `ranges`; None is no
+    row.
+    """
 
     ranges: tuple[range, ...]
     make: Callable[..., Row | None]

@@ -13,7 +13,9 @@ from ..records.records import SearchRecord
 
 @lru_cache(maxsize=1 << 16)  # most programs occur for many questions, and in several groups of them
 def edits_of(program: Program) -> tuple[Segment, ...] | None:
-    """The fewest segments that skip or repeat, which make the program of the identity; None if no segments do."""
+    """The fewest segments that skip or repeat, which make the program of the identity; None if no
+    segments do.
+    """
     try:
         return tuple(segment for segment in program.segments() if segment.op is not Op.KEEP)
     except NotSegmentableError:
@@ -22,10 +24,12 @@ def edits_of(program: Program) -> tuple[Segment, ...] | None:
 
 @dataclass(frozen=True, slots=True)
 class EditEffect:
-    """What one edit, alone in the identity, changed over the `n` questions that explored exactly it.
+    """What one edit, alone in the identity, changed over the `n` questions that explored exactly
+    it.
 
-    `correct` is the mean change of correctness, -1 to 1; `log_likelihood` that of the log-likelihood, in nats, over the
-    `n_log_likelihood` questions where both are known and finite (None of none). A skip has times 1.
+    `correct` is the mean change of correctness, -1 to 1; `log_likelihood` that of the
+    log-likelihood, in nats, over the `n_log_likelihood` questions where both are known and finite
+    (None of none). A skip has times 1.
     """
 
     op: str
@@ -46,7 +50,9 @@ class _Changes:
 
 
 def edit_effects(records: Iterable[SearchRecord]) -> list[EditEffect]:
-    """The effect of every single edit that some question explored: skips first, then repeats by times, length and start."""
+    """The effect of every single edit that some question explored: skips first, then repeats by
+    times, length and start.
+    """
     found: dict[Segment, _Changes] = {}
     for record in records:
         for each in record.explored:
@@ -57,13 +63,25 @@ def edit_effects(records: Iterable[SearchRecord]) -> list[EditEffect]:
             changes.correct.append(int(each.verdict.correct) - int(record.baseline.correct))
             before, after = record.baseline.log_likelihood, each.verdict.log_likelihood
             # One infinite change would hide all others.
-            if before is not None and after is not None and math.isfinite(before) and math.isfinite(after):
+            if (
+                before is not None
+                and after is not None
+                and math.isfinite(before)
+                and math.isfinite(after)
+            ):
                 changes.log_likelihood.append(after - before)
     effects = [
         EditEffect(
-            str(edit.op), edit.start, edit.num_layers, edit.times, edit.damping,
-            len(changes.correct), mean(changes.correct) or 0.0, len(changes.log_likelihood), mean(changes.log_likelihood),
+            str(edit.op),
+            edit.start,
+            edit.num_layers,
+            edit.times,
+            edit.damping,
+            len(changes.correct),
+            mean(changes.correct) or 0.0,
+            len(changes.log_likelihood),
+            mean(changes.log_likelihood),
         )
         for edit, changes in found.items()
-    ]  # fmt: skip
+    ]
     return sorted(effects, key=lambda e: (e.op != Op.SKIP, e.times, -e.damping, e.length, e.start))

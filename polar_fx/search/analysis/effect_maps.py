@@ -11,7 +11,10 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 MAP_HEIGHT = 1.25  # inches of a row of maps
 FEW = 5  # questions below which a cell gets a dot
-MEASURES = {"correct": ("n", "change of accuracy"), "log_likelihood": ("n_log_likelihood", "change of log-likelihood (nats)")}
+MEASURES = {
+    "correct": ("n", "change of accuracy"),
+    "log_likelihood": ("n_log_likelihood", "change of log-likelihood (nats)"),
+}
 Kind = tuple[str, int, float]  # op, times, damping
 percent = FuncFormatter(lambda value, _: f"{100 * value:g} %".replace("-", "−"))
 
@@ -27,14 +30,22 @@ def measures_of(effects: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def draw_effects(
-    axes: np.ndarray, effects: Sequence[Mapping[str, Any]], depth: int, kinds: Sequence[Kind], measures: Sequence[str]
+    axes: np.ndarray,
+    effects: Sequence[Mapping[str, Any]],
+    depth: int,
+    kinds: Sequence[Kind],
+    measures: Sequence[str],
 ) -> None:
-    """A map a kind and measure: start by length, red for worse and blue for better, gray where nothing was explored."""
+    """A map a kind and measure: start by length, red for worse and blue for better, gray where
+    nothing was explored.
+    """
     colors = matplotlib.colormaps["RdBu"].with_extremes(bad="#DDDDDD")
     for column, measure in enumerate(measures):
         n_name, label = MEASURES[measure]
         known = [e for e in effects if (e["op"], e["times"], e["damping"]) in kinds and e[n_name]]
-        limit = _limit([e[measure] for e in known if e[n_name] >= FEW] or [e[measure] for e in known])
+        limit = _limit(
+            [e[measure] for e in known if e[n_name] >= FEW] or [e[measure] for e in known]
+        )
         mesh = None
         for row, kind in enumerate(kinds):
             here: Axes = axes[row, column]
@@ -44,23 +55,45 @@ def draw_effects(
             for e in cells:
                 values[e["length"] - 1, e["start"]] = e[measure]
             mesh = here.pcolormesh(
-                np.arange(depth + 1) - 0.5, np.arange(lengths + 1) + 0.5, np.ma.masked_invalid(values),
-                cmap=colors, norm=TwoSlopeNorm(0, -limit, limit), edgecolors="white", linewidth=0.4,
-            )  # fmt: skip
+                np.arange(depth + 1) - 0.5,
+                np.arange(lengths + 1) + 0.5,
+                np.ma.masked_invalid(values),
+                cmap=colors,
+                norm=TwoSlopeNorm(0, -limit, limit),
+                edgecolors="white",
+                linewidth=0.4,
+            )
             few = [e for e in cells if e[n_name] < FEW]
-            here.scatter([e["start"] for e in few], [e["length"] for e in few], s=2.5, color="#333333", linewidths=0)
+            here.scatter(
+                [e["start"] for e in few],
+                [e["length"] for e in few],
+                s=2.5,
+                color="#333333",
+                linewidths=0,
+            )
             here.set_facecolor("#DDDDDD")
             here.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 4, 10]))
             here.xaxis.set_major_locator(MaxNLocator(integer=True))
             here.spines[:].set_visible(False)
             here.tick_params(length=0)
-            here.set_title(f"{_name(kind)}: {label}, {_questions([e[n_name] for e in cells])}", fontsize=8.5, weight="normal")
+            here.set_title(
+                f"{_name(kind)}: {label}, {_questions([e[n_name] for e in cells])}",
+                fontsize=8.5,
+                weight="normal",
+            )
             here.set_ylabel("length")
             if row == len(kinds) - 1:
-                here.set_xlabel(f"first layer of the edit (gray: not explored; dot: fewer than {FEW} questions)")
+                here.set_xlabel(
+                    f"first layer of the edit (gray: not explored; dot: fewer than {FEW} questions)"
+                )
         if mesh is not None:
             bar = axes[0, column].figure.colorbar(
-                mesh, ax=list(axes[:, column]), fraction=0.04, pad=0.01, aspect=10 * len(kinds), extend="both"
+                mesh,
+                ax=list(axes[:, column]),
+                fraction=0.04,
+                pad=0.01,
+                aspect=10 * len(kinds),
+                extend="both",
             )
             bar.outline.set_visible(False)
             if measure == "correct":
@@ -68,8 +101,14 @@ def draw_effects(
 
 
 def _limit(values: Sequence[float]) -> float:
-    """The end of the colors: the few greatest changes are left beyond it, or they would make all others pale."""
-    return float(np.quantile(np.abs(values), 0.9) if len(values) else 0) or max(map(abs, values), default=0) or 1.0
+    """The end of the colors: the few greatest changes are left beyond it, or they would make all
+    others pale.
+    """
+    return (
+        float(np.quantile(np.abs(values), 0.9) if len(values) else 0)
+        or max(map(abs, values), default=0)
+        or 1.0
+    )
 
 
 def _name(kind: Kind) -> str:

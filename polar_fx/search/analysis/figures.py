@@ -1,6 +1,7 @@
 """Pictures of what `analysis.analyze` returns. They need matplotlib, of the extra `search`.
 
-Colors are those of Okabe and Ito, which the color-blind tell apart. Nothing here touches pyplot or its state.
+Colors are those of Okabe and Ito, which the color-blind tell apart. Nothing here touches pyplot or
+its state.
 """
 
 import io
@@ -21,16 +22,22 @@ from ...stats.intervals import wilson
 from .effect_maps import MAP_HEIGHT, draw_effects, kinds_of, measures_of, percent
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
-ACCURACIES = {"baseline": ("identity", GRAY), "skip_only": ("+ skips only", BLUE), "repeat_only": ("+ repeats only", ORANGE),
-              "both": ("+ any explored", GREEN)}  # fmt: skip
+ACCURACIES = {
+    "baseline": ("identity", GRAY),
+    "skip_only": ("+ skips only", BLUE),
+    "repeat_only": ("+ repeats only", ORANGE),
+    "both": ("+ any explored", GREEN),
+}
 _MOST_GROUPS = 12  # bars beyond are too thin to read; the tables have all
 
 
 def write_figures(report: Mapping[str, Any], folder: str | Path, format: str = "svg") -> list[Path]:
-    """Draw a report of `analyze` into a folder, which is made; returns the files, `<name of the record file>-<figure>.<format>`.
+    """Draw a report of `analyze` into a folder, which is made; returns the files, `<name of the
+    record file>-<figure>.<format>`.
 
-    Figures are accuracy, steps, edits, menu, effects and overview, without those that there are no data for. The same report
-    gives the same SVG. Raises InputError for another format or a folder that cannot be written.
+    Figures are accuracy, steps, edits, menu, effects and overview, without those that there are no
+    data for. The same report gives the same SVG. Raises InputError for another format or a folder
+    that cannot be written.
     """
     if format not in FORMATS:
         raise InputError(f"unknown figure format {format!r}; use one of {', '.join(FORMATS)}")
@@ -39,7 +46,9 @@ def write_figures(report: Mapping[str, Any], folder: str | Path, format: str = "
     with style():
         for name, figure in figures(report):
             file = io.BytesIO()
-            figure.savefig(file, format=format, metadata={"Date": None} if format == "svg" else None)
+            figure.savefig(
+                file, format=format, metadata={"Date": None} if format == "svg" else None
+            )
             made.append(write_whole(file.getvalue(), folder / f"{name}.{format}"))
     return made
 
@@ -52,12 +61,21 @@ def figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
     for file in report["files"]:
         stem = Path(file["path"]).stem
         names.append(stem)
-        name = stem if names.count(stem) == 1 else f"{stem}-{names.count(stem)}"  # of files in several folders
+        # of files in several folders
+        name = stem if names.count(stem) == 1 else f"{stem}-{names.count(stem)}"
         if not file["summary"]["questions"]:
             continue
         menu = menus[file["model"]]
         groups = _groups(file)
-        yield f"{name}-accuracy", _single(draw_accuracy, file["summary"], groups, size=(max(5.0, 1.3 + 1.1 * len(groups)), 3.4))
+        yield (
+            f"{name}-accuracy",
+            _single(
+                draw_accuracy,
+                file["summary"],
+                groups,
+                size=(max(5.0, 1.3 + 1.1 * len(groups)), 3.4),
+            ),
+        )
         if file["summary"]["steps"]["shortest"]:
             yield f"{name}-steps", _single(draw_steps, file["summary"], size=(6.4, 3.4))
         if _has_edits(file["summary"]):
@@ -85,31 +103,56 @@ def _single(draw: Any, *data: Any, size: tuple[float, float]) -> Figure:
     return figure
 
 
-def _overview(file: Mapping[str, Any], menu: Mapping[str, Any], groups: Sequence[tuple[str, Any]]) -> Figure:
+def _overview(
+    file: Mapping[str, Any], menu: Mapping[str, Any], groups: Sequence[tuple[str, Any]]
+) -> Figure:
     found = file["summary"]
-    kinds = [kind for kind in kinds_of(file["effects"]) if kind in (("skip", 1, 1.0), ("repeat", 2, 1.0))]
+    kinds = [
+        kind for kind in kinds_of(file["effects"]) if kind in (("skip", 1, 1.0), ("repeat", 2, 1.0))
+    ]
     measures = measures_of(file["effects"]) if kinds else ()
     figure = Figure(figsize=(11.5, 6.6 + MAP_HEIGHT * len(kinds)))
     heights = [6.2, MAP_HEIGHT * len(kinds)] if kinds else [1]
     parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    axes = parts[0].subplot_mosaic([["accuracy", "accuracy", "menu"], ["steps", "lengths", "times"]])
+    axes = parts[0].subplot_mosaic(
+        [["accuracy", "accuracy", "menu"], ["steps", "lengths", "times"]]
+    )
     draw_accuracy(axes["accuracy"], found, groups)
     draw_steps(axes["steps"], found)
     draw_lengths(axes["lengths"], found)
     draw_times(axes["times"], found)
     draw_menu(axes["menu"], menu)
     if kinds:
-        draw_effects(parts[1].subplots(len(kinds), len(measures), squeeze=False), file["effects"], file["depth"], kinds, measures)
+        draw_effects(
+            parts[1].subplots(len(kinds), len(measures), squeeze=False),
+            file["effects"],
+            file["depth"],
+            kinds,
+            measures,
+        )
     budget = f"{file['method']}, {file['simulations']} programs a question, reward {file['reward']}"
-    title = f"{Path(file['path']).name}: {count(found['questions'], 'question')}, {file['depth']} layers, {budget}"
+    title = (
+        f"{Path(file['path']).name}: {count(found['questions'], 'question')}, {file['depth']} "
+        f"layers, {budget}"
+    )
     figure.suptitle(title, x=0.01, ha="left", weight="bold")
     return figure
 
 
 def _groups(file: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """Labels and summaries of all and of the tasks, or else the difficulties, or else the cells, if there are a few."""
-    tasks = [(g["task"], g["summary"]) for g in file["groups"] if g["difficulty"] is None and g["cell"] is None]
-    levels = [(f"difficulty {g['difficulty']}", g["summary"]) for g in file["groups"] if g["difficulty"] is not None]
+    """Labels and summaries of all and of the tasks, or else the difficulties, or else the cells, if
+    there are a few.
+    """
+    tasks = [
+        (g["task"], g["summary"])
+        for g in file["groups"]
+        if g["difficulty"] is None and g["cell"] is None
+    ]
+    levels = [
+        (f"difficulty {g['difficulty']}", g["summary"])
+        for g in file["groups"]
+        if g["difficulty"] is not None
+    ]
     cells = [(g["cell"], g["summary"]) for g in file["groups"] if g["cell"] is not None]
     # Difficulties and cells are those of one task.
     choice = (tasks,) if len(tasks) > 1 else (levels, cells)
@@ -133,10 +176,27 @@ def draw_accuracy(axes: Axes, found: Mapping[str, Any], groups: Sequence[tuple[s
         x = np.arange(len(groups)) + (index - 1.5) * width
         heights = [share["share"] for share in shares]
         errors = [[s["share"] - s["low"] for s in shares], [s["high"] - s["share"] for s in shares]]
-        axes.bar(x, heights, width * 0.92, color=color, label=label, yerr=errors, error_kw={"lw": 0.9, "capsize": 1.5})
+        axes.bar(
+            x,
+            heights,
+            width * 0.92,
+            color=color,
+            label=label,
+            yerr=errors,
+            error_kw={"lw": 0.9, "capsize": 1.5},
+        )
         for at, share in zip(x, shares, strict=True):
-            axes.text(at, share["high"] + 0.015, f"{100 * share['share']:.0f}", ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(range(len(groups)), [f"{label}\nn = {group['questions']:,}" for label, group in groups])
+            axes.text(
+                at,
+                share["high"] + 0.015,
+                f"{100 * share['share']:.0f}",
+                ha="center",
+                va="bottom",
+                fontsize=7,
+            )
+    axes.set_xticks(
+        range(len(groups)), [f"{label}\nn = {group['questions']:,}" for label, group in groups]
+    )
     _percent(axes, "questions answered right")
     axes.set_ylim(0, 1.1)
     axes.set_yticks(np.arange(0, 1.01, 0.25))
@@ -147,8 +207,13 @@ def draw_accuracy(axes: Axes, found: Mapping[str, Any], groups: Sequence[tuple[s
 def draw_steps(axes: Axes, found: Mapping[str, Any]) -> None:
     """How many steps valid programs run, and the shortest of each question."""
     valid, shortest = (dict(map(tuple, found["steps"][name])) for name in ("valid", "shortest"))
-    steps = np.arange(min([*valid, *shortest, found["depth"]]), max([*valid, *shortest, found["depth"]]) + 1)
-    for counts, label, color in ((valid, "valid programs", BLUE), (shortest, "shortest right program of a question", ORANGE)):
+    steps = np.arange(
+        min([*valid, *shortest, found["depth"]]), max([*valid, *shortest, found["depth"]]) + 1
+    )
+    for counts, label, color in (
+        (valid, "valid programs", BLUE),
+        (shortest, "shortest right program of a question", ORANGE),
+    ):
         if not counts:
             continue
         total = sum(counts.values())
@@ -158,7 +223,11 @@ def draw_steps(axes: Axes, found: Mapping[str, Any]) -> None:
         axes.stairs(shares, edges, color=color, lw=1.3, label=f"{label}, n = {total:,}")
     axes.axvline(found["depth"], color="#333333", lw=0.9, ls=":")
     axes.annotate(
-        f" identity: {found['depth']}", (found["depth"], 0.98), xycoords=("data", "axes fraction"), va="top", fontsize=8
+        f" identity: {found['depth']}",
+        (found["depth"], 0.98),
+        xycoords=("data", "axes fraction"),
+        va="top",
+        fontsize=8,
     )
     _percent(axes, "share")
     axes.set_xlabel("steps (layers executed)")
@@ -175,7 +244,9 @@ def draw_lengths(axes: Axes, found: Mapping[str, Any]) -> None:
         total = sum(n for _, n in counts)
         if total:
             x = [length + offset for length, _ in counts]
-            axes.bar(x, [n / total for _, n in counts], 0.38, color=color, label=f"{name}, n = {total:,}")
+            axes.bar(
+                x, [n / total for _, n in counts], 0.38, color=color, label=f"{name}, n = {total:,}"
+            )
     _percent(axes, "share of the edits")
     axes.set_xlabel("layers an edit takes")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -202,8 +273,9 @@ def draw_menu(axes: Axes, menu: Mapping[str, Any]) -> None:
     n = menu["held_out"]
     most = 1
     for name, label, color in (
-        ("with_identity", "identity + K", GREEN), ("without_identity", "K alone", BLUE)
-    ):  # fmt: skip
+        ("with_identity", "identity + K", GREEN),
+        ("without_identity", "K alone", BLUE),
+    ):
         curve = menu["menus"][name]["curve"]
         size = len(curve["held_out"]["covered"]) - 1
         most = max(most, size)
@@ -213,14 +285,30 @@ def draw_menu(axes: Axes, menu: Mapping[str, Any]) -> None:
         covered = curve["held_out"]["covered"][1:]
         intervals = np.array([wilson(each, n) for each in covered])
         axes.fill_between(k, intervals[:, 0], intervals[:, 1], color=color, alpha=0.15, lw=0)
-        axes.plot(k, np.array(covered) / n, color=color, lw=1.6, marker="o" if size == 1 else None, label=f"{label}, held out")
+        axes.plot(
+            k,
+            np.array(covered) / n,
+            color=color,
+            lw=1.6,
+            marker="o" if size == 1 else None,
+            label=f"{label}, held out",
+        )
         in_sample = np.array(curve["in_sample"]["covered"][1:]) / menu["train"]
         axes.plot(k, in_sample, color=color, lw=1, ls="--", label=f"{label}, in sample")
     with_identity = menu["menus"]["with_identity"]
     if n:
-        axes.axhline(with_identity["curve"]["held_out"]["covered"][0] / n, color=GRAY, lw=1, label="identity, held out")
         axes.axhline(
-            with_identity["ceiling"]["held_out"]["share"], color="#333333", lw=0.9, ls=":", label="any explored, held out"
+            with_identity["curve"]["held_out"]["covered"][0] / n,
+            color=GRAY,
+            lw=1,
+            label="identity, held out",
+        )
+        axes.axhline(
+            with_identity["ceiling"]["held_out"]["share"],
+            color="#333333",
+            lw=0.9,
+            ls=":",
+            label="any explored, held out",
         )
     axes.set_xscale("log")
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= most]
@@ -234,7 +322,14 @@ def draw_menu(axes: Axes, menu: Mapping[str, Any]) -> None:
     if not axes.lines:
         _empty(axes)
         return
-    axes.legend(ncols=2, loc="upper left", bbox_to_anchor=(-0.12, -0.18), handlelength=1.6, labelspacing=0.3, columnspacing=0.9)
+    axes.legend(
+        ncols=2,
+        loc="upper left",
+        bbox_to_anchor=(-0.12, -0.18),
+        handlelength=1.6,
+        labelspacing=0.3,
+        columnspacing=0.9,
+    )
 
 
 def _legend(axes: Axes, columns: int = 1) -> None:
@@ -242,7 +337,14 @@ def _legend(axes: Axes, columns: int = 1) -> None:
     if not axes.get_legend_handles_labels()[0]:
         _empty(axes)
         return
-    axes.legend(ncols=columns, loc="lower left", bbox_to_anchor=(-0.01, 0.99), handlelength=1, columnspacing=1.2, borderpad=0.1)
+    axes.legend(
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(-0.01, 0.99),
+        handlelength=1,
+        columnspacing=1.2,
+        borderpad=0.1,
+    )
 
 
 def _empty(axes: Axes) -> None:

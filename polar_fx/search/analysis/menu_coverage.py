@@ -1,9 +1,11 @@
-"""How many questions a short menu of programs gets right: the best K programs of some questions, tried on others.
+"""How many questions a short menu of programs gets right: the best K programs of some questions,
+tried on others.
 
-A menu's coverage is an oracle as well: a question is covered if any program of the menu is right, which only the answer key
-tells. It is known in part: a search looks at some programs of a question, and what it did not look at counts as wrong, so
-every coverage here is a lower bound. `undecided` tells how loose it is: the uncovered questions for which some program of
-the menu was not explored. Where all were (records of a run of the menu itself, or of a scan), it is 0 and coverage exact.
+A menu's coverage is an oracle as well: a question is covered if any program of the menu is right,
+which only the answer key tells. It is known in part: a search looks at some programs of a question,
+and what it did not look at counts as wrong, so every coverage here is a lower bound. `undecided`
+tells how loose it is: the uncovered questions for which some program of the menu was not explored.
+Where all were (records of a run of the menu itself, or of a scan), it is 0 and coverage exact.
 """
 
 import hashlib
@@ -23,7 +25,8 @@ from ..records.records import SearchRecord
 
 @dataclass(frozen=True, slots=True)
 class Menu:
-    """Programs, the most useful first, and how many further questions each covers of those it was ranked on.
+    """Programs, the most useful first, and how many further questions each covers of those it was
+    ranked on.
 
     With `with_identity`, the identity is tried beside them, and not counted among them.
     """
@@ -35,7 +38,8 @@ class Menu:
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """Of `n` questions, how many the first K programs of a menu cover, and leave undecided; K is the index, from 0.
+    """Of `n` questions, how many the first K programs of a menu cover, and leave undecided; K is
+    the index, from 0.
 
     A menu shorter than K covers what all of it covers.
     """
@@ -51,9 +55,11 @@ class Coverage:
 
 
 def greedy_menu(records: Sequence[SearchRecord], size: int, with_identity: bool) -> Menu:
-    """Up to `size` programs, each the one that covers most questions that those before it do not (greedy maximum coverage).
+    """Up to `size` programs, each the one that covers most questions that those before it do not
+    (greedy maximum coverage).
 
-    Of equals, the one valid for more questions, then the shorter one. Ends early when no program covers a further question.
+    Of equals, the one valid for more questions, then the shorter one. Ends early when no program
+    covers a further question.
     """
     valid: dict[Program, list[int]] = {}
     for index, record in enumerate(records):
@@ -77,7 +83,8 @@ def greedy_menu(records: Sequence[SearchRecord], size: int, with_identity: bool)
         chosen.append(best)
         gains.append(gain)
         for index in valid[programs[best]]:
-            if not covered[index]:  # each question is taken out once, so all steps together cost what the verdicts cost
+            # each question is taken out once, so all steps together cost what the verdicts cost
+            if not covered[index]:
                 covered[index] = True
                 left[programs_of[index]] -= 1
     return Menu(tuple(programs[i] for i in chosen), tuple(gains), with_identity)
@@ -101,19 +108,29 @@ def coverage(menu: Menu, records: Sequence[SearchRecord]) -> Coverage:
             newly_undecided[unknown] += 1
             if hit <= size:
                 newly_undecided[hit] -= 1
-    return Coverage(len(records), tuple(accumulate(newly_covered)), tuple(accumulate(newly_undecided)))
+    return Coverage(
+        len(records), tuple(accumulate(newly_covered)), tuple(accumulate(newly_undecided))
+    )
 
 
 def merge(records: Iterable[SearchRecord]) -> list[SearchRecord]:
-    """One record a question, of all that was explored; of a program in several, the first record's verdicts count."""
+    """One record a question, of all that was explored; of a program in several, the first record's
+    verdicts count.
+    """
     merged: dict[tuple[str, str], SearchRecord] = {}
     for record in records:
         first = merged.setdefault(key(record), record)
         if first is not record:
             known = {each.program for each in first.explored}
             added = tuple(each for each in record.explored if each.program not in known)
-            again = {each.program: record.verified[each.program] for each in added if each.program in record.verified}
-            merged[key(record)] = replace(first, explored=first.explored + added, verified={**first.verified, **again})
+            again = {
+                each.program: record.verified[each.program]
+                for each in added
+                if each.program in record.verified
+            }
+            merged[key(record)] = replace(
+                first, explored=first.explored + added, verified={**first.verified, **again}
+            )
     return list(merged.values())
 
 
@@ -122,16 +139,23 @@ def key(record: SearchRecord) -> tuple[str, str]:
     return record.question.task, record.question.id
 
 
-def split_records(records: Sequence[SearchRecord]) -> tuple[list[SearchRecord], list[SearchRecord], str]:
-    """(train, held out, how): by the questions' own splits ("splits") if there are train and other ones, else "halves".
+def split_records(
+    records: Sequence[SearchRecord],
+) -> tuple[list[SearchRecord], list[SearchRecord], str]:
+    """(train, held out, how): by the questions' own splits ("splits") if there are train and other
+    ones, else "halves".
 
-    Halves are by a hash of the id in which, as in `split_of`, the order of its numbers does not count.
+    Halves are by a hash of the id in which, as in `split_of`, the order of its numbers does not
+    count.
     """
     is_train = [split_of(record.question.id) == "train" for record in records]
     how = "splits"
     if not (any(is_train) and not all(is_train)):
         is_train, how = [_in_first_half(record.question.id) for record in records], "halves"
-    parts = {side: [r for r, train in zip(records, is_train, strict=True) if train is side] for side in (True, False)}
+    parts = {
+        side: [r for r, train in zip(records, is_train, strict=True) if train is side]
+        for side in (True, False)
+    }
     return parts[True], parts[False], how
 
 
@@ -141,12 +165,16 @@ def _in_first_half(question_id: str) -> bool:
     return hashlib.sha256(text.encode(errors="backslashreplace")).digest()[0] < 128
 
 
-def menu_report(train: Sequence[SearchRecord], held_out: Sequence[SearchRecord], ks: Sequence[int]) -> dict[str, Any]:
-    """Menus of up to max(ks) programs ranked on `train`, with and without the identity, tried on both.
+def menu_report(
+    train: Sequence[SearchRecord], held_out: Sequence[SearchRecord], ks: Sequence[int]
+) -> dict[str, Any]:
+    """Menus of up to max(ks) programs ranked on `train`, with and without the identity, tried on
+    both.
 
-    {with_identity, without_identity}: {programs: [{program, gain}], at: [{k, in_sample, held_out}] of each K asked for,
-    curve: {in_sample, held_out}: {n, covered, undecided}, counts by K from 0, ceiling: {in_sample, held_out}, the share of
-    questions that any explored program covers}.
+    {with_identity, without_identity}: {programs: [{program, gain}], at: [{k, in_sample, held_out}]
+    of each K asked for,
+    curve: {in_sample, held_out}: {n, covered, undecided}, counts by K from 0, ceiling: {in_sample,
+    held_out}, the share of questions that any explored program covers}.
     """
     made: dict[str, Any] = {}
     for with_identity, name in ((True, "with_identity"), (False, "without_identity")):
@@ -154,14 +182,23 @@ def menu_report(train: Sequence[SearchRecord], held_out: Sequence[SearchRecord],
         parts = {"in_sample": train, "held_out": held_out}
         curves = {part: coverage(menu, records) for part, records in parts.items()}
         made[name] = {
-            "programs": [{"program": str(p), "gain": g} for p, g in zip(menu.programs, menu.gains, strict=True)],
+            "programs": [
+                {"program": str(p), "gain": g}
+                for p, g in zip(menu.programs, menu.gains, strict=True)
+            ],
             "at": [{"k": k, **{part: curve.at(k) for part, curve in curves.items()}} for k in ks],
             "curve": {
-                part: {"n": curve.n, "covered": list(curve.covered), "undecided": list(curve.undecided)}
+                part: {
+                    "n": curve.n,
+                    "covered": list(curve.covered),
+                    "undecided": list(curve.undecided),
+                }
                 for part, curve in curves.items()
             },
             "ceiling": {
-                part: Share.of(bool(r.valid) or (with_identity and r.identity_correct) for r in records).to_dict()
+                part: Share.of(
+                    bool(r.valid) or (with_identity and r.identity_correct) for r in records
+                ).to_dict()
                 for part, records in parts.items()
             },
         }

@@ -1,7 +1,9 @@
-"""What searches found: how many questions some program answers, how short it is, and how far to believe that.
+"""What searches found: how many questions some program answers, how short it is, and how far to
+believe that.
 
-Whatever is said of explored programs here is an oracle: that one of them is right is known from the answer key, and nothing
-says that it could be chosen without. Intervals are Wilson's at 95 %, and hold for questions drawn independently.
+Whatever is said of explored programs here is an oracle: that one of them is right is known from the
+answer key, and nothing says that it could be chosen without. Intervals are Wilson's at 95 %, and
+hold for questions drawn independently.
 """
 
 import json
@@ -25,7 +27,9 @@ MENU_SIZES = (1, 2, 5, 10, 20, 50, 100)
 
 def is_skip_only(program: Program) -> bool:
     """Whether layers are skipped and nothing else is done: none repeats, moves or is damped."""
-    ascends = all(earlier < later for earlier, later in zip(program.path, program.path[1:], strict=False))
+    ascends = all(
+        earlier < later for earlier, later in zip(program.path, program.path[1:], strict=False)
+    )
     return ascends and not program.blends and program.num_steps < program.depth
 
 
@@ -35,45 +39,64 @@ def is_repeat_only(program: Program) -> bool:
 
 
 def summary(records: Iterable[SearchRecord]) -> dict[str, Any]:
-    """The figures of some questions, of one depth, as JSON values; None where there is nothing to tell.
+    """The figures of some questions, of one depth, as JSON values; None where there is nothing to
+    tell.
 
-    A share is {count, n, share, low, high} (`Share.to_dict`). "Valid" programs are explored ones that answer right.
+    A share is {count, n, share, low, high} (`Share.to_dict`). "Valid" programs are explored ones
+    that answer right.
 
     questions, depth: how many questions, of a model of how many layers
-    accuracy: {baseline, skip_only, repeat_only, both}, shares; the last three of questions that the identity or any
-        explored program of that kind (both: any program) answers. One search made them all, so no kind had its full budget
-    shorter: {right, wrong, corrected}, shares: of questions the identity gets right, those with a valid program of fewer
-        steps; of those it gets wrong, those with one, and those with any valid program
+    accuracy: {baseline, skip_only, repeat_only, both}, shares; the last three of questions that the
+        identity or any explored program of that kind (both: any program) answers. One search made
+        them all, so no kind had its full budget
+    shorter: {right, wrong, corrected}, shares: of questions the identity gets right, those with a
+        valid program of fewer steps; of those it gets wrong, those with one, and those with any
+        valid program
     shortest_steps: {mean, n} over the questions with a right program, which may be the identity
     explored, valid: programs a question, on average; the identity is not counted
-    evaluations, seconds, evaluations_per_second: of the records that have seconds; verifying is in neither
-    steps: {valid, shortest}: [[steps, count], ...] of valid programs, and of each question's shortest right program
-    edits: {programs, not_segmentable, skip, repeat, times}: valid programs, those that no segments make, and of the others
-        [[length, count], ...] of skips and of repeats, and [[times, count], ...] of repeats
-    verification: {programs, questions, flipped, identity_flipped, corrected_confirmed}, or None if nothing was verified:
-        shares of explored programs and of identities whose second verdict differs; of corrected questions with verified
-        programs, those where a program is right both times
-    likelihood: {pairs, questions, pooled, mean, n_mean}, or None without teacher-forced verdicts: Spearman's correlation of
-        gain in log-likelihood over the identity and change of correctness (-1, 0, 1), over all pairs of question and
-        program, and its mean over the n_mean questions where both vary
+    evaluations, seconds, evaluations_per_second: of the records that have seconds; verifying is in
+    neither
+    steps: {valid, shortest}: [[steps, count], ...] of valid programs, and of each question's
+    shortest right program
+    edits: {programs, not_segmentable, skip, repeat, times}: valid programs, those that no segments
+        make, and of the others [[length, count], ...] of skips and of repeats, and [[times, count],
+        ...] of repeats
+    verification: {programs, questions, flipped, identity_flipped, corrected_confirmed}, or None if
+        nothing was verified: shares of explored programs and of identities whose second verdict
+        differs; of corrected questions with verified programs, those where a program is right both
+        times
+    likelihood: {pairs, questions, pooled, mean, n_mean}, or None without teacher-forced verdicts:
+        Spearman's correlation of gain in log-likelihood over the identity and change of correctness
+        (-1, 0, 1), over all pairs of question and program, and its mean over the n_mean questions
+        where both vary
 
     Raises InputError if the depths differ.
     """
     records = list(records)
     depths = sorted({record.depth for record in records})
     if len(depths) > 1:
-        raise InputError(f"records of models of {depths[0]} and {depths[1]} layers; summarize each model alone")
+        raise InputError(
+            f"records of models of {depths[0]} and {depths[1]} layers; summarize each model alone"
+        )
     right, wrong = ([r for r in records if r.identity_correct is side] for side in (True, False))
     shortest = [steps for record in records if (steps := _shortest(record)) is not None]
-    timed = [(len(record.explored) + 1, record.seconds) for record in records if record.seconds is not None]
+    timed = [
+        (len(record.explored) + 1, record.seconds)
+        for record in records
+        if record.seconds is not None
+    ]
     evaluations, seconds = sum(n for n, _ in timed), math.fsum(s for _, s in timed)
     return {
         "questions": len(records),
         "depth": depths[0] if depths else None,
         "accuracy": {
             "baseline": Share(len(right), len(records)).to_dict(),
-            "skip_only": Share.of(r.identity_correct or any(map(is_skip_only, r.valid)) for r in records).to_dict(),
-            "repeat_only": Share.of(r.identity_correct or any(map(is_repeat_only, r.valid)) for r in records).to_dict(),
+            "skip_only": Share.of(
+                r.identity_correct or any(map(is_skip_only, r.valid)) for r in records
+            ).to_dict(),
+            "repeat_only": Share.of(
+                r.identity_correct or any(map(is_repeat_only, r.valid)) for r in records
+            ).to_dict(),
             "both": Share.of(r.identity_correct or bool(r.valid) for r in records).to_dict(),
         },
         "shorter": {
@@ -131,7 +154,11 @@ def _verification(records: Sequence[SearchRecord]) -> dict[str, Any] | None:
         first = {each.program: each.verdict.correct for each in record.explored}
         flips = {p: again.correct != first[p] for p, again in record.verified.items() if p in first}
         explored += flips.values()
-        identity += [again.correct != record.baseline.correct for p, again in record.verified.items() if p.is_identity]
+        identity += [
+            again.correct != record.baseline.correct
+            for p, again in record.verified.items()
+            if p.is_identity
+        ]
         valid = [not flipped for program, flipped in flips.items() if first[program]]
         if not record.baseline.correct and valid:
             confirmed.append(any(valid))
@@ -171,23 +198,32 @@ def _likelihood(records: Sequence[SearchRecord]) -> dict[str, Any] | None:
     if not gains:
         return None
     return {
-        "pairs": len(gains), "questions": questions, "pooled": spearman(gains, changes),
-        "mean": mean(each_question), "n_mean": len(each_question),
-    }  # fmt: skip
+        "pairs": len(gains),
+        "questions": questions,
+        "pooled": spearman(gains, changes),
+        "mean": mean(each_question),
+        "n_mean": len(each_question),
+    }
 
 
 def group_summaries(records: Sequence[SearchRecord]) -> list[dict[str, Any]]:
-    """{task, difficulty, cell, summary} of each task, then of each difficulty and each cell in it; None: of all."""
+    """{task, difficulty, cell, summary} of each task, then of each difficulty and each cell in it;
+    None: of all.
+    """
     made = []
     for task in sorted({record.question.task for record in records}):
         inside = [record for record in records if record.question.task == task]
         made.append({"task": task, "difficulty": None, "cell": None, "summary": summary(inside)})
         for difficulty in sorted({d for r in inside if (d := r.question.difficulty) is not None}):
             chosen = [record for record in inside if record.question.difficulty == difficulty]
-            made.append({"task": task, "difficulty": difficulty, "cell": None, "summary": summary(chosen)})
+            made.append(
+                {"task": task, "difficulty": difficulty, "cell": None, "summary": summary(chosen)}
+            )
         for cell in sorted({record.question.cell for record in inside} - {""}):
             chosen = [record for record in inside if record.question.cell == cell]
-            made.append({"task": task, "difficulty": None, "cell": cell, "summary": summary(chosen)})
+            made.append(
+                {"task": task, "difficulty": None, "cell": cell, "summary": summary(chosen)}
+            )
     return made
 
 
@@ -207,31 +243,40 @@ class SearchFile:
 
 
 def analyze(
-    files: Sequence[SearchFile], held_out: Sequence[SearchFile] = (), menu_sizes: Sequence[int] = MENU_SIZES
+    files: Sequence[SearchFile],
+    held_out: Sequence[SearchFile] = (),
+    menu_sizes: Sequence[int] = MENU_SIZES,
 ) -> dict[str, Any]:
     """All there is to say about some files, as JSON values.
 
-    files: a list of {path, model, depth, method, reward, simulations, summary (see `summary`), groups (see
-        `group_summaries`), effects: a list of {op, start, length, times, damping, n, correct, n_log_likelihood,
-        log_likelihood} (see `EditEffect`)}
-    menus: a list, one a model, of {model, files, held_out_files, split, train, held_out, left_out, menus (see
-        `menu_report`)}. Programs are ranked on `train` questions and tried on `held_out` others: those of the files named
-        so ("files"; without the `left_out` ones that are among `train`), or part of the same file by `split_records`
+    files: a list of {path, model, depth, method, reward, simulations, summary (see `summary`),
+        groups (see `group_summaries`), effects: a list of {op, start, length, times, damping, n,
+        correct, n_log_likelihood, log_likelihood} (see `EditEffect`)}
+    menus: a list, one a model, of {model, files, held_out_files, split, train, held_out, left_out,
+        menus (see `menu_report`)}. Programs are ranked on `train` questions and tried on `held_out`
+        others: those of the files named so ("files"; without the `left_out` ones that are among
+        `train`), or part of the same file by `split_records`
 
-    Raises InputError if a held-out file is of a model that no other file is of, or a menu size is below 1.
+    Raises InputError if a held-out file is of a model that no other file is of, or a menu size is
+    below 1.
     """
     if not menu_sizes or min(menu_sizes) < 1:
         raise InputError(f"menu sizes are {list(menu_sizes)}; give at least one, each at least 1")
     models = list(dict.fromkeys(_model(file) for file in files))
     if other := next((file for file in held_out if _model(file) not in models), None):
         raise InputError(
-            f"{other.path} is of model {other.header.model[:12]} with {other.header.depth} layers, which no menu is ranked "
-            "on, or of other prompts; hold out a file of the same model and prompts"
+            f"{other.path} is of model {other.header.model[:12]} with {other.header.depth} "
+            "layers, which no menu is ranked on, or of other prompts; hold out a file of the "
+            "same model and prompts"
         )
     return {
         "files": [_file_report(file) for file in files],
         "menus": [
-            _menus([f for f in files if _model(f) == model], [f for f in held_out if _model(f) == model], menu_sizes)
+            _menus(
+                [f for f in files if _model(f) == model],
+                [f for f in held_out if _model(f) == model],
+                menu_sizes,
+            )
             for model in models
         ],
     }
@@ -240,19 +285,30 @@ def analyze(
 def _file_report(file: SearchFile) -> dict[str, Any]:
     header = file.header
     return {
-        "path": file.path, "model": header.model, "depth": header.depth, "method": header.config.method,
-        "reward": header.config.reward, "simulations": header.config.simulations,
-        "summary": summary(file.records), "groups": group_summaries(file.records),
+        "path": file.path,
+        "model": header.model,
+        "depth": header.depth,
+        "method": header.config.method,
+        "reward": header.config.reward,
+        "simulations": header.config.simulations,
+        "summary": summary(file.records),
+        "groups": group_summaries(file.records),
         "effects": [asdict(effect) for effect in edit_effects(file.records)],
-    }  # fmt: skip
+    }
 
 
 def _model(file: SearchFile) -> tuple[str, int, str]:
     """Of what verdicts may be put together: one model, asked and judged in one way."""
-    return file.header.model, file.header.depth, json.dumps(dict(file.header.prompt), sort_keys=True)
+    return (
+        file.header.model,
+        file.header.depth,
+        json.dumps(dict(file.header.prompt), sort_keys=True),
+    )
 
 
-def _menus(files: Sequence[SearchFile], held_out_files: Sequence[SearchFile], sizes: Sequence[int]) -> dict[str, Any]:
+def _menus(
+    files: Sequence[SearchFile], held_out_files: Sequence[SearchFile], sizes: Sequence[int]
+) -> dict[str, Any]:
     train, left_out = merge(_all_records(files)), 0
     if held_out_files:
         known = {key(record) for record in train}
@@ -262,11 +318,15 @@ def _menus(files: Sequence[SearchFile], held_out_files: Sequence[SearchFile], si
     else:
         train, held_out, how = split_records(train)
     return {
-        "model": files[0].header.model, "files": [file.path for file in files],
-        "held_out_files": [file.path for file in held_out_files], "split": how,
-        "train": len(train), "held_out": len(held_out), "left_out": left_out,
+        "model": files[0].header.model,
+        "files": [file.path for file in files],
+        "held_out_files": [file.path for file in held_out_files],
+        "split": how,
+        "train": len(train),
+        "held_out": len(held_out),
+        "left_out": left_out,
         "menus": menu_report(train, held_out, sorted(set(sizes))),
-    }  # fmt: skip
+    }
 
 
 def _all_records(files: Sequence[SearchFile]) -> Iterator[SearchRecord]:

@@ -11,13 +11,16 @@ from .edits import Candidate, Edits, Sampler, Search, reward_all
 def beam(depth: int, config: SearchConfig, rng: random.Random) -> Search:
     """In each round, random single edits of the `beam_width` best programs so far.
 
-    A round has its share of the budget, one in `max_edits`, so that the last one can reach programs of that many edits.
+    A round has its share of the budget, one in `max_edits`, so that the last one can reach programs
+    of that many edits.
     """
     kept = [Candidate((), Program.identity(depth))]
     yield from reward_all(kept)
     sampler = Sampler(depth, config, rng)
     share = math.ceil(config.simulations / config.max_edits)
-    while growing := [candidate.edits for candidate in kept if len(candidate.edits) < config.max_edits]:
+    while growing := [
+        candidate.edits for candidate in kept if len(candidate.edits) < config.max_edits
+    ]:
 
         def propose(parents: list[Edits] = growing) -> Edits:
             return sampler.grow(rng.choice(parents))

@@ -1,8 +1,9 @@
 """The programs a search may look at: the identity with a few edits in it.
 
-A search is pure: a generator that yields lists of programs and is sent their rewards, 0..1, in order. So whoever drives it
-decides what running a program means, and can run the searches of many questions in lockstep. The first list is the identity
-alone, which is not charged to `SearchConfig.simulations`, and no program is yielded twice.
+A search is pure: a generator that yields lists of programs and is sent their rewards, 0..1, in
+order. So whoever drives it decides what running a program means, and can run the searches of many
+questions in lockstep. The first list is the identity alone, which is not charged to
+`SearchConfig.simulations`, and no program is yielded twice.
 """
 
 import random
@@ -22,12 +23,14 @@ _MAX_DRAWS = 100  # fruitless draws in a row after which what can be reached is 
 
 @lru_cache(maxsize=16)
 def single_edits(depth: int, max_length: int, max_extra: int) -> Edits:
-    """Every single edit of `depth` layers: skips first, then repeats by their runs, each by length and start.
+    """Every single edit of `depth` layers: skips first, then repeats by their runs, each by length
+    and start.
 
-    One tuple serves all searches of a depth, which keep indices into it: lists of their own held 13 GB in a thousand trees
-    (RE-PoLar).
+    One tuple serves all searches of a depth, which keep indices into it: lists of their own held 13
+    GB in a thousand trees (RE-PoLar).
     """
-    kinds = [(Op.SKIP, 2), *((Op.REPEAT, 1 + extra) for extra in range(1, max_extra + 1))]  # a skip leaves `times` at 2
+    # a skip leaves `times` at 2
+    kinds = [(Op.SKIP, 2), *((Op.REPEAT, 1 + extra) for extra in range(1, max_extra + 1))]
     return tuple(
         Edit(start, length, op, times)
         for op, times in kinds
@@ -38,7 +41,8 @@ def single_edits(depth: int, max_length: int, max_extra: int) -> Edits:
 
 def max_steps(depth: int, config: SearchConfig) -> int:
     """The longest path a search makes."""
-    return min(MAX_STEPS, int(round(depth * config.max_steps_ratio, 6)))  # rounded: 1.15 * 20 is not quite 23
+    # rounded: 1.15 * 20 is not quite 23
+    return min(MAX_STEPS, int(round(depth * config.max_steps_ratio, 6)))
 
 
 def runs(edit: Edit) -> int:
@@ -103,7 +107,9 @@ class Sampler:
         return program
 
     def batch(self, size: int, propose: Callable[[], Edits]) -> list[Candidate]:
-        """Up to `size` new programs within the budget, made of what `propose` returns; fewer where they run out."""
+        """Up to `size` new programs within the budget, made of what `propose` returns; fewer where
+        they run out.
+        """
         found: list[Candidate] = []
         size, misses = min(size, self.budget_left), 0
         while len(found) < size and misses < _MAX_DRAWS:
@@ -116,9 +122,11 @@ class Sampler:
         return found
 
     def grow(self, edits: Edits) -> Edits:
-        """`edits` with a random one more, or as they are if there are `max_edits` or no place was found.
+        """`edits` with a random one more, or as they are if there are `max_edits` or no place was
+        found.
 
-        The place is any free one: placed from left to right, half of all edits were in the last third (RE-PoLar).
+        The place is any free one: placed from left to right, half of all edits were in the last
+        third (RE-PoLar).
         """
         if len(edits) >= self._config.max_edits:
             return edits

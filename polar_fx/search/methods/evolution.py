@@ -8,7 +8,9 @@ from .edits import Candidate, Edits, Sampler, Search, layer_mask, reward_all, un
 
 
 def evolution(depth: int, config: SearchConfig, rng: random.Random) -> Search:
-    """Random programs first, then generations of as many children; the best `population` of old and new live on."""
+    """Random programs first, then generations of as many children; the best `population` of old and
+    new live on.
+    """
     alive = [Candidate((), Program.identity(depth))]
     yield from reward_all(alive)
     sampler = Sampler(depth, config, rng)
@@ -23,7 +25,9 @@ def evolution(depth: int, config: SearchConfig, rng: random.Random) -> Search:
     candidates = sampler.batch(config.population, sampler.random_edits)
     while candidates:
         yield from reward_all(candidates)
-        alive = sorted(alive + candidates, key=lambda candidate: candidate.rank)[: config.population]
+        alive = sorted(alive + candidates, key=lambda candidate: candidate.rank)[
+            : config.population
+        ]
         candidates = sampler.batch(config.population, child)
 
 
@@ -37,9 +41,15 @@ def mutate(edits: Edits, sampler: Sampler, rng: random.Random) -> Edits:
 
 
 def cross(one: Edits, other: Edits, max_edits: int, rng: random.Random) -> Edits:
-    """Each edit of either parent with even odds, in random order; one that overlaps an earlier one is left out."""
+    """Each edit of either parent with even odds, in random order; one that overlaps an earlier one
+    is left out.
+    """
     edits: Edits = ()
     for edit in rng.sample(one + other, len(one) + len(other)):
-        if len(edits) < max_edits and rng.random() < 0.5 and not layer_mask(edit) & union_mask(edits):
+        if (
+            len(edits) < max_edits
+            and rng.random() < 0.5
+            and not layer_mask(edit) & union_mask(edits)
+        ):
             edits = (*edits, edit)
     return edits

@@ -1,7 +1,8 @@
 """Monte Carlo tree search over programs (PoLar, App. B; CoLa; RE-PoLar).
 
-A node is a program, an action one further edit of it. Edits are placed over the identity in any order, so the nodes form a
-directed acyclic graph: A then B and B then A is one node, and so is any other way to its path.
+A node is a program, an action one further edit of it. Edits are placed over the identity in any
+order, so the nodes form a directed acyclic graph: A then B and B then A is one node, and so is any
+other way to its path.
 """
 
 import math
@@ -12,15 +13,18 @@ from ...program import Program
 from ..config import SearchConfig
 from .edits import Search, layer_mask, max_steps, runs, single_edits
 
-_MAX_DRAWS = 32  # random actions tried on a node before its untried ones are listed; the choice is uniform either way
+# random actions tried on a node before its untried ones are listed; the choice is uniform either
+# way
+_MAX_DRAWS = 32
 
 
 @dataclass(slots=True, eq=False)
 class Node:
     """A program of the search.
 
-    `edited` are the layers its edits changed, as the bits of an int; the path tells them, so a node has one such set however
-    it is reached. Nested edits change positions and leave it 0. Children have a higher `rank`, so no walk goes in a circle.
+    `edited` are the layers its edits changed, as the bits of an int; the path tells them, so a node
+    has one such set however it is reached. Nested edits change positions and leave it 0. Children
+    have a higher `rank`, so no walk goes in a circle.
     """
 
     program: Program
@@ -33,7 +37,9 @@ class Node:
     """Sum of the rewards of all walks through the node: R of the score."""
     children: list["Node"] = field(default_factory=list)
     tried: int = 0
-    """Actions taken, as bits by their index: a list of actions in each node would fill the memory (RE-PoLar)."""
+    """Actions taken, as bits by their index: a list of actions in each node would fill the memory
+    (RE-PoLar).
+    """
     exhausted: bool = False
     """No action is left to try."""
     closed: bool = False
@@ -46,14 +52,21 @@ class Tree:
     def __init__(self, depth: int, config: SearchConfig, rng: random.Random) -> None:
         self.depth, self.config, self.rng = depth, config, rng
         self.max_steps = max_steps(depth, config)
-        # Nested actions address positions of the current path (PoLar, App. B.3), others original layers (RE-PoLar).
-        self.actions = single_edits(self.max_steps if config.nested else depth, config.max_length, config.max_extra)
+        # Nested actions address positions of the current path (PoLar, App. B.3), others original
+        # layers (RE-PoLar).
+        self.actions = single_edits(
+            self.max_steps if config.nested else depth, config.max_length, config.max_extra
+        )
         self.root = Node(Program.identity(depth))
         self.nodes = {self.root.program.path: self.root}
         self.num_simulations = 0
 
     def search(self) -> Search:
-        """Yield one program at a time, since each choice waits for the reward before it (PoLar, App. B, algorithm 1)."""
+        """Yield one program at a time, since each choice waits for the reward before it (PoLar,
+        App.
+
+        B, algorithm 1).
+        """
         (self.root.reward,) = yield [self.root.program]
         self.backward([self.root], self.root.reward)
         while self.num_simulations < self.config.simulations and not self.root.closed:
@@ -62,14 +75,19 @@ class Tree:
             end = walk[-1]
             if end.reward is None:
                 (end.reward,) = yield [end.program]
-            # A program is evaluated once. Where a walk ends on a known one, nothing being left to try, its reward counts again.
+            # A program is evaluated once. Where a walk ends on a known one, nothing being left to
+            # try, its reward counts again.
             self.backward(walk, end.reward)
 
     def select(self) -> list[Node]:
         """Walk down from the root to a program that is new or has nothing below it."""
         walk = [node := self.root]
         while True:
-            child = self.expand(node) if len(node.children) < self.max_children(node) and not node.exhausted else None
+            child = (
+                self.expand(node)
+                if len(node.children) < self.max_children(node) and not node.exhausted
+                else None
+            )
             if child is None:
                 if not node.children:
                     return walk
@@ -80,11 +98,18 @@ class Tree:
             node = child
 
     def max_children(self, node: Node) -> int:
-        """Progressive widening: some 570 actions at depth 30 would use up the budget at the root (RE-PoLar)."""
-        return max(1, math.ceil(self.config.widening_factor * node.visits**self.config.widening_exponent))
+        """Progressive widening: some 570 actions at depth 30 would use up the budget at the root
+        (RE-PoLar).
+        """
+        return max(
+            1, math.ceil(self.config.widening_factor * node.visits**self.config.widening_exponent)
+        )
 
     def expand(self, node: Node) -> Node | None:
-        """Add the child of a random untried action: a new program, or one other edits led to. None if no action is left."""
+        """Add the child of a random untried action: a new program, or one other edits led to.
+
+        None if no action is left.
+        """
         while (index := self._draw(node)) is not None:
             node.tried |= 1 << index
             child = self._child(node, index)
@@ -96,15 +121,22 @@ class Tree:
         return None
 
     def best_child(self, node: Node) -> Node:
-        """The child with the highest score, the first added if equal; a random one with probability `random_child`."""
-        if self.config.random_child and self.rng.random() < self.config.random_child:  # CoLa, App. B
+        """The child with the highest score, the first added if equal; a random one with probability
+        `random_child`.
+        """
+        # CoLa, App. B
+        if self.config.random_child and self.rng.random() < self.config.random_child:
             return self.rng.choice(node.children)
-        # V: each walk visits the root, so its visits are all simulations, with that of the identity (as CoLa's index + 1).
+        # V: each walk visits the root, so its visits are all simulations, with that of the identity
+        # (as CoLa's index + 1).
         log_visits = math.log((self.root if self.config.global_visits else node).visits)
         return max(node.children, key=lambda child: self.score(child, log_visits))
 
     def score(self, node: Node, log_visits: float) -> float:
-        """R/v + c * sqrt(ln V / v) - lambda * |pi| / D (PoLar, App. B.3; RE-PoLar for its typesetting)."""
+        """R/v + c * sqrt(ln V / v) - lambda * |pi| / D (PoLar, App.
+
+        B.3; RE-PoLar for its typesetting).
+        """
         if not node.visits:
             return math.inf
         length = len(node.program.path) / self.depth
@@ -128,7 +160,9 @@ class Tree:
         return self.rng.choice(untried) if untried else None
 
     def _is_open(self, node: Node, index: int) -> bool:
-        """Whether an action is untried and gives a program: edits apart, at least one step, not too many."""
+        """Whether an action is untried and gives a program: edits apart, at least one step, not too
+        many.
+        """
         if node.tried >> index & 1:
             return False
         edit, num_steps = self.actions[index], len(node.program.path)
@@ -162,7 +196,8 @@ def mcts(depth: int, config: SearchConfig, rng: random.Random) -> Search:
 def format_tree(tree: Tree) -> str:
     """A node a line, children indented, with visits, mean reward of its walks, and its own reward.
 
-    A node with several parents has a line under each; what is below it comes with the first, the others say `above`.
+    A node with several parents has a line under each; what is below it comes with the first, the
+    others say `above`.
     """
     lines: list[str] = []
     shown: set[Node] = set()
@@ -172,7 +207,10 @@ def format_tree(tree: Tree) -> str:
         mean = node.total / node.visits if node.visits else 0.0
         known = "?" if node.reward is None else f"{node.reward:g}"
         above = ", above" if node in shown else ""
-        lines.append(f"{'  ' * level}{node.program}: visits {node.visits}, mean {mean:.3f}, reward {known}{above}")
+        lines.append(
+            f"{'  ' * level}{node.program}: visits {node.visits}, mean {mean:.3f}, reward "
+            f"{known}{above}"
+        )
         if node not in shown:
             shown.add(node)
             todo += [(child, level + 1) for child in reversed(node.children)]

@@ -9,7 +9,13 @@ from .evolution import evolution
 from .mcts import mcts
 from .scan import random_search, scan
 
-METHODS: dict[str, Method] = {"mcts": mcts, "scan": scan, "random": random_search, "beam": beam, "evolution": evolution}
+METHODS: dict[str, Method] = {
+    "mcts": mcts,
+    "scan": scan,
+    "random": random_search,
+    "beam": beam,
+    "evolution": evolution,
+}
 
 
 def get_method(name: str) -> Method:
@@ -22,7 +28,7 @@ def get_method(name: str) -> Method:
 def question_seed(seed: int, question_id: str) -> int:
     """The seed of one question's search.
 
-    With a seed shared by all, all look at the same programs and some seem to suit many questions (RE-PoLar: the best covered
-    51 % of them, with a seed each 4 %).
+    With a seed shared by all, all look at the same programs and some seem to suit many questions
+    (RE-PoLar: the best covered 51 % of them, with a seed each 4 %).
     """
     return int.from_bytes(hashlib.sha256(f"{seed} {question_id}".encode()).digest()[:8])

@@ -11,7 +11,8 @@ from .edits import Method, Sampler, Search, max_steps, num_steps, single_edits
 def scan(depth: int, config: SearchConfig, rng: random.Random) -> Search:
     """Every single edit, in the order of `single_edits`, in one list.
 
-    With fewer simulations than edits an evenly spread part of them: each op, length and number of runs keeps its share.
+    With fewer simulations than edits an evenly spread part of them: each op, length and number of
+    runs keeps its share.
     """
     yield [Program.identity(depth)]
     every = single_edits(depth, config.max_length, config.max_extra)
@@ -31,7 +32,9 @@ def random_search(depth: int, config: SearchConfig, rng: random.Random) -> Searc
 
 
 def listed(programs: Sequence[Program]) -> Method:
-    """A method that looks at exactly these programs, in one list: every question then has a verdict of each of them."""
+    """A method that looks at exactly these programs, in one list: every question then has a verdict
+    of each of them.
+    """
 
     def search(depth: int, config: SearchConfig, rng: random.Random) -> Search:
         identity = Program.identity(depth)

@@ -1,11 +1,12 @@
 """Search results of others, read and written: the files of the PoLar release and of RE-PoLar.
 
-Both name theirs `merged_mcts_samples.json`: one object whose `samples` are rows, one a question, that list programs as
-flat paths of layer numbers. Names ending in .gz are compressed. A file is read whole, being one JSON value.
+Both name theirs `merged_mcts_samples.json`: one object whose `samples` are rows, one a question,
+that list programs as flat paths of layer numbers. Names ending in .gz are compressed. A file is
+read whole, being one JSON value.
 
-What neither layout can hold: log-likelihoods and margins, other rewards than right and wrong, a question's seed and seconds,
-first verdicts where there are second ones, and damped programs, which are refused. The depth is not in the files: the identity
-in them tells it.
+What neither layout can hold: log-likelihoods and margins, other rewards than right and wrong, a
+question's seed and seconds, first verdicts where there are second ones, and damped programs, which
+are refused. The depth is not in the files: the identity in them tells it.
 """
 
 import gzip
@@ -30,11 +31,13 @@ _NO_TEXT = "it has no question text"
 
 
 def export_official(records: Iterable[SearchRecord], file: str | Path) -> None:
-    """Write the layout of the PoLar release (tianyi-lab/PoLar: mcts_discovery/merge_mcts_samples.py, polar/data.py).
+    """Write the layout of the PoLar release (tianyi-lab/PoLar:
+    mcts_discovery/merge_mcts_samples.py, polar/data.py).
 
-    Lost, beside what the module says: the order of exploration between right and wrong programs, all answers but the first,
-    the task, the cell, and the difficulty unless it is the same for all. Raises InputError on a record that cannot be
-    said, RecordFileError if the file cannot be written.
+    Lost, beside what the module says: the order of exploration between right and wrong programs,
+    all answers but the first, the task, the cell, and the difficulty unless it is the same for all.
+    Raises InputError on a record that cannot be said, RecordFileError if the file cannot be
+    written.
     """
     difficulties: set[int | None] = set()
 
@@ -51,7 +54,11 @@ def export_official(records: Iterable[SearchRecord], file: str | Path) -> None:
             "gt_ans": question.answers[0],
             "initial_score": float(record.identity_correct),
             **_path_lists(record),
-            "sample_info": {"question": question.question, "ground_truth": question.answers[0], "prompt_text": ""},
+            "sample_info": {
+                "question": question.question,
+                "ground_truth": question.answers[0],
+                "prompt_text": "",
+            },
         }
 
     def rest() -> Row:
@@ -61,23 +68,32 @@ def export_official(records: Iterable[SearchRecord], file: str | Path) -> None:
     _write(Path(file), records, row, rest)
 
 
-def import_official(file: str | Path, *, depth: int | None = None, task: str = "dart-math") -> Iterator[SearchRecord]:
+def import_official(
+    file: str | Path, *, depth: int | None = None, task: str = "dart-math"
+) -> Iterator[SearchRecord]:
     """The rows of a file of the PoLar release, or of its older layouts, as records.
 
-    Known are the variants that polar/data.py reads: `samples` as a list, or the rows as values of an object; questions and
-    answers in `sample_info`; paths as lists or as objects with a `path`. Right programs come first, then wrong ones, each in
-    the file's order. Ids are `query_id`, or else the row's number. Raises InputError naming the file, the row and what is
-    wrong with it, RecordFileError if the file cannot be read.
+    Known are the variants that polar/data.py reads: `samples` as a list, or the rows as values of
+    an object; questions and answers in `sample_info`; paths as lists or as objects with a `path`.
+    Right programs come first, then wrong ones, each in the file's order. Ids are `query_id`, or
+    else the row's number. Raises InputError naming the file, the row and what is wrong with it,
+    RecordFileError if the file cannot be read.
     """
 
     def record(row: Row, index: int, depth: int, level: int | None) -> SearchRecord:
         info = get(row, "sample_info", dict) if row.get("sample_info") else {}
         text = _first(row.get("question"), info.get("question"))
         answer = _first(
-            row.get("gt_ans"), row.get("ground_truth"), row.get("answer"), info.get("ground_truth"), info.get("answer")
+            row.get("gt_ans"),
+            row.get("ground_truth"),
+            row.get("answer"),
+            info.get("ground_truth"),
+            info.get("answer"),
         )
         if not isinstance(text, str):
-            raise InputError(_NO_TEXT if text is None else f"question is {shorten(text)}, not a text")
+            raise InputError(
+                _NO_TEXT if text is None else f"question is {shorten(text)}, not a text"
+            )
         name = _first(row.get("query_id"), row.get("sample_id"), index)
         question = Question(str(name), task, text, _answers(answer), level)
         inner = row.get("evaluation_result")
@@ -92,14 +108,19 @@ def import_official(file: str | Path, *, depth: int | None = None, task: str = "
 def export_re_polar(records: Iterable[SearchRecord], file: str | Path) -> None:
     """Write the layout of RE-PoLar (DATEXIS/RE-PoLar: data/DATA.md, re_polar/datasets/schemas.py).
 
-    `search_trajectory` holds the explored programs in order, with right or wrong as reward, and null as `parent_path`: a
-    record keeps no tree. `sample_info`, free-form there, also takes the task, the cell and all answers. Raises as
-    `export_official`, but writes rows without text, as those of the release are.
+    `search_trajectory` holds the explored programs in order, with right or wrong as reward, and
+    null as `parent_path`: a record keeps no tree. `sample_info`, free-form there, also takes the
+    task, the cell and all answers. Raises as `export_official`, but writes rows without text, as
+    those of the release are.
     """
 
     def row(_: int, record: SearchRecord) -> Row:
         question, right = record.question, set(record.valid)
-        text = {"question": question.question, "gt_ans": _gt_ans(question)} if question.question else {}
+        text = (
+            {"question": question.question, "gt_ans": _gt_ans(question)}
+            if question.question
+            else {}
+        )
         info = {
             "query_id": question.id,
             "difficulty": question.difficulty,
@@ -113,7 +134,11 @@ def export_re_polar(records: Iterable[SearchRecord], file: str | Path) -> None:
             "initial_transition_metric": float(record.identity_correct),
             "sample_info": info,
             "search_trajectory": [
-                {"path": list(each.program.path), "parent_path": None, "reward": float(each.program in right)}
+                {
+                    "path": list(each.program.path),
+                    "parent_path": None,
+                    "reward": float(each.program in right),
+                }
                 for each in record.explored
             ],
         }
@@ -131,11 +156,12 @@ def import_re_polar(
 ) -> Iterator[SearchRecord]:
     """The rows of a file of RE-PoLar as records.
 
-    The released rows have neither question nor answer: give `questions` by id (`sample_info.query_id`), which then take the
-    place of the file's; or say `without_text`, and both stay empty. The order is that of `search_trajectory`; its further
-    visits of a program and its entries of no layer (all skipped) are left out. `domain` becomes the cell; the rest of
-    `sample_info` is dropped. The questions of its MMLU-Pro runs, objects with options, are refused. Raises as
-    `import_official`.
+    The released rows have neither question nor answer: give `questions` by id
+    (`sample_info.query_id`), which then take the place of the file's; or say `without_text`, and
+    both stay empty. The order is that of `search_trajectory`; its further visits of a program and
+    its entries of no layer (all skipped) are left out. `domain` becomes the cell; the rest of
+    `sample_info` is dropped. The questions of its MMLU-Pro runs, objects with options, are refused.
+    Raises as `import_official`.
     """
 
     def record(row: Row, index: int, depth: int, _: int | None) -> SearchRecord:
@@ -143,7 +169,8 @@ def import_re_polar(
         name = get(info, "query_id", str)
         verdicts = _listed(row)
         order = list(_visited(row, verdicts)) if row.get("search_trajectory") is not None else []
-        # The lists also hold what was evaluated before the search, and all there is in files without a trajectory.
+        # The lists also hold what was evaluated before the search, and all there is in files
+        # without a trajectory.
         visited = set(order)
         order += [path for path in verdicts if path not in visited]
         score = _baseline(row.get("initial_transition_metric"), verdicts, depth)
@@ -155,7 +182,9 @@ def import_re_polar(
         level = None if info.get("difficulty") is None else get(info, "difficulty", int)
         if row.get("question") is None:
             if not without_text:
-                raise InputError(f"{_NO_TEXT}, as in the release; give questions, or say without_text=True")
+                raise InputError(
+                    f"{_NO_TEXT}, as in the release; give questions, or say without_text=True"
+                )
             text, answers = "", ()
         else:
             text, answers = get(row, "question", str), _answers(row.get("gt_ans"))
@@ -175,7 +204,8 @@ def _listed(row: Row) -> dict[tuple[int, ...], bool]:
     """The paths of both lists, with whether they answer right. Raises InputError."""
     found: dict[tuple[int, ...], bool] = {}
     for name, correct in (("final_valid_transitions", True), ("final_invalid_transitions", False)):
-        if not correct and row.get(name) is None:  # the official reader asks for the valid ones only
+        # the official reader asks for the valid ones only
+        if not correct and row.get(name) is None:
             continue
         for i, each in enumerate(get(row, name, list)):
             path = _path(each, f"{name}[{i}]")
@@ -185,7 +215,10 @@ def _listed(row: Row) -> dict[tuple[int, ...], bool]:
 
 
 def _visited(row: Row, verdicts: dict[tuple[int, ...], bool]) -> Iterator[tuple[int, ...]]:
-    """The paths of the trajectory, each once; adds those that `verdicts` lacks. Raises InputError."""
+    """The paths of the trajectory, each once; adds those that `verdicts` lacks.
+
+    Raises InputError.
+    """
     seen = set()
     for i, visit in enumerate(get(row, "search_trajectory", list)):
         where = f"search_trajectory[{i}]"
@@ -203,7 +236,10 @@ def _visited(row: Row, verdicts: dict[tuple[int, ...], bool]) -> Iterator[tuple[
 
 
 def _baseline(score: object, verdicts: Mapping[tuple[int, ...], bool], depth: int) -> bool:
-    """Whether the identity answers right, as the row's score says, or else the list it is in. Raises InputError."""
+    """Whether the identity answers right, as the row's score says, or else the list it is in.
+
+    Raises InputError.
+    """
     listed = verdicts.get(tuple(range(depth)))
     if score is None and listed is not None:
         return listed
@@ -214,7 +250,11 @@ def _baseline(score: object, verdicts: Mapping[tuple[int, ...], bool], depth: in
 
 
 def _record(
-    question: Question, depth: int, baseline: bool, verdicts: Mapping[tuple[int, ...], bool], order: Iterable[tuple[int, ...]]
+    question: Question,
+    depth: int,
+    baseline: bool,
+    verdicts: Mapping[tuple[int, ...], bool],
+    order: Iterable[tuple[int, ...]],
 ) -> SearchRecord:
     identity = tuple(range(depth))
     explored = [
@@ -228,7 +268,11 @@ def _record(
 def _path(value: object, where: str) -> tuple[int, ...]:
     if isinstance(value, Mapping):
         value = value.get("path")
-    if not isinstance(value, list) or not value or not all(type(layer) is int and layer >= 0 for layer in value):
+    if (
+        not isinstance(value, list)
+        or not value
+        or not all(type(layer) is int and layer >= 0 for layer in value)
+    ):
         raise InputError(f"{where} is {shorten(value)}, not a list of layer numbers")
     return tuple(value)
 
@@ -289,7 +333,10 @@ def _object(row: object) -> Row:
 
 
 def _depth(file: Path, rows: list[Any]) -> int:
-    """The identity runs on every question, so it is in some row, and no path has a later layer. Raises InputError."""
+    """The identity runs on every question, so it is in some row, and no path has a later layer.
+
+    Raises InputError.
+    """
     depth, last = 0, 0
     for index, row in enumerate(rows):
         with _naming(file, index):
@@ -325,7 +372,10 @@ def _gt_ans(question: Question) -> str | None:
 
 
 def _write(
-    file: Path, records: Iterable[SearchRecord], convert: Callable[[int, SearchRecord], Row], rest: Callable[[], Row]
+    file: Path,
+    records: Iterable[SearchRecord],
+    convert: Callable[[int, SearchRecord], Row],
+    rest: Callable[[], Row],
 ) -> None:
     def parts() -> Iterator[bytes]:
         yield b'{"samples": ['
@@ -333,15 +383,25 @@ def _write(
             try:
                 row = convert(index, record)
             except InputError as error:
-                raise InputError(f"question {record.question.id!r} cannot be written to {file}: {error}") from error
+                raise InputError(
+                    f"question {record.question.id!r} cannot be written to {file}: {error}"
+                ) from error
             yield (b",\n" if index else b"\n") + _dump(row)
-        yield b"\n]" + b"".join(b",\n" + _dump(name) + b": " + _dump(value) for name, value in rest().items()) + b"}\n"
+        yield (
+            b"\n]"
+            + b"".join(
+                b",\n" + _dump(name) + b": " + _dump(value) for name, value in rest().items()
+            )
+            + b"}\n"
+        )
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         replace_file(file, _compress(parts()) if file.suffix == ".gz" else parts())
     except OSError as error:
-        raise RecordFileError(str(file), error.strerror or str(error), "name a file that can be written") from error
+        raise RecordFileError(
+            str(file), error.strerror or str(error), "name a file that can be written"
+        ) from error
 
 
 def _dump(value: object) -> bytes:
@@ -352,7 +412,8 @@ def _dump(value: object) -> bytes:
 
 
 def _compress(parts: Iterable[bytes]) -> Iterator[bytes]:
-    packer = zlib.compressobj(wbits=31)  # 31: gzip, without name and time, so equal records give equal files
+    # 31: gzip, without name and time, so equal records give equal files
+    packer = zlib.compressobj(wbits=31)
     for part in parts:
         yield packer.compress(part)
     yield packer.flush()
@@ -362,13 +423,17 @@ def _read(file: Path) -> Any:
     try:
         content = file.read_bytes()
         if content.startswith(b"version https://git-lfs"):
-            raise InputError(f"{file} is a Git LFS pointer, not the data; run git lfs pull where it came from")
+            raise InputError(
+                f"{file} is a Git LFS pointer, not the data; run git lfs pull where it came from"
+            )
         if file.suffix == ".gz":
             content = gzip.decompress(content)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise InputError(f"{file} is not a whole gzip file: {error}") from error
     except OSError as error:
-        raise RecordFileError(str(file), error.strerror or str(error), "name a file that can be read") from error
+        raise RecordFileError(
+            str(file), error.strerror or str(error), "name a file that can be read"
+        ) from error
     try:
         data = json.loads(content.decode())
     except UnicodeDecodeError as error:

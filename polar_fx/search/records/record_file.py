@@ -1,8 +1,10 @@
 """Search records on disk: one file of JSON lines that only grows.
 
-The first line is a header, each further one a record (see `records.py`), with a sha256 of itself. A line is the unit of
-loss: a process killed at any moment loses at most the question it had not finished. Lines, because whatever reads text or
-JSON opens them, while the search runs as well; and nothing in them is executed, as a pickle is.
+The first line is a header, each further one a record (see `records.py`), with a sha256 of itself. A
+line is the unit of
+loss: a process killed at any moment loses at most the question it had not finished. Lines, because
+whatever reads text or JSON opens them, while the search runs as well; and nothing in them is
+executed, as a pickle is.
 """
 
 import errno
@@ -53,9 +55,9 @@ class Damage:
 class RecordReader:
     """The records of a file, read anew by each iteration; another process may be writing it.
 
-    Raises RecordFileError if the file cannot be read or is none of ours, and at a damaged line; with strict=False such
-    lines are skipped, and `damage` lists those of the last iteration. A last line that a kill cut short, or that is being
-    written, is not damage but `tail`.
+    Raises RecordFileError if the file cannot be read or is none of ours, and at a damaged line;
+    with strict=False such lines are skipped, and `damage` lists those of the last iteration. A last
+    line that a kill cut short, or that is being written, is not damage but `tail`.
     """
 
     def __init__(self, path: str | Path, *, strict: bool = True) -> None:
@@ -87,7 +89,9 @@ class RecordReader:
             yield record
 
     def lines(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The numbers and fields of all whole lines after the header; what a program's text says is not checked."""
+        """The numbers and fields of all whole lines after the header; what a program's text says is
+        not checked.
+        """
         self.damage, self.tail = [], None
         found: dict[str, int] = {}
         with _os_errors(self.path), self.path.open("rb") as file:
@@ -98,7 +102,8 @@ class RecordReader:
                     damage, self.tail = self.tail, None
                     self._refuse(damage)
                 position += len(line)
-                if not line.endswith(b"\n"):  # cut short, or still being written: what a next read gives is its rest
+                # cut short, or still being written: what a next read gives is its rest
+                if not line.endswith(b"\n"):
                     self.tail = Damage(number, "it ends within the line")
                     return
                 try:
@@ -120,29 +125,41 @@ class RecordReader:
             raise RecordFileError(
                 str(self.path),
                 f"line {damage.line} is damaged: {damage.reason}; the file was left as it is",
-                "bring back a copy of it, or delete that line and its question is searched again; RecordReader(path, "
-                "strict=False) reads all others",
+                "bring back a copy of it, or delete that line and its question is searched again; "
+                "RecordReader(path, strict=False) reads all others",
             )
         self.damage.append(damage)
         _log.warning("%s: line %d is skipped: %s", self.path, damage.line, damage.reason)
 
 
 class RecordStore:
-    """A file of records that this process alone appends to. Make one by `open`, and use it in one thread.
+    """A file of records that this process alone appends to. Make one by `open`, and use it in one
+    thread.
 
     Iteration reads the records back.
     """
 
-    def __init__(self, path: Path, header: SearchHeader, lock: FileLock, file: BinaryIO, done: set[str], end: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        header: SearchHeader,
+        lock: FileLock,
+        file: BinaryIO,
+        done: set[str],
+        end: int,
+    ) -> None:
         self.path, self.header = path, header
         self._lock, self._file, self._done, self._end = lock, file, done, end
 
     @classmethod
-    def open(cls, path: str | Path, header: SearchHeader, *, restart: bool = False) -> "RecordStore":
+    def open(
+        cls, path: str | Path, header: SearchHeader, *, restart: bool = False
+    ) -> "RecordStore":
         """Make the file, or go on in one with the same model, depth, config, task and prompt.
 
-        `restart` begins a new file; the old one stays beside it as `<name>.old`. A last line cut short by a kill is removed.
-        Raises RecordFileError if the file is in use, damaged, of another search, or cannot be written.
+        `restart` begins a new file; the old one stays beside it as `<name>.old`. A last line cut
+        short by a kill is removed. Raises RecordFileError if the file is in use, damaged, of
+        another search, or cannot be written.
         """
         path = Path(path).resolve()  # a link stays one when a new file is moved to it
         with _os_errors(path):
@@ -152,14 +169,18 @@ class RecordStore:
                 lock.acquire()
             except Timeout:
                 raise RecordFileError(
-                    str(path), "another process is writing to it", "wait until that ends, or name another file"
+                    str(path),
+                    "another process is writing to it",
+                    "wait until that ends, or name another file",
                 ) from None
         try:
             with _os_errors(path):
                 if restart and path.exists():
                     os.replace(path, f"{path}.old")
                 if not path.exists() or not path.stat().st_size:
-                    header = replace(header, created=datetime.now(UTC).isoformat(timespec="seconds"))
+                    header = replace(
+                        header, created=datetime.now(UTC).isoformat(timespec="seconds")
+                    )
                     replace_file(path, [encode_line(_as_json(header))])
                 return cls._resume(path, header, lock)
         except BaseException:
@@ -176,7 +197,13 @@ class RecordStore:
             done = {str(fields["id"]) for _, fields in reader.lines()}
             if reader.tail:
                 torn = os.fstat(file.fileno()).st_size - reader.end
-                _log.warning("%s: line %d, %d bytes, is cut off: %s", path, reader.tail.line, torn, reader.tail.reason)
+                _log.warning(
+                    "%s: line %d, %d bytes, is cut off: %s",
+                    path,
+                    reader.tail.line,
+                    torn,
+                    reader.tail.reason,
+                )
                 file.truncate(reader.end)
                 os.fsync(file.fileno())
             return cls(path, reader.header, lock, file, done, reader.end)
@@ -198,29 +225,40 @@ class RecordStore:
     def append(self, record: SearchRecord) -> None:
         """Add a record; it is on disk when this returns.
 
-        Raises InputError if its question has one or its depth is another, RecordFileError if it cannot be written: the file
-        is then as it was before.
+        Raises InputError if its question has one or its depth is another, RecordFileError if it
+        cannot be written: the file is then as it was before.
         """
         if record.question.id in self._done:
-            raise InputError(f"question {record.question.id!r} has a record in {self.path}; look at `done` before searching")
+            raise InputError(
+                f"question {record.question.id!r} has a record in {self.path}; look at `done` "
+                "before searching"
+            )
         if record.depth != self.header.depth:
-            raise InputError(f"the record has depth {record.depth}, {self.path} has {self.header.depth}")
+            raise InputError(
+                f"the record has depth {record.depth}, {self.path} has {self.header.depth}"
+            )
         line = encode_line(record_to_fields(record))
         self._check_untouched()
         try:
             _write(self._file, line)
             os.fsync(self._file.fileno())
-        except BaseException as error:  # also an interruption: half a line would damage the next one
+        except BaseException as error:
+            # also an interruption: half a line would damage the next one
             whole = self._take_back()
             if not isinstance(error, OSError):
                 raise
-            kept = "whole" if whole else "whole, and the torn line after them goes when it is opened again"
+            kept = (
+                "whole"
+                if whole
+                else "whole, and the torn line after them goes when it is opened again"
+            )
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
             raise RecordFileError(
                 str(self.path),
-                f"the record of question {record.question.id!r} cannot be written: {error.strerror or error}; "
-                f"the {len(self)} before it are {kept}",
-                f"{'free some space' if full else 'make it a file that can be written'}, then {_RESUME}",
+                f"the record of question {record.question.id!r} cannot be written: "
+                f"{error.strerror or error}; the {len(self)} before it are {kept}",
+                f"{'free some space' if full else 'make it a file that can be written'}, then "
+                f"{_RESUME}",
             ) from error
         self._end += len(line)
         self._done.add(record.question.id)
@@ -233,20 +271,33 @@ class RecordStore:
     def __enter__(self) -> "RecordStore":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _check_untouched(self) -> None:
-        """Raises RecordFileError if the file is no longer what was opened; appending would lose or damage records."""
+        """Raises RecordFileError if the file is no longer what was opened; appending would lose or
+        damage records.
+        """
         opened = os.fstat(self._file.fileno())
         try:
-            reason = "" if os.path.samestat(opened, self.path.stat()) else "it was exchanged for another file"
+            reason = (
+                ""
+                if os.path.samestat(opened, self.path.stat())
+                else "it was exchanged for another file"
+            )
         except FileNotFoundError:
             reason = "it was removed"
         if not reason and opened.st_size != self._end:
             reason = f"it has {opened.st_size} bytes instead of {self._end}"
         if reason:
-            raise RecordFileError(str(self.path), f"{reason} while this search wrote to it", _RESUME)
+            raise RecordFileError(
+                str(self.path), f"{reason} while this search wrote to it", _RESUME
+            )
 
     def _take_back(self) -> bool:
         with suppress(OSError):
@@ -281,7 +332,8 @@ def _read_header(path: Path, line: bytes) -> dict[str, Any]:
     if fields.get("version") != VERSION:
         raise RecordFileError(
             str(path),
-            f"version is {shorten(fields.get('version'))} in the file, and {VERSION} is what this polar_fx reads",
+            f"version is {shorten(fields.get('version'))} in the file, and {VERSION} is what this "
+            "polar_fx reads",
             "use the polar_fx that wrote it, or name another file",
         )
     try:
@@ -291,11 +343,15 @@ def _read_header(path: Path, line: bytes) -> dict[str, Any]:
 
 
 def _not_ours(path: Path, reason: str) -> RecordFileError:
-    return RecordFileError(str(path), f"line 1 is not a header of search records: {reason}", "name another file")
+    return RecordFileError(
+        str(path), f"line 1 is not a header of search records: {reason}", "name another file"
+    )
 
 
 def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
-    old, new = (dict(_flat({name: fields.get(name) for name in _COMPARED})) for fields in (there, here))
+    old, new = (
+        dict(_flat({name: fields.get(name) for name in _COMPARED})) for fields in (there, here)
+    )
     different = [
         f"{name} is {shorten(old[name]) if name in old else 'absent'} in the file and "
         f"{shorten(new[name]) if name in new else 'absent'} here"
@@ -304,7 +360,9 @@ def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
     ]
     if different:
         raise RecordFileError(
-            str(path), f"it is of another search: {', '.join(different)}", "name another file, or begin anew with restart"
+            str(path),
+            f"it is of another search: {', '.join(different)}",
+            "name another file, or begin anew with restart",
         )
 
 
@@ -322,4 +380,6 @@ def _os_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise RecordFileError(str(path), error.strerror or str(error), "name a file that can be used") from error
+        raise RecordFileError(
+            str(path), error.strerror or str(error), "name a file that can be used"
+        ) from error

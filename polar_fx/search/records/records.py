@@ -17,14 +17,20 @@ from ...questions.question import Question
 from ...version import __version__
 from ..config import SearchConfig
 
-FORMAT, VERSION = "polar_fx.search", 1  # raise the version when a field changes its meaning; readers skip fields they don't know
+# raise the version when a field changes its meaning; readers skip fields they don't know
+FORMAT, VERSION = "polar_fx.search", 1
 COLUMNS = ("program", "correct", "log_likelihood", "margin", "reward")
-"""Of a row of `explored`. Names once, in the header: in each of some 200 rows a question they would triple the file."""
+"""Of a row of `explored`.
+
+Names once, in the header: in each of some 200 rows a question they would triple the file.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Explored:
-    """A program that was run on a question, what it gave, and the reward the search made of that."""
+    """A program that was run on a question, what it gave, and the reward the search made of
+    that.
+    """
 
     program: Program
     verdict: Verdict
@@ -35,9 +41,10 @@ class Explored:
 class SearchRecord:
     """One finished question.
 
-    `baseline` is the verdict of the identity over `depth` layers, `explored` every other program, each once, in the order
-    of their evaluation. `verified` holds second verdicts, by another evaluation, of the programs that got one. `seed` (of
-    this question's search) and `seconds` (of evaluation) are None where an imported file does not tell.
+    `baseline` is the verdict of the identity over `depth` layers, `explored` every other program,
+    each once, in the order of their evaluation. `verified` holds second verdicts, by another
+    evaluation, of the programs that got one. `seed` (of this question's search) and `seconds` (of
+    evaluation) are None where an imported file does not tell.
 
     Raises InputError if a program occurs twice, is the identity, or has another depth.
     """
@@ -56,20 +63,32 @@ class SearchRecord:
         if other := next((p for p in (*programs, *self.verified) if p.depth != self.depth), None):
             raise InputError(f"{where}, program {other} has depth {other.depth}, not {self.depth}")
         if Program.identity(self.depth) in programs:
-            raise InputError(f"{where}, the identity is among the explored; its verdict is the baseline")
+            raise InputError(
+                f"{where}, the identity is among the explored; its verdict is the baseline"
+            )
         if len(set(programs)) < len(programs):
             twice = next(p for i, p in enumerate(programs) if p in programs[:i])
-            raise InputError(f"{where}, program {twice} was explored twice; give its first verdict only")
+            raise InputError(
+                f"{where}, program {twice} was explored twice; give its first verdict only"
+            )
 
     @property
     def verdicts(self) -> dict[Program, Verdict]:
         """The first verdict of every program that ran, the identity included."""
-        return {Program.identity(self.depth): self.baseline} | {each.program: each.verdict for each in self.explored}
+        return {Program.identity(self.depth): self.baseline} | {
+            each.program: each.verdict for each in self.explored
+        }
 
     @property
     def valid(self) -> tuple[Program, ...]:
-        """The explored programs that answer right; where a program has a second verdict (`verified`), that one counts."""
-        return tuple(each.program for each in self.explored if self.verified.get(each.program, each.verdict).correct)
+        """The explored programs that answer right; where a program has a second verdict
+        (`verified`), that one counts.
+        """
+        return tuple(
+            each.program
+            for each in self.explored
+            if self.verified.get(each.program, each.verdict).correct
+        )
 
     @property
     def identity_correct(self) -> bool:
@@ -78,7 +97,9 @@ class SearchRecord:
 
     @property
     def is_rescued(self) -> bool:
-        """Whether some explored program is right where the identity is wrong; second verdicts count."""
+        """Whether some explored program is right where the identity is wrong; second verdicts
+        count.
+        """
         return not self.identity_correct and bool(self.valid)
 
 
@@ -96,8 +117,9 @@ def _software() -> dict[str, str]:
 class SearchHeader:
     """What all records of a file share.
 
-    `model` is the fingerprint of a model of `depth` layers; `task` and `prompt` say what was asked and how, as JSON
-    values. A search goes on in a file only if these and `config` are the same; `software` and `created` are for people.
+    `model` is the fingerprint of a model of `depth` layers; `task` and `prompt` say what was asked
+    and how, as JSON values. A search goes on in a file only if these and `config` are the same;
+    `software` and `created` are for people.
     """
 
     model: str
@@ -113,7 +135,8 @@ class SearchHeader:
 def encode_line(fields: Mapping[str, Any]) -> bytes:
     """One line: UTF-8 JSON, with the sha256 of the rest of it last.
 
-    The sha256 is that of `json.dumps(rest, sort_keys=True, separators=(",", ":"))`, for anyone to check.
+    The sha256 is that of `json.dumps(rest, sort_keys=True, separators=(",", ":"))`, for anyone to
+    check.
     """
     fields = {**fields, "sha256": digest(fields)}
     text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
@@ -126,7 +149,10 @@ def encode_line(fields: Mapping[str, Any]) -> bytes:
 
 
 def decode_line(line: bytes, check: bool = True) -> dict[str, Any]:
-    """The inverse of `encode_line`. Raises InputError if the line is not whole, or (if asked) was changed."""
+    """The inverse of `encode_line`.
+
+    Raises InputError if the line is not whole, or (if asked) was changed.
+    """
     if not line.endswith(b"\n"):
         raise InputError("it ends within the line")
     try:
@@ -165,7 +191,10 @@ def header_to_fields(header: SearchHeader) -> dict[str, Any]:
 
 
 def header_from_fields(fields: Mapping[str, Any]) -> SearchHeader:
-    """The inverse of `header_to_fields`. Raises InputError naming what is missing or of another type."""
+    """The inverse of `header_to_fields`.
+
+    Raises InputError naming what is missing or of another type.
+    """
     columns = get(fields, "columns", list)
     if tuple(columns) != COLUMNS:
         raise InputError(f"columns is {columns}, not {list(COLUMNS)}")
@@ -194,17 +223,27 @@ def record_to_fields(record: SearchRecord) -> dict[str, Any]:
         "seconds": _number(record.seconds),
         "baseline": _verdict_to_fields(record.baseline),
         "explored": [
-            [_program_text(each.program), *_verdict_to_fields(each.verdict).values(), _number(each.reward)]
+            [
+                _program_text(each.program),
+                *_verdict_to_fields(each.verdict).values(),
+                _number(each.reward),
+            ]
             for each in record.explored
         ],
     }
     if record.verified:
-        fields["verified"] = {_program_text(program): _verdict_to_fields(each) for program, each in record.verified.items()}
+        fields["verified"] = {
+            _program_text(program): _verdict_to_fields(each)
+            for program, each in record.verified.items()
+        }
     return fields
 
 
 def record_from_fields(fields: Mapping[str, Any], depth: int) -> SearchRecord:
-    """The inverse of `record_to_fields`. Raises InputError naming what is missing, of another type, or no program."""
+    """The inverse of `record_to_fields`.
+
+    Raises InputError naming what is missing, of another type, or no program.
+    """
     answers = get(fields, "answers", list)
     if not all(isinstance(answer, str) for answer in answers):
         raise InputError(f"answers is {answers!r}, not a list of texts")
@@ -216,7 +255,9 @@ def record_from_fields(fields: Mapping[str, Any], depth: int) -> SearchRecord:
         if not isinstance(row, list) or len(row) != len(COLUMNS):
             raise InputError(f"explored[{i}] is {row!r}, not a list of {', '.join(COLUMNS)}")
         named: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))
-        explored.append(Explored(_parse(row[0], depth), _verdict_from_fields(named), to_float(named, "reward")))
+        explored.append(
+            Explored(_parse(row[0], depth), _verdict_from_fields(named), to_float(named, "reward"))
+        )
     verified = get(fields, "verified", dict) if "verified" in fields else {}
     return SearchRecord(
         question,
@@ -240,8 +281,12 @@ def get(fields: Mapping[str, Any], name: str, kind: type) -> Any:
 
 
 _KINDS: Mapping[type, str] = {
-    str: "a text", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"
-}  # fmt: skip
+    str: "a text",
+    int: "a whole number",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
 
 
 def to_float(fields: Mapping[str, Any], name: str) -> float:
@@ -261,7 +306,8 @@ def shorten(value: object) -> str:
 
 
 def _number(value: float | None) -> float | str | None:
-    # Layers in another order can overflow; JSON has no such numbers, and a search must not end over one.
+    # Layers in another order can overflow; JSON has no such numbers, and a search must not end over
+    # one.
     return None if value is None else float(value) if math.isfinite(value) else str(float(value))
 
 
@@ -276,7 +322,10 @@ def _verdict_to_fields(verdict: Verdict) -> dict[str, Any]:
 def _verdict_from_fields(fields: Mapping[str, Any]) -> Verdict:
     if not isinstance(fields, Mapping):
         raise InputError(f"{shorten(fields)} is not a verdict")
-    scores = (None if fields.get(name) is None else to_float(fields, name) for name in ("log_likelihood", "margin"))
+    scores = (
+        None if fields.get(name) is None else to_float(fields, name)
+        for name in ("log_likelihood", "margin")
+    )
     return Verdict(get(fields, "correct", bool), *scores)
 
 
