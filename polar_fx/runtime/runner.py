@@ -14,7 +14,6 @@ from torch import Tensor
 from ..backends import Backend, ShapeClass
 from ..capture import embedding_weight
 from ..capture.support import without_autocast
-from ..errors import InputError
 from ..library import LayerLibrary
 from ..program import Program
 from .bound_weights import BoundWeights
@@ -180,12 +179,12 @@ class Runner:
 
     def decode(self, session: KvSession, tokens: Tensor) -> Tensor:
         """Append one token per row, `tokens` i64[B]; logits [B, V]."""
-        ids, batch = tokens.to(self.device)[:, None], session.batch
+        tokens, batch = tokens.to(self.device), session.batch
         if self.deterministic and batch > 1:
             session.require([1] * batch)
             each = [self.decode(session.row(i), tokens[i : i + 1]) for i in range(batch)]
             return torch.cat(each)
-        logits = self._run(session, ids, [1] * batch, None)
+        logits = self._run(session, tokens[:, None], [1] * batch, None)
         assert logits is not None
         return logits[:, 0]
 
