@@ -27,13 +27,13 @@ from .predictor.saved import load_selector
 from .program import Program
 from .runtime.bound_weights import BoundWeights
 from .runtime.code_key import RegionRecord
-from .runtime.cuda_graphs import CudaApi, CudaGraphs
+from .runtime.cuda_graphs import CudaGraphs
 from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
 from .runtime.generator import Generator
 from .runtime.kv_cache import KvPool, KvSession
 from .runtime.link import Linker
 from .runtime.regions import RegionTable
-from .runtime.runner import ModelInfo, Runner
+from .runtime.runner import Runner
 from .runtime.tiers import Tier, TierPolicy, Tiers
 from .store import ArtifactStore
 
@@ -138,17 +138,13 @@ def compile(
     store = cache if isinstance(cache, ArtifactStore) else ArtifactStore() if cache else None
     library = load_library(model, check, store)
     regions = RegionTable(library, get_backend(backend, library.device), max_length, store, workers)
-    pool = KvPool(max_length, library.device)
-    runner = Runner(
-        ModelInfo.of(model),
-        library,
+    runner = Runner.of_model(
+        model,
         regions,
-        pool,
         prefill_chunk=prefill_chunk,
         deterministic=deterministic,
-        tiers=Tiers(library, regions, pool.kv_index, tier, tier_policy or TierPolicy()),
-        graphs=CudaGraphs(CudaApi(library.device)) if library.device.type == "cuda" else None,
-        bound=BoundWeights(model, library.tensors),
+        tier=tier,
+        tier_policy=tier_policy,
     )
     compiled = CompiledModel(runner, program)
     if predictor is not None or menu is not None or policy is not None:

@@ -1,8 +1,8 @@
 """A bundle -> a model that runs its programs: no modeling code, no tracing, no compiler.
 
-The parts are those of `polar_fx.compile`: a library by its symbol table, and a runner over a region table
-and a KV pool. Only what they are given differs: tensors from the weights file, and regions that are
-loaded or refused, never made.
+The parts are those of `polar_fx.compile`: a library by its symbol table, and a runner over a
+table of regions and a KV pool. Only what they are given differs: tensors from the weights file, and
+regions that are loaded or refused, never made.
 """
 
 import tempfile
@@ -27,7 +27,7 @@ from ..output.plain_text import count
 from ..predictor.saved import load_selector
 from ..program import Program
 from ..runtime.code_key import target_of
-from ..runtime.cuda_graphs import CudaApi, CudaGraphs
+from ..runtime.cuda_graphs import cuda_graphs
 from ..runtime.dispatcher import Dispatcher
 from ..runtime.kv_cache import KvPool
 from ..runtime.regions import RegionTable, Wanted
@@ -211,7 +211,7 @@ class BundledModel(CompiledModel):
             prefill_chunk=manifest.prefill_chunk,
             deterministic=manifest.deterministic or not manifest.many_rows,
             tiers=Tiers(library, regions, pool.kv_index, "linked", TierPolicy()),
-            graphs=CudaGraphs(CudaApi(library.device)) if library.device.type == "cuda" else None,
+            graphs=cuda_graphs(library.device),
             bound=None,
         )
         super().__init__(runner, manifest.programs[0])

@@ -65,7 +65,8 @@ def _cosine_sums(runner: "Runner", session: "KvSession", ids: Tensor, counts: li
     """
     # linked for every token: the last layer's output is needed like any other's, which a prefill
     # would run for one token
-    linked = runner.linker.link(session.program, ShapeClass.of(*ids.shape, runner.pool.length))
+    shape = ShapeClass.of(ids.shape[0], ids.shape[1], runner.pool.length)
+    linked = runner.linker.link(session.program, shape)
     positions = session.positions(counts, ids.shape[1])
     is_token = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
     found = []

@@ -339,6 +339,11 @@ class CudaGraphs:
         return buffers
 
 
+def cuda_graphs(device: torch.device) -> CudaGraphs | None:
+    """Those of a device; None if it has none."""
+    return CudaGraphs(CudaApi(device)) if device.type == "cuda" else None
+
+
 def _code(linked: LinkedProgram, batch: int) -> set[tuple[int, Hashable]]:
     """What decides the kernels of a run: its regions, whether it blends, and the number of rows."""
     assert linked.epilogue is not None

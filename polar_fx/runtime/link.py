@@ -131,8 +131,9 @@ class LinkedProgram:
 
         values = last._start(pick(inputs.ids), pick(inputs.positions))
         steps, slots = last.steps[-1:], inputs.slots[-1:]
-        for hidden in last._states(steps, pick(hidden), values, slots, blends.each(pick)):
-            pass
+        hidden = pick(hidden)
+        for after in last._states(steps, hidden, values, slots, blends.each(pick)):
+            hidden = after
         return last._head(hidden, values)
 
     def _all_but_last(
@@ -163,8 +164,8 @@ class LinkedProgram:
         if resume is not None:
             hidden = resume.hidden
             steps, slots = steps[resume.num_steps :], slots[resume.num_steps :]
-        for hidden in self._states(steps, hidden, values, slots, blends):
-            pass
+        for after in self._states(steps, hidden, values, slots, blends):
+            hidden = after
         return hidden, blends
 
     def _states(

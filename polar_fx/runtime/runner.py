@@ -17,11 +17,11 @@ from ..capture.support import without_autocast
 from ..library import LayerLibrary
 from ..program import Program
 from .bound_weights import BoundWeights
-from .cuda_graphs import CudaGraphs
+from .cuda_graphs import CudaGraphs, cuda_graphs
 from .kv_cache import KvPool, KvSession, Resume
 from .link import LinkedProgram, Linker, StepInputs
 from .regions import RegionTable
-from .tiers import Tiers
+from .tiers import Tier, TierPolicy, Tiers
 from .token_rows import padded, token_rows
 
 _GPU_TOKENS = 64
@@ -80,6 +80,36 @@ class Runner:
         self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
         self.tiers, self.graphs, self.bound = tiers, graphs, bound
         self.linker = Linker(library, regions, pool)
+
+    @classmethod
+    def of_model(
+        cls,
+        model: Any,
+        regions: RegionTable,
+        *,
+        prefill_chunk: int = 512,
+        deterministic: bool = False,
+        tier: Tier = "linked",
+        tier_policy: TierPolicy | None = None,
+    ) -> "Runner":
+        """A runner for a HuggingFace model, with a KV pool of its own, on the regions of its
+        library.
+
+        Raises InputError for a tier that these regions cannot have.
+        """
+        library = regions.library
+        pool = KvPool(regions.max_length, library.device)
+        return cls(
+            ModelInfo.of(model),
+            library,
+            regions,
+            pool,
+            prefill_chunk=prefill_chunk,
+            deterministic=deterministic,
+            tiers=Tiers(library, regions, pool.kv_index, tier, tier_policy or TierPolicy()),
+            graphs=cuda_graphs(library.device),
+            bound=BoundWeights(model, library.tensors),
+        )
 
     @property
     def depth(self) -> int:

@@ -94,7 +94,7 @@ def _hidden(runner: Runner, session: KvSession, rows: list[Tensor], num_steps: i
     found: list[list[Tensor]] = [[] for _ in rows]
     with without_autocast(runner.device):
         for ids, counts in runner.chunks(rows):
-            shape = ShapeClass.of(*ids.shape, runner.pool.length)
+            shape = ShapeClass.of(ids.shape[0], ids.shape[1], runner.pool.length)
             # as a prefill asks for it: nothing more to compile
             linked = runner.linker.link(session.program, shape, every=shape.tokens == 1)
             positions = session.positions(counts, ids.shape[1])
