@@ -85,8 +85,9 @@ class Pass(ABC):
 def _source_of(kind: type[Pass]) -> str:
     """The class by name, and a fingerprint of the source it is written in."""
     file = getattr(sys.modules.get(kind.__module__), "__file__", None)
-    known = file is not None and file.endswith(".py") and Path(file).is_file()
-    return f"{kind.__qualname__} {module_digest(Path(file)) if known else uuid.uuid4().hex}"
+    if file is None or not file.endswith(".py") or not Path(file).is_file():
+        return f"{kind.__qualname__} {uuid.uuid4().hex}"
+    return f"{kind.__qualname__} {module_digest(Path(file))}"
 
 
 def copy_graph_module(gm: GraphModule) -> tuple[GraphModule, Graph]:
