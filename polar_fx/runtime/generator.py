@@ -199,7 +199,7 @@ class Generator:
         compiled = self.compiled
         rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
         config = self.config(**kwargs)
-        _refuse_settings(config)
+        refuse_settings(config)
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = (
             config.max_new_tokens
@@ -237,7 +237,7 @@ def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in kwargs.items() if name in known}
 
 
-def _refuse_settings(config: GenerationConfig) -> None:
+def refuse_settings(config: GenerationConfig) -> None:
     """Raise InputError for settings that only the model itself can follow, wherever they were
     given.
     """
