@@ -172,7 +172,7 @@ def test_what_cannot_work_is_refused_by_name() -> None:
 
 
 REFUSED: dict[str, dict[str, Any]] = {
-    "cache_implementation='static'": dict(cache_implementation="static"),
+    "cache_implementation='quantized'": dict(cache_implementation="quantized"),
     "cache_implementation='offloaded'": dict(cache_implementation="offloaded"),
     "output_hidden_states=True": dict(output_hidden_states=True, return_dict_in_generate=True),
     "output_attentions=True": dict(output_attentions=True, return_dict_in_generate=True),
@@ -213,6 +213,8 @@ def test_settings_without_effect_are_no_reason_to_refuse() -> None:
         {"output_attentions": True},
         {"use_cache": False},
         {"num_beam_groups": 1},
+        {"cache_implementation": "static"},
+        {"generation_config": GenerationConfig(cache_implementation="dynamic")},
     ):
         assert torch.equal(_compiled().generate(ids, **options, **extra), want)
 

@@ -6,6 +6,7 @@ this adapter only answers its forward calls. Its overhead per token is measured 
 
 import contextlib
 import copy
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import GenerationConfig, GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..capture import CACHE
-from ..errors import InputError, KvOverflowError
+from ..errors import InputError, KvOverflowError, ModelWarning
 from ..program import Program
 from .kv_cache import KvSession
 from .runner import Runner
@@ -29,8 +30,9 @@ _UNSUPPORTED = (
     "cache",
     "inputs_embeds",
     "position_ids",
-    "cache_implementation",
     "negative_prompt_ids",
+    "negative_prompt_attention_mask",
+    "custom_generate",
 )
 _LOGITS_ONLY = ("output_hidden_states", "output_attentions")
 # settings that ask for a loop of transformers that takes more from a model than its next logits
@@ -44,6 +46,8 @@ _OTHER_LOOPS = (
     "penalty_alpha",
     "num_beam_groups",
 )
+# caches of transformers that hold the keys and values as they are, as the compiled model's own does
+_SAME_NUMBERS = (None, "dynamic", "dynamic_full", "static", "sliding_window", "hybrid")
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
@@ -228,11 +232,15 @@ class Generator:
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
                 raise InputError(
-                    f"generate() does not take {name}; the compiled model keeps its own KV cache"
+                    f"generate() does not take {name}: the compiled model runs transformers' own "
+                    "loop over prompts of token ids and keeps its own KV cache; leave it out"
                 )
-        rows, mask = self.runner.rows(input_ids, kwargs.pop("attention_mask", None))
+        given_mask = kwargs.pop("attention_mask", None)
+        rows, mask = self.runner.rows(input_ids, given_mask)
         settings = self.config(**kwargs)
-        _refuse_settings(settings)
+        refuse_settings(settings)
+        if given_mask is None:
+            rows, mask = self.runner.rows(input_ids, _inferred_mask(input_ids, settings))
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = (
             settings.max_new_tokens
@@ -246,7 +254,7 @@ class Generator:
                 f"{most}; shorten the prompt, lower max_new_tokens, or compile with "
                 f"max_length={longest + new}"
             )
-        for name in ("prefill_chunk_size", "use_cache"):
+        for name in ("prefill_chunk_size", "use_cache", "cache_implementation"):
             kwargs.pop(name, None)
         if (given := kwargs.get("generation_config")) is not None:
             kwargs["generation_config"] = _without_chunks(given)
@@ -280,16 +288,41 @@ def pad_token(config: GenerationConfig) -> int:
     return next((t for t in (config.pad_token_id, end) if t is not None), 0)
 
 
+def _inferred_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor | None:
+    """The mask [B, T] of prompts that came without one, as transformers infers it: padding is the
+    pad token, unless that may as well end a text. None: nothing is padding.
+
+    Warns (ModelWarning) of a row among several that begins or ends with a pad token that is also
+    the end of the text.
+    """
+    end = config.eos_token_id
+    ends = end if isinstance(end, list) else [] if end is None else [end]
+    pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), None)
+    if pad is None:
+        return None
+    is_pad = input_ids == pad
+    if pad not in ends:
+        return (~is_pad).long() if bool(is_pad.any()) else None
+    if len(input_ids) > 1 and bool(is_pad[:, [0, -1]].any()):
+        warnings.warn(
+            f"no attention_mask was passed, and prompts begin or end with token {pad}, which both "
+            "pads and ends a text: it is taken for text; pass the tokenizer's attention_mask",
+            ModelWarning,
+            stacklevel=4,
+        )
+    return None
+
+
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     known = GenerationConfig().to_dict()
     return {name: value for name, value in kwargs.items() if name in known}
 
 
-def _refuse_settings(config: GenerationConfig) -> None:
+def refuse_settings(config: GenerationConfig) -> None:
     """Raise InputError for settings that only the model itself can follow, wherever they were
     given.
     """
-    if (kind := getattr(config, "cache_implementation", None)) is not None:
+    if (kind := getattr(config, "cache_implementation", None)) not in _SAME_NUMBERS:
         raise InputError(
             f"cache_implementation={kind!r} cannot be followed: the compiled model keeps its own "
             "KV cache, allocated once; set cache_implementation of the generation_config (the "
@@ -305,6 +338,11 @@ def _refuse_settings(config: GenerationConfig) -> None:
         raise InputError(
             f"guidance_scale={scale!r} needs a second, unguided prompt beside each; leave it out"
         )
+    if config.token_healing:
+        raise InputError(
+            "token_healing=True changes the last tokens of a prompt before it is run; heal the "
+            "prompt first, and leave it out"
+        )
     mode = config.get_generation_mode().value
     asked = next((n for n in _OTHER_LOOPS if getattr(config, n, None)), None)
     if mode not in _MODES:
@@ -316,9 +354,11 @@ def _refuse_settings(config: GenerationConfig) -> None:
 
 
 def _without_chunks(config: GenerationConfig) -> GenerationConfig:
-    """A copy without transformers' way of cutting a prompt (`prefill_chunk_size`): `prefill` cuts
-    it in chunks of its own.
+    """A copy without what transformers would do to the prompt and its cache: `prefill` cuts a
+    prompt in chunks of its own (`prefill_chunk_size`), and the session is the cache.
     """
     config = copy.deepcopy(config)
     config.prefill_chunk_size = None
+    if config.cache_implementation in _SAME_NUMBERS:
+        config.cache_implementation = None
     return config
