@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
+from .address_kv import AddressKv
 from .assign_kv_slots import AssignKvSlots
 from .attention_to_reduction import AttentionToReduction
 from .base import Pass, PassResult
@@ -35,6 +36,7 @@ PASSES: dict[str, type[Pass]] = {
         AssignKvSlots,
         InlineLayers,
         KeepKvWrites,
+        AddressKv,
         MatvecToReduction,
         AttentionToReduction,
     )
