@@ -21,22 +21,23 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from measure import RESULTS, machine, spread, write_json
-from polar_fx.cli.labelling import Labeller
-from polar_fx.cli.questions import templates_of
 from polar_fx.evaluation.baselines import TrainingRecords, polar_choices
 from polar_fx.evaluation.choices import Choice, arm_results, wanted_programs
 from polar_fx.evaluation.polar.text_encoder import TextEncoder
+from polar_fx.jobs.labeller import Labeller
+from polar_fx.jobs.questions import templates_of
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.saved import load_selector, read_notes
 from polar_fx.search.records.record_file import RecordReader
 from polar_fx.search.records.records import SearchRecord
+from polar_fx.search.workers import Workplace
 from polar_fx.stats.arms import pool
 from polar_fx.stats.calibration import log_loss
 from polar_fx.stats.paired import compare
@@ -160,11 +161,11 @@ def main() -> None:
         if r.question.id not in known
     ]
     table = VerdictTable.of(records, selector.menu.programs)
-    given: Any = SimpleNamespace(model=None, dtype=options.dtype, backend="auto", workers=1)
     labeller = Labeller(
-        given,
+        Workplace(dtype=options.dtype),
         templates_of(read_notes(options.predictor)["prompt"], table.questions),
         table.questions,
+        console=Console(stderr=True, highlight=False),
     )
     rows = [(q, labeller.encoded[q.id]) for q in table.questions]
     trunk, window = selector.features.num_steps, selector.features.window

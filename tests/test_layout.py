@@ -39,6 +39,7 @@ ORDER = (
     {"bundle"},
     {"graph_files"},
     {"loading"},
+    {"jobs"},
     {"lm_harness", "serving"},
     {"cli"},
     {"__main__"},

@@ -116,37 +116,36 @@ def test_listed_records_go_on_where_they_ended(tmp_path: Path) -> None:
     runs = Runs()
     stopped = iter([0, 0])
 
-    def broken(left: Any, listed: Any) -> Any:
-        for each in runs(left, listed):
+    def broken(left: Any, wanted: Any) -> Any:
+        for each in runs(left, wanted):
             next(stopped)
             yield each
 
+    def listed(programs: Any, run: Any, model: str = "m", **more: Any) -> Any:
+        return listed_records(
+            tmp_path / "a.jsonl",
+            rows,
+            programs,
+            model=model,
+            depth=DEPTH,
+            prompt={},
+            run=run,
+            **more,
+        )
+
     with pytest.raises((StopIteration, RuntimeError)):
-        listed_records(tmp_path / "a.jsonl", rows, programs, "m", DEPTH, {}, broken)
+        listed(programs, broken)
     seen: list[tuple[int, int]] = []
-    found = listed_records(
-        tmp_path / "a.jsonl", rows, programs, "m", DEPTH, {}, runs, lambda *a: seen.append(a)
-    )
+    found = listed(programs, runs, progress=lambda *a: seen.append(a))
     assert [r.question.id for r in found] == [f"q{i}" for i in range(5)] and seen[-1] == (5, 5)
     assert runs.asked == ["q0", "q1", "q2", "q2", "q3", "q4"], (
         "only the question in flight is run again"
     )
     assert [e.program for e in found[1].explored] == [C]
-    assert (
-        listed_records(tmp_path / "a.jsonl", rows, programs, "m", DEPTH, {}, runs) == found
-        and len(runs.asked) == 6
-    )
-    for other in ({**programs, "q0": (A,)}, programs):
+    assert listed(programs, runs) == found and len(runs.asked) == 6
+    for other, model in (({**programs, "q0": (A,)}, "m"), (programs, "n")):
         with pytest.raises(RecordFileError, match="another search"):
-            listed_records(
-                tmp_path / "a.jsonl",
-                rows,
-                other,
-                "m" if other is not programs else "n",
-                DEPTH,
-                {},
-                runs,
-            )
+            listed(other, runs, model)
 
 
 # ------------------------------------------------------------------------------------------- mining
@@ -439,9 +438,13 @@ def test_from_records_to_a_predictor() -> None:
         return torch.tensor([[float(number(q) % 2), 1.0] for q, _ in part])
 
     searched = [record(f"q{i}", False, {A: bool(i % 2), C: False}) for i in range(1000, 1010)]
-    selector, results = train_predictor(
-        searched, rows(0, 200), rows(500, 100), dense, features_of, DEPTH, config
-    )
+    given: dict[str, Any] = {
+        "dense": dense,
+        "features_of": features_of,
+        "depth": DEPTH,
+        "config": config,
+    }
+    selector, results = train_predictor(searched, rows(0, 200), rows(500, 100), **given)
     assert {A, B} <= set(selector.menu.programs) and len(selector.menu) <= 4
     measured = results["validation"]
     assert (
@@ -464,4 +467,4 @@ def test_from_records_to_a_predictor() -> None:
     with pytest.raises(InputError, match="no program to screen"):
         mine_menu([], with_tasks, dense, DEPTH, replace(config, num_edits=0))
     with pytest.raises(InputError, match="0 validation questions"):
-        train_predictor(searched, rows(0, 200), [], dense, features_of, DEPTH, config)
+        train_predictor(searched, rows(0, 200), [], **given)

@@ -13,28 +13,16 @@ Examples:
 """
 
 import argparse
-import time
-from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .options import add_model_arguments, status, whole
-from .questions import (
-    add_question_arguments,
-    encode,
-    file_names,
-    measured_difficulty,
-    measuring_questions,
-    questions_of,
-    row_length,
-    templates_of,
-)
+from .questions import add_question_arguments, asked_of, workplace_of
 
 if TYPE_CHECKING:
-    from ..search.records.records import SearchRecord
-    from ..search.workers import OpenWorkplace, Workplace
+    from ..search.config import SearchConfig
 
 _CONVERT: dict[str, Any] = {
     "str": str,
@@ -121,118 +109,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Search every question that has no record yet; returns and prints counts."""
-    config = _config(options)
-    questions = questions_of(options)
-    import torch  # after what can be refused without it
+    from ..jobs.search import SearchJob, run
 
-    from ..search.records.record_file import RecordStore
-    from ..search.records.records import SearchHeader
-    from ..search.workers import Workplace
-
-    name = options.prompt or ("direct" if options.data else "few-shot")
-    templates = templates_of(name, questions)
-    from ..models import load, position_limit
-    from ..output.digest import digest
-
-    with status().status("loading the model ..."):
-        model, tokenizer = load(options.model, options.dtype, options.device)
-    options.dtype = str(model.dtype).removeprefix("torch.")
-    encoded = encode(tokenizer, questions, templates)
-    measuring = measuring_questions(questions)
-    others = encode(tokenizer, measuring, templates)
-    generated = options.judge == "generation" or options.verify
-    length = row_length(
-        [*encoded, *others], [*questions, *measuring], templates, position_limit(model), generated
-    )
-    if options.ray is not None and model.device.type != "cpu":
-        raise InputError(
-            f"--ray searches on CPUs, and --device is {options.device}; leave one of them out"
-        )
-    threads = max(1, torch.get_num_threads() // options.workers) if options.workers > 1 else None
-    if options.ray is not None:
-        threads = 1  # this machine's number says nothing about the cluster's
-    workplace = Workplace(
-        options.model,
-        options.dtype,
-        options.backend,
-        length,
-        options.deterministic,
-        options.judge,
-        options.verify,
-        options.in_flight,
-        threads=threads,
-        templates=templates,
-        device=options.device,
-    )
-    with status().status("compiling ..."):
-        place = workplace.open(questions, (model, tokenizer))
-        del model
-        for batch in (1, 2):
-            place.compiled.warmup(batch=batch)
-    asked = {
-        "tasks": sorted(templates),
-        "questions": len(questions),
-        "split": options.split,
-        "data": file_names(options.data),
-        "sha256": digest({q.id: [q.question, *q.answers] for q in questions}),
-    }
-    how = {
-        "judge": options.judge,
+    judging = {
         "deterministic": options.deterministic,
+        "evaluator": options.judge,
         "verify": options.verify,
-        "dtype": options.dtype,
+        "in_flight": options.in_flight,
     }
-    header = SearchHeader(
-        place.compiled.library.model_fingerprint,
-        place.compiled.depth,
-        config,
-        asked,
-        {**{task: template.key for task, template in templates.items()}, **how},
+    job = SearchJob(
+        asked=asked_of(options),
+        out=options.out,
+        config=_config(options),
+        workplace=workplace_of(options, **judging),
+        workers=options.workers,
+        ray=options.ray,
+        restart=options.restart,
     )
-    with RecordStore.open(options.out, header, restart=options.restart) as store:
-        if len(store):
-            left = len(questions) - len(store)
-            status().print(
-                f"{options.out} holds {len(store)} questions; {left} are left",
-                style="dim",
-                markup=False,
-            )
-        rows = zip(measured_difficulty(questions, measuring, others, place), encoded, strict=True)
-        left_rows = [(q, e) for q, e in rows if q.id not in store.done]
-        began = time.perf_counter()
-        found = _search(options, workplace, place, left_rows, config) if left_rows else iter(())
-        del place
-        counts = _append_all(found, store, len(left_rows))
-        left = len(left_rows)
-    seconds = time.perf_counter() - began
-    result = {
-        "out": str(options.out),
-        "questions": len(questions),
-        "searched": left,
-        "seconds": seconds,
-        "evaluations": counts["evaluations"],
-        "evaluations_per_second": counts["evaluations"] / seconds if left else 0.0,
-        "right": counts["right"],
-        "corrected": counts["corrected"],
-        "shorter": counts["shorter"],
-    }
+    result = run(job, status())
     if not options.json:
+        counts = result.counts
         print(
-            f"{left} questions searched in {seconds:.0f} s, "
-            f"{result['evaluations_per_second']:.1f} evaluations/s: {counts['right']} right as "
-            f"they are, {counts['corrected']} corrected, {counts['shorter']} with a shorter "
+            f"{result.searched} questions searched in {result.seconds:.0f} s, "
+            f"{result.evaluations_per_second:.1f} evaluations/s: {counts.right} right as "
+            f"they are, {counts.corrected} corrected, {counts.shorter} with a shorter "
             f"program\npython -m polar_fx analyze {options.out}"
         )
-    return result
+    return result.to_dict()
 
 
-def _config(options: argparse.Namespace) -> Any:
-    from ..judge.verdict import get_reward
+def _config(options: argparse.Namespace) -> "SearchConfig":
     from ..search.config import SearchConfig
-    from ..search.methods.registry import get_method
 
-    get_method(options.method)
-    get_reward(options.reward)
     kinds = {f.name: getattr(f.type, "__name__", f.type) for f in fields(SearchConfig)}
     values: dict[str, Any] = {}
     for text in options.set:
@@ -255,65 +163,3 @@ def _config(options: argparse.Namespace) -> Any:
             **values,
         }
     )
-
-
-def _search(
-    options: argparse.Namespace,
-    workplace: "Workplace",
-    place: "OpenWorkplace",
-    rows: Any,
-    config: Any,
-) -> "Iterator[SearchRecord]":
-    from ..search.ray_workers import search_on_ray
-    from ..search.workers import search_in_processes
-
-    if options.ray is not None:
-        return search_on_ray(workplace, rows, config, options.workers, options.ray or None)
-    if options.workers > 1:
-        return search_in_processes(workplace, rows, config, options.workers)
-    return place.search(iter(rows), config)
-
-
-def _append_all(found: "Iterator[SearchRecord]", store: Any, total: int) -> dict[str, int]:
-    """Append records as they come, with rate, time left, and counts."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    counts = {"evaluations": 0, "right": 0, "corrected": 0, "shorter": 0}
-    began = time.perf_counter()
-    bar = Progress(
-        TextColumn("searching"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=status(),
-    )
-    with bar:
-        line = bar.add_task("searching", total=total, note="")
-        for number, record in enumerate(found, 1):
-            store.append(record)
-            counts["evaluations"] += len(record.explored) + 1
-            counts["right"] += record.baseline.correct
-            counts["corrected"] += record.is_rescued
-            counts["shorter"] += any(p.num_steps < record.depth for p in record.valid)
-            rate = counts["evaluations"] / (time.perf_counter() - began)
-            note = (
-                f"{rate:.1f}/s, {counts['right']} right, {counts['corrected']} corrected, "
-                f"{counts['shorter']} shorter"
-            )
-            bar.update(line, advance=1, note=note)
-            if not bar.console.is_terminal and (
-                number % max(1, total // 20) == 0 or number == total
-            ):
-                bar.console.print(
-                    f"{number}/{total} questions, {time.perf_counter() - began:.0f} s, {note}"
-                )
-    return counts

@@ -9,21 +9,14 @@ Examples:
 """
 
 import argparse
-import json
-import time
-from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import InputError
 from .options import add_model_arguments, status, whole
-from .questions import add_question_arguments, check_same_prompts, questions_of, templates_of
+from .questions import add_question_arguments, asked_of, workplace_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from ..search.records.records import SearchHeader
+    from ..training.pipeline import TrainingConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -149,164 +142,50 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Train; writes predictor and results, returns the results."""
-    from ..search.records.record_file import RecordReader
+    from ..jobs.train import TrainJob, run
 
-    began = time.perf_counter()
-    readers = [RecordReader(path) for path in options.records]
-    headers = [reader.header for reader in readers]
-    _check_same_model(headers, options.records)
-    records = [record for reader in readers for record in reader]
-    _default_questions(options, headers[0])
-    rows = _split_questions(options)
-    name = options.prompt or ("direct" if options.data else "few-shot")
-    everything = [*rows["train"], *rows["validation"]]
-    templates = templates_of(name, everything)
-    check_same_prompts(headers, options.records, templates)
-    from .labelling import Labeller
-
-    labeller = Labeller(options, templates, everything, headers[0])
-    from ..output.files import replace_file
-    from ..predictor.features import Features
-    from ..predictor.policy import Policy
-    from ..predictor.saved import save_selector
-    from ..search.analysis.menu_coverage import key
-    from ..training.pipeline import MINED, TrainingConfig, folder_of, train_predictor
-    from ..training.selector_training import SelectorConfig
-
-    config = TrainingConfig(
-        Features(options.after_steps, options.window),
-        options.menu,
-        options.candidates,
-        options.edits,
-        options.variations,
-        options.screen_questions,
-        options.finalists,
-        options.final_questions,
-        tuple(options.budget or TrainingConfig().budgets),
-        options.risk,
-        selector=SelectorConfig(
-            width=options.width,
-            likelihood_weight=options.likelihood_weight,
-            epochs=options.epochs,
-            networks=options.networks,
-            seed=options.seed,
-        ),
+    job = TrainJob(
+        records=tuple(options.records),
+        out=options.out,
+        asked=asked_of(options),
+        validation_count=options.validation_questions,
+        config=_config(options),
+        policy=options.policy,
+        workplace=workplace_of(options),
+        workers=options.workers,
+        tensorboard=options.tensorboard,
     )
-    policy = Policy.parse(options.policy, labeller.depth)
-    train_ids = {(q.task, q.id) for q in rows["train"]}
-    held_out = {(q.task, q.id) for q in rows["validation"]}
-    usable = [r for r in records if key(r) not in held_out]
-    if (left := len(records) - len(usable)) or not usable:
-        status().print(f"{left} records are of validation questions and not used", style="dim")
-    parts = folder_of(options.out)
-    encoded = labeller.encoded
-
-    def dense(name: str, part: Any, programs: Any) -> Any:
-        return labeller.table(parts / f"{name}.jsonl", part, programs)
-
-    def features_of(part: Any) -> "Tensor":
-        return labeller.features(part, config.features)
-
-    pairs = {split: [(q, encoded[q.id]) for q in rows[split]] for split in rows}
-    writer = _writer(options.tensorboard)
-
-    def note(epoch: int, losses: dict[str, float]) -> None:
-        if writer is not None:
-            for side, loss in losses.items():
-                writer.add_scalar(f"loss/{side}", loss, epoch)
-
-    selector, results = train_predictor(
-        usable,
-        pairs["train"],
-        pairs["validation"],
-        dense,
-        features_of,
-        labeller.depth,
-        config,
-        note,
-    )
-    results |= {
-        "records": [str(p.name) for p in options.records],
-        "train_ids": len(train_ids),
-        "model": labeller.model_fingerprint,
-        "prompts": {task: template.key for task, template in templates.items()},
-        "seconds": time.perf_counter() - began,
-        "dtype": options.dtype,
-        "ok": True,
-    }
-    policy.check(selector.calibration, {selector.menu.programs[0]: 0.0})
-    replace_file(parts / MINED, [json.dumps(sorted({r.question.id for r in usable})).encode()])
-    notes = {
-        "tasks": sorted(templates),
-        "prompt": name,
-        "prompts": results["prompts"],
-        "config": asdict(config),
-    }
-    save_selector(selector, options.out, labeller.model_fingerprint, policy, notes)
-    replace_file(
-        options.out / "results.json", [json.dumps(results, indent=1, default=str).encode() + b"\n"]
-    )
+    results = run(job, status())
     if not options.json:
         _print(results, options.out)
     return results
 
 
-def _check_same_model(headers: "Sequence[SearchHeader]", paths: Sequence[Path]) -> None:
-    for header, path in zip(headers[1:], paths[1:], strict=True):
-        if header.model != headers[0].model:
-            raise InputError(
-                f"{path} is of another model than {paths[0]}; train on records of one model and "
-                "dtype"
-            )
+def _config(options: argparse.Namespace) -> "TrainingConfig":
+    from ..predictor.features import Features
+    from ..training.pipeline import TrainingConfig
+    from ..training.selector_training import SelectorConfig
 
-
-def _default_questions(options: argparse.Namespace, header: "SearchHeader") -> None:
-    """The tasks of the records, if none are named."""
-    if not options.task and not options.data:
-        from ..questions import TASKS
-
-        options.task = [task for task in header.task.get("tasks", ()) if task in TASKS]
-        if not options.task:
-            raise InputError(
-                "the records are of no built-in task; name questions with --task or --data"
-            )
-
-
-def _split_questions(options: argparse.Namespace) -> dict[str, list[Any]]:
-    """Train and validation questions; of --data by `split_of` their id."""
-    if options.data:
-        from ..questions import split_of
-
-        options.split = None
-        every = questions_of(argparse.Namespace(**{**vars(options), "questions": None}))
-        parts = {
-            split: [q for q in every if split_of(q.id) == split]
-            for split in ("train", "validation")
-        }
-        limits = {"train": options.questions, "validation": options.validation_questions}
-        return {split: part[: limits[split]] for split, part in parts.items()}
-    total = options.questions or 1500
-    counts = {"train": total, "validation": options.validation_questions or max(1, total // 4)}
-    return {
-        split: questions_of(
-            argparse.Namespace(
-                task=options.task, data=None, questions=n, seed=options.seed, split=split
-            )
-        )
-        for split, n in counts.items()
-    }
-
-
-def _writer(folder: Path | None) -> Any:
-    if folder is None:
-        return None
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "--tensorboard needs tensorboard, which is not installed; pip install tensorboard"
-        ) from error
-    return SummaryWriter(str(folder))
+    selector = SelectorConfig(
+        width=options.width,
+        likelihood_weight=options.likelihood_weight,
+        epochs=options.epochs,
+        networks=options.networks,
+        seed=options.seed,
+    )
+    return TrainingConfig(
+        features=Features(options.after_steps, options.window),
+        menu_size=options.menu,
+        num_candidates=options.candidates,
+        num_edits=options.edits,
+        num_variations=options.variations,
+        screen_questions=options.screen_questions,
+        num_finalists=options.finalists,
+        final_questions=options.final_questions,
+        budgets=tuple(options.budget or TrainingConfig().budgets),
+        risk=options.risk,
+        selector=selector,
+    )
 
 
 def _print(results: dict[str, Any], out: Path) -> None:

@@ -23,7 +23,7 @@ from ..training.mining import best_static
 from ..training.pipeline import MINED
 from ..training.verdict_table import VerdictTable
 from .block_influence import block_influences, least_influence_program
-from .choices import Choice, random_skips, static, static_by_task
+from .choices import BEST_STATIC, Choice, random_skips, static, static_by_task
 from .layer_router import OPS, SKIP_OPS, pool_windows, router_labels, train_layer_router
 from .polar.arm import PolarArm, train_polar_arm
 from .polar.text_encoder import TextEncoder
@@ -125,9 +125,9 @@ def static_choices(
         by_task[task] = best_static(table.rows(torch.tensor(of).numpy()))
     within = best_static(table, _BUDGET * table.depth)
     return [
-        static("best static program", best_static(table), n),
-        static(f"best static program <= {_BUDGET:g} steps", within, n),
-        static_by_task("best static program a task (told the task)", by_task, questions),
+        static(BEST_STATIC, best_static(table), n),
+        static(f"{BEST_STATIC} <= {_BUDGET:g} steps", within, n),
+        static_by_task(f"{BEST_STATIC} a task (told the task)", by_task, questions),
     ]
 
 

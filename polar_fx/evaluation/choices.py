@@ -19,6 +19,14 @@ from ..search.records.records import SearchRecord
 from ..stats.arms import ArmResult
 from ..training.selector_training import choose_all
 
+# Names of methods that others are told apart from or compared with; the identity's is `IDENTITY`.
+SELECTOR_ACCURACY = "selector: accuracy"
+SELECTOR_LIKELIEST = "selector: likeliest"
+BEST_STATIC = "best static program"
+
+_STEPS = 0.9  # budget of the selector's choice by steps
+_PASS_AT = (3, 5)
+
 
 @dataclass(frozen=True, eq=False)
 class Choice:
@@ -68,6 +76,20 @@ def likeliest(name: str, menu: Menu, chances: np.ndarray) -> Choice:
     return Choice.single(
         name, [menu.programs[k] for k in choose_all(chances, menu.steps, menu.depth, -np.inf)]
     )
+
+
+def selector_choices(selector: Selector, chances: np.ndarray) -> list[Choice]:
+    """A selector's choices by every policy that is compared, of probabilities f64[N, K], and what
+    the answer key would choose among its programs.
+    """
+    menu, prices = selector.menu, selector.calibration.prices
+    policies = {SELECTOR_ACCURACY: Policy("accuracy")}
+    policies |= {f"selector: mean steps <= {f:g}": Policy("mean_steps", f) for f in prices}
+    policies[f"selector: steps <= {_STEPS:g}"] = Policy("steps", _STEPS)
+    choices = [by_policy(name, selector, each, chances) for name, each in policies.items()]
+    choices.insert(1, likeliest(SELECTOR_LIKELIEST, menu, chances))
+    choices.append(oracle("any program of the menu", menu, len(chances)))
+    return choices + [top_k(f"selector: pass@{k}", menu, chances, k) for k in _PASS_AT]
 
 
 def static(name: str, program: Program, n: int) -> Choice:

@@ -14,9 +14,9 @@ import numpy as np
 from ..predictor.selector import Selector
 from ..program import Program
 from ..search.records.records import SearchRecord
-from ..stats.arms import ArmResult, pooled_names
+from ..stats.arms import IDENTITY, ArmResult, pooled_names
 from .answers import Answer, Answerer, Rescues, Row, is_parsable, is_right, majority, most_confident
-from .choices import Choice
+from .choices import SELECTOR_ACCURACY, Choice
 
 _TEMPERATURE = 0.7
 
@@ -69,12 +69,12 @@ def generated_arms(
         return [answers[i, p] for p in programs]
 
     made: dict[str, tuple[list[Answer], list[float], list[float]]] = {
-        "identity": (
+        IDENTITY: (
             of_each := [answers[i, identity] for i in range(n)],
             [selector.depth * 1.0] * n,
             _tokens(of_each),
         ),
-        "selector: accuracy": (
+        SELECTOR_ACCURACY: (
             picked := [answers[i, singles[i]] for i in range(n)],
             [p.num_steps * 1.0 for p in singles],
             _tokens(picked),
@@ -103,7 +103,7 @@ def generated_arms(
             name,
             task,
             np.array([graded[name][i] for i in members[task]]),
-            np.array([graded["identity"][i] for i in members[task]]),
+            np.array([graded[IDENTITY][i] for i in members[task]]),
             np.array([steps[i] for i in members[task]]),
             np.full(len(members[task]), float(selector.depth)),
             format_valid=np.array([is_parsable(found[i], rows[i][0]) for i in members[task]]),
@@ -115,7 +115,7 @@ def generated_arms(
     ]
     exact = [r.baseline.correct for r in records]
     method = [r.verdicts[p].correct for r, p in zip(records, singles, strict=True)]
-    flags = (exact, graded["identity"], method, graded["selector: accuracy"])
+    flags = (exact, graded[IDENTITY], method, graded[SELECTOR_ACCURACY])
     together = {**{task: [task] for task in tasks}, **pooled_names(arms)}
     rescues = {
         name: Rescues.of(*([f[i] for task in of for i in members[task]] for f in flags))
@@ -124,7 +124,7 @@ def generated_arms(
     return GeneratedArms(
         arms,
         rescues,
-        float(np.mean([e == g for e, g in zip(exact, graded["identity"], strict=True)])),
+        float(np.mean([e == g for e, g in zip(exact, graded[IDENTITY], strict=True)])),
     )
 
 

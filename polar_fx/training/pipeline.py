@@ -221,6 +221,7 @@ def train_predictor(
     records: Sequence[SearchRecord],
     train: Rows,
     validation: Rows,
+    *,
     dense: Dense,
     features_of: Callable[[Rows], Tensor],
     depth: int,

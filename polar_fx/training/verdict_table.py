@@ -152,17 +152,18 @@ class VerdictTable:
 
 
 # run(rows, programs by question id): a record a question, as they finish.
-Runner = Callable[[Rows, Mapping[str, tuple[Program, ...]]], Iterable[SearchRecord]]
+RunListed = Callable[[Rows, Mapping[str, tuple[Program, ...]]], Iterable[SearchRecord]]
 
 
 def listed_records(
     path: Path,
     rows: Rows,
     programs: Mapping[str, tuple[Program, ...]],
+    *,
     model: str,
     depth: int,
     prompt: dict[str, Any],
-    run: Runner,
+    run: RunListed,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[SearchRecord]:
     """Each question's own list of programs on it, kept in a record file at `path` and gone on with

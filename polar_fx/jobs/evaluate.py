@@ -1,0 +1,332 @@
+"""Comparing a predictor with the identity and with baselines on test questions."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..evaluation.answers import Answerer
+from ..evaluation.baselines import (
+    TrainedOn,
+    TrainingRecords,
+    encoder_choices,
+    learned_choices,
+    pruning_choices,
+    static_choices,
+    training_records,
+)
+from ..evaluation.choices import (
+    BEST_STATIC,
+    SELECTOR_ACCURACY,
+    SELECTOR_LIKELIEST,
+    Choice,
+    arm_results,
+    selector_choices,
+    static,
+    wanted_programs,
+)
+from ..evaluation.polar.text_encoder import TextEncoder
+from ..evaluation.report import against, distributions, selector_report, write_report
+from ..evaluation.votes import GeneratedArms, generated_arms
+from ..predictor.saved import load_selector, read_notes
+from ..predictor.selector import Selector
+from ..program import Program
+from ..questions import Question
+from ..search.records.records import SearchRecord
+from ..search.workers import Workplace
+from ..stats.arms import IDENTITY
+from ..stats.calibration import Reliability, reliability
+from ..training.verdict_table import Rows, VerdictTable
+from .labeller import Labeller
+from .opening import OtherQuestions
+from .progress import silent_console
+from .questions import Asked
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_TEST_QUESTIONS = 2000
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateJob:
+    """Settings of an evaluation.
+
+    `predictor` is a folder made by training, `out` that of the report and its verdicts. `asked`
+    says what is tested (with neither tasks nor files: the tasks it was trained on; `count` None:
+    2000 questions of tasks, all of files; `prompt` None: the predictor's own); its `split` is not
+    looked at. `records` are files of searches, more labels for baselines. `answers` questions are
+    also generated, with `votes` programs that vote. `encoder` is a text encoder's folder or id, for
+    PoLar's network as the paper has it; it is one of the `baselines`. `workers` processes judge.
+    """
+
+    predictor: Path
+    out: Path
+    asked: Asked = field(default_factory=Asked)
+    records: tuple[Path, ...] = ()
+    answers: int = 400
+    votes: int = 3
+    encoder: str | None = None
+    baselines: bool = True
+    figures: bool = True
+    seed: int = 0
+    workplace: Workplace = field(default_factory=Workplace)
+    workers: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The results, which are JSON values, and the files that were written."""
+
+    results: dict[str, Any]
+    files: list[Path]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Subject:
+    """What is evaluated, and on which questions.
+
+    Shape legend: N questions, K programs of the menu, T tokens, d hidden size.
+    """
+
+    labeller: Labeller
+    selector: Selector
+    notes: dict[str, Any]
+    rows: Rows
+    known: TrainingRecords
+    states: list[Tensor]  # N of [T, d]
+    chances: np.ndarray  # f64[N, K]
+
+    @property
+    def questions(self) -> list[Question]:
+        return [question for question, _ in self.rows]
+
+    @property
+    def unseen(self) -> list[str]:
+        """Tasks that the predictor was not trained on."""
+        return sorted(set(self.labeller.templates) - set(self.notes["tasks"]))
+
+
+def run(job: EvaluateJob, console: "Console | None" = None) -> Evaluation:
+    """Evaluate; writes the report to `job.out`.
+
+    Verdicts are kept there, and an interrupted run of the same settings is gone on with. Raises
+    InputError for settings that do not fit or a test question that was trained on, RecordFileError,
+    and what `polar_fx.load` and `polar_fx.compile` raise.
+    """
+    began = time.perf_counter()
+    console = console or silent_console()
+    if job.encoder is not None and not job.baselines:
+        raise InputError(
+            "--encoder is for one of the baselines, which --no-baselines leaves out; give one of "
+            "them"
+        )
+    encoder = None if job.encoder is None else TextEncoder.load(job.encoder)
+    subject = _open(job, console)
+    choices = _own_choices(subject)
+    baselines: dict[str, Any] = {}
+    if job.baselines:
+        with console.status("training the baselines ..."):
+            more, baselines = _baselines(subject, encoder, job.seed)
+        choices += more
+    records = subject.labeller.records(
+        job.out / "verdicts.jsonl", subject.rows, wanted_programs(choices, subject.questions)
+    )
+    arms = arm_results(choices, records, subject.unseen)
+    right = VerdictTable.of(records, subject.selector.menu.programs).right
+    by_name = {choice.name: choice for choice in choices}
+    answers = _generate(job, subject, by_name[SELECTOR_ACCURACY], records, console)
+    results = {
+        **_facts(job, subject),
+        "against_static": against(arms, SELECTOR_ACCURACY, BEST_STATIC),
+        "distributions": _by_distribution(subject, by_name, records, right),
+        "generated": None if answers is None else answers.to_dict(),
+        "baselines": baselines,
+        "seconds": time.perf_counter() - began,
+    }
+    files = write_report(job.out, arms, results, _diagrams(subject, right), job.figures)
+    if answers is not None:
+        asked = {"n": min(job.answers, len(subject.rows))}
+        files += write_report(job.out / "answers", answers.arms, asked, {}, job.figures)
+    return Evaluation(results=results, files=files)
+
+
+def _open(job: EvaluateJob, console: "Console") -> _Subject:
+    """Questions that training did not see, the model, and what the predictor makes of them."""
+    notes = read_notes(job.predictor)
+    trained_on = TrainedOn.read(job.predictor)
+    asked = _with_defaults(job.asked, notes)
+    questions = _not_trained_on(asked.questions(), trained_on, console)
+    templates = replace(asked, prompt=_prompt(asked, notes)).templates(questions)
+    learned = trained_on.questions if job.baselines else []
+    labeller = Labeller(
+        job.workplace,
+        templates,
+        questions,
+        workers=job.workers,
+        console=console,
+        generated=job.answers > 0,
+        other=OtherQuestions(questions=learned, prompt=notes["prompt"]),
+    )
+    selector, _ = load_selector(job.predictor, labeller.model_fingerprint)
+    rows = [(q, labeller.encoded[q.id]) for q in labeller.with_difficulty(questions)]
+    known = training_records(
+        trained_on, job.records, {q.id for q in questions}, labeller.model_fingerprint
+    )
+    states = labeller.states(rows, selector.features)
+    pooled = torch.stack([selector.features.pooled(each) for each in states])
+    return _Subject(
+        labeller=labeller,
+        selector=selector,
+        notes=notes,
+        rows=rows,
+        known=known,
+        states=states,
+        chances=selector.probabilities(pooled),
+    )
+
+
+def _with_defaults(asked: Asked, notes: dict[str, Any]) -> Asked:
+    if asked.data:
+        return replace(asked, split=None)
+    tasks = asked.tasks or tuple(notes["tasks"])
+    return replace(asked, tasks=tasks, count=asked.count or _TEST_QUESTIONS, split="test")
+
+
+def _prompt(asked: Asked, notes: dict[str, Any]) -> str:
+    # the tasks of files have no few-shot prompt
+    ours = "direct" if asked.data and notes["prompt"] == "few-shot" else notes["prompt"]
+    return asked.prompt or ours
+
+
+def _not_trained_on(
+    questions: list[Question], trained_on: TrainedOn, console: "Console"
+) -> list[Question]:
+    left = [q for q in questions if q.id not in trained_on.ids]
+    if seen := len(questions) - len(left):
+        console.print(f"{seen} questions were seen in training and are left out", style="dim")
+    if not left:
+        raise InputError(f"all {len(questions)} questions were seen in training; ask others")
+    return left
+
+
+def _own_choices(subject: _Subject) -> list[Choice]:
+    """The identity, the predictor's policies, and static programs."""
+    identity = Program.identity(subject.labeller.depth)
+    return [
+        static(IDENTITY, identity, len(subject.rows)),
+        *selector_choices(subject.selector, subject.chances),
+        *static_choices(subject.known, subject.selector, subject.questions),
+    ]
+
+
+def _baselines(
+    subject: _Subject, encoder: TextEncoder | None, seed: int
+) -> tuple[list[Choice], dict[str, Any]]:
+    """What trained baselines choose, and how their training went."""
+    labeller, known, selector = subject.labeller, subject.known, subject.selector
+    learned = [record.question for record in (*known.train, *known.validation)]
+    encoded = labeller.encode(learned, subject.notes["prompt"])
+    choices, influences = pruning_choices(
+        labeller.compiled, encoded, selector, len(subject.rows), seed
+    )
+    more, trained = learned_choices(
+        labeller.compiled,
+        known,
+        {e.id: e for e in encoded},
+        subject.states,
+        selector.features,
+        seed,
+    )
+    choices += more
+    notes = {"block_influences": influences, **trained}
+    if encoder is not None:
+        trunk = selector.features.num_steps
+        more, trained = encoder_choices(
+            encoder, known, subject.questions, labeller.depth, trunk, seed
+        )
+        choices += more
+        notes |= trained
+    return choices, notes
+
+
+def _generate(
+    job: EvaluateJob,
+    subject: _Subject,
+    chosen: Choice,
+    records: Sequence[SearchRecord],
+    console: "Console",
+) -> GeneratedArms | None:
+    """Generated answers to some of the questions; None if none are asked for."""
+    # shuffled, because rows are ordered by task and cycle through its cells
+    order = np.random.default_rng(job.seed).permutation(len(subject.rows))
+    part = sorted(order[: job.answers].tolist())
+    if not part:
+        return None
+    labeller = subject.labeller
+    answerer = Answerer(labeller.compiled, labeller.tokenizer, labeller.templates)
+    with console.status("generating answers ..."):
+        return generated_arms(
+            answerer,
+            subject.selector,
+            subject.chances[part],
+            chosen.at(part),
+            [records[i] for i in part],
+            [subject.rows[i] for i in part],
+            job.votes,
+            job.seed,
+            subject.unseen,
+        )
+
+
+def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
+    """What was evaluated, and on what."""
+    labeller, questions = subject.labeller, subject.questions
+    return {
+        "ok": True,
+        "predictor": job.predictor.name,
+        "model": labeller.model_fingerprint,
+        "dtype": labeller.workplace.dtype,
+        "questions": len(questions),
+        "tasks": {task: sum(q.task == task for q in questions) for task in labeller.templates},
+        "trained_on": subject.notes["tasks"],
+        "out_of_distribution": subject.unseen,
+        "prompts": {task: template.key for task, template in labeller.templates.items()},
+        "threshold": subject.selector.calibration.threshold,
+    }
+
+
+def _by_distribution(
+    subject: _Subject,
+    by_name: dict[str, Choice],
+    records: Sequence[SearchRecord],
+    right: np.ndarray,
+) -> dict[str, Any]:
+    """A report on the questions of tasks that were trained on, and one on the others.
+
+    `right` bool[N, K] says which programs of the menu are right.
+    """
+    singles = [by_name[name] for name in (SELECTOR_ACCURACY, IDENTITY, SELECTOR_LIKELIEST)]
+    return {
+        name: selector_report(
+            [choice.at(places) for choice in singles],
+            [records[i] for i in places],
+            subject.chances[places],
+            right[places],
+        )
+        for name, places in distributions(subject.questions, subject.notes["tasks"]).items()
+    }
+
+
+def _diagrams(subject: _Subject, right: np.ndarray) -> dict[str, Reliability]:
+    parts = distributions(subject.questions, subject.notes["tasks"])
+    return {
+        f"selector, {name}": reliability(subject.chances[places], right[places])
+        for name, places in parts.items()
+    }
