@@ -261,8 +261,7 @@ class RegionTable:
             "L": shape.length or _LENGTH,
             "P": _PLACES,
         }
-        example = [o.example(sizes, self.library.device) for o in self._operands(target, shape)]
-        return example
+        return [o.example(sizes, self.library.device) for o in self._operands(target, shape)]
 
     @torch.no_grad()
     def _check_prologue(self, region: Region, shape: ShapeClass) -> None:
