@@ -9,9 +9,12 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 # Files of tests without a real model, each quick; of these, tests that start Python processes are left out by their mark.
-FAST := key_sources layout loaders matrix passes_contract passes_golden passes_units polar_decode polar_labels predictor program \
-	program_picture program_segments program_text protocol_calibration protocol_figures protocol_paired search_formats \
-	search_mcts search_methods search_records search_runner symbols tasks
+# A folder and a name, without test_ and .py.
+FAST := evaluation/polar/decode evaluation/polar/labels explain/picture library/symbols \
+	passes/contract passes/golden passes/sources passes/units predictor/predictor product/layout \
+	product/matrix program/program program/segments program/text questions/loaders \
+	questions/tasks search/formats search/lockstep search/mcts search/methods search/records \
+	stats/calibration stats/figures stats/paired
 
 .PHONY: help setup demo check lint types test fast bench matrix clean
 .DEFAULT_GOAL := help
@@ -45,7 +48,7 @@ test: setup ## Run the tests in JOBS processes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 
 fast: setup ## Run the tests that need no real model and no child process: under a minute on two free cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not child_process" $(FAST:%=tests/test_%.py)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not child_process" $(foreach name,$(FAST),tests/$(dir $(name))test_$(notdir $(name)).py)
 
 bench: setup ## Measure latency, many programs, warm start, dispatch and bundles; writes bench/results/
 	$(BIN)/python bench/latency.py
@@ -58,7 +61,7 @@ bench: setup ## Measure latency, many programs, warm start, dispatch and bundles
 
 # Downloads several GB, so CI does not run it; ARGUMENTS="--pair 2.13.0:5.24.0" tries one pair, --help tells the rest.
 matrix: ## Try pairs of torch and transformers versions, each in an environment of its own; writes docs/versions.md
-	$(PYTHON) tests/matrix.py $(ARGUMENTS)
+	$(PYTHON) tests/support/matrix.py $(ARGUMENTS)
 
 clean: ## Remove the virtual environment and build leftovers
 	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

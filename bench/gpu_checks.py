@@ -245,7 +245,11 @@ def _as_interpreted(
 
 def tests(worker: Worker) -> None:
     """The tests of CUDA graphs that need a GPU (without one: a few of those that do not)."""
-    chosen = "tests/test_cuda_graphs_gpu.py" if worker.on_gpu else "tests/test_cuda_graphs.py"
+    chosen = (
+        "tests/runtime/test_cuda_graphs_gpu.py"
+        if worker.on_gpu
+        else "tests/runtime/test_cuda_graphs.py"
+    )
     command = [
         sys.executable,
         "-m",

@@ -45,7 +45,7 @@ class Team:
         paths = [
             str(ROOT),
             str(ROOT / "bench"),
-            str(ROOT / "tests"),
+            str(ROOT / "tests" / "support"),
             *filter(None, [os.environ.get("PYTHONPATH")]),
         ]
         variables = {

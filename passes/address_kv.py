@@ -28,6 +28,8 @@ class AddressKv(Pass):
     """
 
     name: ClassVar[str] = "address-kv"
+    # the same bits, from operands of another layout
+    preserves_numerics: ClassVar[bool] = False
 
     def run(self, gm: GraphModule) -> PassResult:
         operands = [n for n in gm.graph.find_nodes(op="placeholder") if role(n) == "kv"]

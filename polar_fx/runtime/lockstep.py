@@ -101,8 +101,9 @@ class LockstepSession(Cache):
         for number, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
             if row.length + count > self.max_length:
                 raise KvOverflowError(
-                    f"row {number} needs {row.length + count} token positions but the KV pool holds "
-                    f"{self.max_length}; shorten the prompt, lower max_new_tokens, or compile with "
+                    f"row {number} needs {row.length + count} token positions but the KV pool "
+                    f"holds {self.max_length}; shorten the prompt, lower max_new_tokens, or "
+                    "compile with "
                     f"max_length={row.length + count} or more"
                 )
 

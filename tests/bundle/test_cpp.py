@@ -1,0 +1,413 @@
+"""The C++ runner: built against the installed torch, it generates from a bundle what Python does,
+and refuses what it must.
+
+Shape legend: T tokens.
+"""
+
+import hashlib
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from places import ROOT
+from polar_fx.bundle import BundledModel, export, load_bundle, read_manifest
+from polar_fx.bundle.contents import weight_operands
+from polar_fx.bundle.manifest import FORMAT, write_manifest
+from polar_fx.compiled import compile
+from polar_fx.errors import ProgramError
+from polar_fx.program import Program
+from tiny_models import make, prompts
+
+SOURCES = ROOT / "polar_fx" / "bundle" / "cpp"
+DEPTH, LENGTH, CHUNK = 4, 63, 8
+PROGRAMS = ("identity", "skip 1", "0-1 (2-3)*2", "0 (1-2)*2@0.5 3", "[(0-1)*2@0.25 3]@0.5")
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program, built once."""
+    if sys.platform != "linux":
+        pytest.skip("the runner is for Linux")
+    if shutil.which("cmake") is None or not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
+        pytest.skip("building the runner needs cmake and a C++ compiler")
+    place = tmp_path_factory.mktemp("runner")
+    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
+    for command in (
+        [
+            "cmake",
+            *ninja,
+            "-S",
+            str(SOURCES),
+            "-B",
+            str(place),
+            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
+        ],
+        ["cmake", "--build", str(place)],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+    return place / "polar_run"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle whose prompts are prefilled in parts, with a weight under two names that is not laid
+    out row by row.
+    """
+    model = make("llama")
+    weight = torch.nn.Parameter(model.get_input_embeddings().weight.data.t().contiguous().t())  # type: ignore[union-attr]
+    model.get_input_embeddings().weight = weight  # type: ignore[assignment]
+    model.get_output_embeddings().weight = torch.nn.Parameter(weight.data)  # type: ignore[assignment]
+    compiled = compile(model, "aot_inductor", max_length=LENGTH, prefill_chunk=CHUNK, workers=2)
+    place = tmp_path_factory.mktemp("bundles") / "bundle"
+    manifest = export(compiled, place, PROGRAMS)
+    (tied,) = manifest.ties
+    assert weight_operands(compiled.library.table)[tied].stride == ("1", "100")
+    return place
+
+
+@pytest.fixture(scope="module")
+def bundle(folder: Path) -> BundledModel:
+    return load_bundle(folder, any_program=True)
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    """A bundle of one's own, to be damaged."""
+    return shutil.copytree(folder, tmp_path / "bundle")
+
+
+def _run(runner: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    # nothing of the environment: the program finds torch's libraries itself, and needs no compiler
+    env = {"PATH": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.run(
+        [str(runner), *map(str, arguments)], capture_output=True, text=True, check=False, env=env
+    )
+
+
+def _new_tokens(runner: Path, *arguments: Any) -> list[int]:
+    done = _run(runner, *arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert done.stdout.count("\n") == 1
+    return [int(t) for t in done.stdout.split(",")]
+
+
+def _comma(tokens: Sequence[int]) -> str:
+    return ",".join(map(str, tokens))
+
+
+def _want(bundle: BundledModel, program: str, prompt: list[int], new: int) -> list[int]:
+    ids = torch.tensor([prompt])
+    return bundle.generate(ids, program=program, max_new_tokens=new, do_sample=False)[
+        0, len(prompt) :
+    ].tolist()
+
+
+# one token, two, one part, one part and a single token, three parts
+@pytest.mark.parametrize("num_prompt", [1, 2, CHUNK, CHUNK + 1, 2 * CHUNK + 4])
+def test_greedy_tokens_are_those_of_python(
+    runner: Path, folder: Path, bundle: BundledModel, num_prompt: int
+) -> None:
+    prompt = prompts(num_prompt)[0].tolist()
+    answers = set()
+    for program in PROGRAMS:
+        text = str(Program.parse(program, DEPTH))
+        got = _new_tokens(
+            runner, folder, "--program", text, "--tokens", _comma(prompt), "--new", 12
+        )
+        assert got == _want(bundle, program, prompt, 12), text
+        answers.add(tuple(got))
+    assert len(answers) > 1, "programs answer differently, or this test would not see which one ran"
+    without = _new_tokens(runner, folder, "--tokens", _comma(prompt), "--new", 12)
+    assert without == _want(bundle, "identity", prompt, 12), "the first program is the default one"
+
+
+def test_a_row_may_be_filled_to_its_end(runner: Path, folder: Path, bundle: BundledModel) -> None:
+    prompt = prompts(LENGTH - 2)[0].tolist()
+    assert _new_tokens(runner, folder, "--tokens", _comma(prompt), "--new", 3) == _want(
+        bundle, "identity", prompt, 3
+    )
+    done = _run(runner, folder, "--tokens", _comma(prompt), "--new", 4)
+    assert (
+        done.returncode == 2
+        and "a prompt of 61 tokens and 4 new ones exceed the 63 that the bundle holds"
+        in done.stderr
+    )
+
+
+def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: BundledModel) -> None:
+    prompt = prompts(5)[0].tolist()
+    tokens = _want(bundle, "identity", prompt, 12)
+    _exchange(copied, "generation.json", json.dumps({"eos_token_id": [99, tokens[4]]}))
+    got = _new_tokens(runner, copied, "--tokens", _comma(prompt), "--new", 12)
+    assert (
+        got
+        == tokens[: tokens.index(tokens[4]) + 1]
+        == _want(load_bundle(copied), "identity", prompt, 12)
+    )
+
+
+def _exchange(place: Path, name: str, text: str) -> None:
+    """Write another file, and what the manifest says of it."""
+    (place / name).write_text(text)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    manifest = read_manifest(place)
+    files = [
+        replace(f, num_bytes=len(text), sha256=digest) if f.path == name else f
+        for f in manifest.files
+    ]
+    write_manifest(place, replace(manifest, files=tuple(files)))
+
+
+# ----------------------------------------------------------------------------------------- programs
+
+
+def _random_program(pick: random.Random) -> Program:
+    """Runs of layers, repeated and damped in one another."""
+    text = ""
+    for _ in range(pick.randint(1, 4)):
+        part = " ".join(str(pick.randrange(DEPTH)) for _ in range(pick.randint(1, 3)))
+        for _ in range(pick.randint(0, 2)):
+            damping = f"@{pick.choice((0.1, 0.5, 1.0, 1e-5, 1 / 3))!r}"
+            part = pick.choice(
+                (
+                    f"({part})*{pick.randint(2, 3)}",
+                    f"({part})*2{damping}",
+                    f"[{part}]{damping}",
+                    f"3 {part}",
+                )
+            )
+        text = f"({text} {part})*2@0.75" if pick.random() < 0.2 else f"{text} {part}"
+    return Program.parse(text, DEPTH)
+
+
+SPELLINGS = (
+    "identity",
+    " identity /4 ",
+    "0,1, 2-3",
+    "( 0 - 1 ) * 2 @ .5 3/4",
+    "(0)*2[1]@1",
+    "[[1]@0.5]@0.5",
+    "((0)*2@0.3)*2@0.7",
+)
+
+
+def test_programs_are_read_as_python_reads_them(runner: Path, folder: Path) -> None:
+    pick = random.Random(0)
+    for text in (*SPELLINGS, *(str(_random_program(pick)) for _ in range(20))):
+        done = _run(runner, folder, "--steps", "--any-program", "--program", text)
+        assert done.returncode == 0, done.stderr
+        got = [line.split() for line in done.stdout.splitlines()]
+        want = Program.parse(text, DEPTH).schedule()
+        assert [(int(s[0]), int(s[1]), [float(c) for c in s[2:]]) for s in got] == [
+            (s.layer, s.opens, list(s.closes)) for s in want
+        ], text
+
+
+MALFORMED = (
+    "",
+    "/4",
+    "4",
+    "0-4",
+    "-1",
+    "2-1",
+    "0 /5",
+    "0 /4 1",
+    "0,",
+    ",0",
+    "(0)",
+    "(0)*1",
+    "(0)*2@0",
+    "(0)*2@1.5",
+    "(0)*2@nan",
+    "[0]",
+    "[0]*2",
+    "(0]*2",
+    "(0",
+    "0)*2",
+    "()*2",
+    "0.5",
+    "1e0",
+    "identity 0",
+    "(0)*2.5",
+    "(0-3)*1025",
+    "(0)*99999999999",
+    "0x1",
+    "0;1",
+)
+
+
+def test_malformed_programs_are_refused_as_in_python(runner: Path, folder: Path) -> None:
+    for text in MALFORMED:
+        with pytest.raises(ProgramError):
+            Program.parse(text, DEPTH)
+        done = _run(runner, folder, "--steps", "--any-program", "--program", text)
+        assert done.returncode == 2 and done.stderr.startswith(
+            f"polar_run: program '{text}': column "
+        ), text
+    done = _run(runner, folder, "--program", "0-4 6-29 /30", "--tokens", "1")
+    assert (
+        done.returncode == 2
+        and "column 10: the program is for 30 layers, the bundle has 4" in done.stderr
+    )
+
+
+def test_only_the_programs_of_the_manifest_run_unless_asked(
+    runner: Path, folder: Path, bundle: BundledModel
+) -> None:
+    done = _run(runner, folder, "--program", "3 2 1", "--tokens", "5,6")
+    assert (
+        done.returncode == 2
+        and "is not among the 5 programs of the bundle; add it with" in done.stderr
+    )
+    got = _new_tokens(
+        runner, folder, "--program", "3 2 1", "--any-program", "--tokens", "5,6", "--new", 4
+    )
+    assert got == _want(bundle, "3 2 1", [5, 6], 4)
+
+
+# ----------------------------------------------------------------------------------------- refusals
+
+
+def test_arguments_that_make_no_sense_are_refused(runner: Path, folder: Path) -> None:
+    for arguments, words in (
+        ((), "BUNDLE: name the folder of a bundle"),
+        ((folder,), "--tokens: a prompt needs at least one token"),
+        ((folder, "--tokens", "1,,2"), "'' is no whole number"),
+        ((folder, "--tokens", "1,x"), "'x' is no whole number"),
+        ((folder, "--tokens", "100"), "100 is outside the vocabulary 0..99"),
+        ((folder, "--tokens", "-1"), "-1 is outside the vocabulary"),
+        ((folder, "--tokens"), "--tokens: needs a value"),
+        ((folder, "--tokens", "1", "--new", "0"), "--new: give at least 1"),
+        ((folder, "--tokens", "1", "--new", "9223372036854775807"), "exceed the 63"),
+        ((folder, "--beams", "2"), "--beams: is no option"),
+        ((folder.parent / "nowhere", "--tokens", "1"), "nowhere: is not a folder"),
+        ((folder.parent, "--tokens", "1"), "manifest.json: is missing"),
+    ):
+        done = _run(runner, *arguments)
+        assert done.returncode == 2 and words in done.stderr and not done.stdout, (
+            arguments,
+            done.stderr,
+        )
+    assert _run(runner, "--help").stdout.startswith("usage: polar_run BUNDLE --tokens 1,2,3")
+
+
+def _in_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def damage(place: Path) -> None:
+        values = json.loads((place / "manifest.json").read_text())
+        change(values)
+        (place / "manifest.json").write_text(json.dumps(values))
+
+    return damage
+
+
+def _flip(place: Path, name: str) -> None:
+    text = bytearray((place / name).read_bytes())
+    text[-1] ^= 1
+    (place / name).write_bytes(text)
+
+
+def _a_region(place: Path) -> str:
+    return next(p for p in sorted((place / "regions").iterdir())).relative_to(place).as_posix()
+
+
+def _link(place: Path) -> None:
+    (place / "symbols.json").rename(place.parent / "symbols.json")
+    (place / "symbols.json").symlink_to(place.parent / "symbols.json")
+
+
+def _no_layers(place: Path) -> None:
+    table = json.loads((place / "symbols.json").read_text())
+    _exchange(place, "symbols.json", json.dumps({**table, "layers": [], "kv_specs": []}))
+
+
+def _wider(place: Path) -> None:
+    table = json.loads((place / "symbols.json").read_text())
+    operands = table["bodies"][table["layers"][-1]["target"]]["operands"]
+    next(o for o in operands if o["role"] == "weight")["size"][0] = "33"
+    _exchange(place, "symbols.json", json.dumps(table))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a newer format": (
+        _in_manifest(lambda m: m.update(polar_fx_bundle=FORMAT + 1)),
+        f"manifest.json: has format {FORMAT + 1}, and this runner reads formats up to {FORMAT}",
+    ),
+    "no manifest of a bundle": (_in_manifest(dict.clear), "manifest.json: has no format version"),
+    "a manifest that ends early": (
+        lambda p: (p / "manifest.json").write_text('{"polar_fx_bundle": 1,'),
+        "manifest.json: is not valid JSON",
+    ),
+    "a missing field": (
+        _in_manifest(lambda m: m.pop("limits")),
+        'manifest.json: the field "limits" is missing',
+    ),
+    "another torch": (
+        _in_manifest(lambda m: m["target"].update(torch="2.0 0")),
+        "is of a bundle for torch '2.0 0', and this is",
+    ),
+    "another processor": (
+        _in_manifest(lambda m: m["target"].update(processor="Linux")),
+        "is of a bundle for processor 'Linux'",
+    ),
+    "another device": (
+        _in_manifest(lambda m: m["target"].update(device="cuda")),
+        "is of a bundle for device 'cuda'",
+    ),
+    "a path that leads out": (
+        _in_manifest(
+            lambda m: [f.update(path="../x") for f in m["files"] if f["path"] == "config.json"]
+        ),
+        "names a path ../x",
+    ),
+    "no weights": (
+        lambda p: (p / "weights.safetensors").unlink(),
+        "weights.safetensors: is missing",
+    ),
+    "no region": (lambda p: (p / _a_region(p)).unlink(), "epilogue"),
+    "a truncated region": (
+        lambda p: (p / _a_region(p)).write_bytes(b"PK"),
+        "is truncated: 2 bytes, the manifest says",
+    ),
+    "a changed region": (lambda p: _flip(p, _a_region(p)), "was changed or exchanged"),
+    "changed weights": (
+        lambda p: _flip(p, "weights.safetensors"),
+        "weights.safetensors: was changed or exchanged",
+    ),
+    "a link": (_link, "symbols.json: is a symbolic link"),
+    "no weights file": (
+        lambda p: _exchange(p, "weights.safetensors", "x" * 64),
+        "weights.safetensors: is no safetensors file",
+    ),
+    "a table of wider layers": (_wider, "in another size or dtype than the code takes"),
+    "a table of another depth": (_no_layers, "symbols.json: it has 0 layers, the manifest says 4"),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_bundles_that_are_damaged_or_made_for_elsewhere_are_refused(
+    runner: Path, copied: Path, what: str
+) -> None:
+    damage, words = DAMAGE[what]
+    damage(copied)
+    done = _run(runner, copied, "--tokens", "1,2", "--new", 2)
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("polar_run: ") and words in done.stderr, done.stderr
+
+
+def test_sizes_only_looks_at_sizes(runner: Path, copied: Path) -> None:
+    _flip(copied, "config.json")  # which the runner does not read
+    arguments = (copied, "--tokens", "1,2", "--new", 2)
+    assert "config.json: was changed" in _run(runner, *arguments).stderr
+    assert len(_new_tokens(runner, *arguments, "--sizes-only")) == 2
+    (copied / "config.json").write_text("{}")
+    assert "config.json: is truncated" in _run(runner, *arguments, "--sizes-only").stderr

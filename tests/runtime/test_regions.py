@@ -1,0 +1,104 @@
+"""Regions whose artifacts go away while they are needed, and failures beside successes."""
+
+import itertools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from polar_fx.backends import Region, ShapeClass
+from polar_fx.errors import CompileError
+from polar_fx.store import ArtifactStore
+from stored_models import GraphBackend, answer_of, compile_for, eager_model, sources_of
+from tiny_models import make
+
+
+def test_a_region_that_goes_between_finding_and_loading_it_is_made_again(tmp_path: Path) -> None:
+    store, backend = ArtifactStore(tmp_path / "artifacts", limit_bytes=0), GraphBackend()
+    want = answer_of(compile_for(make("llama"), store, backend=backend))
+    load, late = backend.load, compile_for(make("llama"), store, backend=backend)
+
+    def evicted(files: Mapping[str, Path]) -> Region:
+        backend.load = load  # type: ignore[method-assign]
+        store.clear()
+        return load(files)
+
+    backend.load = evicted  # type: ignore[method-assign]
+    assert (
+        torch.equal(answer_of(late), want)
+        and sources_of(late) == ["compiled"] * 6
+        and len(backend.built) == 12
+    )
+
+
+def test_what_other_processes_keep_removing_is_an_error_that_names_the_limit(
+    tmp_path: Path,
+) -> None:
+    store, keys = ArtifactStore(tmp_path / "artifacts", limit_bytes=0), []
+    compiled, get_or_make = (
+        compile_for(make("llama"), store, backend=GraphBackend()),
+        store.get_or_make,
+    )
+
+    def elsewhere(key: str, facts: Any, make: Any) -> tuple[dict[str, Path], bool]:
+        files, _ = get_or_make(key, facts, lambda folder: (folder / "region.pt2").touch())
+        store.clear()
+        keys.append(key)
+        return files, False
+
+    store.get_or_make = elsewhere  # type: ignore[method-assign]
+    with pytest.raises(
+        CompileError, match=r"the room of prologue for B=1 T=1 .*; raise POLAR_FX_CACHE_LIMIT"
+    ):
+        answer_of(compiled, tokens=1)
+    assert len(keys) == 2 and len(set(keys)) == 1, "once more, and no oftener"
+
+
+def test_exported_graphs_are_all_there_or_the_limit_is_named(tmp_path: Path) -> None:
+    store = ArtifactStore(tmp_path / "artifacts", limit_bytes=0)
+    compiled = compile_for(make("llama"), store, backend=GraphBackend())
+    wanted = [
+        *dict.fromkeys(
+            compiled.linker.calls(
+                compiled.default_program, ShapeClass.of(1, 1, compiled.pool.length)
+            )
+        )
+    ]
+    compiled.regions.get(wanted)
+    store.clear()
+    assert all(path.is_file() for path in compiled.regions.graph_files(wanted)), "made again"
+    store.limit_bytes = 1
+    store.clear()
+    with pytest.raises(CompileError, match=r"the room of prologue .*; raise POLAR_FX_CACHE_LIMIT"):
+        compiled.regions.graph_files(wanted)
+
+
+@pytest.mark.parametrize(("workers", "kept"), [(0, 2), (2, 5)])
+def test_what_was_built_beside_a_failure_is_kept(
+    workers: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One after the other, those before it; at once, all others."""
+    backend, number = GraphBackend(), itertools.count(1)
+    build = backend.build
+
+    def third_fails(folder: Path) -> None:
+        build(folder)
+        if next(number) == 3:
+            raise RuntimeError("out of luck")
+
+    backend.build = third_fails  # type: ignore[method-assign]
+    if workers:  # a thread of this process in their place: torch.export takes one at a time
+        monkeypatch.setattr(
+            "polar_fx.runtime.regions.ThreadPoolExecutor", lambda number: ThreadPoolExecutor(1)
+        )
+        monkeypatch.setattr("polar_fx.runtime.regions.describe", lambda backend: {})
+        monkeypatch.setattr("polar_fx.runtime.regions._in_worker", lambda pool, job: backend.build)
+    compiled = compile_for(make("llama"), False, backend=backend, workers=workers)
+    with pytest.raises(CompileError, match="out of luck"):
+        answer_of(compiled)
+    assert len(compiled.compilations) == kept
+    torch.testing.assert_close(answer_of(compiled), answer_of(eager_model()), rtol=0, atol=1e-4)
+    assert len(compiled.compilations) == 6 and len(backend.built) == 7

@@ -1,0 +1,290 @@
+"""Requests read, grouped and answered over a bundle, without a server."""
+
+import copy
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from polar_fx.compiled import CompiledModel, compile
+from polar_fx.predictor.features import Features
+from polar_fx.predictor.menu import Menu
+from polar_fx.predictor.policy import Calibration
+from polar_fx.predictor.selector import Selector, SelectorNetwork
+from polar_fx.program import Program
+
+pytest.importorskip("pydantic", reason="serving needs pip install 'polar_fx[serve]'")
+pytest.importorskip("prometheus_client", reason="serving needs pip install 'polar_fx[serve]'")
+from polar_fx.serving.answers import CHAT, COMPLETION, Answer
+from polar_fx.serving.engine import Ask, Engine
+from polar_fx.serving.requests import MAX_BODY_BYTES, Chat, Completion, RequestError, read
+from served_bundles import TEMPLATE, alone
+from tiny_bundles import LENGTH, PROGRAMS, tokenizer_of_words
+from tiny_models import make
+
+
+@pytest.fixture(scope="module")
+def captured() -> CompiledModel:
+    """What a bundle is to an engine, without compiled code."""
+    return compile(make("llama"), "eager", max_length=LENGTH)
+
+
+@pytest.fixture
+def engine(captured: CompiledModel) -> Engine:
+    model: Any = captured
+    model.dispatcher = None
+    model.generation_config = copy.deepcopy(captured.generation_config)
+    model.generation_config.eos_token_id = None
+    model.programs = tuple(model.resolve(p) for p in PROGRAMS)
+    model.tokenizer = tokenizer_of_words()
+    model.tokenizer.chat_template = TEMPLATE
+    return Engine(model, "tiny")
+
+
+def asks(engine: Engine, **fields: Any) -> list[Ask]:
+    given = {"model": "tiny", "prompt": "w5 w6 w7", "temperature": 0, **fields}
+    return engine.read(read(Completion, json.dumps(given).encode()))
+
+
+def answers(engine: Engine, *given: Ask) -> list[Answer]:
+    found = engine.answer(given)
+    assert all(isinstance(a, Answer) for a in found), found
+    return found  # type: ignore[return-value]
+
+
+def test_what_waits_together_runs_as_one_batch_a_program(engine: Engine) -> None:
+    given, wanted = [], []
+    for i in range(12):
+        prompt, program, tokens = list(range(3, 5 + i)), PROGRAMS[i % 3], 2 + i % 4
+        given += asks(engine, prompt=prompt, program=program, max_tokens=tokens)
+        wanted.append(alone(engine, prompt, program, tokens))
+    found = answers(engine, *given)
+    assert [a.text for a in found] == wanted, "each row stops at its own limit"
+    assert [(a.prompt_tokens, a.new_tokens, a.reason) for a in found] == [
+        (2 + i, 2 + i % 4, "length") for i in range(12)
+    ]
+    assert {a.rows for a in found} == {4} and len({a.program for a in found}) == 3
+    assert [a.steps for a in found[:3]] == [4, 3, 6]
+
+
+def test_what_cannot_share_a_batch_runs_apart(engine: Engine) -> None:
+    one, two = asks(engine, prompt=[5] * 50, max_tokens=14) + asks(
+        engine, prompt=[5, 6], max_tokens=60
+    )
+    assert [a.rows for a in answers(engine, one, two)] == [1, 1], (
+        "together they would not fit a row"
+    )
+    sampled = [
+        *asks(engine),
+        *asks(engine, temperature=1.0),
+        *asks(engine, temperature=1.0),
+        *asks(engine, temperature=0.5),
+    ]
+    assert [a.rows for a in answers(engine, *sampled)] == [1, 2, 2, 1]
+    seeded = [asks(engine, temperature=1.0, seed=3, max_tokens=12)[0] for _ in range(2)]
+    first, second = answers(engine, *seeded)
+    assert first.rows == 1 and first.text == second.text == answers(engine, seeded[0])[0].text
+    assert (
+        len(
+            {
+                answers(engine, *asks(engine, temperature=1.0, max_tokens=12))[0].text
+                for _ in range(4)
+            }
+        )
+        > 1
+    )
+
+
+def test_an_answer_ends_at_a_stop_text_an_end_token_or_when_nobody_waits(engine: Engine) -> None:
+    text = alone(engine, [5, 6, 7], "identity", 12)
+    stop = text.split()[3]
+    (whole,) = answers(engine, *asks(engine, max_tokens=12))
+    (cut,) = answers(engine, *asks(engine, max_tokens=12, stop=["nothing", stop]))
+    assert (
+        whole.text == text
+        and cut.text == text[: text.find(stop)]
+        and (cut.reason, whole.reason) == ("stop", "length")
+    )
+    assert cut.new_tokens == len(text[: text.find(stop)].split()) + 1
+    (left,) = asks(engine, max_tokens=12)
+    left.dropped = True
+    assert answers(engine, left)[0].new_tokens == 1
+    engine.bundle.generation_config.eos_token_id = [int(stop[1:]), 99]
+    found = answers(
+        engine, *asks(engine, max_tokens=12), *asks(engine, prompt=[9] * 5, max_tokens=3, stop="zz")
+    )
+    assert found[0].text == cut.text.strip() and found[0].reason == "stop" and found[0].rows == 2
+
+
+def test_text_is_told_as_far_as_it_is_certain(engine: Engine) -> None:
+    text = alone(engine, [5, 6, 7], "identity", 12)
+    stop = " ".join(text.split()[6:8])
+    plain, stopped = asks(engine, max_tokens=12) + asks(engine, max_tokens=12, stop=stop)
+    told: dict[str, list[str]] = {"plain": [], "stopped": []}
+    plain.told, stopped.told = told["plain"].append, told["stopped"].append
+    whole, cut = answers(engine, plain, stopped)
+    assert (
+        whole.text == text
+        and told["plain"] == [text[: len(t)] for t in told["plain"]]
+        and len(set(told["plain"])) > 6
+    )
+    assert cut.text == text[: text.find(stop)] and told["stopped"]
+    assert all(cut.text.startswith(t) for t in told["stopped"]), "nothing of a stop text is told"
+
+
+def test_a_dispatcher_chooses_where_no_program_is_named(engine: Engine) -> None:
+    model = engine.bundle
+    menu = Menu.of([Program.parse(text, 4) for text in ("skip 2", "repeat 3")])
+    network = SelectorNetwork(2 * model.config.hidden_size, len(menu), 4)
+    model.dispatch_by(
+        Selector(menu, Features(1, 8), network, Calibration(0.0, {0.9: 0.1})),
+        policy="mean_steps<=0.9",
+    ).admit()
+    prompts = [[5, 6, 7], [9, 9, 9, 9, 9], [11]]
+    chosen = [
+        engine.bundle.dispatch(torch.tensor([p]), max_new_tokens=3)[1].decisions[0] for p in prompts
+    ]
+    found = answers(
+        engine,
+        *asks(engine, prompt=prompts, max_tokens=3),
+        *asks(engine, program="skip 2", max_tokens=3),
+    )
+    assert [a.program for a in found[:3]] == [str(d.program) for d in chosen]
+    assert [a.probability for a in found[:3]] == pytest.approx(
+        [d.probability for d in chosen], abs=1e-5
+    )
+    assert found[3].probability is None
+    for each in found:
+        assert each.rows == [a.program for a in found].count(each.program), (
+            "chosen and named ones run together"
+        )
+
+
+def test_a_batch_that_fails_fails_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    generate = engine.bundle.generate
+
+    def failing(ids: Any, *, program: Any, **kwargs: Any) -> Any:
+        if program.num_steps == 3:
+            raise RuntimeError("out of something")
+        return generate(ids, program=program, **kwargs)
+
+    monkeypatch.setattr(engine.bundle, "generate", failing)
+    bad, good = engine.answer(asks(engine, program="skip 1") + asks(engine))
+    assert (
+        isinstance(bad, RequestError)
+        and bad.status == 500
+        and bad.body()["error"]["type"] == "server_error"
+    )
+    assert isinstance(good, Answer)
+
+
+@pytest.mark.parametrize(
+    "fields, param, message",
+    [
+        ({"prompt": ""}, "prompt", "at least one token"),
+        ({"prompt": [1, 100]}, "prompt", r"outside 0\.\.99"),
+        (
+            {"prompt": [5] * 60, "max_tokens": 5},
+            "prompt",
+            f"prompt of 60 tokens and max_tokens=5 exceed the {LENGTH} tokens",
+        ),
+        ({"prompt": {"a": 1}}, "prompt.", "Input should be"),
+        (
+            {"program": "skip 9"},
+            "program",
+            r"'skip 9' is not served; use one of '0-3 /4', '0 2-3 /4', ",
+        ),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0, got -1"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "got 0"),
+        ({"n": 2}, "n", "less than or equal to 1, got 2"),
+        ({"stream": True, "prompt": ["w5", "w6"]}, "stream", "stream is for one prompt"),
+        ({"stop": ["a", ""]}, "stop", "none of them empty"),
+        ({"presence_penalty": 0.5}, "presence_penalty", "got 0.5"),
+        ({"functions": []}, "functions", "is not served; leave it out. Known are best_of, "),
+    ],
+)
+def test_requests_that_are_refused(
+    engine: Engine, fields: dict[str, Any], param: str, message: str
+) -> None:
+    with pytest.raises(RequestError, match=message) as refused:
+        asks(engine, **fields)
+    error = refused.value.body()["error"]
+    assert (
+        error["type"] == "invalid_request_error"
+        and error["message"] == str(refused.value)
+        and refused.value.status == 400
+    )
+    assert error["param"].startswith(param)
+
+
+def test_bodies_that_are_no_requests_and_other_models(engine: Engine) -> None:
+    for body, message, status in (
+        (b"{", "the body: Invalid JSON", 400),
+        (b"[]", "the body: .*, got ", 400),
+        (b'{"model": "tiny"}', "prompt: Field required", 400),
+        (b" " * (MAX_BODY_BYTES + 1), "the body has 4.2 MB; send at most 4.2 MB", 413),
+    ):
+        with pytest.raises(RequestError, match=message) as refused:
+            read(Completion, body)
+        assert refused.value.status == status
+    with pytest.raises(
+        RequestError, match="model 'other' is not served here; use 'tiny'"
+    ) as refused:
+        asks(engine, model="other")
+    assert refused.value.status == 404 and refused.value.code == "model_not_found"
+
+
+def said(engine: Engine, *messages: Any, **fields: Any) -> list[Ask]:
+    return engine.read(
+        read(Chat, json.dumps({"model": "tiny", "messages": messages, **fields}).encode())
+    )
+
+
+def test_chats_go_through_the_template(engine: Engine) -> None:
+    parts = [{"type": "text", "text": "w7"}]
+    (ask,) = said(
+        engine, {"role": "user", "content": "w5 w6"}, {"role": "assistant", "content": parts}
+    )
+    assert ask.ids == [5, 6, 7] and ask.new_tokens == LENGTH - 2, "all that fits"
+    assert (
+        said(engine, {"role": "user", "content": "w5"}, max_completion_tokens=4)[0].new_tokens == 4
+    )
+    for messages, message in (
+        (
+            [{"role": "system", "content": "w5"}],
+            "do not fit the model's chat template: no system here",
+        ),
+        ([{"role": "nobody", "content": "w5"}], "messages.0.role: "),
+        ([{"role": "user", "content": [{"type": "image_url"}]}], "messages.0.content"),
+        ([], "messages: "),
+    ):
+        with pytest.raises(RequestError, match=message):
+            said(engine, *messages)
+    engine.tokenizer.chat_template = None
+    with pytest.raises(RequestError, match="has no chat template; use /v1/completions") as refused:
+        said(engine, {"role": "user", "content": "w5"})
+    assert refused.value.code == "no_chat_template"
+
+
+def test_responses_and_counts(engine: Engine) -> None:
+    found = answers(engine, *asks(engine, prompt=["w5", "w6 w7"], max_tokens=2))
+    whole = COMPLETION.response("tiny", found)
+    assert [c["text"] for c in whole["choices"]] == [a.text for a in found] and [
+        c["index"] for c in whole["choices"]
+    ] == [0, 1]
+    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert whole["choices"][0]["polar_fx"] == {
+        "program": "0-3 /4",
+        "steps": 4,
+        "probability": None,
+        "rows": 2,
+    }
+    assert CHAT.response("tiny", found[:1])["choices"][0]["message"] == {
+        "role": "assistant",
+        "content": found[0].text,
+    }
+    counted = engine.measures.text().decode()
+    assert 'polar_fx_batch_rows_bucket{le="2.0",program="0-3 /4"}' in counted
+    assert 'polar_fx_new_tokens_total{program="0-3 /4"}' in counted

@@ -1,0 +1,255 @@
+"""The server as users start it, on loopback, asked by OpenAI's own client."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ray = pytest.importorskip("ray", reason="serving needs pip install 'polar_fx[serve]'")
+openai = pytest.importorskip(
+    "openai", reason="the client library is not installed: pip install openai"
+)
+
+from polar_fx.bundle import export, load_bundle  # noqa: E402
+from polar_fx.cli import main  # noqa: E402
+from polar_fx.serving.engine import Engine  # noqa: E402
+from served_bundles import TEMPLATE, alone  # noqa: E402
+from tiny_bundles import PROGRAMS, compiled_model, tokenizer_of_words  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("bundles") / "tiny"
+    tokenizer, model = tokenizer_of_words(), compiled_model()
+    tokenizer.chat_template = TEMPLATE
+    model.generation_config.eos_token_id = None
+    export(model, place, PROGRAMS, tokenizer=tokenizer)
+    return place
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return str(free.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Address of a server, which is ended as by a service manager.
+
+    (Ctrl-C would not do where tests run in the background.)
+    """
+    port = free_port()
+    log = tmp_path_factory.mktemp("log") / "server.txt"
+    command = [
+        sys.executable,
+        "-m",
+        "polar_fx",
+        "serve",
+        str(folder),
+        "--port",
+        port,
+        "--wait-ms",
+        "100",
+        "--json",
+    ]
+    with (
+        log.open("w") as file,
+        subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as server,
+    ):
+        try:
+            deadline = time.monotonic() + 300
+            while (
+                server.poll() is None
+                and "Ctrl-C ends it" not in log.read_text()
+                and time.monotonic() < deadline
+            ):
+                time.sleep(0.1)
+            assert server.poll() is None and "Ctrl-C ends it" in log.read_text(), log.read_text()
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(120)
+            except subprocess.TimeoutExpired:
+                server.kill()
+    assert server.returncode == 0 and "Traceback" not in log.read_text(), log.read_text()
+
+
+@pytest.fixture(scope="module")
+def client(url: str) -> Iterator[Any]:
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=60) as response:
+        return response.read().decode()
+
+
+def count_of(url: str, name: str) -> float:
+    """Sum of a metric over its labels."""
+    lines = [line for line in get(f"{url}/metrics").splitlines() if line.startswith(name)]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def test_completions_are_those_of_the_bundle(client: Any, folder: Path) -> None:
+    engine = Engine(load_bundle(folder), "tiny")
+    for program in ("identity", "skip 1"):
+        found = client.completions.create(
+            model="tiny",
+            prompt="w5 w6 w7",
+            max_tokens=6,
+            temperature=0,
+            extra_body={"program": program},
+        )
+        assert (
+            found.choices[0].text == alone(engine, [5, 6, 7], program, 6)
+            and found.choices[0].finish_reason == "length"
+        )
+        assert found.usage.total_tokens == 9
+        used = found.choices[0].model_extra["polar_fx"]
+        assert used == {
+            "program": str(engine.bundle.resolve(program)),
+            "steps": used["steps"],
+            "probability": None,
+            "rows": 1,
+        }
+    chat = client.chat.completions.create(
+        model="tiny",
+        messages=[{"role": "user", "content": "w5 w6 w7"}],
+        max_completion_tokens=6,
+        temperature=0,
+    )
+    assert chat.choices[0].message.content == alone(engine, [5, 6, 7], "identity", 6)
+    (model,) = client.models.list().data
+    assert model.id == "tiny" and model.polar_fx["programs"] == [
+        "0-3 /4",
+        "0 2-3 /4",
+        "0 (1-2)*2@0.5 3 /4",
+    ]
+
+
+def test_answers_come_as_they_are_made(client: Any) -> None:
+    given: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 6}
+    whole = client.completions.create(prompt="w5 w6 w7", **given).choices[0]
+    events = list(
+        client.completions.create(
+            prompt="w5 w6 w7", stream=True, stream_options={"include_usage": True}, **given
+        )
+    )
+    assert "".join(e.choices[0].text for e in events[:-1]) == whole.text and len(events) > 3
+    assert (
+        events[-2].choices[0].finish_reason == "length"
+        and events[-2].choices[0].polar_fx["steps"] == 4
+    )
+    assert events[-1].usage.total_tokens == 9 and not events[-1].choices
+    said = client.chat.completions.create(
+        messages=[{"role": "user", "content": "w5 w6 w7"}], stream=True, **given
+    )
+    assert "".join(e.choices[0].delta.content for e in said) == whole.text
+
+
+def test_a_burst_of_one_program_runs_in_few_batches(client: Any, url: str) -> None:
+    before = count_of(url, "polar_fx_batch_rows_count"), count_of(url, "polar_fx_answers_total")
+
+    def ask(number: int) -> Any:
+        program = {"program": "skip 1"}
+        return client.completions.create(
+            model="tiny", prompt=[3 + number] * 4, max_tokens=8, temperature=0, extra_body=program
+        )
+
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(ask, range(8)))
+    batches = count_of(url, "polar_fx_batch_rows_count") - before[0]
+    assert count_of(url, "polar_fx_answers_total") - before[1] == 8
+    assert batches < 8 and max(f.choices[0].model_extra["polar_fx"]["rows"] for f in found) > 1
+    print(f"8 requests ran in {batches:.0f} batches")
+
+
+def test_health_and_metrics_answer_while_many_requests_wait(client: Any, url: str) -> None:
+    def ask(number: int) -> int:
+        given: dict[str, Any] = {"model": "tiny", "max_tokens": 60, "temperature": 0}
+        try:
+            client.completions.create(prompt=[[3 + number]] * 4, **given)
+        except openai.InternalServerError as error:
+            return error.status_code
+        return 200
+
+    with ThreadPoolExecutor(40) as threads:
+        running = [threads.submit(ask, number) for number in range(40)]
+        while not all(r.done() for r in running):
+            assert '"ok"' in get(f"{url}/health") and "tiny" in get(f"{url}/v1/models")
+            get(f"{url}/metrics")
+    found = {r.result() for r in running}
+    assert found <= {200, 503} and 200 in found
+
+
+def test_refusals_are_the_clients_own_errors(client: Any) -> None:
+    given: dict[str, Any] = {"model": "tiny", "prompt": "w5", "max_tokens": 2}
+    for more, error, message in (
+        ({"extra_body": {"program": "skip 9"}}, openai.BadRequestError, "use one of '0-3 /4'"),
+        ({"prompt": [5] * 70}, openai.BadRequestError, "exceed the 63 tokens"),
+        ({"n": 2}, openai.BadRequestError, "n: "),
+        ({"model": "other"}, openai.NotFoundError, "use 'tiny'"),
+    ):
+        with pytest.raises(error, match=message) as refused:
+            client.completions.create(**{**given, **more})
+        assert refused.value.type == "invalid_request_error"
+
+
+def test_a_client_that_leaves_is_noticed(client: Any, url: str) -> None:
+    left = 'polar_fx_requests_total{route="/v1/completions",status="499"}'
+    impatient = client.with_options(timeout=0.05)  # prompts wait longer than that for others
+    for _ in range(100):
+        with pytest.raises(openai.APITimeoutError):
+            impatient.completions.create(model="tiny", prompt="w5", max_tokens=60)
+        if count_of(url, left):
+            break
+    assert count_of(url, left)
+    deadline = time.monotonic() + 60
+    while count_of(url, "polar_fx_waiting") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert (
+        client.completions.create(model="tiny", prompt="w5", max_tokens=1).usage.completion_tokens
+        == 1
+    )
+
+
+def test_health_and_metrics(url: str, client: Any) -> None:
+    assert get(f"{url}/health") == '{"status":"ok"}'
+    client.completions.create(model="tiny", prompt="w5", max_tokens=2)
+    text = get(f"{url}/metrics")
+    assert 'polar_fx_requests_total{route="/v1/completions",status="200"}' in text
+    assert "polar_fx_request_seconds_bucket" in text and "polar_fx_new_tokens_total" in text
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        get(f"{url}/v1/nothing")
+
+
+def test_what_cannot_be_served_is_said_at_once(
+    folder: Path,
+    url: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    for arguments, message in (
+        ([str(tmp_path)], "manifest.json"),
+        ([str(folder), "--port", url.rpartition(":")[2]], "nothing can listen at 127.0.0.1:"),
+        ([str(folder), "--fingerprint", "0" * 64], "has fingerprint"),
+        (
+            [str(folder), "--port", free_port()],
+            "serving needs ray, which is not installed; pip install",
+        ),
+    ):
+        assert main(["serve", *arguments]) == 2
+        assert message in capsys.readouterr().err

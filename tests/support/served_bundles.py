@@ -1,0 +1,18 @@
+"""What tests of the engine and of the server share: a chat template, and answers asked alone."""
+
+import torch
+
+from polar_fx.serving.engine import Engine
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% "
+    "endif %}{{ m.content }} {% endfor %}"
+)
+
+
+def alone(engine: Engine, prompt: list[int], program: str, tokens: int) -> str:
+    ids = torch.tensor([prompt])
+    new = engine.bundle.generate(
+        ids, program=program, max_new_tokens=tokens, do_sample=False, pad_token_id=0
+    )[0, len(prompt) :]
+    return engine.tokenizer.decode(new)
