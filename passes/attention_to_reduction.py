@@ -29,8 +29,10 @@ def _arguments(node: Node) -> dict[str, Any]:
 
 
 def _is_single_query(node: Node) -> bool:
-    """Attention on the CPU of one row's one token, by static sizes, without what the rewriting does
-    not spell out.
+    """Attention on the CPU of one token a row, without what the rewriting does not spell out.
+
+    Several rows, or a length that varies, are rewritten where keys are read by address: there the
+    kernel would need a copy of them.
     """
     if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
         return False
@@ -40,19 +42,35 @@ def _is_single_query(node: Node) -> bool:
         not isinstance(query, torch.Tensor)
         or query.device.type != "cpu"
         or not query.dim() == key.dim() == value.dim() == 4
+        or a["dropout_p"]
+        or a["is_causal"]
     ):
         return False
-    sizes = (*query.shape, *key.shape, *value.shape)
-    plain = not a["dropout_p"] and not a["is_causal"] and all(isinstance(s, int) for s in sizes)
-    if not plain or query.shape[0] != 1 or query.shape[2] != 1 or query.shape[1] % key.shape[1]:
+    fixed = (*query.shape[1:], key.shape[1], key.shape[3], *value.shape[3:])
+    if not all(isinstance(s, int) for s in fixed):
         return False
-    if key.shape[0] != 1 or key.shape[:3] != value.shape[:3]:
+    if query.shape[2] != 1 or query.shape[1] % key.shape[1]:
+        return False
+    if not _is_by_address(a["key"]) and not (
+        query.shape[0] == key.shape[0] == 1 and isinstance(key.shape[2], int)
+    ):
+        return False
+    if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
         return False
     mask = a["attn_mask"]
-    return mask is None or tuple(mask.meta["val"].shape) in (
-        (1, 1, 1, key.shape[2]),
-        (1, query.shape[1], 1, key.shape[2]),
+    if mask is None:
+        return True
+    rows, heads, tokens, length = mask.meta["val"].shape
+    return (rows, tokens, length) == (query.shape[0], 1, key.shape[2]) and heads in (
+        1,
+        query.shape[1],
     )
+
+
+def _is_by_address(key: Node) -> bool:
+    """Whether keys [B, H, L, E] are read from places of a store (see address_kv.py)."""
+    source = key.args[0] if key.target is aten.transpose.int else None
+    return isinstance(source, Node) and source.target is aten.index.Tensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +78,7 @@ class AttentionToReduction(Pass):
     """Rewrite scaled_dot_product_attention(q, k, v, mask) with q of one token as softmax(sum(q *
     k)) and a sum over v.
 
-    Shapes: q [1, H*G, 1, E], k [1, H, L, E], v [1, H, L, F]; grouped heads stay grouped.
+    Shapes: q [B, H*G, 1, E], k [B, H, L, E], v [B, H, L, F]; grouped heads stay grouped.
     Accumulates in at least float32.
     """
 
@@ -74,7 +92,9 @@ class AttentionToReduction(Pass):
         found = [n for n in graph.nodes if _is_single_query(n)]
         for node in found:
             with graph.inserting_before(node):
-                node.replace_all_uses_with(self._reduce(graph, node))
+                by_address = _is_by_address(_arguments(node)["key"])
+                reduce = self._reduce_rows if by_address else self._reduce
+                node.replace_all_uses_with(reduce(graph, node))
             graph.erase_node(node)
         new.recompile()
         return PassResult(new, True, {"attentions rewritten": len(found)})
@@ -115,3 +135,32 @@ class AttentionToReduction(Pass):
         )
         mixed = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, v), [-2])
         return call.cast(call(aten.reshape.default, mixed, list(result.shape)), result.dtype)
+
+    @staticmethod
+    def _reduce_rows(graph: Graph, node: Node) -> Node:
+        """The same for any number of rows and any length."""
+        call, a = Caller(graph, node), _arguments(node)
+        result = node.meta["val"]
+        query, key, value, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+        wide = torch.promote_types(result.dtype, torch.float32)
+        heads, size = key.meta["val"].shape[1], key.meta["val"].shape[3]
+        groups = query.meta["val"].shape[1] // heads
+        scale = a["scale"] if a["scale"] is not None else size**-0.5
+        q = call(aten.reshape.default, query, [-1, heads, groups, 1, size])
+        q = call(aten.mul.Tensor, call.cast(q, wide), scale)
+        k = call.cast(call(aten.unsqueeze.default, key, 2), wide)
+        scores = call(aten.sum.dim_IntList, call(aten.mul.Tensor, q, k), [-1])  # [B, H, G, L]
+        if mask is not None:
+            seen = mask
+            if mask.meta["val"].shape[1] > 1:
+                seen = call(aten.squeeze.dim, mask, 2)
+                seen = call(aten.unflatten.int, seen, 1, [heads, groups])
+            if mask.meta["val"].dtype == torch.bool:
+                scores = call(aten.where.ScalarOther, seen, scores, float("-inf"))
+            else:
+                scores = call(aten.add.Tensor, scores, seen)
+        weights = call(aten.unsqueeze.default, call(aten.softmax.int, scores, -1), -1)
+        v = call.cast(call(aten.unsqueeze.default, value, 2), wide)
+        mixed = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, v), [-2])
+        mixed = call(aten.reshape.default, mixed, [-1, heads * groups, 1, result.shape[3]])
+        return call.cast(mixed, result.dtype)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from torch.fx import GraphModule
 
+from .address_kv import AddressKv
 from .assign_kv_slots import AssignKvSlots
 from .attention_to_reduction import AttentionToReduction
 from .base import Pass, PassResult
@@ -35,6 +36,7 @@ PASSES: dict[str, type[Pass]] = {
         AssignKvSlots,
         InlineLayers,
         KeepKvWrites,
+        AddressKv,
         MatvecToReduction,
         AttentionToReduction,
     )
@@ -115,7 +117,7 @@ class Pipeline:
 
     @property
     def content_id(self) -> str:
-        """Joins the variant key: changes with any pass, its version or its options."""
+        """Joins the variant key: changes with any pass, its source or its options."""
         return "+".join(p.content_id for p in self.passes)
 
     def __str__(self) -> str:

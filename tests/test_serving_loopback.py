@@ -175,6 +175,24 @@ def test_a_burst_of_one_program_runs_in_few_batches(client: Any, url: str) -> No
     print(f"8 requests ran in {batches:.0f} batches")
 
 
+def test_health_and_metrics_answer_while_many_requests_wait(client: Any, url: str) -> None:
+    def ask(number: int) -> int:
+        given: dict[str, Any] = {"model": "tiny", "max_tokens": 60, "temperature": 0}
+        try:
+            client.completions.create(prompt=[[3 + number]] * 4, **given)
+        except openai.InternalServerError as error:
+            return error.status_code
+        return 200
+
+    with ThreadPoolExecutor(40) as threads:
+        running = [threads.submit(ask, number) for number in range(40)]
+        while not all(r.done() for r in running):
+            assert '"ok"' in get(f"{url}/health") and "tiny" in get(f"{url}/v1/models")
+            get(f"{url}/metrics")
+    found = {r.result() for r in running}
+    assert found <= {200, 503} and 200 in found
+
+
 def test_refusals_are_the_clients_own_errors(client: Any) -> None:
     given: dict[str, Any] = {"model": "tiny", "prompt": "w5", "max_tokens": 2}
     for more, error, message in (

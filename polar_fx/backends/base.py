@@ -24,15 +24,16 @@ class ShapeClass:
     """The shapes one region serves. None means any size from 2 up, without compiling again.
 
     One token and one row are classes of their own because decoding one row is where the time goes.
-    `length` is the allocated KV length.
+    `length` is the allocated KV length; None means keys and values by address (see
+    passes/address_kv.py), any number of columns of a store of any size.
     """
 
     batch: int | None
     tokens: int | None
-    length: int
+    length: int | None
 
     @classmethod
-    def of(cls, batch: int, tokens: int, length: int) -> "ShapeClass":
+    def of(cls, batch: int, tokens: int, length: int | None) -> "ShapeClass":
         return cls(1 if batch == 1 else None, 1 if tokens == 1 else None, length)
 
     @property
@@ -41,7 +42,14 @@ class ShapeClass:
         return ShapeClass(self.batch, 1, self.length)
 
     def __str__(self) -> str:
-        return f"B={self.batch or '2+'} T={self.tokens or '2+'} L={self.length}"
+        length = "any" if self.length is None else self.length
+        return f"B={self.batch or '2+'} T={self.tokens or '2+'} L={length}"
+
+    @property
+    def varying(self) -> tuple[str, ...]:
+        """The sizes that a call chooses."""
+        sizes = {"batch": self.batch, "tokens": self.tokens, "length": self.length}
+        return (*(n for n, s in sizes.items() if s is None), "places")
 
 
 class Backend(ABC):

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedConfig
 
+from ..errors import InputError
+from ..runtime.generator import refuse_settings
 from .errors import BundleError
 from .files import parse_json
 
@@ -22,6 +24,8 @@ _ASKED = (
     "bos_token_id",
     "eos_token_id",
 )
+# generation defaults that a server does not follow, and what they are where they ask for nothing
+_SERVED_AS = {"num_beams": 1, "num_return_sequences": 1, "max_time": None, "token_healing": False}
 # a folder of the exporting machine; code of the model's own; what is done to weights when they are
 # loaded
 _LEFT_OUT = ("_name_or_path", "auto_map", "quantization_config")
@@ -42,6 +46,29 @@ def generation_fields(config: GenerationConfig | None) -> dict[str, Any]:
     return {
         k: v for k, v in (config.to_dict() if config is not None else {}).items() if v is not None
     }
+
+
+def check_served(config: GenerationConfig | None) -> None:
+    """Raise InputError for generation defaults that a server does not follow: it gives each prompt
+    one answer, by greedy search or sampling, and its own time limit ends a request.
+    """
+    for name, neutral in _SERVED_AS.items():
+        value = getattr(config, name, None)
+        if value is not None and value != neutral:
+            raise InputError(
+                f"the generation defaults hold {name}={value!r}, which a server cannot follow: it "
+                "gives each prompt one answer, by greedy search or sampling, as the request says; "
+                f"set {name} of the model's generation_config to {neutral!r} and export, or export "
+                "without tokenizer= for use from Python alone"
+            )
+    if config is not None:
+        try:
+            refuse_settings(config)
+        except InputError as error:
+            raise InputError(
+                f"no server can follow the generation defaults: {error}; change the model's "
+                "generation_config and export"
+            ) from error
 
 
 def read_config(path: Path, text: bytes) -> PreTrainedConfig:

@@ -55,7 +55,7 @@ from .manifest import (
     Manifest,
     write_manifest,
 )
-from .settings import config_fields, generation_fields
+from .settings import check_served, config_fields, generation_fields
 from .weights import stored_weights
 
 log = logging.getLogger("polar_fx.bundle")
@@ -82,7 +82,8 @@ def export(
             program, or the menu of its dispatcher, whose selector and policy are shipped along).
         buckets: rows that calls have. (1,): one at a time, batches row by row; with any number from
             2 up: batches, too.
-        tokenizer: what has a `save_pretrained`, to be shipped along.
+        tokenizer: what has a `save_pretrained`, to be shipped along; a bundle with one can be
+            served, and its generation defaults have to be such as a server follows.
         overwrite: replace a bundle that is there; anything else is never replaced.
 
     Raises InputError, ProgramError, CompileError, and BundleError if the folder cannot be written.
@@ -108,6 +109,8 @@ def export(
             f"bundles are for the CPU and CUDA, and the model is on {compiled.device}; compile it "
             "on one of them"
         )
+    if tokenizer is not None:
+        check_served(compiled.generation_config)
     chosen, dispatcher = programs_to_ship(compiled, programs), compiled.dispatcher
     if dispatcher is not None:
         if not isinstance(dispatcher.predictor, Selector):

@@ -4,6 +4,7 @@ state.
 
 import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -207,15 +208,46 @@ class _ReadOnlyWeights(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def probe(view: PreTrainedModel, depth: int) -> tuple[KvSpec, ...]:
+@contextlib.contextmanager
+def _handed_on(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
+    """The hidden states that layers hand on inside the block, in the order in which they run."""
+    found: list[Tensor] = []
+
+    def note(module: nn.Module, given: Any, result: Any) -> None:
+        first = result[0] if isinstance(result, (tuple, list)) else result
+        if isinstance(first, Tensor):
+            found.append(first)
+
+    hooks = [layer.register_forward_hook(note) for layer in layers]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _check_handed_on(view: PreTrainedModel, states: list[Tensor]) -> None:
+    """Raise UnsupportedModelError unless all are [1, 2, d], as one row of two tokens should be."""
+    for state in states:
+        if state.dim() != 3 or tuple(state.shape[:2]) != (1, 2):
+            raise UnsupportedModelError(
+                f"layers of {type(view).__name__} hand on hidden states of shape "
+                f"{list(state.shape)} for one row of two tokens, not [1, 2, d]",
+                "rows and tokens are told apart by the first two axes; use a model whose hidden "
+                "states are [batch, tokens, d]",
+            )
+
+
+def probe(view: PreTrainedModel, stack: str, depth: int) -> tuple[KvSpec, ...]:
     """Run two tokens through the view and see that every layer stores keys and values of its own,
-    once.
+    once, and hands on a hidden state [B, T, d].
     """
     device = embedding_weight(view).device
     positions = torch.arange(2, device=device)[None]
     recorder = Recorder(positions, 2, depth)
     try:
-        with torch.no_grad(), _ReadOnlyWeights(view):
+        layers = cast(nn.ModuleList, view.get_submodule(stack))
+        with torch.no_grad(), _ReadOnlyWeights(view), _handed_on(layers) as states:
             view(
                 input_ids=torch.zeros_like(positions),
                 position_ids=positions,
@@ -230,6 +262,7 @@ def probe(view: PreTrainedModel, depth: int) -> tuple[KvSpec, ...]:
             f"({type(error).__name__}: {error})",
             "models with recurrent, convolutional or cross-layer state are not supported",
         ) from error
+    _check_handed_on(view, states)
     stored = [layer for layer, _ in recorder.calls]
     if stored != list(range(depth)):
         silent = sorted(set(range(depth)) - set(stored))

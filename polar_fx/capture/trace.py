@@ -196,7 +196,7 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
     view = unwrapped(shared_view(model, attention or attention_variants(model)[0]))
     choose_frequencies_by_operator(view)
-    specs = probe(view, depth)
+    specs = probe(view, stack, depth)
     try:
         exported = _export(view, specs)
     except UnsupportedModelError:

@@ -67,10 +67,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Serve until interrupted."""
     from ..bundle import verify_bundle
+    from ..bundle.manifest import GENERATION
+    from ..bundle.settings import check_served, read_generation
 
     manifest = verify_bundle(options.bundle, fingerprint=options.fingerprint)
     if not manifest.has_tokenizer:
         raise InputError(f"the bundle {options.bundle} holds no tokenizer; export it with one")
+    defaults = options.bundle / GENERATION
+    check_served(read_generation(defaults, defaults.read_bytes()))
     _check_free(options.host, options.port)
     try:
         import ray

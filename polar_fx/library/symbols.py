@@ -21,7 +21,7 @@ from ..capture import KvSpec
 from ..passes.base import body, kind, layer_calls, role
 from ..passes.text import structure_text
 
-_AXES = {"B": "batch", "T": "tokens"}
+_AXES = {"B": "batch", "T": "tokens", "L": "length", "P": "places"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,27 @@ class Operand:
         )
 
     def axes(self) -> dict[int, str]:
-        """The axes that follow the batch or the tokens of a call."""
+        """The axes that follow a size of the call: its batch, tokens, columns or the KV store."""
         return {i: _AXES[s] for i, s in enumerate(self.size) if s in _AXES}
+
+
+def addressed(operands: tuple["Operand", ...]) -> tuple["Operand", ...]:
+    """The operands of a body after the pass address-kv: KV stores [P, H, E], then columns [B, L].
+
+    Bodies without KV operands stay as they are.
+    """
+    found: list[Operand] = []
+    for operand in operands:
+        if operand.role != "kv":
+            found.append(operand)
+            continue
+        _, heads, _, size = operand.size
+        store = (str(int(heads) * int(size)), size, "1")
+        found.append(Operand("kv", operand.dtype, ("P", heads, size), store))
+    last = max((i for i, o in enumerate(found) if o.role == "kv"), default=None)
+    if last is not None:
+        found.insert(last + 1, Operand("columns", "int64", ("B", "L"), ("L", "1")))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

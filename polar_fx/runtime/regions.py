@@ -25,6 +25,8 @@ from ..backends.worker import WorkerPool, compiler_reason, describe, worker_pool
 from ..capture.trace import TRACING
 from ..errors import CaptureError, CompileError, PolarError
 from ..library import LayerLibrary
+from ..library.symbols import Operand, addressed
+from ..passes.address_kv import AddressKv
 from ..passes.keep_kv_writes import KeepKvWrites
 from ..store import ArtifactStore
 from .code_key import RegionRecord, VariantKey
@@ -33,14 +35,15 @@ log = logging.getLogger("polar_fx.regions")
 
 KV_WRITES = ".kv"
 KEEP_KV_WRITES = KeepKvWrites()
+ADDRESS_KV = AddressKv()
 
 # Example sizes for a dynamic axis: primes, so that no axis is taken for a model dimension of the
 # same size.
-_BATCH, _TOKENS = 3, 127
+_BATCH, _TOKENS, _LENGTH, _PLACES = 3, 127, 211, 1553
 _MAX_WORKERS = 8
 
 # What a backend that needs no shapes is asked for.
-_ANY = ShapeClass(None, None, 0)
+_ANY, _ANY_ADDRESSED = ShapeClass(None, None, 0), ShapeClass(None, None, None)
 
 # A region's name and shape class.
 Wanted = tuple[str, ShapeClass]
@@ -79,17 +82,23 @@ class RegionTable:
 
         Raises CompileError, CaptureError or CacheError; what was made beside a failure is kept.
         """
-        places = {w: w if self.backend.needs_shapes else (w[0], _ANY) for w in wanted}
+        places = {w: self._place(*w) for w in wanted}
         if any(p not in self._regions for p in places.values()):
             with self._lock:
                 self._make([p for p in dict.fromkeys(places.values()) if p not in self._regions])
         return {w: self._regions[p] for w, p in places.items()}
+
+    def _place(self, name: str, shape: ShapeClass) -> Wanted:
+        if self.backend.needs_shapes:
+            return name, shape
+        return name, _ANY if shape.length is not None else _ANY_ADDRESSED
 
     def key(self, name: str, shape: ShapeClass) -> VariantKey:
         """The key under which the store keeps a region."""
         target, kv = split(name)
         library, fingerprint = self.library, self.library.table.bodies[target].fingerprint
         passes = (KEEP_KV_WRITES.content_id,) if kv else ()
+        passes += (ADDRESS_KV.content_id,) if shape.length is None else ()
         return VariantKey.of(
             "region", fingerprint, shape, self.backend, library.device, library.dtype, passes=passes
         )
@@ -231,24 +240,28 @@ class RegionTable:
     def _source(self, name: str, shape: ShapeClass) -> tuple[GraphModule, list[Tensor], Dynamic]:
         """Body, example operands and dynamic axes."""
         target, kv = split(name)
-        body = self.library.bodies[target]
-        operands = self.library.table.bodies[target].operands
-        dynamic = [
-            {i: a for i, a in o.axes().items() if getattr(shape, a) is None} for o in operands
-        ]
+        body, operands = self.library.bodies[target], self._operands(target, shape)
+        if shape.length is None and any(o.role == "kv" for o in operands):
+            body = ADDRESS_KV.run(body).graph_module
+        if kv:
+            body = KEEP_KV_WRITES.run(body).graph_module
+        varying = shape.varying
+        dynamic = [{i: a for i, a in o.axes().items() if a in varying} for o in operands]
         example = self._example(target, shape) if self.backend.needs_shapes else []
-        return (KEEP_KV_WRITES.run(body).graph_module if kv else body), example, dynamic
+        return body, example, dynamic
+
+    def _operands(self, target: str, shape: ShapeClass) -> tuple[Operand, ...]:
+        operands = self.library.table.bodies[target].operands
+        return operands if shape.length is not None else addressed(operands)
 
     def _example(self, target: str, shape: ShapeClass) -> list[Tensor]:
         sizes = {
             "B": shape.batch or _BATCH,
             "T": shape.tokens or min(_TOKENS, self.max_length),
-            "L": shape.length,
+            "L": shape.length or _LENGTH,
+            "P": _PLACES,
         }
-        return [
-            o.example(sizes, self.library.device)
-            for o in self.library.table.bodies[target].operands
-        ]
+        return [o.example(sizes, self.library.device) for o in self._operands(target, shape)]
 
     @torch.no_grad()
     def _check_prologue(self, region: Region, shape: ShapeClass) -> None:
@@ -259,7 +272,7 @@ class RegionTable:
         example = self._example(start.target, shape)[:3]
         for operand in example[:2]:
             operand.zero_()
-        torch.arange(shape.length, out=example[2])
+        torch.arange(len(example[2]), out=example[2])
         values = [*example, *region([*example, *start.weights])]
         seen: set[str] = set()
         for call in (*self.library.layers, self.library.epilogue):

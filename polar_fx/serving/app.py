@@ -19,15 +19,20 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 
 from ..bundle import load_bundle
+from ..bundle.settings import check_served
 from .answers import CHAT, COMPLETION, Answer, Form, models, usage_event
 from .engine import Ask, Engine
 from .measures import Measures
 from .requests import MAX_BODY_BYTES, Chat, Completion, RequestError, Settings, read
+from .waiting import Waiting
 
 app = FastAPI(title="polar_fx", docs_url=None, redoc_url=None, openapi_url=None)
 
 _LEFT = 499  # counted for a client that did not wait
 _QUEUED = 8  # batches that wait at most; further requests are answered 503
+# Requests that Serve lets in at once, far more than run or wait: health, metrics and models count
+# among them, and must not wait for generations. How many prompts wait is limited in the server.
+_LET_IN = 100_000
 
 
 # above the server: Serve copies its class, with the names that are there, where it is decorated
@@ -76,7 +81,10 @@ class Server:
         wait_s: float,
     ) -> None:
         torch.set_num_threads(threads)
-        self.engine = Engine(load_bundle(bundle, fingerprint=fingerprint), name)
+        model = load_bundle(bundle, fingerprint=fingerprint)
+        check_served(model.generation_config)
+        self.engine = Engine(model, name)
+        self._waiting = Waiting((1 + _QUEUED) * max_batch, self.engine.measures)
         self._started = int(time.time())
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
         self._answer.set_max_batch_size(max_batch)  # type: ignore[attr-defined]
@@ -89,16 +97,14 @@ class Server:
         )
 
     async def _answers(self, asks: Sequence[Ask]) -> list[Answer]:
-        self.engine.measures.waiting.inc(len(asks))
-        try:
-            found: list[Any] = await asyncio.gather(*(self._answer(ask) for ask in asks))  # type: ignore[arg-type]
-        except asyncio.CancelledError:
-            # the client left, or its time is over: its rows end at their next token
-            for ask in asks:
-                ask.dropped = True
-            raise
-        finally:
-            self.engine.measures.waiting.dec(len(asks))
+        with self._waiting.holding(len(asks)):
+            try:
+                found: list[Any] = await asyncio.gather(*(self._answer(ask) for ask in asks))  # type: ignore[arg-type]
+            except asyncio.CancelledError:
+                # the client left, or its time is over: its rows end at their next token
+                for ask in asks:
+                    ask.dropped = True
+                raise
         if (error := next((f for f in found if isinstance(f, RequestError)), None)) is not None:
             raise error
         return found
@@ -107,6 +113,7 @@ class Server:
         count = _Count(self.engine.measures, request.url.path)
         try:
             asked = read(kind, await _body(request))
+            self._waiting.check_room()
             asks = self.engine.read(asked)  # type: ignore[arg-type]
             if asked.stream:
                 return StreamingResponse(
@@ -189,9 +196,7 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     bundle = Path(given.pop("bundle")).resolve()
     max_batch = int(given.pop("max_batch", 8))
     server: Any = Server
-    options = server.options(
-        max_ongoing_requests=max(2, 2 * max_batch), max_queued_requests=_QUEUED * max_batch
-    )
+    options = server.options(max_ongoing_requests=_LET_IN)
     return options.bind(
         str(bundle),
         given.pop("name", bundle.name),

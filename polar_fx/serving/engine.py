@@ -21,11 +21,14 @@ from ..program import Program
 from ..runtime.generator import padded_rows
 from .answers import Answer
 from .measures import Measures
-from .requests import Chat, Completion, RequestError, Settings
+from .requests import Chat, Completion, Message, RequestError, Settings
+from .stable_text import StableText
 
 log = logging.getLogger("polar_fx.serving")
 
 _NEW_TOKENS = 16  # what OpenAI's completions default to
+# what the API asks for, whatever the bundle's defaults are; texts that stop are watched here
+_ONE_ANSWER: dict[str, Any] = {"num_beams": 1, "num_return_sequences": 1, "stop_strings": None}
 
 
 @dataclass(eq=False)
@@ -66,12 +69,14 @@ class Engine:
     """Reads requests for a bundle and answers them. `answer` may be called by any thread, and runs
     one batch at a time.
 
-    `name` is what clients call the model. Raises InputError if the bundle holds no tokenizer.
+    `name` is what clients call the model. Raises InputError if the bundle holds no tokenizer, or
+    generation defaults by which it cannot generate.
     """
 
     def __init__(self, bundle: BundledModel, name: str, measures: Measures | None = None) -> None:
         self.bundle, self.name, self.tokenizer = bundle, name, bundle.tokenizer
         self.measures = measures or Measures()
+        bundle.generator.check(torch.zeros(1, 1, dtype=torch.long), **_ONE_ANSWER, max_new_tokens=1)
         # the KV pool could be shared, but not the random state, nor the processors with profit
         self._lock = threading.Lock()
 
@@ -151,7 +156,7 @@ class Engine:
             raise RequestError(what, "messages", "no_chat_template")
         from jinja2 import TemplateError
 
-        said = [{"role": m.role, "content": m.text} for m in asked.messages]
+        said = [_turn(message) for message in asked.messages]
         try:
             return list(
                 self.tokenizer.apply_chat_template(
@@ -214,7 +219,9 @@ class Engine:
             if isinstance(settings.eos_token_id, list)
             else [settings.eos_token_id]
         )
-        watch = _Watch(batch, ids.shape[1], frozenset(ends), self.tokenizer)
+        stops = settings.stop_strings or ()
+        stops = (stops,) if isinstance(stops, str) else tuple(stops)
+        watch = _Watch(batch, ids.shape[1], frozenset(ends), self.tokenizer, stops)
         how: dict[str, Any] = {"do_sample": False}
         if first.temperature > 0:
             how = {
@@ -231,6 +238,7 @@ class Engine:
             pad_token_id=fill,
             max_new_tokens=max(a.new_tokens for a in batch),
             stopping_criteria=[watch],
+            **_ONE_ANSWER,
             **how,
         )
         self._count(batch, watch, str(program), time.perf_counter() - start)
@@ -260,38 +268,61 @@ class Engine:
 class _Watch(StoppingCriteria):
     """Ends each row of a batch by its own limit and stop texts, and keeps what it said until
     then.
+
+    `stops` are texts that end every row.
     """
 
     def __init__(
-        self, batch: list[Ask], width: int, ends: frozenset[int | None], tokenizer: Any
+        self,
+        batch: list[Ask],
+        width: int,
+        ends: frozenset[int | None],
+        tokenizer: Any,
+        stops: tuple[str, ...] = (),
     ) -> None:
-        self._batch, self._width, self._ends, self._tokenizer = batch, width, ends, tokenizer
+        self._batch, self._width, self._ends = batch, width, ends
+        self._text = StableText(tokenizer)
+        self._stops = [(*ask.stops, *stops) for ask in batch]
         self._results: list[tuple[str, int, bool] | None] = [None] * len(batch)
+        self._new: list[list[int]] = [[] for _ in batch]
 
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        for row, (ask, done) in enumerate(zip(self._batch, self._results, strict=True)):
+        for row, done in enumerate(self._results):
             if done is None:
-                self._results[row] = self._result(ask, input_ids[row, self._width :].tolist())
+                self._new[row] = input_ids[row, self._width :].tolist()
+                self._results[row] = self._result(row)
         return torch.tensor([done is not None for done in self._results])
 
-    def _result(self, ask: Ask, new: list[int]) -> tuple[str, int, bool] | None:
+    def _result(self, row: int) -> tuple[str, int, bool] | None:
         """Text, tokens and whether it stopped by itself; None if it goes on."""
+        ask, stops, new = self._batch[row], self._stops[row], self._new[row]
         ended, full = new[-1] in self._ends, ask.dropped or len(new) >= ask.new_tokens
-        if not (ended or full or ask.stops or ask.told):
+        if not (ended or full or stops or ask.told):
             return None
-        text = self._tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)
-        cut = min((at for at in (text.find(stop) for stop in ask.stops) if at >= 0), default=None)
+        text = self._text.whole(new[:-1] if ended else new)
+        cut = min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=None)
         if cut is not None or ended:
             return text[:cut], len(new), True
         if ask.told:
-            sure = text.rstrip("\ufffd")  # the first bytes of a character
+            sure = self._text.known(new)
             # a stop text may have begun
-            ask.told(sure[: len(sure) - max(map(len, ask.stops), default=1) + 1])
+            ask.told(sure[: max(0, len(sure) - max(map(len, stops), default=1) + 1)])
         return (text, len(new), False) if full else None
 
     def results(self) -> list[tuple[str, int, bool]]:
-        """A result a row; every row has one when generation is over."""
-        return [result for result in self._results if result is not None]
+        """A result a row, when generation is over; rows that go on were ended by the time that
+        generation may take.
+        """
+        return [
+            result or (self._text.whole(new), len(new), False)
+            for result, new in zip(self._results, self._new, strict=True)
+        ]
+
+
+def _turn(message: Message) -> dict[str, str]:
+    """A message as chat templates take it."""
+    named = {} if message.name is None else {"name": message.name}
+    return {"role": message.role, "content": message.text, **named}
 
 
 def _row_length(asks: Sequence[Ask]) -> int:

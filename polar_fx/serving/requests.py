@@ -1,8 +1,10 @@
 """What a client asks: bodies in the form of OpenAI's API, read and refused in its words."""
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 from ..errors import PolarError
 from ..output.plain_text import size
@@ -13,6 +15,29 @@ MAX_PROMPTS = 64
 _Ids = Annotated[list[Annotated[int, Field(strict=True)]], Field(min_length=1)]
 _Off = Annotated[float, Field(ge=0, le=0)]
 _One = Annotated[int, Field(ge=1, le=1)]
+
+
+def _only(*neutral: Any) -> AfterValidator:
+    """Lets values pass that ask for nothing; 0 is no False here, as it is none in the API."""
+
+    def check(value: Any) -> Any:
+        if not any(value == n and type(value) is type(n) for n in neutral):
+            shown = " or ".join(map(json.dumps, (*neutral, None)))
+            raise PydanticCustomError("not_served", "only {shown} is served", {"shown": shown})
+        return value
+
+    return AfterValidator(check)
+
+
+def _without_effect(biases: dict[str, float]) -> dict[str, float]:
+    if any(biases.values()):
+        raise PydanticCustomError("not_served", "only biases of 0 are served")
+    return biases
+
+
+_No = Annotated[Any, _only(False)]
+_Nothing = Annotated[Any, _only([])]  # a list of things that may be used: none
+_Told = Annotated[str, Field(max_length=4096)]  # what only a hosted service makes use of
 
 Body = TypeVar("Body", bound="Settings")
 
@@ -39,21 +64,32 @@ class RequestError(PolarError, ValueError):
         }
 
 
-class StreamOptions(BaseModel):
+class _Fields(BaseModel):
+    """Known fields alone, of which null is as good as left out."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        return {k: v for k, v in given.items() if v is not None or k not in cls.model_fields}
+
+
+class StreamOptions(_Fields):
     """Whether the tokens used are told in a last event."""
 
-    model_config = ConfigDict(extra="forbid")
-
     include_usage: bool = False
+    include_obfuscation: _No = None
 
 
-class Settings(BaseModel):
+class Settings(_Fields):
     """What both routes take.
 
-    Fields that are not served are there with the one value that asks for nothing.
+    Fields that are not served are there with the values that ask for nothing. Every field that is
+    not required may be null.
     """
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     program: str | None = None
@@ -66,10 +102,10 @@ class Settings(BaseModel):
     stream_options: StreamOptions | None = None
     user: str | None = None  # for abuse reports of a hosted service; changes nothing
     n: _One | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: _No = None
     frequency_penalty: _Off | None = None
     presence_penalty: _Off | None = None
-    logit_bias: dict[str, float] | None = Field(None, max_length=0)
+    logit_bias: Annotated[dict[str, float], AfterValidator(_without_effect)] | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -85,8 +121,8 @@ class Completion(Settings):
 
     prompt: str | _Ids | Annotated[list[str | _Ids], Field(min_length=1, max_length=MAX_PROMPTS)]
     best_of: _One | None = None
-    echo: Literal[False] | None = None
-    suffix: None = None
+    echo: _No = None
+    suffix: Annotated[Any, _only("")] = None
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -102,11 +138,17 @@ class Part(BaseModel):
     text: str
 
 
-class Message(BaseModel):
-    """One turn of a conversation."""
+class Message(_Fields):
+    """One turn of a conversation, which may be an earlier answer as the client got it."""
 
     role: Literal["system", "user", "assistant"]
     content: str | list[Part]
+    name: str | None = None
+    refusal: Annotated[Any, _only("")] = None
+    audio: Annotated[Any, _only()] = None
+    annotations: _Nothing = None
+    tool_calls: _Nothing = None
+    function_call: Annotated[Any, _only()] = None
 
     @property
     def text(self) -> str:
@@ -122,9 +164,27 @@ class Chat(Settings):
 
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    top_logprobs: None = None
-    tools: None = None
-    response_format: None = None
+    top_logprobs: Annotated[Any, _only(0)] = None
+    tools: _Nothing = None
+    functions: _Nothing = None
+    tool_choice: Annotated[Any, _only("none", "auto")] = None  # of no tools, both choose none
+    function_call: Annotated[Any, _only("none", "auto")] = None
+    parallel_tool_calls: bool | None = None
+    response_format: Annotated[Any, _only({"type": "text"})] = None
+    modalities: Annotated[Any, _only(["text"])] = None
+    audio: Annotated[Any, _only()] = None
+    prediction: Annotated[Any, _only()] = None
+    moderation: Annotated[Any, _only()] = None
+    web_search_options: Annotated[Any, _only()] = None
+    reasoning_effort: Annotated[Any, _only("none")] = None
+    verbosity: Annotated[Any, _only("medium")] = None
+    service_tier: Annotated[Any, _only("auto", "default")] = None
+    store: _No = None
+    metadata: dict[str, str] | None = Field(None, max_length=16)
+    safety_identifier: _Told | None = None
+    prompt_cache_key: _Told | None = None
+    prompt_cache_retention: _Told | None = None
+    prompt_cache_options: Annotated[Any, _only({})] = None
 
 
 def read(kind: type[Body], body: bytes) -> Body:
