@@ -20,6 +20,7 @@ import torch
 
 import polar_fx
 from measure import RESULTS, machine, write_json
+from polar_fx.jobs.questions import encode, templates_of
 from polar_fx.questions import Question, generate, get_template
 from polar_fx.search import SearchConfig, TeacherForcing, Verdict, run_searches
 from polar_fx.search.records.record_file import RecordReader
@@ -97,13 +98,9 @@ def main() -> None:
         )
         listed = [(r.question, e) for r in rounds for e in r.explored]
     questions = {q.id: q for q, _ in listed}
-    tasks = sorted({q.task for q in questions.values()})
-    templates = {task: get_template("few-shot", task) for task in tasks}
-    of = {
-        e.id: e
-        for t in tasks
-        for e in templates[t].encode_all(tokenizer, [q for q in questions.values() if q.task == t])
-    }
+    templates = templates_of("few-shot", list(questions.values()))
+    tasks = list(templates)
+    of = {e.id: e for e in encode(tokenizer, list(questions.values()), templates)}
     pairs = [(of[q.id], e.program) for q, e in listed]
     first = [e.verdict.correct for _, e in listed]
     alone = judge(TeacherForcing(compiled, deterministic=True), pairs, 1, 64)

@@ -62,8 +62,11 @@ def open_job(
     `polar_fx.compile` raise.
     """
     import torch
+    from transformers.utils import logging
 
     from ..models import load, position_limit
+
+    logging.disable_progress_bar()  # the console says what is being done
 
     with console.status("loading the model ..."):
         model, tokenizer = load(workplace.model, workplace.dtype, workplace.device)
