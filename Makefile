@@ -9,7 +9,7 @@ READY := $(VENV)/.ready
 JOBS ?= 2
 
 # Files of tests without a real model, each quick; of these, tests that start Python processes are left out by their mark.
-FAST := layout loaders matrix passes_contract passes_golden passes_units polar_decode polar_labels predictor program \
+FAST := key_sources layout loaders matrix passes_contract passes_golden passes_units polar_decode polar_labels predictor program \
 	program_picture program_segments program_text protocol_calibration protocol_figures protocol_paired search_formats \
 	search_mcts search_methods search_records search_runner symbols tasks
 

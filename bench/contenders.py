@@ -14,6 +14,7 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from polar_fx import CompiledModel, Program
 from polar_fx.backends import ShapeClass
 from polar_fx.capture import CACHE
+from polar_fx.runtime.link import StepInputs
 
 WHOLE = "whole-model torch.compile"
 
@@ -110,8 +111,7 @@ class WithoutLastStep(Ours):
         )
         positions = self.session.positions([tokens] * batch)
         with torch.no_grad():
-            values = linked._start(ids, positions)
-            hidden, _ = linked._steps(linked.steps, values, values[3], self.session.slots, [])
+            *_, hidden = linked.states(StepInputs(ids, positions, self.session.slots))
             one = compiled.linker.link(self.program, ShapeClass.of(batch, 1, compiled.pool.length))
             logits = one._head(
                 hidden[:, -1:].contiguous(),

@@ -125,12 +125,12 @@ def main() -> None:
 
     def split() -> None:
         with (
-            run_trunk(compiled, rows, dispatcher.num_steps) as trunk,
-            session_after(compiled, identity, trunk) as session,
+            run_trunk(compiled.runner, rows, dispatcher.num_steps) as trunk,
+            session_after(compiled.runner, identity, trunk) as session,
         ):
-            compiled.prefill(identity, session, rows, trunk=trunk)
+            compiled.prefill(identity, session, rows)
 
-    with run_trunk(compiled, rows, dispatcher.num_steps) as trunk:
+    with run_trunk(compiled.runner, rows, dispatcher.num_steps) as trunk:
         hidden = [trunk.hidden[0].clone()]
     proposal = selector.propose(hidden)[0]
     parts = {

@@ -21,6 +21,8 @@ from gpu_worker import UNTUNED, Worker
 from polar_fx import CompiledModel, Program
 from polar_fx.backends import Backend, InductorBackend, get_backend
 from polar_fx.library import LayerLibrary
+from polar_fx.runtime.regions import RegionTable
+from polar_fx.runtime.runner import Runner
 
 
 @dataclass
@@ -117,16 +119,8 @@ class ModelBench:
         """A compiled model on the library captured once; regions of several tokens are those of
         `like`.
         """
-        made = CompiledModel(
-            self.model,
-            self.library,
-            get_backend(backend),
-            max_length=length,
-            prefill_chunk=self.prefill_chunk,
-            deterministic=False,
-            program=None,
-            workers=0,
-        )
+        regions = RegionTable(self.library, get_backend(backend), length, None, 0)
+        made = CompiledModel(Runner.of_model(self.model, regions, prefill_chunk=self.prefill_chunk))
         if like is not None:
             several = {
                 key: region

@@ -5,17 +5,23 @@ its whole configuration, so its text form (`spec`) parses back and its content i
 key.
 """
 
+import functools
 import hashlib
 import json
 import operator
+import sys
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+
+from .sources import module_digest
 
 
 class PassError(Exception):
@@ -43,12 +49,11 @@ class Pass(ABC):
     """One graph-to-graph transformation.
 
     Class attributes: `name` (kebab case, unique), `preserves_numerics` (bitwise equal results when
-    the graph is interpreted), `version` (raised whenever the output of the pass changes).
+    the graph is interpreted).
     """
 
     name: ClassVar[str]
     preserves_numerics: ClassVar[bool] = True
-    version: ClassVar[int] = 1
 
     @abstractmethod
     def run(self, gm: GraphModule) -> PassResult:
@@ -65,8 +70,24 @@ class Pass(ABC):
 
     @property
     def content_id(self) -> str:
-        """Stable id of the pass, its version and its configuration, for cache keys."""
-        return hashlib.sha256(f"{self.spec()}@{self.version}".encode()).hexdigest()[:16]
+        """Id of the pass's configuration and source, for cache keys: 16 hex digits, equal in every
+        process and installation.
+
+        The source is the module of its class and of each base class, with what these import from
+        their own folders and from this package. A class without a source file, such as one typed
+        into an interpreter, has another id in every process, so that nothing stale is found by it.
+        """
+        sources = [_source_of(kind) for kind in type(self).__mro__ if issubclass(kind, Pass)]
+        return hashlib.sha256(json.dumps([self.spec(), *sources]).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _source_of(kind: type[Pass]) -> str:
+    """The class by name, and a fingerprint of the source it is written in."""
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file is None or not file.endswith(".py") or not Path(file).is_file():
+        return f"{kind.__qualname__} {uuid.uuid4().hex}"
+    return f"{kind.__qualname__} {module_digest(Path(file))}"
 
 
 def copy_graph_module(gm: GraphModule) -> tuple[GraphModule, Graph]:

@@ -44,7 +44,6 @@ class MatvecToReduction(Pass):
 
     name: ClassVar[str] = "matvec-to-reduction"
     preserves_numerics: ClassVar[bool] = False  # the same products, summed in another order
-    version: ClassVar[int] = 2
     streams: int = 4
 
     def __post_init__(self) -> None:

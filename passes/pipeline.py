@@ -115,7 +115,7 @@ class Pipeline:
 
     @property
     def content_id(self) -> str:
-        """Joins the variant key: changes with any pass, its version or its options."""
+        """Joins the variant key: changes with any pass, its source or its options."""
         return "+".join(p.content_id for p in self.passes)
 
     def __str__(self) -> str:

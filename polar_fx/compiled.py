@@ -3,8 +3,9 @@
 Shape legend: B batch, T tokens, V vocabulary.
 """
 
-import functools
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from .backends import Backend, ShapeClass, get_backend
+from .backends import Backend, get_backend
 from .capture import check_supported, embedding_weight
 from .capture.checked import warn_if_not_finite
-from .capture.support import without_autocast
-from .errors import InputError
+from .errors import InputError, ProgramError
 from .explain.program_report import Explanation, Report, explain, report
 from .library import LayerLibrary
 from .library.cached import load_library
@@ -27,20 +27,18 @@ from .predictor.saved import load_selector
 from .program import Program
 from .runtime.bound_weights import BoundWeights
 from .runtime.code_key import RegionRecord
-from .runtime.cuda_graphs import CudaApi, CudaGraphs
+from .runtime.cuda_graphs import CudaGraphs
 from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
 from .runtime.generator import Generator
 from .runtime.kv_cache import KvPool, KvSession
-from .runtime.link import LinkedProgram, Linker
+from .runtime.link import Linker
 from .runtime.regions import RegionTable
+from .runtime.runner import Runner
 from .runtime.tiers import Tier, TierPolicy, Tiers
-from .runtime.token_rows import padded, token_rows
-from .runtime.trunk import Trunk
 from .store import ArtifactStore
 
 _MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
 _PREFILL_CHUNK, _GPU_PREFILL_CHUNK = 512, 4096  # a GPU needs many tokens at a time to be busy
-_GPU_TOKENS = 64
 
 ProgramLike = Program | str | Sequence[int] | None
 
@@ -139,20 +137,16 @@ def compile(
     warn_if_not_finite(model)
     store = cache if isinstance(cache, ArtifactStore) else ArtifactStore() if cache else None
     library = load_library(model, check, store)
-    chosen = get_backend(backend, library.device)
-    compiled = CompiledModel(
+    regions = RegionTable(library, get_backend(backend, library.device), max_length, store, workers)
+    runner = Runner.of_model(
         model,
-        library,
-        chosen,
-        max_length,
-        prefill_chunk,
-        deterministic,
-        program,
-        store,
-        workers,
-        tier,
-        tier_policy,
+        regions,
+        prefill_chunk=prefill_chunk,
+        deterministic=deterministic,
+        tier=tier,
+        tier_policy=tier_policy,
     )
+    compiled = CompiledModel(runner, program)
     if predictor is not None or menu is not None or policy is not None:
         compiled.dispatch_by(predictor, menu, policy, unprepared)
     return compiled
@@ -161,59 +155,102 @@ def compile(
 class CompiledModel:
     """A captured model that runs a program of layers on every call.
 
-    `library` holds graphs and weights, `linker` compiled regions and linked programs, `pool` the KV
-    slots.
+    `runner` runs programs: `library` holds graphs and weights, `linker` compiled regions and linked
+    programs, `pool` the KV slots. `default_program` is what calls without `program=` run, and
+    `dispatcher`, if there is one, chooses instead of it in `generate`.
     """
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        library: LayerLibrary,
-        backend: Backend,
-        max_length: int,
-        prefill_chunk: int,
-        deterministic: bool,
-        program: ProgramLike,
-        store: ArtifactStore | None = None,
-        workers: int | None = None,
-        tier: Tier = "linked",
-        tier_policy: TierPolicy | None = None,
-    ) -> None:
-        self.config, self.generation_config = model.config, model.generation_config
-        self.library, self.backend = library, backend
-        self.bound = BoundWeights(model, library.tensors)
-        self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
-        self.pool = KvPool(max_length, library.device)
-        self.regions = RegionTable(library, backend, max_length, store, workers)
-        self.linker = Linker(library, self.regions, self.pool)
-        self.graphs = CudaGraphs(CudaApi(library.device)) if library.device.type == "cuda" else None
-        self.tiers = Tiers(
-            library, self.regions, self.pool.kv_index, tier, tier_policy or TierPolicy()
-        )
-        self.vocab_size = embedding_weight(model).shape[0]
-        self.default_program = Program.identity(library.depth)
+    def __init__(self, runner: Runner, program: ProgramLike = None) -> None:
+        self.runner, self.generator = runner, Generator(runner)
+        self.default_program = Program.identity(runner.depth)
         self.default_program = self.resolve(program)
-        self.generator = Generator(self)
         self.dispatcher: Dispatcher | None = None
 
     # ----------------------------------------------------------------------------------- properties
 
     @property
+    def config(self) -> Any:
+        """HuggingFace's configuration of the model."""
+        return self.runner.info.config
+
+    @property
+    def generation_config(self) -> Any:
+        """Settings that `generate` runs by where a call gives none."""
+        return self.runner.info.generation_config
+
+    @generation_config.setter
+    def generation_config(self, settings: Any) -> None:
+        self.runner.info = replace(self.runner.info, generation_config=settings)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many token ids there are."""
+        return self.runner.info.vocab_size
+
+    @property
     def architecture(self) -> str:
         """Name of the model's class."""
-        return (self.config.architectures or [type(self.config).__name__])[0]
+        return self.runner.info.architecture
 
     @property
     def depth(self) -> int:
-        return self.library.depth
+        return self.runner.depth
 
     @property
     def device(self) -> torch.device:
-        return self.pool.device
+        return self.runner.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.library.dtype
+        return self.runner.dtype
+
+    @property
+    def library(self) -> LayerLibrary:
+        return self.runner.library
+
+    @property
+    def backend(self) -> Backend:
+        return self.runner.backend
+
+    @property
+    def regions(self) -> RegionTable:
+        return self.runner.regions
+
+    @property
+    def linker(self) -> Linker:
+        return self.runner.linker
+
+    @property
+    def pool(self) -> KvPool:
+        return self.runner.pool
+
+    @property
+    def tiers(self) -> Tiers:
+        return self.runner.tiers
+
+    @property
+    def graphs(self) -> CudaGraphs | None:
+        """Captured decodes; None launches every kernel by itself."""
+        return self.runner.graphs
+
+    @graphs.setter
+    def graphs(self, graphs: CudaGraphs | None) -> None:
+        self.runner.graphs = graphs
+
+    @property
+    def bound(self) -> BoundWeights | None:
+        """Whether the model still holds the weights that run here; None without a model."""
+        return self.runner.bound
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Prompt tokens that run at a time."""
+        return self.runner.prefill_chunk
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether rows run one by one."""
+        return self.runner.deterministic
 
     @property
     def compilations(self) -> tuple[RegionRecord, ...]:
@@ -254,9 +291,9 @@ class CompiledModel:
         either side; logits of padding are 0. Raises InputError, ProgramError, KvOverflowError.
         """
         chosen = self.resolve(program)
-        rows, mask = self.rows(input_ids, attention_mask)
-        with self.session(chosen, len(rows)) as session:
-            logits = self.prefill(chosen, session, rows, every=True)
+        rows, mask = self.runner.rows(input_ids, attention_mask)
+        with self.runner.open(chosen, len(rows)) as session:
+            logits = self.runner.prefill(session, rows, every=True)
         if bool(mask.all()):
             return torch.stack(logits)
         result = logits[0].new_zeros(*mask.shape, logits[0].shape[-1])
@@ -276,7 +313,8 @@ class CompiledModel:
         """
         if program is None and self.dispatcher is not None:
             return self.dispatcher.generate(input_ids, **kwargs)[0]
-        return self.generator.run(input_ids, self.resolve(program), **kwargs)
+        chosen = self.resolve(program)
+        return self.generator.run(self.generator.check(input_ids, **kwargs), chosen)
 
     def dispatch(self, input_ids: Tensor, **kwargs: Any) -> tuple[Any, DispatchReport]:
         """`generate`, and what each row ran, why, and how long that took.
@@ -308,7 +346,7 @@ class CompiledModel:
         if menu is not None and not isinstance(menu, Menu):
             menu = Menu.of([self.resolve(program) for program in menu], self.depth)
         self.dispatcher = Dispatcher(
-            self, predictor, menu, "accuracy" if policy is None else policy, unprepared
+            self.runner, predictor, menu, "accuracy" if policy is None else policy, unprepared
         )
         return self.dispatcher
 
@@ -325,29 +363,20 @@ class CompiledModel:
         if programs is None and self.dispatcher is not None:
             self.dispatcher.warmup((1, 2) if batch is None else (batch,))
         else:
-            self._warm_up((None,) if programs is None else programs, batch or 1)
+            wanted = (None,) if programs is None else programs
+            self.runner.warm_up((self.resolve(program) for program in wanted), batch or 1)
         return tuple(r for r in self.regions.records[before:] if r.source == "compiled")
-
-    def _warm_up(self, programs: Iterable[ProgramLike], batch: int) -> None:
-        tokens = min(2, self.pool.max_length)
-        for program in programs:
-            chosen = self.resolve(program)
-            rows = [torch.zeros(tokens, dtype=torch.long)] * batch
-            with self.session(chosen, batch) as session:
-                self.prefill(chosen, session, rows)
-                if tokens < self.pool.max_length:
-                    self.decode(chosen, session, torch.zeros(batch, dtype=torch.long))
 
     def explain(self, program: ProgramLike = None, batch: int = 1) -> Explanation:
         """What generating by `program` would run for `batch` rows; compiles nothing.
 
         Raises ProgramError, InputError.
         """
-        return explain(self, program, batch)
+        return explain(self.runner, self.resolve(program), batch)
 
     def report(self) -> Report:
         """What was captured, compiled or loaded so far, and what it holds; compiles nothing."""
-        return report(self)
+        return report(self.runner)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise InputError(
@@ -358,135 +387,47 @@ class CompiledModel:
 
     # ------------------------------------------------------------ prefill and decode of one session
 
-    def session(self, program: Program, batch: int) -> Any:
+    def session(self, program: Program, batch: int) -> AbstractContextManager[KvSession]:
         """A context manager giving an empty KvSession for `batch` rows of `program`.
 
         Raises WeightsReplacedError.
         """
-        self.bound.check()
-        return self.pool.session(self.library.kv_specs(program), batch)
+        return self.runner.open(program, batch)
 
     def rows(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
-        """Validated input, on the CPU: the real tokens of each row, and the boolean mask [B, T]
-        that says where they stood.
-        """
-        return token_rows(input_ids, attention_mask, self.vocab_size)
+        """Validated input, as `Runner.rows` has it."""
+        return self.runner.rows(input_ids, attention_mask)
 
-    def chunks(self, rows: list[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], zeros after a row's
-        own, and its counts.
-
-        On a GPU, T of several tokens is a multiple of 64: its attention library makes a plan for
-        each new size.
-        """
-        for start in range(0, max(len(r) for r in rows), self.prefill_chunk):
-            parts = [r[start : start + self.prefill_chunk] for r in rows]
-            counts = [len(p) for p in parts]
-            tokens = max(counts)
-            if self.device.type == "cuda" and tokens > 1:
-                tokens += -tokens % _GPU_TOKENS
-            yield padded(parts, tokens).to(self.device), counts
+    def chunks(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+        """The rows' tokens in parts, as `Runner.chunks` has them."""
+        return self.runner.chunks(rows)
 
     def prefill(
-        self,
-        program: Program,
-        session: KvSession,
-        rows: list[Tensor],
-        every: bool = False,
-        trunk: Trunk | None = None,
+        self, program: Program, session: KvSession, rows: Sequence[Tensor], every: bool = False
     ) -> list[Tensor]:
-        """Append the rows' tokens in chunks; per row, logits [V] of its last token, or [T, V] if
+        """Append the rows' tokens i64[T]; per row, logits [V] of its last token, or [T, V] if
         `every`.
 
-        After a `trunk` of the same rows, and in a session of `session_after`, only the steps behind
-        it run.
+        Raises ProgramError for a session of another program, and KvOverflowError before anything
+        runs.
         """
-        session.require([len(r) for r in rows])
-        if self.deterministic and len(rows) > 1:
-            each = [None if trunk is None else trunk.take([i]) for i in range(len(rows))]
-            return [
-                self.prefill(program, session.row(i), [r], every, each[i])[0]
-                for i, r in enumerate(rows)
-            ]
-        results: list[list[Tensor]] = [[] for _ in rows]
-        for i, (ids, counts) in enumerate(self.chunks(rows)):
-            start = i * self.prefill_chunk
-            last = [
-                n - 1 if start + n == len(r) and n else -1
-                for n, r in zip(counts, rows, strict=True)
-            ]
-            done = None
-            if trunk is not None:
-                states = [h[start : start + n] for h, n in zip(trunk.hidden, counts, strict=True)]
-                done = trunk.num_steps, padded(states, ids.shape[1])
-            logits = self._run(program, session, ids, counts, None if every else last, done)
-            for i, (n, at) in enumerate(zip(counts, last, strict=True)):
-                if every and n:
-                    results[i].append(logits[i, :n])  # type: ignore[index]
-                elif at >= 0:
-                    results[i].append(logits[i, 0])  # type: ignore[index]
-        return [torch.cat(r) if every else r[0] for r in results]
+        _check_session(session, program)
+        return self.runner.prefill(session, rows, every)
 
     def decode(self, program: Program, session: KvSession, tokens: Tensor) -> Tensor:
-        """Append one token per row, `tokens` i64[B]; logits [B, V]."""
-        ids = tokens.to(self.device)[:, None]
-        if self.deterministic and session.batch > 1:
-            session.require([1] * session.batch)
-            one = [
-                self._run(program, session.row(i), ids[i : i + 1], [1], [0])
-                for i in range(session.batch)
-            ]
-            return torch.cat(one)[:, 0]  # type: ignore[arg-type]
-        return self._run(program, session, ids, [1] * session.batch, [0] * session.batch)[:, 0]  # type: ignore[index]
+        """Append one token per row, `tokens` i64[B]; logits [B, V].
 
-    @torch.no_grad()
-    def _run(
-        self,
-        program: Program,
-        session: KvSession,
-        ids: Tensor,
-        counts: list[int],
-        select: list[int] | None,
-        done: tuple[int, Tensor] | None = None,
-    ) -> Tensor | None:
-        with without_autocast(self.device):
-            return self._pass(program, session, ids, counts, select, done)
-
-    def _pass(
-        self,
-        program: Program,
-        session: KvSession,
-        ids: Tensor,
-        counts: list[int],
-        select: list[int] | None,
-        done: tuple[int, Tensor] | None,
-    ) -> Tensor | None:
-        """One pass over ids [B, T]: logits [B, T, V], or of one position per row [B, 1, V] if
-        `select` names any.
-
-        `done`: how many steps have run already, and the hidden states [B, T, d] after them.
+        Raises as `prefill` does.
         """
-        batch, tokens = ids.shape
-        positions = session.positions(counts, tokens)
-        ids = ids.contiguous()  # regions are compiled for dense operands
-        shape = ShapeClass.of(batch, tokens, self.pool.length)
-        slots, where = session.slots, None
-        if select is None or tokens == 1:
-            linked = self.linker.link(program, shape)
-            if done is not None:
-                run = functools.partial(linked.run, ids, positions, slots, *done)
-            else:
-                decode = LinkedProgram.run if self.graphs is None or tokens > 1 else self.graphs.run
-                run = functools.partial(decode, linked, ids, positions, slots)
-        else:
-            # else no row ends in this chunk: the head would be computed for nothing
-            if max(select) >= 0:
-                where = self.pool.on_device([max(0, s) for s in select])
-            linked = self.linker.link(program, shape, every=False)
-            run = functools.partial(linked.run_last, ids, positions, slots, where, *(done or ()))
-        one = batch == 1 and (where is not None or tokens == 1) and done is None
-        logits = self.tiers.run(program, shape, ids, positions, where, slots, run) if one else run()
-        session.advance(counts)
-        return logits
+        _check_session(session, program)
+        return self.runner.decode(session, tokens)
+
+
+def _check_session(session: KvSession, program: Program) -> None:
+    if session.program != program:
+        raise ProgramError(
+            f"the session was opened for program {session.program}, and program {program} is to "
+            "run in it; open a session for that one"
+        )

@@ -16,7 +16,7 @@ from polar_fx.backends import ShapeClass
 from polar_fx.compiled import CompiledModel
 from polar_fx.program import Program
 from polar_fx.runtime.cuda_graphs import CudaGraphs
-from polar_fx.runtime.link import LinkedProgram
+from polar_fx.runtime.link import LinkedProgram, StepInputs
 from tiny_models import prompts
 
 aten = torch.ops.aten
@@ -92,9 +92,8 @@ def step(model: CompiledModel, run: Run, program: Program, session: Any, tokens:
     """Logits [B, V] of one more token a row, as CompiledModel decodes."""
     batch = len(tokens)
     linked = model.linker.link(program, ShapeClass.of(batch, 1, model.pool.length))
-    logits = run(
-        linked, tokens[:, None].to(model.device), session.positions([1] * batch), session.slots
-    )
+    ids, positions = tokens[:, None].to(model.device), session.positions([1] * batch)
+    logits = run(linked, StepInputs(ids, positions, session.slots))
     session.advance([1] * batch)
     return logits[:, 0]
 

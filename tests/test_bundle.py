@@ -146,11 +146,11 @@ def _row_by_row(compiled: CompiledModel, ids: Tensor, given: dict[str, Any]) -> 
     """As the bundle does it, for the compiled model has no regions for many rows yet; padded to
     equal lengths.
     """
-    compiled.deterministic = True
+    compiled.runner.deterministic = True
     try:
         return [compiled.generate(ids, **given)]
     finally:
-        compiled.deterministic = False
+        compiled.runner.deterministic = False
 
 
 def test_warmup_report_and_explain_know_what_is_there(bundle: BundledModel) -> None:

@@ -20,6 +20,8 @@ from polar_fx.compiled import CompiledModel, compile
 from polar_fx.program import Program
 from polar_fx.runtime.cuda_graphs import CudaGraphs
 from polar_fx.runtime.link import LinkedProgram
+from polar_fx.runtime.regions import RegionTable
+from polar_fx.runtime.runner import Runner
 from tiny_models import make, prompts
 
 aten = torch.ops.aten
@@ -33,12 +35,8 @@ def plain() -> CompiledModel:
 @pytest.fixture
 def pair(plain: CompiledModel) -> Pair:
     """Eager regions; the captured one has a pool of its own, empty."""
-    return Pair(
-        CompiledModel(
-            make("llama"), plain.library, plain.backend, 31, 512, deterministic=False, program=None
-        ),
-        plain,
-    )
+    regions = RegionTable(plain.library, plain.backend, 31, None)
+    return Pair(CompiledModel(Runner.of_model(make("llama"), regions)), plain)
 
 
 # --------------------------------------------------------------------------------- the same results

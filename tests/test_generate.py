@@ -15,6 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, KvOverflowError
 from polar_fx.runtime.generator import _Running
+from polar_fx.runtime.runner import Runner
 from tiny_models import make, prompts
 
 PROGRAM = "0 (1-2)*2 3"
@@ -197,7 +198,7 @@ def test_settings_that_only_the_model_can_follow_are_refused_wherever_they_stand
     else:
         for name, value in settings.items():
             monkeypatch.setattr(_compiled().generation_config, name, value)
-    monkeypatch.setattr(CompiledModel, "prefill", None)  # nothing may run
+    monkeypatch.setattr(Runner, "prefill", None)  # nothing may run
     ids = prompts(9)[0][None]
     with pytest.raises(InputError, match=named.partition("=")[0] if "cache" in named else named):
         _compiled().generate(ids, max_new_tokens=2, do_sample=False, **given)
@@ -244,8 +245,8 @@ def test_a_prompt_that_transformers_would_cut_up_is_read_as_a_whole(size: int) -
 def test_a_loop_may_append_any_number_of_tokens_at_once() -> None:
     rows = torch.stack(prompts(12, 12))
     want = _compiled().forward(rows, program=PROGRAM)
-    with _compiled().session(program := _compiled().resolve(PROGRAM), 2) as session:
-        loop = _Running(_compiled(), program)
+    with _compiled().session(_compiled().resolve(PROGRAM), 2) as session:
+        loop = _Running(_compiled().runner, _compiled().generation_config)
         ones = torch.ones_like(rows)
         for end in (4, 7):  # all tokens so far, as a loop of its own may pass them
             got = loop(rows[:, :end], ones[:, :end], session).logits
@@ -260,8 +261,8 @@ def test_padding_among_tokens_that_follow_is_refused() -> None:
     rows = torch.stack(prompts(9, 9))
     mask = torch.ones_like(rows)
     mask[0, 7] = 0
-    with _compiled().session(program := _compiled().resolve(PROGRAM), 2) as session:
-        loop = _Running(_compiled(), program)
+    with _compiled().session(_compiled().resolve(PROGRAM), 2) as session:
+        loop = _Running(_compiled().runner, _compiled().generation_config)
         loop(rows[:, :4], mask[:, :4], session)
         with pytest.raises(
             InputError, match="5 tokens a row follow the prompt at once, some of them padding"

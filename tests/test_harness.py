@@ -56,7 +56,8 @@ class ByFirstToken:
 
     def __init__(self, model: Any) -> None:
         self.features, self.menu, self.seen = Features(2, 64), Menu.of(PROGRAMS), 0
-        with run_trunk(model, [torch.tensor([t]) for t in range(model.vocab_size)], 2) as trunk:
+        rows = [torch.tensor([t]) for t in range(model.vocab_size)]
+        with run_trunk(model.runner, rows, 2) as trunk:
             self.table = torch.stack([h[0] for h in trunk.hidden])
 
     def propose(self, hidden: Any) -> list[Proposal]:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from polar_fx.backends import ShapeClass
 from polar_fx.compiled import CompiledModel, compile
+from polar_fx.errors import ProgramError
 from polar_fx.program import Program
 from polar_fx.runtime.kv_cache import KvSession
+from polar_fx.runtime.link import StepInputs
 from tiny_models import WINDOW, make, prompts
 
 PROGRAMS = {
@@ -143,7 +145,7 @@ def test_where_no_row_ends_only_keys_and_values_are_written() -> None:
         compiled.session(program, 2) as session,
         compiled.session(program, 2) as every,
     ):
-        assert linked.run_last(ids, session.positions([6, 6]), session.slots, None) is None
+        linked.write_kv(StepInputs(ids, session.positions([6, 6]), session.slots))
         session.advance([6, 6])
         compiled.prefill(program, every, list(ids), every=True)
         _same_slots(session, every)
@@ -155,14 +157,14 @@ def test_any_token_may_be_asked_for() -> None:
     shape = ShapeClass.of(2, 6, compiled.pool.length)
     with torch.no_grad(), compiled.session(program, 2) as session:
         positions = session.positions([6, 6])
-        want = compiled.linker.link(program, shape).run(ids, positions, session.slots)
+        linked = compiled.linker.link(program, shape)
+        want = linked.run(StepInputs(ids, positions, session.slots))
     for where in ((0, 5), (3, 3), (5, 1)):
         with torch.no_grad(), compiled.session(program, 2) as session:
             linked = compiled.linker.link(program, shape, every=False)
-            got = linked.run_last(
-                ids, session.positions([6, 6]), session.slots, torch.tensor(where)
-            )
-        assert got is not None and got.shape == (2, 1, 100)
+            positions = session.positions([6, 6])
+            got = linked.run(StepInputs(ids, positions, session.slots, torch.tensor(where)))
+        assert got.shape == (2, 1, 100)
         torch.testing.assert_close(got[:, 0], want[torch.arange(2), list(where)], rtol=0, atol=1e-4)
 
 
@@ -194,3 +196,26 @@ def test_the_last_step_runs_for_one_token_a_row() -> None:
         ("attention", 1),
         ("other", 1),
     ]
+
+
+def test_a_session_of_another_program_is_refused() -> None:
+    compiled = _compiled("llama", 512)
+    mine, other = Program.parse("skip 1", 4), Program.identity(4)
+    with torch.no_grad(), compiled.session(mine, 1) as session:
+        for call in (
+            lambda: compiled.prefill(other, session, prompts(6)),
+            lambda: compiled.decode(other, session, torch.tensor([5])),
+        ):
+            with pytest.raises(ProgramError) as refused:
+                call()
+            assert str(mine) in str(refused.value) and str(other) in str(refused.value)
+        assert session.lengths == [0], "nothing ran"
+        for every in (True, False):
+            linked = compiled.linker.link(
+                other, ShapeClass.of(1, 6, compiled.pool.length), every=every
+            )
+            ids, positions = torch.stack(prompts(6)), session.positions([6])
+            where = None if every else torch.tensor([5])
+            with pytest.raises(ProgramError, match="4 steps but the session 3 slots"):
+                linked.run(StepInputs(ids, positions, session.slots, where))
+        assert not any(bool(t.any()) for pair in session.slots for t in pair)

@@ -33,6 +33,7 @@ from polar_fx.explain.tensorrt_parts import Part, partition_report, parts_of
 from polar_fx.passes.base import writes
 from polar_fx.passes.outline_layers import is_size
 from polar_fx.runtime.regions import RegionTable
+from polar_fx.runtime.runner import Runner
 from polar_fx.store import ArtifactStore
 from tiny_models import make, prompts, tiny
 
@@ -78,7 +79,10 @@ def test_a_region_taken_apart_computes_the_same_bits_and_writes_the_same_slots(f
     """
     model, library = tiny(family).model, tiny(family).library
     apart, whole = (
-        CompiledModel(model, library, b, 31, 8, False, None) for b in (_Apart(), EagerBackend())
+        CompiledModel(
+            Runner.of_model(model, RegionTable(library, backend, 31, None), prefill_chunk=8)
+        )
+        for backend in (_Apart(), EagerBackend())
     )
     for got, want in zip(_answers(apart), _answers(whole), strict=True):
         assert torch.equal(got, want)

@@ -1,8 +1,8 @@
 """A bundle -> a model that runs its programs: no modeling code, no tracing, no compiler.
 
-The parts are those of `polar_fx.compile`: a library by its symbol table, a linker, a KV pool and a
-generator. Only what they are given differs: tensors from the weights file, and regions that are
-loaded or refused, never made.
+The parts are those of `polar_fx.compile`: a library by its symbol table, and a runner over a
+table of regions and a KV pool. Only what they are given differs: tensors from the weights file, and
+regions that are loaded or refused, never made.
 """
 
 import tempfile
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig
 
 from ..backends import AotInductorBackend, PersistentBackend, Region, ShapeClass
 from ..backends.aot_inductor import REGION
@@ -27,10 +27,11 @@ from ..output.plain_text import count
 from ..predictor.saved import load_selector
 from ..program import Program
 from ..runtime.code_key import target_of
+from ..runtime.cuda_graphs import cuda_graphs
 from ..runtime.dispatcher import Dispatcher
 from ..runtime.kv_cache import KvPool
-from ..runtime.link import Linker
 from ..runtime.regions import RegionTable, Wanted
+from ..runtime.runner import ModelInfo, Runner
 from ..runtime.tiers import TierPolicy, Tiers
 from .contents import check_regions, read_table
 from .errors import BundleError
@@ -200,19 +201,20 @@ class BundledModel(CompiledModel):
         self.programs = manifest.programs
         self._allowed = frozenset(manifest.programs)
         library = LayerLibrary.from_table(contents.table, weights, _no_graphs(folder))
-        stand_in = _StandIn(contents.config, contents.generation_config, manifest.vocab_size)
-        super().__init__(
-            cast(PreTrainedModel, stand_in),
+        regions = _BundledRegions(folder, packages, manifest, library)
+        pool = KvPool(manifest.max_length, library.device)
+        runner = Runner(
+            ModelInfo(contents.config, contents.generation_config, manifest.vocab_size),
             library,
-            _Sealed(folder, packages),
-            manifest.max_length,
-            manifest.prefill_chunk,
-            manifest.deterministic or not manifest.many_rows,
-            manifest.programs[0],
+            regions,
+            pool,
+            prefill_chunk=manifest.prefill_chunk,
+            deterministic=manifest.deterministic or not manifest.many_rows,
+            tiers=Tiers(library, regions, pool.kv_index, "linked", TierPolicy()),
+            graphs=cuda_graphs(library.device),
+            bound=None,
         )
-        self.regions = _BundledRegions(folder, packages, manifest, library, self.backend)
-        self.linker = Linker(library, self.regions, self.pool)
-        self.tiers = Tiers(library, self.regions, self.pool.kv_index, "linked", TierPolicy())
+        super().__init__(runner, manifest.programs[0])
         # now, not in a request, and while the copies that were hashed are there
         self.regions.get([f.region for f in manifest.files if f.region is not None])
         if any(f.path in PREDICTOR_FILES for f in manifest.files):
@@ -287,26 +289,13 @@ class BundledModel(CompiledModel):
         )
 
 
-class _StandIn:
-    """What CompiledModel asks of a HuggingFace model: its settings, and how many token ids there
-    are.
-    """
-
-    def __init__(self, config: Any, generation_config: Any, vocab_size: int) -> None:
-        self.config, self.generation_config = config, generation_config
-        self.weight = torch.empty(vocab_size, 0)  # only its length is read
-
-    def get_input_embeddings(self) -> "_StandIn":
-        return self
-
-
 class _BundledRegions(RegionTable):
     """Regions from the bundle's packages; what is not there is refused."""
 
     def __init__(
-        self, folder: Path, packages: Path, manifest: Manifest, library: LayerLibrary, backend: Any
+        self, folder: Path, packages: Path, manifest: Manifest, library: LayerLibrary
     ) -> None:
-        super().__init__(library, backend, manifest.max_length, None, 0)
+        super().__init__(library, _Sealed(folder, packages), manifest.max_length, None, 0)
         self._folder = folder
         self._packages = {
             f.region: packages / f.path for f in manifest.files if f.region is not None

@@ -9,6 +9,7 @@ Shape legend: B batch, T tokens, d hidden size, D layers.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,10 +19,12 @@ from torch import Tensor
 from ..backends import ShapeClass
 from ..errors import InputError
 from ..program import Program
+from ..runtime.link import StepInputs
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
     from ..runtime.kv_cache import KvSession
+    from ..runtime.runner import Runner
 
 _BATCH = 16
 
@@ -35,15 +38,15 @@ def block_influences(model: "CompiledModel", rows: Sequence[Tensor]) -> np.ndarr
     """
     if not rows:
         raise InputError("there are no prompts; give at least one to measure influences on")
-    identity = Program.identity(model.depth)
+    runner, identity = model.runner, Program.identity(model.depth)
     ordered = sorted(rows, key=len)  # batches of like lengths have little padding
     sums, tokens = torch.zeros(model.depth, dtype=torch.float64), 0
     for start in range(0, len(ordered), _BATCH):
         batch = ordered[start : start + _BATCH]
-        with model.session(identity, len(batch)) as session:
+        with runner.open(identity, len(batch)) as session:
             session.require([len(row) for row in batch])
-            for ids, counts in model.chunks(batch):
-                sums += _cosine_sums(model, identity, session, ids, counts)
+            for ids, counts in runner.chunks(batch):
+                sums += _cosine_sums(runner, session, ids, counts)
                 tokens += sum(counts)
                 session.advance(counts)
     if not bool(sums.isfinite().all()):
@@ -56,29 +59,23 @@ def block_influences(model: "CompiledModel", rows: Sequence[Tensor]) -> np.ndarr
 
 
 @torch.no_grad()
-def _cosine_sums(
-    model: "CompiledModel", identity: Program, session: "KvSession", ids: Tensor, counts: list[int]
-) -> Tensor:
+def _cosine_sums(runner: "Runner", session: "KvSession", ids: Tensor, counts: list[int]) -> Tensor:
     """f64[D]: the sum of the cosines of each layer's input and output over the chunk's tokens;
     padding does not count.
     """
     # linked for every token: the last layer's output is needed like any other's, which a prefill
     # would run for one token
-    linked = model.linker.link(
-        identity, ShapeClass.of(ids.shape[0], ids.shape[1], model.pool.length)
-    )
-    inputs = [ids, session.positions(counts), linked.kv_index]
-    values = [*inputs, *linked.prologue([*inputs, *linked.prologue_weights])]
+    shape = ShapeClass.of(ids.shape[0], ids.shape[1], runner.pool.length)
+    linked = runner.linker.link(session.program, shape)
+    positions = session.positions(counts, ids.shape[1])
     is_token = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
-    hidden, found = values[3], []
-    for step, slot in zip(linked.steps, session.slots, strict=True):
-        after = step.region(step.operands(hidden, values, slot))[0]
+    found = []
+    for before, after in pairwise(linked.states(StepInputs(ids, positions, session.slots))):
         # in double precision, so that a layer that changes nothing has influence 0
         cosine = torch.nn.functional.cosine_similarity(
-            hidden.cpu().double(), after.cpu().double(), dim=-1
+            before.cpu().double(), after.cpu().double(), dim=-1
         )
         found.append(cosine[is_token].sum())
-        hidden = after
     return torch.stack(found)
 
 

@@ -5,19 +5,18 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from ..library import LayerLibrary
 from ..output.plain_text import count, ranges, size, table
 from ..passes.pipeline import PassRecord
 from ..program import Program
 from ..runtime.code_key import RegionRecord
+from ..runtime.runner import Runner
 from ..runtime.tiers import TierRecord
 from ..store import total_bytes
-
-if TYPE_CHECKING:
-    from ..compiled import CompiledModel
 
 
 @dataclass(frozen=True)
@@ -104,9 +103,9 @@ class Report:
     __str__ = text
 
 
-def report(compiled: "CompiledModel") -> Report:
-    """What `compiled` holds by now."""
-    library, regions, pool = compiled.library, compiled.regions, compiled.pool
+def report(runner: Runner) -> Report:
+    """What `runner` holds by now."""
+    library, regions, pool = runner.library, runner.regions, runner.pool
     captured = library.captured if library.is_traced else None
     store = None
     if regions.store is not None:
@@ -120,21 +119,21 @@ def report(compiled: "CompiledModel") -> Report:
             refused,
         )
     return Report(
-        model=compiled.architecture,
+        model=runner.info.architecture,
         depth=library.depth,
         dtype=str(library.dtype).removeprefix("torch."),
         device=str(library.device),
-        backend=compiled.backend.name,
+        backend=runner.backend.name,
         max_length=pool.max_length,
         is_traced=library.is_traced,
         capture_s=captured and captured.seconds,
         layer_path=captured and captured.layer_path,
-        kinds=kinds_of(compiled),
+        kinds=kinds_of(library),
         passes=library.records if captured else (),
         regions=tuple(regions.records),
-        num_programs=compiled.linker.num_programs,
-        tier=compiled.tiers.tier,
-        tiers=tuple(replace(t) for t in compiled.tiers.records),
+        num_programs=runner.linker.num_programs,
+        tier=runner.tiers.tier,
+        tiers=tuple(replace(t) for t in runner.tiers.records),
         weight_bytes=tensor_bytes(library.tensors.values()),
         num_weights=len(_distinct(library.tensors.values())),
         kv_bytes=pool.num_bytes,
@@ -144,9 +143,8 @@ def report(compiled: "CompiledModel") -> Report:
     )
 
 
-def kinds_of(compiled: "CompiledModel") -> tuple[Kind, ...]:
+def kinds_of(library: LayerLibrary) -> tuple[Kind, ...]:
     """Prologue, the kinds of layers, epilogue."""
-    library = compiled.library
     found: dict[str, list[int]] = {}
     for layer, call in enumerate(library.layers):
         found.setdefault(call.target, []).append(layer)

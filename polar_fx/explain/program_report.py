@@ -11,20 +11,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..backends.base import PersistentBackend, ShapeClass
 from ..errors import InputError, NotSegmentableError
 from ..output.plain_text import count, ranges, size, table
 from ..program import Program
 from ..runtime.regions import Wanted
+from ..runtime.runner import Runner
 from ..runtime.tiers import TierRecord
 from ..store import Entry
 from .model_report import Kind, Report, kinds_of, plain, report, tensor_bytes
 from .picture import picture, program_dot, render_svg
-
-if TYPE_CHECKING:
-    from ..compiled import CompiledModel, ProgramLike
 
 __all__ = [
     "Cost",
@@ -203,27 +201,24 @@ class Explanation:
 # ------------------------------------------------------------------------------------------ looking
 
 
-def explain(
-    compiled: "CompiledModel", program: "ProgramLike" = None, batch: int = 1
-) -> Explanation:
-    """What generating by `program` (None: the default one) would run for `batch` rows.
+def explain(runner: Runner, program: Program, batch: int = 1) -> Explanation:
+    """What generating by `program` would run for `batch` rows.
 
-    Raises ProgramError, InputError.
+    Raises InputError.
     """
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise InputError(f"batch must be a positive number of rows, got {batch!r}")
-    chosen = compiled.resolve(program)
-    library, regions, pool = compiled.library, compiled.regions, compiled.pool
-    batch = 1 if compiled.deterministic else batch  # rows run one by one
-    shape = ShapeClass.of(batch, min(compiled.prefill_chunk, pool.max_length), pool.length)
+    library, regions, pool = runner.library, runner.regions, runner.pool
+    batch = 1 if runner.deterministic else batch  # rows run one by one
+    shape = ShapeClass.of(batch, min(runner.prefill_chunk, pool.max_length), pool.length)
     entries = {e.key: e for e in regions.store.entries()} if regions.store is not None else {}
     # of a prompt, its last chunk; a chunk of one token runs as if decoded
     parts = (
-        compiled.linker.calls(chosen, of, every=of == shape.decode) for of in (shape, shape.decode)
+        runner.linker.calls(program, of, every=of == shape.decode) for of in (shape, shape.decode)
     )
-    prefill, decode = (_uses(compiled, Counter(calls), entries) for calls in parts)
+    prefill, decode = (_uses(runner, Counter(calls), entries) for calls in parts)
     steps = []
-    for step in chosen.schedule():
+    for step in program.schedule():
         call, spec = library.layers[step.layer], library.table.kv_specs[step.layer]
         steps.append(
             StepUse(
@@ -238,38 +233,38 @@ def explain(
             )
         )
     try:
-        segments = tuple({**asdict(s), "op": str(s.op)} for s in chosen.segments())
+        segments = tuple({**asdict(s), "op": str(s.op)} for s in program.segments())
     except NotSegmentableError:
         segments = None
     kv_bytes = sum(s.kv_bytes_per_token for s in steps)
     cost = Cost(
         batch,
         sum(s.weight_bytes for s in steps),
-        _end_bytes(compiled, batch),
+        _end_bytes(runner, batch),
         kv_bytes,
         batch * pool.length * kv_bytes,
     )
     return Explanation(
-        chosen,
-        picture(chosen),
+        program,
+        picture(program),
         segments,
-        kinds_of(compiled),
+        kinds_of(library),
         tuple(steps),
         prefill,
         decode,
         library.is_traced,
         pool.length,
         cost,
-        compiled.tiers.tier,
-        _tiers(compiled, chosen, shape, entries),
+        runner.tiers.tier,
+        _tiers(runner, program, shape, entries),
     )
 
 
 def _uses(
-    compiled: "CompiledModel", calls: Counter[Wanted], entries: dict[str, Entry]
+    runner: Runner, calls: Counter[Wanted], entries: dict[str, Entry]
 ) -> tuple[RegionUse, ...]:
-    regions, found = compiled.regions, []
-    if not compiled.backend.needs_shapes:
+    regions, found = runner.regions, []
+    if not runner.backend.needs_shapes:
         names: Counter[str] = Counter()
         for (name, _), number in calls.items():
             names[name] += number
@@ -281,7 +276,7 @@ def _uses(
         num_bytes = None
         if (name, str(shape)) in loaded:
             state, num_bytes = IN_MEMORY, loaded[name, str(shape)] or None
-        elif isinstance(compiled.backend, PersistentBackend) and (
+        elif isinstance(runner.backend, PersistentBackend) and (
             entry := entries.get(regions.key(name, shape).digest)
         ):
             state, num_bytes = ON_DISK, entry.num_bytes
@@ -292,26 +287,26 @@ def _uses(
 
 
 def _tiers(
-    compiled: "CompiledModel", program: Program, shape: ShapeClass, entries: dict[str, Entry]
+    runner: Runner, program: Program, shape: ShapeClass, entries: dict[str, Entry]
 ) -> tuple[TierState, ...]:
     """A state a phase, unless whole programs are off; they serve one row."""
-    if compiled.tiers.tier == "linked" or shape.batch != 1:
+    if runner.tiers.tier == "linked" or shape.batch != 1:
         return ()
     found = []
-    records = {r.phase: replace(r) for r in compiled.tiers.records if r.program == program}
+    records = {r.phase: replace(r) for r in runner.tiers.records if r.program == program}
     for phase, of in (("prefill", shape), ("decode", shape.decode)):
         found.append(
-            TierState(phase, records.get(phase), compiled.tiers.key(program, of).digest in entries)
+            TierState(phase, records.get(phase), runner.tiers.key(program, of).digest in entries)
         )
     return tuple(found)
 
 
-def _end_bytes(compiled: "CompiledModel", batch: int) -> int:
+def _end_bytes(runner: Runner, batch: int) -> int:
     """Bytes of prologue and epilogue that `batch` tokens read; of a table by token id, the tokens'
     rows.
     """
-    start, head = compiled.library.prologue, compiled.library.epilogue
-    tables = [w for w in start.weights if w.dim() > 1 and w.shape[0] == compiled.vocab_size]
+    start, head = runner.library.prologue, runner.library.epilogue
+    tables = [w for w in start.weights if w.dim() > 1 and w.shape[0] == runner.info.vocab_size]
     rest = [w for w in start.weights if not any(w is t for t in tables)]
     return tensor_bytes([*rest, *head.weights]) + sum(
         batch * t[0].numel() * t.element_size() for t in tables

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..passes.pipeline import library_pipeline
+from ..passes.sources import digest_of_files
 
 _OURS = ("capture", "passes", "library/symbols.py", "library/library.py")
 # code that a version stands for
@@ -243,12 +244,9 @@ def _code(code: types.CodeType) -> list[Any]:
 def _own_code() -> str:
     """Fingerprint of the files here that shape a capture."""
     here = Path(__file__).parent.parent
-    files = sorted(
+    files = [
         f
         for name in _OURS
         for f in ([here / name] if name.endswith(".py") else (here / name).glob("*.py"))
-    )
-    seen = hashlib.sha256()
-    for file in files:
-        seen.update(file.name.encode() + b"\0" + file.read_bytes())
-    return seen.hexdigest()
+    ]
+    return digest_of_files(files, here)

@@ -280,10 +280,9 @@ class PolarLM(TemplateLM):
 
     def _logits(self, program: Program, rows: Sequence[Tokens]) -> list[Tensor]:
         """Logits [T, V] of each row."""
-        with self.compiled.session(program, len(rows)) as session:
-            return self.compiled.prefill(
-                program, session, [torch.tensor(r) for r in rows], every=True
-            )
+        runner = self.compiled.runner
+        with runner.open(program, len(rows)) as session:
+            return runner.prefill(session, [torch.tensor(r) for r in rows], every=True)
 
     # ----------------------------------------------------------------------------------- generation
 

@@ -25,10 +25,9 @@ class BoundWeights:
     The model is not kept alive: nobody can exchange the weights of one that is gone.
     """
 
-    def __init__(self, model: Any, names: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._model = weakref.ref(model)
-        # what stands in for a model, as in a bundle, has no modules
-        self._places = tuple(self._find(model, names)) if isinstance(model, nn.Module) else ()
+        self._places = tuple(self._find(model, names))
 
     def _find(self, model: nn.Module, names: Iterable[str]) -> list[_Place]:
         found: dict[tuple[int, str], _Place] = {}

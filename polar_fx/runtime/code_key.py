@@ -17,6 +17,7 @@ import torch
 
 from ..backends.base import Backend, Region, ShapeClass
 from ..output.digest import digest
+from ..passes.sources import digest_of_files, with_imports
 
 
 @functools.cache
@@ -42,13 +43,38 @@ def target_of(device: torch.device) -> str:
     )
 
 
+_PACKAGE = Path(__file__).parent.parent
+
+# Folders and files, relative to the package, that shape what the compiler is given; for whole
+# programs also how steps are put together. `library/steps.py` says what a step takes and gives.
+_REGION_SOURCES = ("backends", "runtime/regions.py", "library/symbols.py", "library/steps.py")
+_WHOLE_SOURCES = ("runtime/tiers.py", "program")
+
+
+def builder_sources(kind: str, package: Path = _PACKAGE) -> set[Path]:
+    """Files of `package` that turn a graph into code of that kind ("region" or "whole"), with what
+    they import from passes/.
+
+    The passes that run are no part of it, unless another file uses them: they are a field of their
+    own in a key.
+    """
+    names = _REGION_SOURCES if kind == "region" else _REGION_SOURCES + _WHOLE_SOURCES
+    found: set[Path] = set()
+    for place in (package / name for name in names):
+        found |= (
+            set(place.rglob("*.py")) if place.is_dir() else {p for p in (place,) if p.is_file()}
+        )
+    # the list of passes imports every pass, whether it runs or not
+    passes = package / "passes"
+    return with_imports(
+        found, (passes,), passes=passes, not_followed=("pipeline.py", "__init__.py")
+    )
+
+
 @functools.cache
-def _builder() -> str:
-    """Fingerprint of the files here that turn graphs into code."""
-    seen = hashlib.sha256()
-    for file in sorted((Path(__file__).parent.parent / "backends").rglob("*.py")):
-        seen.update(file.name.encode() + b"\0" + file.read_bytes())
-    return seen.hexdigest()[:16]
+def _builder(kind: str) -> str:
+    """Fingerprint of the code here that turns graphs into code."""
+    return digest_of_files(builder_sources(kind), _PACKAGE)[:16]
 
 
 @dataclass(frozen=True)
@@ -58,8 +84,9 @@ class VariantKey:
     `graph` is the fingerprint of what is compiled (operators, wiring, literals, operand layouts),
     `passes` the content ids of the passes run on it, `bucket` the class of shapes. transformers'
     version is no field: what it changes is the graph. `threads` is one because Inductor decides by
-    it which loops to split, `builder` because our own adapters decide what the compiler is given.
-    Inductor's global settings are none: set them through the backend's `options`.
+    it which loops to split, `builder` because our own code (`builder_sources`) decides what the
+    compiler is given. Inductor's global settings are none: set them through the backend's
+    `options`.
     """
 
     kind: str
@@ -102,7 +129,7 @@ class VariantKey:
             options=json.dumps(backend.options, sort_keys=True, default=str),
             threads=torch.get_num_threads() if device.type == "cpu" else 0,
             torch_version=f"{torch.__version__} {torch.version.git_version}",
-            builder=_builder(),
+            builder=_builder(kind),
         )
 
     def facts(self) -> dict[str, str | int]:

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..program import Program
-from .link import LinkedProgram
+from .link import LinkedProgram, StepInputs
 
 log = logging.getLogger("polar_fx.cuda_graphs")
 
@@ -172,9 +172,9 @@ class _Buffers:
     positions: Tensor
     logits: Tensor
 
-    def fill(self, ids: Tensor, positions: Tensor) -> None:
-        self.ids.copy_(ids)
-        self.positions.copy_(positions)
+    def fill(self, inputs: StepInputs) -> None:
+        self.ids.copy_(inputs.ids)
+        self.positions.copy_(inputs.positions)
 
 
 @dataclass(eq=False, slots=True)
@@ -220,15 +220,8 @@ class CudaGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
-    def run(
-        self,
-        linked: LinkedProgram,
-        input_ids: Tensor,
-        positions: Tensor,
-        slots: Sequence[tuple[Tensor, Tensor]],
-    ) -> Tensor:
-        """Logits [B, 1, V] of one token a row (ids and positions i64[B, 1]), a tensor of the
-        caller's own.
+    def run(self, linked: LinkedProgram, inputs: StepInputs) -> Tensor:
+        """Logits [B, 1, V] of one token a row, a tensor of the caller's own.
 
         Writes the slots in place. The first run of a program, batch size and set of slots captures
         and replays. Where it needs code that has not run for this batch size yet, the first run is
@@ -236,38 +229,34 @@ class CudaGraphs:
         linked. Sessions of a program meet their graph again as far as the pool hands out the same
         slots in the same order.
         """
-        assert input_ids.shape[1] == 1, "a decode is of one token a row"
+        batch, tokens = inputs.ids.shape
+        assert tokens == 1 and inputs.resume is None, "a decode is of one token a row"
         # not the address of kv_index: it is the linked program's own
-        key = (id(linked), len(input_ids), *(t.data_ptr() for pair in slots for t in pair))
+        key = (id(linked), batch, *(t.data_ptr() for pair in inputs.slots for t in pair))
         with self._lock:
             self._num_runs += 1
             captured = self._graphs.get(key)
             if captured is None:
-                worthwhile = self._is_worthwhile(linked.program, len(input_ids))
-                out = (
-                    self._outputs.get(len(input_ids))
-                    if worthwhile and self._is_loaded(linked, len(input_ids))
-                    else None
-                )
+                worthwhile = self._is_worthwhile(linked.program, batch)
+                loaded = worthwhile and self._is_loaded(linked, batch)
+                out = self._outputs.get(batch) if loaded else None
                 if out is not None:
-                    captured = self._capture(key, linked, input_ids, positions, slots, out)
+                    captured = self._capture(key, linked, inputs, out)
                 if captured is None:
                     # This loads the kernels as well, which a capture must not do. It need not
                     # happen on the side stream: what is loaded is the device's, and the side stream
                     # is to be kept free (see CudaApi).
-                    logits = linked.run(input_ids, positions, slots)
+                    logits = linked.run(inputs)
                     if worthwhile and out is None:
-                        self._outputs[len(input_ids)] = logits.shape, logits.dtype
-                        self._loaded |= _code(linked, len(input_ids))
-                        self._capture(
-                            key, linked, input_ids, positions, slots, self._outputs[len(input_ids)]
-                        )
+                        out = self._outputs[batch] = logits.shape, logits.dtype
+                        self._loaded |= _code(linked, batch)
+                        self._capture(key, linked, inputs, out)
                     return logits
             self._graphs.move_to_end(key)
             captured.last_run = self._num_runs
             # buffers and pool are shared, and the caller may be on another stream than the last one
             self._api.wait()
-            captured.buffers.fill(input_ids, positions)
+            captured.buffers.fill(inputs)
             captured.graph.replay()
             return captured.buffers.logits.clone()
 
@@ -291,28 +280,26 @@ class CudaGraphs:
         self,
         key: _Key,
         linked: LinkedProgram,
-        input_ids: Tensor,
-        positions: Tensor,
-        slots: Sequence[tuple[Tensor, Tensor]],
+        inputs: StepInputs,
         out: _Output,
     ) -> "_Captured | None":
         """Capture such a run; on failure, remember and log the reason."""
-        buffers = self._static(input_ids, positions, out)
+        buffers = self._static(inputs, out)
+        at_buffers = StepInputs(buffers.ids, buffers.positions, inputs.slots)
         self._api.wait()  # a graph that uses these buffers may still run on another stream
         # A capture writes nothing. Should a part of it run after all, it writes this token's keys
         # and values once more.
-        buffers.fill(input_ids, positions)
+        buffers.fill(inputs)
         handled, start = sys.exception(), time.perf_counter()
         reason, graph = None, None
         try:
             graph = self._api.capture(
-                self._pool,
-                lambda: buffers.logits.copy_(linked.run(buffers.ids, buffers.positions, slots)),
+                self._pool, lambda: buffers.logits.copy_(linked.run(at_buffers))
             )
         except RuntimeError as error:  # CUDA's errors and want of memory are among them
             reason = _first_cause(error, handled)
         milliseconds = 1e3 * (time.perf_counter() - start)
-        program, batch = linked.program, len(input_ids)
+        program, batch = linked.program, len(inputs.ids)
         self._records.append(GraphRecord(program, batch, milliseconds, self._pool, reason))
         if graph is None:
             self._fail(program, batch, reason)
@@ -337,19 +324,24 @@ class CudaGraphs:
             # what the failed one left in the other is unknown; graphs keep theirs
             self._pool = self._api.new_pool()
 
-    def _static(self, input_ids: Tensor, positions: Tensor, out: _Output) -> _Buffers:
+    def _static(self, inputs: StepInputs, out: _Output) -> _Buffers:
         shape, dtype = out
-        key = (shape, dtype, input_ids.dtype)
+        key = (shape, dtype, inputs.ids.dtype)
         if (buffers := self._buffers.get(key)) is None:
             # or they could not be filled outside of inference mode again
             with torch.inference_mode(False):
                 ids, places = (
                     torch.empty(t.shape, dtype=t.dtype, device=t.device)
-                    for t in (input_ids, positions)
+                    for t in (inputs.ids, inputs.positions)
                 )
-                logits = torch.empty(shape, dtype=dtype, device=positions.device)
+                logits = torch.empty(shape, dtype=dtype, device=inputs.positions.device)
             buffers = self._buffers[key] = _Buffers(ids, places, logits)
         return buffers
+
+
+def cuda_graphs(device: torch.device) -> CudaGraphs | None:
+    """Those of a device; None if it has none."""
+    return CudaGraphs(CudaApi(device)) if device.type == "cuda" else None
 
 
 def _code(linked: LinkedProgram, batch: int) -> set[tuple[int, Hashable]]:

@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,10 +19,9 @@ from ..predictor.features import Features
 from ..predictor.menu import Menu, Proposal
 from ..predictor.policy import Calibration, Policy
 from ..program import Program
-from .trunk import Trunk, run_trunk, shares_trunk
-
-if TYPE_CHECKING:
-    from ..compiled import CompiledModel
+from .generator import Call, Generator, pad_token
+from .runner import Runner
+from .trunk import run_trunk, shares_trunk
 
 log = logging.getLogger("polar_fx.dispatch")
 
@@ -97,10 +96,10 @@ class DispatchReport:
 
 
 class Dispatcher:
-    """Chooses programs for a compiled model's inputs.
+    """Chooses programs for a model's inputs.
 
     Args:
-        model: runs them.
+        runner: runs them.
         predictor: proposes them; None proposes the menu without probabilities, which suits policies
             that need none.
         menu: programs prepared by `warmup`; default: the predictor's own.
@@ -115,29 +114,30 @@ class Dispatcher:
 
     def __init__(
         self,
-        model: "CompiledModel",
+        runner: Runner,
         predictor: Predictor | None,
         menu: Menu | None,
         policy: str | Policy,
         unprepared: Unprepared = "identity",
     ) -> None:
-        self.model, self.predictor = model, predictor
+        self.runner, self.predictor = runner, predictor
+        self.generator = Generator(runner)
         self.unprepared: Unprepared = unprepared
         if unprepared not in ("identity", "link"):
             raise InputError(f"unprepared is {unprepared!r}; use 'identity' or 'link'")
-        if predictor is not None and predictor.depth != model.depth:
+        if predictor is not None and predictor.depth != runner.depth:
             raise InputError(
                 f"the predictor was trained for {predictor.depth} layers but the model has "
-                f"{model.depth}; train one for it"
+                f"{runner.depth}; train one for it"
             )
-        self.menu = menu or getattr(predictor, "menu", None) or Menu.of((), model.depth)
-        if self.menu.depth != model.depth:
+        self.menu = menu or getattr(predictor, "menu", None) or Menu.of((), runner.depth)
+        if self.menu.depth != runner.depth:
             raise InputError(
                 f"the menu has programs of depth {self.menu.depth} but the model has "
-                f"{model.depth} layers"
+                f"{runner.depth} layers"
             )
-        self.identity = Program.identity(model.depth)
-        self.policy = Policy.parse(policy, model.depth)
+        self.identity = Program.identity(runner.depth)
+        self.policy = Policy.parse(policy, runner.depth)
         if self.policy.program is not None:
             self.menu = Menu.of((*self.menu.programs, self.policy.program))
         if predictor is None and self.policy.kind not in ("identity", "program"):
@@ -172,9 +172,9 @@ class Dispatcher:
         measure costs if they count.
         """
         for batch in batches:
-            self.model.warmup(self.menu.programs, batch)
+            self.runner.warm_up(self.menu.programs, batch)
         if self.policy.kind == "latency_ms":
-            self.costs_ms = measure_costs(self.model, self.menu)
+            self.costs_ms = measure_costs(self.runner, self.menu)
         self.admit()
 
     def admit(self) -> None:
@@ -185,14 +185,14 @@ class Dispatcher:
         """The same with another policy; what is prepared stays so, and costs that it needs are
         measured.
         """
-        other = Dispatcher(self.model, self.predictor, self.menu, policy, self.unprepared)
+        other = Dispatcher(self.runner, self.predictor, self.menu, policy, self.unprepared)
         other.costs_ms, other._prepared = self.costs_ms, set(self._prepared)
         if (
             other.policy.kind == "latency_ms"
             and not other.costs_ms
             and other._prepared.issuperset(other.menu.programs)
         ):
-            other.costs_ms = measure_costs(self.model, other.menu)
+            other.costs_ms = measure_costs(self.runner, other.menu)
         other.policy.check(other.calibration, other.costs_ms or None)
         return other
 
@@ -230,10 +230,10 @@ class Dispatcher:
 
         Raises what `forward` raises.
         """
-        rows, _ = self.model.rows(input_ids, attention_mask)
+        rows, _ = self.runner.rows(input_ids, attention_mask)
         if not self.needs_trunk:
             return self.decide([torch.empty(0)] * len(rows))
-        with run_trunk(self.model, rows, self.num_steps) as trunk:
+        with run_trunk(self.runner, rows, self.num_steps) as trunk:
             return self.decide(trunk.hidden)
 
     @property
@@ -262,60 +262,40 @@ class Dispatcher:
                 "one"
             )
         start = time.perf_counter()
-        generator = self.model.generator
-        rows, _, config = generator.check(input_ids, **kwargs)
-        input_ids = input_ids.to(self.model.device)
+        call = self.generator.check(input_ids, **kwargs)
         if not self.needs_trunk:
-            decisions = self.decide([torch.empty(0)] * len(rows))
-            output = generator.run(input_ids, decisions[0].program, **kwargs)
+            decisions = self.decide([torch.empty(0)] * len(call.rows))
+            output = self.generator.run(call, decisions[0].program)
             return output, DispatchReport(tuple(decisions), 0.0, 0.0, time.perf_counter() - start)
-        if len(rows) > 1:
-            _check_joinable(kwargs, bool(config.return_dict_in_generate))
-        with run_trunk(self.model, rows, self.num_steps) as trunk:
+        if len(call.rows) > 1:
+            _check_joinable(kwargs, bool(call.settings.return_dict_in_generate))
+        with run_trunk(self.runner, call.rows, self.num_steps) as trunk:
             ran = time.perf_counter()
             decisions = self.decide(trunk.hidden)
             decided = time.perf_counter()
             groups: dict[Program, list[int]] = {}
             for row, decision in enumerate(decisions):
                 groups.setdefault(decision.program, []).append(row)
-            parts = [
-                (members, self._group(input_ids, program, members, trunk, len(rows), kwargs))
-                for program, members in groups.items()
-            ]
-        output = parts[0][1] if len(parts) == 1 else self._joined(input_ids, parts, kwargs)
+            if len(groups) == 1:
+                output = self.generator.run(call, decisions[0].program, trunk)
+            else:
+                parts = []
+                for program, members in groups.items():
+                    own = self.generator.run(call.take(members), program, trunk.take(members))
+                    parts.append((members, own))
+                output = self._joined(call, parts)
         report = DispatchReport(
             tuple(decisions), ran - start, decided - ran, time.perf_counter() - start
         )
-        log.debug("%d rows by %d programs", len(rows), len(groups))
+        log.debug("%d rows by %d programs", len(call.rows), len(groups))
         return output, report
 
-    def _group(
-        self,
-        input_ids: Tensor,
-        program: Program,
-        members: list[int],
-        trunk: Trunk,
-        batch: int,
-        kwargs: dict[str, Any],
-    ) -> Any:
-        if len(members) == batch:
-            return self.model.generator.run(input_ids, program, trunk=trunk, **kwargs)
-        where = torch.tensor(members, device=input_ids.device)
-        own = dict(kwargs)
-        if (allowed := own.get("prefix_allowed_tokens_fn")) is not None:
-            # rows count within the group
-            own["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(members[row], ids)
-        if own.get("attention_mask") is not None:
-            own["attention_mask"] = own["attention_mask"][where.to(own["attention_mask"].device)]
-        return self.model.generator.run(input_ids[where], program, trunk=trunk.take(members), **own)
-
-    def _joined(
-        self, input_ids: Tensor, parts: list[tuple[list[int], Tensor]], kwargs: dict[str, Any]
-    ) -> Tensor:
+    def _joined(self, call: Call, parts: list[tuple[list[int], Tensor]]) -> Tensor:
+        """The rows' tokens in their order, shorter continuations padded."""
         copies = parts[0][1].shape[0] // len(parts[0][0])  # num_return_sequences
         width = max(ids.shape[1] for _, ids in parts)
-        fill = self.model.generator.pad_token(**kwargs)
-        joined = input_ids.new_full((input_ids.shape[0] * copies, width), fill)
+        fill = pad_token(call.settings)
+        joined = call.input_ids.new_full((len(call.rows) * copies, width), fill)
         for members, ids in parts:
             where = torch.tensor(
                 [m * copies + c for m in members for c in range(copies)], device=joined.device
@@ -336,22 +316,20 @@ def _check_joinable(kwargs: dict[str, Any], return_dict: bool) -> None:
         )
 
 
-def measure_costs(
-    model: "CompiledModel", menu: Menu, tokens: int = _COST_TOKENS
-) -> dict[Program, float]:
+def measure_costs(runner: Runner, menu: Menu, tokens: int = _COST_TOKENS) -> dict[Program, float]:
     """Milliseconds of a prefill of `tokens` tokens and one decoding step, by program: the median of
     interleaved runs.
     """
-    tokens = max(1, min(tokens, model.pool.max_length - 1))
+    tokens = max(1, min(tokens, runner.max_length - 1))
     rows = [torch.zeros(tokens, dtype=torch.long)]
     times: dict[Program, list[float]] = {program: [] for program in menu.programs}
     for _ in range(_COST_ROUNDS + 1):
         for program, taken in times.items():
-            with model.session(program, 1) as session:
+            with runner.open(program, 1) as session:
                 start = time.perf_counter()
-                model.prefill(program, session, rows)
-                model.decode(program, session, torch.zeros(1, dtype=torch.long))
-                if model.device.type == "cuda":
-                    torch.cuda.synchronize(model.device)
+                runner.prefill(session, rows)
+                runner.decode(session, torch.zeros(1, dtype=torch.long))
+                if runner.device.type == "cuda":
+                    torch.cuda.synchronize(runner.device)
                 taken.append(1e3 * (time.perf_counter() - start))
     return {program: statistics.median(taken[1:]) for program, taken in times.items()}

@@ -8,7 +8,8 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +21,8 @@ from ..capture import CACHE
 from ..errors import InputError, KvOverflowError, ModelWarning
 from ..program import Program
 from .kv_cache import KvSession
+from .runner import Runner
 from .trunk import Trunk, session_after
-
-if TYPE_CHECKING:
-    from ..compiled import CompiledModel
 
 _UNSUPPORTED = (
     "assistant_model",
@@ -75,12 +74,11 @@ class _Running(GenerationMixin):
     _is_stateful = False
 
     def __init__(
-        self, compiled: "CompiledModel", program: Program, trunk: Trunk | None = None
+        self, runner: Runner, generation_config: GenerationConfig, prompt: "_Prompt | None" = None
     ) -> None:
-        self.compiled, self.program, self.trunk = compiled, program, trunk
-        self.config = compiled.config
-        self.generation_config = _without_chunks(compiled.generation_config or GenerationConfig())
-        self.device, self.dtype = compiled.device, compiled.dtype
+        self.runner, self.prompt = runner, prompt
+        self.config, self.generation_config = runner.info.config, generation_config
+        self.device, self.dtype = runner.device, runner.dtype
         # of the tokens [B, T] that the loop holds, those that the session has seen, padding
         # included
         self._columns = 0
@@ -129,25 +127,69 @@ class _Running(GenerationMixin):
         new = width - self._columns if whole and width > self._columns else width
         first, self._columns = session.get_seq_length() == 0, self._columns + new
         if first:
-            rows, _ = self.compiled.rows(input_ids, attention_mask)
-            logits = torch.stack(
-                self.compiled.prefill(self.program, session, rows, trunk=self.trunk)
-            )[:, None]
+            if self.prompt is not None and self.prompt.is_of(input_ids):
+                rows = self.prompt.rows
+            else:
+                rows, _ = self.runner.rows(input_ids, attention_mask)
+            logits = torch.stack(self.runner.prefill(session, rows))[:, None]
         elif new == 1:
-            logits = self.compiled.decode(self.program, session, input_ids[:, -1])[:, None]
+            logits = self.runner.decode(session, input_ids[:, -1])[:, None]
         else:
-            rows, mask = self.compiled.rows(
-                input_ids[:, -new:], None if attention_mask is None else attention_mask[:, -new:]
-            )
-            if not bool(mask.all()):
+            mask = None if attention_mask is None else attention_mask[:, -new:]
+            rows, real = self.runner.rows(input_ids[:, -new:], mask)
+            if not bool(real.all()):
                 raise InputError(
                     f"{new} tokens a row follow the prompt at once, some of them padding; pass "
                     "rows of equal length"
                 )
-            logits = torch.stack(self.compiled.prefill(self.program, session, rows, every=True))
+            logits = torch.stack(self.runner.prefill(session, rows, every=True))
         return CausalLMOutputWithPast(logits=logits, **{CACHE: session})  # type: ignore[arg-type]
 
     __call__ = forward
+
+
+@dataclass(frozen=True, eq=False)
+class _Prompt:
+    """Prompts that were checked: ids i64[B, T] as the loop first passes them, and each row's real
+    tokens.
+    """
+
+    input_ids: Tensor
+    rows: list[Tensor]
+
+    def is_of(self, input_ids: Tensor) -> bool:
+        """Whether a loop, which may be a caller's own, passes these very tokens."""
+        return torch.equal(self.input_ids, input_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A generate call that was checked.
+
+    `input_ids` and `mask` i64[B, T] are on the model's device, `rows` the real tokens of each row.
+    `settings` are those that it runs by, `kwargs` what is left to pass to transformers.
+    """
+
+    input_ids: Tensor
+    mask: Tensor
+    rows: list[Tensor]
+    settings: GenerationConfig
+    kwargs: dict[str, Any]
+
+    @property
+    def copies(self) -> int:
+        """Rows of the session for each row of the prompt: beams or returned sequences."""
+        return max(self.settings.num_beams or 1, self.settings.num_return_sequences or 1)
+
+    def take(self, members: Sequence[int]) -> "Call":
+        """The same call for some of its rows, in that order."""
+        where = torch.tensor(members, device=self.input_ids.device)
+        kwargs = dict(self.kwargs)
+        if (allowed := kwargs.get("prefix_allowed_tokens_fn")) is not None:
+            # rows count within the group
+            kwargs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(members[row], ids)
+        rows = [self.rows[m] for m in members]
+        return Call(self.input_ids[where], self.mask[where], rows, self.settings, kwargs)
 
 
 class Generator:
@@ -155,46 +197,37 @@ class Generator:
     loop.
     """
 
-    def __init__(self, compiled: "CompiledModel") -> None:
-        self.compiled = compiled
+    def __init__(self, runner: Runner) -> None:
+        self.runner = runner
 
-    def run(
-        self, input_ids: Tensor, program: Program, trunk: Trunk | None = None, **kwargs: Any
-    ) -> Any:
-        """What transformers' `generate` returns, on the model's device, wherever the prompts are.
+    def run(self, call: Call, program: Program, trunk: Trunk | None = None) -> Any:
+        """What transformers' `generate` returns, on the model's device, wherever the prompts were.
 
-        After a `trunk` of these rows only the steps after it are prefilled. Raises InputError and
-        KvOverflowError before anything runs.
+        After a `trunk` of these rows only the steps after it are prefilled.
         """
-        compiled = self.compiled
-        rows, mask, config = self.check(input_ids, **kwargs)
-        copies = max(config.num_beams or 1, config.num_return_sequences or 1)
-        # transformers appends what comes from the model's device to what it was given
-        input_ids = input_ids.to(compiled.device)
-        kwargs |= {"attention_mask": mask.long().to(compiled.device), "use_cache": True}
-        kwargs.pop("prefill_chunk_size", None)
-        kwargs.pop("cache_implementation", None)
-        if (given := kwargs.get("generation_config")) is not None:
-            kwargs["generation_config"] = _without_chunks(given)
+        copied = [r for r in range(len(call.rows)) for _ in range(call.copies)]
         if trunk is None:
-            opened = compiled.session(program, len(rows) * copies)
+            opened = self.runner.open(program, len(copied))
         else:
-            trunk = (
-                trunk
-                if copies == 1
-                else trunk.take([r for r in range(len(rows)) for _ in range(copies)])
-            )
-            opened = session_after(compiled, program, trunk)
+            taken = trunk if call.copies == 1 else trunk.take(copied)
+            opened = session_after(self.runner, program, taken)
+        prompt = _Prompt(
+            call.input_ids.repeat_interleave(call.copies, 0), [call.rows[r] for r in copied]
+        )
         with opened as session:
-            running: Any = _Running(compiled, program, trunk)
-            return running.generate(input_ids, **{CACHE: session}, **kwargs)
+            running: Any = _Running(self.runner, _without_chunks(self._defaults), prompt)
+            return running.generate(
+                call.input_ids,
+                attention_mask=call.mask,
+                use_cache=True,
+                **{CACHE: session},
+                **call.kwargs,
+            )
 
-    def check(
-        self, input_ids: Tensor, **kwargs: Any
-    ) -> tuple[list[Tensor], Tensor, GenerationConfig]:
-        """Rows, mask and settings of a generate call.
+    def check(self, input_ids: Tensor, **kwargs: Any) -> Call:
+        """The call with these arguments of transformers' `generate`.
 
-        Raises InputError and KvOverflowError as `run` does.
+        Raises InputError for what cannot be followed, and KvOverflowError for what does not fit.
         """
         for name in _UNSUPPORTED:
             if kwargs.get(name) is not None:
@@ -202,42 +235,57 @@ class Generator:
                     f"generate() does not take {name}: the compiled model runs transformers' own "
                     "loop over prompts of token ids and keeps its own KV cache; leave it out"
                 )
-        compiled = self.compiled
-        rows, mask = compiled.rows(input_ids, kwargs.get("attention_mask"))
-        config = self.config(**kwargs)
-        refuse_settings(config)
-        if kwargs.get("attention_mask") is None:
-            rows, mask = compiled.rows(input_ids, _inferred_mask(input_ids, config))
+        given_mask = kwargs.pop("attention_mask", None)
+        rows, mask = self.runner.rows(input_ids, given_mask)
+        settings = self.config(**kwargs)
+        refuse_settings(settings)
+        if given_mask is None:
+            rows, mask = self.runner.rows(input_ids, _inferred_mask(input_ids, settings))
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
         new = (
-            config.max_new_tokens
-            if config.max_new_tokens is not None
-            else (config.max_length or prompt + 20) - prompt
+            settings.max_new_tokens
+            if settings.max_new_tokens is not None
+            else (settings.max_length or prompt + 20) - prompt
         )
-        if longest + new - 1 > compiled.pool.max_length:  # the last token is never fed back
+        most = self.runner.max_length
+        if longest + new - 1 > most:  # the last token is never fed back
             raise KvOverflowError(
                 f"a prompt of {longest} tokens and max_new_tokens={new} exceed the KV pool of "
-                f"{compiled.pool.max_length}; shorten the prompt, lower max_new_tokens, or "
-                f"compile with max_length={longest + new}"
+                f"{most}; shorten the prompt, lower max_new_tokens, or compile with "
+                f"max_length={longest + new}"
             )
-        return rows, mask, config
+        for name in ("prefill_chunk_size", "use_cache", "cache_implementation"):
+            kwargs.pop(name, None)
+        if (given := kwargs.get("generation_config")) is not None:
+            kwargs["generation_config"] = _without_chunks(given)
+        # transformers appends what comes from the model's device to what it was given
+        device = self.runner.device
+        return Call(input_ids.to(device), mask.long().to(device), rows, settings, kwargs)
 
     def pad_token(self, **kwargs: Any) -> int:
         """What a call fills shorter continuations with: the pad token, else the end of the text,
         else 0.
         """
-        config = self.config(**kwargs)
-        end = (
-            config.eos_token_id[0] if isinstance(config.eos_token_id, list) else config.eos_token_id
-        )
-        return next((t for t in (config.pad_token_id, end) if t is not None), 0)
+        return pad_token(self.config(**kwargs))
 
     def config(self, **kwargs: Any) -> GenerationConfig:
         """The generation settings that a call with these arguments runs by."""
-        running: Any = _Running(self.compiled, self.compiled.default_program)
+        running: Any = _Running(self.runner, self._defaults)
         return running._prepare_generation_config(
             kwargs.get("generation_config"), **_config_arguments(kwargs)
         )[0]
+
+    @property
+    def _defaults(self) -> GenerationConfig:
+        """The model's own settings."""
+        return self.runner.info.generation_config or GenerationConfig()
+
+
+def pad_token(config: GenerationConfig) -> int:
+    """What fills shorter continuations under these settings."""
+    ends = config.eos_token_id
+    end = ends[0] if isinstance(ends, list) else ends
+    return next((t for t in (config.pad_token_id, end) if t is not None), 0)
 
 
 def _inferred_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor | None:

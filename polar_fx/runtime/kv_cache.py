@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import Cache
 
 from ..capture import KvSpec
 from ..capture.captured import ALIGNMENT
 from ..errors import KvOverflowError
+from ..program import Program
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,25 +90,52 @@ class KvPool:
             return _Slot(self._serial, keys, values)
 
     @contextmanager
-    def session(self, specs: Sequence[KvSpec], batch: int) -> "Iterator[KvSession]":
-        """A session of `batch` empty rows over one slot per step; the slots return to the pool at
-        the end.
+    def session(
+        self, program: Program, specs: Sequence[KvSpec], batch: int
+    ) -> "Iterator[KvSession]":
+        """A session of `batch` empty rows of `program`, a slot a spec; the slots return to the pool
+        at the end.
         """
-        slots = [self._take(spec, batch) for spec in specs]
-        session = KvSession(self, [(s.keys[:batch], s.values[:batch]) for s in slots], batch)
+        taken = [self._take(spec, batch) for spec in specs]
+        slots = [(s.keys[:batch], s.values[:batch]) for s in taken]
+        session = KvSession(self, program, slots, batch)
         try:
             yield session
         finally:
             session.clear()
             with self._lock:
-                for spec, slot in zip(specs, slots, strict=True):
+                for spec, slot in zip(specs, taken, strict=True):
                     # in order of allocation: programs then meet the same slots again, whatever ran
                     # in between, and a CUDA graph captured on them can be replayed
                     bisect.insort(self._free[spec], slot, key=lambda s: s.serial)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Resume:
+    """Where a pass goes on: after the first `num_steps` steps, whose keys and values are there.
+
+    `hidden` [B, T, d] are the hidden states after them, zeros after a row's own tokens. None of
+    these steps may open a blend.
+    """
+
+    num_steps: int
+    hidden: Tensor
+
+    def chunk(self, start: int, tokens: int) -> "Resume":
+        """The same for tokens `start` to `start + tokens - 1`; zeros stand for those that are not
+        there.
+        """
+        part = self.hidden[:, start : start + tokens]
+        missing = tokens - part.shape[1]
+        part = pad(part, (0, 0, 0, missing)) if missing else part.contiguous()
+        return Resume(self.num_steps, part)
+
+
 class KvSession(Cache):
-    """The KV state of one running batch: a slot per step and a length per row.
+    """The KV state of one running batch of `program`: a slot per step and a length per row.
+
+    If the rows' first steps have run already, `resume` says where their prefill goes on; the
+    prefill clears it.
 
     Lengths are kept twice: as numbers, to refuse what does not fit without asking the device, and
     on the device, where the positions of a decoded token are made of them without a copy from the
@@ -121,12 +150,14 @@ class KvSession(Cache):
     def __init__(
         self,
         pool: KvPool,
+        program: Program,
         slots: list[tuple[Tensor, Tensor]],
         batch: int,
         next_positions: Tensor | None = None,
     ) -> None:
         self.layers = []
-        self.pool, self.slots = pool, slots
+        self.pool, self.program, self.slots = pool, program, slots
+        self.resume: Resume | None = None
         self._lengths = [0] * batch
         if next_positions is None:
             # or it could not be advanced outside of inference mode
@@ -243,10 +274,11 @@ class KvSession(Cache):
 class _Row(KvSession):
     def __init__(self, parent: KvSession, index: int) -> None:
         own = slice(index, index + 1)
-        super().__init__(
-            parent.pool, [(k[own], v[own]) for k, v in parent.slots], 1, parent._next[own]
-        )
+        slots = [(k[own], v[own]) for k, v in parent.slots]
+        super().__init__(parent.pool, parent.program, slots, 1, parent._next[own])
         self._parent, self._index = parent, index
+        if parent.resume is not None:
+            self.resume = Resume(parent.resume.num_steps, parent.resume.hidden[own])
         self._lengths = [parent.lengths[index]]
 
     def advance(self, counts: Sequence[int]) -> None:

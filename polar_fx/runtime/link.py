@@ -7,19 +7,37 @@ Shape legend: B batch, T tokens, d hidden size, V vocabulary.
 """
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..backends.base import Region, ShapeClass
+from ..errors import ProgramError
 from ..library import LayerLibrary
+from ..library.steps import HIDDEN, Blends, operands
 from ..program import Program
-from .kv_cache import KvPool
+from .kv_cache import KvPool, Resume
 from .regions import KV_WRITES, RegionTable, Wanted
 
 _MAX_LINKED = 1024
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """What one pass over a linked program takes: `ids` and `positions` i64[B, T], and a slot of
+    keys and values a step.
+
+    `logits_at` i64[B] names the token of each row whose logits are wanted, for a program that is
+    linked for one token per row. After a `resume` only the steps behind it run.
+    """
+
+    ids: Tensor
+    positions: Tensor
+    slots: Sequence[tuple[Tensor, Tensor]]
+    logits_at: Tensor | None = None
+    resume: Resume | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +53,17 @@ class LinkedStep:
     closes: tuple[float, ...]
 
     def operands(
-        self, hidden: Tensor, values: Sequence[Tensor], slot: tuple[Tensor, Tensor]
+        self, hidden: Tensor, values: Sequence[Tensor], slot: Sequence[Tensor] = ()
     ) -> list[Tensor]:
-        return [hidden, *[values[i] for i in self.sides], *slot, *self.weights]
+        return operands(hidden, values, self.sides, slot, self.weights)
 
 
 @dataclass(frozen=True, slots=True)
 class LinkedProgram:
     """A program bound to the regions of one shape class.
 
-    For several tokens a row, `last` is the same program for one token, and `write_kv` the last
-    step's KV writes.
+    It is linked either for the logits of every token, or for those of one token per row: `last` is
+    then the same program for one token, and `kv_writes` the last step's KV writes for all tokens.
     """
 
     program: Program
@@ -54,102 +72,123 @@ class LinkedProgram:
     steps: tuple[LinkedStep, ...]
     epilogue: LinkedStep | None
     kv_index: Tensor
-    write_kv: Region | None = None
+    kv_writes: Region | None = None
     last: "LinkedProgram | None" = None
 
-    def run(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        slots: Sequence[tuple[Tensor, Tensor]],
-        done: int = 0,
-        hidden: Tensor | None = None,
-    ) -> Tensor:
-        """Logits [B, T, V] of every token; writes the slots in place.
+    def run(self, inputs: StepInputs) -> Tensor:
+        """Logits [B, T, V] of every token, or [B, 1, V] of the tokens `logits_at`; writes the slots
+        in place.
 
-        `done` and `hidden` as in `run_last`.
+        Raises ProgramError for slots that are not one a step.
         """
-        values = self._start(input_ids, positions)
-        before = values[3] if hidden is None else hidden
-        hidden, _ = self._steps(self.steps[done:], values, before, slots[done:], [])
+        self._check(inputs)
+        if self.last is not None:
+            return self._run_last(self.last, inputs)
+        values = self._start(inputs.ids, inputs.positions)
+        hidden, _ = self._through(self.steps, values, inputs.slots, inputs.resume)
         return self._head(hidden, values)
 
-    def run_first(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        slots: Sequence[tuple[Tensor, Tensor]],
-        num_steps: int,
-    ) -> Tensor:
-        """Hidden states [B, T, d] after the first steps, 0 .. the number of steps - 1; writes their
-        slots in place.
-        """
-        values = self._start(input_ids, positions)
-        return self._steps(self.steps[:num_steps], values, values[3], slots, [])[0]
+    def write_kv(self, inputs: StepInputs) -> None:
+        """Write every step's keys and values, and compute nothing that only logits need.
 
-    def run_last(
-        self,
-        input_ids: Tensor,
-        positions: Tensor,
-        slots: Sequence[tuple[Tensor, Tensor]],
-        where: Tensor | None,
-        done: int = 0,
-        hidden: Tensor | None = None,
-    ) -> Tensor | None:
-        """Logits [B, 1, V] of one token per row, `where` i64[B]; or only the KV writes, if that is
-        None.
-
-        What comes after the last step's keys and values runs for those tokens alone, as if they
-        were decoded. The first `done` steps, of `run_first`, left `hidden` [B, T, d] and are not
-        run again; none of them may open a blend.
+        Of a program linked for one token per row. Raises ProgramError as `run` does.
         """
-        assert self.write_kv is not None and self.last is not None
-        values = self._start(input_ids, positions)
-        before = values[3] if hidden is None else hidden
-        hidden, saved = self._steps(self.steps[done:-1], values, before, slots[done:], [])
-        step = self.steps[-1]
-        self.write_kv(step.operands(hidden, values, slots[-1]))
-        if where is None:
-            return None
+        self._check(inputs)
+        values = self._start(inputs.ids, inputs.positions)
+        self._all_but_last(values, inputs)
+
+    def states(self, inputs: StepInputs) -> Iterator[Tensor]:
+        """The hidden states [B, T, d] before the first step, and then after each; a step runs when
+        the state after it is asked for.
+
+        Of a program linked for one token per row, all but the last.
+        """
+        values = self._start(inputs.ids, inputs.positions)
+        yield values[HIDDEN]
+        blends = Blends(torch.lerp)
+        yield from self._states(self.steps, values[HIDDEN], values, inputs.slots, blends)
+
+    def _check(self, inputs: StepInputs) -> None:
+        """Never run a program on another one's slots: steps would be left out."""
+        if len(inputs.slots) != len(self.steps):
+            raise ProgramError(
+                f"program {self.program} has {len(self.steps)} steps but the session "
+                f"{len(inputs.slots)} slots; open a session for this program"
+            )
+
+    def _run_last(self, last: "LinkedProgram", inputs: StepInputs) -> Tensor:
+        """What comes after the last step's keys and values, for one token per row alone, as if it
+        were decoded.
+        """
+        where = inputs.logits_at
+        assert where is not None
+        values = self._start(inputs.ids, inputs.positions)
+        hidden, blends = self._all_but_last(values, inputs)
         rows = torch.arange(len(where), device=where.device)
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor[rows, where][:, None]
 
-        saved += [hidden] * step.opens
-        last = self.last
-        values = last._start(pick(input_ids), pick(positions))
-        hidden = last.steps[-1].region(last.steps[-1].operands(pick(hidden), values, slots[-1]))[0]
-        saved = [pick(s) for s in saved]
-        for damping in step.closes:
-            hidden = torch.lerp(saved.pop(), hidden, damping)
+        values = last._start(pick(inputs.ids), pick(inputs.positions))
+        steps, slots = last.steps[-1:], inputs.slots[-1:]
+        hidden = pick(hidden)
+        for after in last._states(steps, hidden, values, slots, blends.each(pick)):
+            hidden = after
         return last._head(hidden, values)
 
+    def _all_but_last(
+        self, values: Sequence[Tensor], inputs: StepInputs
+    ) -> tuple[Tensor, Blends[Tensor]]:
+        """The hidden state before the last step, and the blends that are open there; all steps'
+        keys and values are written.
+        """
+        assert self.kv_writes is not None
+        hidden, blends = self._through(self.steps[:-1], values, inputs.slots[:-1], inputs.resume)
+        self.kv_writes(self.steps[-1].operands(hidden, values, inputs.slots[-1]))
+        return hidden, blends
+
     def _start(self, input_ids: Tensor, positions: Tensor) -> list[Tensor]:
-        """The side values; the first behind the three inputs is the hidden state."""
+        """The side values."""
         inputs = [input_ids, positions, self.kv_index]
         return [*inputs, *self.prologue([*inputs, *self.prologue_weights])]
 
-    def _steps(
+    def _through(
         self,
         steps: Sequence[LinkedStep],
         values: Sequence[Tensor],
-        hidden: Tensor,
         slots: Sequence[tuple[Tensor, Tensor]],
-        saved: list[Tensor],
-    ) -> tuple[Tensor, list[Tensor]]:
-        for step, slot in zip(steps, slots, strict=False):
+        resume: Resume | None,
+    ) -> tuple[Tensor, Blends[Tensor]]:
+        """The hidden state after these steps, and the blends that are open there."""
+        hidden, blends = values[HIDDEN], Blends(torch.lerp)
+        if resume is not None:
+            hidden = resume.hidden
+            steps, slots = steps[resume.num_steps :], slots[resume.num_steps :]
+        for after in self._states(steps, hidden, values, slots, blends):
+            hidden = after
+        return hidden, blends
+
+    def _states(
+        self,
+        steps: Sequence[LinkedStep],
+        hidden: Tensor,
+        values: Sequence[Tensor],
+        slots: Sequence[tuple[Tensor, Tensor]],
+        blends: Blends[Tensor],
+    ) -> Iterator[Tensor]:
+        """The hidden state after each step."""
+        for step, slot in zip(steps, slots, strict=True):
             if step.opens:
-                saved += [hidden] * step.opens
+                blends.open(hidden, step.opens)
             hidden = step.region(step.operands(hidden, values, slot))[0]
-            for damping in step.closes:
-                hidden = torch.lerp(saved.pop(), hidden, damping)
-        return hidden, saved
+            if step.closes:
+                hidden = blends.close(hidden, step.closes)
+            yield hidden
 
     def _head(self, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
         head = self.epilogue
         assert head is not None
-        return head.region([hidden, *[values[i] for i in head.sides], *head.weights])[0]
+        return head.region(head.operands(hidden, values))[0]
 
 
 class Linker:

@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -30,6 +30,7 @@ from ..library import LayerLibrary
 from ..library.symbols import Symbol
 from ..program import Program
 from .code_key import VariantCache, VariantKey
+from .link import LinkedProgram, StepInputs
 from .regions import KEEP_KV_WRITES, KV_WRITES, RegionTable, Wanted
 
 log = logging.getLogger("polar_fx.tiers")
@@ -134,44 +135,42 @@ class Tiers:
 
     def run(
         self,
-        program: Program,
+        linked: LinkedProgram,
         shape: ShapeClass,
-        input_ids: Tensor,
-        positions: Tensor,
-        where: Tensor | None,
-        slots: Sequence[tuple[Tensor, Tensor]],
-        linked: Callable[[], Tensor | None],
-    ) -> Tensor | None:
-        """Logits [1, 1, V] by the form that is due. `where` i64[1] names the token of a prefill,
-        None decodes.
+        inputs: StepInputs,
+        run_linked: Callable[[LinkedProgram, StepInputs], Tensor],
+    ) -> Tensor:
+        """Logits [1, 1, V] of one row by the form that is due, the linked one by `run_linked`.
 
         With tier="whole" it compiles what is missing, and raises CompileError or CacheError if that
         fails.
         """
         if self.tier == "linked":
-            return linked()
-        variant = self._variant(program, shape)
+            return run_linked(linked, inputs)
+        variant = self._variant(linked.program, shape)
         record = variant.record
         record.calls += 1
         region = self._due(variant)
-
-        def whole() -> Tensor:
-            assert region is not None
-            inputs = [input_ids, positions, self.kv_index] + ([] if where is None else [where])
-            return region([*inputs, *(t for pair in slots for t in pair), *variant.weights])[0]
-
-        if record.state != "trial" or region is None:
-            return linked() if region is None else whole()
+        if region is None:
+            return run_linked(linked, inputs)
+        operands = self._operands(variant, inputs)
+        if record.state != "trial":
+            return region(operands)[0]
         # by chance, not in turns: requests may have a rhythm of their own
-        form, times = (
-            (whole, variant.whole) if self._chance.random() < 0.5 else (linked, variant.linked)
-        )
+        takes_whole = self._chance.random() < 0.5
+        times = variant.whole if takes_whole else variant.linked
         start = time.perf_counter()
-        logits = form()
-        times.append((time.perf_counter() - start) / input_ids.shape[1])
+        logits = region(operands)[0] if takes_whole else run_linked(linked, inputs)
+        times.append((time.perf_counter() - start) / inputs.ids.shape[1])
         if min(len(variant.linked), len(variant.whole)) >= self.policy.trial_calls:
             self._decide(variant)
         return logits
+
+    def _operands(self, variant: _Variant, inputs: StepInputs) -> list[Tensor]:
+        """What the whole form takes; backends/whole.py has the order."""
+        where = [] if inputs.logits_at is None else [inputs.logits_at]
+        slots = [t for pair in inputs.slots for t in pair]
+        return [inputs.ids, inputs.positions, self.kv_index, *where, *slots, *variant.weights]
 
     def key(self, program: Program, shape: ShapeClass) -> VariantKey:
         """The key under which the store keeps a whole program."""

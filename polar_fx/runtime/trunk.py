@@ -7,10 +7,10 @@ its own program, on keys and values that are there already: nothing runs twice.
 Shape legend: B batch, T tokens, d hidden size, n shared steps.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ from ..backends import ShapeClass
 from ..capture.support import without_autocast
 from ..errors import ProgramError
 from ..program import Program
-from .kv_cache import KvSession
-
-if TYPE_CHECKING:
-    from ..compiled import CompiledModel
+from .kv_cache import KvSession, Resume
+from .link import StepInputs
+from .runner import Runner
+from .token_rows import padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,86 +68,70 @@ def check_trunk(program: Program, num_steps: int) -> None:
 
 
 @contextmanager
-def run_trunk(model: "CompiledModel", rows: list[Tensor], num_steps: int) -> Iterator[Trunk]:
+def run_trunk(runner: Runner, rows: list[Tensor], num_steps: int) -> Iterator[Trunk]:
     """The trunk of rows of token ids i64[T], whose keys and values are held until the end of the
     context.
 
     `num_steps` may be 0: the hidden states are then the embedded tokens. Raises KvOverflowError
     before anything runs, and ProgramError if the model has no layer after the trunk.
     """
-    identity = Program.identity(model.depth)
+    identity = Program.identity(runner.depth)
     check_trunk(identity, num_steps)
-    model.bound.check()
-    with model.pool.session(model.library.kv_specs(identity)[:num_steps], len(rows)) as session:
+    with runner.open(identity, len(rows), slice(num_steps)) as session:
         session.require([len(r) for r in rows])
-        if model.deterministic and len(rows) > 1:
+        if runner.deterministic and len(rows) > 1:
             hidden = [
-                _hidden(model, identity, session.row(i), [row], num_steps)[0]
-                for i, row in enumerate(rows)
+                _hidden(runner, session.row(i), [row], num_steps)[0] for i, row in enumerate(rows)
             ]
         else:
-            hidden = _hidden(model, identity, session, rows, num_steps)
+            hidden = _hidden(runner, session, rows, num_steps)
         yield Trunk(num_steps, hidden, session, tuple(range(len(rows))))
 
 
 @torch.no_grad()
-def _hidden(
-    model: "CompiledModel",
-    identity: Program,
-    session: KvSession,
-    rows: list[Tensor],
-    num_steps: int,
-) -> list[Tensor]:
-    with without_autocast(model.device):
-        return _run_first(model, identity, session, rows, num_steps)
-
-
-def _run_first(
-    model: "CompiledModel",
-    identity: Program,
-    session: KvSession,
-    rows: list[Tensor],
-    num_steps: int,
-) -> list[Tensor]:
+def _hidden(runner: Runner, session: KvSession, rows: list[Tensor], num_steps: int) -> list[Tensor]:
+    """Each row's hidden states [T, d] after the first steps of the identity."""
     found: list[list[Tensor]] = [[] for _ in rows]
-    for ids, counts in model.chunks(rows):
-        shape = ShapeClass.of(ids.shape[0], ids.shape[1], model.pool.length)
-        # as a prefill asks for it: nothing more to compile
-        linked = model.linker.link(identity, shape, every=shape.tokens == 1)
-        hidden = linked.run_first(
-            ids, session.positions(counts, ids.shape[1]), session.slots, num_steps
-        )
-        session.advance(counts)
-        for of_row, states, count in zip(found, hidden, counts, strict=True):
-            if count:
-                of_row.append(states[:count])
+    with without_autocast(runner.device):
+        for ids, counts in runner.chunks(rows):
+            shape = ShapeClass.of(ids.shape[0], ids.shape[1], runner.pool.length)
+            # as a prefill asks for it: nothing more to compile
+            linked = runner.linker.link(session.program, shape, every=shape.tokens == 1)
+            positions = session.positions(counts, ids.shape[1])
+            states = linked.states(StepInputs(ids, positions, session.slots))
+            hidden = next(itertools.islice(states, num_steps, None))
+            session.advance(counts)
+            for of_row, own, count in zip(found, hidden, counts, strict=True):
+                if count:
+                    of_row.append(own[:count])
     return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in found]
 
 
 @contextmanager
-def session_after(model: "CompiledModel", program: Program, trunk: Trunk) -> Iterator[KvSession]:
+def session_after(runner: Runner, program: Program, trunk: Trunk) -> Iterator[KvSession]:
     """A session for the trunk's rows and `program`, the trunk's keys and values in its first slots.
 
     A trunk that is used as a whole lends its slots; of one that was split up they are copied.
-    Prefill it with the same rows.
+    Prefill it with the same rows: only the steps after the trunk will run.
     """
     check_trunk(program, trunk.num_steps)
-    specs = model.library.kv_specs(program)
-    lent = trunk.session
+    lent, resume = trunk.session, Resume(trunk.num_steps, padded(trunk.hidden))
     if trunk.rows == tuple(range(lent.batch)):
-        with model.pool.session(specs[trunk.num_steps :], lent.batch) as rest:
-            whole = KvSession(model.pool, lent.slots + rest.slots, lent.batch)
+        with runner.open(program, lent.batch, slice(trunk.num_steps, None)) as rest:
+            whole = KvSession(runner.pool, program, lent.slots + rest.slots, lent.batch)
+            whole.resume = resume
             try:
                 yield whole
             finally:
                 for part in (lent, rest):
                     part.will_write(whole.num_written)
         return
-    with model.pool.session(specs, len(trunk.rows)) as session:
+    with runner.open(program, len(trunk.rows)) as session:
+        session.resume = resume
         length = max(map(len, trunk.hidden))
-        rows = model.pool.on_device(trunk.rows)
+        rows = runner.pool.on_device(trunk.rows)
         session.will_write(length)
-        for of_trunk, own in zip(lent.slots, session.slots, strict=False):
+        for of_trunk, own in zip(lent.slots, session.slots[: trunk.num_steps], strict=True):
             for source, copy in zip(of_trunk, own, strict=True):
                 copy[:, :, :length] = source[:, :, :length].index_select(0, rows)
         yield session

@@ -1,0 +1,271 @@
+"""Prefill and decode: compiled pieces, a session and tokens -> logits.
+
+Shape legend: B batch, T tokens, V vocabulary, d hidden size.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import Backend, ShapeClass
+from ..capture import embedding_weight
+from ..capture.support import without_autocast
+from ..library import LayerLibrary
+from ..program import Program
+from .bound_weights import BoundWeights
+from .cuda_graphs import CudaGraphs, cuda_graphs
+from .kv_cache import KvPool, KvSession, Resume
+from .link import LinkedProgram, Linker, StepInputs
+from .regions import RegionTable
+from .tiers import Tier, TierPolicy, Tiers
+from .token_rows import padded, token_rows
+
+_GPU_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What is known of a model besides its layers: HuggingFace's settings, and how many token ids
+    there are.
+    """
+
+    config: Any
+    generation_config: Any
+    vocab_size: int
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelInfo":
+        """That of a HuggingFace causal LM."""
+        return cls(model.config, model.generation_config, embedding_weight(model).shape[0])
+
+    @property
+    def architecture(self) -> str:
+        """Name of the model's class."""
+        return (self.config.architectures or [type(self.config).__name__])[0]
+
+
+class Runner:
+    """Runs programs on tokens. A session of `open` takes the rows of a prompt by `prefill` and then
+    a token a row by `decode`.
+
+    Args:
+        info, library, regions, pool: the model, its layers, their compiled code, the KV slots.
+        prefill_chunk: prompt tokens that run at a time.
+        deterministic: run rows one by one, so that a row's logits have the same bits alone and in
+            any batch.
+        tiers: which form of a program runs one row.
+        graphs: replays decodes on a GPU; None runs every kernel by itself.
+        bound: tells whether a model still holds the weights that are read here; None where nobody
+            can exchange them.
+    """
+
+    def __init__(
+        self,
+        info: ModelInfo,
+        library: LayerLibrary,
+        regions: RegionTable,
+        pool: KvPool,
+        *,
+        prefill_chunk: int,
+        deterministic: bool,
+        tiers: Tiers,
+        graphs: CudaGraphs | None,
+        bound: BoundWeights | None,
+    ) -> None:
+        self.info, self.library, self.regions, self.pool = info, library, regions, pool
+        self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
+        self.tiers, self.graphs, self.bound = tiers, graphs, bound
+        self.linker = Linker(library, regions, pool)
+
+    @classmethod
+    def of_model(
+        cls,
+        model: Any,
+        regions: RegionTable,
+        *,
+        prefill_chunk: int = 512,
+        deterministic: bool = False,
+        tier: Tier = "linked",
+        tier_policy: TierPolicy | None = None,
+    ) -> "Runner":
+        """A runner for a HuggingFace model, with a KV pool of its own, on the regions of its
+        library.
+
+        Raises InputError for a tier that these regions cannot have.
+        """
+        library = regions.library
+        pool = KvPool(regions.max_length, library.device)
+        return cls(
+            ModelInfo.of(model),
+            library,
+            regions,
+            pool,
+            prefill_chunk=prefill_chunk,
+            deterministic=deterministic,
+            tiers=Tiers(library, regions, pool.kv_index, tier, tier_policy or TierPolicy()),
+            graphs=cuda_graphs(library.device),
+            bound=BoundWeights(model, library.tensors),
+        )
+
+    @property
+    def depth(self) -> int:
+        return self.library.depth
+
+    @property
+    def device(self) -> torch.device:
+        return self.pool.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.library.dtype
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a row may hold, prompt and continuation."""
+        return self.pool.max_length
+
+    @property
+    def backend(self) -> Backend:
+        return self.regions.backend
+
+    # --------------------------------------------------------------------------- sessions and rows
+
+    def open(
+        self, program: Program, batch: int, steps: slice = slice(None)
+    ) -> AbstractContextManager[KvSession]:
+        """A context manager giving an empty KvSession for `batch` rows of `program`, with slots for
+        `steps` of it.
+
+        Raises WeightsReplacedError.
+        """
+        if self.bound is not None:
+            self.bound.check()
+        return self.pool.session(program, self.library.kv_specs(program)[steps], batch)
+
+    def rows(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None
+    ) -> tuple[list[Tensor], Tensor]:
+        """Validated input, on the CPU: the real tokens i64[T] of each row, and the boolean mask
+        [B, T] that says where they stood.
+
+        Raises InputError.
+        """
+        return token_rows(input_ids, attention_mask, self.info.vocab_size)
+
+    def chunks(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
+        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], zeros after a row's
+        own, and its counts.
+
+        On a GPU, T of several tokens is a multiple of 64: its attention library makes a plan for
+        each new size.
+        """
+        for start in range(0, max(len(r) for r in rows), self.prefill_chunk):
+            parts = [r[start : start + self.prefill_chunk] for r in rows]
+            counts = [len(p) for p in parts]
+            tokens = max(counts)
+            if self.device.type == "cuda" and tokens > 1:
+                tokens += -tokens % _GPU_TOKENS
+            yield padded(parts, tokens).to(self.device), counts
+
+    # ----------------------------------------------------------------------------- prefill, decode
+
+    def prefill(
+        self, session: KvSession, rows: Sequence[Tensor], every: bool = False
+    ) -> list[Tensor]:
+        """Append the rows' tokens i64[T] in chunks; per row, logits [V] of its last token, or
+        [T, V] if `every`.
+
+        In a session of `session_after`, only the steps after the trunk run. Raises KvOverflowError
+        before anything runs.
+        """
+        session.require([len(r) for r in rows])
+        if self.deterministic and len(rows) > 1:
+            each = [self.prefill(session.row(i), [r], every)[0] for i, r in enumerate(rows)]
+            session.resume = None
+            return each
+        results: list[list[Tensor]] = [[] for _ in rows]
+        start = 0
+        for ids, counts in self.chunks(rows):
+            resume = session.resume and session.resume.chunk(start, ids.shape[1])
+            start += self.prefill_chunk
+            # where in this chunk each row ends; -1 if it does not
+            ends = [
+                n - 1 if n and start >= len(r) else -1 for n, r in zip(counts, rows, strict=True)
+            ]
+            logits = self._run(session, ids, counts, None if every else ends, resume)
+            if logits is None:
+                continue
+            for i, (n, end) in enumerate(zip(counts, ends, strict=True)):
+                if every and n:
+                    results[i].append(logits[i, :n])
+                elif end >= 0:
+                    results[i].append(logits[i, 0])
+        session.resume = None
+        return [torch.cat(r) if every else r[0] for r in results]
+
+    def decode(self, session: KvSession, tokens: Tensor) -> Tensor:
+        """Append one token per row, `tokens` i64[B]; logits [B, V]."""
+        tokens, batch = tokens.to(self.device), session.batch
+        if self.deterministic and batch > 1:
+            session.require([1] * batch)
+            each = [self.decode(session.row(i), tokens[i : i + 1]) for i in range(batch)]
+            return torch.cat(each)
+        logits = self._run(session, tokens[:, None], [1] * batch, None)
+        assert logits is not None
+        return logits[:, 0]
+
+    def warm_up(self, programs: Iterable[Program], batch: int) -> None:
+        """Compile what prefill and decode of these programs need for `batch` rows."""
+        tokens = min(2, self.max_length)
+        rows = [torch.zeros(tokens, dtype=torch.long)] * batch
+        for program in programs:
+            with self.open(program, batch) as session:
+                self.prefill(session, rows)
+                if tokens < self.max_length:
+                    self.decode(session, torch.zeros(batch, dtype=torch.long))
+
+    @torch.no_grad()
+    def _run(
+        self,
+        session: KvSession,
+        ids: Tensor,
+        counts: list[int],
+        ends: list[int] | None,
+        resume: Resume | None = None,
+    ) -> Tensor | None:
+        """One pass over ids [B, T], of which each row has `counts`: logits [B, T, V].
+
+        Of several tokens a row, only those at `ends` get logits [B, 1, V], unless that is None; if
+        no row ends here, None comes back.
+        """
+        with without_autocast(self.device):
+            batch, tokens = ids.shape
+            positions = session.positions(counts, tokens)
+            shape = ShapeClass.of(batch, tokens, self.pool.length)
+            every, where = ends is None or tokens == 1, None
+            if ends is not None and not every and max(ends) >= 0:
+                where = self.pool.on_device([max(0, end) for end in ends])
+            linked = self.linker.link(session.program, shape, every)
+            # regions are compiled for dense operands
+            inputs = StepInputs(ids.contiguous(), positions, session.slots, where, resume)
+            logits = None
+            if every or where is not None:
+                logits = self._logits(linked, shape, inputs)
+            else:  # the head would be computed for nothing
+                linked.write_kv(inputs)
+            session.advance(counts)
+            return logits
+
+    def _logits(self, linked: LinkedProgram, shape: ShapeClass, inputs: StepInputs) -> Tensor:
+        """Logits by the form that is due: regions, a captured graph of them, a whole program."""
+        if inputs.resume is not None:
+            return linked.run(inputs)
+        decodes = shape.tokens == 1
+        run = LinkedProgram.run if self.graphs is None or not decodes else self.graphs.run
+        if shape.batch == 1 and (decodes or inputs.logits_at is not None):
+            return self.tiers.run(linked, shape, inputs, run)
+        return run(linked, inputs)
