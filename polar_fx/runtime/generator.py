@@ -302,7 +302,8 @@ def _inferred_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor | None
         return None
     is_pad = input_ids == pad
     if pad not in ends:
-        return (~is_pad).long() if bool(is_pad.any()) else None
+        # a row of pad tokens alone is a prompt all the same: there has to be one
+        return (~is_pad | is_pad.all(1, keepdim=True)).long()
     if len(input_ids) > 1 and bool(is_pad[:, [0, -1]].any()):
         warnings.warn(
             f"no attention_mask was passed, and prompts begin or end with token {pad}, which both "

@@ -157,6 +157,13 @@ def test_padding_without_a_mask_is_found_by_the_pad_token(side: str) -> None:
         assert torch.equal(found, model().generate(ids, **options))
 
 
+def test_a_prompt_of_pad_tokens_alone_is_a_prompt() -> None:
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    options: dict[str, Any] = {**COMMON, "do_sample": False}
+    want = compiled().generate(ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(compiled().generate(ids, **options), want)
+
+
 def test_padding_that_may_be_text_is_taken_for_text_with_a_warning() -> None:
     ids, _ = padded("left")
     options: dict[str, Any] = dict(max_new_tokens=3, do_sample=False, eos_token_id=0)
