@@ -41,6 +41,8 @@ _MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
 _PREFILL_CHUNK, _GPU_PREFILL_CHUNK = 512, 4096  # a GPU needs many tokens at a time to be busy
 
 ProgramLike = Program | str | Sequence[int] | None
+# one for all rows of a batch, or a list of one for each
+ProgramsLike = ProgramLike | Sequence[ProgramLike]
 
 
 def compile(
@@ -280,19 +282,31 @@ class CompiledModel:
         self.library.check(program)
         return program
 
+    def _of_rows(self, program: ProgramsLike, batch: int) -> list[Program]:
+        """The program of each row; a list of layers is a path, and so one program for all."""
+        several: list[Any] = list(program) if isinstance(program, (list, tuple)) else []
+        if all(isinstance(p, int) for p in several):
+            one: Any = program
+            return [self.resolve(one)] * batch
+        if len(several) != batch:
+            raise InputError(
+                f"{len(several)} programs were given for {batch} rows; give one for each row, or "
+                "one for all"
+            )
+        return [self.resolve(p) for p in several]
+
     # ---------------------------------------------------------------------------------------- calls
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, program: ProgramLike = None
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, program: ProgramsLike = None
     ) -> Tensor:
-        """Logits [B, T, V] of every token under `program`.
+        """Logits [B, T, V] of every token under `program`, or under a list of one for each row.
 
         `input_ids` i64[B, T]; `attention_mask` [B, T] is 1 at real tokens, which may be padded on
         either side; logits of padding are 0. Raises InputError, ProgramError, KvOverflowError.
         """
-        chosen = self.resolve(program)
         rows, mask = self.runner.rows(input_ids, attention_mask)
-        with self.runner.open(chosen, len(rows)) as session:
+        with self.runner.open_rows(self._of_rows(program, len(rows))) as session:
             logits = self.runner.prefill(session, rows, every=True)
         if bool(mask.all()):
             return torch.stack(logits)
@@ -302,19 +316,20 @@ class CompiledModel:
 
     __call__ = forward
 
-    def generate(self, input_ids: Tensor, *, program: ProgramLike = None, **kwargs: Any) -> Any:
+    def generate(self, input_ids: Tensor, *, program: ProgramsLike = None, **kwargs: Any) -> Any:
         """transformers' `generate` on `program`: greedy, sampling, beams, stop tokens and strings,
         streamers.
 
         Takes its usual arguments, a `generation_config` included, and returns what it returns:
         i64[B, T + new] unless asked for more. Prompts may be padded on either side
-        (`attention_mask`). With a dispatcher and no `program`, each row runs the program chosen for
+        (`attention_mask`). A list of programs gives one to each row: they run together (see
+        docs/engine.md). With a dispatcher and no `program`, each row runs the program chosen for
         it. Raises InputError, ProgramError, and KvOverflowError before anything runs.
         """
         if program is None and self.dispatcher is not None:
             return self.dispatcher.generate(input_ids, **kwargs)[0]
-        chosen = self.resolve(program)
-        return self.generator.run(self.generator.check(input_ids, **kwargs), chosen)
+        call = self.generator.check(input_ids, **kwargs)
+        return self.generator.run(call, self._of_rows(program, len(call.rows)))
 
     def dispatch(self, input_ids: Tensor, **kwargs: Any) -> tuple[Any, DispatchReport]:
         """`generate`, and what each row ran, why, and how long that took.

@@ -311,6 +311,8 @@ class _BundledRegions(RegionTable):
 
 
 class _Sealed(AotInductorBackend):
+    by_address = False  # a bundle holds regions for slots
+
     """Loads packages as AotInductorBackend does, and compiles nothing."""
 
     def __init__(self, folder: Path, packages: Path) -> None:

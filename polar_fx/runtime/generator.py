@@ -200,13 +200,19 @@ class Generator:
     def __init__(self, runner: Runner) -> None:
         self.runner = runner
 
-    def run(self, call: Call, program: Program, trunk: Trunk | None = None) -> Any:
+    def run(
+        self, call: Call, program: Program | Sequence[Program], trunk: Trunk | None = None
+    ) -> Any:
         """What transformers' `generate` returns, on the model's device, wherever the prompts were.
 
-        After a `trunk` of these rows only the steps after it are prefilled.
+        `program` is that of all rows, or one for each. After a `trunk` of these rows, which one
+        program then runs on, only the steps after it are prefilled.
         """
         copied = [r for r in range(len(call.rows)) for _ in range(call.copies)]
-        if trunk is None:
+        opened: Any
+        if not isinstance(program, Program):
+            opened = self.runner.open_rows([program[r] for r in copied])
+        elif trunk is None:
             opened = self.runner.open(program, len(copied))
         else:
             taken = trunk if call.copies == 1 else trunk.take(copied)

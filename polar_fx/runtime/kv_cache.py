@@ -242,6 +242,22 @@ class KvSession(Cache):
             for slot in pair:
                 slot[:, :, : self._written].zero_()
 
+    def copied(self) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
+        """Lengths, and what the slots hold, as copies for `restore`."""
+        filled = slice(0, self._written)
+        held = [(k[:, :, filled].clone(), v[:, :, filled].clone()) for k, v in self.slots]
+        return self.lengths, held
+
+    def restore(self, taken: tuple[list[int], list[tuple[Tensor, Tensor]]]) -> None:
+        """Hold what another session of the same program and batch did."""
+        lengths, held = taken
+        for own, other in zip(self.slots, held, strict=True):
+            for slot, values in zip(own, other, strict=True):
+                slot[:, :, : values.shape[2]] = values
+                self.will_write(values.shape[2])
+        self._lengths = list(lengths)
+        self._next.copy_(self.pool.on_device(lengths)[:, None])
+
     # ---- what transformers' generation asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

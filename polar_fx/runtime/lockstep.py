@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache
 
 from ..backends.base import Region, ShapeClass
-from ..errors import KvOverflowError, UnsupportedModelError
+from ..errors import KvOverflowError
 from ..library import LayerLibrary
 from ..library.symbols import Symbol
 from ..program import Program
@@ -193,18 +193,16 @@ class Lockstep:
         self.store = KvStore(library.device)
         self._axes = {call.target: self._batch_axes(call) for call in library.table.calls()}
 
-    def open(self, programs: Sequence[Program]) -> LockstepSession:
-        """A session of empty rows, one a program, to be used as a context manager.
+    @property
+    def possible(self) -> bool:
+        """Whether rows can be told apart in every value that layers take.
 
-        Raises UnsupportedModelError for a model whose rows cannot be told apart between steps.
+        Some models fold the rows of a batch into another axis, such as that of heads.
         """
-        for name, axes in self._axes.items():
-            if axes is None:
-                raise UnsupportedModelError(
-                    f"{name} takes a value in which the rows of a batch are folded into another "
-                    "axis, so rows of different programs cannot run together",
-                    "give each program a call of its own",
-                )
+        return None not in self._axes.values()
+
+    def open(self, programs: Sequence[Program]) -> LockstepSession:
+        """A session of empty rows, one a program, to be used as a context manager."""
         return LockstepSession(self.store, self.library, programs, self.max_length)
 
     def _batch_axes(self, call: Symbol) -> tuple[int | None, ...] | None:

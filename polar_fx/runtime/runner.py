@@ -20,7 +20,9 @@ from .bound_weights import BoundWeights
 from .cuda_graphs import CudaGraphs, cuda_graphs
 from .kv_cache import KvPool, KvSession, Resume
 from .link import LinkedProgram, Linker, StepInputs
+from .lockstep import Lockstep, LockstepSession
 from .regions import RegionTable
+from .rows_apart import RowsApart
 from .tiers import Tier, TierPolicy, Tiers
 from .token_rows import padded, token_rows
 
@@ -80,6 +82,7 @@ class Runner:
         self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
         self.tiers, self.graphs, self.bound = tiers, graphs, bound
         self.linker = Linker(library, regions, pool)
+        self.lockstep = Lockstep(library, regions, pool.max_length)
 
     @classmethod
     def of_model(
@@ -146,6 +149,25 @@ class Runner:
             self.bound.check()
         return self.pool.session(program, self.library.kv_specs(program)[steps], batch)
 
+    def open_rows(
+        self, programs: Sequence[Program]
+    ) -> AbstractContextManager[KvSession | LockstepSession | RowsApart]:
+        """A context manager giving a session of empty rows, one a program.
+
+        Rows of different programs run in lock-step on the CPU. They run one by one with
+        `deterministic`, on other devices, and where regions cannot take keys and values by address:
+        in a bundle, by TensorRT, and of models that fold rows into another axis. Raises
+        WeightsReplacedError.
+        """
+        if len(set(programs)) == 1:
+            return self.open(programs[0], len(programs))
+        if self.bound is not None:
+            self.bound.check()
+        together = self.device.type == "cpu" and self.backend.by_address and self.lockstep.possible
+        if together and not self.deterministic:
+            return self.lockstep.open(programs)
+        return RowsApart([self.open(program, 1) for program in programs])
+
     def rows(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
     ) -> tuple[list[Tensor], Tensor]:
@@ -174,7 +196,10 @@ class Runner:
     # ----------------------------------------------------------------------------- prefill, decode
 
     def prefill(
-        self, session: KvSession, rows: Sequence[Tensor], every: bool = False
+        self,
+        session: KvSession | LockstepSession | RowsApart,
+        rows: Sequence[Tensor],
+        every: bool = False,
     ) -> list[Tensor]:
         """Append the rows' tokens i64[T] in chunks; per row, logits [V] of its last token, or
         [T, V] if `every`.
@@ -183,6 +208,11 @@ class Runner:
         before anything runs.
         """
         session.require([len(r) for r in rows])
+        if isinstance(session, RowsApart):
+            one_by_one = zip(session.sessions, rows, strict=True)
+            return [self.prefill(own, [row], every)[0] for own, row in one_by_one]
+        if isinstance(session, LockstepSession):
+            return self._prefill_together(session, rows, every)
         if self.deterministic and len(rows) > 1:
             each = [self.prefill(session.row(i), [r], every)[0] for i, r in enumerate(rows)]
             session.resume = None
@@ -207,9 +237,32 @@ class Runner:
         session.resume = None
         return [torch.cat(r) if every else r[0] for r in results]
 
-    def decode(self, session: KvSession, tokens: Tensor) -> Tensor:
+    def _prefill_together(
+        self, session: LockstepSession, rows: Sequence[Tensor], every: bool
+    ) -> list[Tensor]:
+        results: list[list[Tensor]] = [[] for _ in rows]
+        start = 0
+        for ids, counts in self.chunks(rows):
+            start += self.prefill_chunk
+            with without_autocast(self.device):
+                logits = self.lockstep.run(session, ids, counts, every=every)
+            for i, (count, row) in enumerate(zip(counts, rows, strict=True)):
+                if every and count:
+                    results[i].append(logits[i, :count])
+                elif count and start >= len(row):
+                    results[i].append(logits[i, 0])
+        return [torch.cat(r) if every else r[0] for r in results]
+
+    def decode(self, session: KvSession | LockstepSession | RowsApart, tokens: Tensor) -> Tensor:
         """Append one token per row, `tokens` i64[B]; logits [B, V]."""
         tokens, batch = tokens.to(self.device), session.batch
+        if isinstance(session, RowsApart):
+            session.require([1] * batch)
+            own = [self.decode(s, tokens[i : i + 1]) for i, s in enumerate(session.sessions)]
+            return torch.cat(own)
+        if isinstance(session, LockstepSession):
+            with without_autocast(self.device):
+                return self.lockstep.run(session, tokens[:, None], [1] * batch)[:, 0]
         if self.deterministic and batch > 1:
             session.require([1] * batch)
             each = [self.decode(session.row(i), tokens[i : i + 1]) for i in range(batch)]

@@ -60,6 +60,7 @@ INNER = {
         "kv_store",
         "lockstep_order",
         "lockstep",
+        "rows_apart",
         "runner",
         "trunk",
         "generator",

@@ -83,7 +83,7 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
     )
     result = _python(code, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count(str(tmp_path)) == 2 and "assign-kv-slots 0 2 /3" in result.stdout
+    assert result.stdout.count(str(tmp_path)) == 2 and "address-kv 0 2 /3" in result.stdout
 
 
 def test_the_bare_name_passes_is_refused() -> None:
