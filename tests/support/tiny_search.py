@@ -53,6 +53,7 @@ def generated(
     out = compiled.generate(
         ids,
         program=program,
+        attention_mask=torch.ones_like(ids),  # token 0 is a word of these prompts, too
         max_new_tokens=tokens,
         do_sample=False,
         eos_token_id=None,
