@@ -60,6 +60,8 @@ def _is_single_query(node: Node) -> bool:
     mask = a["attn_mask"]
     if mask is None:
         return True
+    if mask.meta["val"].dim() != 4:
+        return False
     rows, heads, tokens, length = mask.meta["val"].shape
     return (rows, tokens, length) == (query.shape[0], 1, key.shape[2]) and heads in (
         1,

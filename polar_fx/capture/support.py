@@ -262,7 +262,6 @@ def probe(view: PreTrainedModel, stack: str, depth: int) -> tuple[KvSpec, ...]:
             f"({type(error).__name__}: {error})",
             "models with recurrent, convolutional or cross-layer state are not supported",
         ) from error
-    _check_handed_on(view, states)
     stored = [layer for layer, _ in recorder.calls]
     if stored != list(range(depth)):
         silent = sorted(set(range(depth)) - set(stored))
@@ -276,4 +275,5 @@ def probe(view: PreTrainedModel, stack: str, depth: int) -> tuple[KvSpec, ...]:
             "skipping or repeating layers of such a model is unsound; use one where every layer "
             "owns its KV",
         )
+    _check_handed_on(view, states)
     return tuple(spec for _, spec in recorder.calls)

@@ -131,7 +131,7 @@ def test_sizes_may_be_expressions() -> None:
         (80, 80, 16, 1),
         torch.bool,
     )
-    assert operand.axes() == {0: "batch", 2: "tokens"}
+    assert operand.axes() == {0: "batch", 2: "tokens", 3: "length"}
     assert Operand("side", "float32", ("B*T", "8"), ("8", "1")).axes() == {}
 
 
