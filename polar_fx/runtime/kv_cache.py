@@ -131,7 +131,42 @@ class Resume:
         return Resume(self.num_steps, part)
 
 
-class KvSession(Cache):
+class RowCache(Cache):
+    """Rows and how long each is, as a transformers `Cache`: generation utilities may carry it
+    around; they never index it.
+
+    Subclasses set `max_length`, the tokens that a row may hold, and give `lengths`.
+    """
+
+    is_compileable = False  # type: ignore[assignment]
+    max_length: int
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row."""
+        raise NotImplementedError
+
+    def require(self, counts: Sequence[int]) -> None:
+        """Raise KvOverflowError unless every row has room for counts[b] more tokens."""
+        for row, (start, count) in enumerate(zip(self.lengths, counts, strict=True)):
+            if start + count > self.max_length:
+                raise KvOverflowError(
+                    f"row {row} needs {start + count} token positions but the KV pool holds "
+                    f"{self.max_length}; shorten the prompt, lower max_new_tokens, or "
+                    f"compile with max_length={start + count} or more"
+                )
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(self.lengths)
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.max_length
+
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError("slots are written by compiled steps, not through Cache.update")
+
+
+class KvSession(RowCache):
     """The KV state of one running batch of `program`: a slot per step and a length per row.
 
     If the rows' first steps have run already, `resume` says where their prefill goes on; the
@@ -145,8 +180,6 @@ class KvSession(Cache):
     it.
     """
 
-    is_compileable = False  # type: ignore[assignment]
-
     def __init__(
         self,
         pool: KvPool,
@@ -155,7 +188,7 @@ class KvSession(Cache):
         batch: int,
         next_positions: Tensor | None = None,
     ) -> None:
-        self.layers = []
+        self.layers, self.max_length = [], pool.max_length
         self.pool, self.program, self.slots = pool, program, slots
         self.resume: Resume | None = None
         self._lengths = [0] * batch
@@ -207,16 +240,6 @@ class KvSession(Cache):
             columns < self.pool.on_device(counts)[:, None], places, self.pool.length - 1
         )
 
-    def require(self, counts: Sequence[int]) -> None:
-        """Raise KvOverflowError unless every row has room for counts[b] more tokens."""
-        for row, (start, count) in enumerate(zip(self._lengths, counts, strict=True)):
-            if start + count > self.pool.max_length:
-                raise KvOverflowError(
-                    f"row {row} needs {start + count} token positions but the KV pool holds "
-                    f"{self.pool.max_length}; shorten the prompt, lower max_new_tokens, or "
-                    f"compile with max_length={start + count} or more"
-                )
-
     def advance(self, counts: Sequence[int]) -> None:
         """The tokens of the last `positions(counts)` are there now."""
         self._lengths = [a + b for a, b in zip(self._lengths, counts, strict=True)]
@@ -260,12 +283,6 @@ class KvSession(Cache):
 
     # ---- what transformers' generation asks of a cache
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self._lengths)
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return self.pool.max_length
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams (beam search)."""
         order = beam_idx.tolist()
@@ -277,9 +294,6 @@ class KvSession(Cache):
 
     def __len__(self) -> int:
         return len(self.slots)
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("slots are written by compiled steps, not through Cache.update")
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError(

@@ -9,17 +9,16 @@ Shape legend: B rows, T tokens, L columns, d hidden size, V vocabulary.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 from ..backends.base import Region, ShapeClass
-from ..errors import KvOverflowError
 from ..library import LayerLibrary
+from ..library.steps import HIDDEN, Blends, operands
 from ..library.symbols import Symbol
 from ..program import Program
+from .kv_cache import RowCache
 from .kv_store import BLOCK, KvStore, places_of
 from .lockstep_order import LayerCall, lockstep_calls
 from .regions import RegionTable
@@ -45,17 +44,13 @@ class _Call:
     index: Tensor | None  # i64[n] on the device; None if all rows take part
     columns: Tensor  # i64[n, L]
     opens: tuple[tuple[int, int], ...]  # (row, how many blends)
-    closes: tuple[tuple[int, float], ...]  # (row, damping), in order
+    closes: tuple[tuple[int, tuple[float, ...]], ...]  # (row, their dampings)
 
 
-class LockstepSession(Cache):
+class LockstepSession(RowCache):
     """Some rows, a program each, and what they hold. A context manager: at its end all is given
     back.
-
-    It is a transformers `Cache`, so that generation utilities may carry it around.
     """
-
-    is_compileable = False  # type: ignore[assignment]
 
     def __init__(
         self, store: KvStore, library: LayerLibrary, programs: Sequence[Program], max_length: int
@@ -64,6 +59,7 @@ class LockstepSession(Cache):
         self.store, self.library, self.max_length = store, library, max_length
         self.programs = tuple(programs)
         self._order = lockstep_calls(self.programs)
+        self._schedules = [p.schedule() for p in self.programs]
         self._rows = [_Row(p, [[] for _ in p.path]) for p in self.programs]
         self._calls: dict[tuple[int, bool], list[_Call]] = {}
 
@@ -96,17 +92,6 @@ class LockstepSession(Cache):
         """Layer calls a token: U of the union, against the sum of the programs' steps."""
         return len(self._order)
 
-    def require(self, counts: Sequence[int]) -> None:
-        """Raise KvOverflowError unless every row may have counts[b] more tokens."""
-        for number, (row, count) in enumerate(zip(self._rows, counts, strict=True)):
-            if row.length + count > self.max_length:
-                raise KvOverflowError(
-                    f"row {number} needs {row.length + count} token positions but the KV pool "
-                    f"holds {self.max_length}; shorten the prompt, lower max_new_tokens, or "
-                    "compile with "
-                    f"max_length={row.length + count} or more"
-                )
-
     def make_room(self, counts: Sequence[int]) -> None:
         """Take the blocks that counts[b] more tokens of each row need."""
         self.require(counts)
@@ -135,10 +120,11 @@ class LockstepSession(Cache):
             if ragged:
                 table[-1] = _PADDING
             tables.append(places_of(table, device))
-            scheduled = self.programs[row].schedule()[step]
+            scheduled = self._schedules[row][step]
             if scheduled.opens:
                 opens.append((row, scheduled.opens))
-            closes += [(row, damping) for damping in scheduled.closes]
+            if scheduled.closes:
+                closes.append((row, scheduled.closes))
         everyone = len(call.rows) == len(self._rows)
         index = None if everyone else torch.tensor(call.rows, device=device)
         columns = torch.stack(tables)
@@ -150,12 +136,6 @@ class LockstepSession(Cache):
             row.length += count
 
     # ---- what transformers' generation asks of a cache
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.lengths)
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return self.max_length
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams (beam search); beams of one prompt run one program."""
@@ -180,9 +160,6 @@ class LockstepSession(Cache):
 
     def __len__(self) -> int:
         return max(p.num_steps for p in self.programs)
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("slots are written by compiled steps, not through Cache.update")
 
 
 class Lockstep:
@@ -226,6 +203,12 @@ class Lockstep:
         Returns the logits [B, 1, V] of each row's last token, or [B, T, V] of all if `every`.
         Raises KvOverflowError before anything runs.
         """
+        with self.store.lock:  # a store that grows is replaced: no other pass may be writing to it
+            return self._run(session, ids, counts, every)
+
+    def _run(
+        self, session: LockstepSession, ids: Tensor, counts: Sequence[int], every: bool
+    ) -> Tensor:
         batch, tokens = ids.shape
         session.make_room(counts)
         ragged = min(counts) < tokens
@@ -264,8 +247,8 @@ class Lockstep:
 
     def _head(self, hidden: Tensor, values: Sequence[Tensor], shape: ShapeClass) -> Tensor:
         head = self.library.epilogue
-        operands = [hidden, *[values[i] for i in head.sides], *head.weights]
-        return self._region(head.target, shape)(operands)[0]
+        given = operands(hidden, values, head.sides, (), head.weights)
+        return self._region(head.target, shape)(given)[0]
 
     def _region(self, name: str, shape: ShapeClass) -> Region:
         return self.regions.get([(name, shape)])[name, shape]
@@ -274,8 +257,8 @@ class Lockstep:
         self, session: LockstepSession, calls: Sequence[_Call], values: list[Tensor], tokens: int
     ) -> Tensor:
         """The hidden state [B, T, d] after every row's last step."""
-        hidden = values[3].clone()  # it is written row by row
-        saved: list[list[Tensor]] = [[] for _ in session.programs]
+        hidden = values[HIDDEN].clone()  # it is written row by row
+        blends = [Blends(torch.lerp) for _ in session.programs]
         chosen: dict[tuple[tuple[int, ...], int, int | None], Tensor] = {}
 
         def side(call: _Call, number: int, axis: int | None) -> Tensor:
@@ -290,17 +273,17 @@ class Lockstep:
             layer = self.library.layers[call.layer]
             axes = self._axes[layer.target] or ()
             for row, opens in call.opens:
-                saved[row] += [hidden[row].clone()] * opens
+                blends[row].open(hidden[row].clone(), opens)
             sides = [side(call, n, a) for n, a in zip(layer.sides, axes, strict=True)]
             keys, vals = self.store.tensors(self.library.table.kv_specs[call.layer])
             shape = ShapeClass.of(len(call.rows), tokens, None)
-            given = hidden if call.index is None else hidden.index_select(0, call.index)
-            operands = [given, *sides, keys, vals, call.columns, *layer.weights]
-            result = self._region(layer.target, shape)(operands)[0]
+            state = hidden if call.index is None else hidden.index_select(0, call.index)
+            given = [state, *sides, keys, vals, call.columns, *layer.weights]
+            result = self._region(layer.target, shape)(given)[0]
             if call.index is None:
                 hidden = result
             else:
                 hidden.index_copy_(0, call.index, result)
-            for row, damping in call.closes:
-                hidden[row] = torch.lerp(saved[row].pop(), hidden[row], damping)
+            for row, dampings in call.closes:
+                hidden[row] = blends[row].close(hidden[row], dampings)
         return hidden

@@ -9,22 +9,17 @@ from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache
 
-from ..errors import KvOverflowError
-from .kv_cache import KvSession
+from .kv_cache import KvSession, RowCache
 
 
-class RowsApart(Cache):
-    """Sessions of one row each, opened when the context is entered.
+class RowsApart(RowCache):
+    """Sessions of one row each, opened when the context is entered."""
 
-    It is a transformers `Cache`, so that generation utilities may carry it around.
-    """
-
-    is_compileable = False  # type: ignore[assignment]
-
-    def __init__(self, opened: Sequence[AbstractContextManager[KvSession]]) -> None:
-        self.layers = []
+    def __init__(
+        self, opened: Sequence[AbstractContextManager[KvSession]], max_length: int
+    ) -> None:
+        self.layers, self.max_length = [], max_length
         self._opened, self._stack = opened, ExitStack()
         self.sessions: list[KvSession] = []
 
@@ -46,20 +41,6 @@ class RowsApart(Cache):
         """Tokens of each row."""
         return [session.lengths[0] for session in self.sessions]
 
-    def require(self, counts: Sequence[int]) -> None:
-        """Raise KvOverflowError unless every row has room for counts[b] more tokens."""
-        for row, (session, count) in enumerate(zip(self.sessions, counts, strict=True)):
-            try:
-                session.require([count])
-            except KvOverflowError as error:
-                raise KvOverflowError(str(error).replace("row 0", f"row {row}", 1)) from None
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return max(self.lengths)
-
-    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
-        return self.sessions[0].get_max_cache_shape()
-
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams (beam search); beams of one prompt run one program."""
         order = beam_idx.tolist()
@@ -70,6 +51,3 @@ class RowsApart(Cache):
 
     def __len__(self) -> int:
         return max(len(session) for session in self.sessions)
-
-    def update(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError("slots are written by compiled steps, not through Cache.update")

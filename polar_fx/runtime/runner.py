@@ -166,7 +166,8 @@ class Runner:
         together = self.device.type == "cpu" and self.backend.by_address and self.lockstep.possible
         if together and not self.deterministic:
             return self.lockstep.open(programs)
-        return RowsApart([self.open(program, 1) for program in programs])
+        opened = [self.open(program, 1) for program in programs]
+        return RowsApart(opened, self.max_length)
 
     def rows(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
