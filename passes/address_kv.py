@@ -1,10 +1,11 @@
-"""Keys and values of a layer graph move from a slot of its own to addresses in a shared store.
+"""Keys and values of a layer graph move from a slot of its own to blocks of a shared store.
 
 A dense slot [B, H, L, E] belongs to one batch, which then has to run one program at one length. By
-address, each row brings a list of places in a store: any rows, at whatever steps of their programs,
-can be one call, and a call reads the columns that it is given.
+address, each row brings the numbers of its blocks in a store: any rows, at whatever steps of their
+programs, can be one call, and a call reads as many columns as it is given blocks.
 
-Shape legend: B batch, T tokens, L columns given, P places in the store, H KV heads, E head size.
+Shape legend: B batch, T tokens, W blocks given, C columns of a block, L = W * C columns, P blocks
+of the store, H KV heads, E head size.
 """
 
 from dataclasses import dataclass
@@ -18,53 +19,78 @@ from .base import Caller, Pass, PassError, PassResult, copy_graph_module, role, 
 aten = torch.ops.aten
 
 
+BLOCK = 16  # columns that are held together
+
+
 @dataclass(frozen=True)
 class AddressKv(Pass):
-    """Replace the KV operands [B, H, L, E] of one layer by stores [P, H, E] and an operand
-    `columns` i64[B, L] after them: the place in the stores of each row's column.
+    """Replace the KV operands [B, H, L, E] of one layer by stores [P, H, C, E] and an operand
+    `blocks` i64[B, W] after them: which block of the stores holds each row's columns w * C to
+    (w + 1) * C - 1.
 
     Column `positions` of a row is written as before, and the graph then reads the columns in order.
-    Raises PassError for a graph that does anything else with its KV operands.
+    L must be a multiple of C. Raises PassError for a graph that does anything else with its KV
+    operands.
     """
 
     name: ClassVar[str] = "address-kv"
     # the same bits, from operands of another layout
     preserves_numerics: ClassVar[bool] = False
+    block: int = BLOCK
 
     def run(self, gm: GraphModule) -> PassResult:
-        operands = [n for n in gm.graph.find_nodes(op="placeholder") if role(n) == "kv"]
-        if any(role(n) == "columns" for n in gm.graph.find_nodes(op="placeholder")):
+        if any(role(n) == "blocks" for n in gm.graph.find_nodes(op="placeholder")):
             return PassResult(gm, False)
-        if not operands:
+        if not any(role(n) == "kv" for n in gm.graph.find_nodes(op="placeholder")):
             raise PassError(
                 self.name, "the graph has no KV operands", "run it on one layer's graph"
             )
         new, graph = copy_graph_module(gm)
         operands = [n for n in graph.find_nodes(op="placeholder") if role(n) == "kv"]
-        old = [n.meta["val"] for n in operands]
         with graph.inserting_after(operands[-1]):
-            columns = graph.placeholder("columns")
-        batch, _, length, _ = old[0].shape
-        columns.meta = {"role": "columns", "val": old[0].new_empty(batch, length, dtype=torch.long)}
-        for operand, dense in zip(operands, old, strict=True):
-            self._address(graph, operand, dense, columns)
+            blocks = graph.placeholder("blocks")
+        dense = operands[0].meta["val"]
+        batch, _, length, _ = dense.shape
+        numbers = dense.new_empty(batch, length // self.block, dtype=torch.long)
+        blocks.meta = {"role": "blocks", "val": numbers}
+        order = {node: i for i, node in enumerate(graph.nodes)}
+        places: dict[Node, tuple[Node, Node]] = {}
+        for operand in sorted(operands, key=lambda n: order[self._write(n)[0]]):
+            self._address(graph, operand, blocks, places)
         new.recompile()
         return PassResult(new, True, {"stores": len(operands)})
 
-    def _address(self, graph: Graph, operand: Node, dense: torch.Tensor, columns: Node) -> None:
-        """Let the one write of a KV operand go to its places, and its readers read from there."""
-        _, heads, _, size = dense.shape
+    def _address(
+        self,
+        graph: Graph,
+        operand: Node,
+        blocks: Node,
+        places: dict[Node, tuple[Node, Node]],
+    ) -> None:
+        """Let the one write of a KV operand go to its block, and its readers read from there.
 
-        operand.meta["val"] = dense.new_empty(dense.shape[0] * dense.shape[2], heads, size)
+        `places` holds the block and the column in it of each position, once they are computed.
+        """
+        dense = operand.meta["val"]
+        batch, heads, length, size = dense.shape
+        operand.meta["val"] = dense.new_empty(
+            batch * (length // self.block), heads, self.block, size
+        )
         write, position, value = self._write(operand)
         call = Caller(graph, write)
         with graph.inserting_before(write):
-            where = call(aten.gather.default, columns, 1, position)
-            stored = call(aten.index_put.default, operand, [where], call.cast(value, dense.dtype))
+            if position not in places:
+                number = call(aten.floor_divide.default, position, self.block)
+                block = call(aten.gather.default, blocks, 1, number)
+                places[position] = block, call(aten.remainder.Scalar, position, self.block)
+            block, column = places[position]
+            value = call.cast(value, dense.dtype)
+            stored = call(aten.index_put.default, operand, [block, None, column], value)
             # in place, as the dense operand was
             stored.target = aten.index_put_.default
-            read = call(aten.index.Tensor, stored, [columns])
-            read = call(aten.transpose.int, read, 1, 2)
+            read = call(aten.index.Tensor, stored, [blocks])
+            read = call(aten.permute.default, read, [0, 2, 1, 3, 4])
+            read = call(aten.flatten.using_ints, read, 2, 3)
         write.replace_all_uses_with(read)
         for reader in [u for u in operand.users if u not in (stored, write)]:
             reader.replace_input_with(operand, read)

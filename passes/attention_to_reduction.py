@@ -51,9 +51,11 @@ def _is_single_query(node: Node) -> bool:
         return False
     if query.shape[2] != 1 or query.shape[1] % key.shape[1]:
         return False
-    if not _is_by_address(a["key"]) and not (
+    if _blocks_of(a["key"]) is None and not (
         query.shape[0] == key.shape[0] == 1 and isinstance(key.shape[2], int)
     ):
+        return False
+    if (_blocks_of(a["key"]) is None) != (_blocks_of(a["value"]) is None):
         return False
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
         return False
@@ -69,10 +71,17 @@ def _is_single_query(node: Node) -> bool:
     )
 
 
-def _is_by_address(key: Node) -> bool:
-    """Whether keys [B, H, L, E] are read from places of a store (see address_kv.py)."""
-    source = key.args[0] if key.target is aten.transpose.int else None
-    return isinstance(source, Node) and source.target is aten.index.Tensor
+def _blocks_of(key: Node) -> Node | None:
+    """Keys [B, H, W, C, E] that are read as [B, H, W * C, E] from blocks of a store
+    (address_kv.py); None for keys of a slot.
+    """
+    if key.target not in (aten.flatten.using_ints, aten.reshape.default, aten.view.default):
+        return None
+    source = key.args[0]
+    if not isinstance(source, Node) or source.target is not aten.permute.default:
+        return None
+    read = source.args[0]
+    return source if isinstance(read, Node) and read.target is aten.index.Tensor else None
 
 
 @dataclass(frozen=True)
@@ -94,8 +103,8 @@ class AttentionToReduction(Pass):
         found = [n for n in graph.nodes if _is_single_query(n)]
         for node in found:
             with graph.inserting_before(node):
-                by_address = _is_by_address(_arguments(node)["key"])
-                reduce = self._reduce_rows if by_address else self._reduce
+                by_address = _blocks_of(_arguments(node)["key"]) is not None
+                reduce = self._reduce_blocks if by_address else self._reduce
                 node.replace_all_uses_with(reduce(graph, node))
             graph.erase_node(node)
         new.recompile()
@@ -139,19 +148,25 @@ class AttentionToReduction(Pass):
         return call.cast(call(aten.reshape.default, mixed, list(result.shape)), result.dtype)
 
     @staticmethod
-    def _reduce_rows(graph: Graph, node: Node) -> Node:
-        """The same for any number of rows and any length."""
+    def _reduce_blocks(graph: Graph, node: Node) -> Node:
+        """The same for any number of rows, over blocks of a store [B, H, W, C, E].
+
+        The blocks stay two axes: the compiler then reads whole rows of keys and values at a time.
+        """
         call, a = Caller(graph, node), _arguments(node)
         result = node.meta["val"]
-        query, key, value, mask = a["query"], a["key"], a["value"], a["attn_mask"]
+        query, mask = a["query"], a["attn_mask"]
+        key, value = _blocks_of(a["key"]), _blocks_of(a["value"])
+        assert key is not None and value is not None
         wide = torch.promote_types(result.dtype, torch.float32)
-        heads, size = key.meta["val"].shape[1], key.meta["val"].shape[3]
+        heads, block, size = key.meta["val"].shape[1], *key.meta["val"].shape[3:]
         groups = query.meta["val"].shape[1] // heads
         scale = a["scale"] if a["scale"] is not None else size**-0.5
-        q = call(aten.reshape.default, query, [-1, heads, groups, 1, size])
-        q = call(aten.mul.Tensor, call.cast(q, wide), scale)
+        q = call(aten.reshape.default, query, [-1, heads, groups, 1, 1, size])
+        q = call.dense(call(aten.mul.Tensor, call.cast(q, wide), scale))
         k = call.cast(call(aten.unsqueeze.default, key, 2), wide)
-        scores = call(aten.sum.dim_IntList, call(aten.mul.Tensor, q, k), [-1])  # [B, H, G, L]
+        scores = call(aten.sum.dim_IntList, call(aten.mul.Tensor, q, k), [-1])  # [B, H, G, W, C]
+        scores = call(aten.flatten.using_ints, scores, 3, 4)
         if mask is not None:
             seen = mask
             if mask.meta["val"].shape[1] > 1:
@@ -161,8 +176,10 @@ class AttentionToReduction(Pass):
                 scores = call(aten.where.ScalarOther, seen, scores, float("-inf"))
             else:
                 scores = call(aten.add.Tensor, scores, seen)
-        weights = call(aten.unsqueeze.default, call(aten.softmax.int, scores, -1), -1)
+        weights = call(aten.softmax.int, scores, -1)
+        weights = call(aten.unflatten.int, weights, 3, [-1, block])
+        weights = call(aten.unsqueeze.default, weights, -1)
         v = call.cast(call(aten.unsqueeze.default, value, 2), wide)
-        mixed = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, v), [-2])
+        mixed = call(aten.sum.dim_IntList, call(aten.mul.Tensor, weights, v), [-3, -2])
         mixed = call(aten.reshape.default, mixed, [-1, heads * groups, 1, result.shape[3]])
         return call.cast(mixed, result.dtype)

@@ -30,10 +30,10 @@ from .runtime.code_key import RegionRecord
 from .runtime.cuda_graphs import CudaGraphs
 from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
 from .runtime.generator import Generator
-from .runtime.kv_cache import KvPool, KvSession
+from .runtime.kv_cache import KvPool
 from .runtime.link import Linker
 from .runtime.regions import RegionTable
-from .runtime.runner import Runner
+from .runtime.runner import Runner, Session
 from .runtime.tiers import Tier, TierPolicy, Tiers
 from .store import ArtifactStore
 
@@ -402,8 +402,8 @@ class CompiledModel:
 
     # ------------------------------------------------------------ prefill and decode of one session
 
-    def session(self, program: Program, batch: int) -> AbstractContextManager[KvSession]:
-        """A context manager giving an empty KvSession for `batch` rows of `program`.
+    def session(self, program: Program, batch: int) -> AbstractContextManager[Session]:
+        """A context manager giving an empty session for `batch` rows of `program`.
 
         Raises WeightsReplacedError.
         """
@@ -420,7 +420,7 @@ class CompiledModel:
         return self.runner.chunks(rows)
 
     def prefill(
-        self, program: Program, session: KvSession, rows: Sequence[Tensor], every: bool = False
+        self, program: Program, session: Session, rows: Sequence[Tensor], every: bool = False
     ) -> list[Tensor]:
         """Append the rows' tokens i64[T]; per row, logits [V] of its last token, or [T, V] if
         `every`.
@@ -431,7 +431,7 @@ class CompiledModel:
         _check_session(session, program)
         return self.runner.prefill(session, rows, every)
 
-    def decode(self, program: Program, session: KvSession, tokens: Tensor) -> Tensor:
+    def decode(self, program: Program, session: Session, tokens: Tensor) -> Tensor:
         """Append one token per row, `tokens` i64[B]; logits [B, V].
 
         Raises as `prefill` does.
@@ -440,9 +440,9 @@ class CompiledModel:
         return self.runner.decode(session, tokens)
 
 
-def _check_session(session: KvSession, program: Program) -> None:
-    if session.program != program:
+def _check_session(session: Session, program: Program) -> None:
+    if wrong := next((p for p in session.programs if p != program), None):
         raise ProgramError(
-            f"the session was opened for program {session.program}, and program {program} is to "
+            f"the session was opened for program {wrong}, and program {program} is to "
             "run in it; open a session for that one"
         )

@@ -25,7 +25,7 @@ class ShapeClass:
 
     One token and one row are classes of their own because decoding one row is where the time goes.
     `length` is the allocated KV length; None means keys and values by address (see
-    passes/address_kv.py), any number of columns of a store of any size.
+    passes/address_kv.py), any number of blocks of a store of any size.
     """
 
     batch: int | None
@@ -49,7 +49,7 @@ class ShapeClass:
     def varying(self) -> tuple[str, ...]:
         """The sizes that a call chooses."""
         sizes = {"batch": self.batch, "tokens": self.tokens, "length": self.length}
-        return (*(n for n, s in sizes.items() if s is None), "places")
+        return (*(n for n, s in sizes.items() if s is None), "blocks", "pool")
 
 
 class Backend(ABC):

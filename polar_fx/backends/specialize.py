@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from ..errors import CaptureError
+from ..passes.address_kv import BLOCK
 from ..passes.base import Pass
 from ..passes.matvec_to_reduction import is_single_row
 from .base import Dynamic
@@ -46,6 +47,8 @@ def specialize(
         name: torch.export.Dim(name, min=2, max=(largest or {}).get(name, _LARGEST))
         for name in names
     }
+    if "blocks" in dims and "length" in dims:
+        dims["length"] = BLOCK * dims["blocks"]
     shapes = tuple({axis: dims[name] for axis, name in axes.items()} or None for axes in dynamic)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals

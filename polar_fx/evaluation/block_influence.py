@@ -43,7 +43,7 @@ def block_influences(model: "CompiledModel", rows: Sequence[Tensor]) -> np.ndarr
     sums, tokens = torch.zeros(model.depth, dtype=torch.float64), 0
     for start in range(0, len(ordered), _BATCH):
         batch = ordered[start : start + _BATCH]
-        with runner.open(identity, len(batch)) as session:
+        with runner.open_slots(identity, len(batch)) as session:
             session.require([len(row) for row in batch])
             for ids, counts in runner.chunks(batch):
                 sums += _cosine_sums(runner, session, ids, counts)

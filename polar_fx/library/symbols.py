@@ -18,17 +18,19 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..capture import KvSpec
+from ..passes.address_kv import BLOCK
 from ..passes.base import body, kind, layer_calls, role
 from ..passes.text import structure_text
 
-_AXES = {"B": "batch", "T": "tokens", "L": "length", "P": "places"}
+_AXES = {"B": "batch", "T": "tokens", "L": "length", "P": "pool", "W": "blocks"}
 
 
 @dataclass(frozen=True)
 class Operand:
     """One operand of a body.
 
-    Sizes and strides are text: a number, or an expression of B, T and L.
+    Sizes and strides are text: a number, or an expression of B, T, L, W (blocks a row) and P
+    (blocks of a store).
     """
 
     role: str
@@ -51,12 +53,13 @@ class Operand:
         )
 
     def axes(self) -> dict[int, str]:
-        """The axes that follow a size of the call: its batch, tokens, columns or the KV store."""
+        """The axes that follow a size of the call: its batch, tokens, columns, its
+        blocks or those of the KV store."""
         return {i: _AXES[s] for i, s in enumerate(self.size) if s in _AXES}
 
 
 def addressed(operands: tuple["Operand", ...]) -> tuple["Operand", ...]:
-    """The operands of a body after the pass address-kv: KV stores [P, H, E], then columns [B, L].
+    """The operands of a body after the pass address-kv: KV stores [P, H, C, E], then blocks [B, W].
 
     Bodies without KV operands stay as they are.
     """
@@ -66,11 +69,12 @@ def addressed(operands: tuple["Operand", ...]) -> tuple["Operand", ...]:
             found.append(operand)
             continue
         _, heads, _, size = operand.size
-        store = (str(int(heads) * int(size)), size, "1")
-        found.append(Operand("kv", operand.dtype, ("P", heads, size), store))
+        strides = [str(n * int(size)) for n in (int(heads) * BLOCK, BLOCK, 1)]
+        store = ("P", heads, str(BLOCK), size)
+        found.append(Operand("kv", operand.dtype, store, (*strides, "1")))
     last = max((i for i, o in enumerate(found) if o.role == "kv"), default=None)
     if last is not None:
-        found.insert(last + 1, Operand("columns", "int64", ("B", "L"), ("L", "1")))
+        found.insert(last + 1, Operand("blocks", "int64", ("B", "W"), ("W", "1")))
     return tuple(found)
 
 

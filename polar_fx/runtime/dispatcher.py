@@ -1,7 +1,7 @@
 """Dispatch: each row of a batch to its program, on regions that are compiled already.
 
 The steps that all programs share run once, the predictor looks at the hidden states after them,
-rows are grouped by program, and each group goes on from there. Shape legend: B batch, T tokens.
+and each row goes on from there with its own program, in one batch. Shape legend: B batch, T tokens.
 """
 
 import logging
@@ -19,7 +19,7 @@ from ..predictor.features import Features
 from ..predictor.menu import Menu, Proposal
 from ..predictor.policy import Calibration, Policy
 from ..program import Program
-from .generator import Call, Generator, pad_token
+from .generator import Generator
 from .runner import Runner
 from .trunk import run_trunk, shares_trunk
 
@@ -252,9 +252,8 @@ class Dispatcher:
         """What `CompiledModel.generate` returns, each row by its own program, rows in order; and
         what was done.
 
-        Shorter continuations are padded as `generate` pads. Of several rows, which may run several
-        programs, only token ids can be returned. Raises what `CompiledModel.generate` raises,
-        before anything runs, and InputError for arguments that several groups of rows cannot share.
+        Shorter continuations are padded as `generate` pads. Raises what `CompiledModel.generate`
+        raises, before anything runs.
         """
         if "program" in kwargs:
             raise InputError(
@@ -267,53 +266,16 @@ class Dispatcher:
             decisions = self.decide([torch.empty(0)] * len(call.rows))
             output = self.generator.run(call, decisions[0].program)
             return output, DispatchReport(tuple(decisions), 0.0, 0.0, time.perf_counter() - start)
-        if len(call.rows) > 1:
-            _check_joinable(kwargs, bool(call.settings.return_dict_in_generate))
         with run_trunk(self.runner, call.rows, self.num_steps) as trunk:
             ran = time.perf_counter()
             decisions = self.decide(trunk.hidden)
             decided = time.perf_counter()
-            groups: dict[Program, list[int]] = {}
-            for row, decision in enumerate(decisions):
-                groups.setdefault(decision.program, []).append(row)
-            if len(groups) == 1:
-                output = self.generator.run(call, decisions[0].program, trunk)
-            else:
-                parts = []
-                for program, members in groups.items():
-                    own = self.generator.run(call.take(members), program, trunk.take(members))
-                    parts.append((members, own))
-                output = self._joined(call, parts)
+            output = self.generator.run(call, [d.program for d in decisions], trunk)
         report = DispatchReport(
             tuple(decisions), ran - start, decided - ran, time.perf_counter() - start
         )
-        log.debug("%d rows by %d programs", len(call.rows), len(groups))
+        log.debug("%d rows by %d programs", len(call.rows), report.groups)
         return output, report
-
-    def _joined(self, call: Call, parts: list[tuple[list[int], Tensor]]) -> Tensor:
-        """The rows' tokens in their order, shorter continuations padded."""
-        copies = parts[0][1].shape[0] // len(parts[0][0])  # num_return_sequences
-        width = max(ids.shape[1] for _, ids in parts)
-        fill = pad_token(call.settings)
-        joined = call.input_ids.new_full((len(call.rows) * copies, width), fill)
-        for members, ids in parts:
-            where = torch.tensor(
-                [m * copies + c for m in members for c in range(copies)], device=joined.device
-            )
-            joined[where, : ids.shape[1]] = ids.to(joined.device)
-        return joined
-
-
-def _check_joinable(kwargs: dict[str, Any], return_dict: bool) -> None:
-    more = ("streamer", "logits_processor", "stopping_criteria")
-    given = next((name for name in more if kwargs.get(name) not in (None, [])), None)
-    if return_dict:
-        given = "return_dict_in_generate"
-    if given is not None:
-        raise InputError(
-            f"{given} cannot be shared by rows that run different programs; pass rows one by one, "
-            "or name the program= of all"
-        )
 
 
 def measure_costs(runner: Runner, menu: Menu, tokens: int = _COST_TOKENS) -> dict[Program, float]:

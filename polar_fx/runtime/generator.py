@@ -20,8 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..capture import CACHE
 from ..errors import InputError, KvOverflowError, ModelWarning
 from ..program import Program
-from .kv_cache import KvSession
-from .runner import Runner
+from .runner import Runner, Session
 from .trunk import Trunk, session_after
 
 _UNSUPPORTED = (
@@ -121,7 +120,7 @@ class _Running(GenerationMixin):
 
         The loop passes either all tokens so far or, shorter than the mask, the new ones alone.
         """
-        session: KvSession = cache or past_key_values
+        session: Session = cache or past_key_values
         width = input_ids.shape[1]
         whole = attention_mask is None or attention_mask.shape[1] == width
         new = width - self._columns if whole and width > self._columns else width
@@ -181,16 +180,6 @@ class Call:
         """Rows of the session for each row of the prompt: beams or returned sequences."""
         return max(self.settings.num_beams or 1, self.settings.num_return_sequences or 1)
 
-    def take(self, members: Sequence[int]) -> "Call":
-        """The same call for some of its rows, in that order."""
-        where = torch.tensor(members, device=self.input_ids.device)
-        kwargs = dict(self.kwargs)
-        if (allowed := kwargs.get("prefix_allowed_tokens_fn")) is not None:
-            # rows count within the group
-            kwargs["prefix_allowed_tokens_fn"] = lambda row, ids: allowed(members[row], ids)
-        rows = [self.rows[m] for m in members]
-        return Call(self.input_ids[where], self.mask[where], rows, self.settings, kwargs)
-
 
 class Generator:
     """Checks the arguments of a generate call, opens a KV session for it and runs transformers'
@@ -205,18 +194,17 @@ class Generator:
     ) -> Any:
         """What transformers' `generate` returns, on the model's device, wherever the prompts were.
 
-        `program` is that of all rows, or one for each. After a `trunk` of these rows, which one
-        program then runs on, only the steps after it are prefilled.
+        `program` is that of all rows, or one for each. After a `trunk` of these rows only the steps
+        after it are prefilled.
         """
         copied = [r for r in range(len(call.rows)) for _ in range(call.copies)]
-        opened: Any
-        if not isinstance(program, Program):
-            opened = self.runner.open_rows([program[r] for r in copied])
-        elif trunk is None:
-            opened = self.runner.open(program, len(copied))
+        each = [program] * len(call.rows) if isinstance(program, Program) else program
+        programs = [each[r] for r in copied]
+        if trunk is None:
+            opened = self.runner.open_rows(programs)
         else:
             taken = trunk if call.copies == 1 else trunk.take(copied)
-            opened = session_after(self.runner, program, taken)
+            opened = session_after(self.runner, programs, taken)
         prompt = _Prompt(
             call.input_ids.repeat_interleave(call.copies, 0), [call.rows[r] for r in copied]
         )

@@ -208,6 +208,11 @@ class KvSession(RowCache):
     def batch(self) -> int:
         return len(self._lengths)
 
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The program of each row."""
+        return (self.program,) * self.batch
+
     def row(self, index: int) -> "KvSession":
         """One row as a session of its own, on the same storage; lengths flow back through
         `advance`.

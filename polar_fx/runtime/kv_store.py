@@ -1,72 +1,68 @@
-"""Keys and values by row and step: blocks of places in one growing store a slot geometry.
+"""Keys and values by row and step: blocks of columns in one growing store a slot geometry.
 
 A row holds, for each step of its program, as many blocks as its tokens need. Rows come and go, and
-what they held is found again by the next ones.
+what they held is found again by the next ones. Several rows may hold one block.
 
-Shape legend: B rows, L columns, P places, H KV heads, E head size.
+Shape legend: P blocks, C columns of a block, H KV heads, E head size.
 """
 
 import threading
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..capture import KvSpec
+from ..passes.address_kv import BLOCK
 
-BLOCK = 16  # places that are taken at a time
+# Blocks of every store that no row holds: the first stays zero and stands for columns that a row
+# does not have, the second takes what padding writes.
+EMPTY, PADDING = 0, 1
 _GROWTH = 8  # a full store grows by one part in so many, so that little is held in advance
 
 
 class _Store:
-    """Keys [P, H, E] and values [P, H, F] of one geometry, and which blocks of them are free.
-
-    Block 0 stays zero and stands for columns that a row does not have; block 1 takes what padding
-    writes.
+    """Keys [P, H, C, E] and values [P, H, C, F] of one geometry, which blocks of them are free, and
+    how many rows hold each of the others.
     """
 
     def __init__(self, spec: KvSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
-        self.keys, self.values = self._empty(2 * BLOCK)
+        self.keys, self.values = self._zeros(2)
         self.free: list[int] = []
+        self.holders: Counter[int] = Counter()
 
-    @property
-    def num_blocks(self) -> int:
-        return len(self.keys) // BLOCK
-
-    @property
-    def num_bytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes
-
-    def _empty(self, places: int) -> tuple[Tensor, Tensor]:
-        spec = self.spec
-        sizes = ((places, spec.heads, spec.key_size), (places, spec.heads, spec.value_size))
+    def _zeros(self, blocks: int) -> tuple[Tensor, Tensor]:
         # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-        keys, values = (torch.zeros(s, dtype=spec.dtype, device=self.device) for s in sizes)
-        return keys, values
+        keys, values = (
+            torch.zeros(blocks, self.spec.heads, BLOCK, size, dtype=self.spec.dtype)
+            for size in (self.spec.key_size, self.spec.value_size)
+        )
+        return keys.to(self.device), values.to(self.device)
 
     def take(self, count: int) -> list[int]:
         missing = count - len(self.free)
         if missing > 0:
-            first = self.num_blocks
+            first = len(self.keys)
             more = max(missing, first // _GROWTH)
-            keys, values = self._empty(more * BLOCK)
+            keys, values = self._zeros(more)
             self.keys = torch.cat((self.keys, keys))
             self.values = torch.cat((self.values, values))
             self.free += range(first + more - 1, first - 1, -1)
-        return [self.free.pop() for _ in range(count)]
+        taken = [self.free.pop() for _ in range(count)]
+        self.holders.update(taken)
+        return taken
 
     def give(self, blocks: Sequence[int]) -> None:
-        places = places_of(blocks, self.device)
+        self.holders.subtract(blocks)
+        unheld = [block for block in dict.fromkeys(blocks) if not self.holders[block]]
+        for block in unheld:
+            del self.holders[block]
+        where = torch.tensor(unheld, dtype=torch.long, device=self.device)
         for tensor in (self.keys, self.values):
-            tensor.index_fill_(0, places, 0)  # a later row must not meet a NaN of this one
-        self.free += reversed(blocks)
-
-
-def places_of(blocks: Sequence[int], device: torch.device) -> Tensor:
-    """The places i64[BLOCK * N] of blocks, in order."""
-    first = torch.tensor(blocks, dtype=torch.long, device=device)[:, None] * BLOCK
-    return (first + torch.arange(BLOCK, device=device)).flatten()
+            tensor.index_fill_(0, where, 0)  # a later row must not meet a NaN of this one
+        self.free += reversed(unheld)
 
 
 class KvStore:
@@ -82,30 +78,42 @@ class KvStore:
         self._stores: dict[KvSpec, _Store] = {}
 
     def tensors(self, spec: KvSpec) -> tuple[Tensor, Tensor]:
-        """Keys [P, H, E] and values [P, H, F]."""
+        """Keys [P, H, C, E] and values [P, H, C, F]."""
         store = self._store(spec)
         return store.keys, store.values
 
     @property
     def num_bytes(self) -> int:
         """Bytes that are allocated."""
-        return sum(s.num_bytes for s in self._stores.values())
+        return sum(s.keys.nbytes + s.values.nbytes for s in self._stores.values())
 
     @property
     def num_blocks(self) -> int:
         """Blocks that rows hold now."""
-        return sum(s.num_blocks - 2 - len(s.free) for s in self._stores.values())
+        return sum(len(s.holders) for s in self._stores.values())
 
     @torch.inference_mode(False)  # stores outlive the mode they grow in
     def take(self, spec: KvSpec, count: int) -> list[int]:
-        """Blocks for `count * BLOCK` columns of one row at one step; they hold zeros."""
+        """Blocks for one row at one step; they hold zeros."""
         with self.lock:
             return self._store(spec).take(count)
 
+    def share(self, spec: KvSpec, blocks: Sequence[int]) -> None:
+        """Let one more row hold these blocks."""
+        with self.lock:
+            self._store(spec).holders.update(blocks)
+
     def give(self, spec: KvSpec, blocks: Sequence[int]) -> None:
-        """Return blocks; what they hold is lost."""
+        """Return blocks; what no other row holds is lost."""
         with self.lock:
             self._store(spec).give(blocks)
+
+    def copy(self, spec: KvSpec, source: Sequence[int], target: Sequence[int]) -> None:
+        """Copy what blocks hold to others."""
+        with self.lock:
+            read, write = torch.tensor([source, target], device=self.device)
+            for tensor in self.tensors(spec):
+                tensor[write] = tensor[read]
 
     def _store(self, spec: KvSpec) -> _Store:
         if spec not in self._stores:

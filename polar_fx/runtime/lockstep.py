@@ -4,169 +4,127 @@ next step it is.
 Keys and values lie by row and step in a `KvStore`, so any rows, at whatever steps of their
 programs, are one call; attention reads as many columns as the longest row has.
 
-Shape legend: B rows, T tokens, L columns, d hidden size, V vocabulary.
+Shape legend: B rows, T tokens, W blocks, L columns, d hidden size, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ..backends.base import Region, ShapeClass
+from ..capture import KvSpec
 from ..library import LayerLibrary
 from ..library.steps import HIDDEN, Blends, operands
 from ..library.symbols import Symbol
-from ..program import Program
-from .kv_cache import RowCache
-from .kv_store import BLOCK, KvStore, places_of
+from ..passes.address_kv import BLOCK
+from ..program import Program, Step
+from .kv_rows import KvRow
+from .kv_store import PADDING, KvStore
 from .lockstep_order import LayerCall, lockstep_calls
-from .regions import RegionTable
+from .regions import RegionTable, Wanted
 
-_EMPTY, _PADDING = 0, 1  # blocks of every store that no row holds (kv_store.py)
-
-
-@dataclass
-class _Row:
-    """The blocks of one row: a list a step of its program."""
-
-    program: Program
-    blocks: list[list[int]]
-    length: int = 0
+# Which logits of a pass are wanted: of each row's last token, of every token, or none, for the
+# hidden states after the last step.
+Wants = Literal["last", "every", "hidden"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Call:
-    """A layer call, ready for a width L: who takes part, and the places of their columns."""
+    """A layer call: who takes part, with what code and weights."""
 
-    layer: int
     rows: tuple[int, ...]
     index: Tensor | None  # i64[n] on the device; None if all rows take part
-    columns: Tensor  # i64[n, L]
+    sides: tuple[tuple[int, int | None], ...]  # numbers of side values, each with its batch axis
+    region: Region
+    weights: tuple[Tensor, ...]
+    spec: KvSpec
     opens: tuple[tuple[int, int], ...]  # (row, how many blends)
     closes: tuple[tuple[int, tuple[float, ...]], ...]  # (row, their dampings)
 
 
-class LockstepSession(RowCache):
-    """Some rows, a program each, and what they hold. A context manager: at its end all is given
-    back.
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Which steps a pass runs: those after the first `done`, up to `stop`; and whether on one token
+    a row.
     """
 
-    def __init__(
-        self, store: KvStore, library: LayerLibrary, programs: Sequence[Program], max_length: int
-    ) -> None:
-        self.layers = []
-        self.store, self.library, self.max_length = store, library, max_length
-        self.programs = tuple(programs)
-        self._order = lockstep_calls(self.programs)
-        self._schedules = [p.schedule() for p in self.programs]
-        self._rows = [_Row(p, [[] for _ in p.path]) for p in self.programs]
-        self._calls: dict[tuple[int, bool], list[_Call]] = {}
+    one_token: bool
+    done: int
+    stop: int | None
 
-    def __enter__(self) -> "LockstepSession":
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self.close()
+@dataclass(frozen=True, slots=True, eq=False)
+class _Plan:
+    """One pass over rows of certain programs: its layer calls, and where in the rows' tables,
+    one below the other, the blocks of each call's rows are named.
+    """
 
-    def close(self) -> None:
-        """Give back every block."""
-        for row in self._rows:
-            for layer, blocks in zip(row.program.path, row.blocks, strict=True):
-                if blocks:
-                    self.store.give(self.library.table.kv_specs[layer], blocks)
-                    blocks.clear()
-        self._calls.clear()
+    start: Region
+    head: Region
+    start_last: Region
+    head_last: Region
+    calls: tuple[_Call, ...]
+    places: Tensor
+    sizes: list[int]
+    in_place: bool  # whether some call serves a part of the rows
+
+
+class RowBatch:
+    """Some rows that run together. What a pass needs to know of them is kept while they stay."""
+
+    def __init__(self, rows: Sequence[KvRow]) -> None:
+        self.rows = tuple(rows)
+        self._plans: dict[_Part, _Plan] = {}
+        self._tables: dict[tuple[_Part, bool], tuple[tuple[int, ...], int, list[Tensor]]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
     @property
-    def batch(self) -> int:
-        return len(self._rows)
+    def programs(self) -> tuple[Program, ...]:
+        return tuple(row.program for row in self.rows)
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of each row."""
-        return [row.length for row in self._rows]
+        return [row.length for row in self.rows]
 
-    @property
-    def num_calls(self) -> int:
-        """Layer calls a token: U of the union, against the sum of the programs' steps."""
-        return len(self._order)
+    def close(self) -> None:
+        """Give back every block."""
+        for row in self.rows:
+            row.close()
 
-    def make_room(self, counts: Sequence[int]) -> None:
-        """Take the blocks that counts[b] more tokens of each row need."""
-        self.require(counts)
-        for row, count in zip(self._rows, counts, strict=True):
-            missing = -(-(row.length + count) // BLOCK) - len(row.blocks[0])
-            if missing <= 0:
-                continue
-            self._calls.clear()
-            for layer, blocks in zip(row.program.path, row.blocks, strict=True):
-                blocks += self.store.take(self.library.table.kv_specs[layer], missing)
-
-    def calls(self, ragged: bool) -> list[_Call]:
-        """The layer calls of one pass; `ragged` adds a block of columns for padding to write to."""
-        blocks = max(len(row.blocks[0]) for row in self._rows) + ragged
-        key = (blocks, ragged)
-        if key not in self._calls:
-            self._calls[key] = [self._call(call, blocks, ragged) for call in self._order]
-        return self._calls[key]
-
-    def _call(self, call: LayerCall, width: int, ragged: bool) -> _Call:
-        device = self.store.device
-        tables, opens, closes = [], [], []
-        for row, step in zip(call.rows, call.steps, strict=True):
-            own = self._rows[row].blocks[step]
-            table = own + [_EMPTY] * (width - len(own))
-            if ragged:
-                table[-1] = _PADDING
-            tables.append(places_of(table, device))
-            scheduled = self._schedules[row][step]
-            if scheduled.opens:
-                opens.append((row, scheduled.opens))
-            if scheduled.closes:
-                closes.append((row, scheduled.closes))
-        everyone = len(call.rows) == len(self._rows)
-        index = None if everyone else torch.tensor(call.rows, device=device)
-        columns = torch.stack(tables)
-        return _Call(call.layer, call.rows, index, columns, tuple(opens), tuple(closes))
-
-    def advance(self, counts: Sequence[int]) -> None:
-        """The tokens of the last pass are there now."""
-        for row, count in zip(self._rows, counts, strict=True):
-            row.length += count
-
-    # ---- what transformers' generation asks of a cache
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Rows follow their beams (beam search); beams of one prompt run one program."""
-        order = beam_idx.tolist()
-        before = self.lengths
-        copied = []
-        for row, source in zip(self._rows, order, strict=True):
-            other = self._rows[source]
-            if other.program != row.program:
-                raise AssertionError(f"a beam went from {other.program} to {row.program}")
-            for layer, own, theirs in zip(row.program.path, row.blocks, other.blocks, strict=True):
-                width = min(len(own), len(theirs))
-                keys, values = self.store.tensors(self.library.table.kv_specs[layer])
-                source_places = places_of(theirs[:width], self.store.device)
-                places = places_of(own[:width], self.store.device)
-                copied.append((keys, places, keys[source_places]))
-                copied.append((values, places, values[source_places]))
-        for tensor, places, rows in copied:  # all are read before any is written
-            tensor[places] = rows
-        for row, source in zip(self._rows, order, strict=True):
-            row.length = before[source]
-
-    def __len__(self) -> int:
-        return max(p.num_steps for p in self.programs)
+    def tables(self, plan: _Plan, part: _Part, ragged: bool) -> tuple[int, list[Tensor]]:
+        """How many blocks W, and i64[n, W] for each layer call. If some tokens are padding
+        (`ragged`), the last block is theirs.
+        """
+        versions = tuple(row.version for row in self.rows)
+        known = self._tables.get((part, ragged))
+        if known is not None and known[0] == versions:
+            return known[1], known[2]
+        # regions are compiled for two blocks or more
+        width = max(2, max(row.num_blocks for row in self.rows) + ragged)
+        own = []
+        for row in self.rows:
+            table = row.table[:, :width]
+            missing = width - table.shape[1]
+            own.append(torch.nn.functional.pad(table, (0, missing)) if missing > 0 else table)
+        of_calls = torch.cat(own).index_select(0, plan.places)
+        if ragged:
+            of_calls[:, -1] = PADDING
+        tables = list(of_calls.split(plan.sizes))
+        self._tables[part, ragged] = versions, width, tables
+        return width, tables
 
 
 class Lockstep:
-    """Runs sessions on the regions of a table; compiles what is missing, as linking does."""
+    """Runs rows on the regions of a table; compiles what is missing, as linking does."""
 
-    def __init__(self, library: LayerLibrary, regions: RegionTable, max_length: int) -> None:
-        self.library, self.regions, self.max_length = library, regions, max_length
+    def __init__(self, library: LayerLibrary, regions: RegionTable) -> None:
+        self.library, self.regions = library, regions
         self.store = KvStore(library.device)
         self._axes = {call.target: self._batch_axes(call) for call in library.table.calls()}
 
@@ -178,9 +136,9 @@ class Lockstep:
         """
         return None not in self._axes.values()
 
-    def open(self, programs: Sequence[Program]) -> LockstepSession:
-        """A session of empty rows, one a program, to be used as a context manager."""
-        return LockstepSession(self.store, self.library, programs, self.max_length)
+    def row(self, program: Program) -> KvRow:
+        """An empty row."""
+        return KvRow(self.store, self.library.table.kv_specs, program)
 
     def _batch_axes(self, call: Symbol) -> tuple[int | None, ...] | None:
         """The axis of the batch in each side value of a body; None if one cannot be told."""
@@ -194,96 +152,209 @@ class Lockstep:
             axes.append(found[0] if found else None)
         return tuple(axes)
 
+    def _ends(self, batch: int, tokens: int) -> list[Wanted]:
+        """Prologue and epilogue of a pass, then those of one token a row."""
+        shape = ShapeClass.of(batch, tokens, None)
+        names = self.library.prologue.target, self.library.epilogue.target
+        return [(name, of) for of in (shape, shape.decode) for name in names]
+
+    def _later(
+        self, programs: Sequence[Program], order: Sequence[LayerCall], part: _Part
+    ) -> list[Wanted]:
+        """What later passes over these rows may call: asked for together, it is compiled together.
+
+        Decoding follows a prompt. Rows of different programs meet in calls of one row or several.
+        """
+        sizes = {len(programs)} if len(set(programs)) == 1 else {1, 2}
+        counts = (1,) if part.one_token else (1, 2)
+        targets = dict.fromkeys(self.library.layers[call.layer].target for call in order)
+        later = [w for size in sizes for w in self._ends(size, counts[-1])]
+        for size in sizes:
+            for tokens in counts:
+                shape = ShapeClass.of(size, tokens, None)
+                later += [(target, shape) for target in targets]
+        return later
+
     @torch.no_grad()
     def run(
-        self, session: LockstepSession, ids: Tensor, counts: Sequence[int], *, every: bool = False
+        self,
+        batch: RowBatch,
+        ids: Tensor,
+        counts: Sequence[int],
+        wants: Wants = "last",
+        after: tuple[int, Tensor] | None = None,
+        stop: int | None = None,
     ) -> Tensor:
         """One pass over the next counts[b] of ids i64[B, T] of each row.
 
-        Returns the logits [B, 1, V] of each row's last token, or [B, T, V] of all if `every`.
-        Raises KvOverflowError before anything runs.
+        Returns logits [B, 1, V] or [B, T, V], or hidden states [B, T, d]. `after` gives how many
+        steps these tokens have made already, and the hidden states [B, T, d] after them; `stop`
+        ends each program after so many steps.
         """
         with self.store.lock:  # a store that grows is replaced: no other pass may be writing to it
-            return self._run(session, ids, counts, every)
+            return self._run(batch, ids, counts, wants, after, stop)
 
     def _run(
-        self, session: LockstepSession, ids: Tensor, counts: Sequence[int], every: bool
+        self,
+        batch: RowBatch,
+        ids: Tensor,
+        counts: Sequence[int],
+        wants: Wants,
+        after: tuple[int, Tensor] | None,
+        stop: int | None,
     ) -> Tensor:
-        batch, tokens = ids.shape
-        session.make_room(counts)
-        ragged = min(counts) < tokens
-        calls = session.calls(ragged)
-        width = calls[0].columns.shape[1]
-        inputs = self._inputs(session, ids, counts, width)
-        shape = ShapeClass.of(batch, tokens, None)
-        values = self._start(inputs, shape)
-        hidden = self._steps(session, calls, values, tokens)
-        session.advance(counts)
-        if every or tokens == 1:
-            return self._head(hidden, values, shape)
-        rows = torch.arange(batch, device=ids.device)
+        tokens = ids.shape[1]
+        part = _Part(tokens == 1, 0 if after is None else after[0], stop)
+        for row, count in zip(batch.rows, counts, strict=True):
+            row.make_room(count)
+        plan = self._plan(batch, part)
+        blocks, tables = batch.tables(plan, part, min(counts) < tokens)
+        inputs = self._inputs(batch, ids, counts, blocks * BLOCK)
+        values = self._start(plan.start, inputs)
+        hidden = values[HIDDEN] if after is None else after[1]
+        hidden = self._steps(plan, tables, values, hidden, len(batch))
+        for row, count in zip(batch.rows, counts, strict=True):
+            row.length += count
+        if wants == "hidden":
+            return hidden
+        if wants == "every" or tokens == 1:
+            return self._head(plan.head, hidden, values)
+        rows = torch.arange(len(batch), device=ids.device)
         last = torch.tensor(counts, device=ids.device).clamp(min=1) - 1
 
         def pick(tensor: Tensor) -> Tensor:
             return tensor[rows, last][:, None]
 
         one = [pick(inputs[0]), pick(inputs[1]), inputs[2]]
-        return self._head(pick(hidden), self._start(one, shape.decode), shape.decode)
+        return self._head(plan.head_last, pick(hidden), self._start(plan.start_last, one))
+
+    def _plan(self, batch: RowBatch, part: _Part) -> _Plan:
+        if (plan := batch._plans.get(part)) is None:
+            plan = batch._plans[part] = self._make_plan(batch.programs, part)
+        return plan
+
+    def _make_plan(self, programs: tuple[Program, ...], part: _Part) -> _Plan:
+        tokens = 1 if part.one_token else 2
+        order = lockstep_calls(programs, part.done, part.stop)
+        wanted: list[Wanted] = []
+        for call in order:
+            shape = ShapeClass.of(len(call.rows), tokens, None)
+            wanted.append((self.library.layers[call.layer].target, shape))
+        ends = self._ends(len(programs), tokens)
+        found = self.regions.get([*wanted, *ends, *self._later(programs, order, part)])
+        schedules = {program: program.schedule() for program in programs}
+        offsets = [0]
+        for program in programs:
+            offsets.append(offsets[-1] + program.num_steps)
+        calls, places = [], []
+        for call, of_call in zip(order, wanted, strict=True):
+            calls.append(self._call(call, programs, schedules, found[of_call]))
+            places += [offsets[r] + s for r, s in zip(call.rows, call.steps, strict=True)]
+        start, head, start_last, head_last = (found[end] for end in ends)
+        return _Plan(
+            start,
+            head,
+            start_last,
+            head_last,
+            tuple(calls),
+            torch.tensor(places, dtype=torch.long),
+            [len(call.rows) for call in order],
+            any(call.index is not None for call in calls),
+        )
+
+    def _call(
+        self,
+        call: LayerCall,
+        programs: Sequence[Program],
+        schedules: dict[Program, tuple[Step, ...]],
+        region: Region,
+    ) -> _Call:
+        opens, closes = [], []
+        for row, step in zip(call.rows, call.steps, strict=True):
+            scheduled = schedules[programs[row]][step]
+            if scheduled.opens:
+                opens.append((row, scheduled.opens))
+            if scheduled.closes:
+                closes.append((row, scheduled.closes))
+        everyone = len(call.rows) == len(programs)
+        layer = self.library.layers[call.layer]
+        return _Call(
+            call.rows,
+            None if everyone else torch.tensor(call.rows, device=self.store.device),
+            tuple(zip(layer.sides, self._axes[layer.target] or (), strict=True)),
+            region,
+            layer.weights,
+            self.library.table.kv_specs[call.layer],
+            tuple(opens),
+            tuple(closes),
+        )
 
     def _inputs(
-        self, session: LockstepSession, ids: Tensor, counts: Sequence[int], width: int
+        self, batch: RowBatch, ids: Tensor, counts: Sequence[int], width: int
     ) -> list[Tensor]:
         """Token ids, positions and columns; padding is sent to the last column."""
         device, tokens = ids.device, ids.shape[1]
-        first = torch.tensor(session.lengths, device=device)[:, None]
-        offsets = torch.arange(tokens, device=device)
-        own = torch.tensor(counts, device=device)[:, None]
-        positions = torch.where(offsets < own, first + offsets, width - 1)
+        positions = torch.tensor(batch.lengths, device=device)[:, None]
+        if tokens > 1:
+            offsets = torch.arange(tokens, device=device)
+            own = torch.tensor(counts, device=device)[:, None]
+            positions = torch.where(offsets < own, positions + offsets, width - 1)
+        elif min(counts) == 0:
+            own = torch.tensor(counts, device=device)[:, None]
+            positions = torch.where(own > 0, positions, width - 1)
         return [ids.contiguous(), positions, torch.arange(width, device=device)]
 
-    def _start(self, inputs: list[Tensor], shape: ShapeClass) -> list[Tensor]:
-        start = self.library.prologue
-        return [*inputs, *self._region(start.target, shape)([*inputs, *start.weights])]
+    def _start(self, region: Region, inputs: list[Tensor]) -> list[Tensor]:
+        return [*inputs, *region([*inputs, *self.library.prologue.weights])]
 
-    def _head(self, hidden: Tensor, values: Sequence[Tensor], shape: ShapeClass) -> Tensor:
+    def _head(self, region: Region, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
         head = self.library.epilogue
-        given = operands(hidden, values, head.sides, (), head.weights)
-        return self._region(head.target, shape)(given)[0]
-
-    def _region(self, name: str, shape: ShapeClass) -> Region:
-        return self.regions.get([(name, shape)])[name, shape]
+        return region(operands(hidden, values, head.sides, (), head.weights))[0]
 
     def _steps(
-        self, session: LockstepSession, calls: Sequence[_Call], values: list[Tensor], tokens: int
+        self,
+        plan: _Plan,
+        tables: Sequence[Tensor],
+        values: list[Tensor],
+        hidden: Tensor,
+        batch: int,
     ) -> Tensor:
         """The hidden state [B, T, d] after every row's last step."""
-        hidden = values[HIDDEN].clone()  # it is written row by row
-        blends = [Blends(torch.lerp) for _ in session.programs]
-        chosen: dict[tuple[tuple[int, ...], int, int | None], Tensor] = {}
-
-        def side(call: _Call, number: int, axis: int | None) -> Tensor:
-            if call.index is None or axis is None:
-                return values[number]
-            key = (call.rows, number, axis)  # several layers ask for the same rows
-            if key not in chosen:
-                chosen[key] = values[number].index_select(axis, call.index)
-            return chosen[key]
-
-        for call in calls:
-            layer = self.library.layers[call.layer]
-            axes = self._axes[layer.target] or ()
+        if plan.in_place:
+            hidden = hidden.clone()  # it is written row by row
+        blends = [Blends(torch.lerp) for _ in range(batch)]
+        chosen: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        stores: dict[KvSpec, tuple[Tensor, Tensor]] = {}
+        for call, table in zip(plan.calls, tables, strict=True):
             for row, opens in call.opens:
                 blends[row].open(hidden[row].clone(), opens)
-            sides = [side(call, n, a) for n, a in zip(layer.sides, axes, strict=True)]
-            keys, vals = self.store.tensors(self.library.table.kv_specs[call.layer])
-            shape = ShapeClass.of(len(call.rows), tokens, None)
-            state = hidden if call.index is None else hidden.index_select(0, call.index)
-            given = [state, *sides, keys, vals, call.columns, *layer.weights]
-            result = self._region(layer.target, shape)(given)[0]
+            if (store := stores.get(call.spec)) is None:
+                store = stores[call.spec] = self.store.tensors(call.spec)
             if call.index is None:
-                hidden = result
+                sides = [values[number] for number, _ in call.sides]
+                hidden = call.region([hidden, *sides, *store, table, *call.weights])[0]
             else:
+                sides = _sides_of(call, values, chosen)
+                state = hidden.index_select(0, call.index)
+                result = call.region([state, *sides, *store, table, *call.weights])[0]
                 hidden.index_copy_(0, call.index, result)
             for row, dampings in call.closes:
                 hidden[row] = blends[row].close(hidden[row], dampings)
         return hidden
+
+
+def _sides_of(
+    call: _Call, values: Sequence[Tensor], chosen: dict[tuple[tuple[int, ...], int], Tensor]
+) -> list[Tensor]:
+    """The side values of the rows that take part; several layers ask for the same."""
+    sides = []
+    for number, axis in call.sides:
+        if axis is None:
+            sides.append(values[number])
+            continue
+        key = call.rows, number
+        if key not in chosen:
+            assert call.index is not None
+            chosen[key] = values[number].index_select(axis, call.index)
+        sides.append(chosen[key])
+    return sides

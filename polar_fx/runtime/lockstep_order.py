@@ -5,6 +5,7 @@ Each layer call of the sequence serves all rows whose next step it is. A shorter
 calls, each of more rows, and reads weights less often.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -56,25 +57,35 @@ def union_path(paths: Sequence[Path]) -> Path:
 
     Paths are merged one after another, the longest first; for two of them that is optimal.
     """
-    distinct = sorted(set(paths), key=lambda path: (-len(path), path))
+    return _union_of(frozenset(paths))
+
+
+@functools.lru_cache(maxsize=1024)
+def _union_of(paths: frozenset[Path]) -> Path:
+    distinct = sorted(paths, key=lambda path: (-len(path), path))
     union = distinct[0]
     for path in distinct[1:]:
         union = shortest_with(union, path)
     return union
 
 
-def lockstep_calls(programs: Sequence[Program]) -> tuple[LayerCall, ...]:
-    """The layer calls that run the program of every row, each step at the first call that fits."""
-    due = [0] * len(programs)
+def lockstep_calls(
+    programs: Sequence[Program], done: int = 0, stop: int | None = None
+) -> tuple[LayerCall, ...]:
+    """The layer calls that run steps `done` to `stop - 1` of every row's program (default: all),
+    each step at the first call that fits.
+    """
+    paths = [p.path[done:stop] for p in programs]
+    made = [0] * len(programs)
     calls = []
-    for layer in union_path([p.path for p in programs]):
+    for layer in union_path(paths):
         rows = []
-        for row, program in enumerate(programs):
-            if due[row] < program.num_steps and program.path[due[row]] == layer:
+        for row, path in enumerate(paths):
+            if made[row] < len(path) and path[made[row]] == layer:
                 rows.append(row)
         if not rows:
             continue
-        calls.append(LayerCall(layer, tuple(rows), tuple(due[row] for row in rows)))
+        calls.append(LayerCall(layer, tuple(rows), tuple(done + made[row] for row in rows)))
         for row in rows:
-            due[row] += 1
+            made[row] += 1
     return tuple(calls)

@@ -26,7 +26,7 @@ from ..capture.trace import TRACING
 from ..errors import CaptureError, CompileError, PolarError
 from ..library import LayerLibrary
 from ..library.symbols import Operand, addressed
-from ..passes.address_kv import AddressKv
+from ..passes.address_kv import BLOCK, AddressKv
 from ..passes.keep_kv_writes import KeepKvWrites
 from ..store import ArtifactStore
 from .code_key import RegionRecord, VariantKey
@@ -39,7 +39,7 @@ ADDRESS_KV = AddressKv()
 
 # Example sizes for a dynamic axis: primes, so that no axis is taken for a model dimension of the
 # same size.
-_BATCH, _TOKENS, _LENGTH, _PLACES = 3, 127, 211, 1553
+_BATCH, _TOKENS, _BLOCKS, _POOL = 3, 127, 13, 97
 _MAX_WORKERS = 8
 
 # What a backend that needs no shapes is asked for.
@@ -258,8 +258,9 @@ class RegionTable:
         sizes = {
             "B": shape.batch or _BATCH,
             "T": shape.tokens or min(_TOKENS, self.max_length),
-            "L": shape.length or _LENGTH,
-            "P": _PLACES,
+            "L": shape.length or BLOCK * _BLOCKS,
+            "W": _BLOCKS,
+            "P": _POOL,
         }
         return [o.example(sizes, self.library.device) for o in self._operands(target, shape)]
 

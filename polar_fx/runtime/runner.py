@@ -18,15 +18,18 @@ from ..library import LayerLibrary
 from ..program import Program
 from .bound_weights import BoundWeights
 from .cuda_graphs import CudaGraphs, cuda_graphs
+from .group_session import GroupSession, groups_of
 from .kv_cache import KvPool, KvSession, Resume
 from .link import LinkedProgram, Linker, StepInputs
-from .lockstep import Lockstep, LockstepSession
+from .lockstep import Lockstep, RowBatch, Wants
+from .lockstep_session import LockstepSession
 from .regions import RegionTable
-from .rows_apart import RowsApart
 from .tiers import Tier, TierPolicy, Tiers
 from .token_rows import padded, token_rows
 
 _GPU_TOKENS = 64
+
+Session = KvSession | LockstepSession | GroupSession
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Runner:
         self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
         self.tiers, self.graphs, self.bound = tiers, graphs, bound
         self.linker = Linker(library, regions, pool)
-        self.lockstep = Lockstep(library, regions, pool.max_length)
+        self.lockstep = Lockstep(library, regions)
 
     @classmethod
     def of_model(
@@ -137,7 +140,28 @@ class Runner:
 
     # --------------------------------------------------------------------------- sessions and rows
 
-    def open(
+    @property
+    def together(self) -> bool:
+        """Whether rows run in lock-step, on keys and values by address; else they run in slots.
+
+        They do on the CPU, but not by TensorRT, in a bundle, whose regions are compiled for slots,
+        for models that fold rows into another axis, and where whole programs are compiled.
+        """
+        return (
+            self.device.type == "cpu"
+            and self.backend.by_address
+            and self.lockstep.possible
+            and self.tiers.tier == "linked"
+        )
+
+    def open(self, program: Program, batch: int) -> AbstractContextManager[Session]:
+        """A context manager giving a session of `batch` empty rows of `program`.
+
+        Raises WeightsReplacedError.
+        """
+        return self.open_rows([program] * batch)
+
+    def open_slots(
         self, program: Program, batch: int, steps: slice = slice(None)
     ) -> AbstractContextManager[KvSession]:
         """A context manager giving an empty KvSession for `batch` rows of `program`, with slots for
@@ -145,29 +169,31 @@ class Runner:
 
         Raises WeightsReplacedError.
         """
-        if self.bound is not None:
-            self.bound.check()
+        self.check_weights()
         return self.pool.session(program, self.library.kv_specs(program)[steps], batch)
 
-    def open_rows(
-        self, programs: Sequence[Program]
-    ) -> AbstractContextManager[KvSession | LockstepSession | RowsApart]:
-        """A context manager giving a session of empty rows, one a program.
-
-        Rows of different programs run in lock-step on the CPU. They run one by one with
-        `deterministic`, on other devices, and where regions cannot take keys and values by address:
-        in a bundle, by TensorRT, and of models that fold rows into another axis. Raises
-        WeightsReplacedError.
-        """
-        if len(set(programs)) == 1:
-            return self.open(programs[0], len(programs))
+    def check_weights(self) -> None:
+        """Raise WeightsReplacedError if the model holds other tensors than are read here."""
         if self.bound is not None:
             self.bound.check()
-        together = self.device.type == "cpu" and self.backend.by_address and self.lockstep.possible
-        if together and not self.deterministic:
-            return self.lockstep.open(programs)
-        opened = [self.open(program, 1) for program in programs]
-        return RowsApart(opened, self.max_length)
+
+    def open_rows(self, programs: Sequence[Program]) -> AbstractContextManager[Session]:
+        """A context manager giving a session of empty rows, one a program.
+
+        Where rows do not run `together`, those of one program are a batch. Raises
+        WeightsReplacedError.
+        """
+        if self.together:
+            self.check_weights()
+            rows = RowBatch([self.lockstep.row(program) for program in programs])
+            return LockstepSession(rows, self.max_length)
+        if len(set(programs)) == 1:
+            return self.open_slots(programs[0], len(programs))
+        opened = [
+            (members, self.open_slots(program, len(members)))
+            for program, members in groups_of(programs).items()
+        ]
+        return GroupSession(opened, self.max_length)
 
     def rows(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
@@ -197,21 +223,19 @@ class Runner:
     # ----------------------------------------------------------------------------- prefill, decode
 
     def prefill(
-        self,
-        session: KvSession | LockstepSession | RowsApart,
-        rows: Sequence[Tensor],
-        every: bool = False,
+        self, session: Session, rows: Sequence[Tensor], every: bool = False
     ) -> list[Tensor]:
         """Append the rows' tokens i64[T] in chunks; per row, logits [V] of its last token, or
         [T, V] if `every`.
 
-        In a session of `session_after`, only the steps after the trunk run. Raises KvOverflowError
-        before anything runs.
+        In a session after a trunk, only the steps after it run. Raises KvOverflowError before
+        anything runs.
         """
         session.require([len(r) for r in rows])
-        if isinstance(session, RowsApart):
-            one_by_one = zip(session.sessions, rows, strict=True)
-            return [self.prefill(own, [row], every)[0] for own, row in one_by_one]
+        if isinstance(session, GroupSession):
+            return session.gather(
+                lambda own, members: self.prefill(own, [rows[m] for m in members], every)
+            )
         if isinstance(session, LockstepSession):
             return self._prefill_together(session, rows, every)
         if self.deterministic and len(rows) > 1:
@@ -242,30 +266,61 @@ class Runner:
         self, session: LockstepSession, rows: Sequence[Tensor], every: bool
     ) -> list[Tensor]:
         results: list[list[Tensor]] = [[] for _ in rows]
-        start = 0
-        for ids, counts in self.chunks(rows):
-            start += self.prefill_chunk
-            with without_autocast(self.device):
-                logits = self.lockstep.run(session, ids, counts, every=every)
-            for i, (count, row) in enumerate(zip(counts, rows, strict=True)):
-                if every and count:
-                    results[i].append(logits[i, :count])
-                elif count and start >= len(row):
-                    results[i].append(logits[i, 0])
+        for batch, members in self._batches(session):
+            own, start = [rows[m] for m in members], 0
+            for ids, counts in self.chunks(own):
+                after = session.after and session.after.chunk(members, start, ids.shape[1])
+                start += self.prefill_chunk
+                ends = any(count and start >= len(r) for count, r in zip(counts, own, strict=True))
+                wants: Wants = "every" if every else "last" if ends else "hidden"
+                with without_autocast(self.device):
+                    logits = self.lockstep.run(batch, ids, counts, wants, after)
+                for i, (count, m) in enumerate(zip(counts, members, strict=True)):
+                    if every and count:
+                        results[m].append(logits[i, :count])
+                    elif count and start >= len(rows[m]):
+                        results[m].append(logits[i, 0])
+        session.after = None
         return [torch.cat(r) if every else r[0] for r in results]
 
-    def decode(self, session: KvSession | LockstepSession | RowsApart, tokens: Tensor) -> Tensor:
+    def hidden(
+        self, session: LockstepSession, rows: Sequence[Tensor], num_steps: int
+    ) -> list[Tensor]:
+        """Append the rows' tokens i64[T], and run the first steps of their programs alone: hidden
+        states [T, d] after them.
+        """
+        found: list[list[Tensor]] = [[] for _ in rows]
+        for batch, members in self._batches(session):
+            for ids, counts in self.chunks([rows[m] for m in members]):
+                with without_autocast(self.device):
+                    hidden = self.lockstep.run(batch, ids, counts, "hidden", stop=num_steps)
+                for own, count, m in zip(hidden, counts, members, strict=True):
+                    found[m].append(own[:count])
+        return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in found]
+
+    def _batches(self, session: LockstepSession) -> Iterator[tuple[RowBatch, range]]:
+        """The rows that run at a time: all of them, or each by itself."""
+        if not self.deterministic:
+            yield session.rows, range(session.batch)
+            return
+        for i in range(session.batch):
+            yield session.single(i), range(i, i + 1)
+
+    def decode(self, session: Session, tokens: Tensor) -> Tensor:
         """Append one token per row, `tokens` i64[B]; logits [B, V]."""
         tokens, batch = tokens.to(self.device), session.batch
-        if isinstance(session, RowsApart):
-            session.require([1] * batch)
-            own = [self.decode(s, tokens[i : i + 1]) for i, s in enumerate(session.sessions)]
-            return torch.cat(own)
+        session.require([1] * batch)
+        if isinstance(session, GroupSession):
+            rows = session.gather(lambda own, members: self.decode(own, tokens[list(members)]))
+            return torch.stack(rows)
         if isinstance(session, LockstepSession):
+            logits = []
             with without_autocast(self.device):
-                return self.lockstep.run(session, tokens[:, None], [1] * batch)[:, 0]
+                for part, members in self._batches(session):
+                    ids = tokens[members.start : members.stop, None]
+                    logits.append(self.lockstep.run(part, ids, [1] * len(part))[:, 0])
+            return logits[0] if len(logits) == 1 else torch.cat(logits)
         if self.deterministic and batch > 1:
-            session.require([1] * batch)
             each = [self.decode(session.row(i), tokens[i : i + 1]) for i in range(batch)]
             return torch.cat(each)
         logits = self._run(session, tokens[:, None], [1] * batch, None)

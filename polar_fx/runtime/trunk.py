@@ -9,7 +9,7 @@ Shape legend: B batch, T tokens, d hidden size, n shared steps.
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,9 +19,12 @@ from ..backends import ShapeClass
 from ..capture.support import without_autocast
 from ..errors import ProgramError
 from ..program import Program
+from .group_session import GroupSession, groups_of
 from .kv_cache import KvSession, Resume
 from .link import StepInputs
-from .runner import Runner
+from .lockstep import RowBatch
+from .lockstep_session import After, LockstepSession
+from .runner import Runner, Session
 from .token_rows import padded
 
 
@@ -29,13 +32,13 @@ from .token_rows import padded
 class Trunk:
     """A batch after its first `num_steps` steps: layers 0 .. num_steps - 1, each once.
 
-    `hidden` holds each row's hidden states [T, d], `session` the keys and values of these steps.
+    `hidden` holds each row's hidden states [T, d], `held` the keys and values of these steps.
     `rows` are the rows of the batch it was run on that this one holds.
     """
 
     num_steps: int
     hidden: list[Tensor]
-    session: KvSession
+    held: KvSession | RowBatch
     rows: tuple[int, ...]
 
     def take(self, rows: Sequence[int]) -> "Trunk":
@@ -43,7 +46,7 @@ class Trunk:
         before they are used.
         """
         chosen = tuple(self.rows[r] for r in rows)
-        return Trunk(self.num_steps, [self.hidden[r] for r in rows], self.session, chosen)
+        return Trunk(self.num_steps, [self.hidden[r] for r in rows], self.held, chosen)
 
 
 def shares_trunk(program: Program, num_steps: int) -> bool:
@@ -77,15 +80,22 @@ def run_trunk(runner: Runner, rows: list[Tensor], num_steps: int) -> Iterator[Tr
     """
     identity = Program.identity(runner.depth)
     check_trunk(identity, num_steps)
-    with runner.open(identity, len(rows), slice(num_steps)) as session:
-        session.require([len(r) for r in rows])
+    numbers = tuple(range(len(rows)))
+    if runner.together:
+        runner.check_weights()
+        first = Program.from_path(range(max(1, num_steps)), runner.depth)
+        batch = RowBatch([runner.lockstep.row(first) for _ in rows])
+        with LockstepSession(batch, runner.max_length) as session:
+            session.require([len(r) for r in rows])
+            yield Trunk(num_steps, runner.hidden(session, rows, num_steps), batch, numbers)
+        return
+    with runner.open_slots(identity, len(rows), slice(num_steps)) as slots:
+        slots.require([len(r) for r in rows])
         if runner.deterministic and len(rows) > 1:
-            hidden = [
-                _hidden(runner, session.row(i), [row], num_steps)[0] for i, row in enumerate(rows)
-            ]
+            hidden = [_hidden(runner, slots.row(i), [rows[i]], num_steps)[0] for i in numbers]
         else:
-            hidden = _hidden(runner, session, rows, num_steps)
-        yield Trunk(num_steps, hidden, session, tuple(range(len(rows))))
+            hidden = _hidden(runner, slots, rows, num_steps)
+        yield Trunk(num_steps, hidden, slots, numbers)
 
 
 @torch.no_grad()
@@ -107,17 +117,49 @@ def _hidden(runner: Runner, session: KvSession, rows: list[Tensor], num_steps: i
     return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in found]
 
 
-@contextmanager
-def session_after(runner: Runner, program: Program, trunk: Trunk) -> Iterator[KvSession]:
-    """A session for the trunk's rows and `program`, the trunk's keys and values in its first slots.
+def session_after(
+    runner: Runner, programs: Sequence[Program], trunk: Trunk
+) -> AbstractContextManager[Session]:
+    """A session for the trunk's rows, a program each, which holds the trunk's keys and values.
 
-    A trunk that is used as a whole lends its slots; of one that was split up they are copied.
-    Prefill it with the same rows: only the steps after the trunk will run.
+    Prefill it with the same rows: only the steps after the trunk will run. Raises ProgramError for
+    a program that does not share the trunk.
     """
-    check_trunk(program, trunk.num_steps)
-    lent, resume = trunk.session, Resume(trunk.num_steps, padded(trunk.hidden))
+    for program in set(programs):
+        check_trunk(program, trunk.num_steps)
+    if isinstance(trunk.held, RowBatch):
+        return _rows_after(runner, programs, trunk, trunk.held)
+    groups = groups_of(programs)
+    if len(groups) == 1:
+        return _slots_after(runner, programs[0], trunk, trunk.held)
+    opened = [
+        (members, _slots_after(runner, program, trunk.take(members), trunk.held))
+        for program, members in groups.items()
+    ]
+    return GroupSession(opened, runner.max_length)
+
+
+def _rows_after(
+    runner: Runner, programs: Sequence[Program], trunk: Trunk, held: RowBatch
+) -> LockstepSession:
+    """Branches of the trunk's rows, which go on with other programs."""
+    rows = []
+    for number, program in zip(trunk.rows, programs, strict=True):
+        row = held.rows[number].branch()
+        row.switch(program, trunk.num_steps)
+        row.length = 0  # the tokens have not gone through the other steps
+        rows.append(row)
+    return LockstepSession(RowBatch(rows), runner.max_length, After(trunk.num_steps, trunk.hidden))
+
+
+@contextmanager
+def _slots_after(
+    runner: Runner, program: Program, trunk: Trunk, lent: KvSession
+) -> Iterator[KvSession]:
+    """A trunk that is used as a whole lends its slots; of one that was split up they are copied."""
+    resume = Resume(trunk.num_steps, padded(trunk.hidden))
     if trunk.rows == tuple(range(lent.batch)):
-        with runner.open(program, lent.batch, slice(trunk.num_steps, None)) as rest:
+        with runner.open_slots(program, lent.batch, slice(trunk.num_steps, None)) as rest:
             whole = KvSession(runner.pool, program, lent.slots + rest.slots, lent.batch)
             whole.resume = resume
             try:
@@ -126,7 +168,7 @@ def session_after(runner: Runner, program: Program, trunk: Trunk) -> Iterator[Kv
                 for part in (lent, rest):
                     part.will_write(whole.num_written)
         return
-    with runner.open(program, len(trunk.rows)) as session:
+    with runner.open_slots(program, len(trunk.rows)) as session:
         session.resume = resume
         length = max(map(len, trunk.hidden))
         rows = runner.pool.on_device(trunk.rows)

@@ -17,7 +17,7 @@ from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, KvOverflowError
 from polar_fx.program import Program
 from polar_fx.runtime.generator import padded_rows
-from polar_fx.runtime.kv_store import BLOCK
+from polar_fx.passes.address_kv import BLOCK
 from polar_fx.runtime.lockstep_order import lockstep_calls, shortest_with, union_path
 from tiny_models import make
 

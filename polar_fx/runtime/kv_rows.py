@@ -1,0 +1,132 @@
+"""What one row holds while it runs: blocks of keys and values for each step of its program.
+
+Shape legend: S steps, W blocks of a row at one step.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..capture import KvSpec
+from ..errors import ProgramError
+from ..passes.address_kv import BLOCK
+from ..program import Program
+from .kv_store import EMPTY, KvStore
+
+_FIRST_BLOCKS = 16  # of a new table; it doubles
+
+
+class KvRow:
+    """The keys and values of one row of `program`, `length` tokens of them.
+
+    `specs` are the slot geometries of the model's layers. `table` i64[S, >= num_blocks] names the
+    blocks of each step; `version` changes whenever that does. `close` gives everything back.
+    """
+
+    def __init__(self, store: KvStore, specs: Sequence[KvSpec], program: Program) -> None:
+        self.store, self.specs, self.program = store, specs, program
+        self.length, self.num_blocks, self.version = 0, 0, 0
+        self.table = torch.full((program.num_steps, _FIRST_BLOCKS), EMPTY)
+
+    @property
+    def num_held(self) -> int:
+        """Blocks that it holds, of all steps."""
+        return int((self.table != EMPTY).sum())
+
+    def make_room(self, count: int) -> None:
+        """Take the blocks that `count` more tokens need."""
+        needed = -(-(self.length + count) // BLOCK)
+        if needed > self.num_blocks:
+            self._take(range(self.program.num_steps), self.num_blocks, needed)
+            self.num_blocks = needed
+
+    def switch(self, program: Program, kept: int) -> None:
+        """Go on as a row of another program whose first `kept` steps are the same.
+
+        Raises ProgramError if they are not.
+        """
+        if self.program.path[:kept] != program.path[:kept]:
+            raise ProgramError(
+                f"programs {self.program} and {program} do not share their first {kept} steps"
+            )
+        self._give(self.table[kept:])
+        table = torch.full((program.num_steps, self.table.shape[1]), EMPTY)
+        table[:kept] = self.table[:kept]
+        self.program, self.table = program, table
+        self._take(range(kept, program.num_steps), 0, self.num_blocks)
+
+    def crop(self, length: int) -> None:
+        """Forget the tokens after the first `length`."""
+        needed = -(-length // BLOCK)
+        self._give(self.table[:, needed:])
+        self.table[:, needed:] = EMPTY
+        self.length, self.num_blocks = length, needed
+        self.version += 1
+
+    def branch(self) -> "KvRow":
+        """A second row that holds the same and goes on by itself.
+
+        Whole blocks are shared; the last one, which is still written to, is copied.
+        """
+        other = KvRow(self.store, self.specs, self.program)
+        other.table, other.length = self.table.clone(), self.length
+        whole = self.length // BLOCK
+        for spec, steps in self._steps_of(range(self.program.num_steps)).items():
+            self.store.share(spec, held_in(self.table[steps, :whole]))
+        other.table[:, whole:] = EMPTY
+        other.num_blocks = whole
+        other.length = whole * BLOCK
+        if (rest := self.length - other.length) > 0:
+            other.make_room(rest)
+            for spec, steps in self._steps_of(range(self.program.num_steps)).items():
+                source, target = self.table[steps, whole], other.table[steps, whole]
+                self.store.copy(spec, source.tolist(), target.tolist())
+            other.length = self.length
+        return other
+
+    def become(self, other: "KvRow") -> None:
+        """Hold what another row holds, which then holds nothing."""
+        self.close()
+        self.program, self.table = other.program, other.table
+        self.length, self.num_blocks = other.length, other.num_blocks
+        self.version += 1
+        other._forget()
+
+    def close(self) -> None:
+        """Give every block back."""
+        self._give(self.table)
+        self._forget()
+
+    def _forget(self) -> None:
+        self.table = torch.full((self.program.num_steps, _FIRST_BLOCKS), EMPTY)
+        self.length = self.num_blocks = 0
+        self.version += 1
+
+    def _steps_of(self, steps: range) -> dict[KvSpec, list[int]]:
+        found: dict[KvSpec, list[int]] = defaultdict(list)
+        for step in steps:
+            found[self.specs[self.program.path[step]]].append(step)
+        return found
+
+    def _take(self, steps: range, first: int, stop: int) -> None:
+        """Take blocks `first` to `stop - 1` of these steps."""
+        while stop > self.table.shape[1]:
+            self.table = torch.cat((self.table, torch.full_like(self.table, EMPTY)), 1)
+        for spec, own in self._steps_of(steps).items():
+            taken = self.store.take(spec, len(own) * (stop - first))
+            self.table[own, first:stop] = torch.tensor(taken).view(len(own), -1)
+        self.version += 1
+
+    def _give(self, table: Tensor) -> None:
+        """Give back what the last rows or columns of the table hold."""
+        first = self.program.num_steps - len(table)
+        for spec, steps in self._steps_of(range(first, self.program.num_steps)).items():
+            if blocks := held_in(table[[step - first for step in steps]]):
+                self.store.give(spec, blocks)
+
+
+def held_in(table: Tensor) -> list[int]:
+    """The blocks that a table names."""
+    return [block for block in table.flatten().tolist() if block != EMPTY]
