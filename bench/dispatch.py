@@ -126,7 +126,7 @@ def main() -> None:
     def split() -> None:
         with (
             run_trunk(compiled.runner, rows, dispatcher.num_steps) as trunk,
-            session_after(compiled.runner, identity, trunk) as session,
+            session_after(compiled.runner, [identity], trunk) as session,
         ):
             compiled.prefill(identity, session, rows)
 

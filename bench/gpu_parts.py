@@ -84,7 +84,7 @@ def table4(bench: "ModelBench") -> None:
     def behind_trunk(program: Program) -> None:
         with (
             run_trunk(compiled.runner, rows, 4) as trunk,
-            session_after(compiled.runner, program, trunk) as session,
+            session_after(compiled.runner, [program], trunk) as session,
         ):
             compiled.prefill(program, session, rows)
 

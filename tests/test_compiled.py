@@ -184,11 +184,22 @@ def test_nan_of_one_call_does_not_reach_the_next(deterministic: bool) -> None:
     compiled = compile(make("llama"), "eager", max_length=31, deterministic=deterministic)
     ids = prompts(12, 12)
     want = compiled.forward(ids[0][None, :3])
-    with torch.no_grad(), compiled.session(compiled.default_program, 2) as session:
-        compiled.prefill(compiled.default_program, session, [ids[0], ids[1][:5]])
+    slots, program = (
+        compiled.runner.open_slots(compiled.default_program, 2),
+        compiled.default_program,
+    )
+    with torch.no_grad(), slots as session:
+        compiled.prefill(program, session, [ids[0], ids[1][:5]])
         for row, length in enumerate(session.lengths):
             for keys, values in session.slots:
                 keys[row, :, :length] = values[row, :, :length] = float("nan")
+    with torch.no_grad(), runner.open_slots(program, 1) as session:
+        torch.testing.assert_close(compiled.prefill(program, session, [ids[0][:3]])[0], want[0, -1])
+    with torch.no_grad(), compiled.session(program, 2) as session:
+        compiled.prefill(program, session, [ids[0], ids[1][:5]])
+        for spec in set(compiled.library.table.kv_specs):
+            for tensor in runner.lockstep.store.tensors(spec):
+                tensor[2:] = float("nan")  # all but the two blocks that no row holds
     assert torch.equal(compiled.forward(ids[0][None, :3]), want)
 
 
@@ -196,8 +207,9 @@ def test_linked_programs_are_kept_within_bounds(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("polar_fx.runtime.link._MAX_LINKED", 3)
     compiled = compile(make("llama"), "eager", max_length=31)
     for layer in (0, 1, 2, 3, 0):
-        compiled.forward(prompts(3)[0][None], program=[layer])
-    assert compiled.linker.num_programs == 3
+        with compiled.runner.open_slots(compiled.resolve([layer]), 1) as session:
+            compiled.runner.prefill(session, prompts(3))
+    assert len(compiled.linker.programs) == 3
 
 
 def test_what_another_thread_linked_meanwhile_is_not_linked_again() -> None:
@@ -288,7 +300,7 @@ def test_bad_masks() -> None:
 
 def test_a_prompt_longer_than_the_pool_writes_nothing() -> None:
     compiled = _eager()
-    with torch.no_grad(), compiled.session(compiled.default_program, 2) as session:
+    with torch.no_grad(), compiled.runner.open_slots(compiled.default_program, 2) as session:
         compiled.prefill(compiled.default_program, session, prompts(20, 6))
         before = [(k.clone(), v.clone()) for k, v in session.slots]
         # the first chunk of the second row would still fit: the whole call must be refused before

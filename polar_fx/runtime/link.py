@@ -200,9 +200,9 @@ class Linker:
         self._lock = threading.RLock()
 
     @property
-    def num_programs(self) -> int:
-        """Programs that are linked now, for whatever shapes."""
-        return len({program for program, *_ in list(self._linked)})
+    def programs(self) -> set[Program]:
+        """Those that are linked now, for whatever shapes."""
+        return {program for program, *_ in list(self._linked)}
 
     def link(self, program: Program, shape: ShapeClass, every: bool = True) -> LinkedProgram:
         """The program on the regions of `shape`, for the logits of every token or of one token per

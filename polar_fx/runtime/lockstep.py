@@ -7,6 +7,7 @@ programs, are one call; attention reads as many columns as the longest row has.
 Shape legend: B rows, T tokens, W blocks, L columns, d hidden size, V vocabulary.
 """
 
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -29,6 +30,8 @@ from .regions import RegionTable, Wanted
 # Which logits of a pass are wanted: of each row's last token, of every token, or none, for the
 # hidden states after the last step.
 Wants = Literal["last", "every", "hidden"]
+
+_MAX_PLANS = 1024
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -77,15 +80,11 @@ class RowBatch:
 
     def __init__(self, rows: Sequence[KvRow]) -> None:
         self.rows = tuple(rows)
-        self._plans: dict[_Part, _Plan] = {}
+        self.programs = tuple(row.program for row in self.rows)
         self._tables: dict[tuple[_Part, bool], tuple[tuple[int, ...], int, list[Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def programs(self) -> tuple[Program, ...]:
-        return tuple(row.program for row in self.rows)
 
     @property
     def lengths(self) -> list[int]:
@@ -127,6 +126,7 @@ class Lockstep:
         self.library, self.regions = library, regions
         self.store = KvStore(library.device)
         self._axes = {call.target: self._batch_axes(call) for call in library.table.calls()}
+        self._plans: OrderedDict[tuple[tuple[Program, ...], _Part], _Plan] = OrderedDict()
 
     @property
     def possible(self) -> bool:
@@ -207,7 +207,7 @@ class Lockstep:
         part = _Part(tokens == 1, 0 if after is None else after[0], stop)
         for row, count in zip(batch.rows, counts, strict=True):
             row.make_room(count)
-        plan = self._plan(batch, part)
+        plan = self._plan(batch.programs, part)
         blocks, tables = batch.tables(plan, part, min(counts) < tokens)
         inputs = self._inputs(batch, ids, counts, blocks * BLOCK)
         values = self._start(plan.start, inputs)
@@ -228,9 +228,20 @@ class Lockstep:
         one = [pick(inputs[0]), pick(inputs[1]), inputs[2]]
         return self._head(plan.head_last, pick(hidden), self._start(plan.start_last, one))
 
-    def _plan(self, batch: RowBatch, part: _Part) -> _Plan:
-        if (plan := batch._plans.get(part)) is None:
-            plan = batch._plans[part] = self._make_plan(batch.programs, part)
+    @property
+    def programs(self) -> set[Program]:
+        """Those of which a plan is kept."""
+        with self.store.lock:
+            return {program for programs, _ in self._plans for program in programs}
+
+    def _plan(self, programs: tuple[Program, ...], part: _Part) -> _Plan:
+        key = programs, part
+        if (plan := self._plans.get(key)) is None:
+            plan = self._plans[key] = self._make_plan(programs, part)
+            if len(self._plans) > _MAX_PLANS:  # made again, it costs little
+                self._plans.popitem(last=False)
+        else:
+            self._plans.move_to_end(key)
         return plan
 
     def _make_plan(self, programs: tuple[Program, ...], part: _Part) -> _Plan:

@@ -64,7 +64,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
         lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module,
     ),
     "keep-kv-writes": (PASSES["keep-kv-writes"](), layer),
-    "address-kv": (PASSES["address-kv"](), layer),
+    "address-kv": (PASSES["address-kv"](block=4), layer),
     "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
     "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),
     "inline-layers": (PASSES["inline-layers"](), step_graph),

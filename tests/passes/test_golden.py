@@ -52,7 +52,7 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     "schedule-layers": lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module,
     "assign-kv-slots": lambda: program_pipeline(PATH, BLENDS).run(library()).graph_module,
     "keep-kv-writes": lambda: PASSES["keep-kv-writes"]().run(_layer()).graph_module,
-    "address-kv": lambda: PASSES["address-kv"]().run(_layer()).graph_module,
+    "address-kv": lambda: PASSES["address-kv"](block=4).run(_layer()).graph_module,
     "matvec-to-reduction": lambda: (
         PASSES["matvec-to-reduction"]().run(on_cpu(single_row(torch.bfloat16))).graph_module
     ),

@@ -133,12 +133,12 @@ def test_linked_programs_equal_the_interpreted_step_graph() -> None:
     ids = torch.stack(prompts(6, 6))  # one chunk
     for seed in range(40):
         program = _random_program(seed)
-        with compiled.session(program, 2) as session:
+        with compiled.runner.open_slots(program, 2) as session:
             positions = session.positions([6, 6])
             want = compiled.library.interpret(
                 program, ids, positions, compiled.pool.kv_index, session.slots
             )
-        with compiled.session(program, 2) as session:
+        with compiled.runner.open_slots(program, 2) as session:
             linked = compiled.prefill(program, session, list(ids), every=True)
         assert torch.equal(torch.stack(linked), want), program
 

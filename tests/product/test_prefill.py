@@ -55,8 +55,8 @@ def _agree(compiled: CompiledModel, program: Program, rows: list[Tensor]) -> Non
     """
     with (
         torch.no_grad(),
-        compiled.session(program, len(rows)) as last,
-        compiled.session(program, len(rows)) as every,
+        compiled.runner.open_slots(program, len(rows)) as last,
+        compiled.runner.open_slots(program, len(rows)) as every,
     ):
         got = compiled.prefill(program, last, rows)
         want = compiled.prefill(program, every, rows, every=True)
@@ -124,8 +124,8 @@ def test_a_second_prefill_goes_on_where_the_first_ended() -> None:
     rows = prompts(13, 7)
     with (
         torch.no_grad(),
-        compiled.session(program, 2) as parts,
-        compiled.session(program, 2) as whole,
+        compiled.runner.open_slots(program, 2) as parts,
+        compiled.runner.open_slots(program, 2) as whole,
     ):
         compiled.prefill(program, parts, [r[:3] for r in rows])
         got = compiled.prefill(program, parts, [r[3:] for r in rows])
@@ -142,8 +142,8 @@ def test_where_no_row_ends_only_keys_and_values_are_written() -> None:
     linked = compiled.linker.link(program, ShapeClass.of(2, 6, compiled.pool.length), every=False)
     with (
         torch.no_grad(),
-        compiled.session(program, 2) as session,
-        compiled.session(program, 2) as every,
+        compiled.runner.open_slots(program, 2) as session,
+        compiled.runner.open_slots(program, 2) as every,
     ):
         linked.write_kv(StepInputs(ids, session.positions([6, 6]), session.slots))
         session.advance([6, 6])
@@ -155,12 +155,12 @@ def test_any_token_may_be_asked_for() -> None:
     compiled, program = _compiled("gemma2", 512), Program.parse(PROGRAMS[HARDEST], 4)
     ids = torch.stack(prompts(6, 6))
     shape = ShapeClass.of(2, 6, compiled.pool.length)
-    with torch.no_grad(), compiled.session(program, 2) as session:
+    with torch.no_grad(), compiled.runner.open_slots(program, 2) as session:
         positions = session.positions([6, 6])
         linked = compiled.linker.link(program, shape)
         want = linked.run(StepInputs(ids, positions, session.slots))
     for where in ((0, 5), (3, 3), (5, 1)):
-        with torch.no_grad(), compiled.session(program, 2) as session:
+        with torch.no_grad(), compiled.runner.open_slots(program, 2) as session:
             linked = compiled.linker.link(program, shape, every=False)
             positions = session.positions([6, 6])
             got = linked.run(StepInputs(ids, positions, session.slots, torch.tensor(where)))
@@ -187,7 +187,7 @@ def test_the_last_step_runs_for_one_token_a_row() -> None:
 
     compiled.backend.compile_region = counting  # type: ignore[method-assign]
     program = Program.parse("skip 1", 4)
-    with torch.no_grad(), compiled.session(program, 1) as session:
+    with torch.no_grad(), compiled.runner.open_slots(program, 1) as session:
         compiled.prefill(program, session, prompts(9))
     assert seen == [
         ("attention", 9),

@@ -93,7 +93,11 @@ def test_compiled_code_agrees_with_the_interpreter(first: CompiledModel) -> None
     """
     eager = compile_for(make("llama"), False, backend="eager")
     program, rows = first.resolve(PROGRAM), prompts(9)
-    with torch.no_grad(), first.session(program, 1) as mine, eager.session(program, 1) as theirs:
+    with (
+        torch.no_grad(),
+        first.runner.open_slots(program, 1) as mine,
+        eager.runner.open_slots(program, 1) as theirs,
+    ):
         got, want = (
             first.prefill(program, mine, rows)[0],
             eager.prefill(program, theirs, rows, every=True)[0][-1],

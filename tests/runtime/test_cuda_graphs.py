@@ -69,7 +69,10 @@ def test_sessions_side_by_side_have_graphs_of_their_own(pair: Pair) -> None:
 def test_a_row_of_a_session_has_its_own_graph(pair: Pair) -> None:
     """Rows run alone, as deterministic=True does, lie at other addresses than the batch."""
     graphs, identity, token = CudaGraphs(FakeApi()), Program.identity(DEPTH), torch.tensor([9])
-    with pair.model.session(identity, 2) as session, pair.plain.session(identity, 1) as reference:
+    with (
+        pair.model.runner.open_slots(identity, 2) as session,
+        pair.plain.runner.open_slots(identity, 1) as reference,
+    ):
         for _ in range(3):
             want = step(pair.plain, LinkedProgram.run, identity, reference, token)
             for i in range(2):
@@ -158,10 +161,10 @@ def test_the_least_recently_used_graph_is_dropped_but_none_in_use(pair: Pair) ->
 
 def test_a_graph_does_not_keep_slots_that_the_pool_gave_up(pair: Pair) -> None:
     graphs, identity = CudaGraphs(FakeApi(keep=False)), Program.identity(DEPTH)
-    with pair.model.session(identity, 1) as session:
+    with pair.model.runner.open_slots(identity, 1) as session:
         step(pair.model, graphs.run, identity, session, torch.tensor([5]))
         slot = weakref.ref(session.slots[0][0].untyped_storage())
-    with pair.model.session(identity, 2):  # the slots of one row are too small
+    with pair.model.runner.open_slots(identity, 2):  # the slots of one row are too small
         del session
     gc.collect()
     assert len(graphs) == 1
@@ -233,7 +236,7 @@ def test_a_decoded_token_neither_copies_from_the_host_nor_waits(pair: Pair, batc
     # replays nothing: what is left is the work around it
     model.graphs = CudaGraphs(FakeApi(keep=False))
     token = torch.full((batch,), 5)
-    with model.session(chosen, batch) as session:
+    with model.runner.open_slots(chosen, batch) as session:
         model.prefill(chosen, session, prompts(*range(3, 3 + batch)))
         model.decode(chosen, session, token)
         with _HostWork() as seen:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
 import polar_fx
 from polar_fx.compiled import CompiledModel
@@ -90,7 +89,7 @@ def test_a_trunk_and_what_follows_is_the_whole_program(
             assert [len(h) for h in trunk.hidden] == list(tokens)
             for chosen in (list(range(len(rows))), [len(rows) - 1], [len(rows) - 1, 0, 0]):
                 part = trunk.take(chosen)
-                with session_after(model.runner, program, part) as session:
+                with session_after(model.runner, [program] * len(chosen), part) as session:
                     got = model.prefill(program, session, [rows[i] for i in chosen])
                     after = model.decode(program, session, torch.tensor([7] * len(chosen)))
                 for at, i in enumerate(chosen):
@@ -235,6 +234,37 @@ def test_callbacks_meet_the_rows_they_were_given_for(model: CompiledModel) -> No
     assert got[:, 2:].tolist() == [[30 + row] * 2 for row in range(4)]
 
 
+def test_what_looks_at_all_rows_sees_rows_of_all_programs(model: CompiledModel) -> None:
+    dispatcher = model.dispatch_by(ByFirstToken(model))
+    dispatcher.warmup()
+    ids = torch.tensor([[1, 5], [2, 5], [3, 3]])
+    options: dict[str, Any] = dict(max_new_tokens=3, pad_token_id=0, eos_token_id=None)
+    programs = [d.program for d in dispatcher.choose(ids)]
+    assert len(set(programs)) == 3
+    seen: list[tuple[int, ...]] = []
+
+    def watch(tokens: Tensor, scores: Tensor) -> Tensor:
+        seen.append(tuple(tokens.shape))
+        return scores
+
+    out, report = dispatcher.generate(
+        ids, logits_processor=[watch], return_dict_in_generate=True, output_logits=True, **options
+    )
+    assert seen == [(3, 2), (3, 3), (3, 4)] and report.groups == 3
+    for row, program in enumerate(programs):
+        alone = model.generate(
+            ids[row : row + 1],
+            program=program,
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+        assert torch.equal(out.sequences[row], alone.sequences[0])
+        torch.testing.assert_close(
+            torch.stack(out.logits)[:, row], torch.stack(alone.logits)[:, 0], atol=1e-4, rtol=1e-4
+        )
+
+
 def test_a_smaller_menu_is_what_the_policy_chooses_from(model: CompiledModel) -> None:
     class Graded(ByFirstToken):
         def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
@@ -269,15 +299,6 @@ def test_refusals_name_value_and_remedy(model: CompiledModel) -> None:
     with pytest.raises(KvOverflowError):
         model.generate(torch.zeros(1, 40, dtype=torch.long), max_new_tokens=20)
     two, more = torch.tensor([[1, 5], [2, 5]]), dict(max_new_tokens=2, pad_token_id=0)
-    for options in (
-        {"return_dict_in_generate": True, **more},
-        {"logits_processor": [lambda ids, scores: scores], **more},
-        {"generation_config": GenerationConfig(return_dict_in_generate=True, **more)},
-    ):
-        with pytest.raises(
-            InputError, match="cannot be shared by rows that run different programs"
-        ):
-            model.generate(two, **options)
     with pytest.raises(InputError, match="chooses the program itself"):
         dispatcher.generate(two, program="identity", **more)
     model.dispatcher = None

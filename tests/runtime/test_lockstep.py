@@ -15,9 +15,9 @@ from transformers import LogitsProcessor
 
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, KvOverflowError
+from polar_fx.passes.address_kv import BLOCK
 from polar_fx.program import Program
 from polar_fx.runtime.generator import padded_rows
-from polar_fx.passes.address_kv import BLOCK
 from polar_fx.runtime.lockstep_order import lockstep_calls, shortest_with, union_path
 from tiny_models import make
 
@@ -107,10 +107,13 @@ def some_rows(pick: torch.Generator, count: int, longest: int = 40) -> list[Tens
 
 @torch.no_grad()
 def alone(model: CompiledModel, program: Program, row: Tensor, tokens: Tensor) -> Tensor:
-    """Logits [1 + N, V] after the prompt and after each of `tokens` i64[N]."""
-    with model.session(program, 1) as session:
-        logits = [model.prefill(program, session, [row])[0]]
-        logits += [model.decode(program, session, token[None])[0] for token in tokens]
+    """Logits [1 + N, V] after the prompt and after each of `tokens` i64[N], of keys and values in
+    slots.
+    """
+    runner = model.runner
+    with runner.open_slots(program, 1) as session:
+        logits = [runner.prefill(session, [row])[0]]
+        logits += [runner.decode(session, token[None])[0] for token in tokens]
     return torch.stack(logits)
 
 

@@ -103,7 +103,7 @@ def steps(
 ) -> Generator[Tensor, None, None]:
     """Logits [B, V] of each token of a session, after a ragged prefill."""
     chosen = model.resolve(program)
-    with model.session(chosen, batch) as session:
+    with model.runner.open_slots(chosen, batch) as session:
         model.prefill(chosen, session, prompts(*(3 + 2 * i for i in range(batch))))
         for i in range(num_tokens):
             yield step(model, run, chosen, session, (torch.arange(batch) + 7 * i + 3) % 100)
