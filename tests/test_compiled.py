@@ -193,12 +193,12 @@ def test_nan_of_one_call_does_not_reach_the_next(deterministic: bool) -> None:
         for row, length in enumerate(session.lengths):
             for keys, values in session.slots:
                 keys[row, :, :length] = values[row, :, :length] = float("nan")
-    with torch.no_grad(), runner.open_slots(program, 1) as session:
+    with torch.no_grad(), compiled.runner.open_slots(program, 1) as session:
         torch.testing.assert_close(compiled.prefill(program, session, [ids[0][:3]])[0], want[0, -1])
     with torch.no_grad(), compiled.session(program, 2) as session:
         compiled.prefill(program, session, [ids[0], ids[1][:5]])
         for spec in set(compiled.library.table.kv_specs):
-            for tensor in runner.lockstep.store.tensors(spec):
+            for tensor in compiled.runner.lockstep.store.tensors(spec):
                 tensor[2:] = float("nan")  # all but the two blocks that no row holds
     assert torch.equal(compiled.forward(ids[0][None, :3]), want)
 
