@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .backends import Backend, get_backend
 from .capture import check_supported, embedding_weight
 from .capture.checked import warn_if_not_finite
-from .errors import InputError, ProgramError
+from .errors import InputError
 from .explain.program_report import Explanation, Report, explain, report
 from .library import LayerLibrary
 from .library.cached import load_library
@@ -30,7 +30,7 @@ from .runtime.code_key import RegionRecord
 from .runtime.cuda_graphs import CudaGraphs
 from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
 from .runtime.generator import Generator
-from .runtime.kv_cache import KvPool, KvSession
+from .runtime.kv_cache import KvPool, KvSession, require_program
 from .runtime.link import Linker
 from .runtime.regions import RegionTable
 from .runtime.runner import Runner
@@ -428,7 +428,7 @@ class CompiledModel:
         Raises ProgramError for a session of another program, and KvOverflowError before anything
         runs.
         """
-        _check_session(session, program)
+        require_program(session.program, program)
         return self.runner.prefill(session, rows, every)
 
     def decode(self, program: Program, session: KvSession, tokens: Tensor) -> Tensor:
@@ -436,13 +436,5 @@ class CompiledModel:
 
         Raises as `prefill` does.
         """
-        _check_session(session, program)
+        require_program(session.program, program)
         return self.runner.decode(session, tokens)
-
-
-def _check_session(session: KvSession, program: Program) -> None:
-    if session.program != program:
-        raise ProgramError(
-            f"the session was opened for program {session.program}, and program {program} is to "
-            "run in it; open a session for that one"
-        )

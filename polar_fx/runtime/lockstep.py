@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..backends.base import Region, ShapeClass
 from ..library import LayerLibrary
-from ..library.steps import HIDDEN, Blends, operands
+from ..library.steps import HIDDEN, Blends, Step, side_values
 from ..library.symbols import Symbol
 from ..program import Program
 from .kv_cache import RowCache
@@ -243,12 +243,11 @@ class Lockstep:
 
     def _start(self, inputs: list[Tensor], shape: ShapeClass) -> list[Tensor]:
         start = self.library.prologue
-        return [*inputs, *self._region(start.target, shape)([*inputs, *start.weights])]
+        return side_values(self._region(start.target, shape), inputs, start.weights)
 
     def _head(self, hidden: Tensor, values: Sequence[Tensor], shape: ShapeClass) -> Tensor:
         head = self.library.epilogue
-        given = operands(hidden, values, head.sides, (), head.weights)
-        return self._region(head.target, shape)(given)[0]
+        return head.step(self._region(head.target, shape)).run(hidden, values)
 
     def _region(self, name: str, shape: ShapeClass) -> Region:
         return self.regions.get([(name, shape)])[name, shape]
@@ -278,8 +277,8 @@ class Lockstep:
             keys, vals = self.store.tensors(self.library.table.kv_specs[call.layer])
             shape = ShapeClass.of(len(call.rows), tokens, None)
             state = hidden if call.index is None else hidden.index_select(0, call.index)
-            given = [state, *sides, keys, vals, call.columns, *layer.weights]
-            result = self._region(layer.target, shape)(given)[0]
+            step = Step(self._region(layer.target, shape), range(len(sides)), layer.weights)
+            result = step.run(state, sides, (keys, vals, call.columns))
             if call.index is None:
                 hidden = result
             else:

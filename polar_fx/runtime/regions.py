@@ -279,8 +279,10 @@ class RegionTable:
             if call.target in seen:
                 continue
             seen.add(call.target)
-            wanted = self._example(call.target, shape)[1:]
-            for operand, side in zip(wanted, call.sides, strict=False):
+            operands = self._operands(call.target, shape)
+            wanted = zip(operands, self._example(call.target, shape), strict=True)
+            sides = [example for operand, example in wanted if operand.role == "side"]
+            for operand, side in zip(sides, call.sides, strict=True):
                 given = values[side]
                 if _layout(operand) != _layout(given):
                     raise CaptureError(

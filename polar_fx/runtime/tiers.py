@@ -143,8 +143,9 @@ class Tiers:
         """Logits [1, 1, V] of one row by the form that is due, the linked one by `run_linked`.
 
         With tier="whole" it compiles what is missing, and raises CompileError or CacheError if that
-        fails.
+        fails. Raises ProgramError for the inputs of another program.
         """
+        linked.check(inputs)
         if self.tier == "linked":
             return run_linked(linked, inputs)
         variant = self._variant(linked.program, shape)
@@ -260,7 +261,7 @@ class Tiers:
                 files, self.regions.graph_files(list(files.values())), strict=True
             )
         }
-        return WholePlan(prefill, bodies, start.weights, steps, head)
+        return WholePlan(prefill, bodies, len(numbers), start.weights, steps, head)
 
     def _make(self, variant: _Variant, state: str, worker: Worker | None = None) -> Region:
         """Compile, or load, the whole form; the record is in `state` afterwards, or as it was if
