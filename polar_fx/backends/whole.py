@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..library.steps import Chain, Code, Step
-from .base import Dynamic, PersistentBackend
+from .base import Dynamic, PersistentBackend, RegionName, ShapeClass
 from .specialize import like
 
 T = TypeVar("T")
@@ -41,28 +41,43 @@ class WholeStep:
 
 @dataclass(frozen=True)
 class WholePlan:
-    """A program over exported bodies.
+    """A program over exported bodies, for one shape class of one row.
 
-    `prefill` says that T tokens come in and the logits of token `where` are wanted; else one token
-    comes in. `bodies` maps names to files: those of one token under their own names, those of T
-    tokens with a `*` after the name, and the last step's KV writes for T tokens as `kv`. Weights
-    go by number, from 0 to `num_weights` - 1.
+    Of several tokens, the logits of token `where` alone are wanted. `bodies` maps the regions that
+    a run calls to files of their graphs. Weights go by number, from 0 to `num_weights` - 1.
     """
 
-    prefill: bool
-    bodies: dict[str, str]
+    shape: ShapeClass
+    bodies: dict[RegionName, str]
     num_weights: int
-    prologue: Sequence[int]
+    prologue: WholeStep
     steps: tuple[WholeStep, ...]
     epilogue: WholeStep
 
+    @property
+    def prefill(self) -> bool:
+        return self.shape.tokens != 1
+
+    @property
+    def kv_writes(self) -> RegionName:
+        """What the last step of a prefill is for all tokens."""
+        return RegionName(self.steps[-1].target, self.shape, kv_writes=True)
+
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """JSON values; `from_dict` is the inverse."""
+        bodies = {str(name): path for name, path in self.bodies.items()}
+        return {**asdict(self), "shape": str(self.shape), "bodies": bodies}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "WholePlan":
-        steps = tuple(WholeStep(**step) for step in plain["steps"])
-        return cls(**{**plain, "steps": steps, "epilogue": WholeStep(**plain["epilogue"])})
+        return cls(
+            ShapeClass.parse(plain["shape"]),
+            {RegionName.parse(name): path for name, path in plain["bodies"].items()},
+            plain["num_weights"],
+            WholeStep(**plain["prologue"]),
+            tuple(WholeStep(**step) for step in plain["steps"]),
+            WholeStep(**plain["epilogue"]),
+        )
 
 
 class WholeProgram(torch.nn.Module):
@@ -71,7 +86,7 @@ class WholeProgram(torch.nn.Module):
     """
 
     def __init__(
-        self, plan: WholePlan, bodies: Mapping[str, Callable[..., Sequence[Tensor]]]
+        self, plan: WholePlan, bodies: Mapping[RegionName, Callable[..., Sequence[Tensor]]]
     ) -> None:
         super().__init__()
         self.plan, self.bodies = plan, bodies
@@ -81,24 +96,21 @@ class WholeProgram(torch.nn.Module):
         inputs, rest = operands[:3], operands[3 + plan.prefill :]
         slots, weights = rest[: 2 * len(plan.steps)], rest[2 * len(plan.steps) :]
         pairs = list(zip(slots[::2], slots[1::2], strict=True))
-        one = self._chain(weights, "")
+        one = self._chain(weights, plan.shape.decode)
         if not plan.prefill:
             return one.run(inputs, pairs)
-        many = replace(self._chain(weights, "*"), kv_writes=self._code("kv"), one=one)
+        kv_writes = self._code(plan.kv_writes)
+        many = replace(self._chain(weights, plan.shape), kv_writes=kv_writes, one=one)
         return many.run(inputs, pairs, lambda value: value.index_select(1, operands[3]))
 
-    def _chain(self, weights: Sequence[Tensor], suffix: str) -> Chain[Tensor]:
-        """The program on the bodies of that suffix."""
-        plan = self.plan
-        return Chain(
-            self._code(f"prologue{suffix}"),
-            [weights[i] for i in plan.prologue],
-            tuple(step.bound(self._code(step.target + suffix), weights) for step in plan.steps),
-            plan.epilogue.bound(self._code(plan.epilogue.target), weights),
-            torch.lerp,
-        )
+    def _chain(self, weights: Sequence[Tensor], shape: ShapeClass) -> Chain[Tensor]:
+        def bound(step: WholeStep) -> Step[Tensor]:
+            return step.bound(self._code(RegionName(step.target, shape)), weights)
 
-    def _code(self, name: str) -> Code[Tensor]:
+        start, steps = bound(self.plan.prologue), tuple(map(bound, self.plan.steps))
+        return Chain(start.code, start.weights, steps, bound(self.plan.epilogue), torch.lerp)
+
+    def _code(self, name: RegionName) -> Code[Tensor]:
         return lambda operands: self.bodies[name](*operands)
 
 
@@ -115,25 +127,27 @@ def compose(backend: PersistentBackend, plain: dict[str, Any], folder: Path) -> 
         backend.export(WholeProgram(plan, bodies), example, dynamic, folder)  # type: ignore[arg-type]
 
 
-def _example(plan: WholePlan, bodies: Mapping[str, GraphModule]) -> list[Tensor]:
+def _example(plan: WholePlan, bodies: Mapping[RegionName, GraphModule]) -> list[Tensor]:
     """Graph inputs, slots and weights, each laid out as the bodies take it."""
     inputs, slots = _labels("input", 3), _labels("slot", 2 * len(plan.steps))
     weights = _labels("weight", plan.num_weights)
     found: dict[Any, Tensor] = {}
 
-    def note(name: str, taken: Sequence[Any]) -> None:
+    def note(name: RegionName, taken: Sequence[Any]) -> None:
         operands = bodies[name].graph.find_nodes(op="placeholder")
         found.update(zip(taken, [like(n.meta["val"]) for n in operands], strict=True))
 
-    def note_step(step: WholeStep, slot: Sequence[Any] = ()) -> None:
+    def taken_by(step: WholeStep, slot: Sequence[Any] = ()) -> list[Any]:
         sides = range(1 + max(step.sides, default=0))  # which are made inside
-        note(step.target, step.bound(_no_code, weights).operands("hidden", sides, slot))
+        return step.bound(_no_code, weights).operands("hidden", sides, slot)
 
-    start = "prologue*" if plan.prefill else "prologue"
-    note(start, [*inputs, *(weights[i] for i in plan.prologue)])
+    start, head = plan.prologue, plan.epilogue
+    note(RegionName(start.target, plan.shape), [*inputs, *(weights[i] for i in start.weights)])
     for number, step in enumerate(plan.steps):
-        note_step(step, slots[2 * number : 2 * number + 2])
-    note_step(plan.epilogue)
+        last = plan.prefill and number == len(plan.steps) - 1
+        name = plan.kv_writes if last else RegionName(step.target, plan.shape)
+        note(name, taken_by(step, slots[2 * number : 2 * number + 2]))
+    note(RegionName(head.target, plan.shape.decode), taken_by(head))
     return [found[operand] for operand in (*inputs, *slots, *weights)]
 
 

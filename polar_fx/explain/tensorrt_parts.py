@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from ..backends.base import ANY_SHAPE, RegionName
 from ..backends.experimental.tensorrt_graph import split
 from ..library import LayerLibrary
 from ..output.plain_text import count
@@ -64,7 +65,8 @@ def partition_report(library: LayerLibrary, keep: Collection[str] = ()) -> Parti
     """
     bodies = dict(library.bodies)
     for name in {call.target for call in library.layers}:
-        bodies[f"{name}.kv"] = KeepKvWrites().run(bodies[name]).graph_module
+        kv_writes = RegionName(name, ANY_SHAPE, kv_writes=True)
+        bodies[kv_writes.graph] = KeepKvWrites().run(bodies[name]).graph_module
     return PartitionReport(
         {name: parts_of(split(body, keep)) for name, body in sorted(bodies.items())}
     )

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.base import Region, ShapeClass
+from ..backends.base import Region, RegionName, ShapeClass
 from ..capture import KvSpec
 from ..compiled import CompiledModel
 from ..errors import InputError, KvOverflowError
@@ -330,10 +330,8 @@ class TeacherForcing:
         return places
 
     def _region(self, target: str, batch: int, tokens: int) -> Region:
-        found = self.compiled.regions.get(
-            [(target, ShapeClass.of(batch, tokens, self.compiled.pool.length))]
-        )
-        return next(iter(found.values()))
+        shape = ShapeClass.of(batch, tokens, self.compiled.pool.length)
+        return self.compiled.regions.one(RegionName(target, shape))
 
     # ------------------------------------------------------------------------------------- the head
 

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.base import ShapeClass
+from ..backends.base import RegionName, ShapeClass
 from ..errors import ProgramError
 from ..library import LayerLibrary
 from ..library.steps import Chain
+from ..library.symbols import SymbolTable
 from ..program import Program
 from .kv_cache import KvPool, KvSession, Resume, require_program
-from .regions import KV_WRITES, RegionTable, Wanted
+from .regions import RegionTable
 
 _MAX_LINKED = 1024
 
@@ -114,6 +115,21 @@ def _begun(inputs: StepInputs) -> tuple[int, Tensor] | None:
     return inputs.resume and (inputs.resume.num_steps, inputs.resume.hidden)
 
 
+def region_calls(
+    table: SymbolTable, program: Program, shape: ShapeClass, every: bool
+) -> list[RegionName]:
+    """The regions that one run of a program calls, in order, for the logits of every token or of
+    one token a row; of a prompt in chunks, those of the last one.
+    """
+    start, head = table.prologue.target, table.epilogue.target
+    *most, last = (table.layers[layer].target for layer in program.path)
+    if every:
+        return [RegionName(body, shape) for body in (start, *most, last, head)]
+    many = [RegionName(body, shape) for body in (start, *most)]
+    one = [RegionName(body, shape.decode) for body in (start, last, head)]
+    return [*many, RegionName(last, shape, kv_writes=True), *one]
+
+
 class Linker:
     """Links programs out of regions; `regions` makes those that are missing."""
 
@@ -144,16 +160,9 @@ class Linker:
             self._linked[key] = linked
             return linked
 
-    def calls(self, program: Program, shape: ShapeClass, every: bool = True) -> list[Wanted]:
-        """The regions that one run of the program linked so calls, in order; of a prompt in chunks,
-        the last one's.
-        """
-        start, head = self.library.prologue.target, self.library.epilogue.target
-        targets = [self.library.layers[layer].target for layer in program.path]
-        if every:
-            return [(name, shape) for name in (start, *targets, head)]
-        many = [(name, shape) for name in (start, *targets[:-1], targets[-1] + KV_WRITES)]
-        return many + [(name, shape.decode) for name in (start, targets[-1], head)]
+    def calls(self, program: Program, shape: ShapeClass, every: bool = True) -> list[RegionName]:
+        """The regions that one run of the program linked so calls, in order."""
+        return region_calls(self.library.table, program, shape, every)
 
     def _link(self, program: Program, shape: ShapeClass, every: bool) -> LinkedProgram:
         library = self.library
@@ -161,19 +170,19 @@ class Linker:
         wanted = self.calls(program, shape, every)
         # what decoding needs is needed as well: asked for together, it is compiled together
         made = self.regions.get(wanted if every else wanted + self.calls(program, shape.decode))
-        regions = {name: region for (name, of), region in made.items() if of == shape}
         steps = []
         for step in program.schedule():
             call = library.layers[step.layer]
-            code = regions.get(call.target, _unlinked)
+            code = made.get(RegionName(call.target, shape), _unlinked)
             steps.append(call.step(code, step.opens, step.closes))
+        last = RegionName(library.layers[program.path[-1]].target, shape, kv_writes=True)
         chain = Chain(
-            regions[start.target],
+            made[RegionName(start.target, shape)],
             start.weights,
             tuple(steps),
-            head.step(regions[head.target]) if every else None,
+            head.step(made[RegionName(head.target, shape)]) if every else None,
             torch.lerp,
-            None if every else regions[library.layers[program.path[-1]].target + KV_WRITES],
+            None if every else made[last],
             None if every else self.link(program, shape.decode).chain,
         )
         return LinkedProgram(program, chain, self.pool.kv_index)

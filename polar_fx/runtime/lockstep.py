@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.base import Region, ShapeClass
+from ..backends.base import Region, RegionName, ShapeClass
 from ..library import LayerLibrary
 from ..library.steps import HIDDEN, Blends, Step, side_values
 from ..library.symbols import Symbol
@@ -250,7 +250,7 @@ class Lockstep:
         return head.step(self._region(head.target, shape)).run(hidden, values)
 
     def _region(self, name: str, shape: ShapeClass) -> Region:
-        return self.regions.get([(name, shape)])[name, shape]
+        return self.regions.one(RegionName(name, shape))
 
     def _steps(
         self, session: LockstepSession, calls: Sequence[_Call], values: list[Tensor], tokens: int

@@ -24,6 +24,7 @@ from torch.fx import GraphModule
 from places import GOLDEN
 from polar_fx import backends, compile, compiled
 from polar_fx.backends import EagerBackend, Region, ShapeClass, TensorRTBackend
+from polar_fx.backends.base import RegionName
 from polar_fx.backends.experimental import tensorrt
 from polar_fx.backends.experimental.tensorrt import export_engines, find_library, profile
 from polar_fx.backends.experimental.tensorrt_graph import ENGINE_OPS, engines, split
@@ -352,8 +353,8 @@ def test_regions_are_built_once_stored_and_run(
 
 def _head(backend: TensorRTBackend) -> Region:
     """The head's region for any batch and length."""
-    wanted = ("epilogue", ShapeClass(None, None, 32))
-    return RegionTable(tiny("llama").library, backend, 31, None).get([wanted])[wanted]
+    wanted = RegionName("epilogue", ShapeClass(None, None, 32))
+    return RegionTable(tiny("llama").library, backend, 31, None).one(wanted)
 
 
 def test_calls_beyond_the_limits_and_bad_limits_are_refused(library: _Library) -> None:

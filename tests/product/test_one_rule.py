@@ -6,6 +6,7 @@ Shape legend: T tokens, V vocabulary, d hidden size.
 
 import functools
 import itertools
+import json
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from polar_fx.backends import EagerBackend
+from polar_fx.backends import EagerBackend, ShapeClass
 from polar_fx.backends.whole import WholePlan, WholeProgram, WholeStep
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.evaluation.block_influence import block_influences
@@ -27,6 +28,7 @@ from polar_fx.library.symbols import Symbol
 from polar_fx.passes.keep_kv_writes import KeepKvWrites
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion
+from polar_fx.runtime.link import region_calls
 from polar_fx.runtime.trunk import run_trunk, session_after
 from tiny_models import make, make_slots, prompts, run_rows
 
@@ -151,14 +153,18 @@ def test_whole_programs(program: Program, prefill: bool) -> None:
         weights = tuple(names.index(name) for name in symbol.weights)
         return WholeStep(symbol.target, symbol.sides, weights, opens, closes)
 
-    table, bodies = library.table, dict(library.bodies)
-    last = table.layers[program.path[-1]].target
-    bodies["kv"] = KeepKvWrites().run(library.bodies[last]).graph_module
-    regions = {name: _exported(body) for name, body in bodies.items()}
-    regions |= {f"{name}*": region for name, region in regions.items()}
+    table, bodies = library.table, library.bodies
+    shape = ShapeClass(1, None if prefill else 1, 16)
+    regions = {}
+    for name in region_calls(table, program, shape, every=not prefill):
+        body = bodies[name.body]
+        run = KeepKvWrites().run(body).graph_module if name.kv_writes else body
+        regions[name] = _exported(run)
     steps = tuple(step(table.layers[s.layer], s.opens, s.closes) for s in program.schedule())
-    ends = step(table.prologue).weights, steps, step(table.epilogue)
-    whole = WholeProgram(WholePlan(prefill, {}, len(names), *ends), regions)
+    ends = step(table.prologue), steps, step(table.epilogue)
+    plan = WholePlan(shape, dict.fromkeys(regions, ""), len(names), *ends)
+    assert WholePlan.from_dict(json.loads(json.dumps(plan.to_dict()))).bodies == plan.bodies
+    whole = WholeProgram(plan, regions)
 
     slots = make_slots(library, program, 1, 16)
     given = [t for pair in slots for t in pair] + [library.tensors[name] for name in names]
