@@ -65,8 +65,14 @@ class WholePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; `from_dict` is the inverse."""
-        bodies = {str(name): path for name, path in self.bodies.items()}
-        return {**asdict(self), "shape": str(self.shape), "bodies": bodies}
+        return {
+            "shape": str(self.shape),
+            "bodies": {str(name): path for name, path in self.bodies.items()},
+            "num_weights": self.num_weights,
+            "prologue": asdict(self.prologue),
+            "steps": [asdict(step) for step in self.steps],
+            "epilogue": asdict(self.epilogue),
+        }
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "WholePlan":

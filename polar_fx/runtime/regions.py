@@ -32,6 +32,7 @@ from ..library import LayerLibrary
 from ..library.symbols import Operand, addressed
 from ..passes.address_kv import AddressKv
 from ..passes.keep_kv_writes import KeepKvWrites
+from ..passes.pipeline import Pipeline, region_pipeline
 from ..store import ArtifactStore
 from .code_key import RegionRecord, VariantKey
 
@@ -94,12 +95,15 @@ class RegionTable:
 
     def key(self, name: RegionName) -> VariantKey:
         """The key under which the store keeps a region."""
-        library, shape = self.library, name.shape
-        fingerprint = library.table.bodies[name.body].fingerprint
-        passes = (KEEP_KV_WRITES.content_id,) if name.kv_writes else ()
-        passes += (ADDRESS_KV.content_id,) if shape.length is None else ()
+        library = self.library
         return VariantKey.of(
-            "region", fingerprint, shape, self.backend, library.device, library.dtype, passes=passes
+            "region",
+            library.table.bodies[name.body].fingerprint,
+            name.shape,
+            self.backend,
+            library.device,
+            library.dtype,
+            passes=tuple(p.content_id for p in self._pipeline(name).passes),
         )
 
     def files(self, name: RegionName) -> Mapping[str, Path] | None:
@@ -227,15 +231,17 @@ class RegionTable:
     def _source(self, name: RegionName) -> tuple[GraphModule, list[Tensor], Dynamic]:
         """Body, example operands and dynamic axes."""
         target, shape = name.body, name.shape
-        body, operands = self.library.bodies[target], self._operands(target, shape)
-        if shape.length is None and any(o.role == "kv" for o in operands):
-            body = ADDRESS_KV.run(body).graph_module
-        if name.kv_writes:
-            body = KEEP_KV_WRITES.run(body).graph_module
-        varying = shape.varying
+        body = self._pipeline(name).run(self.library.bodies[target]).graph_module
+        operands, varying = self._operands(target, shape), shape.varying
         dynamic = [{i: a for i, a in o.axes().items() if a in varying} for o in operands]
         example = self._example(target, shape) if self.backend.needs_shapes else []
         return body, example, dynamic
+
+    def _pipeline(self, name: RegionName) -> Pipeline:
+        """What makes the region's graph of its body."""
+        operands = self.library.table.bodies[name.body].operands
+        by_address = name.shape.length is None and any(o.role == "kv" for o in operands)
+        return region_pipeline((ADDRESS_KV,) * by_address + (KEEP_KV_WRITES,) * name.kv_writes)
 
     def _operands(self, target: str, shape: ShapeClass) -> tuple[Operand, ...]:
         operands = self.library.table.bodies[target].operands
