@@ -30,7 +30,7 @@ from ..library.steps import HIDDEN, Blends, side_values
 from ..program import Program
 from ..questions.question import EncodedQuestion
 from ..runtime.token_rows import padded
-from .step_trie import Node, State, StepTrie
+from .step_trie import State, StepNode, StepTrie
 from .verdict import Verdict
 
 _MAX_SIDES = 256
@@ -53,7 +53,7 @@ class _Row:
         return len(self.prefix.ids) if self.prefix else 0
 
 
-_Task = tuple[_Row, Node]
+_Task = tuple[_Row, StepNode]
 
 
 class TeacherForcing:
@@ -224,7 +224,7 @@ class TeacherForcing:
                         if not waiting[follower]:
                             ready[follower[1].layer, follower[0].start].append(follower)
 
-    def _missing(self, row: _Row, leaf: Node, planned: dict[_Task, int]) -> list[_Task]:
+    def _missing(self, row: _Row, leaf: StepNode, planned: dict[_Task, int]) -> list[_Task]:
         """The steps above `leaf` whose states of `row` are neither known nor planned, first one
         first.
         """
@@ -276,7 +276,7 @@ class TeacherForcing:
             )
             self.trie.put(node, row, State(after.clone(), tuple(blends.saved), kv))  # type: ignore[arg-type]
 
-    def _state(self, row: _Row, node: Node | None) -> State:
+    def _state(self, row: _Row, node: StepNode | None) -> State:
         assert node is not None
         if node.parent is not None:
             return node.states[row]
