@@ -111,12 +111,10 @@ class WithoutLastStep(Ours):
         )
         positions = self.session.positions([tokens] * batch)
         with torch.no_grad():
-            *_, hidden = linked.states(StepInputs(ids, positions, self.session.slots))
+            *_, hidden = linked.states(StepInputs.of(self.session, ids, positions))
             one = compiled.linker.link(self.program, ShapeClass.of(batch, 1, compiled.pool.length))
-            logits = one._head(
-                hidden[:, -1:].contiguous(),
-                one._start(ids[:, -1:].contiguous(), positions[:, -1:].contiguous()),
-            )
+            inputs = [ids[:, -1:].contiguous(), positions[:, -1:].contiguous(), one.kv_index]
+            logits = one.chain.head(hidden[:, -1:].contiguous(), one.chain.start(inputs))
         self.session.advance([tokens] * batch)
         return logits[:, 0]
 

@@ -123,9 +123,9 @@ class ModelBench:
         made = CompiledModel(Runner.of_model(self.model, regions, prefill_chunk=self.prefill_chunk))
         if like is not None:
             several = {
-                key: region
-                for key, region in like.regions._regions.items()
-                if key[1].tokens is None
+                name: region
+                for name, region in like.regions._regions.items()
+                if name.shape.tokens is None
             }
             made.regions._regions.update(several)
         return made

@@ -15,9 +15,10 @@ from .pipeline import (
     flat_pipeline,
     library_pipeline,
     program_pipeline,
+    region_pipeline,
 )
 from .text import graph_diff, graph_fingerprint, graph_text
-from .verify import VerifyError, verify
+from .verify import VerifyError, verify, verify_region
 
 __all__ = [
     "PASSES",
@@ -34,5 +35,7 @@ __all__ = [
     "graph_text",
     "library_pipeline",
     "program_pipeline",
+    "region_pipeline",
     "verify",
+    "verify_region",
 ]

@@ -1,12 +1,14 @@
 """Pipelines: an order of passes with a text form, verified between passes, logged as counts."""
 
+import functools
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
 from torch.fx import GraphModule
 
 from .address_kv import AddressKv
@@ -21,7 +23,7 @@ from .keep_kv_writes import KeepKvWrites
 from .matvec_to_reduction import MatvecToReduction
 from .outline_layers import OutlineLayers
 from .schedule_layers import Blends, ScheduleLayers
-from .verify import verify
+from .verify import verify, verify_region
 
 log = logging.getLogger("polar_fx.passes")
 
@@ -69,10 +71,15 @@ class PipelineResult:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in order. `str(pipeline)` parses back with `Pipeline.parse`."""
+    """Passes in order. `str(pipeline)` parses back with `Pipeline.parse`.
+
+    `verifier` raises VerifyError for a graph that no pass may leave: it looks at the first one and
+    at each that a pass changed, unless `verify_each` is off.
+    """
 
     passes: tuple[Pass, ...]
     verify_each: bool = field(default=True, compare=False)
+    verifier: Callable[[GraphModule], None] = field(default=verify, compare=False, repr=False)
 
     def run(
         self, gm: GraphModule, on_pass: Callable[[Pass, PassResult], None] | None = None
@@ -83,13 +90,13 @@ class Pipeline:
         """
         records = []
         if self.verify_each:
-            verify(gm)
+            self.verifier(gm)
         for p in self.passes:
             start = time.perf_counter()
             result = p.run(gm)
             gm = result.graph_module
             if self.verify_each and result.modified:
-                verify(gm)
+                self.verifier(gm)
             records.append(
                 PassRecord(
                     p.name,
@@ -106,14 +113,6 @@ class Pipeline:
             if on_pass is not None:
                 on_pass(p, result)
         return PipelineResult(gm, tuple(records))
-
-    def without(self, names: Iterable[str]) -> "Pipeline":
-        """The same pipeline with the named passes left out; unknown names are an error listing the
-        known ones.
-        """
-        for name in (names := tuple(names)):
-            _known(name)
-        return Pipeline(tuple(p for p in self.passes if p.name not in names), self.verify_each)
 
     @property
     def content_id(self) -> str:
@@ -179,6 +178,13 @@ def program_pipeline(path: Iterable[int], blends: Blends = ()) -> Pipeline:
             EliminateDeadCode(),  # side values and weights of layers that are gone
         )
     )
+
+
+def region_pipeline(passes: Iterable[Pass], operands: Sequence[Tensor] | None = None) -> Pipeline:
+    """Graph of one region -> another that its callers may call, which take `operands` by position;
+    None while a pass may still change what they are.
+    """
+    return Pipeline(tuple(passes), verifier=functools.partial(verify_region, operands=operands))
 
 
 def flat_pipeline() -> Pipeline:

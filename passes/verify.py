@@ -2,10 +2,15 @@
 model.
 """
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .base import body, kind, layer_calls, role
+from .base import body, kind, layer_calls, role, storage, writes
+
+_REGION_ROLES = ("input", "hidden", "side", "kv", "blocks", "weight")
 
 
 class VerifyError(Exception):
@@ -19,13 +24,8 @@ def _require(condition: bool, message: str) -> None:
 
 def verify(gm: GraphModule) -> None:
     """Raise VerifyError unless `gm` is a well-formed flat, layer or step graph."""
-    try:
-        gm.graph.lint()
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise VerifyError(f"malformed graph: {error}") from error
-    outputs = [n for n in gm.graph.nodes if n.op == "output"]
-    _require(len(outputs) == 1, f"{len(outputs)} outputs instead of one")
-    _require(isinstance(outputs[0].args[0], Node), "the output must be the logits alone")
+    output = _verify_form(gm)
+    _require(isinstance(output.args[0], Node), "the output must be the logits alone")
     for node in gm.graph.nodes:
         if node.op == "placeholder":
             _require(role(node) in ("input", "kv"), f"placeholder {node} has no role")
@@ -39,6 +39,67 @@ def verify(gm: GraphModule) -> None:
         elif node.op == "call_method":
             _require(False, f"{node} is a method call; passes expect operators")
     _verify_slots(gm)
+
+
+def verify_region(gm: GraphModule, operands: Sequence[Tensor] | None = None) -> None:
+    """Raise VerifyError unless `gm` is well-formed code of a region: the graph of a body, or what
+    `torch.export` made of one.
+
+    It consists of operators alone, holds no tensors, returns tensors, and of its operands it writes
+    to keys and values only, where their roles are known. Calls pass operands by position: given
+    `operands`, it must take such ones, of these dtypes and sizes and in this order.
+    """
+    output = _verify_form(gm)
+    results = output.args[0] if isinstance(output.args[0], (tuple, list)) else output.args
+    _require(len(results) > 0, "a region must return something")
+    for node in results:
+        is_tensor = isinstance(node, Node) and isinstance(node.meta.get("val"), Tensor)
+        _require(is_tensor, f"the region returns {node}, which is no tensor")
+    for node in gm.graph.nodes:
+        if node.op == "placeholder":
+            _require("val" in node.meta, f"operand {node} has no example value")
+            _require(role(node) in (None, *_REGION_ROLES), f"operand {node} is a {role(node)}")
+        elif node.op == "get_attr":
+            held = getattr(gm, str(node.target), None)
+            _require(isinstance(held, GraphModule), f"the region holds {node.target} of its own")
+        elif node.op != "output":
+            _require(node.op == "call_function", f"{node} is a {node.op}; regions call operators")
+            _verify_operator(node)
+    if operands is not None:
+        _verify_operands(gm, operands)
+
+
+def _verify_operator(node: Node) -> None:
+    _require("val" in node.meta or not node.users, f"{node} has no example value")
+    memory = storage(node)
+    if writes(node) and memory.op == "placeholder":
+        _require(role(memory) in (None, "kv"), f"{node} writes to {memory}, a {role(memory)}")
+
+
+def _verify_operands(gm: GraphModule, operands: Sequence[Tensor]) -> None:
+    nodes = gm.graph.find_nodes(op="placeholder")
+    _require(
+        len(nodes) == len(operands),
+        f"the region takes {len(nodes)} operands where its calls pass {len(operands)}",
+    )
+    for node, operand in zip(nodes, operands, strict=True):
+        took, passed = _layout(node.meta["val"]), _layout(operand)
+        _require(took == passed, f"operand {node} is {took} where calls pass {passed}")
+
+
+def _layout(value: Tensor) -> str:
+    return f"{value.dtype}[{', '.join(map(str, value.shape))}]"
+
+
+def _verify_form(gm: GraphModule) -> Node:
+    """The output of a graph that is sound as such."""
+    try:
+        gm.graph.lint()
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise VerifyError(f"malformed graph: {error}") from error
+    outputs = [n for n in gm.graph.nodes if n.op == "output"]
+    _require(len(outputs) == 1, f"{len(outputs)} outputs instead of one")
+    return outputs[0]
 
 
 def _verify_call(gm: GraphModule, call: Node) -> None:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from .backends import Backend, get_backend
 from .capture import check_supported, embedding_weight
 from .capture.checked import warn_if_not_finite
-from .errors import InputError, ProgramError
+from .errors import InputError
 from .explain.program_report import Explanation, Report, explain, report
 from .library import LayerLibrary
 from .library.cached import load_library
@@ -30,7 +30,7 @@ from .runtime.code_key import RegionRecord
 from .runtime.cuda_graphs import CudaGraphs
 from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
 from .runtime.generator import Generator
-from .runtime.kv_cache import KvPool
+from .runtime.kv_cache import KvPool, require_program
 from .runtime.link import Linker
 from .runtime.regions import RegionTable
 from .runtime.runner import Runner, Session
@@ -428,7 +428,8 @@ class CompiledModel:
         Raises ProgramError for a session of another program, and KvOverflowError before anything
         runs.
         """
-        _check_session(session, program)
+        for opened_for in set(session.programs):
+            require_program(opened_for, program)
         return self.runner.prefill(session, rows, every)
 
     def decode(self, program: Program, session: Session, tokens: Tensor) -> Tensor:
@@ -436,13 +437,6 @@ class CompiledModel:
 
         Raises as `prefill` does.
         """
-        _check_session(session, program)
+        for opened_for in set(session.programs):
+            require_program(opened_for, program)
         return self.runner.decode(session, tokens)
-
-
-def _check_session(session: Session, program: Program) -> None:
-    if wrong := next((p for p in session.programs if p != program), None):
-        raise ProgramError(
-            f"the session was opened for program {wrong}, and program {program} is to "
-            "run in it; open a session for that one"
-        )

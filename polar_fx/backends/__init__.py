@@ -4,7 +4,7 @@ import torch
 
 from ..errors import InputError, UnknownBackendError
 from .aot_inductor import AotInductorBackend
-from .base import Backend, PersistentBackend, Region, ShapeClass
+from .base import Backend, PersistentBackend, Region, RegionName, ShapeClass
 from .eager import EagerBackend
 from .experimental.tensorrt import TensorRTBackend
 from .inductor import InductorBackend
@@ -21,6 +21,7 @@ __all__ = [
     "InductorBackend",
     "PersistentBackend",
     "Region",
+    "RegionName",
     "ShapeClass",
     "TensorRTBackend",
     "get_backend",

@@ -12,10 +12,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from ..errors import CaptureError
+from ..errors import CaptureError, CompileError
 from ..passes.address_kv import BLOCK
-from ..passes.base import Pass
+from ..passes.base import Pass, PassError
 from ..passes.matvec_to_reduction import is_single_row
+from ..passes.pipeline import region_pipeline
+from ..passes.verify import VerifyError
 from .base import Dynamic
 
 
@@ -69,11 +71,19 @@ def save(exported: ExportedProgram, path: Path) -> None:
 
 
 def graph_of(exported: ExportedProgram, passes: Sequence[Pass] = ()) -> GraphModule:
-    """The exported graph as a plain function of its operands, after `passes`."""
+    """The exported graph as a plain function of its operands, after `passes`.
+
+    Raises CompileError for a pass that fails, or leaves another graph than a region may have.
+    """
     graph_module = exported.graph_module
-    for p in passes:
-        graph_module = p.run(graph_module).graph_module
-    return graph_module
+    pipeline = region_pipeline(passes, example_values(graph_module))
+    try:
+        return pipeline.run(graph_module).graph_module
+    except (PassError, VerifyError) as error:
+        raise CompileError(
+            f"the passes of the backend ({pipeline}) cannot be used on a region: {error}; leave "
+            "out the one at fault with passes="
+        ) from error
 
 
 def compiler_options(graph_module: GraphModule, options: Mapping[str, Any]) -> dict[str, Any]:

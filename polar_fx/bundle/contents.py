@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from ..backends.base import ShapeClass
+from ..backends.base import RegionName, ShapeClass
 from ..library.symbols import Operand, Symbol, SymbolTable
 from ..output.plain_text import count
-from ..runtime.regions import KV_WRITES, Wanted
 from .errors import BundleError
 from .fields import SHA256
 from .files import parse_json
@@ -54,15 +53,15 @@ _MAX_AXES, _MAX_SIDES = 16, 4096
 _MAX_SLOT_WIDTH = 1 << 24  # elements that one token takes in one slot
 
 
-def region_names(table: SymbolTable, shapes: Iterable[ShapeClass]) -> list[Wanted]:
+def region_names(table: SymbolTable, shapes: Iterable[ShapeClass]) -> list[RegionName]:
     """Every region that any program needs for calls of these shape classes."""
     kinds = list(dict.fromkeys(call.target for call in table.layers))
-    found: list[Wanted] = []
+    found: list[RegionName] = []
     for shape in shapes:
-        names = [table.prologue.target, *kinds, table.epilogue.target]
+        bodies = [table.prologue.target, *kinds, table.epilogue.target]
+        found += [RegionName(body, shape) for body in bodies]
         if shape.tokens is None:  # the last step of a prefill is its KV writes, and then one token
-            names += [kind + KV_WRITES for kind in kinds]
-        found += [(name, shape) for name in names]
+            found += [RegionName(kind, shape, kv_writes=True) for kind in kinds]
     return found
 
 
@@ -185,5 +184,4 @@ def check_regions(path: Path, manifest: Manifest, table: SymbolTable) -> None:
         ("names, though nothing calls it,", found - wanted),
     ):
         if regions:
-            name, shape = min(regions, key=str)
-            raise BundleError(path, f"{what} region {name} for {shape}")
+            raise BundleError(path, f"{what} region {min(regions, key=str)}")

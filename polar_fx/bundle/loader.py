@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedConfig
 
-from ..backends import AotInductorBackend, PersistentBackend, Region, ShapeClass
+from ..backends import AotInductorBackend, PersistentBackend, Region
 from ..backends.aot_inductor import REGION
+from ..backends.base import RegionName
 from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError, ProgramError
 from ..library import LayerLibrary
@@ -30,7 +31,7 @@ from ..runtime.code_key import target_of
 from ..runtime.cuda_graphs import cuda_graphs
 from ..runtime.dispatcher import Dispatcher
 from ..runtime.kv_cache import KvPool
-from ..runtime.regions import RegionTable, Wanted
+from ..runtime.regions import RegionTable
 from ..runtime.runner import ModelInfo, Runner
 from ..runtime.tiers import TierPolicy, Tiers
 from .contents import check_regions, read_table
@@ -301,13 +302,13 @@ class _BundledRegions(RegionTable):
             f.region: packages / f.path for f in manifest.files if f.region is not None
         }
 
-    def files(self, name: str, shape: ShapeClass) -> Mapping[str, Path] | None:
-        path = self._packages.get((name, shape))
+    def files(self, name: RegionName) -> Mapping[str, Path] | None:
+        path = self._packages.get(name)
         return None if path is None else {REGION: path}
 
-    def _build(self, backend: PersistentBackend, wanted: list[Wanted]) -> None:
-        for name, shape in wanted:
-            _refuse(self._folder, f"region {name} for {shape}")
+    def _build(self, backend: PersistentBackend, wanted: list[RegionName]) -> None:
+        for name in wanted:
+            _refuse(self._folder, f"region {name}")
 
 
 class _Sealed(AotInductorBackend):

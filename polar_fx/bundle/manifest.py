@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..backends.base import ShapeClass
+from ..backends.base import RegionName, ShapeClass
 from ..errors import ProgramError
 from ..output.digest import digest
 from ..output.files import sync, write_file
@@ -49,7 +49,6 @@ _MAX_FILE_BYTES = 1 << 44
 _MAX_PROGRAMS, _MAX_PROGRAM_TEXT = 1 << 16, 1 << 16
 _MAX_FILES, _MAX_TIES = 4096, 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
-_SHAPES = re.compile(r"B=(1|2\+) T=(1|2\+) L=([1-9][0-9]{0,8})")
 
 _ALL = (
     KIND,
@@ -70,13 +69,13 @@ _ALL = (
 class BundledFile:
     """One file: its path in the bundle, bytes and sha256.
 
-    Of a region also its body's name and shape class.
+    Of a region also its name.
     """
 
     path: str
     num_bytes: int
     sha256: str
-    region: tuple[str, ShapeClass] | None = None
+    region: RegionName | None = None
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class Manifest:
                     "path": f.path,
                     "bytes": f.num_bytes,
                     "sha256": f.sha256,
-                    **({"region": f.region[0], "shapes": str(f.region[1])} if f.region else {}),
+                    **(_region_fields(f.region) if f.region else {}),
                 }
                 for f in self.files
             ],
@@ -298,11 +297,7 @@ def _files(fields: Fields) -> tuple[BundledFile, ...]:
             raise file.wrong("path", f"names {path!r} a second time")
         region = None
         if is_region:
-            shapes = _SHAPES.fullmatch(file.text("shapes"))
-            if shapes is None:
-                raise file.wrong("shapes", "is no class of shapes")
-            rows, tokens = (1 if part == "1" else None for part in shapes.groups()[:2])
-            region = (file.text("region", _NAME), ShapeClass(rows, tokens, int(shapes[3])))
+            region = _region(file)
         if not _belongs(path, is_region):
             raise file.wrong("path", f"names {path!r}, which has no place in a bundle")
         size = file.number(
@@ -316,6 +311,23 @@ def _files(fields: Fields) -> tuple[BundledFile, ...]:
     if len(set(regions)) != len(regions):
         raise fields.wrong("files", "names one region twice")
     return tuple(found.values())
+
+
+def _region_fields(name: RegionName) -> dict[str, str]:
+    return {"region": name.graph, "shapes": str(name.shape)}
+
+
+def _region(file: Fields) -> RegionName:
+    try:
+        shape = ShapeClass.parse(file.text("shapes"))
+    except ValueError as error:
+        raise file.wrong("shapes", "is no class of shapes") from error
+    if not shape.length:
+        raise file.wrong("shapes", "is no class of shapes of a bundle: it names no KV length")
+    try:
+        return RegionName.of(file.text("region", _NAME), shape)
+    except ValueError as error:
+        raise file.wrong("region", "is no region's name") from error
 
 
 def _belongs(path: str, is_region: bool) -> bool:

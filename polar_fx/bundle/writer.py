@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from ..backends import AotInductorBackend
 from ..backends.aot_inductor import REGION
+from ..backends.base import RegionName
 from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError
 from ..output.files import copy_file, sync, write_file
@@ -33,7 +34,7 @@ from ..predictor.saved import save_selector
 from ..predictor.selector import Selector
 from ..program import Program
 from ..runtime.code_key import target_of
-from ..runtime.regions import RegionTable, Wanted
+from ..runtime.regions import RegionTable
 from ..store import ArtifactStore
 from ..version import __version__
 from .contents import region_names
@@ -258,25 +259,27 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bo
     )
 
 
-def _packages(compiled: CompiledModel, wanted: list[Wanted], spare: Path) -> dict[Wanted, Path]:
+def _packages(
+    compiled: CompiledModel, wanted: list[RegionName], spare: Path
+) -> dict[RegionName, Path]:
     """Copies of the compiled packages, in `spare`: in the store others could remove them before
     they are shipped.
     """
     regions = compiled.regions
-    found: dict[Wanted, Path] = {}
+    found: dict[RegionName, Path] = {}
     copies = spare / "regions"
     copies.mkdir()
 
     def take(table: RegionTable) -> None:
         missing = [w for w in wanted if w not in found]
         table.get(missing)
-        for name, shape in missing:
-            files = table.files(name, shape)
+        for name in missing:
+            files = table.files(name)
             copy = copies / f"{len(found)}.pt2"
             try:
                 if files is not None:
                     copy_file(files[REGION], copy)
-                    found[name, shape] = copy
+                    found[name] = copy
             except FileNotFoundError:  # another process needed the room
                 copy.unlink(missing_ok=True)
 
@@ -296,7 +299,7 @@ def _packages(compiled: CompiledModel, wanted: list[Wanted], spare: Path) -> dic
 def _write(
     compiled: CompiledModel,
     draft: Manifest,
-    packages: dict[Wanted, Path],
+    packages: dict[RegionName, Path],
     tokenizer: Any,
     work: Path,
 ) -> Manifest:
@@ -308,12 +311,12 @@ def _write(
         work / GENERATION,
         json.dumps(generation_fields(compiled.generation_config), indent=1).encode(),
     )
-    regions: dict[str, Wanted] = {}
-    for (name, shape), package in packages.items():
-        rows = "one-row" if shape.batch else "rows"
-        tokens = "one-token" if shape.tokens else "tokens"
-        part = f"{name}.{rows}.{tokens}.pt2"
-        regions[REGIONS + part] = name, shape
+    regions: dict[str, RegionName] = {}
+    for name, package in packages.items():
+        rows = "one-row" if name.shape.batch else "rows"
+        tokens = "one-token" if name.shape.tokens else "tokens"
+        part = f"{name.graph}.{rows}.{tokens}.pt2"
+        regions[REGIONS + part] = name
         copy_file(package, work / REGIONS / part)
     paths = [
         WEIGHTS,

@@ -27,7 +27,7 @@ from .choices import BEST_STATIC, Choice, random_skips, static, static_by_task
 from .layer_router import OPS, SKIP_OPS, pool_windows, router_labels, train_layer_router
 from .polar.arm import PolarArm, train_polar_arm
 from .polar.text_encoder import TextEncoder
-from .polar.training import TrainingConfig
+from .polar.training import NetworkTraining
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
@@ -229,7 +229,8 @@ def encoder_choices(
     """
     learned = [r.question for records in _splits(known).values() for r in records]
     states = encoder.states([q.question for q in (*learned, *test)])
-    by_id = dict(zip([q.id for q in learned], states, strict=False))
+    ids = [question.id for question in learned]
+    by_id = dict(zip(ids, states[: len(ids)], strict=True))
     name = "PoLar network on a text encoder"
     choices, notes = polar_choices(name, known, by_id, states[len(learned) :], depth, trunk, seed)
     return choices, {name: {**notes, "encoder": encoder.fingerprint}}
@@ -255,7 +256,7 @@ def polar_choices(
         tokens,
         depth,
         trunk,
-        training=TrainingConfig(epochs=10, seed=seed),
+        training=NetworkTraining(epochs=10, seed=seed),
         seed=seed,
     )
     arm = PolarArm(trained.network, trunk)

@@ -13,11 +13,10 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from ..backends.base import PersistentBackend, ShapeClass
+from ..backends.base import PersistentBackend, RegionName, ShapeClass
 from ..errors import InputError, NotSegmentableError
 from ..output.plain_text import count, ranges, size, table
 from ..program import Program
-from ..runtime.regions import Wanted
 from ..runtime.runner import Runner
 from ..runtime.tiers import TierRecord
 from ..store import Entry
@@ -261,28 +260,28 @@ def explain(runner: Runner, program: Program, batch: int = 1) -> Explanation:
 
 
 def _uses(
-    runner: Runner, calls: Counter[Wanted], entries: dict[str, Entry]
+    runner: Runner, calls: Counter[RegionName], entries: dict[str, Entry]
 ) -> tuple[RegionUse, ...]:
     regions, found = runner.regions, []
     if not runner.backend.needs_shapes:
         names: Counter[str] = Counter()
-        for (name, _), number in calls.items():
-            names[name] += number
+        for name, number in calls.items():
+            names[name.graph] += number
         return tuple(
-            RegionUse(name, "any", number, INTERPRETED, None) for name, number in names.items()
+            RegionUse(graph, "any", number, INTERPRETED, None) for graph, number in names.items()
         )
     loaded = {(r.body, r.shapes): r.num_bytes for r in regions.records}
-    for (name, shape), number in calls.items():
-        num_bytes = None
-        if (name, str(shape)) in loaded:
-            state, num_bytes = IN_MEMORY, loaded[name, str(shape)] or None
+    for name, number in calls.items():
+        place, num_bytes = (name.graph, str(name.shape)), None
+        if place in loaded:
+            state, num_bytes = IN_MEMORY, loaded[place] or None
         elif isinstance(runner.backend, PersistentBackend) and (
-            entry := entries.get(regions.key(name, shape).digest)
+            entry := entries.get(regions.key(name).digest)
         ):
             state, num_bytes = ON_DISK, entry.num_bytes
         else:
             state = TO_COMPILE
-        found.append(RegionUse(name, str(shape), number, state, num_bytes))
+        found.append(RegionUse(*place, number, state, num_bytes))
     return tuple(found)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from ..backends.experimental.tensorrt_graph import split
+from ..backends.base import ANY_SHAPE, RegionName
+from ..backends.experimental.tensorrt_graph import split_for_engines
 from ..library import LayerLibrary
 from ..output.plain_text import count
 from ..passes.keep_kv_writes import KeepKvWrites
@@ -18,7 +19,7 @@ from ..passes.outline_layers import is_size
 
 
 @dataclass(frozen=True)
-class Part:
+class EnginePart:
     """Operators that run in one engine, or between engines in torch, with how often each occurs."""
 
     engine: bool
@@ -39,7 +40,7 @@ class PartitionReport:
     `parts` maps region names to their parts in order.
     """
 
-    parts: dict[str, tuple[Part, ...]]
+    parts: dict[str, tuple[EnginePart, ...]]
 
     @property
     def num_engines(self) -> int:
@@ -64,27 +65,28 @@ def partition_report(library: LayerLibrary, keep: Collection[str] = ()) -> Parti
     """
     bodies = dict(library.bodies)
     for name in {call.target for call in library.layers}:
-        bodies[f"{name}.kv"] = KeepKvWrites().run(bodies[name]).graph_module
+        kv_writes = RegionName(name, ANY_SHAPE, kv_writes=True)
+        bodies[kv_writes.graph] = KeepKvWrites().run(bodies[name]).graph_module
     return PartitionReport(
-        {name: parts_of(split(body, keep)) for name, body in sorted(bodies.items())}
+        {name: parts_of(split_for_engines(body, keep)) for name, body in sorted(bodies.items())}
     )
 
 
-def parts_of(graph_module: GraphModule) -> tuple[Part, ...]:
-    """The parts of a graph that was split, in the order they run."""
-    parts: list[Part] = []
+def parts_of(graph_module: GraphModule) -> tuple[EnginePart, ...]:
+    """The parts of a graph that was split_for_engines, in the order they run."""
+    parts: list[EnginePart] = []
     between: list[Node] = []
 
     def close() -> None:
         if names := _names(between):
-            parts.append(Part(False, names))
+            parts.append(EnginePart(False, names))
         between.clear()
 
     for node in graph_module.graph.nodes:
         if node.op == "call_module":
             close()
             engine: Any = graph_module.get_submodule(str(node.target))
-            parts.append(Part(True, _names(engine.graph.nodes)))
+            parts.append(EnginePart(True, _names(engine.graph.nodes)))
         else:
             between.append(node)
     close()

@@ -29,6 +29,7 @@ from ..bundle.contents import DTYPES
 from ..bundle.files import parse_json
 from ..errors import CaptureError
 from ..library import LayerLibrary
+from ..library.steps import Chain, Step
 from ..library.symbols import Symbol
 from ..passes.base import Caller, copy_graph_module
 from ..program import Program
@@ -212,7 +213,7 @@ def program_graph(
     `past.0.key` [B, H, L, E], `past.0.value`, `past.1.key` ...; outputs `logits` [B, W, V] and
     `present.0.key` ...
     """
-    links = _Links(functions, weights)
+    table, links = library.table, _Links(functions, weights, library.dtype)
     ids, positions = (
         links.input(name, torch.int64, ["batch", "tokens"]) for name in ("input_ids", "positions")
     )
@@ -225,31 +226,22 @@ def program_graph(
         for step, spec in enumerate(library.kv_specs(program))
     ]
     length = links.add("Squeeze", [links.add("Shape", [slots[0][0]], start=2, end=3)])
-    values = [ids, positions, links.add("Range", [links.constant(0), length, links.constant(1)])]
-    table = library.table
-    values += links.call(table.prologue, values, "prologue")
-    hidden = values[3]
-    saved: list[ir.Value] = []
+    zero, one = links.constant(0), links.constant(1)
+    start, head = links.step(table.prologue, "prologue"), links.step(table.epilogue, "epilogue")
+    steps = []
     for step, past in zip(program.schedule(), slots, strict=True):
-        call = table.layers[step.layer]
-        saved += [hidden] * step.opens
-        operands = [hidden, *[values[i] for i in call.sides], *past]
-        hidden, *present = links.call(call, operands, f"step_{step.index}.layer_{step.layer}")
-        for old, new in zip(past, present, strict=True):
-            links.output(new, str(old.name).replace("past", "present"), old.dtype, old.shape)
-        for damping in step.closes:
-            change = links.add("Sub", [hidden, start := saved.pop()])
-            hidden = links.add(
-                "Add", [start, links.add("Mul", [change, links.constant(damping, library.dtype)])]
-            )
+        symbol, name = table.layers[step.layer], f"step_{step.index}.layer_{step.layer}"
+        steps.append(links.step(symbol, name, past, step.opens, step.closes))
+    chain = Chain(start.code, start.weights, tuple(steps), head, links.lerp)
+    values = chain.start([ids, positions, links.add("Range", [zero, length, one])])
+    *_, hidden = chain.states(values, slots)
     hidden = links.add(
         "GatherND",
         [hidden, links.add("Unsqueeze", [logits_at, links.constant([-1])])],
         batch_dims=1,
     )
-    (logits,) = links.call(table.epilogue, [hidden], "epilogue")
     links.output(
-        logits,
+        chain.head(hidden, values),
         "logits",
         from_torch_dtype(library.dtype),
         ir.Shape(["batch", "wanted", None]),
@@ -262,9 +254,12 @@ class _Links:
     """A graph of calls, as it grows."""
 
     def __init__(
-        self, functions: Mapping[str, ir.Function], weights: Mapping[str, ir.ExternalTensor]
+        self,
+        functions: Mapping[str, ir.Function],
+        weights: Mapping[str, ir.ExternalTensor],
+        dtype: torch.dtype,
     ) -> None:
-        self._functions, self._weights = functions, weights
+        self._functions, self._weights, self._dtype = functions, weights, dtype
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []
@@ -289,13 +284,30 @@ class _Links:
         self._nodes.append(ir.node(operator, operands, attributes))
         return self._nodes[-1].outputs[0]
 
-    def call(self, symbol: Symbol, operands: Sequence[ir.Value], name: str) -> Sequence[ir.Value]:
-        given = [*operands, *map(self._weight, symbol.weights)]
+    def lerp(self, start: ir.Value, end: ir.Value, damping: float) -> ir.Value:
+        factor = self.constant(damping, self._dtype)
+        return self.add("Add", [start, self.add("Mul", [self.add("Sub", [end, start]), factor])])
+
+    def step(
+        self,
+        symbol: Symbol,
+        name: str,
+        past: Sequence[ir.Value] = (),
+        opens: int = 0,
+        closes: tuple[float, ...] = (),
+    ) -> Step[ir.Value]:
+        """A call of a function; what it leaves in its slot is an output of the graph."""
         num_results = len(self._functions[symbol.target].outputs)
-        self._nodes.append(
-            ir.node(symbol.target, given, domain=_DOMAIN, num_outputs=num_results, name=name)
-        )
-        return self._nodes[-1].outputs
+
+        def run(given: list[ir.Value]) -> Sequence[ir.Value]:
+            node = ir.node(symbol.target, given, domain=_DOMAIN, num_outputs=num_results, name=name)
+            self._nodes.append(node)
+            for old, new in zip(past, node.outputs[num_results - len(past) :], strict=True):
+                self.output(new, str(old.name).replace("past", "present"), old.dtype, old.shape)
+            return node.outputs
+
+        weights = [self._weight(name) for name in symbol.weights]
+        return Step(run, symbol.sides, weights, opens, closes)
 
     def _weight(self, name: str) -> ir.Value:
         if name not in self._used:

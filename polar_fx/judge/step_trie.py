@@ -33,19 +33,23 @@ class State:
         )
 
 
-class Node:
+class StepNode:
     """The end of a step prefix. `states` by row."""
 
     __slots__ = ("children", "closes", "layer", "opens", "parent", "states")
 
     def __init__(
-        self, parent: "Node | None", layer: int = -1, opens: int = 0, closes: tuple[float, ...] = ()
+        self,
+        parent: "StepNode | None",
+        layer: int = -1,
+        opens: int = 0,
+        closes: tuple[float, ...] = (),
     ) -> None:
         self.parent, self.layer, self.opens, self.closes = parent, layer, opens, closes
-        self.children: dict[tuple[Any, ...], Node] = {}
+        self.children: dict[tuple[Any, ...], StepNode] = {}
         self.states: dict[Hashable, State] = {}
 
-    def upwards(self) -> "Iterator[Node]":
+    def upwards(self) -> "Iterator[StepNode]":
         """This node and those above it, without the root."""
         node = self
         while node.parent is not None:
@@ -59,26 +63,26 @@ class StepTrie:
     """
 
     def __init__(self, limit_bytes: int) -> None:
-        self.root = Node(None)
+        self.root = StepNode(None)
         self.limit_bytes, self.num_bytes = limit_bytes, 0
-        self._used: OrderedDict[tuple[Node, Hashable], None] = OrderedDict()
+        self._used: OrderedDict[tuple[StepNode, Hashable], None] = OrderedDict()
 
-    def leaf(self, program: Program) -> Node:
+    def leaf(self, program: Program) -> StepNode:
         """The node of all steps of a program."""
         node = self.root
         for step in program.schedule():
             key = (step.layer, step.opens, step.closes)
             if (child := node.children.get(key)) is None:
-                child = node.children[key] = Node(node, *key)
+                child = node.children[key] = StepNode(node, *key)
             node = child
         return node
 
-    def put(self, node: Node, row: Hashable, state: State) -> None:
+    def put(self, node: StepNode, row: Hashable, state: State) -> None:
         node.states[row] = state
         self._used[node, row] = None
         self.num_bytes += state.num_bytes
 
-    def touch(self, node: Node, row: Hashable) -> None:
+    def touch(self, node: StepNode, row: Hashable) -> None:
         """Note a use."""
         self._used.move_to_end((node, row))
 
@@ -94,7 +98,7 @@ class StepTrie:
             del self._used[node, row]
             self._drop(node, row)
 
-    def _drop(self, node: Node, row: Hashable) -> None:
+    def _drop(self, node: StepNode, row: Hashable) -> None:
         self.num_bytes -= node.states.pop(row).num_bytes
         while node.parent is not None and not node.states and not node.children:
             parent = node.parent

@@ -22,14 +22,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.base import Region, ShapeClass
+from ..backends.base import Region, RegionName, ShapeClass
 from ..capture import KvSpec
 from ..compiled import CompiledModel
 from ..errors import InputError, KvOverflowError
+from ..library.steps import HIDDEN, Blends, side_values
 from ..program import Program
 from ..questions.question import EncodedQuestion
 from ..runtime.token_rows import padded
-from .step_trie import Node, State, StepTrie
+from .step_trie import State, StepNode, StepTrie
 from .verdict import Verdict
 
 _MAX_SIDES = 256
@@ -52,7 +53,7 @@ class _Row:
         return len(self.prefix.ids) if self.prefix else 0
 
 
-_Task = tuple[_Row, Node]
+_Task = tuple[_Row, StepNode]
 
 
 class TeacherForcing:
@@ -223,7 +224,7 @@ class TeacherForcing:
                         if not waiting[follower]:
                             ready[follower[1].layer, follower[0].start].append(follower)
 
-    def _missing(self, row: _Row, leaf: Node, planned: dict[_Task, int]) -> list[_Task]:
+    def _missing(self, row: _Row, leaf: StepNode, planned: dict[_Task, int]) -> list[_Task]:
         """The steps above `leaf` whose states of `row` are neither known nor planned, first one
         first.
         """
@@ -260,29 +261,26 @@ class TeacherForcing:
         values, tokens = self._inputs(rows)
         call = self.compiled.library.layers[layer]
         keys, slot_values = self._scratch(layer, batch)
-        region = self._region(call.target, len(rows), tokens)
+        step = call.step(self._region(call.target, len(rows), tokens))
         hidden = padded([s.hidden for s in before], tokens)
-        out = region([hidden, *[values[i] for i in call.sides], keys, slot_values, *call.weights])[
-            0
-        ]
+        out = step.run(hidden, values, (keys, slot_values))
         for i, ((row, node), state) in enumerate(zip(batch, before, strict=True)):
-            after = out[i, : len(row.ids)]
-            saved = [*state.saved, *[state.hidden] * node.opens]
-            for damping in node.closes:
-                after = torch.lerp(saved.pop(), after, damping)
+            blends = Blends(torch.lerp, state.saved)
+            blends.open(state.hidden, node.opens)
+            after = blends.close(out[i, : len(row.ids)], node.closes)
             # clones: a view would keep the whole batch
             kv = (
                 None
                 if row.target is not None
                 else tuple(t[i, :, : len(row.ids)].clone() for t in (keys, slot_values))
             )
-            self.trie.put(node, row, State(after.clone(), tuple(saved), kv))  # type: ignore[arg-type]
+            self.trie.put(node, row, State(after.clone(), tuple(blends.saved), kv))  # type: ignore[arg-type]
 
-    def _state(self, row: _Row, node: Node | None) -> State:
+    def _state(self, row: _Row, node: StepNode | None) -> State:
         assert node is not None
         if node.parent is not None:
             return node.states[row]
-        return State(self._inputs((row,))[0][3][0, : len(row.ids)])
+        return State(self._inputs((row,))[0][HIDDEN][0, : len(row.ids)])
 
     def _scratch(self, layer: int, batch: list[_Task]) -> tuple[Tensor, Tensor]:
         """A step's slot [B, H, L, E] for this batch alone, the prefix's keys and values in place,
@@ -321,7 +319,7 @@ class TeacherForcing:
     def _prologue(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
         inputs = [ids, positions, self.compiled.pool.kv_index]
         start = self.compiled.library.prologue
-        return [*inputs, *self._region(start.target, *ids.shape)([*inputs, *start.weights])]
+        return side_values(self._region(start.target, *ids.shape), inputs, start.weights)
 
     def _positions(self, row: _Row, tokens: int) -> Tensor:
         # padding goes to the spare last column, as in a ragged batch of KvSession
@@ -332,10 +330,8 @@ class TeacherForcing:
         return places
 
     def _region(self, target: str, batch: int, tokens: int) -> Region:
-        found = self.compiled.regions.get(
-            [(target, ShapeClass.of(batch, tokens, self.compiled.pool.length))]
-        )
-        return next(iter(found.values()))
+        shape = ShapeClass.of(batch, tokens, self.compiled.pool.length)
+        return self.compiled.regions.one(RegionName(target, shape))
 
     # ------------------------------------------------------------------------------------- the head
 
@@ -358,10 +354,8 @@ class TeacherForcing:
             gold.append(torch.nn.functional.pad(target, (0, count - len(target))))
         values = self._prologue(torch.stack(ids), torch.stack(positions))
         head = self.compiled.library.epilogue
-        region = self._region(head.target, len(batch), count)
-        logits = region([torch.stack(hidden), *[values[i] for i in head.sides], *head.weights])[
-            0
-        ].float()
+        step = head.step(self._region(head.target, len(batch), count))
+        logits = step.run(torch.stack(hidden), values).float()
         wanted = torch.stack(gold)[..., None]
         chosen = logits.gather(-1, wanted)
         log_likelihood = (chosen - logits.logsumexp(-1, keepdim=True))[..., 0]

@@ -29,6 +29,7 @@ from ..passes.pipeline import (
     program_pipeline,
 )
 from ..program import Program
+from .steps import Code, Step
 from .symbols import Symbol, SymbolTable, read_symbols
 
 
@@ -39,6 +40,12 @@ class Call:
     target: str
     sides: tuple[int, ...]
     weights: tuple[Tensor, ...]
+
+    def step(
+        self, code: Code[Tensor], opens: int = 0, closes: tuple[float, ...] = ()
+    ) -> Step[Tensor]:
+        """The call with the code of its body, and the blends around it."""
+        return Step(code, self.sides, self.weights, opens, closes)
 
 
 class LayerLibrary:

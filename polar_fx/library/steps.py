@@ -1,27 +1,50 @@
-"""How a program's steps run: which operands a call takes, and how blends open and close.
+"""How a program's steps run: what a call takes, how blends open and close, how a prefill ends.
 
-Linked regions, whole programs, verdicts by teacher forcing and exported graphs all follow this one
-rule. The interpreted step graph, which they are tested against, does not use it.
+Linked regions, rows in lock-step, whole programs, verdicts by teacher forcing and exported graphs
+all follow this one rule, on tensors or on values of a graph. The interpreted step graph, which they
+are tested against, does not use it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+# Takes operands as one list and returns the results, of a layer the hidden state first.
+Code = Callable[[list[T]], Sequence[T]]
 
 # The side values are the three graph inputs (ids, positions, KV columns), then the prologue's
 # results. The first of these is the hidden state before the first step.
 HIDDEN = 3
 
 
-def operands(
-    hidden: T, values: Sequence[T], sides: Sequence[int], slot: Sequence[T], weights: Sequence[T]
-) -> list[T]:
-    """What a call takes, in order: hidden state, its side values, keys and values, weights.
+def side_values(prologue: Code[T], inputs: Sequence[T], weights: Sequence[T]) -> list[T]:
+    """The side values, computed by the prologue from the three graph inputs."""
+    return [*inputs, *prologue([*inputs, *weights])]
 
-    Prologue and epilogue have no slot.
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[T]):
+    """A call: its code, which side values and weights it takes, and the blends that open before and
+    close after it (their dampings, the innermost first).
+
+    The epilogue is a step without a slot and without blends.
     """
-    return [hidden, *[values[i] for i in sides], *slot, *weights]
+
+    code: Code[T]
+    sides: Sequence[int]
+    weights: Sequence[T]
+    opens: int = 0
+    closes: Sequence[float] = ()
+
+    def operands(self, hidden: T, values: Sequence[T], slot: Sequence[T] = ()) -> list[T]:
+        """What the call takes, in order: hidden state, side values, keys and values, weights."""
+        return [hidden, *[values[i] for i in self.sides], *slot, *self.weights]
+
+    def run(self, hidden: T, values: Sequence[T], slot: Sequence[T] = ()) -> T:
+        """What the call makes of the hidden state, blends apart; it writes its slot."""
+        return self.code(self.operands(hidden, values, slot))[0]
 
 
 class Blends(Generic[T]):
@@ -49,3 +72,117 @@ class Blends(Generic[T]):
     def each(self, function: Callable[[T], T]) -> "Blends[T]":
         """The same blends over other states, such as those of fewer tokens."""
         return Blends(self.lerp, [function(state) for state in self.saved])
+
+
+def states(
+    steps: Sequence[Step[T]],
+    hidden: T,
+    values: Sequence[T],
+    slots: Sequence[Sequence[T]],
+    blends: Blends[T],
+) -> Iterator[T]:
+    """The hidden state after each step; a step runs when the state after it is asked for."""
+    for step, slot in zip(steps, slots, strict=True):
+        if step.opens:
+            blends.open(hidden, step.opens)
+        hidden = step.code(step.operands(hidden, values, slot))[0]
+        if step.closes:
+            hidden = blends.close(hidden, step.closes)
+        yield hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Chain(Generic[T]):
+    """The calls of one program, for the logits of every token or of one token a row.
+
+    For one token a row, the last step runs for all tokens only as far as its keys and values
+    (`kv_writes`); the rest of it, and the head, run for the tokens asked for, as if these were
+    decoded. `one` is the same program for one token.
+    """
+
+    prologue: Code[T]
+    prologue_weights: Sequence[T]
+    steps: tuple[Step[T], ...]
+    epilogue: Step[T] | None
+    lerp: Callable[[T, T, float], T]
+    kv_writes: Code[T] | None = None
+    one: "Chain[T] | None" = None
+
+    def run(
+        self,
+        inputs: Sequence[T],
+        slots: Sequence[Sequence[T]],
+        pick: Callable[[T], T] | None = None,
+        resume: tuple[int, T] | None = None,
+    ) -> T:
+        """Logits of every token, or of those that `pick` takes out of a value of all tokens.
+
+        `inputs` are the three graph inputs; the slots are written in place. With `resume`, only the
+        steps after the first resume[0] run, from the hidden state resume[1].
+        """
+        values = self.start(inputs)
+        if self.one is None:
+            hidden, _ = self._through(self.steps, values, slots, resume)
+            return self.head(hidden, values)
+        assert pick is not None
+        hidden, blends = self._all_but_last(values, slots, resume)
+        ids, positions, kv_index = inputs
+        values = self.one.start([pick(ids), pick(positions), kv_index])
+        last, slot = self.one.steps[-1:], slots[-1:]
+        (hidden,) = states(last, pick(hidden), values, slot, blends.each(pick))
+        return self.one.head(hidden, values)
+
+    def write_kv(
+        self,
+        inputs: Sequence[T],
+        slots: Sequence[Sequence[T]],
+        resume: tuple[int, T] | None = None,
+    ) -> None:
+        """Write every step's keys and values, and compute nothing that only logits need.
+
+        Of a chain for one token a row.
+        """
+        self._all_but_last(self.start(inputs), slots, resume)
+
+    def states(self, values: Sequence[T], slots: Sequence[Sequence[T]]) -> Iterator[T]:
+        """The hidden states before the first step and then after each; a step runs when the state
+        after it is asked for.
+
+        Of a chain for one token a row, all but the last.
+        """
+        yield values[HIDDEN]
+        yield from states(self.steps, values[HIDDEN], values, slots, Blends(self.lerp))
+
+    def start(self, inputs: Sequence[T]) -> list[T]:
+        """The side values."""
+        return side_values(self.prologue, inputs, self.prologue_weights)
+
+    def head(self, hidden: T, values: Sequence[T]) -> T:
+        """The logits of hidden states after the last step."""
+        assert self.epilogue is not None
+        return self.epilogue.run(hidden, values)
+
+    def _all_but_last(
+        self, values: Sequence[T], slots: Sequence[Sequence[T]], resume: tuple[int, T] | None
+    ) -> tuple[T, Blends[T]]:
+        """The hidden state before the last step, and the blends that are open there; all steps'
+        keys and values are written.
+        """
+        assert self.kv_writes is not None
+        hidden, blends = self._through(self.steps[:-1], values, slots[:-1], resume)
+        self.kv_writes(self.steps[-1].operands(hidden, values, slots[-1]))
+        return hidden, blends
+
+    def _through(
+        self,
+        steps: Sequence[Step[T]],
+        values: Sequence[T],
+        slots: Sequence[Sequence[T]],
+        resume: tuple[int, T] | None,
+    ) -> tuple[T, Blends[T]]:
+        """The hidden state after these steps, and the blends that are open there."""
+        done, hidden = (0, values[HIDDEN]) if resume is None else resume
+        blends = Blends(self.lerp)
+        for after in states(steps[done:], hidden, values, slots[done:], blends):
+            hidden = after
+        return hidden, blends

@@ -15,7 +15,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 from weakref import WeakValueDictionary
 
@@ -227,10 +227,11 @@ class CudaGraphs:
         and replays. Where it needs code that has not run for this batch size yet, the first run is
         an ordinary one, and the capture follows it; a program that cannot be captured runs as it is
         linked. Sessions of a program meet their graph again as far as the pool hands out the same
-        slots in the same order.
+        slots in the same order. Raises ProgramError as `LinkedProgram.run` does.
         """
         batch, tokens = inputs.ids.shape
         assert tokens == 1 and inputs.resume is None, "a decode is of one token a row"
+        linked.check(inputs)
         # not the address of kv_index: it is the linked program's own
         key = (id(linked), batch, *(t.data_ptr() for pair in inputs.slots for t in pair))
         with self._lock:
@@ -285,7 +286,7 @@ class CudaGraphs:
     ) -> "_Captured | None":
         """Capture such a run; on failure, remember and log the reason."""
         buffers = self._static(inputs, out)
-        at_buffers = StepInputs(buffers.ids, buffers.positions, inputs.slots)
+        at_buffers = replace(inputs, ids=buffers.ids, positions=buffers.positions)
         self._api.wait()  # a graph that uses these buffers may still run on another stream
         # A capture writes nothing. Should a part of it run after all, it writes this token's keys
         # and values once more.
@@ -346,13 +347,14 @@ def cuda_graphs(device: torch.device) -> CudaGraphs | None:
 
 def _code(linked: LinkedProgram, batch: int) -> set[tuple[int, Hashable]]:
     """What decides the kernels of a run: its regions, whether it blends, and the number of rows."""
-    assert linked.epilogue is not None
+    chain = linked.chain
+    assert chain.epilogue is not None
     regions: list[Hashable] = [
-        linked.prologue,
-        linked.epilogue.region,
-        *(step.region for step in linked.steps),
+        chain.prologue,
+        chain.epilogue.code,
+        *(step.code for step in chain.steps),
     ]
-    blends: list[Hashable] = ["blend"] if any(step.closes for step in linked.steps) else []
+    blends: list[Hashable] = ["blend"] if any(step.closes for step in chain.steps) else []
     return {(batch, part) for part in regions + blends}
 
 

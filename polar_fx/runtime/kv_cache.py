@@ -22,7 +22,7 @@ from transformers import Cache
 
 from ..capture import KvSpec
 from ..capture.captured import ALIGNMENT
-from ..errors import KvOverflowError
+from ..errors import KvOverflowError, ProgramError
 from ..program import Program
 
 
@@ -164,6 +164,15 @@ class RowCache(Cache):
 
     def update(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError("slots are written by compiled steps, not through Cache.update")
+
+
+def require_program(opened_for: Program, program: Program) -> None:
+    """Raise ProgramError unless a session opened for one program is to run that one."""
+    if opened_for is not program and opened_for != program:
+        raise ProgramError(
+            f"the session was opened for program {opened_for}, and program {program} is to run "
+            "in it; open a session for that one"
+        )
 
 
 class KvSession(RowCache):

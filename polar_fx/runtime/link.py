@@ -7,19 +7,20 @@ Shape legend: B batch, T tokens, d hidden size, V vocabulary.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..backends.base import Region, ShapeClass
+from ..backends.base import RegionName, ShapeClass
 from ..errors import ProgramError
 from ..library import LayerLibrary
-from ..library.steps import HIDDEN, Blends, operands
+from ..library.steps import Chain
+from ..library.symbols import SymbolTable
 from ..program import Program
-from .kv_cache import KvPool, Resume
-from .regions import KV_WRITES, RegionTable, Wanted
+from .kv_cache import KvPool, KvSession, Resume, require_program
+from .regions import RegionTable
 
 _MAX_LINKED = 1024
 
@@ -27,168 +28,106 @@ _MAX_LINKED = 1024
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
     """What one pass over a linked program takes: `ids` and `positions` i64[B, T], and a slot of
-    keys and values a step.
+    keys and values a step, in a session of `program`.
 
     `logits_at` i64[B] names the token of each row whose logits are wanted, for a program that is
-    linked for one token per row. After a `resume` only the steps behind it run.
+    linked for one token per row. After a `resume` only the steps after it run.
     """
 
+    program: Program
     ids: Tensor
     positions: Tensor
     slots: Sequence[tuple[Tensor, Tensor]]
     logits_at: Tensor | None = None
     resume: Resume | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class LinkedStep:
-    """One executed layer: its code, its operands, and the blends that open before and close after
-    it.
-    """
-
-    region: Region
-    sides: tuple[int, ...]
-    weights: tuple[Tensor, ...]
-    opens: int
-    closes: tuple[float, ...]
-
-    def operands(
-        self, hidden: Tensor, values: Sequence[Tensor], slot: Sequence[Tensor] = ()
-    ) -> list[Tensor]:
-        return operands(hidden, values, self.sides, slot, self.weights)
+    @classmethod
+    def of(
+        cls,
+        session: KvSession,
+        ids: Tensor,
+        positions: Tensor,
+        logits_at: Tensor | None = None,
+        resume: Resume | None = None,
+    ) -> "StepInputs":
+        """Those of a pass in a session."""
+        return cls(session.program, ids, positions, session.slots, logits_at, resume)
 
 
 @dataclass(frozen=True, slots=True)
 class LinkedProgram:
-    """A program bound to the regions of one shape class.
-
-    It is linked either for the logits of every token, or for those of one token per row: `last` is
-    then the same program for one token, and `kv_writes` the last step's KV writes for all tokens.
-    """
+    """A program bound to the regions of one shape class, as a `Chain` of calls on tensors."""
 
     program: Program
-    prologue: Region
-    prologue_weights: tuple[Tensor, ...]
-    steps: tuple[LinkedStep, ...]
-    epilogue: LinkedStep | None
+    chain: Chain[Tensor]
     kv_index: Tensor
-    kv_writes: Region | None = None
-    last: "LinkedProgram | None" = None
 
     def run(self, inputs: StepInputs) -> Tensor:
         """Logits [B, T, V] of every token, or [B, 1, V] of the tokens `logits_at`; writes the slots
         in place.
 
-        Raises ProgramError for slots that are not one a step.
+        Raises ProgramError for the inputs of another program.
         """
-        self._check(inputs)
-        if self.last is not None:
-            return self._run_last(self.last, inputs)
-        values = self._start(inputs.ids, inputs.positions)
-        hidden, _ = self._through(self.steps, values, inputs.slots, inputs.resume)
-        return self._head(hidden, values)
+        self.check(inputs)
+        pick = None if inputs.logits_at is None else _tokens_at(inputs.logits_at)
+        return self.chain.run(self._graph_inputs(inputs), inputs.slots, pick, _begun(inputs))
 
     def write_kv(self, inputs: StepInputs) -> None:
         """Write every step's keys and values, and compute nothing that only logits need.
 
         Of a program linked for one token per row. Raises ProgramError as `run` does.
         """
-        self._check(inputs)
-        values = self._start(inputs.ids, inputs.positions)
-        self._all_but_last(values, inputs)
+        self.check(inputs)
+        self.chain.write_kv(self._graph_inputs(inputs), inputs.slots, _begun(inputs))
 
     def states(self, inputs: StepInputs) -> Iterator[Tensor]:
         """The hidden states [B, T, d] before the first step, and then after each; a step runs when
-        the state after it is asked for.
+        the state after it is asked for, and needs its slot only then.
 
-        Of a program linked for one token per row, all but the last.
+        Of a program linked for one token per row, all but the last. Raises ProgramError as `run`
+        does.
         """
-        values = self._start(inputs.ids, inputs.positions)
-        yield values[HIDDEN]
-        blends = Blends(torch.lerp)
-        yield from self._states(self.steps, values[HIDDEN], values, inputs.slots, blends)
+        require_program(inputs.program, self.program)
+        return self.chain.states(self.chain.start(self._graph_inputs(inputs)), inputs.slots)
 
-    def _check(self, inputs: StepInputs) -> None:
-        """Never run a program on another one's slots: steps would be left out."""
-        if len(inputs.slots) != len(self.steps):
+    def check(self, inputs: StepInputs) -> None:
+        """Raise ProgramError unless the inputs are of a session of this program, with a slot a
+        step: steps would be left out.
+        """
+        require_program(inputs.program, self.program)
+        if len(inputs.slots) != len(self.chain.steps):
             raise ProgramError(
-                f"program {self.program} has {len(self.steps)} steps but the session "
-                f"{len(inputs.slots)} slots; open a session for this program"
+                f"program {self.program} has {len(self.chain.steps)} steps but its session "
+                f"{len(inputs.slots)} slots; open a session with all of them"
             )
 
-    def _run_last(self, last: "LinkedProgram", inputs: StepInputs) -> Tensor:
-        """What comes after the last step's keys and values, for one token per row alone, as if it
-        were decoded.
-        """
-        where = inputs.logits_at
-        assert where is not None
-        values = self._start(inputs.ids, inputs.positions)
-        hidden, blends = self._all_but_last(values, inputs)
-        rows = torch.arange(len(where), device=where.device)
+    def _graph_inputs(self, inputs: StepInputs) -> list[Tensor]:
+        return [inputs.ids, inputs.positions, self.kv_index]
 
-        def pick(tensor: Tensor) -> Tensor:
-            return tensor[rows, where][:, None]
 
-        values = last._start(pick(inputs.ids), pick(inputs.positions))
-        steps, slots = last.steps[-1:], inputs.slots[-1:]
-        hidden = pick(hidden)
-        for after in last._states(steps, hidden, values, slots, blends.each(pick)):
-            hidden = after
-        return last._head(hidden, values)
+def _tokens_at(where: Tensor) -> Callable[[Tensor], Tensor]:
+    """Takes token where[b] of each row out of a value [B, T, ...]: [B, 1, ...]."""
+    rows = torch.arange(len(where), device=where.device)
+    return lambda value: value[rows, where][:, None]
 
-    def _all_but_last(
-        self, values: Sequence[Tensor], inputs: StepInputs
-    ) -> tuple[Tensor, Blends[Tensor]]:
-        """The hidden state before the last step, and the blends that are open there; all steps'
-        keys and values are written.
-        """
-        assert self.kv_writes is not None
-        hidden, blends = self._through(self.steps[:-1], values, inputs.slots[:-1], inputs.resume)
-        self.kv_writes(self.steps[-1].operands(hidden, values, inputs.slots[-1]))
-        return hidden, blends
 
-    def _start(self, input_ids: Tensor, positions: Tensor) -> list[Tensor]:
-        """The side values."""
-        inputs = [input_ids, positions, self.kv_index]
-        return [*inputs, *self.prologue([*inputs, *self.prologue_weights])]
+def _begun(inputs: StepInputs) -> tuple[int, Tensor] | None:
+    return inputs.resume and (inputs.resume.num_steps, inputs.resume.hidden)
 
-    def _through(
-        self,
-        steps: Sequence[LinkedStep],
-        values: Sequence[Tensor],
-        slots: Sequence[tuple[Tensor, Tensor]],
-        resume: Resume | None,
-    ) -> tuple[Tensor, Blends[Tensor]]:
-        """The hidden state after these steps, and the blends that are open there."""
-        hidden, blends = values[HIDDEN], Blends(torch.lerp)
-        if resume is not None:
-            hidden = resume.hidden
-            steps, slots = steps[resume.num_steps :], slots[resume.num_steps :]
-        for after in self._states(steps, hidden, values, slots, blends):
-            hidden = after
-        return hidden, blends
 
-    def _states(
-        self,
-        steps: Sequence[LinkedStep],
-        hidden: Tensor,
-        values: Sequence[Tensor],
-        slots: Sequence[tuple[Tensor, Tensor]],
-        blends: Blends[Tensor],
-    ) -> Iterator[Tensor]:
-        """The hidden state after each step."""
-        for step, slot in zip(steps, slots, strict=True):
-            if step.opens:
-                blends.open(hidden, step.opens)
-            hidden = step.region(step.operands(hidden, values, slot))[0]
-            if step.closes:
-                hidden = blends.close(hidden, step.closes)
-            yield hidden
-
-    def _head(self, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
-        head = self.epilogue
-        assert head is not None
-        return head.region(head.operands(hidden, values))[0]
+def region_calls(
+    table: SymbolTable, program: Program, shape: ShapeClass, every: bool
+) -> list[RegionName]:
+    """The regions that one run of a program calls, in order, for the logits of every token or of
+    one token a row; of a prompt in chunks, those of the last one.
+    """
+    start, head = table.prologue.target, table.epilogue.target
+    *most, last = (table.layers[layer].target for layer in program.path)
+    if every:
+        return [RegionName(body, shape) for body in (start, *most, last, head)]
+    many = [RegionName(body, shape) for body in (start, *most)]
+    one = [RegionName(body, shape.decode) for body in (start, last, head)]
+    return [*many, RegionName(last, shape, kv_writes=True), *one]
 
 
 class Linker:
@@ -221,16 +160,9 @@ class Linker:
             self._linked[key] = linked
             return linked
 
-    def calls(self, program: Program, shape: ShapeClass, every: bool = True) -> list[Wanted]:
-        """The regions that one run of the program linked so calls, in order; of a prompt in chunks,
-        the last one's.
-        """
-        start, head = self.library.prologue.target, self.library.epilogue.target
-        targets = [self.library.layers[layer].target for layer in program.path]
-        if every:
-            return [(name, shape) for name in (start, *targets, head)]
-        many = [(name, shape) for name in (start, *targets[:-1], targets[-1] + KV_WRITES)]
-        return many + [(name, shape.decode) for name in (start, targets[-1], head)]
+    def calls(self, program: Program, shape: ShapeClass, every: bool = True) -> list[RegionName]:
+        """The regions that one run of the program linked so calls, in order."""
+        return region_calls(self.library.table, program, shape, every)
 
     def _link(self, program: Program, shape: ShapeClass, every: bool) -> LinkedProgram:
         library = self.library
@@ -238,29 +170,22 @@ class Linker:
         wanted = self.calls(program, shape, every)
         # what decoding needs is needed as well: asked for together, it is compiled together
         made = self.regions.get(wanted if every else wanted + self.calls(program, shape.decode))
-        regions = {name: region for (name, of), region in made.items() if of == shape}
         steps = []
         for step in program.schedule():
             call = library.layers[step.layer]
-            steps.append(
-                LinkedStep(
-                    regions.get(call.target, _unlinked),
-                    call.sides,
-                    call.weights,
-                    step.opens,
-                    step.closes,
-                )
-            )
-        return LinkedProgram(
-            program,
-            regions[start.target],
+            code = made.get(RegionName(call.target, shape), _unlinked)
+            steps.append(call.step(code, step.opens, step.closes))
+        last = RegionName(library.layers[program.path[-1]].target, shape, kv_writes=True)
+        chain = Chain(
+            made[RegionName(start.target, shape)],
             start.weights,
             tuple(steps),
-            LinkedStep(regions[head.target], head.sides, head.weights, 0, ()) if every else None,
-            self.pool.kv_index,
-            None if every else regions[library.layers[program.path[-1]].target + KV_WRITES],
-            None if every else self.link(program, shape.decode),
+            head.step(made[RegionName(head.target, shape)]) if every else None,
+            torch.lerp,
+            None if every else made[last],
+            None if every else self.link(program, shape.decode).chain,
         )
+        return LinkedProgram(program, chain, self.pool.kv_index)
 
 
 def _unlinked(operands: list[Tensor]) -> Sequence[Tensor]:

@@ -15,17 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..backends.base import Region, ShapeClass
+from ..backends.base import Region, RegionName, ShapeClass
 from ..capture import KvSpec
 from ..library import LayerLibrary
-from ..library.steps import HIDDEN, Blends, operands
+from ..library.steps import HIDDEN, Blends, Step, side_values
 from ..library.symbols import Symbol
 from ..passes.address_kv import BLOCK
-from ..program import Program, Step
+from ..program import Program
+from ..program import Step as ScheduledStep
 from .kv_rows import KvRow
 from .kv_store import PADDING, KvStore
 from .lockstep_order import LayerCall, lockstep_calls
-from .regions import RegionTable, Wanted
+from .regions import RegionTable
 
 # Which logits of a pass are wanted: of each row's last token, of every token, or none, for the
 # hidden states after the last step.
@@ -40,9 +41,7 @@ class _Call:
 
     rows: tuple[int, ...]
     index: Tensor | None  # i64[n] on the device; None if all rows take part
-    sides: tuple[tuple[int, int | None], ...]  # numbers of side values, each with its batch axis
-    region: Region
-    weights: tuple[Tensor, ...]
+    step: Step[Tensor]
     spec: KvSpec
     opens: tuple[tuple[int, int], ...]  # (row, how many blends)
     closes: tuple[tuple[int, tuple[float, ...]], ...]  # (row, their dampings)
@@ -125,42 +124,39 @@ class Lockstep:
     def __init__(self, library: LayerLibrary, regions: RegionTable) -> None:
         self.library, self.regions = library, regions
         self.store = KvStore(library.device)
-        self._axes = {call.target: self._batch_axes(call) for call in library.table.calls()}
+        axes = [self._batch_axes(call) for call in library.table.calls()]
+        self.possible = None not in axes
+        self._axes = {number: axis for of_call in axes for number, axis in of_call or ()}
         self._plans: OrderedDict[tuple[tuple[Program, ...], _Part], _Plan] = OrderedDict()
-
-    @property
-    def possible(self) -> bool:
-        """Whether rows can be told apart in every value that layers take.
-
-        Some models fold the rows of a batch into another axis, such as that of heads.
-        """
-        return None not in self._axes.values()
 
     def row(self, program: Program) -> KvRow:
         """An empty row."""
         return KvRow(self.store, self.library.table.kv_specs, program)
 
-    def _batch_axes(self, call: Symbol) -> tuple[int | None, ...] | None:
-        """The axis of the batch in each side value of a body; None if one cannot be told."""
-        axes: list[int | None] = []
-        for operand in self.library.table.bodies[call.target].operands:
-            if operand.role not in ("side", "input"):
-                continue
+    def _batch_axes(self, call: Symbol) -> list[tuple[int, int | None]] | None:
+        """The axis of the batch in each side value that a call takes; None if one cannot be told.
+
+        Some models fold the rows of a batch into another axis, such as that of heads.
+        """
+        operands = self.library.table.bodies[call.target].operands
+        sides = [operand for operand in operands if operand.role in ("side", "input")]
+        axes: list[tuple[int, int | None]] = []
+        for number, operand in zip(call.sides, sides, strict=True):
             found = [i for i, name in operand.axes().items() if name == "batch"]
             if len(found) > 1 or (not found and any("B" in size for size in operand.size)):
                 return None
-            axes.append(found[0] if found else None)
-        return tuple(axes)
+            axes.append((number, found[0] if found else None))
+        return axes
 
-    def _ends(self, batch: int, tokens: int) -> list[Wanted]:
+    def _ends(self, batch: int, tokens: int) -> list[RegionName]:
         """Prologue and epilogue of a pass, then those of one token a row."""
         shape = ShapeClass.of(batch, tokens, None)
         names = self.library.prologue.target, self.library.epilogue.target
-        return [(name, of) for of in (shape, shape.decode) for name in names]
+        return [RegionName(name, of) for of in (shape, shape.decode) for name in names]
 
     def _later(
         self, programs: Sequence[Program], order: Sequence[LayerCall], part: _Part
-    ) -> list[Wanted]:
+    ) -> list[RegionName]:
         """What later passes over these rows may call: asked for together, it is compiled together.
 
         Decoding follows a prompt. Rows of different programs meet in calls of one row or several.
@@ -172,7 +168,7 @@ class Lockstep:
         for size in sizes:
             for tokens in counts:
                 shape = ShapeClass.of(size, tokens, None)
-                later += [(target, shape) for target in targets]
+                later += [RegionName(target, shape) for target in targets]
         return later
 
     @torch.no_grad()
@@ -247,19 +243,20 @@ class Lockstep:
     def _make_plan(self, programs: tuple[Program, ...], part: _Part) -> _Plan:
         tokens = 1 if part.one_token else 2
         order = lockstep_calls(programs, part.done, part.stop)
-        wanted: list[Wanted] = []
+        wanted: list[RegionName] = []
         for call in order:
             shape = ShapeClass.of(len(call.rows), tokens, None)
-            wanted.append((self.library.layers[call.layer].target, shape))
+            wanted.append(RegionName(self.library.layers[call.layer].target, shape))
         ends = self._ends(len(programs), tokens)
         found = self.regions.get([*wanted, *ends, *self._later(programs, order, part)])
-        schedules = {program: program.schedule() for program in programs}
+        of_program = {program: program.schedule() for program in programs}
+        schedules = [of_program[program] for program in programs]
         offsets = [0]
         for program in programs:
             offsets.append(offsets[-1] + program.num_steps)
         calls, places = [], []
         for call, of_call in zip(order, wanted, strict=True):
-            calls.append(self._call(call, programs, schedules, found[of_call]))
+            calls.append(self._call(call, schedules, found[of_call]))
             places += [offsets[r] + s for r, s in zip(call.rows, call.steps, strict=True)]
         start, head, start_last, head_last = (found[end] for end in ends)
         return _Plan(
@@ -274,27 +271,21 @@ class Lockstep:
         )
 
     def _call(
-        self,
-        call: LayerCall,
-        programs: Sequence[Program],
-        schedules: dict[Program, tuple[Step, ...]],
-        region: Region,
+        self, call: LayerCall, schedules: Sequence[tuple[ScheduledStep, ...]], region: Region
     ) -> _Call:
         opens, closes = [], []
         for row, step in zip(call.rows, call.steps, strict=True):
-            scheduled = schedules[programs[row]][step]
+            scheduled = schedules[row][step]
             if scheduled.opens:
                 opens.append((row, scheduled.opens))
             if scheduled.closes:
                 closes.append((row, scheduled.closes))
-        everyone = len(call.rows) == len(programs)
+        everyone = len(call.rows) == len(schedules)
         layer = self.library.layers[call.layer]
         return _Call(
             call.rows,
             None if everyone else torch.tensor(call.rows, device=self.store.device),
-            tuple(zip(layer.sides, self._axes[layer.target] or (), strict=True)),
-            region,
-            layer.weights,
+            layer.step(region),
             self.library.table.kv_specs[call.layer],
             tuple(opens),
             tuple(closes),
@@ -316,11 +307,10 @@ class Lockstep:
         return [ids.contiguous(), positions, torch.arange(width, device=device)]
 
     def _start(self, region: Region, inputs: list[Tensor]) -> list[Tensor]:
-        return [*inputs, *region([*inputs, *self.library.prologue.weights])]
+        return side_values(region, inputs, self.library.prologue.weights)
 
     def _head(self, region: Region, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
-        head = self.library.epilogue
-        return region(operands(hidden, values, head.sides, (), head.weights))[0]
+        return self.library.epilogue.step(region).run(hidden, values)
 
     def _steps(
         self,
@@ -334,7 +324,7 @@ class Lockstep:
         if plan.in_place:
             hidden = hidden.clone()  # it is written row by row
         blends = [Blends(torch.lerp) for _ in range(batch)]
-        chosen: dict[tuple[tuple[int, ...], int], Tensor] = {}
+        chosen: dict[tuple[int, ...], list[Tensor]] = {}  # several calls serve the same rows
         stores: dict[KvSpec, tuple[Tensor, Tensor]] = {}
         for call, table in zip(plan.calls, tables, strict=True):
             for row, opens in call.opens:
@@ -342,30 +332,21 @@ class Lockstep:
             if (store := stores.get(call.spec)) is None:
                 store = stores[call.spec] = self.store.tensors(call.spec)
             if call.index is None:
-                sides = [values[number] for number, _ in call.sides]
-                hidden = call.region([hidden, *sides, *store, table, *call.weights])[0]
+                hidden = call.step.run(hidden, values, (*store, table))
             else:
-                sides = _sides_of(call, values, chosen)
+                if call.rows not in chosen:
+                    chosen[call.rows] = self._of_rows(values, call.index)
                 state = hidden.index_select(0, call.index)
-                result = call.region([state, *sides, *store, table, *call.weights])[0]
-                hidden.index_copy_(0, call.index, result)
+                state = call.step.run(state, chosen[call.rows], (*store, table))
+                hidden.index_copy_(0, call.index, state)
             for row, dampings in call.closes:
                 hidden[row] = blends[row].close(hidden[row], dampings)
         return hidden
 
-
-def _sides_of(
-    call: _Call, values: Sequence[Tensor], chosen: dict[tuple[tuple[int, ...], int], Tensor]
-) -> list[Tensor]:
-    """The side values of the rows that take part; several layers ask for the same."""
-    sides = []
-    for number, axis in call.sides:
-        if axis is None:
-            sides.append(values[number])
-            continue
-        key = call.rows, number
-        if key not in chosen:
-            assert call.index is not None
-            chosen[key] = values[number].index_select(axis, call.index)
-        sides.append(chosen[key])
-    return sides
+    def _of_rows(self, values: Sequence[Tensor], index: Tensor) -> list[Tensor]:
+        """The side values of some rows."""
+        found = list(values)
+        for number, axis in self._axes.items():
+            if axis is not None:
+                found[number] = values[number].index_select(axis, index)
+        return found

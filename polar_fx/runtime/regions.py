@@ -1,9 +1,4 @@
-"""Regions by name and shape class: from memory, from the artifact store, or compiled, several at
-once.
-
-A region's name is its body's; with `.kv` behind it, the body's KV writes alone (see
-passes/keep_kv_writes.py).
-"""
+"""Regions by name: from memory, from the artifact store, or compiled, several at once."""
 
 import logging
 import os
@@ -12,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,15 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..backends.aot_inductor import GRAPH
-from ..backends.base import Backend, Dynamic, PersistentBackend, Region, ShapeClass
+from ..backends.base import (
+    ANY_SHAPE,
+    Backend,
+    Dynamic,
+    PersistentBackend,
+    Region,
+    RegionName,
+    ShapeClass,
+)
 from ..backends.worker import WorkerPool, compiler_reason, describe, worker_pool
 from ..capture.trace import TRACING
 from ..errors import CaptureError, CompileError, PolarError
@@ -28,12 +32,12 @@ from ..library import LayerLibrary
 from ..library.symbols import Operand, addressed
 from ..passes.address_kv import BLOCK, AddressKv
 from ..passes.keep_kv_writes import KeepKvWrites
+from ..passes.pipeline import Pipeline, region_pipeline
 from ..store import ArtifactStore
 from .code_key import RegionRecord, VariantKey
 
 log = logging.getLogger("polar_fx.regions")
 
-KV_WRITES = ".kv"
 KEEP_KV_WRITES = KeepKvWrites()
 ADDRESS_KV = AddressKv()
 
@@ -42,16 +46,7 @@ ADDRESS_KV = AddressKv()
 _BATCH, _TOKENS, _BLOCKS, _POOL = 3, 127, 13, 97
 _MAX_WORKERS = 8
 
-# What a backend that needs no shapes is asked for.
-_ANY, _ANY_ADDRESSED = ShapeClass(None, None, 0), ShapeClass(None, None, None)
-
-# A region's name and shape class.
-Wanted = tuple[str, ShapeClass]
-
-
-def split(name: str) -> tuple[str, bool]:
-    """Body name, and whether only its KV writes are meant."""
-    return name.removesuffix(KV_WRITES), name.endswith(KV_WRITES)
+_ANY_ADDRESSED = ShapeClass(None, None, None)
 
 
 class RegionTable:
@@ -74,81 +69,89 @@ class RegionTable:
         self.max_length = max_length
         self.workers = min(_MAX_WORKERS, os.cpu_count() or 1) if workers is None else workers
         self.records: list[RegionRecord] = []
-        self._regions: dict[Wanted, Region] = {}
+        self._regions: dict[RegionName, Region] = {}
         self._lock = threading.RLock()
 
-    def get(self, wanted: Sequence[Wanted]) -> dict[Wanted, Region]:
+    def get(self, wanted: Sequence[RegionName]) -> dict[RegionName, Region]:
         """The wanted regions, made if missing: all of them at once, if workers can.
 
         Raises CompileError, CaptureError or CacheError; what was made beside a failure is kept.
         """
-        places = {w: self._place(*w) for w in wanted}
+        places = {name: self._place(name) for name in wanted}
         if any(p not in self._regions for p in places.values()):
             with self._lock:
                 self._make([p for p in dict.fromkeys(places.values()) if p not in self._regions])
-        return {w: self._regions[p] for w, p in places.items()}
+        return {name: self._regions[place] for name, place in places.items()}
 
-    def _place(self, name: str, shape: ShapeClass) -> Wanted:
+    def one(self, name: RegionName) -> Region:
+        """A single region. Raises as `get` does."""
+        return self.get([name])[name]
+
+    def _place(self, name: RegionName) -> RegionName:
+        """Where it is kept: code for any shape, once for all of them."""
         if self.backend.needs_shapes:
-            return name, shape
-        return name, _ANY if shape.length is not None else _ANY_ADDRESSED
+            return name
+        return replace(name, shape=ANY_SHAPE if name.shape.length is not None else _ANY_ADDRESSED)
 
-    def key(self, name: str, shape: ShapeClass) -> VariantKey:
+    def key(self, name: RegionName) -> VariantKey:
         """The key under which the store keeps a region."""
-        target, kv = split(name)
-        library, fingerprint = self.library, self.library.table.bodies[target].fingerprint
-        passes = (KEEP_KV_WRITES.content_id,) if kv else ()
-        passes += (ADDRESS_KV.content_id,) if shape.length is None else ()
+        library = self.library
         return VariantKey.of(
-            "region", fingerprint, shape, self.backend, library.device, library.dtype, passes=passes
+            "region",
+            library.table.bodies[name.body].fingerprint,
+            name.shape,
+            self.backend,
+            library.device,
+            library.dtype,
+            passes=tuple(p.content_id for p in self._pipeline(name).passes),
         )
 
-    def files(self, name: str, shape: ShapeClass) -> Mapping[str, Path] | None:
+    def files(self, name: RegionName) -> Mapping[str, Path] | None:
         """The stored files of a region, if it is there."""
         if self.store is None:
             return None
-        key = self.key(name, shape)
+        key = self.key(name)
         return self.store.get(key.digest, key.facts())
 
-    def graph_files(self, wanted: Sequence[Wanted]) -> list[Path]:
+    def graph_files(self, wanted: Sequence[RegionName]) -> list[Path]:
         """The exported graphs of regions, in the store.
 
         Raises CompileError if it has no room for all of them.
         """
         self.get(wanted)
         assert isinstance(self.backend, PersistentBackend)
-        for name, shape in wanted:
-            if self.files(name, shape) is None:  # evicted since it was loaded
-                self._build_one(self.backend, name, shape, self.backend.build)
+        for name in wanted:
+            if self.files(name) is None:  # evicted since it was loaded
+                self._build_one(self.backend, name, self.backend.build)
         # again, once all are made: one may have taken another's room
-        found = [(w, self.files(*w)) for w in wanted]
-        for w, files in found:
+        found = [(name, self.files(name)) for name in wanted]
+        for name, files in found:
             if files is None:
-                raise _evicted(*w)
+                raise _evicted(name)
         return [files[GRAPH] for _, files in found if files is not None]
 
     # ---------------------------------------------------------------------------------- making them
 
-    def _make(self, wanted: list[Wanted]) -> None:
+    def _make(self, wanted: list[RegionName]) -> None:
         if isinstance(self.backend, PersistentBackend):
-            self._build(self.backend, [w for w in wanted if not self._load(self.backend, *w)])
+            missing = [name for name in wanted if not self._load(self.backend, name)]
+            self._build(self.backend, missing)
             return
-        for name, shape in wanted:
+        for name in wanted:
             start = time.perf_counter()
-            region = self.backend.compile_region(*self._source(name, shape))
+            region = self.backend.compile_region(*self._source(name))
             if not self.backend.needs_shapes:
-                self._regions[name, shape] = region
+                self._regions[name] = region
                 continue
-            if name == self.library.prologue.target:
-                self._check_prologue(region, shape)
-            self._keep(name, shape, region, 0, start, "compiled")
+            self._check(region, name)
+            self._keep(name, region, 0, start, "compiled")
 
-    def _load(self, backend: PersistentBackend, name: str, shape: ShapeClass) -> bool:
+    def _load(self, backend: PersistentBackend, name: RegionName) -> bool:
         """Load a region from the store; False if it is not there, or not any more when its files
         are opened.
         """
         start = time.perf_counter()
-        if (files := self.files(name, shape)) is None:
+        if (files := self.files(name)) is None:
             return False
         try:
             num_bytes, region = _size(files), backend.load(files)
@@ -156,17 +159,17 @@ class RegionTable:
             if all(p.exists() for p in files.values()):
                 raise
             return False
-        self._keep(name, shape, region, num_bytes, start, "loaded")
+        self._keep(name, region, num_bytes, start, "loaded")
         return True
 
-    def _build(self, backend: PersistentBackend, wanted: list[Wanted]) -> None:
+    def _build(self, backend: PersistentBackend, wanted: list[RegionName]) -> None:
         """Compile several regions, in workers if that helps; a single one, or what a worker cannot
         make, here.
         """
         job = describe(backend)
         if len(wanted) <= 1 or self.workers < 1 or job is None:
-            for w in wanted:
-                self._build_one(backend, *w, backend.build)
+            for name in wanted:
+                self._build_one(backend, name, backend.build)
             return
         with TRACING:
             _ = self.library.graph_module  # once, before threads ask for it
@@ -174,19 +177,14 @@ class RegionTable:
             worker_pool(min(self.workers, len(wanted))) as pool,
             ThreadPoolExecutor(len(wanted)) as threads,
         ):
-            made = [
-                threads.submit(self._build_one, backend, *w, _in_worker(pool, job)) for w in wanted
-            ]
+            build = _in_worker(pool, job)
+            made = [threads.submit(self._build_one, backend, name, build) for name in wanted]
             for future in made:
                 # if one fails, the others are finished and kept before that is raised
                 future.result()
 
     def _build_one(
-        self,
-        backend: PersistentBackend,
-        name: str,
-        shape: ShapeClass,
-        build: Callable[[Path], None],
+        self, backend: PersistentBackend, name: RegionName, build: Callable[[Path], None]
     ) -> None:
         start = time.perf_counter()
         made: list[tuple[Region, int]] = []
@@ -194,7 +192,7 @@ class RegionTable:
         def make(folder: Path) -> None:
             try:
                 with TRACING:  # torch.export is not made for threads
-                    backend.export(*self._source(name, shape), folder)
+                    backend.export(*self._source(name), folder)
                 build(folder)
                 # from here: once stored, it may be evicted at any time
                 region = backend.load(_files(folder))
@@ -202,53 +200,48 @@ class RegionTable:
                 raise
             except Exception as error:
                 raise CompileError(
-                    f"{backend.name} cannot compile {name} for {shape}: {compiler_reason(error)}"
+                    f"{backend.name} cannot compile {name}: {compiler_reason(error)}"
                 ) from error
             # before it is stored: what is loaded is not looked at again
-            if name == self.library.prologue.target:
-                self._check_prologue(region, shape)
+            self._check(region, name)
             made.append((region, _size(_files(folder))))
 
         if self.store is None:
             with tempfile.TemporaryDirectory(prefix="polar_fx-") as place:
                 make(Path(place))
         else:
-            key = self.key(name, shape)
+            key = self.key(name)
             for _ in range(2):  # what another process makes may be evicted before it is loaded here
                 self.store.get_or_make(key.digest, key.facts(), make)
-                if made or self._load(backend, name, shape):
+                if made or self._load(backend, name):
                     break
             else:
-                raise _evicted(name, shape)
+                raise _evicted(name)
         if made:
-            self._keep(name, shape, *made[0], start, "compiled")
+            self._keep(name, *made[0], start, "compiled")
 
     def _keep(
-        self,
-        name: str,
-        shape: ShapeClass,
-        region: Region,
-        num_bytes: int,
-        start: float,
-        source: str,
+        self, name: RegionName, region: Region, num_bytes: int, start: float, source: str
     ) -> None:
-        record = RegionRecord(name, str(shape), time.perf_counter() - start, source, num_bytes)
-        self._regions[name, shape] = region
-        self.records.append(record)
-        log.info("%s %s for %s in %.2f s", source, name, shape, record.seconds)
+        seconds = time.perf_counter() - start
+        self._regions[name] = region
+        self.records.append(RegionRecord(name.graph, str(name.shape), seconds, source, num_bytes))
+        log.info("%s %s in %.2f s", source, name, seconds)
 
-    def _source(self, name: str, shape: ShapeClass) -> tuple[GraphModule, list[Tensor], Dynamic]:
+    def _source(self, name: RegionName) -> tuple[GraphModule, list[Tensor], Dynamic]:
         """Body, example operands and dynamic axes."""
-        target, kv = split(name)
-        body, operands = self.library.bodies[target], self._operands(target, shape)
-        if shape.length is None and any(o.role == "kv" for o in operands):
-            body = ADDRESS_KV.run(body).graph_module
-        if kv:
-            body = KEEP_KV_WRITES.run(body).graph_module
-        varying = shape.varying
+        target, shape = name.body, name.shape
+        body = self._pipeline(name).run(self.library.bodies[target]).graph_module
+        operands, varying = self._operands(target, shape), shape.varying
         dynamic = [{i: a for i, a in o.axes().items() if a in varying} for o in operands]
         example = self._example(target, shape) if self.backend.needs_shapes else []
         return body, example, dynamic
+
+    def _pipeline(self, name: RegionName) -> Pipeline:
+        """What makes the region's graph of its body."""
+        operands = self.library.table.bodies[name.body].operands
+        by_address = name.shape.length is None and any(o.role == "kv" for o in operands)
+        return region_pipeline((ADDRESS_KV,) * by_address + (KEEP_KV_WRITES,) * name.kv_writes)
 
     def _operands(self, target: str, shape: ShapeClass) -> tuple[Operand, ...]:
         operands = self.library.table.bodies[target].operands
@@ -265,11 +258,13 @@ class RegionTable:
         return [o.example(sizes, self.library.device) for o in self._operands(target, shape)]
 
     @torch.no_grad()
-    def _check_prologue(self, region: Region, shape: ShapeClass) -> None:
-        """A new prologue must hand on side values laid out as the other regions were compiled to
-        read them.
+    def _check(self, region: Region, name: RegionName) -> None:
+        """A new prologue must make side values of the layout that the other regions were compiled
+        to read.
         """
-        start = self.library.prologue
+        start, shape = self.library.prologue, name.shape
+        if name.body != start.target:
+            return
         example = self._example(start.target, shape)[:3]
         for operand in example[:2]:
             operand.zero_()
@@ -280,8 +275,10 @@ class RegionTable:
             if call.target in seen:
                 continue
             seen.add(call.target)
-            wanted = self._example(call.target, shape)[1:]
-            for operand, side in zip(wanted, call.sides, strict=False):
+            operands = self._operands(call.target, shape)
+            wanted = zip(operands, self._example(call.target, shape), strict=True)
+            sides = [example for operand, example in wanted if operand.role == "side"]
+            for operand, side in zip(sides, call.sides, strict=True):
                 given = values[side]
                 if _layout(operand) != _layout(given):
                     raise CaptureError(
@@ -291,9 +288,9 @@ class RegionTable:
                     )
 
 
-def _evicted(name: str, shape: ShapeClass) -> CompileError:
+def _evicted(name: RegionName) -> CompileError:
     return CompileError(
-        f"other artifacts took the room of {name} for {shape} in the artifact store before it "
+        f"other artifacts took the room of {name} in the artifact store before it "
         "could be used; raise POLAR_FX_CACHE_LIMIT"
     )
 

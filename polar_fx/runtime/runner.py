@@ -360,7 +360,7 @@ class Runner:
                 where = self.pool.on_device([max(0, end) for end in ends])
             linked = self.linker.link(session.program, shape, every)
             # regions are compiled for dense operands
-            inputs = StepInputs(ids.contiguous(), positions, session.slots, where, resume)
+            inputs = StepInputs.of(session, ids.contiguous(), positions, where, resume)
             logits = None
             if every or where is not None:
                 logits = self._logits(linked, shape, inputs)

@@ -30,8 +30,8 @@ from ..library import LayerLibrary
 from ..library.symbols import Symbol
 from ..program import Program
 from .code_key import VariantCache, VariantKey
-from .link import LinkedProgram, StepInputs
-from .regions import KEEP_KV_WRITES, KV_WRITES, RegionTable, Wanted
+from .link import LinkedProgram, StepInputs, region_calls
+from .regions import KEEP_KV_WRITES, RegionTable
 
 log = logging.getLogger("polar_fx.tiers")
 
@@ -143,8 +143,9 @@ class Tiers:
         """Logits [1, 1, V] of one row by the form that is due, the linked one by `run_linked`.
 
         With tier="whole" it compiles what is missing, and raises CompileError or CacheError if that
-        fails.
+        fails. Raises ProgramError for the inputs of another program.
         """
+        linked.check(inputs)
         if self.tier == "linked":
             return run_linked(linked, inputs)
         variant = self._variant(linked.program, shape)
@@ -236,31 +237,19 @@ class Tiers:
         }
 
     def _plan(self, program: Program, shape: ShapeClass) -> WholePlan:
-        table, numbers, prefill = self.library.table, self._names(program), shape.tokens != 1
+        table, numbers = self.library.table, self._names(program)
 
         def step(symbol: Symbol, opens: int = 0, closes: tuple[float, ...] = ()) -> WholeStep:
-            return WholeStep(
-                symbol.target,
-                symbol.sides,
-                tuple(numbers[n] for n in symbol.weights),
-                opens,
-                closes,
-            )
+            weights = tuple(numbers[n] for n in symbol.weights)
+            return WholeStep(symbol.target, symbol.sides, weights, opens, closes)
 
         steps = tuple(step(table.layers[s.layer], s.opens, s.closes) for s in program.schedule())
-        start, head = step(table.prologue), step(table.epilogue)
-        one = [start.target, *(s.target for s in steps), head.target]
-        files: dict[str, Wanted] = {name: (name, shape.decode) for name in one}
-        if prefill:
-            files |= {f"{name}*": (name, shape) for name in one[:-2]}
-            files["kv"] = (steps[-1].target + KV_WRITES, shape)
-        bodies = {
-            name: str(path)
-            for name, path in zip(
-                files, self.regions.graph_files(list(files.values())), strict=True
-            )
-        }
-        return WholePlan(prefill, bodies, start.weights, steps, head)
+        calls = region_calls(table, program, shape, every=shape.tokens == 1)
+        names = list(dict.fromkeys(calls))
+        paths = map(str, self.regions.graph_files(names))
+        bodies = dict(zip(names, paths, strict=True))
+        ends = step(table.prologue), step(table.epilogue)
+        return WholePlan(shape, bodies, len(numbers), ends[0], steps, ends[1])
 
     def _make(self, variant: _Variant, state: str, worker: Worker | None = None) -> Region:
         """Compile, or load, the whole form; the record is in `state` afterwards, or as it was if

@@ -108,7 +108,7 @@ def _hidden(runner: Runner, session: KvSession, rows: list[Tensor], num_steps: i
             # as a prefill asks for it: nothing more to compile
             linked = runner.linker.link(session.program, shape, every=shape.tokens == 1)
             positions = session.positions(counts, ids.shape[1])
-            states = linked.states(StepInputs(ids, positions, session.slots))
+            states = linked.states(StepInputs.of(session, ids, positions))
             hidden = next(itertools.islice(states, num_steps, None))
             session.advance(counts)
             for of_row, own, count in zip(found, hidden, counts, strict=True):

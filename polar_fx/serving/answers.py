@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 
 @dataclass(frozen=True)
-class Answer:
+class Reply:
     """What became of one prompt.
 
     `probability` is the predicted one that the program answers right, None if none was predicted.
@@ -35,7 +35,7 @@ class Form:
     part: str
     is_chat: bool
 
-    def response(self, model: str, answers: Sequence[Answer]) -> dict[str, Any]:
+    def response(self, model: str, answers: Sequence[Reply]) -> dict[str, Any]:
         """An answer a choice, whole."""
         said = [self._said(a.text, "message") for a in answers]
         choices = [
@@ -48,9 +48,7 @@ class Form:
         name, now = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         return {"id": name, "object": kind or self.part, "created": now, "model": model}
 
-    def event(
-        self, head: dict[str, Any], text: str, answer: Answer | None = None
-    ) -> dict[str, Any]:
+    def event(self, head: dict[str, Any], text: str, answer: Reply | None = None) -> dict[str, Any]:
         """Some more text; with `answer` the last, which tells how it ended."""
         return {**head, "choices": [_choice(0, self._said(text, "delta"), answer)]}
 
@@ -62,7 +60,7 @@ COMPLETION = Form("cmpl", "text_completion", "text_completion", False)
 CHAT = Form("chatcmpl", "chat.completion", "chat.completion.chunk", True)
 
 
-def usage_event(head: dict[str, Any], answer: Answer) -> dict[str, Any]:
+def usage_event(head: dict[str, Any], answer: Reply) -> dict[str, Any]:
     """The tokens used, after the last part."""
     return {**head, "choices": [], "usage": _usage([answer])}
 
@@ -79,7 +77,7 @@ def models(name: str, created: int, **about: Any) -> dict[str, Any]:
     return {"object": "list", "data": [model]}
 
 
-def _choice(index: int, said: dict[str, Any], answer: Answer | None) -> dict[str, Any]:
+def _choice(index: int, said: dict[str, Any], answer: Reply | None) -> dict[str, Any]:
     choice = {"index": index, **said, "finish_reason": answer and answer.reason, "logprobs": None}
     if answer is not None:
         ran = {
@@ -92,6 +90,6 @@ def _choice(index: int, said: dict[str, Any], answer: Answer | None) -> dict[str
     return choice
 
 
-def _usage(answers: Sequence[Answer]) -> dict[str, int]:
+def _usage(answers: Sequence[Reply]) -> dict[str, int]:
     prompt, new = sum(a.prompt_tokens for a in answers), sum(a.new_tokens for a in answers)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}

@@ -20,7 +20,7 @@ from ray import serve
 
 from ..bundle import load_bundle
 from ..bundle.settings import check_served
-from .answers import CHAT, COMPLETION, Answer, Form, models, usage_event
+from .answers import CHAT, COMPLETION, Form, Reply, models, usage_event
 from .engine import Ask, Engine
 from .measures import Measures
 from .requests import MAX_BODY_BYTES, Chat, Completion, RequestError, Settings, read
@@ -91,12 +91,12 @@ class Server:
         self._answer.set_batch_wait_timeout_s(wait_s)  # type: ignore[attr-defined]
 
     @serve.batch
-    async def _answer(self, asks: list[Ask]) -> list[Answer | RequestError]:
+    async def _answer(self, asks: list[Ask]) -> list[Reply | RequestError]:
         return await asyncio.get_running_loop().run_in_executor(
             self._thread, self.engine.answer, asks
         )
 
-    async def _answers(self, asks: Sequence[Ask]) -> list[Answer]:
+    async def _answers(self, asks: Sequence[Ask]) -> list[Reply]:
         with self._waiting.holding(len(asks)):
             try:
                 found: list[Any] = await asyncio.gather(*(self._answer(ask) for ask in asks))  # type: ignore[arg-type]

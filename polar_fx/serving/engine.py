@@ -19,7 +19,7 @@ from ..errors import ProgramError
 from ..output.plain_text import count
 from ..program import Program
 from ..runtime.generator import padded_rows
-from .answers import Answer
+from .answers import Reply
 from .measures import Measures
 from .requests import Chat, Completion, Message, RequestError, Settings
 from .stable_text import StableText
@@ -170,9 +170,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------ answering
 
-    def answer(self, asks: Sequence[Ask]) -> list[Answer | RequestError]:
+    def answer(self, asks: Sequence[Ask]) -> list[Reply | RequestError]:
         """An answer each, in order; an error instead for those whose batch failed."""
-        found: dict[int, Answer | RequestError] = {}
+        found: dict[int, Reply | RequestError] = {}
         device = self.bundle.device
         gpus = [device.index or 0] if device.type == "cuda" else []
         with self._lock, torch.random.fork_rng(devices=gpus):  # a request's seed is nobody else's
@@ -208,7 +208,7 @@ class Engine:
                 batch.append(ask)
         return batches
 
-    def _run(self, batch: list[Ask]) -> list[Answer]:
+    def _run(self, batch: list[Ask]) -> list[Reply]:
         first, program = batch[0], self.bundle.resolve(batch[0].program)
         start = time.perf_counter()
         settings = self.bundle.generator.config()
@@ -243,7 +243,7 @@ class Engine:
         )
         self._count(batch, watch, str(program), time.perf_counter() - start)
         return [
-            Answer(
+            Reply(
                 text,
                 "stop" if stopped else "length",
                 len(ask.ids),

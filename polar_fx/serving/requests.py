@@ -131,7 +131,7 @@ class Completion(Settings):
         return self.prompt  # type: ignore[return-value]
 
 
-class Part(BaseModel):
+class ContentPart(BaseModel):
     """A part of a message; text is the only kind."""
 
     type: Literal["text"]
@@ -142,7 +142,7 @@ class Message(_Fields):
     """One turn of a conversation, which may be an earlier answer as the client got it."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
     name: str | None = None
     refusal: Annotated[Any, _only("")] = None
     audio: Annotated[Any, _only()] = None

@@ -34,7 +34,7 @@ _FRONT: dict[str, Any] = {"color": GRAY, "lw": 0.9, "ls": "--"}
 _percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 
 
-def write_figures(
+def write_arm_figures(
     results: Iterable[ArmResult],
     folder: str | Path,
     *,
@@ -66,7 +66,7 @@ def draw_compared(
     reliability: Mapping[str, Reliability] | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
-    """`write_figures` of what `compare_arms` returned."""
+    """`write_arm_figures` of what `compare_arms` returned."""
     _check(formats)
     drawings: dict[str, Callable[[], Figure]] = {
         "pareto": lambda: pareto(rows),

@@ -11,9 +11,10 @@ Shape legend: N questions, K programs, G groups (task and cell).
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import chain, repeat
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from ..program import Edit, Op, Program, Segment
 from ..runtime.trunk import shares_trunk
 from ..search.records.records import SearchRecord
 from .verdict_table import VerdictTable
+
+T = TypeVar("T")
 
 # fractions of the identity's steps with a program each of their own
 BUDGETS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.5)
@@ -71,10 +74,10 @@ def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> l
         orders.append(
             sorted((p for p in worth if p in valid), key=lambda p: (-worth[p], p.num_steps, str(p)))
         )
-    return _in_turn(orders, count)
+    return _first_of_each(orders, count)
 
 
-def single_edits(depth: int, num_steps: int) -> list[Program]:
+def edits_as_programs(depth: int, num_steps: int) -> list[Program]:
     """Single edits behind the trunk, which need no search, the shortest first.
 
     Every skip of 1 to 3 layers, every repeat of 1 to 3, whole and at half strength, and some longer
@@ -114,7 +117,7 @@ def finalists(table: VerdictTable, count: int) -> list[Program]:
                 for k in sorted(within, key=lambda k: (-accuracy[k], table.steps[k], k))
             ]
         )
-    return _in_turn(orders, count)
+    return _first_of_each(orders, count)
 
 
 def variations(
@@ -155,34 +158,19 @@ def mine(table: VerdictTable, size: int) -> list[Program]:
     task, and that to none), and the most accurate within each of `BUDGETS`.
     """
     right = table.right.astype(np.float64)
-    saved = 1 - table.steps / table.depth
-    worth = right * (1 + _STEP_WEIGHT * saved)
+    worth = right * (1 + _STEP_WEIGHT * (1 - table.steps / table.depth))
     groups = table.groups()
     by_group = _accuracy_by_group(right, groups, table.tasks())
     sizes = np.bincount(groups) / len(groups)
-    chosen = [0]
-    budgets = [_within(right.mean(0), table.steps, f * table.depth) for f in BUDGETS]
-    turn = 0
-    while len(chosen) < min(size, len(table.programs)):
-        left = np.array([k for k in range(len(table.programs)) if k not in chosen])
-        if turn % 3 == 0:
-            covered = worth[:, chosen].max(1, keepdims=True)
-            gains = np.maximum(worth[:, left] - covered, 0).sum(0)
-        elif turn % 3 == 1:
-            reached = by_group[:, chosen].max(1, keepdims=True)
-            gains = sizes @ np.maximum(by_group[:, left] - reached, 0)
-        else:
-            wanted = budgets.pop(0) if budgets else None
-            turn += 1
-            if wanted is not None and wanted not in chosen:
-                chosen.append(wanted)
-            continue
-        turn += 1
-        if gains.max() <= 0:
-            if turn > 3 * (size + len(BUDGETS)):
-                break
-            continue
-        chosen.append(int(left[gains.argmax()]))
+    within = [_within(right.mean(0), table.steps, f * table.depth) for f in BUDGETS]
+    criteria = (
+        lambda chosen: _most_added(worth, chosen, lambda gains: gains.sum(0)),
+        lambda chosen: _most_added(by_group, chosen, lambda gains: sizes @ gains),
+        _one_by_one(within),
+    )
+    limit = min(size, len(table.programs))
+    # each round adds a program or uses up a budget, or none to come would add anything
+    chosen = in_turn(criteria, limit, rounds=size + len(BUDGETS), first=(0,))
     return [table.programs[k] for k in chosen]
 
 
@@ -197,10 +185,49 @@ def best_static(table: VerdictTable, max_steps: float | None = None) -> Program:
     return table.programs[order[0]] if order else table.programs[0]
 
 
-def _in_turn(orders: Iterable[Sequence[Program]], count: int) -> list[Program]:
+def in_turn(
+    criteria: Sequence[Callable[[list[T]], T | None]],
+    count: int,
+    *,
+    rounds: int,
+    first: Sequence[T] = (),
+) -> list[T]:
+    """Up to `count` different things: those of `first`, then what each criterion names in turn.
+
+    In each of the rounds every criterion is told what is chosen so far, and names one more; None,
+    or one that is chosen already, and its turn is over.
+    """
+    chosen = dict.fromkeys(first)
+    for criterion in chain.from_iterable(repeat(criteria, rounds)):
+        if len(chosen) >= count:
+            break
+        if (named := criterion(list(chosen))) is not None:
+            chosen.setdefault(named)
+    return list(chosen)
+
+
+def _first_of_each(orders: Sequence[Sequence[Program]], count: int) -> list[Program]:
     """Up to `count` programs: the first of each order, then the second of each, and so on."""
-    taken = (p for places in zip_longest(*orders) for p in places if p is not None)
-    return list(dict.fromkeys(taken))[:count]
+    longest = max(map(len, orders), default=0)
+    return in_turn([_one_by_one(order) for order in orders], count, rounds=longest)
+
+
+def _one_by_one(order: Iterable[T | None]) -> Callable[[list[T]], T | None]:
+    """A criterion that names these in order, whatever is chosen."""
+    left = iter(order)
+    return lambda chosen: next(left, None)
+
+
+def _most_added(
+    values: np.ndarray, chosen: list[int], total: Callable[[np.ndarray], np.ndarray]
+) -> int | None:
+    """The column of `values` [N, K] that raises each row's maximum over the chosen ones by most in
+    `total`, which takes [N, K] to [K]; None if none raises it.
+    """
+    left = np.setdiff1d(np.arange(values.shape[1]), chosen)
+    reached = values[:, chosen].max(1, keepdims=True)
+    gains = total(np.maximum(values[:, left] - reached, 0))
+    return int(left[gains.argmax()]) if gains.max() > 0 else None
 
 
 def _within(accuracy: np.ndarray, steps: np.ndarray, limit: float) -> int | None:

@@ -24,7 +24,7 @@ from ..program import Program
 from ..search.records.records import SearchRecord
 from ..stats.calibration import ece, fit_platt, log_loss
 from ..stats.risk import risk_controlled_threshold
-from .mining import BUDGETS, best_static, candidates, finalists, mine, single_edits, variations
+from .mining import BUDGETS, best_static, candidates, edits_as_programs, finalists, mine, variations
 from .selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from .verdict_table import Rows, VerdictTable
 
@@ -90,7 +90,7 @@ def mine_menu(
     num_steps = config.features.num_steps
     pool = [
         *candidates(records, num_steps, config.num_candidates),
-        *single_edits(depth, num_steps)[: config.num_edits],
+        *edits_as_programs(depth, num_steps)[: config.num_edits],
     ]
     if not pool:
         raise InputError(

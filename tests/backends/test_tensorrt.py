@@ -24,13 +24,14 @@ from torch.fx import GraphModule
 from places import GOLDEN
 from polar_fx import backends, compile, compiled
 from polar_fx.backends import EagerBackend, Region, ShapeClass, TensorRTBackend
+from polar_fx.backends.base import RegionName
 from polar_fx.backends.experimental import tensorrt
 from polar_fx.backends.experimental.tensorrt import export_engines, find_library, profile
-from polar_fx.backends.experimental.tensorrt_graph import ENGINE_OPS, engines, split
+from polar_fx.backends.experimental.tensorrt_graph import ENGINE_OPS, engines, split_for_engines
 from polar_fx.cli.inspect import GRAPHS
 from polar_fx.compiled import CompiledModel
 from polar_fx.errors import CompileError, InputError
-from polar_fx.explain.tensorrt_parts import Part, partition_report, parts_of
+from polar_fx.explain.tensorrt_parts import EnginePart, partition_report, parts_of
 from polar_fx.passes.base import writes
 from polar_fx.passes.outline_layers import is_size
 from polar_fx.runtime.regions import RegionTable
@@ -58,7 +59,7 @@ class _Apart(EagerBackend):
     """Interprets regions that were taken apart."""
 
     def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Any) -> Region:
-        return super().compile_region(split(body), example, dynamic)
+        return super().compile_region(split_for_engines(body), example, dynamic)
 
 
 @torch.no_grad()
@@ -99,7 +100,7 @@ def test_engines_hold_nothing_but_listed_operators_on_floating_tensors_shorter_t
             (str(n.meta["val"].shape[2]) for n in body.graph.nodes if n.meta.get("role") == "kv"),
             None,
         )
-        for engine in engines(split(body)).values():
+        for engine in engines(split_for_engines(body)).values():
             found += 1
             for node in engine.graph.nodes:
                 if is_size(node) or node.op == "output":
@@ -127,7 +128,7 @@ def test_the_report_names_what_runs_where_and_counts_engines() -> None:
         "layer_kind_0.kv": [False, True, False],
         "prologue": [False],
     }
-    attention = Part(False, {"aten::index_put_": 2, "aten::scaled_dot_product_attention": 1})
+    attention = EnginePart(False, {"aten::index_put_": 2, "aten::scaled_dot_product_attention": 1})
     assert report.parts["layer_kind_0"][2] == attention and report.num_engines == 4
     linear = [p.operators["aten::linear"] for p in report.parts["layer_kind_0"] if p.engine]
     assert linear == [3, 4], "q, k, v before attention; its output and the feed-forward after it"
@@ -142,11 +143,11 @@ def test_the_report_names_what_runs_where_and_counts_engines() -> None:
 
 def test_operators_can_be_kept_out_of_engines() -> None:
     body = _bodies("llama")["layer_kind_0"]
-    parts = parts_of(split(body, keep=["aten::silu"]))
+    parts = parts_of(split_for_engines(body, keep=["aten::silu"]))
     assert [p.engine for p in parts[-3:]] == [True, False, True] and parts[-2].operators == {
         "aten::silu": 1
     }
-    assert not engines(split(body, keep=["aten::linear"])), (
+    assert not engines(split_for_engines(body, keep=["aten::linear"])), (
         "without a linear layer an engine is not worth it"
     )
 
@@ -167,7 +168,7 @@ def test_reads_and_writes_of_one_memory_keep_their_order() -> None:
     operands = [torch.randn(2, 4), torch.randn(4, 4)]
     body = torch.export.export(_Order(), (tuple(operands),)).graph_module
     copies = [[o.clone() for o in operands] for _ in range(2)]
-    apart = split(body)
+    apart = split_for_engines(body)
     assert len(engines(apart)) == 2
     assert torch.equal(apart(*copies[0])[0], body(*copies[1])[0]) and torch.equal(
         copies[0][0], copies[1][0]
@@ -180,7 +181,7 @@ def test_reads_and_writes_of_one_memory_keep_their_order() -> None:
 @functools.cache
 def _exported_engines(family: str) -> tuple[ExportedProgram, ...]:
     """The parts of one kind of layer and of the head, for several rows of several tokens."""
-    parts = [split(_bodies(family)[name]) for name in ("layer_kind_0", "epilogue")]
+    parts = [split_for_engines(_bodies(family)[name]) for name in ("layer_kind_0", "epilogue")]
     return tuple(
         e for part in parts for e in export_engines(part, {"batch": 8, "tokens": 512}).values()
     )
@@ -352,8 +353,8 @@ def test_regions_are_built_once_stored_and_run(
 
 def _head(backend: TensorRTBackend) -> Region:
     """The head's region for any batch and length."""
-    wanted = ("epilogue", ShapeClass(None, None, 32))
-    return RegionTable(tiny("llama").library, backend, 31, None).get([wanted])[wanted]
+    wanted = RegionName("epilogue", ShapeClass(None, None, 32))
+    return RegionTable(tiny("llama").library, backend, 31, None).one(wanted)
 
 
 def test_calls_beyond_the_limits_and_bad_limits_are_refused(library: _Library) -> None:

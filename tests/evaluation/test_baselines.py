@@ -26,7 +26,7 @@ from polar_fx.evaluation.layer_router import (
 from polar_fx.evaluation.polar.arm import PolarArm, question_programs, train_polar_arm
 from polar_fx.evaluation.polar.decode import decode_budget
 from polar_fx.evaluation.polar.network import NetworkConfig, PolarNetwork
-from polar_fx.evaluation.polar.training import TrainingConfig
+from polar_fx.evaluation.polar.training import NetworkTraining
 from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
 from polar_fx.runtime.trunk import shares_trunk
@@ -382,7 +382,7 @@ def test_the_arm_learns_what_is_planted() -> None:
         {parse("skip 0"): Verdict(True)},
         {IDENTITY: False, parse("skip 0"): False},
     )
-    config = TrainingConfig(learning_rate=5e-3, batch_size=8, epochs=25, seed=1)
+    config = NetworkTraining(learning_rate=5e-3, batch_size=8, epochs=25, seed=1)
     trained, counts = train_polar_arm(
         [*train, unanswered, off], validation, features | held_out, DEPTH, 2, NETWORK, config
     )

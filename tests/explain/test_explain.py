@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from places import GOLDEN
-from polar_fx.backends import EagerBackend, Region, ShapeClass
+from polar_fx.backends import EagerBackend, Region, RegionName, ShapeClass
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, PolarError, ProgramError
 from polar_fx.explain.program_report import (
@@ -287,16 +287,16 @@ def _calls_of(compiled: CompiledModel, run: Callable[[], Any]) -> Counter[tuple[
     """Which regions `run` calls, and how often."""
     seen: Counter[tuple[str, str]] = Counter()
 
-    def counted(name: str, shape: ShapeClass, region: Region) -> Region:
+    def counted(name: RegionName, region: Region) -> Region:
         def call(operands: list[torch.Tensor]) -> Any:
-            seen[name, str(shape)] += 1
+            seen[name.graph, str(name.shape)] += 1
             return region(operands)
 
         return call
 
     compiled.linker._linked.clear()
     before = dict(compiled.regions._regions)
-    compiled.regions._regions.update({(n, s): counted(n, s, r) for (n, s), r in before.items()})
+    compiled.regions._regions.update({n: counted(n, r) for n, r in before.items()})
     run()
     compiled.regions._regions.update(before)
     compiled.linker._linked.clear()
@@ -364,7 +364,7 @@ def test_eager_regions_are_interpreted() -> None:
 def test_regions_on_disk_are_seen(store: ArtifactStore) -> None:
     compiled = compile(make("llama"), "aot_inductor", max_length=31, cache=store)
     shape = ShapeClass.of(1, 1, compiled.pool.length)
-    _plant(store, compiled.regions.key("layer_kind_0", shape))
+    _plant(store, compiled.regions.key(RegionName("layer_kind_0", shape)))
     states = {(r.region, r.shapes): (r.state, r.num_bytes) for r in compiled.explain().decode}
     assert states["layer_kind_0", str(shape)] == (ON_DISK, 7)
     assert states["prologue", str(shape)] == states["epilogue", str(shape)] == (TO_COMPILE, None)

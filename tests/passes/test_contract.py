@@ -198,13 +198,6 @@ def test_malformed_pipelines_name_the_place(text: str, message: str) -> None:
         Pipeline.parse(text)
 
 
-def test_passes_can_be_left_out_by_name() -> None:
-    shorter = library_pipeline().without(["dedupe-layers"])
-    assert str(shorter) == "eliminate-noops,eliminate-dead-code,outline-layers"
-    with pytest.raises(ValueError, match="unknown pass 'dedupe'; known"):
-        library_pipeline().without(["dedupe"])
-
-
 def test_a_pipeline_records_what_each_pass_did() -> None:
     result = library_pipeline().run(noisy())
     assert [r.name for r in result.records] == [

@@ -145,7 +145,7 @@ def test_where_no_row_ends_only_keys_and_values_are_written() -> None:
         compiled.runner.open_slots(program, 2) as session,
         compiled.runner.open_slots(program, 2) as every,
     ):
-        linked.write_kv(StepInputs(ids, session.positions([6, 6]), session.slots))
+        linked.write_kv(StepInputs.of(session, ids, session.positions([6, 6])))
         session.advance([6, 6])
         compiled.prefill(program, every, list(ids), every=True)
         _same_slots(session, every)
@@ -158,12 +158,12 @@ def test_any_token_may_be_asked_for() -> None:
     with torch.no_grad(), compiled.runner.open_slots(program, 2) as session:
         positions = session.positions([6, 6])
         linked = compiled.linker.link(program, shape)
-        want = linked.run(StepInputs(ids, positions, session.slots))
+        want = linked.run(StepInputs.of(session, ids, positions))
     for where in ((0, 5), (3, 3), (5, 1)):
         with torch.no_grad(), compiled.runner.open_slots(program, 2) as session:
             linked = compiled.linker.link(program, shape, every=False)
             positions = session.positions([6, 6])
-            got = linked.run(StepInputs(ids, positions, session.slots, torch.tensor(where)))
+            got = linked.run(StepInputs.of(session, ids, positions, torch.tensor(where)))
         assert got.shape == (2, 1, 100)
         torch.testing.assert_close(got[:, 0], want[torch.arange(2), list(where)], rtol=0, atol=1e-4)
 
@@ -201,6 +201,7 @@ def test_the_last_step_runs_for_one_token_a_row() -> None:
 def test_a_session_of_another_program_is_refused() -> None:
     compiled = _compiled("llama", 512)
     mine, other = Program.parse("skip 1", 4), Program.identity(4)
+    both = f"opened for program {mine}, and program {other} is"
     with torch.no_grad(), compiled.session(mine, 1) as session:
         for call in (
             lambda: compiled.prefill(other, session, prompts(6)),
@@ -216,6 +217,6 @@ def test_a_session_of_another_program_is_refused() -> None:
             )
             ids, positions = torch.stack(prompts(6)), session.positions([6])
             where = None if every else torch.tensor([5])
-            with pytest.raises(ProgramError, match="4 steps but the session 3 slots"):
-                linked.run(StepInputs(ids, positions, session.slots, where))
+            with pytest.raises(ProgramError, match=both):
+                linked.run(StepInputs.of(session, ids, positions, where))
         assert not any(bool(t.any()) for pair in session.slots for t in pair)

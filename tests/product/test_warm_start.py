@@ -21,6 +21,7 @@ from places import child_environment
 from polar_fx.backends import (
     AotInductorBackend,
     Region,
+    RegionName,
     ShapeClass,
 )
 from polar_fx.compiled import CompiledModel, compile
@@ -177,7 +178,8 @@ def test_weights_are_no_part_of_what_is_stored(first: CompiledModel, store: Arti
 
 
 def _is_stored(compiled: CompiledModel, name: str = "layer_kind_0") -> bool:
-    return compiled.regions.files(name, ShapeClass.of(1, 1, compiled.pool.length)) is not None
+    shape = ShapeClass.of(1, 1, compiled.pool.length)
+    return compiled.regions.files(RegionName(name, shape)) is not None
 
 
 def test_another_length_is_another_region_of_the_same_capture(
@@ -263,9 +265,8 @@ def test_what_cannot_be_compiled_is_an_error_that_names_the_reason(
 def test_a_damaged_region_is_refused_and_made_again(
     first: CompiledModel, copied: ArtifactStore
 ) -> None:
-    files = compile_for(make("llama"), copied).regions.files(
-        "layer_kind_0", ShapeClass.of(1, 1, first.pool.length)
-    )
+    name = RegionName("layer_kind_0", ShapeClass.of(1, 1, first.pool.length))
+    files = compile_for(make("llama"), copied).regions.files(name)
     assert files is not None
     with files["region.pt2"].open("r+b") as file:
         file.seek(1000)

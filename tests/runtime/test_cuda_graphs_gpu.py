@@ -121,15 +121,16 @@ def test_cuda_capture_that_fails_leaves_all_in_order(gpu: Pair) -> None:
     spoiled: list[LinkedProgram] = []
 
     def run(linked: LinkedProgram, *args: Any) -> Tensor:
-        head = linked.epilogue
+        head = linked.chain.epilogue
         assert head is not None
 
         def synchronizing(operands: list[Tensor]) -> Any:
-            logits = head.region(operands)
+            logits = head.code(operands)
             assert logits[0].sum().item() != 0  # what a capture forbids
             return logits
 
-        spoiled.append(replace(linked, epilogue=replace(head, region=synchronizing)))
+        chain = replace(linked.chain, epilogue=replace(head, code=synchronizing))
+        spoiled.append(replace(linked, chain=chain))
         return graphs.run(spoiled[0], *args)
 
     got, want = decode(gpu.model, run, "skip 1"), decode(gpu.plain, LinkedProgram.run, "skip 1")

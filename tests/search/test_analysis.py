@@ -21,7 +21,7 @@ from polar_fx.program import Program
 from polar_fx.questions import split_of
 from polar_fx.search.analysis.edit_effects import EditEffect, edit_effects
 from polar_fx.search.analysis.menu_coverage import (
-    Menu,
+    RankedMenu,
     coverage,
     greedy_menu,
     menu_report,
@@ -258,7 +258,7 @@ def test_a_menu_by_hand() -> None:
     ]
     alone = greedy_menu(records, 9, with_identity=False)
     # B and D cover one more each, and are alike but for their text
-    assert alone == Menu((A, B, D), (3, 1, 1), False)
+    assert alone == RankedMenu((A, B, D), (3, 1, 1), False)
     assert coverage(alone, records).covered == (0, 3, 4, 5)
     assert coverage(alone, records).undecided == (0, 1, 2, 1)  # 4 without A; 5 and 6 without B; 6
     beside = greedy_menu(records, 2, with_identity=True)
@@ -285,7 +285,7 @@ def test_no_questions_have_no_menu() -> None:
         == ()
         == greedy_menu([simple("1", set(), {A})], 5, False).programs
     )
-    assert coverage(Menu((A,), (1,), True), []).at(1) == {**_share(0, 0), "undecided": 0}
+    assert coverage(RankedMenu((A,), (1,), True), []).at(1) == {**_share(0, 0), "undecided": 0}
 
 
 POOL = [Program.identity(DEPTH).skip(i, n) for i, n in itertools.product(range(4), (1, 2))]

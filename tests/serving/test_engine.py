@@ -16,7 +16,7 @@ from polar_fx.program import Program
 
 pytest.importorskip("pydantic", reason="serving needs pip install 'polar_fx[serve]'")
 pytest.importorskip("prometheus_client", reason="serving needs pip install 'polar_fx[serve]'")
-from polar_fx.serving.answers import CHAT, COMPLETION, Answer
+from polar_fx.serving.answers import CHAT, COMPLETION, Reply
 from polar_fx.serving.engine import Ask, Engine
 from polar_fx.serving.requests import MAX_BODY_BYTES, Chat, Completion, RequestError, read
 from served_bundles import TEMPLATE, alone
@@ -47,9 +47,9 @@ def asks(engine: Engine, **fields: Any) -> list[Ask]:
     return engine.read(read(Completion, json.dumps(given).encode()))
 
 
-def answers(engine: Engine, *given: Ask) -> list[Answer]:
+def answers(engine: Engine, *given: Ask) -> list[Reply]:
     found = engine.answer(given)
-    assert all(isinstance(a, Answer) for a in found), found
+    assert all(isinstance(a, Reply) for a in found), found
     return found  # type: ignore[return-value]
 
 
@@ -176,7 +176,7 @@ def test_a_batch_that_fails_fails_alone(engine: Engine, monkeypatch: pytest.Monk
         and bad.status == 500
         and bad.body()["error"]["type"] == "server_error"
     )
-    assert isinstance(good, Answer)
+    assert isinstance(good, Reply)
 
 
 @pytest.mark.parametrize(

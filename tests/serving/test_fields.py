@@ -18,7 +18,7 @@ from polar_fx.errors import InputError
 
 pytest.importorskip("pydantic", reason="serving needs pip install 'polar_fx[serve]'")
 pytest.importorskip("prometheus_client", reason="serving needs pip install 'polar_fx[serve]'")
-from polar_fx.serving.answers import Answer
+from polar_fx.serving.answers import Reply
 from polar_fx.serving.engine import Engine
 from polar_fx.serving.measures import Measures
 from polar_fx.serving.requests import Chat, Completion, RequestError, Settings, read
@@ -131,7 +131,7 @@ def texts(model: CompiledModel, **fields: Any) -> list[str]:
     engine = Engine(model, "tiny")  # type: ignore[arg-type]
     body: dict[str, Any] = {"prompt": [[3, 4], [5, 6, 7]], "max_tokens": 8, "temperature": 0}
     found = engine.answer(engine.read(asked(Completion, **{**body, **fields})))  # type: ignore[arg-type]
-    assert all(isinstance(a, Answer) for a in found), found
+    assert all(isinstance(a, Reply) for a in found), found
     return [a.text for a in found]  # type: ignore[union-attr]
 
 

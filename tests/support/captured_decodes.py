@@ -93,7 +93,7 @@ def step(model: CompiledModel, run: Run, program: Program, session: Any, tokens:
     batch = len(tokens)
     linked = model.linker.link(program, ShapeClass.of(batch, 1, model.pool.length))
     ids, positions = tokens[:, None].to(model.device), session.positions([1] * batch)
-    logits = run(linked, StepInputs(ids, positions, session.slots))
+    logits = run(linked, StepInputs.of(session, ids, positions))
     session.advance([1] * batch)
     return logits[:, 0]
 

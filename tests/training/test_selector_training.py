@@ -22,9 +22,9 @@ from polar_fx.search.records.records import Explored, SearchRecord
 from polar_fx.training.mining import (
     best_static,
     candidates,
+    edits_as_programs,
     finalists,
     mine,
-    single_edits,
     variations,
 )
 from polar_fx.training.pipeline import TrainingConfig, fit, mine_menu, train_predictor
@@ -160,10 +160,10 @@ def test_candidates_are_valid_share_the_trunk_and_were_not_overturned() -> None:
     assert set(candidates(records, 1, 10)) == {A, B}, "D skips the trunk, C was found wrong again"
     assert set(candidates(records, 0, 10)) == {A, B, D}
     assert candidates(records, 1, 1) == [A]
-    found = single_edits(DEPTH, 3)
+    found = edits_as_programs(DEPTH, 3)
     assert all(shares_trunk(p, 3) for p in found) and len(set(found)) == len(found)
     assert {A, B, C, Program.parse("repeat 5-6 @0.5", DEPTH)} <= set(found) and D not in found
-    assert Program.parse("skip 4-9", 30) in single_edits(30, 4), "some long ones"
+    assert Program.parse("skip 4-9", 30) in edits_as_programs(30, 4), "some long ones"
 
 
 def test_finalists_are_the_best_of_each_task_and_within_each_budget() -> None:

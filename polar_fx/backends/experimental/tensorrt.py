@@ -26,7 +26,7 @@ from ...passes.base import Pass
 from ..aot_inductor import GRAPH
 from ..base import Dynamic, PersistentBackend, Region
 from ..specialize import example_size, example_values, graph_of, like, save, specialize
-from .tensorrt_graph import engines, split
+from .tensorrt_graph import engines, split_for_engines
 
 BINDINGS = "engines.json"
 _PACKAGE = "torch-tensorrt"
@@ -126,7 +126,7 @@ class TensorRTBackend(PersistentBackend):
         return run
 
     def _split(self, path: Path) -> GraphModule:
-        return split(
+        return split_for_engines(
             graph_of(torch.export.load(path), self.passes), self.options["torch_executed_ops"]
         )
 

@@ -80,7 +80,7 @@ _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def split(graph_module: GraphModule, keep: Collection[str] = ()) -> GraphModule:
+def split_for_engines(graph_module: GraphModule, keep: Collection[str] = ()) -> GraphModule:
     """The graph with its engine parts as submodules `engine_0`, `engine_1` ..., each a function of
     tensors to a tuple.
 

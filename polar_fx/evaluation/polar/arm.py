@@ -20,7 +20,7 @@ from ..layer_router import right_programs
 from .decode import Decoded, decode_beam, decode_budget, decode_joint
 from .labels import LabelCounts, QuestionPrograms, label_rows
 from .network import NetworkConfig, PolarNetwork, pad_features
-from .training import LabelledQuestions, TrainedNetwork, TrainingConfig, train_network
+from .training import LabelledQuestions, NetworkTraining, TrainedNetwork, train_network
 
 Decoder = Callable[[Tensor, Tensor], list[Decoded]]
 
@@ -57,7 +57,7 @@ def train_polar_arm(
     depth: int,
     num_steps: int,
     network: NetworkConfig | None = None,
-    training: TrainingConfig | None = None,
+    training: NetworkTraining | None = None,
     *,
     max_paths: int = 50,
     identity_weight: float = 0.3,

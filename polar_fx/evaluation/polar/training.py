@@ -21,7 +21,13 @@ from .labels import LabelRow, label_losses, label_tensors
 from .network import NetworkConfig, PolarNetwork, pad_features
 from .training_state import TrainingState, load_state, save_state
 
-__all__ = ["LabelledQuestions", "ScalarWriter", "TrainedNetwork", "TrainingConfig", "train_network"]
+__all__ = [
+    "LabelledQuestions",
+    "NetworkTraining",
+    "ScalarWriter",
+    "TrainedNetwork",
+    "train_network",
+]
 
 
 class ScalarWriter(Protocol):
@@ -32,7 +38,7 @@ class ScalarWriter(Protocol):
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class NetworkTraining:
     """Settings of a training. Raises InputError on a value out of range."""
 
     learning_rate: float = 1e-3
@@ -146,7 +152,7 @@ def train_network(
     train: LabelledQuestions,
     validation: LabelledQuestions,
     network_config: NetworkConfig,
-    config: TrainingConfig | None = None,
+    config: NetworkTraining | None = None,
     *,
     state_file: str | Path | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
@@ -164,7 +170,7 @@ def train_network(
     Raises InputError if data and network do not fit, if the state file is damaged or of another
     training, naming what differs, and if the loss stops being finite.
     """
-    config = config or TrainingConfig()
+    config = config or NetworkTraining()
     run = _Run(train, validation, network_config, config, torch.device(device))
     settings = {
         "network": asdict(network_config),
@@ -212,7 +218,7 @@ class _Run:
         train: LabelledQuestions,
         validation: LabelledQuestions,
         network_config: NetworkConfig,
-        config: TrainingConfig,
+        config: NetworkTraining,
         device: torch.device,
     ) -> None:
         for name, data in (("train", train), ("validation", validation)):
@@ -287,7 +293,7 @@ class _Run:
         return {f"{name}_loss": total, f"{name}_boundary_loss": boundary, f"{name}_op_loss": op}
 
 
-def _is_stale(state: TrainingState, config: TrainingConfig) -> bool:
+def _is_stale(state: TrainingState, config: NetworkTraining) -> bool:
     return config.patience is not None and state.epoch - state.best_epoch >= config.patience
 
 

@@ -15,11 +15,11 @@ MEASURES = {
     "correct": ("n", "change of accuracy"),
     "log_likelihood": ("n_log_likelihood", "change of log-likelihood (nats)"),
 }
-Kind = tuple[str, int, float]  # op, times, damping
+EditKind = tuple[str, int, float]  # op, times, damping
 percent = FuncFormatter(lambda value, _: f"{100 * value:g} %".replace("-", "−"))
 
 
-def kinds_of(effects: Sequence[Mapping[str, Any]]) -> list[Kind]:
+def edit_kinds(effects: Sequence[Mapping[str, Any]]) -> list[EditKind]:
     """The ops there are, a row of maps each."""
     return list(dict.fromkeys((e["op"], e["times"], e["damping"]) for e in effects))
 
@@ -33,7 +33,7 @@ def draw_effects(
     axes: np.ndarray,
     effects: Sequence[Mapping[str, Any]],
     depth: int,
-    kinds: Sequence[Kind],
+    kinds: Sequence[EditKind],
     measures: Sequence[str],
 ) -> None:
     """A map a kind and measure: start by length, red for worse and blue for better, gray where
@@ -111,7 +111,7 @@ def _limit(values: Sequence[float]) -> float:
     )
 
 
-def _name(kind: Kind) -> str:
+def _name(kind: EditKind) -> str:
     op, times, damping = kind
     if op == "skip":
         return "skip"

@@ -19,7 +19,7 @@ from ...output.figure_style import FORMATS, style
 from ...output.files import made_folder, write_whole
 from ...output.plain_text import count
 from ...stats.intervals import wilson
-from .effect_maps import MAP_HEIGHT, draw_effects, kinds_of, measures_of, percent
+from .effect_maps import MAP_HEIGHT, draw_effects, edit_kinds, measures_of, percent
 
 BLUE, ORANGE, GREEN, GRAY = "#0072B2", "#E69F00", "#009E73", "#7F7F7F"
 ACCURACIES = {
@@ -88,7 +88,7 @@ def figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
             drawn.add(file["model"])
             yield f"{name}-menu", _single(draw_menu, menu, size=(6.4, 4.0))
         if file["effects"]:
-            kinds, measures = kinds_of(file["effects"]), measures_of(file["effects"])
+            kinds, measures = edit_kinds(file["effects"]), measures_of(file["effects"])
             width = 0.9 + min(max(4.6, 0.17 * file["depth"]), 8.0)  # of a column
             figure = Figure(figsize=(width * len(measures), 0.5 + MAP_HEIGHT * len(kinds)))
             axes = figure.subplots(len(kinds), len(measures), squeeze=False)
@@ -108,7 +108,9 @@ def _overview(
 ) -> Figure:
     found = file["summary"]
     kinds = [
-        kind for kind in kinds_of(file["effects"]) if kind in (("skip", 1, 1.0), ("repeat", 2, 1.0))
+        kind
+        for kind in edit_kinds(file["effects"])
+        if kind in (("skip", 1, 1.0), ("repeat", 2, 1.0))
     ]
     measures = measures_of(file["effects"]) if kinds else ()
     figure = Figure(figsize=(11.5, 6.6 + MAP_HEIGHT * len(kinds)))

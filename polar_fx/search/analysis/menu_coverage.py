@@ -24,7 +24,7 @@ from ..records.records import SearchRecord
 
 
 @dataclass(frozen=True, slots=True)
-class Menu:
+class RankedMenu:
     """Programs, the most useful first, and how many further questions each covers of those it was
     ranked on.
 
@@ -54,7 +54,7 @@ class Coverage:
         return {**Share(self.covered[k], self.n).to_dict(), "undecided": self.undecided[k]}
 
 
-def greedy_menu(records: Sequence[SearchRecord], size: int, with_identity: bool) -> Menu:
+def greedy_menu(records: Sequence[SearchRecord], size: int, with_identity: bool) -> RankedMenu:
     """Up to `size` programs, each the one that covers most questions that those before it do not
     (greedy maximum coverage).
 
@@ -87,10 +87,10 @@ def greedy_menu(records: Sequence[SearchRecord], size: int, with_identity: bool)
             if not covered[index]:
                 covered[index] = True
                 left[programs_of[index]] -= 1
-    return Menu(tuple(programs[i] for i in chosen), tuple(gains), with_identity)
+    return RankedMenu(tuple(programs[i] for i in chosen), tuple(gains), with_identity)
 
 
-def coverage(menu: Menu, records: Sequence[SearchRecord]) -> Coverage:
+def coverage(menu: RankedMenu, records: Sequence[SearchRecord]) -> Coverage:
     """What the menu covers of these questions, as far as they explored its programs."""
     size = len(menu.programs)
     newly_covered = [0] * (size + 1)

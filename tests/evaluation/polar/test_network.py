@@ -19,7 +19,7 @@ from polar_fx.evaluation.polar.labels import (
     parse_labels,
 )
 from polar_fx.evaluation.polar.network import NetworkConfig, PolarNetwork, pad_features
-from polar_fx.evaluation.polar.training import LabelledQuestions, TrainingConfig, train_network
+from polar_fx.evaluation.polar.training import LabelledQuestions, NetworkTraining, train_network
 from polar_fx.program import Program
 
 SIZES = dict(depth=5, feature_size=6, width=8, heads=2, blocks=1, dropout=0.1)
@@ -174,7 +174,7 @@ def labelled(count: int, first: int = 0, size: int = 6) -> LabelledQuestions:
 
 TRAIN, VALIDATION = labelled(16), labelled(8, first=100)
 NETWORK = NetworkConfig(**{**SIZES, "residual": True})
-QUICK = TrainingConfig(learning_rate=3e-3, batch_size=8, epochs=4)
+QUICK = NetworkTraining(learning_rate=3e-3, batch_size=8, epochs=4)
 
 
 def same_weights(a: PolarNetwork, b: PolarNetwork) -> bool:
@@ -186,7 +186,7 @@ def same_weights(a: PolarNetwork, b: PolarNetwork) -> bool:
 
 def test_training_learns_which_program_a_question_takes() -> None:
     trained = train_network(
-        TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=2e-2, batch_size=8, epochs=40)
+        TRAIN, VALIDATION, NETWORK, NetworkTraining(learning_rate=2e-2, batch_size=8, epochs=40)
     )
     losses = [each["validation_loss"] for each in trained.history["epochs"]]
     assert min(losses) < 0.3 < losses[0] and trained.history["best_validation_loss"] == min(losses)
@@ -204,7 +204,7 @@ def test_training_learns_which_program_a_question_takes() -> None:
 
 def test_the_network_returned_is_the_best_one() -> None:
     trained = train_network(
-        TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=0.3, batch_size=8, epochs=6)
+        TRAIN, VALIDATION, NETWORK, NetworkTraining(learning_rate=0.3, batch_size=8, epochs=6)
     )
     assert trained.history["best_epoch"] < 6
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_seed_gives_the_same_network_and_leaves_the_callers_numbers() -> None:
     assert torch.rand(1) == want
     again = train_network(TRAIN, VALIDATION, NETWORK, QUICK)
     assert same_weights(first.network, again.network) and first.history == again.history
-    other = train_network(TRAIN, VALIDATION, NETWORK, TrainingConfig(**{**vars(QUICK), "seed": 1}))
+    other = train_network(TRAIN, VALIDATION, NETWORK, NetworkTraining(**{**vars(QUICK), "seed": 1}))
     assert not same_weights(first.network, other.network)
 
 
@@ -240,7 +240,7 @@ def test_each_epoch_sees_every_row_in_another_order(monkeypatch: pytest.MonkeyPa
         TRAIN.questions, TRAIN.features, [row for row in TRAIN.rows if not row.program.is_identity]
     )
     monkeypatch.setattr("polar_fx.evaluation.polar.training.pad_features", spy)
-    train_network(data, data, NETWORK, TrainingConfig(batch_size=8, epochs=3))
+    train_network(data, data, NETWORK, NetworkTraining(batch_size=8, epochs=3))
     # training, validation, training ...
     passes = [seen[i : i + 16] for i in range(0, len(seen), 16)]
     assert len(passes) == 6 and all(sorted(each) == list(range(16)) for each in passes)
@@ -279,7 +279,7 @@ def test_a_state_file_that_does_not_fit(tmp_path: Path) -> None:
             TRAIN,
             VALIDATION,
             NETWORK,
-            TrainingConfig(**{**vars(QUICK), "epochs": 5}),
+            NetworkTraining(**{**vars(QUICK), "epochs": 5}),
             state_file=file,
         )
     with pytest.raises(InputError, match=r"network\.residual"):
@@ -314,18 +314,18 @@ def test_a_write_that_fails_leaves_the_state_before(
 
 
 def test_early_stopping() -> None:
-    config = TrainingConfig(learning_rate=1.0, batch_size=8, epochs=50, patience=2)
+    config = NetworkTraining(learning_rate=1.0, batch_size=8, epochs=50, patience=2)
     history = train_network(TRAIN, VALIDATION, NETWORK, config).history
     assert history["stopped_early"] and len(history["epochs"]) == history["best_epoch"] + 2 < 50
 
 
 def test_learning_rates_by_hand() -> None:
-    config = TrainingConfig(learning_rate=1.0)
+    config = NetworkTraining(learning_rate=1.0)
     rates = [config.learning_rate_at(step, 30) for step in range(30)]
     assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     assert rates[10] == 1.0 and rates[20] == pytest.approx(0.5) and 0 < rates[29] < 0.01
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert TrainingConfig(warmup_steps=0).learning_rate_at(0, 1) == 1e-3
+    assert NetworkTraining(warmup_steps=0).learning_rate_at(0, 1) == 1e-3
     history = train_network(TRAIN, VALIDATION, NETWORK, QUICK).history
     # 18 rows are 3 steps
     assert history["epochs"][0]["learning_rate"] == pytest.approx(QUICK.learning_rate * 0.3)
@@ -364,7 +364,7 @@ def test_rows_count_by_their_weight() -> None:
     ]
     data = LabelledQuestions(TRAIN.questions, TRAIN.features, rows)
     trained = train_network(
-        data, data, NETWORK, TrainingConfig(learning_rate=1e-2, batch_size=8, epochs=15)
+        data, data, NETWORK, NetworkTraining(learning_rate=1e-2, batch_size=8, epochs=15)
     )
     with torch.no_grad():
         boundary_logits, op_logits = trained.network(*pad_features(TRAIN.features[:1]))
@@ -390,12 +390,12 @@ def test_rows_count_by_their_weight() -> None:
             r"validation features of question 'q0'.*\[2, 7\]",
         ),
         (
-            lambda: train_network(TRAIN, VALIDATION, NETWORK, TrainingConfig(learning_rate=1e30)),
+            lambda: train_network(TRAIN, VALIDATION, NETWORK, NetworkTraining(learning_rate=1e30)),
             "lower the learning rate",
         ),
-        (lambda: TrainingConfig(learning_rate=0.0), "learning_rate is 0.0"),
-        (lambda: TrainingConfig(batch_size=0), "batch_size is 0"),
-        (lambda: TrainingConfig(patience=0), "patience is 0"),
+        (lambda: NetworkTraining(learning_rate=0.0), "learning_rate is 0.0"),
+        (lambda: NetworkTraining(batch_size=0), "batch_size is 0"),
+        (lambda: NetworkTraining(patience=0), "patience is 0"),
     ],
 )
 def test_refused(call, message: str) -> None:
