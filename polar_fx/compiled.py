@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from .backends import Backend, get_backend
 from .capture import check_supported, embedding_weight
 from .capture.checked import warn_if_not_finite
+from .engine import Engine, EngineSettings
 from .errors import InputError
 from .explain.program_report import Explanation, Report, explain, report
 from .library import LayerLibrary
@@ -27,6 +28,7 @@ from .predictor.saved import load_selector
 from .program import Program
 from .runtime.bound_weights import BoundWeights
 from .runtime.code_key import RegionRecord
+from .runtime.conversation import Conversation
 from .runtime.cuda_graphs import CudaGraphs
 from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
 from .runtime.generator import Generator
@@ -330,6 +332,28 @@ class CompiledModel:
             return self.dispatcher.generate(input_ids, **kwargs)[0]
         call = self.generator.check(input_ids, **kwargs)
         return self.generator.run(call, self._of_rows(program, len(call.rows)))
+
+    def start(self, program: ProgramLike = None) -> Conversation:
+        """An empty conversation, whose keys and values stay between calls (docs/engine.md).
+
+        Raises ProgramError, and InputError where rows do not run in lock-step.
+        """
+        return Conversation(self.generator, self.resolve(program))
+
+    def engine(self, *, tokenizer: Any = None, **settings: int) -> Engine:
+        """An engine that serves requests as they come, each on a program of its own or on the one
+        that the dispatcher chooses (docs/engine.md).
+
+        `settings` are those of `EngineSettings`. Raises InputError where rows do not run in
+        lock-step.
+        """
+        return Engine(
+            self.runner,
+            default_program=self.default_program,
+            dispatcher=self.dispatcher,
+            tokenizer=tokenizer,
+            settings=EngineSettings(**settings),
+        )
 
     def dispatch(self, input_ids: Tensor, **kwargs: Any) -> tuple[Any, DispatchReport]:
         """`generate`, and what each row ran, why, and how long that took.

@@ -87,6 +87,10 @@ class KvOverflowError(PolarError, ValueError):
     """The tokens of a call do not fit the KV pool; nothing was written."""
 
 
+class EngineFullError(PolarError):
+    """More requests wait than an engine takes; try again when some are done."""
+
+
 class UnknownBackendError(PolarError, ValueError):
     """No backend of that name; the message lists the known ones."""
 

@@ -124,8 +124,11 @@ class _Running(GenerationMixin):
         width = input_ids.shape[1]
         whole = attention_mask is None or attention_mask.shape[1] == width
         new = width - self._columns if whole and width > self._columns else width
-        first, self._columns = session.get_seq_length() == 0, self._columns + new
-        if first:
+        first, self._columns = self._columns == 0, self._columns + new
+        if first and (held := session.get_seq_length()) > 0:  # a conversation goes on
+            rows, _ = self.runner.rows(input_ids[:, held:])
+            logits = torch.stack(self.runner.prefill(session, rows))[:, None]
+        elif first:
             if self.prompt is not None and self.prompt.is_of(input_ids):
                 rows = self.prompt.rows
             else:
@@ -209,14 +212,18 @@ class Generator:
             call.input_ids.repeat_interleave(call.copies, 0), [call.rows[r] for r in copied]
         )
         with opened as session:
-            running: Any = _Running(self.runner, _without_chunks(self._defaults), prompt)
-            return running.generate(
-                call.input_ids,
-                attention_mask=call.mask,
-                use_cache=True,
-                **{CACHE: session},
-                **call.kwargs,
-            )
+            return self.go_on(call, session, prompt)
+
+    def go_on(self, call: Call, session: Session, prompt: "_Prompt | None" = None) -> Any:
+        """The same in a session of the caller's, which may hold the first tokens of its row."""
+        running: Any = _Running(self.runner, _without_chunks(self._defaults), prompt)
+        return running.generate(
+            call.input_ids,
+            attention_mask=call.mask,
+            use_cache=True,
+            **{CACHE: session},
+            **call.kwargs,
+        )
 
     def check(self, input_ids: Tensor, **kwargs: Any) -> Call:
         """The call with these arguments of transformers' `generate`.

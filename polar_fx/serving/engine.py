@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from ..bundle import BundledModel
+from ..engine.stable_text import StableText
 from ..errors import ProgramError
 from ..output.plain_text import count
 from ..program import Program
@@ -22,7 +23,6 @@ from ..runtime.generator import padded_rows
 from .answers import Reply
 from .measures import Measures
 from .requests import Chat, Completion, Message, RequestError, Settings
-from .stable_text import StableText
 
 log = logging.getLogger("polar_fx.serving")
 

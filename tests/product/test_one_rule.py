@@ -115,11 +115,12 @@ def test_the_interpreted_step_graph(program: Program) -> None:
 @each_program
 def test_linked_regions(program: Program) -> None:
     """Every token; then a prefill, whose last step runs for one token, and a decode."""
-    compiled = _compiled()
-    same(compiled.forward(IDS[None], program=program)[0], _wanted(program))
-    with torch.no_grad(), compiled.session(program, 1) as session:
-        (last,) = compiled.prefill(program, session, [IDS[:-1]])
-        got = torch.stack([last, compiled.decode(program, session, IDS[-1:])[0]])
+    runner = _compiled().runner
+    with torch.no_grad(), runner.open_slots(program, 1) as session:
+        same(runner.prefill(session, [IDS], every=True)[0], _wanted(program))
+    with torch.no_grad(), runner.open_slots(program, 1) as session:
+        (last,) = runner.prefill(session, [IDS[:-1]])
+        got = torch.stack([last, runner.decode(session, IDS[-1:])[0]])
     same(got, _wanted(program)[-2:])
 
 
@@ -129,6 +130,16 @@ def test_steps_after_a_trunk(program: Program) -> None:
     with run_trunk(runner, [IDS], 1) as trunk, session_after(runner, [program], trunk) as session:
         (got,) = runner.prefill(session, [IDS])
     same(got, _wanted(program)[-1])
+
+
+@each_program
+def test_a_row_on_blocks(program: Program) -> None:
+    compiled = _compiled()
+    same(compiled.forward(IDS[None], program=program)[0], _wanted(program))
+    with torch.no_grad(), compiled.session(program, 1) as session:
+        (last,) = compiled.prefill(program, session, [IDS[:-1]])
+        got = torch.stack([last, compiled.decode(program, session, IDS[-1:])[0]])
+    same(got, _wanted(program)[-2:])
 
 
 def test_rows_in_lock_step() -> None:

@@ -18,11 +18,11 @@ from polar_fx.errors import InputError
 
 pytest.importorskip("pydantic", reason="serving needs pip install 'polar_fx[serve]'")
 pytest.importorskip("prometheus_client", reason="serving needs pip install 'polar_fx[serve]'")
+from polar_fx.engine.stable_text import StableText
 from polar_fx.serving.answers import Reply
 from polar_fx.serving.engine import Engine
 from polar_fx.serving.measures import Measures
 from polar_fx.serving.requests import Chat, Completion, RequestError, Settings, read
-from polar_fx.serving.stable_text import StableText
 from polar_fx.serving.waiting import Waiting
 from tiny_bundles import LENGTH, PROGRAMS, tokenizer_of_words
 from tiny_models import make

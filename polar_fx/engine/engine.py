@@ -1,0 +1,397 @@
+"""Requests that come and go between tokens: prompts in chunks beside rows that decode, each with a
+program of its own.
+
+Shape legend: B rows, T tokens, V vocabulary.
+"""
+
+import itertools
+import logging
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..capture.support import without_autocast
+from ..errors import EngineFullError, InputError, KvOverflowError
+from ..program import Program
+from ..runtime.dispatcher import Dispatcher
+from ..runtime.kv_rows import KvRow
+from ..runtime.lockstep import RowBatch
+from ..runtime.lockstep_session import After
+from ..runtime.runner import Runner
+from ..runtime.token_rows import padded
+from ..runtime.trunk import run_trunk, session_after
+from .request import Finish, Generated, Request
+from .sampling import Sampling
+from .stable_text import StableText
+
+log = logging.getLogger("polar_fx.engine")
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """How much runs and waits at a time.
+
+    `max_rows` rows run together, and hold at most `max_tokens` tokens, prompts and what may be
+    generated; further requests wait, at most `max_waiting` of them. `prefill_tokens` of prompts run
+    between two tokens of the rows that decode. Raises InputError.
+    """
+
+    max_rows: int = 32
+    max_tokens: int = 1 << 16
+    max_waiting: int = 1024
+    prefill_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("max_rows", "max_tokens", "max_waiting", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(eq=False)
+class _Row:
+    """A request that runs: its keys and values, and how far its prompt is."""
+
+    request: Request
+    row: KvRow
+    after: After | None = None
+    prefilled: int = 0
+
+    @property
+    def is_prefilled(self) -> bool:
+        return self.prefilled == len(self.request.prompt)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that it may come to hold."""
+        return _most_tokens(self.request)
+
+
+class Engine:
+    """Serves requests on a model's runner. A context manager that runs them in a thread of its own;
+    without it, call `step` until it returns False.
+
+    `add`, `Request.cancel` and `stats` may be called by any thread. A row that fails ends alone.
+    Raises InputError where rows cannot run in lock-step (`Runner.together`).
+    """
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        default_program: Program | None = None,
+        dispatcher: Dispatcher | None = None,
+        tokenizer: Any = None,
+        settings: EngineSettings | None = None,
+    ) -> None:
+        if not runner.together:
+            raise InputError(
+                f"an engine runs rows in lock-step, which backend {runner.backend.name!r} on "
+                f"{runner.device} with tier={runner.tiers.tier!r} does not; use generate() there"
+            )
+        self.runner, self.dispatcher = runner, dispatcher
+        self.default_program = default_program or Program.identity(runner.depth)
+        self.settings = settings or EngineSettings()
+        self._text = None if tokenizer is None else StableText(tokenizer)
+        self._numbers = itertools.count()
+        self._waiting: deque[Request] = deque()
+        self._running: list[_Row] = []
+        self._decoding: RowBatch | None = None  # of the rows that decode, while they stay the same
+        self._news = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closing = False
+
+    # ------------------------------------------------------------------------------------ requests
+
+    def add(
+        self,
+        prompt: Sequence[int] | Tensor,
+        program: Program | None = None,
+        sampling: Sampling | None = None,
+    ) -> Request:
+        """A request for the continuation of `prompt`, i64[T] token ids.
+
+        Without a program the dispatcher chooses one, or the default runs. Raises InputError,
+        KvOverflowError for what can never fit, and EngineFullError.
+        """
+        sampling = sampling or Sampling()
+        ids = torch.as_tensor(prompt, dtype=torch.long)
+        (row,), _ = self.runner.rows(ids[None])
+        if sampling.stop and self._text is None:
+            raise InputError("stop texts need the engine's tokenizer; use stop_tokens, or pass one")
+        if program is not None:
+            self.runner.library.check(program)
+        with self._news:
+            if self._closing:
+                raise InputError("the engine is closed; open another")
+            request = Request(row.tolist(), program, sampling, next(self._numbers))
+            self._require_room(request)
+            if len(self._waiting) >= self.settings.max_waiting:
+                raise EngineFullError(
+                    f"{len(self._waiting)} requests wait already; try again when some are done, or "
+                    "raise max_waiting"
+                )
+            self._waiting.append(request)
+            self._news.notify()
+        return request
+
+    def _require_room(self, request: Request) -> None:
+        needed = _most_tokens(request)
+        most = min(self.runner.max_length, self.settings.max_tokens)
+        if needed > most:
+            raise KvOverflowError(
+                f"a prompt of {len(request.prompt)} tokens and max_new_tokens="
+                f"{request.sampling.max_new_tokens} exceed the {most} tokens that a row may hold; "
+                "shorten one of them"
+            )
+
+    def stats(self) -> dict[str, int]:
+        """Requests that wait and run, the tokens and blocks of keys and values that are held, and
+        the bytes allocated for them.
+        """
+        store = self.runner.lockstep.store
+        with self._news:
+            return {
+                "waiting": len(self._waiting),
+                "running": len(self._running),
+                "tokens": sum(r.row.length for r in self._running),
+                "blocks": store.num_blocks,
+                "bytes": store.num_bytes,
+            }
+
+    # ------------------------------------------------------------------------------------- the loop
+
+    def __enter__(self) -> "Engine":
+        self._thread = threading.Thread(target=self._loop, name="polar_fx engine", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all requests as cancelled, and give back what they hold."""
+        with self._news:
+            self._closing = True
+            self._news.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        with self._news:
+            for request in self._waiting:
+                request.finish(self._generated(request, "cancelled", self.default_program))
+            self._waiting.clear()
+            for row in list(self._running):
+                self._end(row, "cancelled")
+
+    def _loop(self) -> None:
+        while True:
+            with self._news:
+                while not (self._closing or self._waiting or self._running):
+                    self._news.wait()
+                if self._closing:
+                    return
+            self.step()
+
+    def step(self) -> bool:
+        """Admit what has room, run a part of the prompts, and one token of each row that decodes.
+
+        Returns whether anything is left to do.
+        """
+        with torch.no_grad(), without_autocast(self.runner.device):
+            self._drop_cancelled()
+            self._admit()
+            self._prefill()
+            self._decode()
+        with self._news:
+            return bool(self._waiting or self._running)
+
+    def _drop_cancelled(self) -> None:
+        with self._news:
+            gone = [request for request in self._waiting if request.is_cancelled]
+            for request in gone:
+                self._waiting.remove(request)
+        for request in gone:
+            request.finish(self._generated(request, "cancelled", self.default_program))
+        for row in [row for row in self._running if row.request.is_cancelled]:
+            self._end(row, "cancelled")
+
+    def _admit(self) -> None:
+        """Take requests in their order, as long as there is room for the next one."""
+        admitted = []
+        with self._news:
+            held = sum(row.tokens for row in self._running)
+            while self._waiting:
+                held += _most_tokens(self._waiting[0])
+                rows = len(self._running) + len(admitted)
+                if rows >= self.settings.max_rows or held > self.settings.max_tokens:
+                    break
+                admitted.append(self._waiting.popleft())
+        for request in admitted:
+            try:
+                row = self._opened(request)
+                with self._news:
+                    self._running.append(row)
+            except Exception as error:  # whatever it is, the other rows go on
+                log.exception("request %d could not be started", request.number)
+                request.finish(None, error)
+
+    def _opened(self, request: Request) -> _Row:
+        """An empty row; of a request without a program, one that has made the steps that all
+        programs share.
+        """
+        self.runner.check_weights()
+        dispatcher = self.dispatcher
+        if request.program is None and dispatcher is not None and dispatcher.needs_trunk:
+            prompt = [torch.tensor(request.prompt)]
+            with run_trunk(self.runner, prompt, dispatcher.num_steps) as trunk:
+                decision = dispatcher.decide(trunk.hidden)[0]
+                request.program, request.probability = decision.program, decision.probability
+                session: Any = session_after(self.runner, [decision.program], trunk)
+            return _Row(request, session.rows.rows[0], session.after)
+        if request.program is None:
+            fixed = self.default_program
+            if dispatcher is not None:
+                fixed = dispatcher.decide([torch.empty(0)])[0].program
+            request.program = fixed
+        return _Row(request, self.runner.lockstep.row(request.program))
+
+    def _prefill(self) -> None:
+        """Run the next part of the prompts, those that came first before others."""
+        left = self.settings.prefill_tokens
+        parts: list[tuple[_Row, int]] = []
+        for row in self._running:
+            if row.is_prefilled:
+                continue
+            own = min(left, len(row.request.prompt) - row.prefilled)
+            # a pass is as wide as its longest part, and rows after a trunk have made steps already
+            fits = not parts or (own * 2 > parts[0][1] and (len(parts) + 1) * parts[0][1] <= left)
+            if fits and (not parts or _done(row) == _done(parts[0][0])):
+                parts.append((row, min(own, parts[0][1]) if parts else own))
+        if parts:
+            self._run_parts(parts)
+
+    def _run_parts(self, parts: Sequence[tuple[_Row, int]]) -> None:
+        rows, counts = [row for row, _ in parts], [count for _, count in parts]
+        own = [
+            torch.tensor(row.request.prompt[row.prefilled : row.prefilled + count])
+            for row, count in parts
+        ]
+        after = None
+        if rows[0].after is not None:
+            chunks = [row.after.chunk([0], row.prefilled, max(counts)) for row in rows if row.after]
+            after = chunks[0][0], torch.cat([hidden for _, hidden in chunks])
+        ends = any(row.prefilled + count == len(row.request.prompt) for row, count in parts)
+        logits = self._run(rows, padded(own), counts, "last" if ends else "hidden", after)
+        if logits is None:
+            return
+        for i, (row, count) in enumerate(parts):
+            row.prefilled += count
+            if row.is_prefilled:
+                row.after = None
+                self._sample(row, logits[i, 0])
+
+    def _decode(self) -> None:
+        """One more token of each row whose prompt is there."""
+        rows = [row for row in self._running if row.is_prefilled]
+        if not rows:
+            return
+        rows.sort(key=lambda row: (row.row.program.path, row.request.number))
+        ids = torch.tensor([[row.request.tokens[-1]] for row in rows])
+        logits = self._run(rows, ids, [1] * len(rows), "last", None)
+        if logits is None:
+            return
+        best = logits[:, 0].argmax(-1).tolist()
+        finite = logits[:, 0].isfinite().all(-1).tolist()
+        for i, row in enumerate(rows):
+            sure = best[i] if finite[i] and row.request.sampler.is_argmax else None
+            self._sample(row, logits[i, 0], sure)
+
+    def _run(
+        self,
+        rows: Sequence[_Row],
+        ids: Tensor,
+        counts: Sequence[int],
+        wants: Any,
+        after: tuple[int, Tensor] | None,
+    ) -> Tensor | None:
+        """A pass; None if it failed, and with it all its rows."""
+        try:
+            if not self.runner.deterministic:
+                return self.runner.lockstep.run(self._batch(rows), ids, counts, wants, after)
+            each = []
+            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
+                own = None if after is None else (after[0], after[1][i : i + 1, :count])
+                batch, part = self._batch([row]), ids[i : i + 1, :count]
+                each.append(self.runner.lockstep.run(batch, part, [count], wants, own))
+            return torch.cat(each) if wants != "hidden" else each[0]
+        except Exception as error:
+            log.exception("a pass over %d rows failed", len(rows))
+            for row in rows:
+                self._end(row, error=error)
+            return None
+
+    def _batch(self, rows: Sequence[_Row]) -> RowBatch:
+        """The rows as a batch; that of the last pass, if they are the same."""
+        known, own = self._decoding, tuple(row.row for row in rows)
+        if known is None or known.rows != own:
+            known = self._decoding = RowBatch(own)
+        return known
+
+    # ---------------------------------------------------------------------------- what came of them
+
+    def _sample(self, row: _Row, logits: Tensor, sure: int | None = None) -> None:
+        """The next token of a row, and whether it was the last one; `sure` needs no scores."""
+        request, how = row.request, row.request.sampling
+        try:
+            if sure is None:
+                token = request.sampler.choose(logits)
+            else:
+                token = sure
+                request.sampler.took(token)
+            request.say(token)
+            if token in how.stop_tokens or self._stopped_at(request) is not None:
+                self._end(row, "stop")
+            elif len(request.tokens) >= how.max_new_tokens:
+                self._end(row, "length")
+        except Exception as error:  # such as a processor's own: the other rows go on
+            self._end(row, error=error)
+
+    def _stopped_at(self, request: Request) -> int | None:
+        """Where in its text the first stop text begins."""
+        if not request.sampling.stop or self._text is None:
+            return None
+        text = self._text.whole(request.tokens)
+        found = [at for at in (text.find(stop) for stop in request.sampling.stop) if at >= 0]
+        return min(found, default=None)
+
+    def _end(self, row: _Row, finish: Finish = "stop", error: BaseException | None = None) -> None:
+        with self._news:
+            self._running.remove(row)
+        self._decoding = None
+        row.row.close()
+        if error is not None:
+            row.request.finish(None, error)
+        else:
+            row.request.finish(self._generated(row.request, finish, row.row.program))
+
+    def _generated(self, request: Request, finish: Finish, program: Program) -> Generated:
+        text = None
+        if self._text is not None:
+            ended = request.tokens and request.tokens[-1] in request.sampling.stop_tokens
+            text = self._text.whole(request.tokens[:-1] if ended else request.tokens)
+            text = text[: self._stopped_at(request)]
+        return Generated(tuple(request.tokens), text, finish, program, request.probability)
+
+
+def _most_tokens(request: Request) -> int:
+    """Tokens that a row may come to hold; the last new one is never fed back."""
+    return len(request.prompt) + request.sampling.max_new_tokens - 1
+
+
+def _done(row: _Row) -> int | None:
+    return None if row.after is None else row.after.num_steps

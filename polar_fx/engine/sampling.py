@@ -1,0 +1,155 @@
+"""How the next token of one row is chosen, with transformers' processors of scores.
+
+Shape legend: V vocabulary, T tokens.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from ..errors import InputError
+
+# Takes the tokens so far i64[1, T] and scores f32[1, V], and returns scores.
+ScoresProcessor = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one request is continued; rows of one batch may differ in all of it.
+
+    Args:
+        max_new_tokens: tokens at most.
+        temperature: 0 takes the likeliest token.
+        top_k, top_p, min_p: which tokens may be drawn, as transformers defines them; 0, 1 and 0
+            allow all.
+        repetition_penalty: as transformers defines it; 1 is none.
+        presence_penalty, frequency_penalty: taken from the score of a token that was generated
+            before, once and at each time (as OpenAI's API defines them).
+        stop_tokens: tokens that end the text.
+        stop: texts that end it, and are left out of it; they need the engine's tokenizer.
+        seed: the same draws whatever runs beside; None draws another seed each time.
+        processors: more that change scores, after the penalties.
+
+    Raises InputError.
+    """
+
+    max_new_tokens: int = 16
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop_tokens: tuple[int, ...] = ()
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    processors: tuple[ScoresProcessor, ...] = ()
+
+    def __post_init__(self) -> None:
+        limits = {
+            "max_new_tokens": (1, math.inf),
+            "temperature": (0, math.inf),
+            "top_k": (0, math.inf),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+            "repetition_penalty": (0, math.inf),
+            "presence_penalty": (-math.inf, math.inf),
+            "frequency_penalty": (-math.inf, math.inf),
+        }
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and low <= value <= high):
+                raise InputError(f"{name} must be a number from {low} to {high}, got {value!r}")
+        for name in ("top_p", "repetition_penalty"):
+            if getattr(self, name) == 0:
+                raise InputError(f"{name} must be more than 0")
+        if "" in self.stop:
+            raise InputError("a stop text is empty; leave it out")
+
+
+class Sampler:
+    """Chooses the tokens of one request."""
+
+    def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
+        self.sampling = sampling
+        self._tokens = list(prompt)
+        self._num_prompt = len(prompt)
+        self._processors = self._penalties()
+        self._generator: torch.Generator | None = None
+        if sampling.temperature > 0:
+            self._generator = torch.Generator()
+            seed = self._generator.seed() if sampling.seed is None else sampling.seed
+            self._generator.manual_seed(seed)
+            self._processors += _warpers(sampling)
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether the likeliest token is taken, and scores stay as they are."""
+        return not self._processors and self._generator is None
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token, of logits [V].
+
+        Raises InputError for scores of which none is finite.
+        """
+        scores = logits.to("cpu", torch.float32)[None]
+        if self._processors:
+            tokens: Any = torch.tensor([self._tokens])
+            scores = self._processors(tokens, scores)
+        if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
+            raise InputError("the scores of the next token are not finite; use another program")
+        if self._generator is None:
+            token = int(scores.argmax())
+        else:
+            chances = scores.softmax(-1)
+            token = int(torch.multinomial(chances[0], 1, generator=self._generator))
+        self.took(token)
+        return token
+
+    def took(self, token: int) -> None:
+        """Note a token that was chosen."""
+        self._tokens.append(token)
+
+    def _penalties(self) -> LogitsProcessorList:
+        found = LogitsProcessorList()
+        how = self.sampling
+        if how.repetition_penalty != 1:
+            found.append(RepetitionPenaltyLogitsProcessor(how.repetition_penalty))
+        if how.presence_penalty or how.frequency_penalty:
+            found.append(self._subtract)  # type: ignore[arg-type]
+        found += list(how.processors)
+        return found
+
+    def _subtract(self, tokens: Tensor, scores: Tensor) -> Tensor:
+        """Presence and frequency penalties, over the generated tokens."""
+        values, counts = tokens[0, self._num_prompt :].unique(return_counts=True)
+        how = self.sampling
+        scores = scores.clone()
+        scores[0, values] -= how.presence_penalty + how.frequency_penalty * counts
+        return scores
+
+
+def _warpers(how: Sampling) -> list[ScoresProcessor]:
+    found: list[ScoresProcessor] = []
+    if how.temperature != 1:
+        found.append(TemperatureLogitsWarper(float(how.temperature)))
+    if how.top_k:
+        found.append(TopKLogitsWarper(how.top_k))
+    if how.top_p < 1:
+        found.append(TopPLogitsWarper(float(how.top_p)))
+    if how.min_p:
+        found.append(MinPLogitsWarper(float(how.min_p)))
+    return found

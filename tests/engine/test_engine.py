@@ -1,0 +1,227 @@
+"""Requests that come and go between tokens: each gets what it gets alone, whatever runs beside it."""
+
+import functools
+import random
+import threading
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from polar_fx.compiled import CompiledModel, compile
+from polar_fx.engine import Engine, Request, Sampling
+from polar_fx.errors import EngineFullError, InputError, KvOverflowError
+from polar_fx.program import Program
+from tiny_models import make
+
+FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2")
+PROGRAMS = ("identity", "skip 1", "repeat 0-1 x2 @0.5", "repeat 1 x3")
+
+
+@functools.cache
+def compiled(family: str = "llama", deterministic: bool = False) -> CompiledModel:
+    options: dict[str, Any] = {"max_length": 100, "cache": False, "deterministic": deterministic}
+    return compile(make(family), "eager", **options)
+
+
+def run(engine: Engine) -> None:
+    for _ in range(2000):
+        if not engine.step():
+            return
+    raise AssertionError("the engine does not come to an end")
+
+
+def alone(model: CompiledModel, request: Request, program: Program) -> list[int]:
+    """Greedy tokens of transformers' loop on slots of one row."""
+    tokens: list[int] = []
+    runner = model.runner
+    with torch.no_grad(), runner.open_slots(program, 1) as session:
+        (logits,) = runner.prefill(session, [torch.tensor(request.prompt)])
+        while True:
+            tokens.append(int(logits.argmax()))
+            if len(tokens) == request.sampling.max_new_tokens:
+                return tokens
+            (logits,) = runner.decode(session, torch.tensor(tokens[-1:]))
+
+
+def is_empty(model: CompiledModel) -> bool:
+    return model.runner.lockstep.store.num_blocks == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_join_and_leave_get_what_they_get_alone(family: str, seed: int) -> None:
+    model, pick = compiled(family), random.Random(seed)
+    engine = model.engine(max_rows=4, prefill_tokens=pick.choice((3, 16, 256)))
+    requests, programs = [], []
+    for _ in range(8):
+        program = model.resolve(pick.choice(PROGRAMS))
+        prompt = [pick.randrange(1, 90) for _ in range(pick.randint(1, 40))]
+        how = Sampling(max_new_tokens=pick.randint(1, 24))
+        requests.append(engine.add(prompt, program, how))
+        programs.append(program)
+        for _ in range(pick.randint(0, 6)):
+            engine.step()
+    run(engine)
+    for request, program in zip(requests, programs, strict=True):
+        generated = request.result(0)
+        assert list(generated.tokens) == alone(model, request, program)
+        assert generated.finish == "length" and generated.program == program
+        assert list(request) == list(generated.tokens)
+    assert is_empty(model) and engine.stats()["running"] == 0
+
+
+def test_the_same_bits_whatever_runs_beside_in_deterministic_mode() -> None:
+    model = compiled(deterministic=True)
+
+    def scores(beside: int) -> Tensor:
+        seen: list[Tensor] = []
+
+        def watch(tokens: Tensor, logits: Tensor) -> Tensor:
+            seen.append(logits)
+            return logits
+
+        engine = model.engine()
+        how = Sampling(max_new_tokens=6, temperature=0.8, seed=3, processors=(watch,))
+        engine.add([5, 6, 7], model.resolve("skip 1"), how)
+        for i in range(beside):
+            engine.add([9] * (i + 1), model.resolve(PROGRAMS[i % 4]), Sampling(max_new_tokens=4))
+        run(engine)
+        return torch.cat(seen)
+
+    assert torch.equal(scores(0), scores(5))
+
+
+def test_a_seed_draws_the_same_tokens_beside_others() -> None:
+    model = compiled()
+
+    def drawn(beside: int) -> tuple[int, ...]:
+        engine = model.engine()
+        how = Sampling(max_new_tokens=12, temperature=1.5, top_k=30, top_p=0.95, seed=11)
+        request = engine.add([5, 6, 7], sampling=how)
+        for i in range(beside):
+            engine.add([i + 1], sampling=Sampling(max_new_tokens=9, temperature=1.0))
+        run(engine)
+        return request.result(0).tokens
+
+    assert drawn(0) == drawn(3)
+
+
+def test_settings_differ_by_row() -> None:
+    model = compiled()
+    engine = model.engine()
+    plain = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=10))
+    run(engine)
+    (*_, stop) = tokens = plain.result(0).tokens[:4]
+    first = tokens.index(stop)
+    stopped = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=10, stop_tokens=(stop,)))
+    forbidden = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=10, presence_penalty=1e4))
+    again = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=10))
+    run(engine)
+    assert stopped.result(0).tokens == plain.result(0).tokens[: first + 1]
+    assert stopped.result(0).finish == "stop"
+    assert len(set(forbidden.result(0).tokens)) == 10
+    assert again.result(0).tokens == plain.result(0).tokens
+
+
+def test_a_row_that_fails_ends_alone() -> None:
+    def fails(tokens: Tensor, scores: Tensor) -> Tensor:
+        if tokens.shape[1] > 5:
+            raise ZeroDivisionError("of the user's own")
+        return scores
+
+    def nan(tokens: Tensor, scores: Tensor) -> Tensor:
+        return scores * float("nan")
+
+    model = compiled()
+    engine = model.engine()
+    good = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=8))
+    bad = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=8, processors=(fails,)))
+    broken = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=8, processors=(nan,)))
+    run(engine)
+    assert list(good.result(0).tokens) == alone(model, good, model.default_program)
+    with pytest.raises(ZeroDivisionError, match="of the user's own"):
+        bad.result(0)
+    with pytest.raises(ZeroDivisionError):
+        list(bad)
+    with pytest.raises(InputError, match="not finite"):
+        broken.result(0)
+    assert is_empty(model)
+
+
+def test_cancelled_at_any_moment() -> None:
+    model, pick = compiled(), random.Random(0)
+    engine = model.engine(max_rows=3, prefill_tokens=4)
+    requests = []
+    for _ in range(60):
+        prompt = [pick.randrange(1, 90) for _ in range(pick.randint(1, 12))]
+        requests.append(engine.add(prompt, sampling=Sampling(max_new_tokens=pick.randint(1, 5))))
+        engine.step()
+        if pick.random() < 0.5:
+            pick.choice(requests).cancel()
+    run(engine)
+    ends = [request.result(0).finish for request in requests]
+    assert {"cancelled", "length"} == set(ends) and is_empty(model)
+    for request, end in zip(requests, ends, strict=True):
+        wanted = alone(model, request, model.default_program)
+        got = list(request.result(0).tokens)
+        assert got == wanted if end == "length" else got == wanted[: len(got)]
+
+
+def test_what_waits_is_bounded_and_served_in_order() -> None:
+    engine = compiled().engine(max_rows=1, max_waiting=2, max_tokens=20)
+    first = engine.add([1] * 10, sampling=Sampling(max_new_tokens=5))
+    second = engine.add([2], sampling=Sampling(max_new_tokens=2))
+    with pytest.raises(EngineFullError, match="2 requests wait already"):
+        engine.add([3])
+    with pytest.raises(KvOverflowError, match="exceed the 20 tokens"):
+        engine.add([3] * 10, sampling=Sampling(max_new_tokens=12))
+    while not first.is_done:
+        assert not second.is_done
+        engine.step()
+    run(engine)
+    assert len(second.result(0).tokens) == 2
+
+
+def test_threads_add_and_read() -> None:
+    model = compiled()
+    wanted = [alone(model, _asked(i), model.default_program) for i in range(6)]
+    found: dict[int, list[int]] = {}
+    with model.engine(max_rows=3) as engine:
+
+        def ask(number: int) -> None:
+            asked = _asked(number)
+            found[number] = list(engine.add(asked.prompt, sampling=asked.sampling))
+
+        threads = [threading.Thread(target=ask, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+        late = engine.add([1], sampling=Sampling(max_new_tokens=90))
+    assert [found[i] for i in range(6)] == wanted
+    assert late.is_done and is_empty(model)
+    with pytest.raises(InputError, match="closed"):
+        engine.add([1])
+
+
+def _asked(number: int) -> Request:
+    return Request([number + 1] * (number + 1), None, Sampling(max_new_tokens=7), number)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("min_p", float("nan")), ("top_k", -2)],
+)
+def test_settings_that_cannot_be(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=name):
+        Sampling(**{name: value})  # type: ignore[arg-type]
+
+
+def test_where_rows_do_not_run_in_lock_step() -> None:
+    model = compile(make("llama"), "aot_inductor", max_length=31, cache=False, tier="whole")
+    with pytest.raises(InputError, match="tier='whole' does not"):
+        model.engine()
+    with pytest.raises(InputError, match="tier='whole' does not"):
+        model.start()
