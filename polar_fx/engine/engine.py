@@ -89,10 +89,7 @@ class Engine:
         settings: EngineSettings | None = None,
     ) -> None:
         if not runner.together:
-            raise InputError(
-                f"an engine runs rows in lock-step, which backend {runner.backend.name!r} on "
-                f"{runner.device} with tier={runner.tiers.tier!r} does not; use generate() there"
-            )
+            raise InputError(runner.why_apart)
         self.runner, self.dispatcher = runner, dispatcher
         self.default_program = default_program or Program.identity(runner.depth)
         self.settings = settings or EngineSettings()

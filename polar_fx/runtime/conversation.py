@@ -28,11 +28,7 @@ class Conversation:
     def __init__(self, generator: Generator, program: Program) -> None:
         runner = generator.runner
         if not runner.together:
-            raise InputError(
-                f"keys and values are kept between calls where rows run in lock-step, which "
-                f"backend {runner.backend.name!r} on {runner.device} with tier="
-                f"{runner.tiers.tier!r} does not; pass the whole text to generate() there"
-            )
+            raise InputError(runner.why_apart)
         runner.check_weights()
         self.generator, self.runner, self.program = generator, runner, program
         self.tokens: list[int] = []

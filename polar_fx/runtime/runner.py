@@ -154,6 +154,15 @@ class Runner:
             and self.tiers.tier == "linked"
         )
 
+    @property
+    def why_apart(self) -> str:
+        """What is the case where rows do not run `together`, and what to use there."""
+        return (
+            f"rows do not run in lock-step here: backend {self.backend.name!r} on "
+            f"{self.device}, tier {self.tiers.tier!r}, {self.info.architecture}; use generate(), "
+            "or a model compiled for the CPU with tier='linked' (docs/engine.md)"
+        )
+
     def open(self, program: Program, batch: int) -> AbstractContextManager[Session]:
         """A context manager giving a session of `batch` empty rows of `program`.
 

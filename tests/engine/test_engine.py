@@ -1,10 +1,12 @@
-"""Requests that come and go between tokens: each gets what it gets alone, whatever runs beside it."""
+"""Requests that come and go between tokens: each gets what it gets alone."""
 
 import functools
 import random
 import threading
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,6 +14,9 @@ from torch import Tensor
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.engine import Engine, Request, Sampling
 from polar_fx.errors import EngineFullError, InputError, KvOverflowError
+from polar_fx.predictor.features import Features
+from polar_fx.predictor.menu import Menu, Proposal
+from polar_fx.predictor.policy import Calibration
 from polar_fx.program import Program
 from tiny_models import make
 
@@ -125,6 +130,62 @@ def test_settings_differ_by_row() -> None:
     assert again.result(0).tokens == plain.result(0).tokens
 
 
+class Letters:
+    """A tokenizer of one letter a token."""
+
+    def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("a") + i % 26) for i in ids)
+
+
+def test_texts_that_stop_are_left_out() -> None:
+    model = compiled()
+    engine = model.engine(tokenizer=Letters())
+    plain = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=10))
+    run(engine)
+    text = plain.result(0).text or ""
+    assert text == Letters().decode(list(plain.result(0).tokens), True)
+    stopped = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=10, stop=(text[3:5], "!")))
+    run(engine)
+    found = stopped.result(0)
+    assert found.text == text[: text.index(text[3:5])] and found.finish == "stop"
+    assert len(found.tokens) == len(found.text) + 2
+    with pytest.raises(InputError, match="need the engine's tokenizer"):
+        model.engine().add([5], sampling=Sampling(stop=("a",)))
+
+
+class ByLength:
+    """A row of n tokens runs program n mod 3 of the menu."""
+
+    features, calibration = Features(1), Calibration(0.5)
+
+    def __init__(self, model: CompiledModel) -> None:
+        self.depth = model.depth
+        self.menu = Menu.of([model.resolve(p) for p in ("repeat 1 x3", "skip 2")], model.depth)
+
+    def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
+        return [
+            Proposal(self.menu.programs, self.menu.steps, np.eye(len(self.menu))[len(h) % 3])
+            for h in hidden
+        ]
+
+
+def test_the_dispatcher_chooses_for_requests_without_a_program() -> None:
+    model = compile(make("llama"), "eager", max_length=100, cache=False)
+    dispatcher = model.dispatch_by(ByLength(model), policy="accuracy")
+    dispatcher.warmup()
+    engine = model.engine(prefill_tokens=4)
+    prompts = [[7] * n for n in (2, 3, 4, 11, 12, 13)]
+    requests = [engine.add(prompt, sampling=Sampling(max_new_tokens=6)) for prompt in prompts]
+    named = engine.add([7] * 4, model.resolve("skip 0"), Sampling(max_new_tokens=6))
+    run(engine)
+    assert len({r.result(0).program for r in requests}) == 3
+    for request in (*requests, named):
+        program = request.result(0).program
+        assert list(request.result(0).tokens) == alone(model, request, program)
+    assert requests[0].result(0).probability == 1 and named.result(0).probability is None
+    assert named.result(0).program == model.resolve("skip 0") and is_empty(model)
+
+
 def test_a_row_that_fails_ends_alone() -> None:
     def fails(tokens: Tensor, scores: Tensor) -> Tensor:
         if tokens.shape[1] > 5:
@@ -220,8 +281,8 @@ def test_settings_that_cannot_be(name: str, value: float) -> None:
 
 
 def test_where_rows_do_not_run_in_lock_step() -> None:
-    model = compile(make("llama"), "aot_inductor", max_length=31, cache=False, tier="whole")
-    with pytest.raises(InputError, match="tier='whole' does not"):
-        model.engine()
-    with pytest.raises(InputError, match="tier='whole' does not"):
-        model.start()
+    model = compile(make("llama"), "eager", max_length=31, cache=False)
+    model.runner.lockstep.possible = False
+    for ask in (model.engine, model.start):
+        with pytest.raises(InputError, match="rows do not run in lock-step here: backend 'eager'"):
+            ask()
