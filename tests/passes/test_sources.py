@@ -73,7 +73,7 @@ def test_a_byte_elsewhere_does_not_change_the_builder(copy: Path, name: str) -> 
     assert not _changes(lambda: _builder(copy), copy / name)
 
 
-@pytest.mark.parametrize("name", ["runtime/tiers.py", "program/program.py"])
+@pytest.mark.parametrize("name", ["runtime/tiers.py", "runtime/link.py", "program/program.py"])
 def test_what_plans_whole_programs_changes_only_their_builder(copy: Path, name: str) -> None:
     assert _changes(lambda: _builder(copy, "whole"), copy / name)
     assert not _changes(lambda: _builder(copy), copy / name)

@@ -8,27 +8,27 @@ import functools
 import itertools
 import json
 import random
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from transformers import PreTrainedModel
 
-from polar_fx.backends import EagerBackend, ShapeClass
-from polar_fx.backends.whole import WholePlan, WholeProgram, WholeStep
+from polar_fx.backends import AotInductorBackend, ShapeClass
+from polar_fx.backends.aot_inductor import GRAPH
+from polar_fx.backends.specialize import graph_of
+from polar_fx.backends.whole import WholePlan, WholeStep, compose
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.evaluation.block_influence import block_influences
 from polar_fx.graph_files import export_onnx
 from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.library.symbols import Symbol
-from polar_fx.passes.keep_kv_writes import KeepKvWrites
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion
 from polar_fx.runtime.link import region_calls
+from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.trunk import run_trunk, session_after
 from tiny_models import make, make_slots, prompts, run_rows
 
@@ -147,48 +147,56 @@ def test_rows_in_lock_step() -> None:
     same(got, torch.stack([_wanted(p) for p in PROGRAMS]))
 
 
-def _exported(body: GraphModule) -> Callable[..., Sequence[Tensor]]:
-    """The body as exported ones are: it returns a tuple."""
-    region = EagerBackend().compile_region(body, [], [])
-    return lambda *operands: region(list(operands))
+def _weights(program: Program) -> list[str]:
+    """The distinct weights of a program."""
+    table = _compiled().library.table
+    calls = (table.prologue, *(table.layers[layer] for layer in program.path), table.epilogue)
+    return list(dict.fromkeys(name for call in calls for name in call.weights))
 
 
-@each_program
-@pytest.mark.parametrize("prefill", [True, False])
-def test_whole_programs(program: Program, prefill: bool) -> None:
-    """The graph that becomes a whole program, on the bodies as they were captured."""
+def _plan(program: Program, shape: ShapeClass, folder: Path) -> WholePlan:
+    """As `Tiers` plans it, the graphs of regions written into the folder."""
     library = _compiled().library
-    names = list(dict.fromkeys(n for call in library.table.calls() for n in call.weights))
+    table = RegionTable(library, AotInductorBackend(passes=()), 15, None)
+    numbers = {name: i for i, name in enumerate(_weights(program))}
 
     def step(symbol: Symbol, opens: int = 0, closes: tuple[float, ...] = ()) -> WholeStep:
-        weights = tuple(names.index(name) for name in symbol.weights)
+        weights = tuple(numbers[name] for name in symbol.weights)
         return WholeStep(symbol.target, symbol.sides, weights, opens, closes)
 
-    table, bodies = library.table, library.bodies
-    shape = ShapeClass(1, None if prefill else 1, 16)
-    regions = {}
-    for name in region_calls(table, program, shape, every=not prefill):
-        body = bodies[name.body]
-        run = KeepKvWrites().run(body).graph_module if name.kv_writes else body
-        regions[name] = _exported(run)
-    steps = tuple(step(table.layers[s.layer], s.opens, s.closes) for s in program.schedule())
-    ends = step(table.prologue), steps, step(table.epilogue)
-    plan = WholePlan(shape, dict.fromkeys(regions, ""), len(names), *ends)
-    assert WholePlan.from_dict(json.loads(json.dumps(plan.to_dict()))).bodies == plan.bodies
-    whole = WholeProgram(plan, regions)
+    bodies = {}
+    calls = region_calls(library.table, program, shape, every=shape.tokens == 1)
+    for number, name in enumerate(dict.fromkeys(calls)):
+        (place := folder / str(number)).mkdir()
+        AotInductorBackend().export(*table._source(name), place)
+        bodies[name] = str(place / GRAPH)
+    layers = library.table.layers
+    steps = tuple(step(layers[s.layer], s.opens, s.closes) for s in program.schedule())
+    start, head = step(library.table.prologue), step(library.table.epilogue)
+    return WholePlan(shape, bodies, len(numbers), start, steps, head)
+
+
+@pytest.mark.parametrize("program", PROGRAMS[:1], ids=str)
+@pytest.mark.parametrize("prefill", [True, False])
+def test_whole_programs(program: Program, prefill: bool, tmp_path: Path) -> None:
+    """The graph that a worker would compile, made of exported regions."""
+    library = _compiled().library
+    plan = _plan(program, ShapeClass(1, None if prefill else 1, 16), tmp_path)
+    plain = json.loads(json.dumps(plan.to_dict()))
+    assert WholePlan.from_dict(plain).bodies == plan.bodies
+    compose(AotInductorBackend(), plain, tmp_path)
+    whole = graph_of(torch.export.load(tmp_path / GRAPH))
 
     slots = make_slots(library, program, 1, 16)
-    given = [t for pair in slots for t in pair] + [library.tensors[name] for name in names]
+    given = [t for pair in slots for t in pair] + [library.tensors[n] for n in _weights(program)]
     index, got = torch.arange(16), []
-    parts = [IDS[None]] if prefill else IDS.split(1)
     with torch.no_grad():
-        for start, ids in enumerate(parts):
-            ids = ids.reshape(1, -1)
+        for start, ids in enumerate([IDS] if prefill else IDS.split(1)):
             where = [torch.tensor([len(IDS) - 1])] if prefill else []
-            positions = torch.arange(start, start + ids.shape[1])[None]
-            got.append(whole(ids, positions, index, *where, *given)[0])
-    want = _wanted(program)[-1:] if prefill else _wanted(program)
-    same(torch.cat(got), want)
+            positions = torch.arange(start, start + len(ids))[None]
+            got.append(whole(ids[None], positions, index, *where, *given)[0][0])
+    want = _wanted(program)
+    same(torch.cat(got), want[-1:] if prefill else want)
 
 
 @each_program
