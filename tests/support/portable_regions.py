@@ -1,0 +1,32 @@
+"""Regions as exported graphs in the place of machine code: no compiler, and any machine runs them.
+
+For tests in which the compiler is not the subject.
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from polar_fx.backends import AotInductorBackend, EagerBackend, Region
+from polar_fx.backends.aot_inductor import GRAPH, REGION
+from polar_fx.backends.specialize import graph_of
+
+
+def use_graphs(patch: pytest.MonkeyPatch) -> None:
+    """Let `aot_inductor` keep each region's exported graph, and interpret it after its passes.
+
+    Compile with `workers=0`: other processes would compile, as ever.
+    """
+
+    def build(self: AotInductorBackend, folder: Path) -> None:
+        shutil.copy(folder / GRAPH, folder / REGION)
+
+    def load(self: AotInductorBackend, files: Mapping[str, Path]) -> Region:
+        exported = torch.export.load(files[REGION])
+        return EagerBackend().compile_region(graph_of(exported, self.passes), [], [])
+
+    patch.setattr(AotInductorBackend, "build", build)
+    patch.setattr(AotInductorBackend, "load", load)
