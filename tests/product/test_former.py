@@ -59,7 +59,7 @@ def test_a_bundle_is_whole_and_names_its_machine() -> None:
 @pytest.fixture
 def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The bundle, whose regions are graphs, as one for this machine."""
-    use_graphs(monkeypatch)
+    use_graphs(monkeypatch, tmp_path / "cache")
     copied = Mutable(shutil.copytree(FORMER / "bundle", tmp_path / "bundle"))
     manifest = copied.manifest()
     manifest["target"] |= {

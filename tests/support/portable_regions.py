@@ -15,10 +15,11 @@ from polar_fx.backends.aot_inductor import GRAPH, REGION
 from polar_fx.backends.specialize import graph_of
 
 
-def use_graphs(patch: pytest.MonkeyPatch) -> None:
+def use_graphs(patch: pytest.MonkeyPatch, cache: Path) -> None:
     """Let `aot_inductor` keep each region's exported graph, and interpret it after its passes.
 
-    Compile with `workers=0`: other processes would compile, as ever.
+    `cache` becomes the user's cache folder: these graphs have the keys of machine code, and must
+    not be found by tests that want that.
     """
 
     def build(self: AotInductorBackend, folder: Path) -> None:
@@ -28,5 +29,7 @@ def use_graphs(patch: pytest.MonkeyPatch) -> None:
         exported = torch.export.load(files[REGION])
         return EagerBackend().compile_region(graph_of(exported, self.passes), [], [])
 
+    patch.setenv("POLAR_FX_CACHE_DIR", str(cache))
+    patch.setattr(AotInductorBackend, "in_workers", False)  # other processes would compile
     patch.setattr(AotInductorBackend, "build", build)
     patch.setattr(AotInductorBackend, "load", load)
