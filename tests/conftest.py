@@ -1,5 +1,7 @@
 """Fixtures every test may use."""
 
+import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +25,14 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     from polar_fx.environment import cache_dir
 
-    folder = tmp_path_factory.mktemp("cache")
+    base = tmp_path_factory.getbasetemp()
+    # one folder for all processes of a run, so that a region is compiled in one of them
+    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "cache"
+    folder.mkdir(mode=0o700, exist_ok=True)
     models = cache_dir() / "models"
     models.mkdir(parents=True, exist_ok=True)
-    (folder / "models").symlink_to(models, target_is_directory=True)
+    with contextlib.suppress(FileExistsError):  # another process was first
+        (folder / "models").symlink_to(models, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLAR_FX_CACHE_DIR", str(folder))
         yield

@@ -201,6 +201,6 @@ def _show(report: dict[str, Any]) -> None:
     )
     console.print(
         f"Identity is right on {identity['right']} of {total} questions; on {solved} at least one "
-        "of these programs is. Which one, must be said beforehand: that is the predictor's job. "
+        "of these programs is. Choosing it in advance is the predictor's job. "
         "n is too small for an accuracy."
     )

@@ -1,8 +1,8 @@
 """Serve a bundle over HTTP, by routes that OpenAI clients speak: completions, chat, models; health
 and metrics.
 
-There is no authentication: keep it on loopback, or behind something that asks who is there. Ctrl-C
-or SIGTERM ends it.
+There is no authentication: keep it on loopback, or behind an authenticating proxy.
+Ctrl-C or SIGTERM ends it.
 
 Examples:
   python -m polar_fx serve bundle

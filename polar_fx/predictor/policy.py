@@ -25,10 +25,10 @@ _EXAMPLES = (
 class Calibration:
     """What was set on validation questions, never on test ones.
 
-    `threshold`: an input leaves the identity only for a predicted gain (difference of the two
-    probabilities) of at least that; inf means never. `prices`: by budget, the fraction of the
-    identity's steps, the gain in probability that one identity's worth
-    of steps must bring for the mean to keep within the budget.
+    `threshold`: another program than the identity runs only if its predicted gain (difference of
+    the two probabilities) reaches it; inf: never. `prices`: by budget, a fraction of the identity's
+    steps, the price per `depth` steps, in probability: a longer program must gain at least this
+    much; chosen so that mean steps meet the budget.
     """
 
     threshold: float = math.inf
@@ -138,7 +138,7 @@ class Policy:
 
 
 def _best(scores: np.ndarray, steps: np.ndarray) -> int:
-    """The place of the highest score; of equals the one with fewest steps, then the first."""
+    """The place of the highest score; among equals the one with fewest steps, then the first."""
     best = int(scores.argmax())
     equal = np.flatnonzero(scores == scores[best])
     return best if len(equal) == 1 else int(equal[steps[equal].argmin()])

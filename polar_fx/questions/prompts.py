@@ -11,8 +11,8 @@ from typing import Any
 from ..errors import InputError
 from .question import EncodedQuestion, Question
 
-# Questions as different as they come: what their prompts begin with in common, those of all
-# questions do.
+# Deliberately dissimilar probes: whatever prefix their prompts share, every prompt of the template
+# shares.
 _PROBES = ("7", "x", "Q", "(", "-", "$", "\\frac", "é", "\u4e00")
 
 

@@ -195,9 +195,9 @@ class _Captured:
 class CudaGraphs:
     """Runs linked decodes of one model as CUDA graphs; at most `limit` are kept (0: none are made).
 
-    The least recently used is dropped for a new one, but not while all are in use: a program too
-    many then runs as it is linked, which costs less than capturing in turns. So does, without end,
-    a program that cannot be captured; `records` and the log say why.
+    The least recently used is dropped for a new one, but not while all are in use: beyond the
+    limit a program runs uncaptured, which is cheaper than recapturing; a program whose capture
+    failed always does. `records` and the log say why.
     """
 
     def __init__(self, api: GraphApi, limit: int = 64) -> None:

@@ -109,7 +109,7 @@ class Dispatcher:
             where regions are there.
 
     Raises InputError if the predictor or a program is of another depth, and ProgramError if a
-    program does not begin with the steps the predictor looks behind.
+    program does not begin with the steps whose output the predictor reads.
     """
 
     def __init__(
@@ -150,8 +150,8 @@ class Dispatcher:
         for program in self.menu.programs:
             if predictor is not None and not shares_trunk(program, self.num_steps):
                 raise ProgramError(
-                    f"program {program} does not begin with the {self.num_steps} steps that the "
-                    "predictor looks behind; leave it off the menu, or train a predictor with "
+                    f"program {program} does not begin with the {self.num_steps} steps whose "
+                    "output the predictor reads; leave it off the menu, or train a predictor with "
                     "fewer shared steps"
                 )
         own = getattr(predictor, "menu", None)

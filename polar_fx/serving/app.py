@@ -28,7 +28,7 @@ from .waiting import Waiting
 
 app = FastAPI(title="polar_fx", docs_url=None, redoc_url=None, openapi_url=None)
 
-_LEFT = 499  # counted for a client that did not wait
+_LEFT = 499  # status recorded when the client disconnects
 _QUEUED = 8  # batches that wait at most; further requests are answered 503
 # Requests that Serve lets in at once, far more than run or wait: health, metrics and models count
 # among them, and must not wait for generations. How many prompts wait is limited in the server.

@@ -22,7 +22,7 @@ _MOST_DRAWS = 4_000_000  # numbers drawn at once; bounds memory to some 30 MB
 
 
 def flags(name: str, values: Any, n: int | None = None) -> np.ndarray:
-    """A boolean array [n] of its own that cannot be written.
+    """A read-only boolean copy, shape [n].
 
     Raises InputError if empty, not boolean, or of another length.
     """
@@ -37,7 +37,7 @@ def flags(name: str, values: Any, n: int | None = None) -> np.ndarray:
 
 
 def numbers(name: str, values: Any, n: int | None = None) -> np.ndarray:
-    """A finite float64 array [n] of its own that cannot be written.
+    """A read-only, finite float64 copy, shape [n].
 
     Raises InputError if empty, NaN or of another length.
     """

@@ -1,7 +1,7 @@
 """From search records to a predictor: mine a menu, label it densely, train, calibrate, set
 thresholds on validation.
 
-Verdicts are kept in record files of one folder and gone on with where an interrupted run ended;
+Verdicts are kept in record files of one folder and an interrupted run continues from them;
 features are made anew. Test questions are not seen here.
 """
 
@@ -97,7 +97,7 @@ def mine_menu(
             "there is no program to screen: the records hold none that fits, and num_edits is 0; "
             "allow some edits"
         )
-    # drawn: rows stand task by task, and within one in a rhythm of its cells
+    # shuffled, because rows are ordered by task and cycle through its cells
     order = np.random.default_rng(config.selector.seed).permutation(len(train))
     first, second = config.screen_questions, config.screen_questions + config.final_questions
     screened = [train[i] for i in sorted(order[:first])]

@@ -9,7 +9,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from places import ROOT
-from polar_fx.backends import AotInductorBackend, EagerBackend, Region
 from polar_fx.bundle import (
     BundledModel,
     BundleError,
@@ -39,6 +38,7 @@ from polar_fx.predictor.policy import Calibration
 from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
 from polar_fx.store import ArtifactStore
+from portable_regions import use_graphs
 from tiny_bundles import DEPTH, LENGTH, PROGRAMS, compiled_model, tokenizer_of_words
 from tiny_models import make, prompts
 
@@ -389,21 +389,10 @@ def test_many_programs_cost_what_one_does(compiled: CompiledModel, tmp_path: Pat
 # ---------------------------- other models and many rows, with graphs in the place of compiled code
 
 
-def _build(self: AotInductorBackend, folder: Path) -> None:
-    shutil.copy(folder / "graph.pt2", folder / "region.pt2")
-
-
-def _load(self: AotInductorBackend, files: Mapping[str, Path]) -> Region:
-    return EagerBackend().compile_region(
-        torch.export.load(files["region.pt2"]).graph_module, [], []
-    )
-
-
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ArtifactStore:
     """Regions are exported graphs, so that no compiler runs; in a store of their own."""
-    monkeypatch.setattr(AotInductorBackend, "build", _build)
-    monkeypatch.setattr(AotInductorBackend, "load", _load)
+    use_graphs(monkeypatch, tmp_path / "cache")
     return ArtifactStore(tmp_path / "artifacts", limit_bytes=0)
 
 
@@ -478,6 +467,7 @@ def test_without_a_store_and_with_one_that_has_no_room_regions_are_made_for_the_
         load_bundle(tmp_path / f"bundle{number}")
 
 
+@pytest.mark.usefixtures("graphs")
 def test_a_selector_is_shipped_with_its_menu_and_policy(tmp_path: Path) -> None:
     model = compiled_model()
     menu = Menu.of([Program.parse(text, DEPTH) for text in ("skip 2", "repeat 3")])

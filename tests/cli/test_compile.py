@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from polar_fx.cli import main
 from polar_fx.store import ArtifactStore
+from portable_regions import use_graphs
 from tiny_models import make
 
 PROGRAMS = ("--program", "skip 1", "--program", "0 (2-3)*2@0.5")
@@ -82,9 +83,13 @@ def test_json_has_everything(folder: str, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_the_second_process_reads_and_loads(
-    folder: str, artifacts: Path, capsys: pytest.CaptureFixture[str]
+    folder: str,
+    artifacts: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """So does `run`: without --max-length, both compile for the same one."""
+    use_graphs(monkeypatch, artifacts)
     arguments = ["--model", folder, "--backend", "auto"]
     assert main(["compile", *arguments, "--program", "skip 1"]) == 0
     shown = capsys.readouterr()

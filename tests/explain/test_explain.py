@@ -31,6 +31,7 @@ from polar_fx.program import Program
 from polar_fx.runtime.code_key import VariantKey
 from polar_fx.runtime.tiers import TierPolicy, Tiers
 from polar_fx.store import ArtifactStore
+from portable_regions import use_graphs
 from tiny_models import make, prompts
 
 PICTURE = GOLDEN / "program.dot"
@@ -378,12 +379,10 @@ def _plant(store: ArtifactStore, key: VariantKey) -> None:
     )
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
-    """A store in which one program's regions were compiled by AOTInductor: those of one token, to
-    keep it short.
-    """
-    store = ArtifactStore(tmp_path_factory.mktemp("artifacts") / "store", 0)
+@pytest.fixture
+def warm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: ArtifactStore) -> ArtifactStore:
+    """A store in which one program's regions were made: those of one token, without a compiler."""
+    use_graphs(monkeypatch, tmp_path / "cache")
     compiled = _compiled(store)
     compiled.warmup()
     totals = compiled.report().totals

@@ -16,7 +16,7 @@ from tiny_search import save_tiny
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    made = save_tiny(tmp_path_factory.mktemp("model"))
+    made = save_tiny(tmp_path_factory.mktemp("model"), depth=3)
     rows = [{"id": f"r{i}", "question": f"{i}?", "answer": "1", "task": "odd"} for i in range(3)]
     (made / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return made

@@ -16,8 +16,3 @@ def test_python_blocks_run(smollm2: Any, capsys: Any) -> None:
         exec(compile(block, f"README.md, python block {number + 1}", "exec"), namespace)
     out = capsys.readouterr().out
     assert "identity -> " in out and "Segment(" in out
-
-
-def test_named_files_exist() -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
-        assert target.startswith("http") or (README.parent / target).exists(), target

@@ -83,7 +83,7 @@ def questions(
     return found
 
 
-def save_tiny(folder: Path) -> Path:
+def save_tiny(folder: Path, depth: int = 6) -> Path:
     """A folder with a tiny model and a tokenizer of single bytes, as `--model` takes it."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -94,9 +94,8 @@ def save_tiny(folder: Path) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    peaked(
-        vocab_size=len(vocabulary), eos_token_id=0, bos_token_id=None, pad_token_id=0
-    ).save_pretrained(folder)
+    special: dict[str, Any] = dict(eos_token_id=0, bos_token_id=None, pad_token_id=0)
+    peaked("llama", depth, vocab_size=len(vocabulary), **special).save_pretrained(folder)
     return folder
 
 

@@ -81,7 +81,8 @@ def load_state(
         raise InputError(f"state file {path} cannot be read ({error}); {remedy}") from error
     if (metadata.get("format"), metadata.get("version")) != (_FORMAT, _VERSION):
         raise InputError(
-            f"state file {path} is none of a training, or of another version of polar_fx; {remedy}"
+            f"state file {path} is not a training state, or was written by another version; "
+            f"{remedy}"
         )
     try:
         theirs = json.loads(metadata["settings"])

@@ -22,8 +22,8 @@ _MAX_DRAWS = 32
 class Node:
     """A program of the search.
 
-    `edited` are the layers its edits changed, as the bits of an int; the path tells them, so a node
-    has one such set however it is reached. Nested edits change positions and leave it 0. Children
+    `edited` are the layers its edits changed, as the bits of an int; they follow from the path, so
+    every way to a node gives the same set. Nested edits change positions and leave it 0. Children
     have a higher `rank`, so no walk goes in a circle.
     """
 

@@ -40,7 +40,7 @@ from .records import (
 __all__ = ["Damage", "RecordReader", "RecordStore"]
 
 _log = logging.getLogger(__name__)
-_RESUME = "run the search again: it goes on with what is in the file"
+_RESUME = "run the search again: it continues with what is in the file"
 _COMPARED = ("format", "version", "model", "depth", "config", "task", "prompt")
 
 

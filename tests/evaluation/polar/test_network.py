@@ -292,7 +292,7 @@ def test_a_state_file_that_does_not_fit(tmp_path: Path) -> None:
         train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file)
     file.write_bytes(good)
     save_file(load_file(file), file)  # without what the header tells
-    with pytest.raises(InputError, match="none of a training"):
+    with pytest.raises(InputError, match="not a training state"):
         train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file)
 
 
