@@ -10,7 +10,7 @@ JOBS ?= 2
 
 # Files of tests without a real model, each quick; of these, tests that start Python processes are left out by their mark.
 # A folder and a name, without test_ and .py.
-FAST := evaluation/polar/decode evaluation/polar/labels explain/picture library/symbols \
+FAST := evaluation/polar/decode evaluation/polar/labels explain/picture library/symbols output/files output/plain_text \
 	passes/contract passes/golden passes/sources passes/units predictor/predictor product/layout \
 	product/matrix program/program program/segments program/text questions/loaders \
 	questions/tasks search/formats search/lockstep search/mcts search/methods search/records \

