@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..evaluation.answers import Answerer
 from ..evaluation.baselines import (
+    Setting,
     TrainedOn,
     TrainingRecords,
     encoder_choices,
@@ -236,21 +237,18 @@ def _baselines(
     choices, influences = pruning_choices(
         labeller.compiled, encoded, selector, len(subject.rows), seed
     )
+    setting = Setting(known, labeller.depth, selector.features.num_steps, seed)
     more, trained = learned_choices(
         labeller.compiled,
-        known,
-        {e.id: e for e in encoded},
-        subject.states,
+        setting,
         selector.features,
-        seed,
+        encoded={e.id: e for e in encoded},
+        seen=subject.states,
     )
     choices += more
     notes = {"block_influences": influences, **trained}
     if encoder is not None:
-        trunk = selector.features.num_steps
-        more, trained = encoder_choices(
-            encoder, known, subject.questions, labeller.depth, trunk, seed
-        )
+        more, trained = encoder_choices(encoder, setting, subject.questions)
         choices += more
         notes |= trained
     return choices, notes
