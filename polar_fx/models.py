@@ -104,6 +104,25 @@ def is_bundle(source: str | os.PathLike[str]) -> bool:
     return (folder / "manifest.json").exists() and (folder / "symbols.json").exists()
 
 
+def named_or_loaded(
+    model: PreTrainedModel | str | os.PathLike[str] | None,
+    dtype: Dtype | None,
+    device: Device,
+) -> PreTrainedModel:
+    """A model as it is, or the one that is named (`load`; in float32 unless `dtype` says else).
+
+    Raises ModelNotFoundError, and InputError if a model that is loaded already comes with either.
+    """
+    if model is None or isinstance(model, (str, os.PathLike)):
+        return load(model, torch.float32 if dtype is None else dtype, device)[0]
+    if device is not None or dtype is not None:
+        raise InputError(
+            f"device={device!r} and dtype={dtype!r} are for models that are named; this one is "
+            "loaded already: move it (model.to(...)) before it is compiled, and leave both out"
+        )
+    return model
+
+
 def load_pretrained(
     auto: Any, source: str | os.PathLike[str], dtype: Dtype, what: str
 ) -> tuple[PreTrainedModel, Any]:

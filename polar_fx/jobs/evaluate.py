@@ -125,8 +125,8 @@ def run(job: EvaluateJob, console: "Console | None" = None) -> Evaluation:
     console = console or silent_console()
     if job.encoder is not None and not job.baselines:
         raise InputError(
-            "--encoder is for one of the baselines, which --no-baselines leaves out; give one of "
-            "them"
+            f"encoder {job.encoder!r} is for one of the baselines, which are left out; ask for the "
+            "baselines, or leave encoder out"
         )
     encoder = None if job.encoder is None else TextEncoder.load(job.encoder)
     subject = _open(job, console)

@@ -245,7 +245,7 @@ def _check_tasks_not_trained_on(
     assert len(shown["new"]["baselines"]["PoLar network on a text encoder"]["encoder"]) == 64
     assert (
         main([*asked, "--no-baselines"]) == 2
-        and "--no-baselines leaves out" in capsys.readouterr().err
+        and "for one of the baselines, which are left out" in capsys.readouterr().err
     )
 
 
@@ -263,7 +263,7 @@ def test_refusals(
     told = capsys.readouterr().err
     assert (
         "records of odd in the prompt plain@1, but direct@1" in told
-        and "train with --prompt plain, or search with" in told
+        and "train with the prompt plain, or search with" in told
     )
     assert main(["train", str(records), "--model", str(folder), "--out", str(out)]) == 2
     assert "of no built-in task" in capsys.readouterr().err
