@@ -346,7 +346,7 @@ def test_an_interruption_is_clean(
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--task", "addition"], "either --task or --data"),
+        (["--task", "addition"], "either tasks or files of data"),
         (["--split", "test"], "split is for built-in tasks"),
         (["--questions", "9"], "9 questions are asked but the files of data hold 8"),
         (["--method", "luck"], "unknown search method 'luck'"),
