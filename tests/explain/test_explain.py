@@ -19,6 +19,7 @@ from polar_fx.explain.program_report import (
     ON_DISK,
     TO_COMPILE,
 )
+from polar_fx.output.files import write_file
 from polar_fx.program import Program
 from polar_fx.runtime.code_key import VariantKey
 from polar_fx.runtime.tiers import TierPolicy, Tiers
@@ -204,7 +205,7 @@ def _plant(store: ArtifactStore, key: VariantKey) -> None:
     store.get_or_make(
         key.digest,
         key.facts(),
-        lambda folder: (folder / "region.pt2").write_bytes(b"nothing") and None,
+        lambda folder: write_file(folder / "region.pt2", b"nothing"),
     )
 
 

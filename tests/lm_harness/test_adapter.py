@@ -22,7 +22,7 @@ from polar_fx.runtime.trunk import run_trunk
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'polar_fx[harness]'")
 
-from lm_eval.api.model import CachingLM
+from lm_eval.api.model import CachingLM  # pyright: ignore[reportMissingImports]
 
 from polar_fx.lm_harness import PolarLM
 
@@ -125,7 +125,7 @@ def test_likelihoods_are_the_models_own(
 def test_the_same_numbers_as_the_harness_own_model(
     compiled: Any, tokenizer: Any, reference: Any
 ) -> None:
-    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
     theirs: Any = HFLM(
         pretrained=reference, tokenizer=tokenizer, max_length=LENGTH, batch_size=2, device="cpu"

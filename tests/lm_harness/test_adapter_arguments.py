@@ -19,7 +19,7 @@ from polar_fx.questions import DIRECT
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed; pip install 'polar_fx[harness]'")
 
-from lm_eval.api.registry import get_model
+from lm_eval.api.registry import get_model  # pyright: ignore[reportMissingImports]
 
 from polar_fx.lm_harness import PolarLM, local_task
 

@@ -59,7 +59,7 @@ def test_a_task_of_local_questions(
 def test_the_command_line_finds_a_task(
     folder: Path, offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.__main__ import cli_evaluate  # pyright: ignore[reportMissingImports]
 
     name = local_task("addition", tmp_path / "tasks", 3, kind="loglikelihood")["task"]
     arguments = f"pretrained={folder},backend=eager,max_length=128,program=skip 3"

@@ -269,11 +269,12 @@ def test_refusals_name_value_and_remedy(model: CompiledModel) -> None:
     with pytest.raises(KvOverflowError):
         model.generate(torch.zeros(1, 40, dtype=torch.long), max_new_tokens=20)
     two, more = torch.tensor([[1, 5], [2, 5]]), dict(max_new_tokens=2, pad_token_id=0)
-    for options in (
+    refused: list[dict[str, Any]] = [
         {"return_dict_in_generate": True, **more},
         {"logits_processor": [lambda ids, scores: scores], **more},
         {"generation_config": GenerationConfig(return_dict_in_generate=True, **more)},
-    ):
+    ]
+    for options in refused:
         with pytest.raises(
             InputError, match="cannot be shared by rows that run different programs"
         ):

@@ -11,7 +11,7 @@ PROGRAMS = [Program.parse(text, DEPTH) for text in ("skip 3", "repeat 4", "0-1 (
 
 
 def requests_of(kind: str, arguments: list[tuple[Any, ...]], task: str = "t") -> list[Any]:
-    from lm_eval.api.instance import Instance
+    from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     return [Instance(kind, {}, args, 0, (task, i, 1)) for i, args in enumerate(arguments)]  # type: ignore[arg-type]
 
@@ -30,8 +30,8 @@ def programs_run(lm: Any) -> dict[str, int]:
 
 def evaluate_tasks(lm: Any, *tasks: dict[str, Any], **options: Any) -> Any:
     """The results of tasks; lm-eval's own are not looked through."""
-    from lm_eval import simple_evaluate
-    from lm_eval.tasks import TaskManager
+    from lm_eval import simple_evaluate  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
     options |= {
         "bootstrap_iters": 0,

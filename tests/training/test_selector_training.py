@@ -164,6 +164,12 @@ def test_prices_meet_their_budget_and_no_lower_one_does() -> None:
         last = price
 
 
+def labels_of(right: np.ndarray) -> tuple[Labels, Labels]:
+    """Labels for training and validation, the same ones, of bool[N, K]."""
+    same = Labels(torch.zeros(len(right), 2), right, np.zeros(right.shape))
+    return same, same
+
+
 @pytest.mark.parametrize(
     ("labels", "match"),
     [
@@ -179,15 +185,11 @@ def test_prices_meet_their_budget_and_no_lower_one_does() -> None:
             "number 1 are not fin",
         ),
         (
-            lambda: train_selector(
-                *[Labels(torch.zeros(3, 2), np.zeros((3, 2), bool), np.zeros((3, 2)))] * 2
-            ),
+            lambda: train_selector(*labels_of(np.zeros((3, 2), bool))),
             "wrong on all 3",
         ),
         (
-            lambda: train_selector(
-                *[Labels(torch.zeros(3, 2), np.ones((3, 2), bool), np.zeros((3, 2)))] * 2
-            ),
+            lambda: train_selector(*labels_of(np.ones((3, 2), bool))),
             "right on all 3",
         ),
         (lambda: SelectorConfig(dropout=1.0), "dropout of selector training is 1.0"),
