@@ -214,7 +214,9 @@ def test_fifteen_arms_differ_and_nothing_overlaps() -> None:
 
 def test_files_come_out_the_same(tmp_path: Path) -> None:
     first, again = (
-        figures.write_figures(results(), tmp_path / name, reliability=calibrated(), resamples=200)
+        figures.draw_compared(
+            compare_arms(results(), resamples=200), tmp_path / name, reliability=calibrated()
+        )
         for name in ("first", "again")
     )
     assert [each.name for each in first] == [
@@ -231,9 +233,13 @@ def test_files_come_out_the_same(tmp_path: Path) -> None:
 
 
 def test_settings_are_those_of_the_user_afterwards(tmp_path: Path) -> None:
-    plain = figures.write_figures(results(), tmp_path / "plain", formats=["svg"], resamples=50)
+    plain = figures.draw_compared(
+        compare_arms(results(), resamples=50), tmp_path / "plain", formats=["svg"]
+    )
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "mine"}):
-        own = figures.write_figures(results(), tmp_path / "own", formats=["svg"], resamples=50)
+        own = figures.draw_compared(
+            compare_arms(results(), resamples=50), tmp_path / "own", formats=["svg"]
+        )
         assert matplotlib.rcParams["font.size"] == 30
     assert [each.read_bytes() for each in plain] == [each.read_bytes() for each in own]
 
@@ -246,7 +252,7 @@ def test_one_task_and_one_arm() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown figure format 'gif'; use one of svg, png"):
-        figures.write_figures(results(), tmp_path, formats=["gif"])
+        figures.draw_compared(compare_arms(results(), resamples=50), tmp_path, formats=["gif"])
     for draw in (
         lambda: figures.pareto([]),
         lambda: figures.gains(compared(arms=1, tasks=("addition",))),
@@ -257,4 +263,4 @@ def test_refusals(tmp_path: Path) -> None:
         figures.reliability_diagram({})
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot make the folder"):
-        figures.write_figures(results(), tmp_path / "file" / "folder", resamples=50)
+        figures.draw_compared(compare_arms(results(), resamples=50), tmp_path / "file" / "folder")

@@ -15,11 +15,9 @@ from polar_fx.errors import InputError
 from polar_fx.stats.intervals import Share, wilson
 from polar_fx.stats.paired import (
     Estimate,
-    best_of_useless,
     compare,
     holm,
     mcnemar,
-    minimum_questions,
 )
 
 
@@ -152,56 +150,6 @@ def test_the_score_interval_without_discordant_pairs_is_wilsons() -> None:
     )
     assert compare(*pairs(5, 0, 0, 0), resamples=10).score.high == 100
     assert compare(*pairs(0, 5, 0, 0), resamples=10).score.low == -100
-
-
-def test_non_inferior() -> None:
-    assert compare(*pairs(30, 10, 500, 460)).non_inferior(1)
-    even = compare(*pairs(20, 20, 500, 460))
-    assert not even.non_inferior(1) and even.non_inferior(2)
-    # few questions show little, however well they went: the bootstrap alone would have passed this
-    few = compare(*pairs(0, 0, 10, 0))
-    assert few.gain.low == 0 and not few.non_inferior(5)
-    assert compare(*pairs(0, 0, 500, 500)).non_inferior(0.5)
-    with pytest.raises(InputError, match="margin of -1"):
-        even.non_inferior(-1)
-
-
-def test_minimum_questions() -> None:
-    # (1.95996 + 0.84162)^2 = 7.8489; 7.8489 * 0.1 / 0.02^2 = 1962.2
-    assert (
-        minimum_questions(0.1, 2) == 1963
-        and minimum_questions(0.2, -2) == 3925
-        and minimum_questions(0.1, 1) == 7849
-    )
-    for discordance, gain, words in (
-        (0, 1, "discordance of 0"),
-        (0.1, 11, "gain of 11"),
-        (0.1, 0, "gain of 0"),
-        (2, 1, "of 2;"),
-    ):
-        with pytest.raises(InputError, match=words):
-            minimum_questions(discordance, gain)
-
-
-def test_power_is_what_was_asked_for() -> None:
-    rng = np.random.default_rng(5)
-    n = minimum_questions(0.2, 5)
-    counts = rng.multinomial(n, [0.125, 0.075, 0.8], size=1_000)
-    found = np.mean([mcnemar(int(gained), int(lost)) < 0.05 for gained, lost, _ in counts])
-    assert 0.75 < found < 0.85
-
-
-def test_the_best_of_useless_programs_looks_good() -> None:
-    rng = np.random.default_rng(0)
-    assert best_of_useless(100, 0.2, 250, rng) == pytest.approx(7.1, abs=0.2)
-    assert best_of_useless(100, 0.2, 50, rng) == pytest.approx(15.9, abs=0.3)
-    assert best_of_useless(1, 0.2, 250, rng) == pytest.approx(0, abs=0.3)
-    # two questions that always differ: -100, 0, 100 with 1/4, 1/2, 1/4; the best of two: -100 in
-    # 1/16, 100 in 7/16
-    assert best_of_useless(2, 1.0, 2, rng, simulations=100_000) == pytest.approx(37.5, abs=1)
-    assert best_of_useless(5, 0.0, 10, rng) == 0
-    with pytest.raises(InputError, match="0 programs"):
-        best_of_useless(0, 0.2, 10, rng)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from paired_samples import arm
 from polar_fx.errors import InputError
 from polar_fx.stats.arms import IDENTITY, compare_arms
-from polar_fx.stats.tables import NOTE, csv_text, markdown, write_tables
+from polar_fx.stats.tables import NOTE, csv_text, markdown, write_compared
 
 
 def test_markdown_by_hand() -> None:
@@ -76,10 +76,10 @@ def test_csv_has_full_precision_and_gaps() -> None:
 
 
 def test_tables_are_written(tmp_path: Path) -> None:
-    files = write_tables([arm("menu")], tmp_path / "new", resamples=50)
+    files = write_compared(compare_arms([arm("menu")], resamples=50), tmp_path / "new")
     assert [each.name for each in files] == ["arms.md", "arms.csv"]
     rows = compare_arms([arm("menu")], resamples=50)
     assert files[0].read_text() == markdown(rows) and files[1].read_text() == csv_text(rows)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot make the folder"):
-        write_tables([arm("menu")], tmp_path / "file" / "folder")
+        write_compared(compare_arms([arm("menu")], resamples=50), tmp_path / "file" / "folder")
