@@ -150,6 +150,7 @@ def static_choices(
 def pruning_choices(
     model: "CompiledModel",
     encoded: Sequence[EncodedQuestion],
+    *,
     selector: Selector,
     n: int,
     seed: int,
@@ -167,7 +168,9 @@ def pruning_choices(
     pruned = least_influence_program(influences, depth - steps, trunk)
     made = [
         static(f"block-influence pruning, {steps} steps", pruned, n),
-        random_skips(f"random program of {steps} steps", depth, steps, trunk, n, seed),
+        random_skips(
+            f"random program of {steps} steps", depth, num_steps=steps, trunk=trunk, n=n, seed=seed
+        ),
     ]
     return made, influences.tolist()
 

@@ -107,9 +107,9 @@ def static_by_task(
     return Choice.single(name, [programs.get(q.task, Program.identity(depth)) for q in questions])
 
 
-def random_skips(name: str, depth: int, num_steps: int, trunk: int, n: int, seed: int) -> Choice:
-    """For each question a random program of `num_steps` steps: layers behind the trunk left out at
-    random.
+def random_skips(name: str, depth: int, *, num_steps: int, trunk: int, n: int, seed: int) -> Choice:
+    """For each question a random program of `num_steps` steps: layers after the trunk are left out
+    at random.
     """
     rng = random.Random(seed)
     found = []

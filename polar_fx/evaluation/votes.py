@@ -59,6 +59,7 @@ class _Method:
 def generated_arms(
     answerer: Answerer,
     selector: Selector,
+    *,
     chances: np.ndarray,
     chosen: Choice,
     records: Sequence[SearchRecord],
@@ -73,7 +74,9 @@ def generated_arms(
     `unseen` are tasks the predictor was not trained on.
     """
     singles = [programs[0] for programs in chosen.programs]
-    methods = _methods(answerer, selector, chances, singles, rows, votes=votes, seed=seed)
+    methods = _methods(
+        answerer, selector, chances=chances, singles=singles, rows=rows, votes=votes, seed=seed
+    )
     graded = {method.name: method.graded(rows) for method in methods}
     members = places_of([question.task for question, _ in rows])
     arms = [
@@ -96,10 +99,10 @@ def generated_arms(
 def _methods(
     answerer: Answerer,
     selector: Selector,
+    *,
     chances: np.ndarray,
     singles: Sequence[Program],
     rows: Sequence[Row],
-    *,
     votes: int,
     seed: int,
 ) -> list[_Method]:

@@ -235,7 +235,7 @@ def _baselines(
     learned = [record.question for record in (*known.train, *known.validation)]
     encoded = labeller.encode(learned, subject.notes["prompt"])
     choices, influences = pruning_choices(
-        labeller.compiled, encoded, selector, len(subject.rows), seed
+        labeller.compiled, encoded, selector=selector, n=len(subject.rows), seed=seed
     )
     setting = Setting(known, labeller.depth, selector.features.num_steps, seed)
     more, trained = learned_choices(
@@ -273,13 +273,13 @@ def _generate(
         return generated_arms(
             answerer,
             subject.selector,
-            subject.chances[part],
-            chosen.at(part),
-            [records[i] for i in part],
-            [subject.rows[i] for i in part],
-            job.votes,
-            job.seed,
-            subject.unseen,
+            chances=subject.chances[part],
+            chosen=chosen.at(part),
+            records=[records[i] for i in part],
+            rows=[subject.rows[i] for i in part],
+            votes=job.votes,
+            seed=job.seed,
+            unseen=subject.unseen,
         )
 
 

@@ -118,7 +118,7 @@ def test_pruning_and_random_programs_have_the_steps_of_the_budget(
     model: polar_fx.CompiledModel,
 ) -> None:
     asked = [encoded("a", 3, 4, 5), encoded("b", 6)]
-    choices, influences = baselines.pruning_choices(model, asked, selector(), 3, seed=0)
+    choices, influences = baselines.pruning_choices(model, asked, selector=selector(), n=3, seed=0)
     found = program_names(choices)
     assert list(found) == ["block-influence pruning, 5 steps", "random program of 5 steps"]
     pruned, other = found.values()

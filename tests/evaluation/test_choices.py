@@ -83,14 +83,18 @@ def test_static_programs() -> None:
 
 
 def test_random_programs_have_their_steps_and_leave_the_trunk() -> None:
-    found = singles(choices.random_skips("it", DEPTH, 4, 2, 20, seed=1))
+    found = singles(choices.random_skips("it", DEPTH, num_steps=4, trunk=2, n=20, seed=1))
     assert len(found) == 20 and len(set(found)) > 1
     for program in found:
         path = list(program.path)
         assert len(path) == 4 and path[:2] == [0, 1] and path == sorted(set(path))
-    assert found == singles(choices.random_skips("other", DEPTH, 4, 2, 20, seed=1))
-    assert found != singles(choices.random_skips("it", DEPTH, 4, 2, 20, seed=2))
-    assert singles(choices.random_skips("it", DEPTH, DEPTH, 2, 1, seed=0)) == [IDENTITY]
+    assert found == singles(
+        choices.random_skips("other", DEPTH, num_steps=4, trunk=2, n=20, seed=1)
+    )
+    assert found != singles(choices.random_skips("it", DEPTH, num_steps=4, trunk=2, n=20, seed=2))
+    assert singles(choices.random_skips("it", DEPTH, num_steps=DEPTH, trunk=2, n=1, seed=0)) == [
+        IDENTITY
+    ]
 
 
 def test_oracles_by_hand() -> None:

@@ -61,6 +61,20 @@ class Written:
 CHOSEN = Choice.single(SELECTOR_ACCURACY, [IDENTITY, SHORT, SHORT, LONG])
 
 
+def arms_by(answerer: Any, unseen: Sequence[str] = ()) -> GeneratedArms:
+    return generated_arms(
+        answerer,
+        selector(),
+        chances=CHANCES,
+        chosen=CHOSEN,
+        records=RECORDS,
+        rows=ROWS,
+        votes=2,
+        seed=7,
+        unseen=unseen,
+    )
+
+
 @pytest.fixture(scope="module")
 def written() -> Written:
     return Written()
@@ -68,8 +82,7 @@ def written() -> Written:
 
 @pytest.fixture(scope="module")
 def found(written: Written) -> GeneratedArms:
-    answerer: Any = written
-    return generated_arms(answerer, selector(), CHANCES, CHOSEN, RECORDS, ROWS, 2, 7, ["mul"])
+    return arms_by(written, unseen=["mul"])
 
 
 def arms_of(found: GeneratedArms, name: str) -> list[ArmResult]:
@@ -168,7 +181,6 @@ def test_what_becomes_of_gains_by_hand(found: GeneratedArms) -> None:
 
 
 def test_tasks_that_were_all_trained_on_are_also_taken_together() -> None:
-    answerer: Any = Written()
-    both = generated_arms(answerer, selector(), CHANCES, CHOSEN, RECORDS, ROWS, 2, 7)
+    both = arms_by(Written())
     assert both.rescues["overall"] == Rescues(reasoning=1, format=1, lost=1)
     assert {q.task for q in QUESTIONS} | {"overall"} == set(both.rescues)
