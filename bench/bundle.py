@@ -328,6 +328,43 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return found
 
 
+def starts(
+    one: Path, many: Path, runner: Path | None, prompt: list[int]
+) -> dict[str, Callable[[], dict[str, Any]]]:
+    """Ways to start, each one fresh process up to its first token."""
+
+    def not_cached() -> dict[str, Any]:
+        forget(one)
+        return python(_LOAD + _FIRST, one, prompt)
+
+    kinds: dict[str, Callable[[], dict[str, Any]]] = {
+        "1 program": lambda: python(_LOAD + _FIRST, one, prompt),
+        f"{NUM_PROGRAMS} programs": lambda: python(_LOAD + _FIRST, many, prompt),
+        "1 program, files not cached": not_cached,
+    }
+    if runner is not None:
+        kinds |= {
+            "C++": lambda: cpp(runner, one, prompt),
+            "C++ without hashing": lambda: cpp(runner, one, prompt, "--sizes-only"),
+            "C++ that loads nothing": lambda: cpp(runner, one, prompt, "--steps"),
+        }
+    return kinds
+
+
+def show(report: dict[str, Any]) -> None:
+    for kind, found in report["summary"].items():
+        names = [n for n in ("load_s", "first_token_s", "from_start_s") if n in found]
+        times = ", ".join(f"{n} {found[n]['median']:.2f}" for n in names)
+        print(f"{kind}: {times}", end="")
+        if "compiled" in found:
+            print(
+                f"; beyond imports {found['of_weights_and_pool']:.3f} x (weights + KV pool); "
+                f"compiled {found['compiled']}",
+                end="",
+            )
+        print()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -350,20 +387,7 @@ def main() -> None:
         )
         while options.ready and not options.ready.exists():
             time.sleep(0.5)
-        kinds: dict[str, Callable[[], dict[str, Any]]] = {
-            "1 program": lambda: python(_LOAD + _FIRST, one, prompt),
-            f"{NUM_PROGRAMS} programs": lambda: python(_LOAD + _FIRST, many, prompt),
-            "1 program, files not cached": lambda: (
-                forget(one),
-                python(_LOAD + _FIRST, one, prompt),
-            )[1],
-        }
-        if runner is not None:
-            kinds |= {
-                "C++": lambda: cpp(runner, one, prompt),
-                "C++ without hashing": lambda: cpp(runner, one, prompt, "--sizes-only"),
-                "C++ that loads nothing": lambda: cpp(runner, one, prompt, "--steps"),
-            }
+        kinds = starts(one, many, runner, prompt)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
         order, hashing = random.Random(0), []
         for _ in range(options.rounds):
@@ -389,20 +413,7 @@ def main() -> None:
         "runs": runs,
     }
     write_json(options.output or RESULTS / f"bundle-cpu-{options.dtype}.json", report)
-    for kind, found in report["summary"].items():
-        times = ", ".join(
-            f"{n} {found[n]['median']:.2f}"
-            for n in ("load_s", "first_token_s", "from_start_s")
-            if n in found
-        )
-        print(f"{kind}: {times}", end="")
-        if "compiled" in found:
-            print(
-                f"; beyond imports {found['of_weights_and_pool']:.3f} x (weights + KV pool); "
-                f"compiled {found['compiled']}",
-                end="",
-            )
-        print()
+    show(report)
 
 
 if __name__ == "__main__":

@@ -103,19 +103,20 @@ class WithoutLastStep(Ours):
 
     def prefill(self, ids: Tensor) -> Tensor:
         compiled = self.compiled
-        self.context = compiled.session(self.program, ids.shape[0])
-        self.session = self.context.__enter__()
+        slots = compiled.runner.open_slots(self.program, ids.shape[0])
+        self.context = slots
+        session = self.session = slots.__enter__()
         batch, tokens = ids.shape
         linked = compiled.linker.link(
             self.program, ShapeClass.of(batch, tokens, compiled.pool.length)
         )
-        positions = self.session.positions([tokens] * batch)
+        positions = session.positions([tokens] * batch)
         with torch.no_grad():
-            *_, hidden = linked.states(StepInputs.of(self.session, ids, positions))
+            *_, hidden = linked.states(StepInputs.of(session, ids, positions))
             one = compiled.linker.link(self.program, ShapeClass.of(batch, 1, compiled.pool.length))
             inputs = [ids[:, -1:].contiguous(), positions[:, -1:].contiguous(), one.kv_index]
             logits = one.chain.head(hidden[:, -1:].contiguous(), one.chain.start(inputs))
-        self.session.advance([tokens] * batch)
+        session.advance([tokens] * batch)
         return logits[:, 0]
 
 

@@ -96,25 +96,10 @@ def _timed(work: Any) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--predictor",
-        type=Path,
-        help="folder of `train` (default: random weights of the same size)",
-    )
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--new-tokens", type=int, default=16)
-    options = parser.parse_args()
-    model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
-    compiled = polar_fx.compile(model, max_length=191)
-    selector = _selector(options.predictor, compiled.depth, model.config.hidden_size)
-    dispatcher = compiled.dispatch_by(selector, policy="accuracy")
-    compiled.warmup()
+def overheads(
+    compiled: polar_fx.CompiledModel, dispatcher: Dispatcher, selector: Selector, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds of a prefill, of one behind a trunk, and of choosing, a list of rounds each."""
     rng = torch.Generator().manual_seed(0)
     ids = torch.randint(0, compiled.vocab_size, (1, _TOKENS), generator=rng)
     rows, identity = [ids[0]], Program.identity(compiled.depth)
@@ -141,41 +126,68 @@ def main() -> None:
     times: dict[str, list[float]] = {
         name: [] for name in ("prefill", "prefill behind a trunk", *parts)
     }
-    for _ in range(options.rounds + 3):
+    for _ in range(rounds + 3):
         times["prefill"].append(_timed(plain))
         times["prefill behind a trunk"].append(_timed(split))
         for name, work in parts.items():
             times[name].append(statistics.median(_timed(work) for _ in range(20)))
-    times = {name: taken[3:] for name, taken in times.items()}
-    overhead = {name: spread(taken) for name, taken in times.items()}
-    ratios = {
-        name: paired_ratio(taken, times["prefill"])
-        for name, taken in times.items()
-        if name != "prefill"
-    }
+    return {name: taken[3:] for name, taken in times.items()}
+
+
+def requests_by_policy(
+    options: argparse.Namespace, tokenizer: Any, dispatcher: Dispatcher, selector: Selector
+) -> dict[str, Any]:
+    """Whole requests under each policy, by batch."""
+    prices = [f"mean_steps<={f:g}" for f in selector.calibration.prices]
+    policies = ["identity", "accuracy", *prices, "steps<=0.9"]
+    dispatchers = {policy: dispatcher.with_policy(policy) for policy in policies}
+    found = {}
+    for batch in (1, options.batch):
+        prompts = _prompts(tokenizer, options.rounds + 2, batch)
+        found[f"batch {batch}"] = _requests(dispatchers, prompts, options.new_tokens)
+    return found
+
+
+def show(overhead: dict[str, Any], ratios: dict[str, Any], requests: dict[str, Any]) -> None:
     for name, taken in overhead.items():
         ratio = f", {100 * ratios[name]['median']:.3f} % of a prefill" if name in ratios else ""
         print(f"{name}: {taken['median']:.4f} ms{ratio}")
-
-    policies = [
-        "identity",
-        "accuracy",
-        *(f"mean_steps<={f:g}" for f in selector.calibration.prices),
-        "steps<=0.9",
-    ]
-    dispatchers = {policy: dispatcher.with_policy(policy) for policy in policies}
-    requests = {
-        f"batch {batch}": _requests(
-            dispatchers, _prompts(tokenizer, options.rounds + 2, batch), options.new_tokens
-        )
-        for batch in (1, options.batch)
-    }
     for name, found in requests.items():
         for policy, row in found.items():
             print(
                 f"{name}, {policy}: {row['ms']['median']:.1f} ms, {row['ratio']['median']:.3f} of "
                 f"the identity's, {row['steps']:.1f} steps, {row['groups']:.1f} groups"
             )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--predictor",
+        type=Path,
+        help="folder of `train` (default: random weights of the same size)",
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--new-tokens", type=int, default=16)
+    options = parser.parse_args()
+    model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
+    compiled = polar_fx.compile(model, max_length=191)
+    selector = _selector(options.predictor, compiled.depth, model.config.hidden_size)
+    dispatcher = compiled.dispatch_by(selector, policy="accuracy")
+    compiled.warmup()
+    times = overheads(compiled, dispatcher, selector, options.rounds)
+    overhead = {name: spread(taken) for name, taken in times.items()}
+    ratios = {
+        name: paired_ratio(taken, times["prefill"])
+        for name, taken in times.items()
+        if name != "prefill"
+    }
+    requests = requests_by_policy(options, tokenizer, dispatcher, selector)
+    show(overhead, ratios, requests)
     write_json(
         RESULTS / f"dispatch-cpu-{options.dtype}.json",
         {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import gpu_results
+from polar_fx.output.files import replace_file
 
 ROOT = Path(__file__).parent.parent
 _LOG = 40_000  # characters kept of what a worker printed
@@ -113,9 +114,7 @@ class Team:
 
     def give_turn(self, name: str, until: float) -> None:
         """Let it have the machine until then."""
-        turn = self.scratch / f"turn.{name}"
-        turn.with_suffix(".new").write_text(str(until))
-        os.replace(turn.with_suffix(".new"), turn)  # whole, or not there
+        replace_file(self.scratch / f"turn.{name}", [str(until).encode()])
 
     def logs(self) -> str:
         """The end of what each worker printed."""

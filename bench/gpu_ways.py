@@ -14,6 +14,7 @@ from contenders import Contender, HfEager, Ours
 from gpu_worker import Worker
 from polar_fx import CompiledModel, Program
 from polar_fx.capture import CACHE
+from polar_fx.runtime.kv_cache import KvSession
 
 __all__ = ["HfEager", "HfReduceOverhead", "Linked", "Whole", "slot_length"]
 
@@ -105,10 +106,12 @@ class Whole(Linked):
         self.logits: Tensor
 
     def decode(self, token: Tensor) -> Tensor:
-        at = self.session.positions([1])
+        session = self.session
+        assert isinstance(session, KvSession)  # rows on a GPU are in slots
+        at = session.positions([1])
         if self.captured is None:
             self.ids, self.at = token.clone(), at.clone()
-            slots = [t for pair in self.session.slots for t in pair]
+            slots = [t for pair in session.slots for t in pair]
 
             def run() -> None:
                 self.logits = self.flat(self.ids, self.at, self.compiled.pool.kv_index, *slots)
@@ -117,7 +120,7 @@ class Whole(Linked):
         self.ids.copy_(token)
         self.at.copy_(at)
         self.captured.replay()
-        self.session.advance([1])
+        session.advance([1])
         return self.logits[:, -1].clone()
 
     def graph(self) -> Any:

@@ -62,6 +62,22 @@ def chosen(listed: list[tuple[Question, Explored]], count: int) -> list[tuple[Qu
     return drawn + close[: count - len(drawn)]
 
 
+def explored(
+    options: argparse.Namespace, compiled: polar_fx.CompiledModel, tokenizer: Any
+) -> list[tuple[Question, Explored]]:
+    """Questions and programs: of the records, or of a search made here."""
+    if options.records:
+        records = list(RecordReader(options.records))
+        return chosen([(r.question, e) for r in records for e in r.explored], options.pairs)
+    rows = generate(options.task, options.questions, split="train")
+    encoded = get_template("few-shot", options.task).encode_all(tokenizer, rows)
+    # the likelihood leads to right answers and near ones: where verdicts are close
+    config = SearchConfig(simulations=options.simulations, reward="likelihood", length_penalty=0.0)
+    asked = list(zip(rows, encoded, strict=True))
+    found = run_searches(asked, TeacherForcing(compiled), compiled.depth, config)
+    return [(r.question, e) for r in found for e in r.explored]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -83,23 +99,9 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
     compiled = polar_fx.compile(model, max_length=255 if options.records else 127)
-    if options.records:
-        records = list(RecordReader(options.records))
-        listed = chosen([(r.question, e) for r in records for e in r.explored], options.pairs)
-    else:
-        rows = generate(options.task, options.questions, split="train")
-        encoded = get_template("few-shot", options.task).encode_all(tokenizer, rows)
-        # the likelihood leads to right answers and near ones: where verdicts are close
-        config = SearchConfig(
-            simulations=options.simulations, reward="likelihood", length_penalty=0.0
-        )
-        rounds = run_searches(
-            list(zip(rows, encoded, strict=True)), TeacherForcing(compiled), compiled.depth, config
-        )
-        listed = [(r.question, e) for r in rounds for e in r.explored]
+    listed = explored(options, compiled, tokenizer)
     questions = {q.id: q for q, _ in listed}
     templates = templates_of("few-shot", list(questions.values()))
-    tasks = list(templates)
     of = {e.id: e for e in encode(tokenizer, list(questions.values()), templates)}
     pairs = [(of[q.id], e.program) for q, e in listed]
     first = [e.verdict.correct for _, e in listed]
@@ -108,11 +110,10 @@ def main() -> None:
     batched = judge(TeacherForcing(compiled), pairs, 3, 64)
     sample = random.Random(0).sample(range(len(pairs)), min(options.generated, len(pairs)))
     generated = [False] * len(sample)
-    for task in tasks:
+    for task, template in templates.items():
         members = [i for i, k in enumerate(sample) if listed[k][0].task == task]
-        told = Plain(model, tokenizer, templates[task]).evaluate(
-            [pairs[sample[i]] for i in members]
-        )
+        asked = [pairs[sample[i]] for i in members]
+        told = Plain(model, tokenizer, template).evaluate(asked)
         for i, verdict in zip(members, told, strict=True):
             generated[i] = verdict
     right = [v.correct for v in alone]
@@ -120,7 +121,7 @@ def main() -> None:
         "benchmark": "label flips",
         "dtype": options.dtype,
         "machine": machine(torch.device("cpu")),
-        "tasks": tasks,
+        "tasks": list(templates),
         "questions": len(questions),
         "pairs": len(pairs),
         "deterministic, asked again in another order": {

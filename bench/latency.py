@@ -292,6 +292,23 @@ def make_contenders(
     return chosen, [*contenders, Ours(compiled("eager"), "eager", identity)]
 
 
+def timings(
+    mine: dict[str, list[float]], reference: dict[str, list[float]], read: int
+) -> dict[str, Any]:
+    """Of a contender's samples in ms, beside those of the reference; a decode reads `read`
+    bytes.
+    """
+    return {
+        "prefill_ms": spread(mine["prefill"]),
+        "decode_ms": spread(mine["decode"]),
+        "prefill_ratio": paired_ratio(mine["prefill"], reference["prefill"]),
+        "decode_ratio": paired_ratio(mine["decode"], reference["decode"]),
+        "decode_bytes": read,
+        "decode_gbs": read / statistics.median(mine["decode"]) / 1e6,
+        "samples_ms": mine,
+    }
+
+
 def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     """Run everything the options ask for; writes the report."""
     if options.threads:
@@ -317,24 +334,12 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     reference = samples[contenders[1].name]
     rows = []
     for contender in contenders:
-        mine = samples[contender.name]
         program = contender.program if isinstance(contender, Ours) else compiled.default_program
         read = decode_bytes(compiled, program, options.prompt_tokens)
-        rows.append(
-            {
-                "name": contender.name,
-                "steps": contender.steps,
-                **seconds[contender.name],
-                "prefill_ms": spread(mine["prefill"]),
-                "decode_ms": spread(mine["decode"]),
-                "prefill_ratio": paired_ratio(mine["prefill"], reference["prefill"]),
-                "decode_ratio": paired_ratio(mine["decode"], reference["decode"]),
-                "decode_bytes": read,
-                "decode_gbs": read / statistics.median(mine["decode"]) / 1e6,
-                "max_difference_to_hf": differences.get(contender.name),
-                "samples_ms": mine,
-            }
-        )
+        row = {"name": contender.name, "steps": contender.steps, **seconds[contender.name]}
+        row |= timings(samples[contender.name], reference, read)
+        row["max_difference_to_hf"] = differences.get(contender.name)
+        rows.append(row)
     report = {
         "benchmark": "latency",
         "model": options.model or polar_fx.models.DEFAULT_NAME,

@@ -10,13 +10,14 @@ import os
 import platform
 import statistics
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from polar_fx.output.files import made_folder, write_whole
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -111,12 +112,8 @@ def _git(*arguments: str) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Write to a temporary file beside `path`, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    """Write a file so that it is there whole or not at all."""
+    write_whole(text.encode(), made_folder(path.parent) / path.name)
 
 
 def write_json(path: Path, value: Any) -> None:

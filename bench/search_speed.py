@@ -17,7 +17,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -131,6 +131,38 @@ def grid(
     return [[(q, p) for q in questions] for p in programs]
 
 
+class Tally:
+    """Seconds a pair of each contender, and verdicts that differ from those of plain generation."""
+
+    def __init__(self, names: Collection[str]) -> None:
+        self._order = random.Random(1)
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("plain", *names)}
+        self.differing: dict[str, list[Any]] = {name: [] for name in names}
+        self.sampled = self.right = 0
+
+    def run(
+        self,
+        plain: Plain,
+        contenders: Mapping[str, Any],
+        pairs: Sequence[Pair],
+        sample: Sequence[int],
+    ) -> None:
+        """A round of all contenders, in random order; generation takes part in the sample only."""
+        found: dict[str, Any] = {}
+        for name in self._order.sample(list(self.seconds), len(self.seconds)):
+            asked = [pairs[i] for i in sample] if name == "plain" else pairs
+            judge = plain if name == "plain" else contenders[name]
+            start = time.perf_counter()
+            found[name] = judge.evaluate(asked)
+            self.seconds[name].append((time.perf_counter() - start) / len(asked))
+        self.sampled += len(sample)
+        self.right += sum(found["plain"])
+        for i, wanted in zip(sample, found["plain"], strict=True):
+            for name in contenders:
+                if found[name][i].correct != wanted:
+                    self.differing[name].append(found[name][i].margin)
+
+
 def measure(
     options: argparse.Namespace, prompt: str, pattern: str, size: tuple[int, int], loaded: Any
 ) -> dict[str, Any]:
@@ -152,32 +184,13 @@ def measure(
         TeacherForcing(compiled, deterministic=True),
     ):
         contender.evaluate(rounds[0][:2])  # warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in ("plain", *contenders)}
-    order, pick = random.Random(1), random.Random(2)
-    sampled, differing = 0, {name: [] for name in contenders}
-    right = 0
+    tally = Tally(contenders)
+    pick = random.Random(2)
     for pairs in track(rounds, description=f"{prompt}, {pattern}", console=Console(stderr=True)):
-        sample = (
-            range(len(pairs))
-            if pattern == "grid"
-            else pick.sample(range(len(pairs)), min(_SAMPLE, len(pairs)))
-        )
-        found: dict[str, Any] = {}
-        for name in order.sample(list(seconds), len(seconds)):
-            start = time.perf_counter()
-            if name == "plain":
-                found[name] = plain.evaluate([pairs[i] for i in sample])
-            else:
-                found[name] = contenders[name].evaluate(pairs)
-            seconds[name].append(
-                (time.perf_counter() - start) / (len(sample) if name == "plain" else len(pairs))
-            )
-        sampled += len(sample)
-        right += sum(found["plain"])
-        for i, wanted in zip(sample, found["plain"], strict=True):
-            for name in contenders:
-                if found[name][i].correct != wanted:
-                    differing[name].append(found[name][i].margin)
+        every = range(len(pairs))
+        sample = every if pattern == "grid" else pick.sample(every, min(_SAMPLE, len(pairs)))
+        tally.run(plain, contenders, pairs, sample)
+    seconds = tally.seconds
     forcing: TeacherForcing = contenders["polar_fx"]
     mean = {name: statistics.fmean(s) for name, s in seconds.items()}
     return {
@@ -187,8 +200,8 @@ def measure(
         "questions": len(questions),
         "rounds": len(rounds),
         "pairs": sum(map(len, rounds)),
-        "pairs_compared": sampled,
-        "right": right,
+        "pairs_compared": tally.sampled,
+        "right": tally.right,
         "prefix_tokens": len(questions[0].prefix),
         "prompt_tokens": statistics.fmean(len(q.prompt) for q in questions),
         "max_new_tokens": template.max_new_tokens,
@@ -200,7 +213,7 @@ def measure(
             name: spread([a / b for a, b in zip(seconds["plain"], s, strict=True)])
             for name, s in seconds.items()
         },
-        "margins_of_verdicts_that_differ": differing,
+        "margins_of_verdicts_that_differ": tally.differing,
         "seconds_a_pair": seconds,
     }
 

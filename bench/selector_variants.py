@@ -20,6 +20,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ import torch
 from rich.console import Console
 
 from measure import RESULTS, machine, spread, write_json
-from polar_fx.evaluation.baselines import TrainingRecords, polar_choices
+from polar_fx.evaluation.baselines import Setting, TrainingRecords, polar_choices
 from polar_fx.evaluation.choices import Choice, arm_results, wanted_programs
 from polar_fx.evaluation.polar.text_encoder import TextEncoder
 from polar_fx.jobs.labeller import Labeller
 from polar_fx.jobs.questions import templates_of
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.saved import load_selector, read_notes
+from polar_fx.predictor.selector import Selector
 from polar_fx.search.records.record_file import RecordReader
 from polar_fx.search.records.records import SearchRecord
 from polar_fx.search.workers import Workplace
@@ -49,7 +51,7 @@ from polar_fx.training.selector_training import (
     price_of,
     train_selector,
 )
-from polar_fx.training.verdict_table import VerdictTable
+from polar_fx.training.verdict_table import Rows, VerdictTable
 
 _FOLDS, _THRESHOLDS, _BUDGETS = 5, (0.0, 0.02, 0.05), (0.95, 0.9)
 
@@ -82,9 +84,9 @@ def polar_out_of_fold(
     found: dict[str, tuple[dict[int, tuple[Any, ...]], bool]] = {}
     for learn, stop, held_out in folds(len(records)):
         known = TrainingRecords([], [records[i] for i in learn], [records[i] for i in stop])
-        choices, notes = polar_choices(
-            name, known, by_id, [states[i] for i in held_out], depth, trunk, 0
-        )
+        setting = Setting(known, depth, trunk)
+        asked = [states[i] for i in held_out]
+        choices, notes = polar_choices(name, setting, tokens=by_id, seen=asked)
         print(f"{name}: identity first {notes['identity_first']:.3f}", flush=True)
         for choice in choices:
             found.setdefault(choice.name, ({}, choice.oracle))[0].update(
@@ -140,48 +142,63 @@ def alone(encoder: TextEncoder, texts: list[str], count: int = 40) -> dict[str, 
     return spread(taken[5:])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("predictor", type=Path, help="folder of `train`")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--encoder", help="folder or id of a text encoder to compare with")
-    options = parser.parse_args()
-    selector, _ = load_selector(options.predictor)
-    parts = options.predictor / "parts"
-    known = set(json.loads((parts / MINED).read_text()))  # what chose the menu cannot judge it
-    for path in parts.glob("*.jsonl"):
-        if path.stem not in ("train", "validation"):
-            known |= {r.question.id for r in RecordReader(path)}
-    records = [
-        r
-        for s in ("train", "validation")
-        for r in RecordReader(parts / f"{s}.jsonl")
-        if r.question.id not in known
-    ]
-    table = VerdictTable.of(records, selector.menu.programs)
-    labeller = Labeller(
-        Workplace(dtype=options.dtype),
-        templates_of(read_notes(options.predictor)["prompt"], table.questions),
-        table.questions,
-        console=Console(stderr=True, highlight=False),
-    )
-    rows = [(q, labeller.encoded[q.id]) for q in table.questions]
-    trunk, window = selector.features.num_steps, selector.features.window
-    seen = {n: labeller.features(rows, Features(n, window)) for n in (0, 2, 8)}
-    kept = labeller.states(rows, Features(trunk, max(64, window)))
-    own, longer = (
-        torch.stack([Features(trunk, w).pooled(each) for each in kept]) for w in (window, 64)
-    )
+Variant = tuple[torch.Tensor, dict[str, Any]]  # features f32[N, F], settings of training
+BASE = "hidden states after {} steps"
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A predictor and the questions that judge variants of it; the model is open in `labeller`."""
+
+    selector: Selector
+    records: list[SearchRecord]
+    table: VerdictTable
+    labeller: Labeller
+
+    @property
+    def rows(self) -> Rows:
+        return [(q, self.labeller.encoded[q.id]) for q in self.table.questions]
+
+    @property
+    def base(self) -> str:
+        """The name of the variant that the predictor is."""
+        return BASE.format(self.selector.features.num_steps)
+
+    @classmethod
+    def open(cls, predictor: Path, dtype: str) -> "Subject":
+        """On questions that did not choose the menu, which could not judge it."""
+        selector, _ = load_selector(predictor)
+        parts = predictor / "parts"
+        known = set(json.loads((parts / MINED).read_text()))
+        for path in parts.glob("*.jsonl"):
+            if path.stem not in ("train", "validation"):
+                known |= {r.question.id for r in RecordReader(path)}
+        kept = [parts / f"{split}.jsonl" for split in ("train", "validation")]
+        records = [r for path in kept for r in RecordReader(path) if r.question.id not in known]
+        table = VerdictTable.of(records, selector.menu.programs)
+        labeller = Labeller(
+            Workplace(dtype=dtype),
+            templates_of(read_notes(predictor)["prompt"], table.questions),
+            table.questions,
+            console=Console(stderr=True, highlight=False),
+        )
+        return cls(selector, records, table, labeller)
+
+
+def hidden_variants(subject: Subject, states: list[torch.Tensor]) -> dict[str, Variant]:
+    """On the model's own states; `states` are those of the last 64 tokens, [T, d]."""
+    features, questions = subject.selector.features, subject.table.questions
+    trunk, window = features.num_steps, features.window
+    seen = {n: subject.labeller.features(subject.rows, Features(n, window)) for n in (0, 2, 8)}
+    own = torch.stack([Features(trunk, window).pooled(each) for each in states])
+    longer = torch.stack([Features(trunk, 64).pooled(each) for each in states])
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(1))
-    tasks = sorted({q.task for q in table.questions})
-    names = torch.tensor([[float(q.task == task) for task in tasks] for q in table.questions])
-    base = f"hidden states after {trunk} steps"
-    variants: dict[str, tuple[torch.Tensor, dict[str, Any]]] = {
+    tasks = sorted({q.task for q in questions})
+    names = torch.tensor([[float(q.task == task) for task in tasks] for q in questions])
+    return {
         "token embeddings": (seen[0], {}),
         "hidden states after 2 steps": (seen[2], {}),
-        base: (own, {}),
+        subject.base: (own, {}),
         "hidden states after 8 steps (the menu shares fewer)": (seen[8], {}),
         "last 64 tokens": (longer, {}),
         "the task's name alone": (names, {"width": 0, "dropout": 0.0, "learning_rate": 0.01}),
@@ -195,30 +212,29 @@ def main() -> None:
         "mean of 4 networks": (own, {"networks": 4}),
         "last 64 tokens, mean of 4 networks": (longer, {"networks": 4}),
     }
-    encoder = None if options.encoder is None else TextEncoder.load(options.encoder)
-    states, encoder_notes = [], {}
-    if encoder is not None:
-        texts = {
-            "prompt text": [
-                labeller.templates[q.task].text(labeller.tokenizer, q.question)
-                for q in table.questions
-            ],
-            "question text": [q.question for q in table.questions],
-        }
-        encoder_notes = {
-            "fingerprint": encoder.fingerprint,
-            "name": Path(str(options.encoder)).name,
-            "one_text_cpu_ms": {},
-        }
-        for name, each in texts.items():
-            states = encoder.states(each)
-            whole = Features(0, max(map(len, states)))
-            variants[f"text encoder, {name}"] = (torch.stack([whole.pooled(s) for s in states]), {})
-            encoder_notes["one_text_cpu_ms"][name] = {
-                "tokens": float(np.mean([len(s) for s in states])),
-                **alone(encoder, each),
-            }
-        print(encoder_notes, flush=True)
+
+
+def encoder_variants(
+    encoder: TextEncoder, subject: Subject
+) -> tuple[dict[str, Variant], dict[str, Any], list[torch.Tensor]]:
+    """On a text encoder's states; what it costs; and its states of the questions' text."""
+    labeller, questions = subject.labeller, subject.table.questions
+    prompts = [labeller.templates[q.task].text(labeller.tokenizer, q.question) for q in questions]
+    texts = {"prompt text": prompts, "question text": [q.question for q in questions]}
+    variants, cost = {}, {}
+    states: list[torch.Tensor] = []
+    for name, each in texts.items():
+        states = encoder.states(each)
+        whole = Features(0, max(map(len, states)))
+        variants[f"text encoder, {name}"] = (torch.stack([whole.pooled(s) for s in states]), {})
+        tokens = float(np.mean([len(s) for s in states]))
+        cost[name] = {"tokens": tokens, **alone(encoder, each)}
+    return variants, cost, states
+
+
+def measured(variants: dict[str, Variant], subject: Subject) -> dict[str, dict[str, Any]]:
+    """What each variant gives out of fold, also beside the predictor's own features."""
+    table = subject.table
     results: dict[str, dict[str, Any]] = {}
     likeliest: dict[str, np.ndarray] = {}
     for name, (features, config) in variants.items():
@@ -230,54 +246,90 @@ def main() -> None:
         print(f"{name}: log loss {results[name]['log_loss']:.4f}; {shown}", flush=True)
     strata = [q.task for q in table.questions]
     for name, right in likeliest.items():
-        results[name]["beside hidden states"] = compare(
-            right, likeliest[base], strata=strata
-        ).gain.to_dict()
-    polar = {}
-    if encoder is not None:
-        hidden = [selector.features.tokens(each).float() for each in kept]
-        choices = polar_out_of_fold(
-            "PoLar network, hidden states", hidden, records, table.depth, trunk
-        )
-        choices += polar_out_of_fold(
-            "PoLar network, text encoder, question text", states, records, table.depth, trunk
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            judged_on = labeller.records(
-                Path(folder) / "polar.jsonl", rows, wanted_programs(choices, list(table.questions))
-            )
-        arms = arm_results(choices, judged_on)
-        for choice in choices:
-            pooled = pool([arm for arm in arms if arm.name == choice.name])
-            polar[choice.name] = {
-                "oracle": choice.oracle,
-                "steps": float(pooled.steps.mean()),
-                "identity": float(
-                    np.mean([all(p.is_identity for p in each) for each in choice.programs])
-                ),
-                **pooled.paired().gain.to_dict(),
-            }
-            print(choice.name, polar[choice.name], flush=True)
+        beside = compare(right, likeliest[subject.base], strata=strata)
+        results[name]["beside hidden states"] = beside.gain.to_dict()
+    return results
+
+
+def polar_networks(
+    subject: Subject, hidden: list[torch.Tensor], encoded: list[torch.Tensor]
+) -> dict[str, Any]:
+    """PoLar's network on hidden states and on a text encoder's."""
+    depth, trunk = subject.table.depth, subject.selector.features.num_steps
+    hidden = [subject.selector.features.tokens(each).float() for each in hidden]
+    choices = []
+    for name, states in (("hidden states", hidden), ("text encoder, question text", encoded)):
+        title = f"PoLar network, {name}"
+        choices += polar_out_of_fold(title, states, subject.records, depth, trunk)
+    wanted = wanted_programs(choices, list(subject.table.questions))
+    with tempfile.TemporaryDirectory() as folder:
+        records = subject.labeller.records(Path(folder) / "polar.jsonl", subject.rows, wanted)
+    arms = arm_results(choices, records)
+    found = {}
+    for choice in choices:
+        pooled = pool([arm for arm in arms if arm.name == choice.name])
+        is_identity = [all(p.is_identity for p in each) for each in choice.programs]
+        found[choice.name] = {
+            "oracle": choice.oracle,
+            "steps": float(pooled.steps.mean()),
+            "identity": float(np.mean(is_identity)),
+            **pooled.paired().gain.to_dict(),
+        }
+        print(choice.name, found[choice.name], flush=True)
+    return found
+
+
+def base_rates(table: VerdictTable) -> dict[str, Any]:
+    """What can be had without looking at the question."""
     rates = table.right.mean(0)
+    nothing = np.broadcast_to(rates.clip(1e-4, 1), table.right.shape)
     best = np.argsort(-rates, kind="stable")[:5]
-    nothing = log_loss(np.broadcast_to(rates.clip(1e-4, 1), table.right.shape), table.right)
+    return {
+        "identity": float(rates[0]),
+        "base_rate_log_loss": log_loss(nothing, table.right),
+        "best_static_in_sample": [
+            {"program": str(table.programs[k]), "gain": 100 * float(rates[k] - rates[0])}
+            for k in best
+        ],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("predictor", type=Path, help="folder of `train`")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--encoder", help="folder or id of a text encoder to compare with")
+    options = parser.parse_args()
+    subject = Subject.open(options.predictor, options.dtype)
+    features = subject.selector.features
+    kept = subject.labeller.states(
+        subject.rows, Features(features.num_steps, max(64, features.window))
+    )
+    variants = hidden_variants(subject, kept)
+    encoder = None if options.encoder is None else TextEncoder.load(options.encoder)
+    states: list[torch.Tensor] = []
+    encoder_notes: dict[str, Any] = {}
+    if encoder is not None:
+        more, cost, states = encoder_variants(encoder, subject)
+        variants |= more
+        name = Path(str(options.encoder)).name
+        encoder_notes = {"fingerprint": encoder.fingerprint, "name": name, "one_text_cpu_ms": cost}
+        print(encoder_notes, flush=True)
+    results = measured(variants, subject)
     write_json(
         RESULTS / f"selector-variants-cpu-{options.dtype}.json",
         {
             "benchmark": "selector variants",
             "dtype": options.dtype,
             "machine": machine(torch.device("cpu")),
-            "questions": len(table.questions),
-            "identity": float(rates[0]),
-            "base_rate_log_loss": nothing,
-            "best_static_in_sample": [
-                {"program": str(table.programs[k]), "gain": 100 * float(rates[k] - rates[0])}
-                for k in best
-            ],
-            "menu": [str(p) for p in table.programs],
+            "questions": len(subject.table.questions),
+            **base_rates(subject.table),
+            "menu": [str(p) for p in subject.table.programs],
             "variants": results,
             "encoder": encoder_notes,
-            "polar_network": polar,
+            "polar_network": {} if encoder is None else polar_networks(subject, kept, states),
         },
     )
 

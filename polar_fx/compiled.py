@@ -113,26 +113,11 @@ def compile(
             "policy=; leave one out"
         )
     get_backend(backend)  # refuse an unknown one before anything is loaded
-    from .models import check_row_length, load, longest_row
+    from .models import named_or_loaded
 
-    if model is None or isinstance(model, (str, PathLike)):
-        model, _ = load(model, torch.float32 if dtype is None else dtype, device)
-    elif device is not None or dtype is not None:
-        raise InputError(
-            f"device={device!r} and dtype={dtype!r} are for models that are named; this one is "
-            "loaded already: move it (model.to(...)) before it is compiled, and leave both out"
-        )
+    model = named_or_loaded(model, dtype, device)
     check_supported(model)
-    if max_length is None:
-        max_length = longest_row(model, _MAX_LENGTH)
-    if prefill_chunk is None:
-        prefill_chunk = (
-            _GPU_PREFILL_CHUNK if embedding_weight(model).device.type == "cuda" else _PREFILL_CHUNK
-        )
-    for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
-    check_row_length(model, max_length)
+    max_length, prefill_chunk = _token_limits(model, max_length, prefill_chunk)
     if deterministic and tier == "auto":
         raise InputError(
             "deterministic=True needs tier='linked' or 'whole': 'auto' changes over from one form "
@@ -154,6 +139,23 @@ def compile(
     if predictor is not None or menu is not None or policy is not None:
         compiled.dispatch_by(predictor, menu, policy, unprepared)
     return compiled
+
+
+def _token_limits(
+    model: PreTrainedModel, max_length: int | None, prefill_chunk: int | None
+) -> tuple[int, int]:
+    """Both, by default what the model and its device ask for. Raises InputError."""
+    from .models import check_row_length, longest_row
+
+    max_length = longest_row(model, _MAX_LENGTH) if max_length is None else max_length
+    if prefill_chunk is None:
+        on_gpu = embedding_weight(model).device.type == "cuda"
+        prefill_chunk = _GPU_PREFILL_CHUNK if on_gpu else _PREFILL_CHUNK
+    for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
+    check_row_length(model, max_length)
+    return max_length, prefill_chunk
 
 
 class CompiledModel:

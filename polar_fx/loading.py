@@ -11,6 +11,7 @@ from .bundle import load_bundle
 from .bundle.manifest import read_manifest
 from .errors import InputError
 from .models import Device, Dtype
+from .output.plain_text import dtype_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,13 +56,10 @@ def load(
         return models.load(source, dtype or torch.float32, device)
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
-    if (
-        dtype not in (None, "auto")
-        and (own := f"torch.{manifest.dtype}") != f"torch.{str(dtype).removeprefix('torch.')}"
-    ):
+    if dtype not in (None, "auto") and manifest.dtype != dtype_name(dtype):
         raise InputError(
-            f"{source} is a bundle of dtype {own}, not {dtype}; leave dtype out, or export the "
-            "model in that one"
+            f"{source} is a bundle of dtype torch.{manifest.dtype}, not {dtype}; leave dtype "
+            "out, or export the model in that one"
         )
     if device is not None and (place := models.checked_device(device)).type != manifest.device:
         raise InputError(

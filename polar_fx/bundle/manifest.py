@@ -7,9 +7,8 @@ Everything else in a bundle is named in it by size and sha256.
 import json
 import os
 import re
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from typing import Any
 from ..backends.base import RegionName, ShapeClass
 from ..errors import ProgramError
 from ..output.digest import digest
-from ..output.files import sync, write_file
-from ..output.plain_text import count
+from ..output.files import replace_file
+from ..output.plain_text import count, first_line
 from ..program import MAX_STEPS, Program
 from .errors import AGAIN, BundleError
 from .fields import SHA256, Fields
@@ -270,10 +269,10 @@ def _programs(fields: Fields, depth: int) -> tuple[Program, ...]:
         try:
             program = Program.parse(text, depth)
         except ProgramError as error:
-            what = str(error).partition("\n")[0]
             raise fields.wrong(
                 "programs",
-                f"holds {text[:80]!r}, which is no program of {count(depth, 'layer')}: {what}",
+                f"holds {text[:80]!r}, which is no program of {count(depth, 'layer')}: "
+                f"{first_line(error)}",
             ) from error
         if program in found:
             raise fields.wrong(
@@ -346,15 +345,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
     Raises BundleError.
     """
-    path, work = folder / MANIFEST, folder / f".{MANIFEST}.{secrets.token_hex(8)}"
-    try:
-        with os_errors(path):
-            write_file(work, (json.dumps(manifest.to_dict(), indent=1) + "\n").encode())
-            os.replace(work, path)
-            sync(folder)
-    finally:
-        with suppress(OSError):
-            work.unlink()  # gone already if all went well
+    path = folder / MANIFEST
+    with os_errors(path):
+        replace_file(path, [(json.dumps(manifest.to_dict(), indent=1) + "\n").encode()])
 
 
 def add_program(

@@ -29,11 +29,12 @@ from ..backends.base import RegionName
 from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError
 from ..output.files import copy_file, sync, write_file
-from ..output.plain_text import count, size
+from ..output.plain_text import count, dtype_name, size
 from ..predictor.saved import save_selector
 from ..predictor.selector import Selector
 from ..program import Program
 from ..runtime.code_key import target_of
+from ..runtime.dispatcher import Dispatcher
 from ..runtime.regions import RegionTable
 from ..store import ArtifactStore
 from ..version import __version__
@@ -91,49 +92,10 @@ def export(
     Whenever it is interrupted, what is there under the name `out` is nothing, the former bundle or
     the new one, never a part of one.
     """
-    if not isinstance(compiled, CompiledModel):
-        raise InputError(
-            f"export takes what polar_fx.compile returns, got {type(compiled).__name__}"
-        )
-    if isinstance(compiled, BundledModel):
-        raise InputError(
-            f"{compiled.folder} is a bundle already; copy the folder, and change its programs "
-            "with add_program"
-        )
-    if type(compiled.backend) is not AotInductorBackend:
-        raise InputError(
-            f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with "
-            "backend='aot_inductor'"
-        )
-    if compiled.device.type not in ("cpu", "cuda"):
-        raise InputError(
-            f"bundles are for the CPU and CUDA, and the model is on {compiled.device}; compile it "
-            "on one of them"
-        )
-    if tokenizer is not None:
-        check_served(compiled.generation_config)
-    chosen, dispatcher = programs_to_ship(compiled, programs), compiled.dispatcher
-    if dispatcher is not None:
-        if not isinstance(dispatcher.predictor, Selector):
-            raise InputError(
-                "the model's predictor is no Selector; set compiled.dispatcher = None to export "
-                "without it"
-            )
-        if dispatcher.menu != dispatcher.predictor.menu:
-            raise InputError(
-                "the model dispatches by another menu than its predictor's; only the predictor's "
-                "own can be shipped"
-            )
-        if dispatcher.policy.kind == "latency_ms":
-            raise InputError(
-                "policy latency_ms<= is measured where it runs; set another one, and "
-                "dispatch_by() after loading"
-            )
-        if missing := [p for p in dispatcher.menu.programs if p not in chosen]:
-            raise InputError(
-                f"the predictor may choose {missing[0]}, which is not among programs=; leave that "
-                "out, or add it"
-            )
+    _check_kind(compiled, tokenizer)
+    chosen = programs_to_ship(compiled, programs)
+    if compiled.dispatcher is not None:
+        _check_dispatcher(compiled.dispatcher, chosen)
     if not buckets or any(type(b) is not int or b < 1 for b in buckets):
         raise InputError(
             f"buckets must be numbers of rows, such as (1,) or (1, 2), got {buckets!r}"
@@ -156,6 +118,55 @@ def export(
             manifest = _write(compiled, replace(draft, ties=ties), packages, tokenizer, work)
     log.info("wrote %s: %s, %s", target, count(len(chosen), "program"), size(manifest.num_bytes))
     return manifest
+
+
+def _check_kind(compiled: object, tokenizer: object) -> None:
+    """Raise InputError unless this is a model whose code can be shipped."""
+    if not isinstance(compiled, CompiledModel):
+        raise InputError(
+            f"export takes what polar_fx.compile returns, got {type(compiled).__name__}"
+        )
+    if isinstance(compiled, BundledModel):
+        raise InputError(
+            f"{compiled.folder} is a bundle already; copy the folder, and change its programs "
+            "with add_program"
+        )
+    if type(compiled.backend) is not AotInductorBackend:
+        raise InputError(
+            f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with "
+            "backend='aot_inductor'"
+        )
+    if compiled.device.type not in ("cpu", "cuda"):
+        raise InputError(
+            f"bundles are for the CPU and CUDA, and the model is on {compiled.device}; compile it "
+            "on one of them"
+        )
+    if tokenizer is not None:
+        check_served(compiled.generation_config)
+
+
+def _check_dispatcher(dispatcher: Dispatcher, chosen: Sequence[Program]) -> None:
+    """Raise InputError unless a bundle of these programs can dispatch in the same way."""
+    if not isinstance(dispatcher.predictor, Selector):
+        raise InputError(
+            "the model's predictor is no Selector; set compiled.dispatcher = None to export "
+            "without it"
+        )
+    if dispatcher.menu != dispatcher.predictor.menu:
+        raise InputError(
+            "the model dispatches by another menu than its predictor's; only the predictor's "
+            "own can be shipped"
+        )
+    if dispatcher.policy.kind == "latency_ms":
+        raise InputError(
+            "policy latency_ms<= is measured where it runs; set another one, and "
+            "dispatch_by() after loading"
+        )
+    if missing := [p for p in dispatcher.menu.programs if p not in chosen]:
+        raise InputError(
+            f"the predictor may choose {missing[0]}, which is not among programs=; leave that "
+            "out, or add it"
+        )
 
 
 def programs_to_ship(
@@ -239,7 +250,7 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bo
         polar_fx=__version__,
         model=compiled.architecture,
         depth=library.depth,
-        dtype=str(library.dtype).removeprefix("torch."),
+        dtype=dtype_name(library.dtype),
         vocab_size=compiled.vocab_size,
         device=compiled.device.type,
         processor=target_of(compiled.device),

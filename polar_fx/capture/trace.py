@@ -23,6 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError
+from ..output.plain_text import first_line
 from ..passes.base import storage, writes
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
@@ -202,9 +203,9 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     except UnsupportedModelError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
         raise CaptureError(
-            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {reason}"
+            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: "
+            f"{first_line(error)}"
         ) from error
     flat = _flatten(exported, stack)
     seconds = time.perf_counter() - start

@@ -14,15 +14,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .options import add_model_arguments, status, whole
-from .questions import add_question_arguments, asked_of, workplace_of
+from .options import status, whole
+from .questions import add_question_arguments, add_running_arguments, job_settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("predictor", type=Path, metavar="FOLDER", help="of `train`")
     add_question_arguments(parser, "2000; of --data all")
-    parser.add_argument("--seed", type=int, default=0)
     what = parser.add_argument_group("comparison")
     what.add_argument(
         "--out",
@@ -63,15 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the predictor's own policies and static programs only",
     )
     what.add_argument("--no-figures", action="store_true", help="tables and numbers only")
-    run = parser.add_argument_group("running")
-    run.add_argument(
-        "--workers",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="processes that judge (default: %(default)s)",
-    )
-    add_model_arguments(parser, backend="auto")
+    add_running_arguments(parser, "judge")
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
@@ -81,8 +72,6 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
     job = EvaluateJob(
         predictor=options.predictor,
-        out=options.out,
-        asked=asked_of(options),
         records=tuple(options.records or ()),
         answers=options.answers,
         votes=options.votes,
@@ -90,8 +79,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         baselines=not options.no_baselines,
         figures=not options.no_figures,
         seed=options.seed,
-        workplace=workplace_of(options),
-        workers=options.workers,
+        **job_settings(options),
     )
     evaluation = run(job, status())
     if not options.json:

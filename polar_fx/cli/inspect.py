@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..explain.picture import picture
-from ..output.plain_text import ranges
+from ..output.plain_text import dtype_name, ranges
 from .options import add_model_arguments, compile_model, load_model
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def _summary(compiled: "CompiledModel", programs: list["Program"]) -> dict[str, 
     return {
         "model": type(compiled.config).__name__,
         "depth": compiled.depth,
-        "dtype": str(compiled.dtype).removeprefix("torch."),
+        "dtype": dtype_name(compiled.dtype),
         "capture_s": library.captured.seconds,
         "fingerprint": library.fingerprint,
         "graphs": parts,

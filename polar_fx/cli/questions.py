@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..jobs.questions import Asked
-from .options import whole
+from .options import add_model_arguments, whole
 
 if TYPE_CHECKING:
     from ..search.workers import Workplace
 
 
 def add_question_arguments(parser: argparse.ArgumentParser, default: str) -> Any:
-    """--task, --data, --questions, --prompt; `default` says how many questions there are."""
+    """--task, --data, --questions, --prompt, --seed; `default` says how many questions there
+    are.
+    """
     asked = parser.add_argument_group("questions")
     asked.add_argument(
         "--task", action="append", metavar="NAME", help="built-in task; may be given several times"
@@ -35,6 +37,7 @@ def add_question_arguments(parser: argparse.ArgumentParser, default: str) -> Any
         default=None,
         help="few-shot, direct or plain (default: few-shot; direct with --data)",
     )
+    parser.add_argument("--seed", type=int, default=0)
     return asked
 
 
@@ -48,6 +51,32 @@ def asked_of(options: argparse.Namespace) -> Asked:
         split=getattr(options, "split", None),
         seed=options.seed,
     )
+
+
+def add_running_arguments(parser: argparse.ArgumentParser, workers: str) -> Any:
+    """--workers, which are processes that do what `workers` says, and which model they run."""
+    run = parser.add_argument_group("running")
+    run.add_argument(
+        "--workers",
+        type=whole(1),
+        default=1,
+        metavar="N",
+        help=f"processes that {workers} (default: %(default)s)",
+    )
+    add_model_arguments(parser, backend="auto")
+    return run
+
+
+def job_settings(options: argparse.Namespace, **judging: Any) -> dict[str, Any]:
+    """What every job takes: questions, where results go, where and by how many it is judged;
+    `judging` are further settings of the workplace.
+    """
+    return {
+        "asked": asked_of(options),
+        "out": options.out,
+        "workplace": workplace_of(options, **judging),
+        "workers": options.workers,
+    }
 
 
 def workplace_of(options: argparse.Namespace, **judging: Any) -> "Workplace":

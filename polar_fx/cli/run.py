@@ -13,7 +13,7 @@ Examples:
 
 import argparse
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .options import (
@@ -26,6 +26,12 @@ from .options import (
     warm_up,
     whole,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..compiled import CompiledModel
+    from ..program import Program
 
 _BACKEND = "eager"
 
@@ -70,67 +76,88 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
             f"{options.top_p}"
         )
 
-    import torch
-
-    from ..backends import get_backend
-    from ..models import is_bundle
-    from .stopwatch import Stopwatch
-
-    bundled = options.model is not None and is_bundle(options.model)
-    if bundled:
-        model, tokenizer = _load_bundle(options)
-    else:
-        options.dtype, options.backend = options.dtype or "float32", options.backend or _BACKEND
-        get_backend(options.backend)  # refuse an unknown one before anything is loaded
-        model, tokenizer = load_model(options)
-    ids = _encode(tokenizer, text, options.raw)
-    tokens = ids.shape[1] + options.max_new_tokens - 1  # the last one is never fed back
-    max_length = (
-        model.pool.max_length if bundled else options.max_length or row_length(model, tokens)
-    )
-    if max_length < tokens:
-        needed = f"a prompt of {ids.shape[1]} tokens and --max-new-tokens {options.max_new_tokens}"
-        remedy = (
-            f"ask for fewer tokens, or export it with --max-length {tokens}"
-            if bundled
-            else f"name at least {tokens}"
-        )
-        what = "the bundle's length of" if bundled else "--max-length"
-        raise InputError(f"{what} {max_length} is too short for {needed}; {remedy}")
-    compiled = model if bundled else compile_model(model, options, max_length)
+    compiled, tokenizer, ids = _open(options, text)
     programs = [compiled.resolve(p) for p in options.program or [None]]
     compile_s = warm_up(compiled, programs)
+    results = []
+    for program in programs:
+        results.append(_answer(options, compiled, tokenizer, ids, program))
+        if not options.json:
+            _show(results[-1])
+    return {
+        "prompt_tokens": ids.shape[1],
+        "max_length": compiled.pool.max_length,
+        "backend": options.backend or compiled.backend.name,
+        "compile_s": compile_s,
+        "results": results,
+    }
+
+
+def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any, "Tensor"]:
+    """The model or bundle, its tokenizer, and the prompt i64[1, T], which fits it."""
+    from ..backends import get_backend
+    from ..models import is_bundle
+
+    if options.model is not None and is_bundle(options.model):
+        bundle, tokenizer = _load_bundle(options)
+        ids = _encode(tokenizer, text, options.raw)
+        length, needed = bundle.pool.max_length, _tokens_needed(options, ids)
+        if length < needed:
+            raise InputError(
+                f"the bundle's length of {length} is too short for {_asked(options, ids)}; ask "
+                f"for fewer tokens, or export it with --max-length {needed}"
+            )
+        return bundle, tokenizer, ids
+    options.dtype, options.backend = options.dtype or "float32", options.backend or _BACKEND
+    get_backend(options.backend)  # refuse an unknown one before anything is loaded
+    model, tokenizer = load_model(options)
+    ids = _encode(tokenizer, text, options.raw)
+    needed = _tokens_needed(options, ids)
+    length = options.max_length or row_length(model, needed)
+    if length < needed:
+        raise InputError(
+            f"--max-length {length} is too short for {_asked(options, ids)}; name at least {needed}"
+        )
+    return compile_model(model, options, length), tokenizer, ids
+
+
+def _tokens_needed(options: argparse.Namespace, ids: "Tensor") -> int:
+    return ids.shape[1] + options.max_new_tokens - 1  # the last one is never fed back
+
+
+def _asked(options: argparse.Namespace, ids: "Tensor") -> str:
+    return f"a prompt of {ids.shape[1]} tokens and --max-new-tokens {options.max_new_tokens}"
+
+
+def _answer(
+    options: argparse.Namespace,
+    compiled: "CompiledModel",
+    tokenizer: Any,
+    ids: "Tensor",
+    program: "Program",
+) -> dict[str, Any]:
+    """What one program says to the prompt i64[1, T], and how long that took."""
+    import torch
+
+    from .stopwatch import Stopwatch
+
     arguments: dict[str, Any] = {
         "max_new_tokens": options.max_new_tokens,
         "do_sample": options.sample,
     }
     if options.sample:
         arguments |= {"temperature": options.temperature, "top_p": options.top_p}
-    results = []
-    for program in programs:
-        torch.manual_seed(options.seed)
-        watch = Stopwatch()
-        tokens = compiled.generate(ids, program=program, streamer=watch, **arguments)[
-            0, ids.shape[1] :
-        ]
-        results.append(
-            {
-                "program": str(program),
-                "steps": program.num_steps,
-                "text": tokenizer.decode(tokens, skip_special_tokens=True),
-                "new_tokens": len(tokens),
-                "prefill_ms": watch.prefill_ms,
-                "token_ms": watch.token_ms,
-            }
-        )
-        if not options.json:
-            _show(results[-1])
+    torch.manual_seed(options.seed)
+    watch = Stopwatch()
+    out = compiled.generate(ids, program=program, streamer=watch, **arguments)
+    new = out[0, ids.shape[1] :]
     return {
-        "prompt_tokens": ids.shape[1],
-        "max_length": max_length,
-        "backend": options.backend or compiled.backend.name,
-        "compile_s": compile_s,
-        "results": results,
+        "program": str(program),
+        "steps": program.num_steps,
+        "text": tokenizer.decode(new, skip_special_tokens=True),
+        "new_tokens": len(new),
+        "prefill_ms": watch.prefill_ms,
+        "token_ms": watch.token_ms,
     }
 
 

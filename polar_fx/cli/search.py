@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .options import add_model_arguments, status, whole
-from .questions import add_question_arguments, asked_of, workplace_of
+from .options import status, whole
+from .questions import add_question_arguments, add_running_arguments, job_settings
 
 if TYPE_CHECKING:
     from ..search.config import SearchConfig
@@ -40,7 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("train", "validation", "test"),
         help="of the built-in tasks (default: train)",
     )
-    how = parser.add_argument_group("search")
+    _add_search_arguments(parser.add_argument_group("search"))
+    _add_judging_arguments(add_running_arguments(parser, "search"))
+
+
+def _add_search_arguments(how: Any) -> None:
+    """Where records go, and what is searched."""
     how.add_argument(
         "--out", type=Path, required=True, metavar="FILE", help="search records, JSON lines"
     )
@@ -62,7 +67,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--reward", default="exact", help="exact, likelihood or margin (default: %(default)s)"
     )
-    how.add_argument("--seed", type=int, default=0)
     how.add_argument(
         "--nested", action="store_true", help="edit the current path instead of the identity"
     )
@@ -73,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE",
         help="any other setting of SearchConfig",
     )
-    run = parser.add_argument_group("running")
+
+
+def _add_judging_arguments(run: Any) -> None:
+    """How programs are judged, and where beside this process."""
     run.add_argument(
         "--judge", choices=("teacher-forcing", "generation"), default="teacher-forcing"
     )
@@ -86,9 +93,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--deterministic",
         action="store_true",
         help="verdicts with the same bits whatever runs beside them",
-    )
-    run.add_argument(
-        "--workers", type=whole(1), default=1, metavar="N", help="processes (default: %(default)s)"
     )
     run.add_argument(
         "--in-flight",
@@ -104,7 +108,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ADDRESS",
         help="workers on a Ray cluster; none: on this machine",
     )
-    add_model_arguments(parser, backend="auto")
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
@@ -118,11 +121,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "in_flight": options.in_flight,
     }
     job = SearchJob(
-        asked=asked_of(options),
-        out=options.out,
         config=_config(options),
-        workplace=workplace_of(options, **judging),
-        workers=options.workers,
+        **job_settings(options, **judging),
         ray=options.ray,
         restart=options.restart,
     )

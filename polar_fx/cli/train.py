@@ -12,8 +12,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import add_model_arguments, status, whole
-from .questions import add_question_arguments, asked_of, workplace_of
+from .options import status, whole
+from .questions import add_question_arguments, add_running_arguments, job_settings
 
 if TYPE_CHECKING:
     from ..training.pipeline import TrainingConfig
@@ -31,54 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="(default: a quarter of --questions)",
     )
-    what = parser.add_argument_group("predictor")
+    _add_predictor_arguments(parser.add_argument_group("predictor"))
+    _add_menu_arguments(parser.add_argument_group("menu"))
+    _add_learning_arguments(parser.add_argument_group("training"))
+    add_running_arguments(parser, "label")
+
+
+def _add_predictor_arguments(what: Any) -> None:
+    """What is written, and how it will choose."""
     what.add_argument(
         "--out",
         type=Path,
         required=True,
         metavar="FOLDER",
         help="the predictor, and what it was made of",
-    )
-    what.add_argument(
-        "--menu",
-        type=whole(2),
-        default=32,
-        metavar="K",
-        help="programs to choose from (default: %(default)s)",
-    )
-    what.add_argument(
-        "--candidates",
-        type=whole(0),
-        default=96,
-        metavar="N",
-        help="programs of the records that are screened",
-    )
-    what.add_argument(
-        "--edits",
-        type=whole(0),
-        default=128,
-        metavar="N",
-        help="single edits that are screened as well",
-    )
-    what.add_argument(
-        "--variations", type=whole(0), default=64, metavar="N", help="new ones made of the best"
-    )
-    what.add_argument(
-        "--screen-questions",
-        type=whole(1),
-        default=250,
-        metavar="N",
-        help="to screen all of them on",
-    )
-    what.add_argument(
-        "--finalists", type=whole(1), default=64, metavar="N", help="the best of them"
-    )
-    what.add_argument(
-        "--final-questions",
-        type=whole(0),
-        default=750,
-        metavar="N",
-        help="to try those on, out of the rest",
     )
     what.add_argument(
         "--after-steps", type=whole(0), default=4, metavar="N", help="steps that all programs share"
@@ -103,7 +69,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--policy", default="accuracy", help="saved with the predictor (default: %(default)s)"
     )
-    learn = parser.add_argument_group("training")
+
+
+def _add_menu_arguments(menu: Any) -> None:
+    """Which programs there will be to choose from, and what is run to find them."""
+    menu.add_argument(
+        "--menu",
+        type=whole(2),
+        default=32,
+        metavar="K",
+        help="programs to choose from (default: %(default)s)",
+    )
+    menu.add_argument(
+        "--candidates",
+        type=whole(0),
+        default=96,
+        metavar="N",
+        help="programs of the records that are screened",
+    )
+    menu.add_argument(
+        "--edits",
+        type=whole(0),
+        default=128,
+        metavar="N",
+        help="single edits that are screened as well",
+    )
+    menu.add_argument(
+        "--variations", type=whole(0), default=64, metavar="N", help="new ones made of the best"
+    )
+    menu.add_argument(
+        "--screen-questions",
+        type=whole(1),
+        default=250,
+        metavar="N",
+        help="to screen all of them on",
+    )
+    menu.add_argument(
+        "--finalists", type=whole(1), default=64, metavar="N", help="the best of them"
+    )
+    menu.add_argument(
+        "--final-questions",
+        type=whole(0),
+        default=750,
+        metavar="N",
+        help="to try those on, out of the rest",
+    )
+
+
+def _add_learning_arguments(learn: Any) -> None:
+    """The network and its training."""
     learn.add_argument(
         "--width",
         type=whole(0),
@@ -125,19 +139,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose mean is used (default: %(default)s)",
     )
     learn.add_argument("--epochs", type=whole(1), default=200)
-    learn.add_argument("--seed", type=int, default=0)
     learn.add_argument(
         "--tensorboard", type=Path, metavar="FOLDER", help="write losses there (needs tensorboard)"
     )
-    run = parser.add_argument_group("running")
-    run.add_argument(
-        "--workers",
-        type=whole(1),
-        default=1,
-        metavar="N",
-        help="processes that label (default: %(default)s)",
-    )
-    add_model_arguments(parser, backend="auto")
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
@@ -146,13 +150,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
     job = TrainJob(
         records=tuple(options.records),
-        out=options.out,
-        asked=asked_of(options),
         validation_count=options.validation_questions,
         config=_config(options),
         policy=options.policy,
-        workplace=workplace_of(options),
-        workers=options.workers,
+        **job_settings(options),
         tensorboard=options.tensorboard,
     )
     results = run(job, status())

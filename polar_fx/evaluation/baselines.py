@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ from ..training.mining import best_static
 from ..training.pipeline import MINED
 from ..training.verdict_table import VerdictTable
 from .block_influence import block_influences, least_influence_program
-from .choices import BEST_STATIC, Choice, random_skips, static, static_by_task
+from .choices import BEST_STATIC, Choice, places_of, random_skips, static, static_by_task
 from .layer_router import OPS, SKIP_OPS, pool_windows, router_labels, train_layer_router
 from .polar.arm import PolarArm, train_polar_arm
 from .polar.text_encoder import TextEncoder
@@ -46,6 +47,22 @@ class TrainingRecords:
     dense: list[SearchRecord]
     train: list[SearchRecord]
     validation: list[SearchRecord]
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What every trained baseline is given: records, the depth D of the model, the number of first
+    steps that all programs share, and a seed.
+    """
+
+    known: TrainingRecords
+    depth: int
+    trunk: int
+    seed: int = 0
+
+    @property
+    def splits(self) -> dict[str, list[SearchRecord]]:
+        return {"train": self.known.train, "validation": self.known.validation}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,25 +121,24 @@ def training_records(
     if shared := sorted(test_ids & ({r.question.id for r in train} | held_out)):
         raise InputError(
             f"test question {shared[0]!r} (and {len(shared) - 1} more) is among the training "
-            "records or in a file of --records; ask questions of the test split, and search "
-            "others"
+            "records or in one of the files of searches; ask questions of the test split, and "
+            "search others"
         )
     return TrainingRecords(dense, train, validation)
 
 
 def static_choices(
-    known: TrainingRecords, selector: Selector, questions: Sequence[Any]
+    known: TrainingRecords, selector: Selector, questions: Sequence[Question]
 ) -> list[Choice]:
     """The best programs of the menu on train questions: over all, within the budget, and a task
     each.
     """
     table = VerdictTable.of(known.dense, selector.menu.programs)
     n = len(questions)
-    tasks = list(dict.fromkeys(q.task for q in table.questions))
-    by_task = {}
-    for task in tasks:
-        of = [i for i, q in enumerate(table.questions) if q.task == task]
-        by_task[task] = best_static(table.rows(torch.tensor(of).numpy()))
+    by_task = {
+        task: best_static(table.rows(np.array(places)))
+        for task, places in places_of([q.task for q in table.questions]).items()
+    }
     within = best_static(table, _BUDGET * table.depth)
     return [
         static(BEST_STATIC, best_static(table), n),
@@ -134,6 +150,7 @@ def static_choices(
 def pruning_choices(
     model: "CompiledModel",
     encoded: Sequence[EncodedQuestion],
+    *,
     selector: Selector,
     n: int,
     seed: int,
@@ -151,41 +168,54 @@ def pruning_choices(
     pruned = least_influence_program(influences, depth - steps, trunk)
     made = [
         static(f"block-influence pruning, {steps} steps", pruned, n),
-        random_skips(f"random program of {steps} steps", depth, steps, trunk, n, seed),
+        random_skips(
+            f"random program of {steps} steps", depth, num_steps=steps, trunk=trunk, n=n, seed=seed
+        ),
     ]
     return made, influences.tolist()
 
 
 def learned_choices(
     model: "CompiledModel",
-    known: TrainingRecords,
+    setting: Setting,
+    features: Features,
+    *,
     encoded: Mapping[str, EncodedQuestion],
     seen: Sequence[Tensor],
-    features: Features,
-    seed: int,
 ) -> tuple[list[Choice], dict[str, Any]]:
     """Per-layer routers and PoLar's network, on the same states as the selector; and how their
     training went.
 
-    `seen` are those of the test questions (`token_features`).
+    `encoded` are the searched questions by id, `seen` the states of the test questions
+    (`token_features`).
     """
-    depth, trunk = model.depth, features.num_steps
+    seen = [states.float() for states in seen]
     tokens = {
         split: _tokens(model, records, encoded, features)
-        for split, records in _splits(known).items()
+        for split, records in setting.splits.items()
     }
-    seen = [states.float() for states in seen]
-    windows = {
-        split: {name: pool_windows(t) for name, t in found.items()}
-        for split, found in tokens.items()
-    }
+    choices, notes = router_choices(setting, tokens, seen)
+    more, notes["PoLar network"] = polar_choices(
+        "PoLar network", setting, tokens={**tokens["train"], **tokens["validation"]}, seen=seen
+    )
+    return choices + more, notes
+
+
+def router_choices(
+    setting: Setting, tokens: Mapping[str, Mapping[str, Tensor]], seen: Sequence[Tensor]
+) -> tuple[list[Choice], dict[str, Any]]:
+    """Per-layer routers, and how their training went.
+
+    `tokens` has token features f32[T, Q] by split and question id, `seen` those of the test
+    questions.
+    """
+    windows, labels = {}, {}
+    for split, records in setting.splits.items():
+        labels[split] = router_labels(records, setting.depth, setting.trunk)
+        pooled = [pool_windows(tokens[split][name]) for name in labels[split].questions]
+        windows[split] = torch.stack(pooled)
+    held_out = torch.stack([pool_windows(t) for t in tokens["validation"].values()])
     asked = torch.stack([pool_windows(t) for t in seen])
-    labels = {
-        split: router_labels(records, depth, trunk) for split, records in _splits(known).items()
-    }
-    stacked = {
-        split: torch.stack([windows[split][q] for q in labels[split].questions]) for split in labels
-    }
     notes: dict[str, Any] = {}
     choices = []
     for name, ops in (
@@ -193,57 +223,37 @@ def learned_choices(
         (f"skip gate <= {_BUDGET:g} steps (MindSkip-style)", SKIP_OPS),
     ):
         router, history = train_layer_router(
-            stacked["train"],
+            windows["train"],
             labels["train"].classes,
-            stacked["validation"],
+            windows["validation"],
             labels["validation"].classes,
-            trunk,
+            setting.trunk,
             ops,
         )
         if ops == SKIP_OPS:
-            router = router.with_budget(torch.stack(list(windows["validation"].values())), _BUDGET)
+            router = router.with_budget(held_out, _BUDGET)
         choices.append(Choice.single(name, router.programs(asked)))
         notes[name] = {k: v for k, v in history.items() if k != "history"}
-    more, notes["PoLar network"] = polar_choices(
-        "PoLar network",
-        known,
-        {**tokens["train"], **tokens["validation"]},
-        seen,
-        depth,
-        trunk,
-        seed,
-    )
-    return choices + more, notes
+    return choices, notes
 
 
 def encoder_choices(
-    encoder: TextEncoder,
-    known: TrainingRecords,
-    test: Sequence[Question],
-    depth: int,
-    trunk: int,
-    seed: int,
+    encoder: TextEncoder, setting: Setting, test: Sequence[Question]
 ) -> tuple[list[Choice], dict[str, Any]]:
     """PoLar's network on what the paper gives it: a frozen text encoder's states of the question;
     and how its training went.
     """
-    learned = [r.question for records in _splits(known).values() for r in records]
+    learned = [r.question for records in setting.splits.values() for r in records]
     states = encoder.states([q.question for q in (*learned, *test)])
     ids = [question.id for question in learned]
     by_id = dict(zip(ids, states[: len(ids)], strict=True))
     name = "PoLar network on a text encoder"
-    choices, notes = polar_choices(name, known, by_id, states[len(learned) :], depth, trunk, seed)
+    choices, notes = polar_choices(name, setting, tokens=by_id, seen=states[len(learned) :])
     return choices, {name: {**notes, "encoder": encoder.fingerprint}}
 
 
 def polar_choices(
-    name: str,
-    known: TrainingRecords,
-    tokens: Mapping[str, Tensor],
-    seen: Sequence[Tensor],
-    depth: int,
-    trunk: int,
-    seed: int,
+    name: str, setting: Setting, *, tokens: Mapping[str, Tensor], seen: Sequence[Tensor]
 ) -> tuple[list[Choice], dict[str, Any]]:
     """PoLar's network by several decoders, and how its training went.
 
@@ -251,15 +261,15 @@ def polar_choices(
     questions.
     """
     trained, counts = train_polar_arm(
-        known.train,
-        known.validation,
+        setting.known.train,
+        setting.known.validation,
         tokens,
-        depth,
-        trunk,
-        training=NetworkTraining(epochs=10, seed=seed),
-        seed=seed,
+        setting.depth,
+        setting.trunk,
+        training=NetworkTraining(epochs=10, seed=setting.seed),
+        seed=setting.seed,
     )
-    arm = PolarArm(trained.network, trunk)
+    arm = PolarArm(trained.network, setting.trunk)
     ranked = arm.beam(seen)
     choices = [
         Choice.single(f"{name}, first of beam", [found[0] for found in ranked]),
@@ -273,10 +283,6 @@ def polar_choices(
         "labels": {split: str(found) for split, found in counts.items()},
         "identity_first": sum(found[0].is_identity for found in ranked) / len(ranked),
     }
-
-
-def _splits(known: TrainingRecords) -> dict[str, list[SearchRecord]]:
-    return {"train": known.train, "validation": known.validation}
 
 
 def _tokens(

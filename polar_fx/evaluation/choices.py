@@ -107,9 +107,9 @@ def static_by_task(
     return Choice.single(name, [programs.get(q.task, Program.identity(depth)) for q in questions])
 
 
-def random_skips(name: str, depth: int, num_steps: int, trunk: int, n: int, seed: int) -> Choice:
-    """For each question a random program of `num_steps` steps: layers behind the trunk left out at
-    random.
+def random_skips(name: str, depth: int, *, num_steps: int, trunk: int, n: int, seed: int) -> Choice:
+    """For each question a random program of `num_steps` steps: layers after the trunk are left out
+    at random.
     """
     rng = random.Random(seed)
     found = []
@@ -157,37 +157,53 @@ def arm_results(
     `unseen` are tasks the predictor was not trained on. Raises InputError if a record lacks a
     program.
     """
-    verdicts = [r.verdicts for r in records]
-    tasks = list(dict.fromkeys(r.question.task for r in records))
-    members = {
-        task: [i for i, r in enumerate(records) if r.question.task == task] for task in tasks
-    }
-    found = []
-    for choice in choices:
-        for task in tasks:
-            right, steps, unique = [], [], []
-            for i in members[task]:
-                programs = choice.programs[i]
-                if missing := [p for p in programs if p not in verdicts[i]]:
-                    raise InputError(
-                        f"question {records[i].question.id!r} has no verdict of {missing[0]} of "
-                        f"{choice.name!r}"
-                    )
-                right.append(any(verdicts[i][p].correct for p in programs))
-                steps.append(float(sum(p.num_steps for p in programs)))
-                unique.append(float(np.mean([p.num_unique_layers for p in programs])))
-            identity = np.array([records[i].baseline.correct for i in members[task]])
-            found.append(
-                ArmResult(
-                    choice.name,
-                    task,
-                    np.array(right),
-                    identity,
-                    np.array(steps),
-                    np.full(len(right), float(records[0].depth)),
-                    unique_layers=np.array(unique),
-                    oracle=choice.oracle,
-                    unseen=task in unseen,
-                )
-            )
+    members = places_of([r.question.task for r in records])
+    return [
+        _arm(choice, [choice.programs[i] for i in places], [records[i] for i in places], unseen)
+        for choice in choices
+        for places in members.values()
+    ]
+
+
+def places_of(tasks: Sequence[str]) -> dict[str, list[int]]:
+    """Where each task's questions stand, of the tasks of all questions; tasks in the order in which
+    they come first.
+    """
+    found: dict[str, list[int]] = {}
+    for place, task in enumerate(tasks):
+        found.setdefault(task, []).append(place)
     return found
+
+
+def _arm(
+    choice: Choice,
+    programs: Sequence[tuple[Program, ...]],
+    records: Sequence[SearchRecord],
+    unseen: Collection[str],
+) -> ArmResult:
+    """Of a method that ran these programs on the questions of these records, which are of one
+    task.
+    """
+    task = records[0].question.task
+    right, steps, unique = [], [], []
+    for record, ran in zip(records, programs, strict=True):
+        verdicts = record.verdicts
+        if missing := [p for p in ran if p not in verdicts]:
+            raise InputError(
+                f"question {record.question.id!r} has no verdict of {missing[0]} of "
+                f"{choice.name!r}; judge all that its methods run (`wanted_programs`)"
+            )
+        right.append(any(verdicts[p].correct for p in ran))
+        steps.append(float(sum(p.num_steps for p in ran)))
+        unique.append(float(np.mean([p.num_unique_layers for p in ran])))
+    return ArmResult(
+        choice.name,
+        task,
+        np.array(right),
+        np.array([r.baseline.correct for r in records]),
+        np.array(steps),
+        np.full(len(right), float(records[0].depth)),
+        unique_layers=np.array(unique),
+        oracle=choice.oracle,
+        unseen=task in unseen,
+    )

@@ -101,7 +101,7 @@ def against(arms: Sequence[ArmResult], method: str, other: str) -> list[dict[str
     ]
     return [
         {
-            "method": method,
+            "arm": method,  # `method` and `identity` are shares, of `to_dict`
             "against": other,
             "task": one.task,
             **compare(

@@ -5,9 +5,9 @@ A vote over k programs runs all k; its cost is counted so. Answers are graded as
 numbers are not those of teacher forcing: the identity is generated and graded beside them.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,9 +16,10 @@ from ..program import Program
 from ..search.records.records import SearchRecord
 from ..stats.arms import IDENTITY, ArmResult, pooled_names
 from .answers import Answer, Answerer, Rescues, Row, is_parsable, is_right, majority, most_confident
-from .choices import SELECTOR_ACCURACY, Choice
+from .choices import SELECTOR_ACCURACY, Choice, places_of
 
 _TEMPERATURE = 0.7
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +42,24 @@ class GeneratedArms:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class _Method:
+    """A method's answers to N questions, and the steps and tokens of all that it ran for them."""
+
+    name: str
+    answers: list[Answer]
+    steps: list[float]
+    tokens: list[float]
+
+    def graded(self, rows: Sequence[Row]) -> list[bool]:
+        """Whether each answer is right."""
+        return [is_right(a, q) for a, (q, _) in zip(self.answers, rows, strict=True)]
+
+
 def generated_arms(
     answerer: Answerer,
     selector: Selector,
+    *,
     chances: np.ndarray,
     chosen: Choice,
     records: Sequence[SearchRecord],
@@ -57,82 +73,131 @@ def generated_arms(
 
     `unseen` are tasks the predictor was not trained on.
     """
-    n, identity = len(rows), Program.identity(selector.depth)
-    order = np.argsort(-chances, axis=1, kind="stable")
-    ranked = [_with_identity(selector, row, votes) for row in order]
     singles = [programs[0] for programs in chosen.programs]
-    pairs = dict.fromkeys((i, p) for i in range(n) for p in (identity, singles[i], *ranked[i]))
-    answers = dict(zip(pairs, answerer.greedy([(rows[i], p) for i, p in pairs]), strict=True))
-    sampled = answerer.sampled(rows, identity, votes, _TEMPERATURE, seed)
-
-    def of(i: int, programs: Sequence[Program]) -> list[Answer]:
-        return [answers[i, p] for p in programs]
-
-    made: dict[str, tuple[list[Answer], list[float], list[float]]] = {
-        IDENTITY: (
-            of_each := [answers[i, identity] for i in range(n)],
-            [selector.depth * 1.0] * n,
-            _tokens(of_each),
-        ),
-        SELECTOR_ACCURACY: (
-            picked := [answers[i, singles[i]] for i in range(n)],
-            [p.num_steps * 1.0 for p in singles],
-            _tokens(picked),
-        ),
-    }
-    costs = [float(sum(p.num_steps for p in ranked[i])) for i in range(n)]
-    all_tokens = [float(sum(a.num_tokens for a in of(i, ranked[i]))) for i in range(n)]
-    for name, pick in (("vote", majority), ("most confident", most_confident)):
-        best = [of(i, ranked[i])[pick(of(i, ranked[i]))] for i in range(n)]
-        made[f"{name} of {votes} programs"] = (best, costs, all_tokens)
-    best = [row[majority(row)] for row in sampled]
-    spent = [float(sum(a.num_tokens for a in row)) for row in sampled]
-    made[f"vote of {votes} samples of the identity"] = (
-        best,
-        [selector.depth * float(votes)] * n,
-        spent,
+    methods = _methods(
+        answerer, selector, chances=chances, singles=singles, rows=rows, votes=votes, seed=seed
     )
-    graded = {
-        name: [is_right(a, q) for a, (q, _) in zip(found, rows, strict=True)]
-        for name, (found, _, _) in made.items()
-    }
-    tasks = list(dict.fromkeys(q.task for q, _ in rows))
-    members = {task: [i for i, (q, _) in enumerate(rows) if q.task == task] for task in tasks}
+    graded = {method.name: method.graded(rows) for method in methods}
+    members = places_of([question.task for question, _ in rows])
     arms = [
-        ArmResult(
-            name,
-            task,
-            np.array([graded[name][i] for i in members[task]]),
-            np.array([graded[IDENTITY][i] for i in members[task]]),
-            np.array([steps[i] for i in members[task]]),
-            np.full(len(members[task]), float(selector.depth)),
-            format_valid=np.array([is_parsable(found[i], rows[i][0]) for i in members[task]]),
-            generated_tokens=np.array([tokens[i] for i in members[task]]),
-            unseen=task in unseen,
-        )
-        for name, (found, steps, tokens) in made.items()
-        for task in tasks
+        _arm(method, graded, rows, task, of, depth=selector.depth, unseen=task in unseen)
+        for method in methods
+        for task, of in members.items()
     ]
     exact = [r.baseline.correct for r in records]
-    method = [r.verdicts[p].correct for r, p in zip(records, singles, strict=True)]
-    flags = (exact, graded[IDENTITY], method, graded[SELECTOR_ACCURACY])
-    together = {**{task: [task] for task in tasks}, **pooled_names(arms)}
-    rescues = {
-        name: Rescues.of(*([f[i] for task in of for i in members[task]] for f in flags))
-        for name, of in together.items()
-    }
-    return GeneratedArms(
-        arms,
-        rescues,
-        float(np.mean([e == g for e, g in zip(exact, graded[IDENTITY], strict=True)])),
+    method_exact = [r.verdicts[p].correct for r, p in zip(records, singles, strict=True)]
+    flags = (exact, graded[IDENTITY], method_exact, graded[SELECTOR_ACCURACY])
+    together = {**{task: [task] for task in members}, **pooled_names(arms)}
+    rescues = {}
+    for name, tasks in together.items():
+        places = [i for task in tasks for i in members[task]]
+        rescues[name] = Rescues.of(*(_at(each, places) for each in flags))
+    agree = np.equal(exact, graded[IDENTITY])
+    return GeneratedArms(arms, rescues, float(agree.mean()))
+
+
+def _methods(
+    answerer: Answerer,
+    selector: Selector,
+    *,
+    chances: np.ndarray,
+    singles: Sequence[Program],
+    rows: Sequence[Row],
+    votes: int,
+    seed: int,
+) -> list[_Method]:
+    """The identity, the selector's choice, votes over programs, votes over samples."""
+    n, identity = len(rows), Program.identity(selector.depth)
+    order = np.argsort(-chances, axis=1, kind="stable")
+    candidates = [_with_identity(selector, row, votes) for row in order]
+    wanted = [(identity, s, *c) for s, c in zip(singles, candidates, strict=True)]
+    answers = _greedy(answerer, rows, wanted)
+    sampled = answerer.sampled(rows, identity, votes, _TEMPERATURE, seed)
+    return [
+        _by_program(IDENTITY, answers, [identity] * n),
+        _by_program(SELECTOR_ACCURACY, answers, singles),
+        _of_several(f"vote of {votes} programs", answers, candidates, majority),
+        _of_several(f"most confident of {votes} programs", answers, candidates, most_confident),
+        _of_samples(f"vote of {votes} samples of the identity", sampled, selector.depth),
+    ]
+
+
+def _greedy(
+    answerer: Answerer, rows: Sequence[Row], programs: Sequence[Sequence[Program]]
+) -> list[dict[Program, Answer]]:
+    """Each row's answers by its programs; a program that is there twice runs once."""
+    pairs = [(i, p) for i, each in enumerate(programs) for p in dict.fromkeys(each)]
+    made = answerer.greedy([(rows[i], p) for i, p in pairs])
+    found: list[dict[Program, Answer]] = [{} for _ in rows]
+    for (i, program), answer in zip(pairs, made, strict=True):
+        found[i][program] = answer
+    return found
+
+
+def _by_program(
+    name: str, answers: Sequence[Mapping[Program, Answer]], programs: Sequence[Program]
+) -> _Method:
+    """One program a row."""
+    given = [of_row[p] for of_row, p in zip(answers, programs, strict=True)]
+    steps = [float(p.num_steps) for p in programs]
+    return _Method(name, given, steps, [_tokens([answer]) for answer in given])
+
+
+def _of_several(
+    name: str,
+    answers: Sequence[Mapping[Program, Answer]],
+    programs: Sequence[Sequence[Program]],
+    pick: Callable[[Sequence[Answer]], int],
+) -> _Method:
+    """Several programs a row, of whose answers `pick` takes one by its place."""
+    given = [[of_row[p] for p in each] for of_row, each in zip(answers, programs, strict=True)]
+    picked = [several[pick(several)] for several in given]
+    steps = [float(sum(p.num_steps for p in each)) for each in programs]
+    return _Method(name, picked, steps, [_tokens(several) for several in given])
+
+
+def _of_samples(name: str, samples: Sequence[Sequence[Answer]], depth: int) -> _Method:
+    """Several answers of the identity a row, of which the most frequent is taken."""
+    picked = [several[majority(several)] for several in samples]
+    steps = [float(depth * len(several)) for several in samples]
+    return _Method(name, picked, steps, [_tokens(several) for several in samples])
+
+
+def _arm(
+    method: _Method,
+    graded: Mapping[str, list[bool]],
+    rows: Sequence[Row],
+    task: str,
+    places: Sequence[int],
+    *,
+    depth: int,
+    unseen: bool,
+) -> ArmResult:
+    """The method on the rows of one task, which are at these places."""
+    return ArmResult(
+        method.name,
+        task,
+        np.array(_at(graded[method.name], places)),
+        np.array(_at(graded[IDENTITY], places)),
+        np.array(_at(method.steps, places)),
+        np.full(len(places), float(depth)),
+        format_valid=np.array([is_parsable(method.answers[i], rows[i][0]) for i in places]),
+        generated_tokens=np.array(_at(method.tokens, places)),
+        unseen=unseen,
     )
 
 
-def _tokens(answers: Sequence[Answer]) -> list[float]:
-    return [float(a.num_tokens) for a in answers]
+def _at(values: Sequence[T], places: Sequence[int]) -> list[T]:
+    return [values[i] for i in places]
+
+
+def _tokens(answers: Sequence[Answer]) -> float:
+    return float(sum(answer.num_tokens for answer in answers))
 
 
 def _with_identity(selector: Selector, order: np.ndarray, count: int) -> list[Program]:
     """The `count` likeliest programs, the identity among them."""
     best = [int(k) for k in order[:count]]
-    return [selector.menu.programs[k] for k in (best if 0 in best else [*best[:-1], 0])]
+    if 0 not in best:
+        best[-1] = 0
+    return [selector.menu.programs[k] for k in best]

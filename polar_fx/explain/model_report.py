@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..library import LayerLibrary
-from ..output.plain_text import count, ranges, size, table
+from ..output.plain_text import count, dtype_name, ranges, size, table
 from ..passes.pipeline import PassRecord
 from ..program import Program
 from ..runtime.code_key import RegionRecord
@@ -121,7 +121,7 @@ def report(runner: Runner) -> Report:
     return Report(
         model=runner.info.architecture,
         depth=library.depth,
-        dtype=str(library.dtype).removeprefix("torch."),
+        dtype=dtype_name(library.dtype),
         device=str(library.device),
         backend=runner.backend.name,
         max_length=pool.max_length,

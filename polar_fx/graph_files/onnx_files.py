@@ -25,7 +25,7 @@ from ..bundle.writer import check_target, new_folder, programs_to_ship, require_
 from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError
 from ..output.files import sync, write_file
-from ..output.plain_text import count, size
+from ..output.plain_text import count, dtype_name, size
 from ..version import __version__
 from .program_file import described_slots
 
@@ -63,7 +63,7 @@ def export_onnx(
     if library.dtype != torch.float32 or library.device.type != "cpu":
         raise InputError(
             "ONNX files are written for float32 on the CPU, and the model is "
-            f"{str(library.dtype).removeprefix('torch.')} on {library.device}; load it in "
+            f"{dtype_name(library.dtype)} on {library.device}; load it in "
             "float32, and let the runtime convert it"
         )
     chosen = programs_to_ship(compiled, programs)

@@ -9,10 +9,8 @@ Shape legend: B batch, T tokens, L KV length, S steps, H KV heads, E head size, 
 
 import json
 import os
-import secrets
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +23,8 @@ from ..bundle.files import os_errors
 from ..bundle.loader import BundledModel
 from ..capture import KvSpec
 from ..errors import CaptureError, InputError
-from ..output.files import sync
+from ..output.files import replacing
+from ..output.plain_text import dtype_name, first_line
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel, ProgramLike
@@ -89,11 +88,10 @@ def export_program(
     about = {
         "program": str(chosen),
         "depth": chosen.depth,
-        "dtype": str(library.dtype).removeprefix("torch."),
+        "dtype": dtype_name(library.dtype),
         "fingerprint": library.model_fingerprint,
         "slots": described_slots(specs),
     }
-    work = target.with_name(f".{target.stem}.{secrets.token_hex(8)}.pt2")
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
         try:
@@ -101,19 +99,13 @@ def export_program(
                 _Flat(library.flat_graph(chosen)), example, dynamic_shapes=shapes, strict=False
             )
         except Exception as error:
-            reason = str(error).strip().partition("\n")[0]
             raise CaptureError(
-                f"torch.export cannot take program {chosen}: {type(error).__name__}: {reason}"
+                f"torch.export cannot take program {chosen}: {type(error).__name__}: "
+                f"{first_line(error)}"
             ) from error
         exported.example_inputs = None  # type: ignore[assignment]  # nothing is to be run when it is loaded
-        try:
-            with os_errors(target):
-                _save(exported, json.dumps(about), work)
-                sync(work)
-                os.replace(work, target)
-        finally:
-            with suppress(OSError):
-                work.unlink()  # gone already if all went well
+        with os_errors(target), replacing(target) as work:
+            _save(exported, json.dumps(about), work, named=target)
     return target
 
 
@@ -122,14 +114,14 @@ def described_slots(specs: Sequence[KvSpec]) -> list[dict[str, int]]:
     return [{"heads": s.heads, "key_size": s.key_size, "value_size": s.value_size} for s in specs]
 
 
-def _save(exported: torch.export.ExportedProgram, about: str, path: Path) -> None:
+def _save(exported: torch.export.ExportedProgram, about: str, path: Path, *, named: Path) -> None:
+    """Write the file at `path`, which errors call `named`. Raises BundleError and OSError."""
     try:
         with path.open("xb") as file:
             torch.export.save(exported, file, extra_files={ABOUT: about})
     except RuntimeError as error:  # torch's own writer; in which the system's error is but text
-        reason = str(error).strip().partition("\n")[0]
         raise BundleError(
-            path,
-            f"cannot be written: {reason}",
+            named,
+            f"cannot be written: {first_line(error)}",
             "free some space there, or name a file on another disk",
         ) from error

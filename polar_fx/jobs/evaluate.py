@@ -13,6 +13,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..evaluation.answers import Answerer
 from ..evaluation.baselines import (
+    Setting,
     TrainedOn,
     TrainingRecords,
     encoder_choices,
@@ -124,8 +125,8 @@ def run(job: EvaluateJob, console: "Console | None" = None) -> Evaluation:
     console = console or silent_console()
     if job.encoder is not None and not job.baselines:
         raise InputError(
-            "--encoder is for one of the baselines, which --no-baselines leaves out; give one of "
-            "them"
+            f"encoder {job.encoder!r} is for one of the baselines, which are left out; ask for the "
+            "baselines, or leave encoder out"
         )
     encoder = None if job.encoder is None else TextEncoder.load(job.encoder)
     subject = _open(job, console)
@@ -234,23 +235,20 @@ def _baselines(
     learned = [record.question for record in (*known.train, *known.validation)]
     encoded = labeller.encode(learned, subject.notes["prompt"])
     choices, influences = pruning_choices(
-        labeller.compiled, encoded, selector, len(subject.rows), seed
+        labeller.compiled, encoded, selector=selector, n=len(subject.rows), seed=seed
     )
+    setting = Setting(known, labeller.depth, selector.features.num_steps, seed)
     more, trained = learned_choices(
         labeller.compiled,
-        known,
-        {e.id: e for e in encoded},
-        subject.states,
+        setting,
         selector.features,
-        seed,
+        encoded={e.id: e for e in encoded},
+        seen=subject.states,
     )
     choices += more
     notes = {"block_influences": influences, **trained}
     if encoder is not None:
-        trunk = selector.features.num_steps
-        more, trained = encoder_choices(
-            encoder, known, subject.questions, labeller.depth, trunk, seed
-        )
+        more, trained = encoder_choices(encoder, setting, subject.questions)
         choices += more
         notes |= trained
     return choices, notes
@@ -275,13 +273,13 @@ def _generate(
         return generated_arms(
             answerer,
             subject.selector,
-            subject.chances[part],
-            chosen.at(part),
-            [records[i] for i in part],
-            [subject.rows[i] for i in part],
-            job.votes,
-            job.seed,
-            subject.unseen,
+            chances=subject.chances[part],
+            chosen=chosen.at(part),
+            records=[records[i] for i in part],
+            rows=[subject.rows[i] for i in part],
+            votes=job.votes,
+            seed=job.seed,
+            unseen=subject.unseen,
         )
 
 

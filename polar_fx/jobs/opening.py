@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from ..output.plain_text import dtype_name
 from .questions import (
     encode,
     measured_difficulty,
@@ -90,7 +91,7 @@ def open_job(
         threads = max(1, torch.get_num_threads() // workers)
     workplace = replace(
         workplace,
-        dtype=str(model.dtype).removeprefix("torch."),
+        dtype=dtype_name(model.dtype),
         max_length=length,
         threads=threads,
         templates=dict(templates),

@@ -44,7 +44,7 @@ class Asked:
     def questions(self) -> "list[Question]":
         """Those that are meant. Raises InputError, also for a file that cannot be read."""
         if bool(self.tasks) == bool(self.data):
-            raise InputError("name questions with either --task or --data")
+            raise InputError("name questions by either tasks or files of data")
         return self._of_files() if self.data else self._of_tasks()
 
     def templates(self, questions: "Sequence[Question]") -> "dict[str, PromptTemplate]":
@@ -55,16 +55,17 @@ class Asked:
         from ..questions import load_jsonl
 
         if self.split:
-            raise InputError("--split is for built-in tasks; split the files of --data yourself")
+            raise InputError("split is for built-in tasks; split the files of data yourself")
         questions = [q for path in self.data for q in load_jsonl(path)]
         if len({q.id for q in questions}) < len(questions):
             raise InputError(
-                "two files of --data hold the same question id; make ids unique, or search the "
+                "two files of data hold the same question id; make ids unique, or search the "
                 "files one by one"
             )
         if self.count is not None and self.count > len(questions):
             raise InputError(
-                f"--questions {self.count} but the files hold {len(questions)}; ask for fewer"
+                f"{self.count} questions are asked but the files of data hold "
+                f"{len(questions)}; ask for fewer"
             )
         return questions[: self.count]
 
@@ -113,7 +114,7 @@ def _prompt_remedy(theirs: str, ours: str) -> str:
     searched, trained = (key.partition("@")[0].partition(":")[0] for key in (theirs, ours))
     if searched == trained:
         return "search again"
-    return f"train with --prompt {searched}, or search with --prompt {trained}"
+    return f"train with the prompt {searched}, or search with the prompt {trained}"
 
 
 def encode(

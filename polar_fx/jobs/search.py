@@ -155,7 +155,9 @@ def _workplace(job: SearchJob) -> Workplace:
         return job.workplace
     device = job.workplace.device
     if device is not None and device.partition(":")[0] != "cpu":
-        raise InputError(f"--ray searches on CPUs, and --device is {device}; leave one of them out")
+        raise InputError(
+            f"a Ray cluster searches on CPUs, and the device is {device}; leave ray or device out"
+        )
     return replace(job.workplace, threads=1)
 
 

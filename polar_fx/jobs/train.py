@@ -126,7 +126,7 @@ def _with_tasks(asked: Asked, header: "SearchHeader") -> Asked:
     tasks = tuple(task for task in header.task.get("tasks", ()) if task in TASKS)
     if not tasks:
         raise InputError(
-            "the records are of no built-in task; name questions with --task or --data"
+            "the records are of no built-in task; name questions by tasks or files of data"
         )
     return replace(asked, tasks=tasks)
 
@@ -200,7 +200,8 @@ class _LossWriter:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise InputError(
-                "--tensorboard needs tensorboard, which is not installed; pip install tensorboard"
+                f"losses in {folder} need tensorboard, which is not installed; pip install "
+                "tensorboard"
             ) from error
         self._writer: Any = SummaryWriter(str(folder))
         self.close: Callable[[], None] = self._writer.close

@@ -6,26 +6,21 @@ inside one long operation on large numbers.
 """
 
 import atexit
-import contextlib
 import importlib.util
-import json
 import os
 import re
-import subprocess
 import sys
 import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
+from ..child_process import KILLED, ChildEndedError, ChildProcess
 from ..errors import InputError
 from ..questions.question import Question
 
 _MAX_LENGTH = 1000  # characters; a longer answer is equal as a string or not at all
-
-_KILLED = -9  # by the system or a user; the process ends itself otherwise
 
 _START = (
     "import sys; sys.path.insert(0, sys.argv[1]); from polar_fx.judge.grading_worker import "
@@ -135,7 +130,7 @@ class _Worker:
     """
 
     def __init__(self) -> None:
-        self._process: subprocess.Popen[str] | None = None
+        self._process: ChildProcess | None = None
         self._lock = threading.Lock()
 
     def equal(self, accepted: str, answer: str) -> bool:
@@ -144,11 +139,10 @@ class _Worker:
             for _ in range(2):
                 process = self._process or self._start()
                 try:
-                    return self._ask(process, accepted, answer)
-                except (OSError, ValueError):  # it ended, most likely by its own clock
-                    status = process.wait()
+                    return bool(process.ask([accepted, answer]))
+                except ChildEndedError as ended:  # most likely by its own clock
                     self._close()
-                    if status != _KILLED:
+                    if ended.status != KILLED:
                         return False
                 except BaseException:
                     # interrupted: what it says next would be taken for the answer to the next
@@ -160,34 +154,18 @@ class _Worker:
             f"{accepted[:80]!r}; free some memory"
         )
 
-    def _ask(self, process: subprocess.Popen[str], accepted: str, answer: str) -> bool:
-        assert process.stdin is not None and process.stdout is not None
-        process.stdin.write(json.dumps([accepted, answer]) + "\n")
-        process.stdin.flush()
-        return bool(json.loads(process.stdout.readline()))
-
-    def _start(self) -> subprocess.Popen[str]:
-        root = str(Path(__file__).parent.parent.parent)
-        process = subprocess.Popen(
-            [sys.executable, "-c", _START, root],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="ascii",
-        )
-        self._process = process
+    def _start(self) -> ChildProcess:
+        self._process = process = ChildProcess(_START)
         atexit.register(self.close)
-        assert process.stdout is not None
-        if process.stdout.readline() != "ready\n":
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=10)  # for its own status, not that of being killed
+        try:
+            process.read()  # READY
+        except ChildEndedError as ended:
             self._close()
             raise InputError(
-                f"math-verify cannot be used: its process ended with status {process.returncode}; "
+                f"math-verify cannot be used: its process ended with status {ended.status}; "
                 f"see whether `{sys.executable} -c 'import math_verify'` works, and install it "
                 "again if not"
-            )
+            ) from ended
         return process
 
     def close(self) -> None:
@@ -198,14 +176,8 @@ class _Worker:
     def _close(self) -> None:
         process, self._process = self._process, None
         atexit.unregister(self.close)
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            if pipe is not None:
-                with contextlib.suppress(OSError):  # what was left unsent does not matter
-                    pipe.close()
+        if process is not None:
+            process.kill()
 
 
 _WORKER = _Worker()

@@ -6,12 +6,14 @@ import contextlib
 import faulthandler
 import json
 import logging
-import os
 import signal
 import sys
 from functools import lru_cache
 from typing import Any
 
+from ..child_process import answer, answers
+
+READY = "ready"  # said once, before any pair is read
 _SECONDS = 2  # math-verify's own limit on one operation
 # for one pair; then the process ends itself, also inside an operation that nothing can interrupt
 _GIVE_UP = 6.0
@@ -26,19 +28,18 @@ def main() -> None:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries may print; the pipe is for answers
     logging.disable()
-    _equal("1/2", "x")  # loads and builds what the first pair would wait for
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        faulthandler.dump_traceback_later(_GIVE_UP, exit=True)
-        try:
-            equal = _equal(*json.loads(line))
-        except Exception:
-            equal = False
-        faulthandler.cancel_dump_traceback_later()
-        print(json.dumps(equal), file=answers, flush=True)
+    with answers() as stream:
+        _equal("1/2", "x")  # loads and builds what the first pair would wait for
+        answer(stream, READY)
+        for line in sys.stdin:
+            faulthandler.dump_traceback_later(_GIVE_UP, exit=True)
+            try:
+                equal = _equal(*json.loads(line))
+            except Exception:
+                equal = False
+            faulthandler.cancel_dump_traceback_later()
+            answer(stream, equal)
 
 
 def _equal(accepted: str, answer: str) -> bool:

@@ -6,7 +6,7 @@ vocabulary.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -85,37 +85,20 @@ class PolarLM(TemplateLM):
                 f"program={program!r} and a predictor or policy exclude each other; leave one of "
                 "them off"
             )
+        options = {
+            "dtype": dtype,
+            "backend": backend,
+            "max_length": max_length,
+            "predictor": predictor,
+            "policy": policy,
+            "device": device,
+        }
         if isinstance(pretrained, CompiledModel):
-            options = {
-                "dtype": dtype,
-                "backend": backend,
-                "max_length": max_length,
-                "predictor": predictor,
-                "policy": policy,
-                "device": device,
-            }
-            if given := [
-                f"{name}={value!r}" for name, value in options.items() if value is not None
-            ]:
-                raise InputError(
-                    f"{', '.join(given)}: the model is compiled already; give it to "
-                    "polar_fx.compile or dispatch_by"
-                )
-            if tokenizer is None:
-                raise InputError(
-                    "a CompiledModel needs the tokenizer of its model; give tokenizer="
-                )
+            _check_compiled_already(options, tokenizer)
             self.compiled = pretrained
         else:
-            if dtype is not None and dtype not in _DTYPES:
-                raise InputError(f"dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
-            model, own = load(pretrained, _DTYPES[dtype or "float32"])
+            self.compiled, own = _compiled(pretrained, options)
             tokenizer = own if tokenizer is None else tokenizer
-            if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
-                _move(model, device)  # lm-eval's command line says cuda:0 on machines without, too
-            self.compiled = compile(
-                model, backend or "auto", max_length=max_length, predictor=predictor, policy=policy
-            )
         self.tokenizer = tokenizer
         self.program = None if program is None else self.compiled.resolve(program)
         self.used = ProgramsUsed()
@@ -402,6 +385,35 @@ def _move(model: Any, device: str) -> None:
         raise InputError(
             f"the model cannot go to device={device!r}: {error}; use cpu, or a device there is"
         ) from error
+
+
+def _check_compiled_already(options: Mapping[str, Any], tokenizer: Any) -> None:
+    """Raise InputError for options that a compiled model cannot follow any more."""
+    if given := [f"{name}={value!r}" for name, value in options.items() if value is not None]:
+        raise InputError(
+            f"{', '.join(given)}: the model is compiled already; give it to polar_fx.compile or "
+            "dispatch_by"
+        )
+    if tokenizer is None:
+        raise InputError("a CompiledModel needs the tokenizer of its model; give tokenizer=")
+
+
+def _compiled(pretrained: str | None, options: Mapping[str, Any]) -> tuple[CompiledModel, Any]:
+    """The named model, loaded and compiled, and its own tokenizer."""
+    dtype, device = options["dtype"], options["device"]
+    if dtype is not None and dtype not in _DTYPES:
+        raise InputError(f"dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
+    model, tokenizer = load(pretrained, _DTYPES[dtype or "float32"])
+    if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
+        _move(model, device)  # lm-eval's command line says cuda:0 on machines without, too
+    compiled = compile(
+        model,
+        options["backend"] or "auto",
+        max_length=options["max_length"],
+        predictor=options["predictor"],
+        policy=options["policy"],
+    )
+    return compiled, tokenizer
 
 
 def _count(name: str, value: int | str) -> int:

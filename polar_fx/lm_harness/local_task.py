@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from ..errors import InputError
+from ..output.files import replace_file
 from ..questions import PromptTemplate, Split, generate, get_template
 
 Kind = Literal["generate_until", "loglikelihood"]
@@ -50,6 +51,23 @@ def local_task(
     ]
     name = f"polar_fx_{task.replace('-', '_')}_{kind}"
     folder = Path(folder).absolute()
+    config = _config(name, folder, kind, template)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row).encode() + b"\n" for row in rows]
+        replace_file(folder / f"{name}.jsonl", lines)
+        # JSON is YAML too
+        replace_file(folder / f"{name}.yaml", [json.dumps(config, indent=1).encode() + b"\n"])
+    except OSError as error:
+        raise InputError(
+            f"the task cannot be written to {folder}: {error.strerror or error}; name another "
+            "folder"
+        ) from error
+    return config
+
+
+def _config(name: str, folder: Path, kind: Kind, template: PromptTemplate) -> dict[str, Any]:
+    """What lm-eval's YAML says of the task."""
     config: dict[str, Any] = {
         "task": name,
         "dataset_path": "json",
@@ -82,20 +100,7 @@ def local_task(
                 }
             ],
         }
-    config |= {
+    return config | {
         "metric_list": [{"metric": metric} for metric in metrics],
         "metadata": {"version": template.version},
     }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
-        # JSON is YAML too
-        (folder / f"{name}.yaml").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"the task cannot be written to {folder}: {error.strerror or error}; name another "
-            "folder"
-        ) from error
-    return config

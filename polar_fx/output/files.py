@@ -2,8 +2,10 @@
 
 import errno
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+import secrets
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import InputError
@@ -14,18 +16,13 @@ _CHUNK = 1 << 20
 
 
 def write_whole(content: bytes, path: str | os.PathLike[str]) -> Path:
-    """Write a file under another name and rename it, so that nobody meets half of it.
+    """Write a file a user named, replacing one that is there; nobody meets half of it.
 
     Raises InputError.
     """
     target = Path(path)
-    work = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        try:
-            work.write_bytes(content)
-            os.replace(work, target)
-        finally:
-            work.unlink(missing_ok=True)
+        replace_file(target, [content])
     except OSError as error:
         raise InputError(
             f"cannot write {target}: {error.strerror or error}; name a file in a folder you can "
@@ -46,27 +43,33 @@ def made_folder(folder: str | os.PathLike[str]) -> Path:
     return place
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A name beside `path`, to make a file or a folder under; at the end of the block that is made
+    durable and takes the name `path`, in place of a file, or an empty folder, that has it.
+
+    If the block raises, nothing is left of it. Modes are those it was made with. Raises OSError.
+    """
+    work = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        yield work
+        for part in (*(work.rglob("*") if work.is_dir() else ()), work):
+            sync(part)
+        os.replace(work, path)
+    except BaseException:
+        with suppress(OSError):  # what went wrong first is what is to be told
+            shutil.rmtree(work) if work.is_dir() else work.unlink()
+        raise
+    sync(path.parent)
+
+
 def replace_file(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file so that it is there whole or not at all, replacing one that is.
 
     Raises OSError.
     """
-    made = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with made.open("wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(made, path)
-    except BaseException:
-        made.unlink(missing_ok=True)
-        raise
-    with suppress(OSError):  # not every system opens folders
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+    with replacing(path) as work, work.open("xb") as file:
+        file.writelines(parts)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -89,12 +92,18 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Make a file, or the names in a folder, durable."""
-    handle = os.open(path, os.O_RDONLY)
+    """Make a file, or the names in a folder, durable. Raises OSError."""
+    is_folder = path.is_dir()
+    try:
+        handle = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    except OSError:
+        if not is_folder:  # not every system opens folders
+            raise
+        return
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno in DISK_FULL or not path.is_dir():  # some file systems do not sync folders
+        if error.errno in DISK_FULL or not is_folder:  # some file systems do not sync folders
             raise
     finally:
         os.close(handle)

@@ -30,6 +30,16 @@ def size(num_bytes: float) -> str:
     return f"{num_bytes:.0f} B"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, cut after its first line; the name of its type if it says nothing."""
+    return str(error).strip().partition("\n")[0].rstrip() or type(error).__name__
+
+
+def dtype_name(dtype: object) -> str:
+    """`float32` of torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def count(number: int, what: str) -> str:
     """`1 layer`, `2 layers`."""
     return f"{number:,} {what}{'' if number == 1 else 's'}"

@@ -1,24 +1,23 @@
 """A selector on disk: `predictor.json` (menu, features, calibration, the model it was trained for)
 and `predictor.safetensors`.
 
-Nothing in them is executed. Both are written under other names and moved; the JSON has the tensors'
-sha256, so files of two predictors are never taken for one.
+Nothing in them is executed. Both are written under other names and then moved; the JSON has the
+tensors' sha256, so files of two predictors are never taken for one.
 """
 
 import hashlib
 import json
 import math
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from ..errors import InputError, ProgramError
+from ..output.files import replacing
 from ..program import Program
 from .features import Features
 from .menu import Menu
@@ -66,25 +65,20 @@ def save_selector(
         "policy": str(policy or Policy("accuracy")),
         "notes": dict(notes or {}),
     }
-    made = folder / f".{os.getpid()}.tmp"
+    tensor_bytes = save(tensors)
+    fields["tensors_sha256"] = hashlib.sha256(tensor_bytes).hexdigest()
+    text = json.dumps(fields, indent=1, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        made.mkdir()
-        save_file(tensors, made / _TENSORS)
-        # the JSON names the tensors' bytes and goes last: a kill between the two leaves files that
-        # do not fit, which is seen
-        fields["tensors_sha256"] = hashlib.sha256((made / _TENSORS).read_bytes()).hexdigest()
-        (made / _JSON).write_text(
-            json.dumps(fields, indent=1, allow_nan=False) + "\n", encoding="utf-8"
-        )
-        for name in (_TENSORS, _JSON):
-            os.replace(made / name, folder / name)
+        # both are whole before either is replaced; the JSON names the tensors' bytes and goes last:
+        # a kill between the two leaves files that do not fit, which is seen
+        with replacing(folder / _JSON) as made_json, replacing(folder / _TENSORS) as made_tensors:
+            made_tensors.write_bytes(tensor_bytes)
+            made_json.write_text(text, encoding="utf-8")
     except OSError as error:
         raise InputError(
             f"the predictor cannot be written to {folder}: {error.strerror or error}; name another"
         ) from error
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     return folder
 
 

@@ -3,6 +3,9 @@
 Every value checks itself when built, so code that holds one never checks again.
 """
 
+# Callers who run no type checker are told what is wrong.
+# pyright: reportUnnecessaryIsInstance=false
+
 import math
 import operator
 from collections.abc import Iterable

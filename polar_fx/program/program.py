@@ -11,6 +11,9 @@ between the embedding and the final norm. This module needs the standard library
     True
 """
 
+# Callers who run no type checker are told what is wrong.
+# pyright: reportUnnecessaryIsInstance=false
+
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
@@ -118,7 +121,7 @@ class Program:
             raise ProgramError(
                 "boundaries[0] is 0, but the first segment starts at layer 0; set it to 1"
             )
-        segments = []
+        segments: list[Segment] = []
         for start, stop in zip(starts, [*starts[1:], depth], strict=True):
             op = check_op(labels[start], f"labels[{start}]")
             segments.append(Segment(start, stop, op, times if op is Op.REPEAT else 1))

@@ -38,8 +38,8 @@ class _Frame:
     """The steps laid out so far inside one pair of brackets (or at top level)."""
 
     opener: _Token | None
-    path: list[int] = field(default_factory=list)
-    blends: dict[tuple[int, int], float] = field(default_factory=dict)
+    path: list[int] = field(default_factory=list[int])
+    blends: dict[tuple[int, int], float] = field(default_factory=dict[tuple[int, int], float])
 
     def append(self, body: "_Frame", damping: float) -> None:
         """Run `body` once more, blended in with `damping`."""

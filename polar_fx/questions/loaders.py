@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from ..errors import InputError
+from ..output.plain_text import first_line
 from .question import Question
 
 _MAX_DIGITS = 30  # of a number written out; more is a mistake, or text
@@ -69,10 +70,9 @@ def load_dataset(
     try:
         table = datasets.load_dataset(name, config, split=split, revision=revision)
     except Exception as error:  # many kinds: unknown name or split, no network, a damaged cache
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise InputError(
-            f"cannot load the dataset {name!r}, split {split!r}: {reason}; check name, config and "
-            "split"
+            f"cannot load the dataset {name!r}, split {split!r}: {first_line(error)}; check "
+            "name, config and split"
         ) from error
     columns = {"question": question, "answer": answer, "id": id, "difficulty": difficulty}
     for field, column in columns.items():

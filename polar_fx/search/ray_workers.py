@@ -5,7 +5,7 @@ Ray is optional (`pip install 'polar_fx[ray]'`). The driver alone writes the sto
 """
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ..errors import CompileError, InputError, PolarError
@@ -42,11 +42,11 @@ def search_on_ray(
     """
     try:
         import ray
-        from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
     except ImportError as error:
         raise InputError(
             "searching on a cluster needs ray, which is not installed; pip install 'polar_fx[ray]'"
         ) from error
+    questions = [question for question, _ in rows]
 
     class Searcher:
         place: Any = None
@@ -62,60 +62,88 @@ def search_on_ray(
             ray.init(address=address or "local", include_dashboard=False, log_to_driver=False)
         except (ConnectionError, ValueError) as error:
             raise InputError(f"no Ray cluster can be reached at {address!r}: {error}") from error
-    questions = [question for question, _ in rows]
-    size = min(
-        -(-len(rows) // workers), max(workplace.in_flight, -(-len(rows) // (_ROUNDS * workers)))
-    )
-    waiting = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-    actor_class: Any = ray.remote(num_cpus=workplace.threads or 1)(Searcher)
-    # a stream of records -> its actor, and the questions still to come
-    running: dict[Any, tuple[Any, dict[str, Row]]] = {}
-
-    def deal(actor: Any, share: Sequence[Row]) -> None:
-        stream = actor.search.options(num_returns="streaming").remote(share)
-        running[stream] = actor, {question.id: (question, encoded) for question, encoded in share}
-
+    searchers: Any = ray.remote(num_cpus=workplace.threads or 1)(Searcher)
+    actors = _Actors(searchers.remote, _shares(rows, workers, workplace.in_flight), workers)
     try:
+        yield from actors.records()
+    finally:
+        actors.kill()
+        if started_here:
+            ray.shutdown()
+
+
+def _shares(rows: Sequence[Row], workers: int, in_flight: int) -> list[list[Row]]:
+    """The questions in parts that are dealt one by one, each large enough to keep a worker busy."""
+    size = min(-(-len(rows) // workers), max(in_flight, -(-len(rows) // (_ROUNDS * workers))))
+    return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
+
+class _Actors:
+    """Up to `workers` actors, what each of them searches, and the shares that none has yet."""
+
+    def __init__(self, start: Callable[[], Any], shares: list[list[Row]], workers: int) -> None:
+        self._start, self._waiting, self._workers = start, shares, workers
+        self._lost = 0
+        # a stream of records -> its actor, and the questions still to come
+        self._running: dict[Any, tuple[Any, dict[str, Row]]] = {}
+
+    def records(self) -> Iterator[SearchRecord]:
+        """All records, as they finish. Raises CompileError, and what goes wrong in an actor."""
+        import ray
+        from ray.exceptions import NodeDiedError, ObjectLostError, RayActorError, RayTaskError
+
+        left = sum(map(len, self._waiting))
         # no question at first: one dealt to an actor that the cluster has no room for would never
         # be searched
-        for _ in waiting[:workers]:
-            deal(actor_class.remote(), ())
-        left, lost = len(rows), 0
+        for _ in self._waiting[: self._workers]:
+            self._deal(self._start(), ())
         while left:
-            ready, _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+            ready, _ = ray.wait(list(self._running), num_returns=1, fetch_local=False)
             stream: Any = ready[0]
-            actor, share = running[stream]
             try:
                 record: Any = ray.get(next(stream))
             except StopIteration:
-                del running[stream]
-                if waiting:
-                    deal(actor, waiting.pop(0))
+                actor, _ = self._running.pop(stream)
+                if self._waiting:
+                    self._deal(actor, self._waiting.pop(0))
             except (RayActorError, NodeDiedError, ObjectLostError) as error:
-                del running[stream]
-                ray.kill(actor)  # it may only have been out of reach, and would keep its place
-                lost += 1
-                if lost > workers:
-                    raise CompileError(
-                        f"{lost} actors were lost: {error}; search again to finish their questions"
-                    ) from error
-                log.warning(
-                    "an actor was lost; %s of its share will be searched again",
-                    count(len(share), "question"),
-                )
-                if share:
-                    waiting.append(list(share.values()))
-                deal(actor_class.remote(), ())
+                self._replace(stream, error)
             except RayTaskError as error:
                 if isinstance(error.cause, PolarError):
                     raise error.cause from error
                 raise CompileError(f"a search actor failed: {error}") from error
             else:
-                del share[record.question.id]
+                del self._running[stream][1][record.question.id]
                 left -= 1
                 yield record
-    finally:
-        for actor, _ in running.values():
+
+    def _deal(self, actor: Any, share: Sequence[Row]) -> None:
+        stream = actor.search.options(num_returns="streaming").remote(share)
+        left = {question.id: (question, encoded) for question, encoded in share}
+        self._running[stream] = actor, left
+
+    def _replace(self, stream: Any, error: Exception) -> None:
+        """Ask for another actor in place of a lost one, whose questions wait again."""
+        import ray
+
+        actor, share = self._running.pop(stream)
+        ray.kill(actor)  # it may only have been out of reach, and would keep its place
+        self._lost += 1
+        if self._lost > self._workers:
+            raise CompileError(
+                f"{self._lost} actors were lost: {error}; search again to finish their questions"
+            ) from error
+        log.warning(
+            "an actor was lost; %s of its share will be searched again",
+            count(len(share), "question"),
+        )
+        if share:
+            self._waiting.append(list(share.values()))
+        self._deal(self._start(), ())
+
+    def kill(self) -> None:
+        """End all actors."""
+        import ray
+
+        for actor, _ in self._running.values():
             ray.kill(actor)
-        if started_here:
-            ray.shutdown()

@@ -6,7 +6,7 @@ too. Nothing here touches pyplot or its state.
 
 import io
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,9 @@ from ..errors import InputError
 from ..output.figure_style import FORMATS, style
 from ..output.files import made_folder, write_whole
 from ..output.plain_text import count
-from .arms import IDENTITY, ArmComparison, ArmResult, compare_arms
+from .arms import IDENTITY, ArmComparison
 from .calibration import Reliability
 from .intervals import wilson
-from .paired import RESAMPLES
 
 INK, GRAY = "#333333", "#7F7F7F"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -34,31 +33,6 @@ _FRONT: dict[str, Any] = {"color": GRAY, "lw": 0.9, "ls": "--"}
 _percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 
 
-def write_arm_figures(
-    results: Iterable[ArmResult],
-    folder: str | Path,
-    *,
-    reliability: Mapping[str, Reliability] | None = None,
-    formats: Sequence[str] = FORMATS,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-) -> list[Path]:
-    """Compare the arms and draw `pareto`, `gains` and, if there is any, `reliability` into a
-    folder, which is made.
-
-    Returns the files, `<figure>.<format>`. The same results give the same bytes, with one version
-    of matplotlib. Raises InputError for unknown formats, a folder that cannot be written, no
-    results, or what `compare_arms` refuses.
-    """
-    _check(formats)
-    return draw_compared(
-        compare_arms(results, seed=seed, resamples=resamples),
-        folder,
-        reliability=reliability,
-        formats=formats,
-    )
-
-
 def draw_compared(
     rows: Sequence[ArmComparison],
     folder: str | Path,
@@ -66,7 +40,12 @@ def draw_compared(
     reliability: Mapping[str, Reliability] | None = None,
     formats: Sequence[str] = FORMATS,
 ) -> list[Path]:
-    """`write_arm_figures` of what `compare_arms` returned."""
+    """Draw what `compare_arms` returned as `pareto`, `gains` and, if there is any, `reliability`
+    into a folder, which is made.
+
+    Returns the files, `<figure>.<format>`. The same rows give the same bytes, with one version of
+    matplotlib. Raises InputError for unknown formats, no rows, or a folder that cannot be written.
+    """
     _check(formats)
     drawings: dict[str, Callable[[], Figure]] = {
         "pareto": lambda: pareto(rows),

@@ -17,7 +17,6 @@ from .intervals import Share
 
 RESAMPLES = 10_000
 _Z = NormalDist().inv_cdf(0.975)
-_Z_POWER = NormalDist().inv_cdf(0.8)
 _MOST_DRAWS = 4_000_000  # numbers drawn at once; bounds memory to some 30 MB
 
 
@@ -110,17 +109,6 @@ class Paired:
     def discordance(self) -> float:
         """Share of the questions on which the two differ."""
         return (self.gained + self.lost) / self.n
-
-    def non_inferior(self, margin_points: float) -> bool:
-        """Whether the gain's lower bound lies above -margin_points.
-
-        Of bootstrap and score interval the lower one counts: without a lost pair the bootstrap's
-        bound is at 0 or above however few the questions are. Raises InputError for a negative
-        margin.
-        """
-        if not margin_points >= 0:
-            raise InputError(f"a margin of {margin_points} points; give 0 or more")
-        return min(self.gain.low, self.score.low) > -margin_points
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -291,50 +279,3 @@ def holm(p_values: Sequence[float]) -> list[float]:
         least = max(least, min(1.0, (len(values) - rank) * values[at]))
         adjusted[at] = least
     return adjusted
-
-
-def minimum_questions(discordance: float, gain_points: float) -> int:
-    """Questions for McNemar's test to find a gain with 80 % power at 5 %, two-sided: (1.960 +
-    0.842)² · p_d / δ².
-
-    discordance: share of questions on which method and identity differ, 0 to 1; gain_points: the
-    true gain in points, of either sign. Raises InputError where the gain is 0 or exceeds the
-    discordance, which no method can.
-    """
-    gain = abs(gain_points) / 100
-    if not 0 < discordance <= 1:
-        raise InputError(f"a discordance of {discordance}; give a share above 0, at most 1")
-    if not 0 < gain <= discordance:
-        raise InputError(
-            f"a gain of {gain_points} points with a discordance of {100 * discordance:g} %; give "
-            "0 < |gain| <= it"
-        )
-    return math.ceil((_Z + _Z_POWER) ** 2 * discordance / gain**2)
-
-
-def best_of_useless(
-    num_programs: int,
-    discordance: float,
-    n: int,
-    rng: np.random.Generator,
-    simulations: int = 2_000,
-) -> float:
-    """Apparent gain in points, on average, of the best of some programs whose true gain is 0,
-    picked on n questions.
-
-    The winner's curse. Programs differ from the identity on that share of the questions, gaining
-    and losing equally, each independently of the others; programs that resemble each other have
-    less of it. Raises InputError.
-    """
-    if num_programs < 1 or n < 1 or simulations < 1:
-        raise InputError(
-            f"{num_programs} programs, {n} questions, {simulations} simulations; give at least "
-            "one of each"
-        )
-    if not 0 <= discordance <= 1:
-        raise InputError(f"a discordance of {discordance}; give a share from 0 to 1")
-    total, chunk = 0.0, max(1, _MOST_DRAWS // num_programs)
-    for start in range(0, simulations, chunk):
-        pairs = rng.binomial(n, discordance, size=(min(chunk, simulations - start), num_programs))
-        total += float((2 * rng.binomial(pairs, 0.5) - pairs).max(axis=1).sum())
-    return 100 * total / (n * simulations)

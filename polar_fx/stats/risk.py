@@ -46,10 +46,6 @@ class RiskThreshold:
     n: int
     tested: tuple[CheckedThreshold, ...]
 
-    def deviates(self, gains: Any) -> np.ndarray:
-        """Booleans [n]: which of the questions with these predicted gains leave the identity."""
-        return numbers("gains", gains) >= self.tau
-
     def to_dict(self) -> dict[str, Any]:
         """JSON values; an infinite tau is None."""
         tau = self.tau if math.isfinite(self.tau) else None

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ..output.files import made_folder, write_whole
-from .arms import IDENTITY, UNSEEN, ArmComparison, ArmResult, compare_arms
+from .arms import IDENTITY, UNSEEN, ArmComparison
 from .intervals import Share
-from .paired import RESAMPLES, Estimate
+from .paired import Estimate
 
 NOTE = (
     "Accuracies in % with Wilson's 95 % interval; gains over the identity in points with the "
@@ -37,26 +37,14 @@ _HEAD = (
 _NONE = "–"
 
 
-def write_tables(
-    results: Iterable[ArmResult],
-    folder: str | Path,
-    *,
-    seed: int = 0,
-    resamples: int = RESAMPLES,
-    stem: str = "arms",
-) -> list[Path]:
-    """Compare the arms and write `<stem>.md` and `<stem>.csv` into a folder, which is made; returns
-    both.
-
-    Raises InputError.
-    """
-    return write_compared(compare_arms(results, seed=seed, resamples=resamples), folder, stem)
-
-
 def write_compared(
     rows: Sequence[ArmComparison], folder: str | Path, stem: str = "arms"
 ) -> list[Path]:
-    """`write_tables` of what `compare_arms` returned."""
+    """Write what `compare_arms` returned as `<stem>.md` and `<stem>.csv` into a folder, which is
+    made; returns both.
+
+    Raises InputError.
+    """
     folder = made_folder(folder)
     texts = {"md": markdown(rows), "csv": csv_text(rows)}
     return [

@@ -17,6 +17,7 @@ from typing import Any
 
 from ..errors import InputError
 from ..output.digest import canonical, digest
+from ..output.files import sync, write_file
 from ..version import __version__
 
 FORMAT = 1  # raised when the layout or the fields change; entries of other formats are made anew
@@ -75,8 +76,7 @@ def prepare_file(root: Path, made: Path) -> StoredFile:
     if not stat.S_ISREG(made.lstat().st_mode):
         raise InputError(f"only plain files can be stored, got {made}")
     made.chmod(0o600)
-    with made.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync(made)
     sha256 = _sha256(made)
     suffix = made.suffix if _SUFFIX.fullmatch(made.suffix) else ""
     return StoredFile(
@@ -103,10 +103,7 @@ def write_entry(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "polar_fx": __version__,
     }
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(fields | {"checksum": digest(fields)}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_file(path, json.dumps(fields | {"checksum": digest(fields)}, indent=1).encode())
     path.chmod(0o600)
 
 

@@ -64,8 +64,8 @@ class VerdictTable:
                 if verdict is None:
                     raise InputError(
                         f"question {record.question.id!r} has no verdict of program {program}; a "
-                        "dense label needs every program on every question: run them with "
-                        "`search --programs`"
+                        "dense label needs every program on every question: judge them all with "
+                        "`listed_records`"
                     )
                 right[i, k] = verdict.correct
                 if verdict.log_likelihood is not None:

@@ -5,12 +5,10 @@ No engine is built here unless there is a GPU with torch_tensorrt; a stand-in of
 the parts as they are.
 """
 
-import functools
 import importlib.metadata
 import io
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,23 +17,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
 
 from places import GOLDEN
 from polar_fx import backends, compile, compiled
-from polar_fx.backends import EagerBackend, Region, ShapeClass, TensorRTBackend
+from polar_fx.backends import Region, ShapeClass, TensorRTBackend
 from polar_fx.backends.base import RegionName
 from polar_fx.backends.experimental import tensorrt
-from polar_fx.backends.experimental.tensorrt import export_engines, find_library, profile
-from polar_fx.backends.experimental.tensorrt_graph import ENGINE_OPS, engines, split_for_engines
+from polar_fx.backends.experimental.tensorrt import find_library
 from polar_fx.cli.inspect import GRAPHS
-from polar_fx.compiled import CompiledModel
 from polar_fx.errors import CompileError, InputError
-from polar_fx.explain.tensorrt_parts import EnginePart, partition_report, parts_of
-from polar_fx.passes.base import writes
-from polar_fx.passes.outline_layers import is_size
 from polar_fx.runtime.regions import RegionTable
-from polar_fx.runtime.runner import Runner
 from polar_fx.store import ArtifactStore
 from tiny_models import make, prompts, tiny
 
@@ -43,186 +34,6 @@ from tiny_models import make, prompts, tiny
 API: dict[str, dict[str, list[str]]] = json.loads(
     (GOLDEN / "torch_tensorrt.json").read_text(encoding="utf-8")
 )
-
-# sdpa; attention in operators with a cap; linear layers as addmm on flattened rows; experts
-FAMILIES = ["llama", "gemma2", "gpt2", "mixtral"]
-
-
-def _bodies(family: str) -> dict[str, GraphModule]:
-    return tiny(family).library.bodies
-
-
-# ------------------------------------------------------------------------------ regions taken apart
-
-
-class _Apart(EagerBackend):
-    """Interprets regions that were taken apart."""
-
-    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Any) -> Region:
-        return super().compile_region(split_for_engines(body), example, dynamic)
-
-
-@torch.no_grad()
-def _answers(model: CompiledModel) -> list[Tensor]:
-    """Logits of a ragged batch in two chunks, and of one row; tokens of a greedy decode by a
-    program that repeats.
-    """
-    ids, mask = torch.zeros(2, 11, dtype=torch.long), torch.zeros(2, 11, dtype=torch.long)
-    for i, row in enumerate(prompts(11, 6)):
-        ids[i, : len(row)], mask[i, : len(row)] = row, 1
-    many = model.generate(ids[:1], program="0 (1)*2 /4", max_new_tokens=4, do_sample=False)
-    return [model(ids, mask), model(ids[:1], program="1-2 /4"), many]
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_region_taken_apart_computes_the_same_bits_and_writes_the_same_slots(family: str) -> None:
-    """Prefill, decode and the last step's KV writes; a wrong slot would show in the next chunk or
-    token.
-    """
-    model, library = tiny(family).model, tiny(family).library
-    apart, whole = (
-        CompiledModel(
-            Runner.of_model(model, RegionTable(library, backend, 31, None), prefill_chunk=8)
-        )
-        for backend in (_Apart(), EagerBackend())
-    )
-    for got, want in zip(_answers(apart), _answers(whole), strict=True):
-        assert torch.equal(got, want)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_engines_hold_nothing_but_listed_operators_on_floating_tensors_shorter_than_a_slot(
-    family: str,
-) -> None:
-    found = 0
-    for name, body in _bodies(family).items():
-        length = next(
-            (str(n.meta["val"].shape[2]) for n in body.graph.nodes if n.meta.get("role") == "kv"),
-            None,
-        )
-        for engine in engines(split_for_engines(body)).values():
-            found += 1
-            for node in engine.graph.nodes:
-                if is_size(node) or node.op == "output":
-                    continue
-                if isinstance(node.target, torch._ops.OpOverload):
-                    assert node.target._schema.name in ENGINE_OPS and not writes(node), name
-                for value in (
-                    node.meta["val"]
-                    if isinstance(node.meta["val"], (list, tuple))
-                    else [node.meta["val"]]
-                ):
-                    assert value.is_floating_point() and length not in map(str, value.shape), (
-                        name,
-                        node,
-                    )
-    assert found >= 2, "a model without engines shows nothing"
-
-
-def test_the_report_names_what_runs_where_and_counts_engines() -> None:
-    report = partition_report(tiny("llama").library)
-    kinds = {name: [p.engine for p in parts] for name, parts in report.parts.items()}
-    assert kinds == {
-        "epilogue": [True],
-        "layer_kind_0": [False, True, False, True],
-        "layer_kind_0.kv": [False, True, False],
-        "prologue": [False],
-    }
-    attention = EnginePart(False, {"aten::index_put_": 2, "aten::scaled_dot_product_attention": 1})
-    assert report.parts["layer_kind_0"][2] == attention and report.num_engines == 4
-    linear = [p.operators["aten::linear"] for p in report.parts["layer_kind_0"] if p.engine]
-    assert linear == [3, 4], "q, k, v before attention; its output and the feed-forward after it"
-    text = report.text()
-    assert (
-        f"  {attention}\n" in text
-        and "aten::index_put_ ×2" in text
-        and text.endswith("shared by all programs")
-    )
-    assert text.splitlines()[-1].startswith("4 engines")
-
-
-def test_operators_can_be_kept_out_of_engines() -> None:
-    body = _bodies("llama")["layer_kind_0"]
-    parts = parts_of(split_for_engines(body, keep=["aten::silu"]))
-    assert [p.engine for p in parts[-3:]] == [True, False, True] and parts[-2].operators == {
-        "aten::silu": 1
-    }
-    assert not engines(split_for_engines(body, keep=["aten::linear"])), (
-        "without a linear layer an engine is not worth it"
-    )
-
-
-class _Order(nn.Module):
-    """Memory that is read, then written with an engine's result, then read again; no value leads
-    from write to read.
-    """
-
-    def forward(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        memory, w = operands
-        before = nn.functional.linear(memory * 2.0, w)
-        memory.copy_(before)
-        return (before + nn.functional.linear(memory * 3.0, w),)
-
-
-def test_reads_and_writes_of_one_memory_keep_their_order() -> None:
-    operands = [torch.randn(2, 4), torch.randn(4, 4)]
-    body = torch.export.export(_Order(), (tuple(operands),)).graph_module
-    copies = [[o.clone() for o in operands] for _ in range(2)]
-    apart = split_for_engines(body)
-    assert len(engines(apart)) == 2
-    assert torch.equal(apart(*copies[0])[0], body(*copies[1])[0]) and torch.equal(
-        copies[0][0], copies[1][0]
-    )
-
-
-# -------------------------------------------------------------------- what is handed to the library
-
-
-@functools.cache
-def _exported_engines(family: str) -> tuple[ExportedProgram, ...]:
-    """The parts of one kind of layer and of the head, for several rows of several tokens."""
-    parts = [split_for_engines(_bodies(family)[name]) for name in ("layer_kind_0", "epilogue")]
-    return tuple(
-        e for part in parts for e in export_engines(part, {"batch": 8, "tokens": 512}).values()
-    )
-
-
-def test_profiles_span_the_shape_class_up_to_the_limits() -> None:
-    first, _, head = _exported_engines("llama")
-    hidden = {"min_shape": (2, 2, 32), "max_shape": (8, 512, 32), "dtype": torch.float32}
-    for exported in (first, head):
-        (described,) = [d for d in profile(exported) if d.items() >= hidden.items()][:1]
-        assert all(
-            2 <= n <= most for n, most in zip(described["opt_shape"], (8, 512, 32), strict=True)
-        )
-    assert {"shape": (16, 32), "dtype": torch.float32} in profile(first), (
-        "weights are operands of fixed size"
-    )
-    assert (
-        not first.graph_signature.parameters
-        and not first.constants
-        and not first.graph_signature.buffers
-    )
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch about copying its own values
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_every_operator_of_an_engine_has_a_converter_once_decomposed(family: str) -> None:
-    for exported in _exported_engines(family):
-        used = {
-            _operator(n.target)
-            for n in exported.run_decompositions().graph.nodes
-            if n.op == "call_function"
-        }
-        assert used
-        for version, api in API.items():
-            assert used <= set(api["converters"]), (version, used - set(api["converters"]))
-
-
-def _operator(target: Any) -> str:
-    return (
-        str(target) if isinstance(target, torch._ops.OpOverload) else f"operator.{target.__name__}"
-    )
 
 
 class _Input:
@@ -381,9 +192,6 @@ def test_a_part_that_the_library_splits_again_is_an_error(library: _Library) -> 
         _head(TensorRTBackend())
 
 
-# ------------------------------------------------------------------------------ where it cannot run
-
-
 def _installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
     def find(name: str) -> str:
         if version is None:
@@ -394,6 +202,8 @@ def _installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:
 
 
 MINOR = ".".join(torch.__version__.split(".")[:2])
+
+
 UNUSABLE = {
     "missing": (None, True, r"not installed; run `pip install polar_fx\[tensorrt\]`"),
     "for another torch": (
@@ -429,9 +239,6 @@ def test_where_it_cannot_run_the_reason_comes_before_any_work(
 
 def test_it_is_known_by_name() -> None:
     assert backends.BACKENDS["tensorrt"] is TensorRTBackend and "engines" in GRAPHS
-
-
-# ------------------------------------------------------------------------------- the library itself
 
 
 def _library_or_skip() -> Any:

@@ -6,7 +6,6 @@ Shape legend: B batch, T tokens, V vocabulary.
 
 import json
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,11 +23,8 @@ from polar_fx.bundle import (
     BundledModel,
     BundleError,
     Manifest,
-    add_program,
     export,
     load_bundle,
-    read_manifest,
-    remove_program,
 )
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError, KvOverflowError, ProgramError
@@ -61,14 +57,6 @@ def bundle(folder: Path) -> BundledModel:
     return load_bundle(folder, any_program=True)
 
 
-@pytest.fixture
-def copied(folder: Path, tmp_path: Path) -> Path:
-    """A bundle of one's own, whose manifest may be edited."""
-    return shutil.copytree(
-        folder, tmp_path / "bundle", copy_function=lambda a, b: Path(b).hardlink_to(a)
-    )
-
-
 @torch.no_grad()
 def _answer(model: CompiledModel, program: Any, tokens: int = 9) -> Tensor:
     """[T + 2, V]: logits of every token of a prompt, of its last one by prefill, and of one decoded
@@ -93,9 +81,6 @@ def _random_program(pick: random.Random) -> Program:
         ]
         program = Program.parse(f"{around[0]} {text} {around[1]} /{DEPTH}", DEPTH)
     return program
-
-
-# ----------------------------------------------------------------------------------- the same model
 
 
 def test_logits_are_those_of_the_compiled_model(
@@ -261,9 +246,6 @@ def test_a_fresh_process_needs_no_modeling_code_and_no_compiler(
         torch.testing.assert_close(logits[str(compiled.resolve(program))], want, rtol=0, atol=1e-5)
 
 
-# ----------------------------------------------------------------------------------------- programs
-
-
 def test_only_the_programs_of_the_manifest_run_unless_asked(
     folder: Path, bundle: BundledModel
 ) -> None:
@@ -306,74 +288,6 @@ def test_inputs_are_dispatched_to_programs_of_the_bundle(
     assert strict.dispatcher is dispatcher
 
 
-def _all_but_the_manifest(place: Path) -> dict[str, Any]:
-    files = {p: p.stat() for p in place.rglob("*") if p.is_file() and p.name != "manifest.json"}
-    return {str(p): (s.st_ino, s.st_mtime_ns, s.st_size) for p, s in files.items()}
-
-
-def test_programs_are_added_and_removed_by_editing_the_manifest_alone(copied: Path) -> None:
-    before, fingerprint = _all_but_the_manifest(copied), read_manifest(copied).fingerprint
-    added = add_program(copied, "skip 2")
-    assert [str(p) for p in added.programs] == [
-        "0-3 /4",
-        "0 2-3 /4",
-        "0 (1-2)*2@0.5 3 /4",
-        "0-1 3 /4",
-    ]
-    assert add_program(copied, Program.parse("skip 2", DEPTH)) == added, "it is there"
-    (row,) = prompts(5)
-    load_bundle(copied).forward(row[None], program="skip 2")
-    assert remove_program(copied, "identity").programs == added.programs[1:]
-    assert load_bundle(copied).default_program == Program.parse("skip 1", DEPTH)
-    add_program(copied, "skip 2", default=True)
-    assert load_bundle(copied).default_program == Program.parse("skip 2", DEPTH)
-    assert load_bundle(copied, fingerprint=fingerprint).manifest.fingerprint == fingerprint
-    names = {
-        "manifest.json",
-        "weights.safetensors",
-        "symbols.json",
-        "config.json",
-        "generation.json",
-        "regions",
-        "tokenizer",
-    }
-    assert _all_but_the_manifest(copied) == before and {p.name for p in copied.iterdir()} == names
-
-
-def test_programs_that_cannot_be_added_or_removed_leave_the_manifest_alone(
-    copied: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    text = (copied / "manifest.json").read_bytes()
-    for edit, error, words in (
-        (lambda: add_program(copied, "0-4 /5"), ProgramError, "5"),
-        (
-            lambda: add_program(copied, Program.identity(5)),
-            ProgramError,
-            "depth 5 but the bundle has 4 layers",
-        ),
-        (lambda: remove_program(copied, "skip 3"), BundleError, "holds no program"),
-        (lambda: add_program(copied.parent, "skip 3"), BundleError, r"manifest.json: is missing"),
-        (lambda: add_program(copied / "nowhere", "skip 3"), BundleError, "is not a folder"),
-    ):
-        with pytest.raises(error, match=words):
-            edit()
-    with monkeypatch.context() as patch:
-        patch.setattr("os.replace", _no_space)
-        with pytest.raises(
-            BundleError, match=r"manifest.json: cannot be written: .*; free some space"
-        ):
-            add_program(copied, "skip 3")
-    assert (copied / "manifest.json").read_bytes() == text and len(list(copied.iterdir())) == 7
-    for program in PROGRAMS[1:]:
-        remove_program(copied, program)
-    with pytest.raises(BundleError, match="is its only program; add another one first"):
-        remove_program(copied, "identity")
-
-
-def _no_space(*args: Any, **kwargs: Any) -> Any:
-    raise OSError(28, "No space left on device")
-
-
 def _size(place: Path) -> int:
     return sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
 
@@ -384,9 +298,6 @@ def test_many_programs_cost_what_one_does(compiled: CompiledModel, tmp_path: Pat
     one, many = (export(compiled, tmp_path / str(len(p)), p) for p in (programs[:1], programs))
     assert len(many.programs) == 64 and many.num_bytes == one.num_bytes
     assert _size(tmp_path / "64") <= 1.02 * _size(tmp_path / "1")
-
-
-# ---------------------------- other models and many rows, with graphs in the place of compiled code
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
     export(compiled, tmp_path / "one")
     bundle = load_bundle(tmp_path / "one")
     out = tmp_path / "bundle"
-    for model, given, error, reason in (
+    refused: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         (eager.library, {}, InputError, "takes what polar_fx.compile returns, got LayerLibrary"),
         (eager, {}, InputError, "backend 'eager' makes no code that can be shipped"),
         (bundle, {}, InputError, "is a bundle already; copy the folder"),
@@ -55,7 +55,8 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(
         (compiled, {"buckets": ()}, InputError, "buckets must be numbers of rows"),
         (compiled, {"buckets": (0,)}, InputError, "buckets must be numbers of rows"),
         (compiled, {"buckets": ("1",)}, InputError, "buckets must be numbers of rows"),
-    ):
+    ]
+    for model, given, error, reason in refused:
         with pytest.raises(error, match=reason):
             export(model, out, **given)
     assert [p.name for p in tmp_path.iterdir()] == ["one"]
@@ -162,6 +163,7 @@ def test_an_export_that_fails_at_any_step_leaves_what_was_there_and_nothing_else
     place.parent.mkdir()
     if overwrite:
         export(compiled, place, ["skip 2"])
+    step = 0
     for step in itertools.count(1):
         interrupted(step, error)
         try:
@@ -207,6 +209,7 @@ def test_a_process_that_ends_at_any_step_leaves_no_half_bundle_under_the_name(
         pass
 
     rmtree, seen = shutil.rmtree, set()
+    step = 0
     for step in itertools.count(1):
         place = tmp_path / str(step) / "bundle"
         place.parent.mkdir()

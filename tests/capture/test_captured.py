@@ -190,6 +190,7 @@ def test_state_that_is_written_through_a_part_of_it_is_refused() -> None:
         def __init__(self, inner: torch.nn.Module) -> None:
             super().__init__()
             self.inner = inner
+            self.calls: torch.Tensor
             self.register_buffer("calls", torch.zeros(2))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pytest
 from places import ROOT
 from polar_fx.cli import main
 from polar_fx.output.digest import digest
+from polar_fx.output.files import write_file
 from polar_fx.store import ArtifactStore
 
 FACTS: list[dict[str, Any]] = [
@@ -42,10 +43,11 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
         store.get_or_make(
             key,
             facts,
-            lambda folder, size=size: (folder / "code.pt2").write_bytes(bytes(size)) and None,
+            lambda folder, size=size: write_file(folder / "code.pt2", bytes(size)),
         )
     entry = _entry(store, 0)
-    os.utime(entry, (entry.stat().st_mtime - 10 * 86400,) * 2)
+    then = entry.stat().st_mtime - 10 * 86400
+    os.utime(entry, (then, then))
     return store
 
 

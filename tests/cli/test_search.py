@@ -346,9 +346,9 @@ def test_an_interruption_is_clean(
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--task", "addition"], "either --task or --data"),
-        (["--split", "test"], "--split is for built-in tasks"),
-        (["--questions", "9"], "--questions 9 but the files hold 8"),
+        (["--task", "addition"], "either tasks or files of data"),
+        (["--split", "test"], "split is for built-in tasks"),
+        (["--questions", "9"], "9 questions are asked but the files of data hold 8"),
         (["--method", "luck"], "unknown search method 'luck'"),
         (["--reward", "luck"], "unknown reward 'luck'"),
         (["--set", "luck=1"], "--set 'luck=1' is no setting"),

@@ -148,7 +148,7 @@ def test_texts_that_stop_are_left_out() -> None:
     run(engine)
     found = stopped.result(0)
     assert found.text == text[: text.index(text[3:5])] and found.finish == "stop"
-    assert len(found.tokens) == len(found.text) + 2
+    assert len(found.tokens) == len(found.text or "") + 2
     with pytest.raises(InputError, match="need the engine's tokenizer"):
         model.engine().add([5], sampling=Sampling(stop=("a",)))
 

@@ -219,7 +219,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
 ) -> None:
     (tmp_path / "there").mkdir()
     half = compile(make("llama").bfloat16(), "eager", max_length=31, cache=False)
-    for model, given, error, reason in (
+    refused: list[tuple[Any, dict[str, Any], type[Exception], str]] = [
         (compiled, {"programs": ["skip 9"]}, ProgramError, "9"),
         (compiled, {"programs": ()}, InputError, "at least one program"),
         (
@@ -246,7 +246,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
             BundleError,
             r"is in no folder that exists; make \S+no first",
         ),
-    ):
+    ]
+    for model, given, error, reason in refused:
         with pytest.raises(error, match=reason):
             export_onnx(model, tmp_path / given.pop("out", "new"), **given)
     with monkeypatch.context() as patch:

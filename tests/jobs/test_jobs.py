@@ -55,7 +55,7 @@ def test_questions_of_files(folder: Path) -> None:
     assert Asked(data=(path,)).prompt_name == "direct" and Asked(data=(path,)).split_name is None
     with pytest.raises(InputError, match="hold the same question id"):
         Asked(data=(path, path)).questions()
-    with pytest.raises(InputError, match="either --task or --data"):
+    with pytest.raises(InputError, match="either tasks or files of data"):
         Asked().questions()
 
 

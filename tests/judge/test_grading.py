@@ -1,6 +1,8 @@
 """Grading: what counts as the answer, what equals it, and that no text hangs or breaks it."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -210,7 +212,7 @@ def test_a_process_killed_from_outside_is_started_again_once(
     worker: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert grade("x+1", _question("1+x"))
-    worker._process.kill()
+    os.kill(worker._process.pid, signal.SIGKILL)
     assert grade("x+2", _question("2+x"))
     suicide = (
         "import os, signal\ng._equal = lambda a, b: b == 'x' or os.kill(os.getpid(), "
@@ -248,15 +250,15 @@ def test_without_math_verify_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch
 def test_an_interrupt_does_not_shift_answers(worker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """After Ctrl-C while waiting, the next question must not get the answer to the last one."""
     assert not grade("x+1", _question("x+2"))
-    real = grading.json.loads
+    real = json.loads
 
     def interrupted(text: str) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(grading.json, "loads", interrupted)
+    monkeypatch.setattr(json, "loads", interrupted)
     with pytest.raises(KeyboardInterrupt):
         grade("x+1", _question("1+x"))
-    monkeypatch.setattr(grading.json, "loads", real)
+    monkeypatch.setattr(json, "loads", real)
     assert not grade("x+1", _question("x+3")) and grade("x+1", _question("1+x"))
 
 

@@ -24,6 +24,7 @@ from polar_fx.passes import (
     library_pipeline,
     program_pipeline,
 )
+from polar_fx.passes.address_kv import AddressKv
 from polar_fx.passes.schedule_layers import ScheduleLayers
 
 PATH, BLENDS = (0, 1, 2, 1, 2), ((1, 5, 0.5),)
@@ -52,7 +53,7 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     "schedule-layers": lambda: ScheduleLayers(PATH, BLENDS).run(library()).graph_module,
     "assign-kv-slots": lambda: program_pipeline(PATH, BLENDS).run(library()).graph_module,
     "keep-kv-writes": lambda: PASSES["keep-kv-writes"]().run(_layer()).graph_module,
-    "address-kv": lambda: PASSES["address-kv"](block=4).run(_layer()).graph_module,
+    "address-kv": lambda: AddressKv(block=4).run(_layer()).graph_module,
     "matvec-to-reduction": lambda: (
         PASSES["matvec-to-reduction"]().run(on_cpu(single_row(torch.bfloat16))).graph_module
     ),

@@ -373,11 +373,9 @@ def test_writes_in_place_that_a_kept_value_needs_stay() -> None:
 
 
 def test_the_result_is_a_zero_that_an_exported_graph_may_return() -> None:
-    gm = (
-        KeepKvWrites()
-        .run(library_pipeline().run(flat()).graph_module.get_submodule("layer_kind_0"))
-        .graph_module
-    )  # type: ignore[arg-type]
+    layer = library_pipeline().run(flat()).graph_module.get_submodule("layer_kind_0")
+    assert isinstance(layer, GraphModule)
+    gm = KeepKvWrites().run(layer).graph_module
     operands = [
         torch.zeros(n.meta["val"].shape, dtype=n.meta["val"].dtype)
         for n in gm.graph.find_nodes(op="placeholder")

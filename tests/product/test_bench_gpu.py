@@ -122,7 +122,8 @@ def test_summary_names_every_way(trial: Path) -> None:
 
 def test_killed_workers_leave_results_readable(tmp_path: Path) -> None:
     out, scratch = tmp_path / "out", tmp_path / "scratch"
-    out.mkdir(), scratch.mkdir()
+    out.mkdir()
+    scratch.mkdir()
     results = out / "results.jsonl"
     half = f"import os, signal; open({str(results)!r}, 'a').write('{{\"stage\": \"sp'); "
     team = Team(out, scratch, time.time())

@@ -314,6 +314,7 @@ def test_a_layer_that_keeps_state_is_refused() -> None:
         def __init__(self, inner: torch.nn.Module) -> None:
             super().__init__()
             self.inner = inner
+            self.calls: torch.Tensor
             self.register_buffer("calls", torch.zeros(2))
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:

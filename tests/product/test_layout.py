@@ -22,7 +22,7 @@ LIBRARY = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("polar_fx", "p
 # Each room may import from rooms in earlier lines, from its own line and from itself.
 ORDER = (
     {"errors", "environment", "version"},
-    {"output"},
+    {"child_process", "output"},
     {"passes", "program"},
     {"capture", "store", "stats"},
     {"models"},
@@ -160,8 +160,59 @@ def test_passes_import_torch_fx_and_the_standard_library_only(path: Path) -> Non
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_files_stay_small_and_well_named(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 600
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 450
     assert path.stem not in ("utils", "util", "helpers", "misc", "common")
+
+
+# Three nested functions that share what they find; to be cut with the next change to that pass.
+STILL_LONG = {("passes/outline_layers.py", "run")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_stay_short(path: Path) -> None:
+    """At most 60 lines, the docstring aside: what a reader has to keep in mind at once."""
+    name = path.relative_to(ROOT).as_posix()
+    lengths = _function_lengths(path.read_text(encoding="utf-8"))
+    long = [
+        f"{function} has {length} lines"
+        for function, length in lengths
+        if length > 60 and (name, function) not in STILL_LONG
+    ]
+    assert not long, f"{name}: {', '.join(long)}; cut it where its parts do different things"
+
+
+def _function_lengths(source: str) -> list[tuple[str, int]]:
+    """Lines of each function, inner ones included, from `def` to its end without the docstring."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            lines = _lines(node)
+            if ast.get_docstring(node) is not None:
+                lines -= _lines(node.body[0])
+            found.append((node.name, lines))
+    return found
+
+
+def _lines(node: ast.stmt) -> int:
+    assert node.end_lineno is not None
+    return node.end_lineno - node.lineno + 1
+
+
+def test_function_lengths_are_counted() -> None:
+    """The test above would pass if it saw nothing."""
+    source = (
+        "class A:\n"
+        "    @property\n"
+        "    def one(self):\n"
+        '        """First.\n\n'
+        '        Second.\n        """\n'
+        "        def inner():\n"
+        "            pass\n\n"
+        "        return inner\n"
+        "async def two():\n"
+        "    pass\n"
+    )
+    assert sorted(_function_lengths(source)) == [("inner", 2), ("one", 5), ("two", 2)]
 
 
 FAMILIES = re.compile(

@@ -202,7 +202,7 @@ def test_a_session_of_another_program_is_refused() -> None:
     compiled = _compiled("llama", 512)
     mine, other = Program.parse("skip 1", 4), Program.identity(4)
     both = f"opened for program {mine}, and program {other} is"
-    with torch.no_grad(), compiled.session(mine, 1) as session:
+    with torch.no_grad(), compiled.runner.open_slots(mine, 1) as session:
         for call in (
             lambda: compiled.prefill(other, session, prompts(6)),
             lambda: compiled.decode(other, session, torch.tensor([5])),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 
@@ -222,9 +223,9 @@ def test_a_block_may_not_cut_a_blend(start: int, length: int) -> None:
         (lambda: Segment(0, 1, KEEP, 2), "only a repeat"),
         (lambda: Segment(0, 1, SKIP, 1, 0.5), "only a repeat"),
         (
-            lambda: Segment(0, 1, "loop"),
+            lambda: Segment(0, 1, cast(Op, "loop")),
             "op of segment 0:1 is 'loop'; use one of skip, keep, repeat",
-        ),  # pyright: ignore
+        ),
         (lambda: Segment(0, 1, REPEAT, 2, 1.5), "damping of segment 0:1 is 1.5"),
         (lambda: Edit(0, 1, KEEP), "op keep"),
         (lambda: Edit(0, 1, SKIP, 3), "times=3"),

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from fractions import Fraction
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -226,7 +227,7 @@ def test_encoding_round_trip(pair: tuple[list[Segment], int]) -> None:
         (lambda: Program.from_encoding([0, 1], [KEEP, KEEP]), r"boundaries\[0\] is 0"),
         (lambda: Program.from_encoding([1, 2], [KEEP, KEEP]), r"boundaries\[1\] is 2"),
         (
-            lambda: Program.from_encoding([1, 0.0], [KEEP, KEEP]),
+            lambda: Program.from_encoding(cast(list[int], [1, 0.0]), [KEEP, KEEP]),
             r"boundaries\[1\] is 0.0 \(float\)",
         ),  # pyright: ignore
         (lambda: Program.from_encoding([1, 0], [KEEP]), "2 boundaries but 1 labels"),

@@ -13,7 +13,6 @@ from transformers import (
     Gemma3nTextConfig,
     GenerationConfig,
     GenerationMixin,
-    PreTrainedModel,
 )
 
 from polar_fx.compiled import CompiledModel, compile
@@ -98,7 +97,7 @@ ELSEWHERE = {  # what other tests are about, and what has no effect by itself
 
 
 @functools.cache
-def model() -> PreTrainedModel:
+def model() -> Any:
     return make("llama")
 
 
@@ -108,7 +107,8 @@ def compiled() -> CompiledModel:
 
 
 def test_every_argument_and_setting_is_on_one_list() -> None:
-    arguments = set(inspect.signature(GenerationMixin.generate).parameters)
+    mixin: Any = GenerationMixin  # wrapped, so that no type is left
+    arguments = set(inspect.signature(mixin.generate).parameters)
     found = arguments | set(GenerationConfig().to_dict())
     known = {*SERVED, *REFUSED, *ELSEWHERE}
     assert not found - known, "serve what is new, or refuse it by name, and list it here"

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pytest
 
@@ -149,7 +150,7 @@ def test_unknown_names_list_the_known_ones() -> None:
         ("max_steps_ratio", 0.5),
     ],
 )
-def test_settings_out_of_range(name: str, value: float) -> None:
+def test_settings_out_of_range(name: str, value: Any) -> None:
     with pytest.raises(InputError, match=f"{name} is {value}"):
         SearchConfig(**{name: value})
 

@@ -136,10 +136,10 @@ def parents(tree: Tree, node: Node) -> list[Node]:
 
 def test_edits_in_any_order_meet() -> None:
     """3 layers that are skipped, kept or run twice: all but the empty program, each once."""
-    settings = dict(
+    config = SearchConfig(
         max_length=1, max_extra=1, length_penalty=0.0, simulations=2000, widening_factor=9.0
     )
-    tree = Tree(3, SearchConfig(**settings), random.Random(0))
+    tree = Tree(3, config, random.Random(0))
     assert len(drive(tree.search(), constant)) == len(tree.nodes) == 3**3 - 1
     both = tree.nodes[(1,)]  # skip 0, skip 2
     assert {node.program.path for node in parents(tree, both)} == {(1, 2), (0, 1)}

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.lines import Line2D
 
 from polar_fx.errors import InputError
 from polar_fx.stats.arms import (
@@ -75,11 +76,14 @@ def _points(axes: Axes) -> dict[tuple[float, float], Any]:
     marks = [
         line
         for line in axes.lines
-        if line.get_marker() not in ("None", "", None, "|", "_") and len(line.get_xdata()) == 1
-    ]  # type: ignore[arg-type]
-    return {
-        (float(m.get_xdata()[0]), float(m.get_ydata()[0])): m.get_markerfacecolor() for m in marks
-    }  # type: ignore[index]
+        if line.get_marker() not in ("None", "", None, "|", "_") and len(_xy(line)) == 1
+    ]
+    return {(float(x), float(y)): m.get_markerfacecolor() for m in marks for x, y in _xy(m)}
+
+
+def _xy(line: Line2D) -> np.ndarray:
+    """Its points, f64[N, 2]."""
+    return np.array([line.get_xdata(), line.get_ydata()], dtype=float).T
 
 
 def test_pareto_has_a_point_an_arm_and_hollow_oracles() -> None:
@@ -132,7 +136,7 @@ def test_the_front_leaves_out_oracles_and_beaten_arms() -> None:
     (line,) = [
         line for line in figures.pareto(rows).axes[0].lines if line.get_drawstyle() == "steps-post"
     ]
-    assert list(line.get_xdata()) == [0.5, 25 / 30] and list(line.get_ydata()) == [0.4, 0.7]
+    assert _xy(line).tolist() == [[0.5, 0.4], [25 / 30, 0.7]]
 
 
 def test_gains_show_intervals_and_color_what_leaves_out_zero() -> None:
@@ -150,7 +154,7 @@ def test_gains_show_intervals_and_color_what_leaves_out_zero() -> None:
             assert points[gain.value, y] == ("white" if row.arm.oracle else color)
             (bar,) = axes.collections[y].get_segments()  # type: ignore[attr-defined]
             assert bar[:, 0].tolist() == pytest.approx([gain.low, gain.high])
-        assert any(list(line.get_xdata()) == [0, 0] for line in axes.lines)
+        assert any(_xy(line)[:, 0].tolist() == [0, 0] for line in axes.lines)
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [
         "arm 1",
         "arm 2",
@@ -183,7 +187,7 @@ def test_reliability_shows_bins_and_counts() -> None:
     curves, counts = figure.axes[:2], figure.axes[2:]
     for (name, each), curve, count in zip(found.items(), curves, counts, strict=True):
         line = next(line for line in curve.lines if line.get_marker() == "o")
-        assert list(line.get_ydata()) == [b.outcomes.count / b.outcomes.n for b in each.bins]
+        assert _xy(line)[:, 1].tolist() == [b.outcomes.count / b.outcomes.n for b in each.bins]
         assert [patch.get_height() for patch in count.patches] == [b.outcomes.n for b in each.bins]  # type: ignore[attr-defined]
         assert (curve.get_title(loc="left") or curve.get_title()).startswith(
             f"{name}\nECE {100 * each.ece:.1f} %"
@@ -210,8 +214,8 @@ def test_fifteen_arms_differ_and_nothing_overlaps() -> None:
 
 def test_files_come_out_the_same(tmp_path: Path) -> None:
     first, again = (
-        figures.write_arm_figures(
-            results(), tmp_path / name, reliability=calibrated(), resamples=200
+        figures.draw_compared(
+            compare_arms(results(), resamples=200), tmp_path / name, reliability=calibrated()
         )
         for name in ("first", "again")
     )
@@ -229,9 +233,13 @@ def test_files_come_out_the_same(tmp_path: Path) -> None:
 
 
 def test_settings_are_those_of_the_user_afterwards(tmp_path: Path) -> None:
-    plain = figures.write_arm_figures(results(), tmp_path / "plain", formats=["svg"], resamples=50)
+    plain = figures.draw_compared(
+        compare_arms(results(), resamples=50), tmp_path / "plain", formats=["svg"]
+    )
     with matplotlib.rc_context({"font.size": 30, "svg.hashsalt": "mine"}):
-        own = figures.write_arm_figures(results(), tmp_path / "own", formats=["svg"], resamples=50)
+        own = figures.draw_compared(
+            compare_arms(results(), resamples=50), tmp_path / "own", formats=["svg"]
+        )
         assert matplotlib.rcParams["font.size"] == 30
     assert [each.read_bytes() for each in plain] == [each.read_bytes() for each in own]
 
@@ -244,7 +252,7 @@ def test_one_task_and_one_arm() -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown figure format 'gif'; use one of svg, png"):
-        figures.write_arm_figures(results(), tmp_path, formats=["gif"])
+        figures.draw_compared(compare_arms(results(), resamples=50), tmp_path, formats=["gif"])
     for draw in (
         lambda: figures.pareto([]),
         lambda: figures.gains(compared(arms=1, tasks=("addition",))),
@@ -255,4 +263,4 @@ def test_refusals(tmp_path: Path) -> None:
         figures.reliability_diagram({})
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot make the folder"):
-        figures.write_arm_figures(results(), tmp_path / "file" / "folder", resamples=50)
+        figures.draw_compared(compare_arms(results(), resamples=50), tmp_path / "file" / "folder")

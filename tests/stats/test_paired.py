@@ -1,59 +1,24 @@
 """Arms against the identity, against numbers found by hand and against slower ways to find them."""
 
-import csv
-import io
 import itertools
-import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from paired_samples import pairs
 from places import ROOT
 from polar_fx.errors import InputError
-from polar_fx.stats.arms import IDENTITY, OVERALL, SEEN, UNSEEN, ArmResult, compare_arms, pool
 from polar_fx.stats.intervals import Share, wilson
 from polar_fx.stats.paired import (
     Estimate,
-    best_of_useless,
     compare,
     holm,
     mcnemar,
-    minimum_questions,
 )
-from polar_fx.stats.tables import NOTE, UNSEEN_NOTE, csv_text, markdown, write_tables
-
-
-def pairs(gained: int, lost: int, both: int, neither: int) -> tuple[np.ndarray, np.ndarray]:
-    """Answers of method and identity with these counts."""
-    mine = [True] * gained + [False] * lost + [True] * both + [False] * neither
-    theirs = [False] * gained + [True] * lost + [True] * both + [False] * neither
-    return np.array(mine), np.array(theirs)
-
-
-def arm(
-    name: str, task: str = "addition", cells: tuple[int, int, int, int] = (6, 2, 10, 2), **more: Any
-) -> ArmResult:
-    """Cells are gained, lost, both, neither; the questions are put in one order, by the identity's
-    answer.
-    """
-    right, identity = pairs(*cells)
-    order = np.argsort(~identity, kind="stable")
-    n = len(right)
-    return ArmResult(
-        name,
-        task,
-        right[order],
-        identity[order],
-        **{"steps": np.full(n, 24.0), "identity_steps": 30, **more},
-    )
-
-
-# Numbers
 
 
 @pytest.mark.parametrize(
@@ -187,59 +152,6 @@ def test_the_score_interval_without_discordant_pairs_is_wilsons() -> None:
     assert compare(*pairs(0, 5, 0, 0), resamples=10).score.low == -100
 
 
-def test_non_inferior() -> None:
-    assert compare(*pairs(30, 10, 500, 460)).non_inferior(1)
-    even = compare(*pairs(20, 20, 500, 460))
-    assert not even.non_inferior(1) and even.non_inferior(2)
-    # few questions show little, however well they went: the bootstrap alone would have passed this
-    few = compare(*pairs(0, 0, 10, 0))
-    assert few.gain.low == 0 and not few.non_inferior(5)
-    assert compare(*pairs(0, 0, 500, 500)).non_inferior(0.5)
-    with pytest.raises(InputError, match="margin of -1"):
-        even.non_inferior(-1)
-
-
-def test_minimum_questions() -> None:
-    # (1.95996 + 0.84162)^2 = 7.8489; 7.8489 * 0.1 / 0.02^2 = 1962.2
-    assert (
-        minimum_questions(0.1, 2) == 1963
-        and minimum_questions(0.2, -2) == 3925
-        and minimum_questions(0.1, 1) == 7849
-    )
-    for discordance, gain, words in (
-        (0, 1, "discordance of 0"),
-        (0.1, 11, "gain of 11"),
-        (0.1, 0, "gain of 0"),
-        (2, 1, "of 2;"),
-    ):
-        with pytest.raises(InputError, match=words):
-            minimum_questions(discordance, gain)
-
-
-def test_power_is_what_was_asked_for() -> None:
-    rng = np.random.default_rng(5)
-    n = minimum_questions(0.2, 5)
-    counts = rng.multinomial(n, [0.125, 0.075, 0.8], size=1_000)
-    found = np.mean([mcnemar(int(gained), int(lost)) < 0.05 for gained, lost, _ in counts])
-    assert 0.75 < found < 0.85
-
-
-def test_the_best_of_useless_programs_looks_good() -> None:
-    rng = np.random.default_rng(0)
-    assert best_of_useless(100, 0.2, 250, rng) == pytest.approx(7.1, abs=0.2)
-    assert best_of_useless(100, 0.2, 50, rng) == pytest.approx(15.9, abs=0.3)
-    assert best_of_useless(1, 0.2, 250, rng) == pytest.approx(0, abs=0.3)
-    # two questions that always differ: -100, 0, 100 with 1/4, 1/2, 1/4; the best of two: -100 in
-    # 1/16, 100 in 7/16
-    assert best_of_useless(2, 1.0, 2, rng, simulations=100_000) == pytest.approx(37.5, abs=1)
-    assert best_of_useless(5, 0.0, 10, rng) == 0
-    with pytest.raises(InputError, match="0 programs"):
-        best_of_useless(0, 0.2, 10, rng)
-
-
-# Refusals
-
-
 @pytest.mark.parametrize(
     ("right", "identity", "more", "words"),
     [
@@ -262,214 +174,6 @@ def test_the_best_of_useless_programs_looks_good() -> None:
 def test_compare_refuses(right: Any, identity: Any, more: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
         compare(right, identity, **more)
-
-
-# Arms
-
-
-def test_an_arm_survives_json() -> None:
-    first = arm(
-        "menu",
-        format_valid=np.arange(20) > 0,
-        generated_tokens=np.arange(20),
-        unique_layers=24,
-        oracle=True,
-    )
-    again = ArmResult.from_dict(json.loads(json.dumps(first.to_dict())))
-    assert again.to_dict() == first.to_dict() and again.n == 20 and again.oracle
-    assert (
-        again.right.dtype == bool
-        and again.unique_layers is not None
-        and again.unique_layers.shape == (20,)
-    )
-    assert (
-        pool([first, arm("menu", "sequences", oracle=True)]).to_dict()["strata"]
-        == ["addition"] * 20 + ["sequences"] * 20
-    )
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"n": 3}, "says n = 3 and has 20"),
-        ({"color": 1}, "unknown fields of an arm: color"),
-        ({"steps": None}, "lacks steps"),
-        ({"name": ""}, "arm named ''"),
-        ({"oracle": 1}, "oracle is 1"),
-        ({"format_valid": [True]}, "format_valid has 1 values"),
-    ],
-)
-def test_from_dict_refuses(change: dict[str, Any], words: str) -> None:
-    values = {
-        name: value
-        for name, value in {**arm("menu").to_dict(), **change}.items()
-        if name != "steps" or value is not None
-    }
-    with pytest.raises(InputError, match=words):
-        ArmResult.from_dict(values)
-
-
-def test_arrays_of_an_arm_are_its_own() -> None:
-    right, identity = pairs(1, 1, 1, 1)
-    made = ArmResult("menu", "addition", right, identity, np.ones(4), np.ones(4))
-    right[0] = False
-    assert made.right[0]
-    with pytest.raises(ValueError, match="read-only"):
-        made.right[0] = False
-
-
-def test_arms_are_compared_by_task_and_together() -> None:
-    results = [
-        arm(IDENTITY, cells=(0, 0, 12, 8)),
-        arm("menu"),
-        arm("random", cells=(2, 6, 6, 6)),
-        arm("best", oracle=True),
-    ]
-    results += [arm(IDENTITY, "sequences", (0, 0, 5, 5)), arm("menu", "sequences", (5, 0, 5, 0))]
-    rows = compare_arms(results, resamples=100)
-    assert [(row.arm.task, row.arm.name) for row in rows[:2]] == [
-        (OVERALL, IDENTITY),
-        (OVERALL, "menu"),
-    ]
-    assert len(rows) == 8  # random and best did not run the second task
-    menu = rows[1]
-    assert (menu.paired.n, menu.paired.gained, menu.paired.lost) == (30, 11, 2)
-    assert menu.arm.strata == ("addition",) * 20 + ("sequences",) * 10
-    here = {row.arm.name: row for row in rows if row.arm.task == "addition"}
-    assert (
-        here[IDENTITY].adjusted_p is None
-        and here["best"].adjusted_p is None
-        and here["best"].label == "best (oracle)"
-    )
-    assert here["menu"].adjusted_p == pytest.approx(2 * 74 / 256)  # of two candidates
-    assert here["menu"].paired.step_ratio == Estimate(0.8, 0.8, 0.8)
-
-
-def test_tasks_not_trained_on_are_pooled_apart() -> None:
-    tasks = {"addition": False, "sequences": False, "division": True, "words": True, "svamp": True}
-    results = [
-        arm(name, task, unseen=unseen)
-        for task, unseen in tasks.items()
-        for name in (IDENTITY, "menu")
-    ]
-    rows = compare_arms(results, resamples=50)
-    menu = {row.arm.task: row for row in rows if row.arm.name == "menu"}
-    assert list(menu) == [SEEN, UNSEEN, *tasks] and [
-        menu[name].paired.n for name in (SEEN, UNSEEN)
-    ] == [40, 60]
-    assert menu[UNSEEN].arm.strata == ("division",) * 20 + ("words",) * 20 + ("svamp",) * 20
-    labels = [
-        SEEN,
-        UNSEEN,
-        "addition",
-        "sequences",
-        *(f"{task} ({UNSEEN})" for task in ("division", "words", "svamp")),
-    ]
-    assert [row.task_label for row in menu.values()] == labels
-    assert [
-        row["out_of_distribution"]
-        for row in csv.DictReader(io.StringIO(csv_text(list(menu.values()))))
-    ] == list("0100111")
-    assert markdown(rows).splitlines()[
-        -1
-    ] == f"{NOTE} {UNSEEN_NOTE}" and UNSEEN_NOTE not in markdown([menu["addition"]])
-    alone = compare_arms(
-        [each for each in results if each.task in ("addition", "division")], resamples=50
-    )
-    assert [row.arm.task for row in alone] == ["addition", "addition", "division", "division"], (
-        "one of a kind is not pooled"
-    )
-    assert ArmResult.from_dict(json.loads(json.dumps(menu[UNSEEN].arm.to_dict()))).unseen
-    with pytest.raises(InputError, match=f"a task is named {UNSEEN}"):
-        compare_arms([*results, arm("menu", UNSEEN, unseen=True)])
-
-
-def test_arms_on_other_questions_are_refused() -> None:
-    with pytest.raises(InputError, match="random and menu on addition differ in the identity"):
-        compare_arms([arm("menu"), arm("random", cells=(6, 3, 10, 1))])
-    with pytest.raises(InputError, match="differ in the identity"):
-        compare_arms([arm("menu"), arm("random", identity_steps=29)])
-    with pytest.raises(InputError, match="two results of menu"):
-        compare_arms([arm("menu"), arm("menu")])
-    with pytest.raises(InputError, match="task is named overall"):
-        compare_arms([arm("menu"), arm("menu", OVERALL)])
-    with pytest.raises(InputError, match="pooled arms"):
-        pool([arm("menu"), arm("random", "sequences")])
-
-
-# Tables
-
-
-def test_markdown_by_hand() -> None:
-    perfect = arm(
-        "best|of",
-        cells=(5, 0, 5, 0),
-        oracle=True,
-        format_valid=np.arange(10) > 0,
-        generated_tokens=np.full(10, 7.5),
-    )
-    rows = compare_arms(
-        [
-            arm(IDENTITY, cells=(0, 0, 5, 5), steps=30, unique_layers=30),
-            perfect,
-            arm("bad", cells=(0, 5, 0, 5)),
-        ]
-    )
-    lines = markdown(rows).splitlines()
-    assert lines[0].startswith(
-        "| task | arm | n | accuracy | gain | gained / lost | McNemar p | Holm p | steps % |"
-    )
-    assert lines[2] == (
-        "| addition | identity | 10 | 50.0 [23.7, 76.3] | – | – | – | – | 100.0 [100.0, 100.0] "
-        "| 30.0 | – | – |"
-    )
-    assert lines[3].startswith(
-        "| addition | best\\|of (oracle) | 10 | 100.0 [72.2, 100.0] | +50.0 [+20.0, +80.0] | 5 / "
-        "0 | – |"
-    )
-    assert lines[3].endswith("| 80.0 [80.0, 80.0] | – | 90.0 | 7.5 |")
-    assert lines[4].startswith(
-        "| addition | bad | 10 | 0.0 [0.0, 27.8] | −50.0 [−80.0, −20.0] | 0 / 5 | 0.0625 | 0.0625 |"
-    )
-    assert (
-        lines[-1] == NOTE and len({line.replace("\\|", "").count("|") for line in lines[:5]}) == 1
-    )
-
-
-def test_a_gain_of_zero_has_no_sign() -> None:
-    (row,) = compare_arms([arm("same", cells=(0, 0, 5, 5))])
-    assert "| 0.0 [0.0, 0.0] | 0 / 0 | 1.0000 | 1.0000 |" in markdown([row])
-
-
-def test_csv_has_full_precision_and_gaps() -> None:
-    rows = compare_arms(
-        [
-            arm("menu, a", cells=(2, 1, 3, 1), unique_layers=20),
-            arm("best", cells=(3, 0, 4, 0), oracle=True),
-        ]
-    )
-    read = list(csv.DictReader(io.StringIO(csv_text(rows))))
-    assert [(each["arm"], each["oracle"]) for each in read] == [("menu, a", "0"), ("best", "1")]
-    assert float(read[0]["accuracy"]) == 5 / 7 and float(read[0]["gain_points"]) == 100 / 7
-    assert (
-        float(read[0]["gain_low"]) == rows[0].paired.gain.low
-        and float(read[0]["unique_layers"]) == 20
-    )
-    assert (
-        read[1]["holm_p"] == ""
-        and read[1]["generated_tokens"] == ""
-        and float(read[1]["step_ratio_low"]) == 0.8
-    )
-
-
-def test_tables_are_written(tmp_path: Path) -> None:
-    files = write_tables([arm("menu")], tmp_path / "new", resamples=50)
-    assert [each.name for each in files] == ["arms.md", "arms.csv"]
-    rows = compare_arms([arm("menu")], resamples=50)
-    assert files[0].read_text() == markdown(rows) and files[1].read_text() == csv_text(rows)
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot make the folder"):
-        write_tables([arm("menu")], tmp_path / "file" / "folder")
 
 
 @pytest.mark.child_process

@@ -37,11 +37,11 @@ def _entry(store: ArtifactStore, number: int) -> Path:
 
 
 def _add(store: ArtifactStore, facts: dict[str, Any], **files: bytes) -> str:
-    store.get_or_make(
-        digest(facts),
-        facts,
-        lambda folder: [(folder / n).write_bytes(c) for n, c in files.items()] and None,
-    )
+    def make(folder: Path) -> None:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+
+    store.get_or_make(digest(facts), facts, make)
     return digest(facts)
 
 
@@ -335,7 +335,8 @@ def test_clear(store: ArtifactStore) -> None:
     for number in (1, 2, 4):
         put(store, number)
     day = 86400
-    os.utime(_entry(store, 1), (_entry(store, 1).stat().st_mtime - 3 * day,) * 2)
+    then = _entry(store, 1).stat().st_mtime - 3 * day
+    os.utime(_entry(store, 1), (then, then))
     _entry(store, 2).write_text("{")
     # of the one that is damaged
     assert store.clear(unused_s=4 * day) == (0, len(contents(2)["code.pt2"]) + 20_000)

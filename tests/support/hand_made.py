@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 aten = torch.ops.aten
 B, T, L, D, V = 2, 3, 8, 4, 5
@@ -42,7 +43,7 @@ class Builder:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
         node = self.graph.call_function(target, args, kwargs)
-        values = torch.fx.node.map_arg(args, lambda n: n.meta["val"])
+        values = map_arg(args, lambda n: n.meta["val"])
         node.meta = {
             "val": target(
                 *values, **{**kwargs, **({"device": "meta"} if "device" in kwargs else {})}

@@ -121,7 +121,7 @@ def hold(path: Path) -> None:
 def write(path: Path, count: int) -> None:
     """Append so many records, a few bytes at a time."""
     whole = os.write
-    os.write = lambda file, data: whole(file, bytes(data[:100]))
+    os.write = lambda file, data: whole(file, bytes(data)[:100])
     with RecordStore.open(path, HEADER) as store:
         print("ready", flush=True)
         for number in range(count):

@@ -119,8 +119,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def make(family: str, **overrides: Any) -> PreTrainedModel:
-    """A tiny model in eval mode; equal arguments give equal weights."""
+def make(family: str, **overrides: Any) -> Any:
+    """A tiny PreTrainedModel in eval mode; equal arguments give equal weights.
+
+    Typed as Any, because transformers wraps `to`, `cuda` and `generate` so that no type is left.
+    """
     config = AutoConfig.for_model(family, **{**_BASE, **FAMILIES.get(family, {}), **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -22,6 +22,7 @@ from torch.fx import GraphModule
 
 from ...environment import cache_dir
 from ...errors import CompileError, InputError
+from ...output.plain_text import first_line
 from ...passes.base import Pass
 from ..aot_inductor import GRAPH
 from ..base import Dynamic, PersistentBackend, Region
@@ -151,7 +152,7 @@ class TensorRTBackend(PersistentBackend):
             if [len(m.output_binding_names) for m in made] != [len(results)]:  # type: ignore[arg-type]
                 raise ValueError(f"it made {len(made)}")
         except Exception as error:
-            reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            reason = f"{type(error).__name__}: {first_line(error)}"
             raise CompileError(
                 f"torch_tensorrt does not make one engine of {name} ({reason}); keep an operator "
                 "out of the engines with TensorRTBackend({'torch_executed_ops': "
@@ -254,9 +255,8 @@ def find_library() -> tuple[Any, str]:
         )
     except Exception as error:
         # it raises plain Exceptions where a shared library of TensorRT is missing
-        reason = str(error).strip().partition("\n")[0]
         raise CompileError(
-            f"torch_tensorrt {version} is installed but does not import: {reason}; install it "
-            "again together with TensorRT (`pip install --force-reinstall "
+            f"torch_tensorrt {version} is installed but does not import: {first_line(error)}; "
+            "install it again together with TensorRT (`pip install --force-reinstall "
             f"torch-tensorrt=={version}`)"
         ) from error

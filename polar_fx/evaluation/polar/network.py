@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import InputError
+from ...output.plain_text import dtype_name
 
 
 @dataclass(frozen=True)
@@ -187,4 +188,4 @@ def pad_features(features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _describe(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+    return f"{dtype_name(tensor.dtype)} {list(tensor.shape)}"

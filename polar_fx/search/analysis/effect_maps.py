@@ -6,6 +6,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import QuadMesh
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -39,65 +40,85 @@ def draw_effects(
     """A map a kind and measure: start by length, red for worse and blue for better, gray where
     nothing was explored.
     """
-    colors = matplotlib.colormaps["RdBu"].with_extremes(bad="#DDDDDD")
     for column, measure in enumerate(measures):
-        n_name, label = MEASURES[measure]
+        n_name, _ = MEASURES[measure]
         known = [e for e in effects if (e["op"], e["times"], e["damping"]) in kinds and e[n_name]]
         limit = _limit(
             [e[measure] for e in known if e[n_name] >= FEW] or [e[measure] for e in known]
         )
         mesh = None
-        for row, kind in enumerate(kinds):
-            here: Axes = axes[row, column]
-            cells = [e for e in known if (e["op"], e["times"], e["damping"]) == kind]
+        for here, kind in zip(axes[:, column], kinds, strict=True):
             lengths = max((e["length"] for e in effects if e["op"] == kind[0]), default=1)
-            values = np.full((lengths, depth), np.nan)
-            for e in cells:
-                values[e["length"] - 1, e["start"]] = e[measure]
-            mesh = here.pcolormesh(
-                np.arange(depth + 1) - 0.5,
-                np.arange(lengths + 1) + 0.5,
-                np.ma.masked_invalid(values),
-                cmap=colors,
-                norm=TwoSlopeNorm(0, -limit, limit),
-                edgecolors="white",
-                linewidth=0.4,
-            )
-            few = [e for e in cells if e[n_name] < FEW]
-            here.scatter(
-                [e["start"] for e in few],
-                [e["length"] for e in few],
-                s=2.5,
-                color="#333333",
-                linewidths=0,
-            )
-            here.set_facecolor("#DDDDDD")
-            here.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 4, 10]))
-            here.xaxis.set_major_locator(MaxNLocator(integer=True))
-            here.spines[:].set_visible(False)
-            here.tick_params(length=0)
-            here.set_title(
-                f"{_name(kind)}: {label}, {_questions([e[n_name] for e in cells])}",
-                fontsize=8.5,
-                weight="normal",
-            )
-            here.set_ylabel("length")
-            if row == len(kinds) - 1:
-                here.set_xlabel(
-                    f"first layer of the edit (gray: not explored; dot: fewer than {FEW} questions)"
-                )
+            cells = [e for e in known if (e["op"], e["times"], e["damping"]) == kind]
+            mesh = _draw_map(here, cells, measure, shape=(lengths, depth), limit=limit)
+            _label_map(here, cells, kind, measure)
         if mesh is not None:
-            bar = axes[0, column].figure.colorbar(
-                mesh,
-                ax=list(axes[:, column]),
-                fraction=0.04,
-                pad=0.01,
-                aspect=10 * len(kinds),
-                extend="both",
+            axes[-1, column].set_xlabel(
+                f"first layer of the edit (gray: not explored; dot: fewer than {FEW} questions)"
             )
-            bar.outline.set_visible(False)
-            if measure == "correct":
-                bar.ax.yaxis.set_major_formatter(percent)
+            _draw_bar(axes[:, column], mesh, measure)
+
+
+def _draw_map(
+    axes: Axes,
+    cells: Sequence[Mapping[str, Any]],
+    measure: str,
+    *,
+    shape: tuple[int, int],
+    limit: float,
+) -> QuadMesh:
+    """Values of the cells by length and start, and dots on those of few questions."""
+    lengths, depth = shape
+    values = np.full(shape, np.nan)
+    for e in cells:
+        values[e["length"] - 1, e["start"]] = e[measure]
+    mesh = axes.pcolormesh(
+        np.arange(depth + 1) - 0.5,
+        np.arange(lengths + 1) + 0.5,
+        np.ma.masked_invalid(values),
+        cmap=matplotlib.colormaps["RdBu"].with_extremes(bad="#DDDDDD"),
+        norm=TwoSlopeNorm(0, -limit, limit),
+        edgecolors="white",
+        linewidth=0.4,
+    )
+    few = [e for e in cells if e[MEASURES[measure][0]] < FEW]
+    axes.scatter(
+        [e["start"] for e in few],
+        [e["length"] for e in few],
+        s=2.5,
+        color="#333333",
+        linewidths=0,
+    )
+    return mesh
+
+
+def _label_map(
+    axes: Axes, cells: Sequence[Mapping[str, Any]], kind: EditKind, measure: str
+) -> None:
+    n_name, label = MEASURES[measure]
+    axes.set_facecolor("#DDDDDD")
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=[1, 2, 4, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    questions = _questions([e[n_name] for e in cells])
+    axes.set_title(f"{_name(kind)}: {label}, {questions}", fontsize=8.5, weight="normal")
+    axes.set_ylabel("length")
+
+
+def _draw_bar(column: np.ndarray, mesh: QuadMesh, measure: str) -> None:
+    """The colors of a column of maps."""
+    bar = column[0].figure.colorbar(
+        mesh,
+        ax=list(column),
+        fraction=0.04,
+        pad=0.01,
+        aspect=10 * len(column),
+        extend="both",
+    )
+    bar.outline.set_visible(False)
+    if measure == "correct":
+        bar.ax.yaxis.set_major_formatter(percent)
 
 
 def _limit(values: Sequence[float]) -> float:

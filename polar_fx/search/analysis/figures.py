@@ -272,46 +272,15 @@ def draw_times(axes: Axes, found: Mapping[str, Any]) -> None:
 
 def draw_menu(axes: Axes, menu: Mapping[str, Any]) -> None:
     """Coverage by the size of the menu."""
-    n = menu["held_out"]
+    n, curves = menu["held_out"], (("with_identity", GREEN), ("without_identity", BLUE))
     most = 1
-    for name, label, color in (
-        ("with_identity", "identity + K", GREEN),
-        ("without_identity", "K alone", BLUE),
-    ):
-        curve = menu["menus"][name]["curve"]
-        size = len(curve["held_out"]["covered"]) - 1
+    for name, color in curves:
+        size = len(menu["menus"][name]["curve"]["held_out"]["covered"]) - 1
         most = max(most, size)
-        if not size or not n:
-            continue
-        k = np.arange(1, size + 1)
-        covered = curve["held_out"]["covered"][1:]
-        intervals = np.array([wilson(each, n) for each in covered])
-        axes.fill_between(k, intervals[:, 0], intervals[:, 1], color=color, alpha=0.15, lw=0)
-        axes.plot(
-            k,
-            np.array(covered) / n,
-            color=color,
-            lw=1.6,
-            marker="o" if size == 1 else None,
-            label=f"{label}, held out",
-        )
-        in_sample = np.array(curve["in_sample"]["covered"][1:]) / menu["train"]
-        axes.plot(k, in_sample, color=color, lw=1, ls="--", label=f"{label}, in sample")
-    with_identity = menu["menus"]["with_identity"]
+        if size and n:
+            _draw_coverage(axes, menu, name, color)
     if n:
-        axes.axhline(
-            with_identity["curve"]["held_out"]["covered"][0] / n,
-            color=GRAY,
-            lw=1,
-            label="identity, held out",
-        )
-        axes.axhline(
-            with_identity["ceiling"]["held_out"]["share"],
-            color="#333333",
-            lw=0.9,
-            ls=":",
-            label="any explored, held out",
-        )
+        _draw_bounds(axes, menu)
     axes.set_xscale("log")
     ticks = [k for k in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if k <= most]
     axes.set_xticks(ticks, [str(k) for k in ticks])
@@ -331,6 +300,44 @@ def draw_menu(axes: Axes, menu: Mapping[str, Any]) -> None:
         handlelength=1.6,
         labelspacing=0.3,
         columnspacing=0.9,
+    )
+
+
+def _draw_coverage(axes: Axes, menu: Mapping[str, Any], name: str, color: str) -> None:
+    """One way of choosing the menu: covered questions by its size, held out and in sample."""
+    label = "identity + K" if name == "with_identity" else "K alone"
+    n, curve = menu["held_out"], menu["menus"][name]["curve"]
+    covered = curve["held_out"]["covered"][1:]
+    k = np.arange(1, len(covered) + 1)
+    intervals = np.array([wilson(each, n) for each in covered])
+    axes.fill_between(k, intervals[:, 0], intervals[:, 1], color=color, alpha=0.15, lw=0)
+    axes.plot(
+        k,
+        np.array(covered) / n,
+        color=color,
+        lw=1.6,
+        marker="o" if len(covered) == 1 else None,
+        label=f"{label}, held out",
+    )
+    in_sample = np.array(curve["in_sample"]["covered"][1:]) / menu["train"]
+    axes.plot(k, in_sample, color=color, lw=1, ls="--", label=f"{label}, in sample")
+
+
+def _draw_bounds(axes: Axes, menu: Mapping[str, Any]) -> None:
+    """What the identity covers alone, and what all explored programs cover together."""
+    found = menu["menus"]["with_identity"]
+    axes.axhline(
+        found["curve"]["held_out"]["covered"][0] / menu["held_out"],
+        color=GRAY,
+        lw=1,
+        label="identity, held out",
+    )
+    axes.axhline(
+        found["ceiling"]["held_out"]["share"],
+        color="#333333",
+        lw=0.9,
+        ls=":",
+        label="any explored, held out",
     )
 
 

@@ -205,6 +205,7 @@ def test_joint_finds_what_thresholding_averages_away() -> None:
 def test_budget_is_exact(depth: int, ops: int, max_length: int, seed: int) -> None:
     logits = random_logits(seed, depth, ops)
     found = [each for each in everything(*logits, max_length) if each[1]]
+    got = None
     for budget in range(1, depth * (ops - 1) + 1):
         for exact in (True, False):
             fits = [

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from polar_fx.evaluation.polar.network import NetworkConfig, PolarNetwork, pad_f
 from polar_fx.evaluation.polar.training import LabelledQuestions, NetworkTraining, train_network
 from polar_fx.program import Program
 
-SIZES = dict(depth=5, feature_size=6, width=8, heads=2, blocks=1, dropout=0.1)
+SIZES: dict[str, Any] = dict(depth=5, feature_size=6, width=8, heads=2, blocks=1, dropout=0.1)
 PROGRAMS = [
     Program.from_path(path, 5)
     for path in ([0, 1, 2, 3], [0, 1, 2, 3, 4, 4], [0, 2, 3, 4], [0, 1, 1, 2, 3, 4])
@@ -209,9 +210,10 @@ def test_the_network_returned_is_the_best_one() -> None:
     assert trained.history["best_epoch"] < 6
     with torch.no_grad():
         index = [VALIDATION.index[row.question] for row in VALIDATION.rows]
-        logits = trained.network(*pad_features([VALIDATION.features[i] for i in index]))
+        boundary, op = trained.network(*pad_features([VALIDATION.features[i] for i in index]))
     boundaries, ops, weights = label_tensors(VALIDATION.rows)
-    loss = (weights * sum(label_losses(*logits, boundaries, ops))).sum() / weights.sum()
+    losses = label_losses(boundary, op, boundaries, ops)
+    loss = (weights * sum(losses)).sum() / weights.sum()
     assert loss.item() == pytest.approx(trained.history["best_validation_loss"], rel=1e-4)
 
 

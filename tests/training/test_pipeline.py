@@ -1,0 +1,109 @@
+"""From records to a predictor, in a world where the right program is known."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from polar_fx.errors import InputError
+from polar_fx.predictor.features import Features
+from polar_fx.program import Program
+from polar_fx.questions import EncodedQuestion, Question
+from polar_fx.runtime.trunk import shares_trunk
+from polar_fx.training.pipeline import TrainingConfig, mine_menu, train_predictor
+from polar_fx.training.selector_training import (
+    SelectorConfig,
+)
+from polar_fx.training.verdict_table import Rows, VerdictTable
+from training_samples import DEPTH, IDENTITY, A, B, C, question, record
+
+CONFIG = TrainingConfig(
+    Features(1, 8),
+    4,
+    num_candidates=40,
+    num_edits=30,
+    num_variations=4,
+    screen_questions=20,
+    num_finalists=8,
+    final_questions=40,
+    budgets=(0.9,),
+    selector=SelectorConfig(width=8, epochs=80, learning_rate=0.02),
+)
+
+
+def number(q: Question) -> int:
+    return int(q.id[1:])
+
+
+def right(q: Question, p: Program) -> bool:
+    return p == (A if number(q) % 2 else B)
+
+
+def rows(first: int, count: int) -> list[tuple[Question, EncodedQuestion]]:
+    made = [question(f"q{i}") for i in range(first, first + count)]
+    return [(q, EncodedQuestion(q.id, (1,), (2,), ((3,),))) for q in made]
+
+
+class World:
+    """Judges questions: A answers those of odd numbers and B those of even ones; and remembers what
+    it was asked.
+    """
+
+    def __init__(self) -> None:
+        self.asked: dict[str, int] = {}
+        self.drawn: list[list[Question]] = []
+
+    def dense(self, name: str, part: Rows, programs: Sequence[Program]) -> VerdictTable:
+        self.asked[name] = len(part) * len(programs)
+        self.drawn.append([q for q, _ in part])
+        listed = [p for p in programs if p != IDENTITY]
+        return VerdictTable.of(
+            [record(q.id, right(q, IDENTITY), {p: right(q, p) for p in listed}) for q, _ in part]
+        )
+
+
+def features_of(part: Rows) -> torch.Tensor:
+    return torch.tensor([[float(number(q) % 2), 1.0] for q, _ in part])
+
+
+def given(world: World) -> dict[str, Any]:
+    return {
+        "dense": world.dense,
+        "features_of": features_of,
+        "depth": DEPTH,
+        "config": CONFIG,
+    }
+
+
+SEARCHED = [record(f"q{i}", False, {A: bool(i % 2), C: False}) for i in range(1000, 1010)]
+
+
+def test_from_records_to_a_predictor() -> None:
+    world = World()
+    selector, results = train_predictor(SEARCHED, rows(0, 200), rows(500, 100), **given(world))
+    assert {A, B} <= set(selector.menu.programs) and len(selector.menu) <= 4
+    measured = results["validation"]
+    assert measured["accuracy"]["accuracy"] == 1.0
+    assert abs(measured["best_static_of_train"]["accuracy"] - 0.5) < 0.1
+    assert set(world.asked) == {"screen", "variations", "finalists", "train", "validation"}
+    assert results["questions"]["screened"] == 60 and results["finalists"] == 9
+    assert world.asked["finalists"] == 40 * 8
+    screened, finals = ({q.id for q in world.drawn[i]} for i in (0, 2))
+    assert not screened & finals, "the best are tried on other questions"
+
+
+def test_a_menu_is_mined_from_questions_of_every_task() -> None:
+    world = World()
+    with_tasks = [(replace(q, task=f"t{i // 50}"), e) for i, (q, e) in enumerate(rows(0, 200))]
+    screened = mine_menu([], with_tasks, world.dense, DEPTH, CONFIG)
+    assert len({q.task for q in world.drawn[-1]}) == 4, "wherever they stand"
+    assert screened.programs[0] == IDENTITY and all(shares_trunk(p, 1) for p in screened.programs)
+    with pytest.raises(InputError, match="no program to screen"):
+        mine_menu([], with_tasks, world.dense, DEPTH, replace(CONFIG, num_edits=0))
+
+
+def test_without_validation_questions_nothing_is_trained() -> None:
+    with pytest.raises(InputError, match="0 validation questions"):
+        train_predictor(SEARCHED, rows(0, 200), [], **given(World()))
