@@ -26,7 +26,7 @@ from ..errors import CaptureError, UnsupportedModelError
 from ..passes.base import storage, writes
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
-from .rotary import choose_frequencies_by_operator
+from .rotary import choose_frequencies_by_row
 from .support import (
     attention_variants,
     check_supported,
@@ -48,9 +48,9 @@ _B, _T, _L = 3, 7, 23
 
 
 class _Traced(nn.Module):
-    def __init__(self, model: nn.Module, last: int | None = None) -> None:
+    def __init__(self, model: nn.Module, last: int | None, by_length: bool) -> None:
         super().__init__()
-        self.model, self.last = model, last
+        self.model, self.last, self.by_length = model, last, by_length
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]
@@ -63,6 +63,8 @@ class _Traced(nn.Module):
         # padding is written to a spare column, which may lie beyond the model's own table of
         # positions: only the table is spared
         places = positions if self.last is None else positions.clamp(max=self.last)
+        if self.by_length:  # padding must not count for the length of its row
+            places = torch.where(positions == kv_index[-1:], 0, places)
         return self.model(
             input_ids=input_ids, attention_mask=mask, position_ids=places, use_cache=True, **given
         ).logits
@@ -78,7 +80,9 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.ExportedProgram:
+def _export(
+    view: PreTrainedModel, specs: tuple[KvSpec, ...], by_length: bool
+) -> torch.export.ExportedProgram:
     device = embedding_weight(view).device
     positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
     kv = [
@@ -96,7 +100,7 @@ def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.Ex
     example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), kv)
     with torch.no_grad(), _quiet():
         return torch.export.export(
-            _Traced(view, last_position(view)),
+            _Traced(view, last_position(view), by_length),
             example,
             dynamic_shapes=shapes,
             strict=False,
@@ -195,10 +199,10 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     stack = find_stack(model)
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
     view = unwrapped(shared_view(model, attention or attention_variants(model)[0]))
-    choose_frequencies_by_operator(view)
+    by_length = choose_frequencies_by_row(view)
     specs = probe(view, stack, depth)
     try:
-        exported = _export(view, specs)
+        exported = _export(view, specs, by_length)
     except UnsupportedModelError:
         raise
     except Exception as error:

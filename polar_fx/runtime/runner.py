@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends import Backend, ShapeClass
 from ..capture import embedding_weight
+from ..capture.rotary import frequency_switch
 from ..capture.support import without_autocast
 from ..library import LayerLibrary
 from ..program import Program
@@ -56,7 +57,8 @@ class Runner:
 
     Args:
         info, library, regions, pool: the model, its layers, their compiled code, the KV slots.
-        prefill_chunk: prompt tokens that run at a time.
+        prefill_chunk: prompt tokens that run at a time; more if the model's rotary frequencies
+            depend on a row's length, so that the first part shows which a prompt takes.
         deterministic: run rows one by one, so that a row's logits have the same bits alone and in
             any batch.
         tiers: which form of a program runs one row.
@@ -79,7 +81,11 @@ class Runner:
         bound: BoundWeights | None,
     ) -> None:
         self.info, self.library, self.regions, self.pool = info, library, regions, pool
-        self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
+        switch = frequency_switch(info.config)
+        # past so many tokens, all of a row is computed with other rotary frequencies
+        self.switch = switch if switch is not None and switch < pool.max_length else None
+        self.prefill_chunk = max(prefill_chunk, 0 if self.switch is None else self.switch + 1)
+        self.deterministic = deterministic
         self.tiers, self.graphs, self.bound = tiers, graphs, bound
         self.linker = Linker(library, regions, pool)
         self.lockstep = Lockstep(library, regions, pool.max_length)
@@ -156,15 +162,15 @@ class Runner:
 
         Rows of different programs run in lock-step on the CPU. They run one by one with
         `deterministic`, on other devices, and where regions cannot take keys and values by address:
-        in a bundle, by TensorRT, and of models that fold rows into another axis. Raises
-        WeightsReplacedError.
+        in a bundle, by TensorRT, and of models that fold rows into another axis or compute a row
+        by its length. Raises WeightsReplacedError.
         """
         if len(set(programs)) == 1:
             return self.open(programs[0], len(programs))
         if self.bound is not None:
             self.bound.check()
         together = self.device.type == "cpu" and self.backend.by_address and self.lockstep.possible
-        if together and not self.deterministic:
+        if together and not self.deterministic and self.switch is None:
             return self.lockstep.open(programs)
         opened = [self.open(program, 1) for program in programs]
         return RowsApart(opened, self.max_length)
@@ -214,10 +220,15 @@ class Runner:
             return [self.prefill(own, [row], every)[0] for own, row in one_by_one]
         if isinstance(session, LockstepSession):
             return self._prefill_together(session, rows, every)
-        if self.deterministic and len(rows) > 1:
+        crosses = self._crosses(session, [len(r) for r in rows])
+        if (self.deterministic or crosses) and len(rows) > 1:
             each = [self.prefill(session.row(i), [r], every)[0] for i, r in enumerate(rows)]
             session.resume = None
             return each
+        if crosses:
+            held, before = session.lengths[0], session.restart()
+            whole = self.prefill(session, [torch.cat((before, rows[0].to(before)))], every)
+            return [whole[0][held:]] if every else whole
         results: list[list[Tensor]] = [[] for _ in rows]
         start = 0
         for ids, counts in self.chunks(rows):
@@ -264,13 +275,25 @@ class Runner:
         if isinstance(session, LockstepSession):
             with without_autocast(self.device):
                 return self.lockstep.run(session, tokens[:, None], [1] * batch)[:, 0]
-        if self.deterministic and batch > 1:
+        crosses = self._crosses(session, [1] * batch)
+        if (self.deterministic or crosses) and batch > 1:
             session.require([1] * batch)
             each = [self.decode(session.row(i), tokens[i : i + 1]) for i in range(batch)]
             return torch.cat(each)
+        if crosses:
+            return torch.stack(self.prefill(session, [tokens]))
         logits = self._run(session, tokens[:, None], [1] * batch, None)
         assert logits is not None
         return logits[:, 0]
+
+    def _crosses(self, session: KvSession, counts: Sequence[int]) -> bool:
+        """Whether a row that holds tokens already goes past the length at which the model takes
+        other rotary frequencies: it is then run anew, as the model itself would.
+        """
+        if self.switch is None:
+            return False
+        lengths = zip(session.lengths, counts, strict=True)
+        return any(0 < held <= self.switch < held + count for held, count in lengths)
 
     def warm_up(self, programs: Iterable[Program], batch: int) -> None:
         """Compile what prefill and decode of these programs need for `batch` rows."""
@@ -302,8 +325,12 @@ class Runner:
             shape = ShapeClass.of(batch, tokens, self.pool.length)
             every, where = ends is None or tokens == 1, None
             if ends is not None and not every and max(ends) >= 0:
-                where = self.pool.on_device([max(0, end) for end in ends])
+                # of rows that go on, the last token of this part: it has the frequencies of its row
+                where = self.pool.on_device([max(0, count - 1) for count in counts])
             linked = self.linker.link(session.program, shape, every)
+            if (switch := self.switch) is not None:
+                held = zip(counts, session.lengths, strict=True)
+                session.keep(ids, [n if before <= switch else 0 for n, before in held])
             # regions are compiled for dense operands
             inputs = StepInputs(ids.contiguous(), positions, session.slots, where, resume)
             logits = None

@@ -250,13 +250,6 @@ def test_refused_with_reason_and_remedy(family: str) -> None:
     assert snapshot(model) == before
 
 
-def test_attention_that_looks_at_the_batch_is_refused() -> None:
-    """Dynamic NTK scaling branches on the longest row: no graph can hold that."""
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(CaptureError, match="LlamaForCausalLM is not supported: .*data-dependent"):
-        capture_checked(make("llama", num_hidden_layers=1, rope_parameters=rope))
-
-
 def test_an_encoder_decoder_is_refused() -> None:
     config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=100)
     with pytest.raises(

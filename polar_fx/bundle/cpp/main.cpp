@@ -249,6 +249,11 @@ void generate(Bundle& bundle, const Program& program, const Arguments& arguments
   if (num_prompt > bundle.max_length || arguments.num_new - 1 > bundle.max_length - num_prompt)  // the last one is never fed back
     throw Refused("--new", "a prompt of " + std::to_string(num_prompt) + " tokens and " + std::to_string(arguments.num_new) +
                                " new ones exceed the " + std::to_string(bundle.max_length) + " that the bundle holds");
+  if (bundle.frequency_switch > 0 && num_prompt <= bundle.frequency_switch &&
+      num_prompt + arguments.num_new - 1 > bundle.frequency_switch)
+    throw Refused("--new", "past " + std::to_string(bundle.frequency_switch) +
+                               " tokens this model computes a whole row with other rotary frequencies; ask for fewer new ones, "
+                               "or generate with polar_fx.load_bundle");
   bundle.check_files();
   const at::NoGradGuard no_grad;
   Session session(bundle, program, std::min(num_prompt, bundle.prefill_chunk) > 1);
