@@ -19,6 +19,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from .capture.support import position_limit as limit_of
 from .environment import cache_dir
 from .errors import InputError, ModelNotFoundError
 
@@ -139,7 +140,7 @@ def load_pretrained(
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """Token positions the model was built for; None if its config names none."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit_of(model.config)
 
 
 def longest_row(model: PreTrainedModel, most: int) -> int:

@@ -26,12 +26,14 @@ from ..errors import CaptureError, UnsupportedModelError
 from ..passes.base import storage, writes
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
+from .reasons import why_it_is_not_traced
 from .rotary import choose_frequencies_by_row
 from .support import (
     attention_variants,
     check_supported,
     embedding_weight,
     find_stack,
+    give_layers_modules_of_their_own,
     last_position,
     probe,
     shared_view,
@@ -199,6 +201,7 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     stack = find_stack(model)
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
     view = unwrapped(shared_view(model, attention or attention_variants(model)[0]))
+    give_layers_modules_of_their_own(view.get_submodule(stack))
     by_length = choose_frequencies_by_row(view)
     specs = probe(view, stack, depth)
     try:
@@ -206,9 +209,10 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     except UnsupportedModelError:
         raise
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        log.info("torch.export failed on %s: %r", type(model).__name__, error)
         raise CaptureError(
-            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: {reason}"
+            f"torch.export could not trace {type(model).__name__}: "
+            f"{why_it_is_not_traced(error, view)}"
         ) from error
     flat = _flatten(exported, stack)
     seconds = time.perf_counter() - start
