@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .base import Dynamic, PersistentBackend
-from .specialize import like
+from .specialize import like, load_graph
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class _Whole(torch.nn.Module):
 def compose(backend: PersistentBackend, plain: dict[str, Any], folder: Path) -> None:
     """Write the graph of a whole program into `folder`, ready for `backend.build`."""
     plan = WholePlan.from_dict(plain)
-    bodies = {name: torch.export.load(path).graph_module for name, path in plan.bodies.items()}
+    bodies = {name: load_graph(Path(path)).graph_module for name, path in plan.bodies.items()}
 
     def operands(name: str) -> list[Tensor]:
         return [like(n.meta["val"]) for n in bodies[name].graph.find_nodes(op="placeholder")]

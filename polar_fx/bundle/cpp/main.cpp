@@ -6,8 +6,10 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/lerp.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/library.h>
 
 #include <iostream>
 #include <optional>
@@ -17,6 +19,25 @@
 
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
+
+// transformers registers this operator in Python, and mixtures of experts call it: the rows [S, I] of `input`, sorted by expert,
+// times the expert's own matrix of `weight` [E, I, O]; the rows of expert e end before `offs`[e].
+Tensor grouped_mm(const Tensor& input, const Tensor& weight, const Tensor& offs) {
+  Tensor output = at::zeros({input.size(0), weight.size(2)}, input.options());
+  const Tensor ends = offs.to(at::kLong).contiguous();
+  for (int64_t expert = 0, start = 0; expert < ends.size(0); ++expert) {
+    const int64_t end = ends.const_data_ptr<int64_t>()[expert];
+    if (start == end) continue;
+    Tensor part = output.slice(0, start, end);
+    at::mm_out(part, input.slice(0, start, end), weight.select(0, expert));
+    start = end;
+  }
+  return output;
+}
+
+TORCH_LIBRARY(transformers, library) { library.def("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor"); }
+TORCH_LIBRARY_IMPL(transformers, CPU, library) { library.impl("grouped_mm_fallback", &grouped_mm); }
+
 using Package = torch::inductor::AOTIModelPackageLoader;
 
 constexpr const char* kUsage =
