@@ -29,7 +29,7 @@ from ..compiled import CompiledModel
 from ..errors import InputError, KvOverflowError
 from ..program import Program
 from ..questions.question import EncodedQuestion
-from ..runtime.token_rows import padded
+from ..runtime.token_rows import padded, padded_tokens
 from .step_trie import Node, State, StepTrie
 from .verdict import Verdict
 
@@ -324,7 +324,8 @@ class TeacherForcing:
         """
         tokens = max(2, *(len(r.ids) for r in rows))
         if rows not in self._sides:
-            ids = padded([r.ids for r in rows], tokens)
+            own = [r.ids for r in rows]
+            ids = padded_tokens(own, own, tokens)
             self._sides[rows] = self._prologue(
                 ids, torch.stack([self._positions(r, tokens) for r in rows])
             )

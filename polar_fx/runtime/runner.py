@@ -25,7 +25,7 @@ from .lockstep import Lockstep, LockstepSession
 from .regions import RegionTable
 from .rows_apart import RowsApart
 from .tiers import Tier, TierPolicy, Tiers
-from .token_rows import padded, token_rows
+from .token_rows import padded_tokens, token_rows
 
 _GPU_TOKENS = 64
 
@@ -186,8 +186,8 @@ class Runner:
         return token_rows(input_ids, attention_mask, self.info.vocab_size)
 
     def chunks(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], zeros after a row's
-        own, and its counts.
+        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], padding after a
+        row's own, and its counts.
 
         On a GPU, T of several tokens is a multiple of 64: its attention library makes a plan for
         each new size.
@@ -198,7 +198,7 @@ class Runner:
             tokens = max(counts)
             if self.device.type == "cuda" and tokens > 1:
                 tokens += -tokens % _GPU_TOKENS
-            yield padded(parts, tokens).to(self.device), counts
+            yield padded_tokens(parts, rows, tokens).to(self.device), counts
 
     # ----------------------------------------------------------------------------- prefill, decode
 
