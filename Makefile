@@ -17,7 +17,7 @@ FAST := evaluation/answers evaluation/choices evaluation/polar/decode evaluation
 	questions/loaders questions/tasks search/formats search/lockstep search/mcts search/methods \
 	search/records stats/arms stats/calibration stats/figures stats/intervals stats/paired stats/tables
 
-.PHONY: help setup demo check lint types test fast bench matrix clean
+.PHONY: help setup demo check lint types test fast bench fuzz matrix clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -59,6 +59,9 @@ bench: setup ## Measure latency, many programs, warm start, dispatch and bundles
 	$(BIN)/python bench/dispatch.py
 	$(BIN)/python bench/bundle.py
 	$(BIN)/python bench/bundle.py --dtype bfloat16
+
+fuzz: setup ## Random models, programs and calls against a plain loop: MINUTES=60, SEED=0, CASES=1
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python bench/fuzz.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES))
 
 # Downloads several GB, so CI does not run it; ARGUMENTS="--pair 2.13.0:5.24.0" tries one pair, --help tells the rest.
 matrix: ## Try pairs of torch and transformers versions, each in an environment of its own; writes docs/versions.md

@@ -3,6 +3,7 @@
 Shape legend: B batch, T tokens, V vocabulary.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -27,6 +28,7 @@ from .predictor.policy import Policy
 from .predictor.saved import load_selector
 from .program import Program
 from .runtime.bound_weights import BoundWeights
+from .runtime.checked_runs import check_runs
 from .runtime.code_key import RegionRecord
 from .runtime.conversation import Conversation
 from .runtime.cuda_graphs import CudaGraphs
@@ -82,7 +84,7 @@ def compile(
         deterministic: run rows one by one, so that a row's logits have the same bits alone and in
             any batch.
         program: what calls without `program=` run (default: identity).
-        check: compare the captured graph with the model on a few tokens before returning it.
+        check: compare the captured graph, and how it runs, with the model on a few tokens first.
         cache: whether to keep captures and compiled artifacts on disk and use those that are there;
             or the store for them.
         workers: processes that compile at once (0: this one alone; default: as many as there are
@@ -125,7 +127,8 @@ def compile(
         )
     warn_if_not_finite(model)
     store = cache if isinstance(cache, ArtifactStore) else ArtifactStore() if cache else None
-    library = load_library(model, check, store)
+    examine = functools.partial(check_runs, model, max_length=max_length) if check else None
+    library = load_library(model, check, store, examine)
     regions = RegionTable(library, get_backend(backend, library.device), max_length, store, workers)
     runner = Runner.of_model(
         model,

@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from .capture.captured import ALIGNMENT
+from .capture.support import position_limit as limit_of
 from .environment import cache_dir
 from .errors import InputError, ModelNotFoundError
 from .output.files import replacing
@@ -160,56 +160,23 @@ def load_pretrained(
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """Token positions the model was built for; None if its config names none."""
-    return getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit_of(model.config)
 
 
 def longest_row(model: PreTrainedModel, most: int) -> int:
     """The largest `max_length` up to `most` that the model takes."""
-    limits = [position_limit(model), _before_the_switch(model)]
-    return min([most, *(limit for limit in limits if limit is not None)])
+    limit = position_limit(model)
+    return most if limit is None else min(most, limit)
 
 
 def check_row_length(model: PreTrainedModel, max_length: int) -> None:
     """Raise InputError unless the model takes rows of `max_length` tokens; it names the most."""
-    limit, longest = position_limit(model), _before_the_switch(model)
+    limit = position_limit(model)
     if limit is not None and max_length > limit:
         raise InputError(
             f"max_length={max_length} exceeds the {limit} positions the model was built for; use "
             f"at most {limit}"
         )
-    if longest is not None and max_length > longest:
-        raise InputError(
-            f"max_length={max_length} reaches the positions after which this model's rotary "
-            "frequencies (longrope) change for the whole batch, so that rows would depend on one "
-            f"another; use at most {longest}"
-        )
-
-
-def _before_the_switch(model: PreTrainedModel) -> int | None:
-    """`max_length` of slots that end before the model's rotary frequencies change, spare column
-    included; None if never.
-    """
-    switch = frequency_switch(model)
-    return None if switch is None else switch // ALIGNMENT * ALIGNMENT - 1
-
-
-def frequency_switch(model: PreTrainedModel) -> int | None:
-    """How many positions a row may have before the model's rotary frequencies change for the whole
-    batch; None if never.
-
-    transformers chooses them by the largest position of a batch ("longrope"): rows of several
-    lengths, and prompts in parts, would then not be what each is alone.
-    """
-    config: Any = model.config.get_text_config(decoder=True)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
-    switches = [
-        kind.get("original_max_position_embeddings")
-        or getattr(config, "original_max_position_embeddings", None)
-        for kind in kinds
-        if kind.get("rope_type") == "longrope"
-    ]
-    return min((s for s in switches if s), default=None)
 
 
 def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:

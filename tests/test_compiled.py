@@ -23,7 +23,6 @@ from polar_fx.errors import (
     UnsupportedModelError,
 )
 from polar_fx.program import Program
-from polar_fx.runtime.generator import padded_rows
 from tiny_models import make, prompts
 
 
@@ -369,33 +368,3 @@ def test_weights_that_are_not_finite_are_warned_about() -> None:
 def test_every_error_can_be_caught_as_one() -> None:
     with pytest.raises(PolarError):
         _eager().forward(torch.zeros(1, 0, dtype=torch.long))
-
-
-@pytest.mark.parametrize("by_layer_type", [False, True])
-def test_rows_end_before_frequencies_change_for_the_whole_batch(by_layer_type: bool) -> None:
-    """Beyond them, padding and other rows would decide a row's frequencies; before them, each row
-    is what it is alone.
-    """
-    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32}
-    if by_layer_type:
-        plain, longer = (
-            {"rope_type": "default", "rope_theta": 10000.0},
-            {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8},
-        )
-        model = make(
-            "gemma3_text",
-            rope_parameters={"sliding_attention": plain, "full_attention": {**rope, **longer}},
-        )
-    else:
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4}
-        model = make("phi3", rope_parameters=rope, original_max_position_embeddings=32)
-    compiled = compile(model, "eager", cache=False, prefill_chunk=7)
-    assert compiled.pool.max_length == 31
-    rows = prompts(20, 9)
-    ids, mask = padded_rows([r.tolist() for r in rows])
-    logits = compiled.forward(ids, mask)
-    for i, row in enumerate(rows):
-        want = model(input_ids=row[None], use_cache=False).logits[0]
-        torch.testing.assert_close(logits[i, 20 - len(row) :], want, rtol=0, atol=1e-4)
-    with pytest.raises(InputError, match=r"max_length=32 reaches .*longrope.* use at most 31"):
-        compile(model, "eager", max_length=32, cache=False)

@@ -19,7 +19,7 @@ from torch.fx import GraphModule
 from ..passes.base import Pass
 from .base import Dynamic, PersistentBackend, Region
 from .inductor import REGION_PASSES
-from .specialize import compiler_options, example_values, graph_of, save, specialize
+from .specialize import compiler_options, example_values, graph_of, load_graph, save, specialize
 
 GRAPH, REGION = "graph.pt2", "region.pt2"
 
@@ -45,7 +45,7 @@ class AotInductorBackend(PersistentBackend):
     def build(self, folder: Path) -> None:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own internals
-            graph_module = graph_of(torch.export.load(folder / GRAPH), self.passes)
+            graph_module = graph_of(load_graph(folder / GRAPH), self.passes)
             options = {"aot_inductor.package": True, **compiler_options(graph_module, self.options)}
             files: Any = torch._inductor.aot_compile(
                 graph_module, tuple(example_values(graph_module)), options=options

@@ -2,6 +2,7 @@
 fixed.
 """
 
+import importlib
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,6 +69,15 @@ def save(exported: ExportedProgram, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.export.save(exported, path)
+
+
+def load_graph(path: Path) -> ExportedProgram:
+    """The exported graph of a file, in whatever process: operators that transformers registers in
+    Python are registered first.
+    """
+    if b"torch.ops.transformers." in path.read_bytes():  # mixtures of experts
+        importlib.import_module("transformers.integrations.moe")
+    return torch.export.load(path)
 
 
 def graph_of(exported: ExportedProgram, passes: Sequence[Pass] = ()) -> GraphModule:

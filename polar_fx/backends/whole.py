@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 
 from ..library.steps import Chain, Code, Step
 from .base import Dynamic, PersistentBackend, RegionName, ShapeClass
-from .specialize import like
+from .specialize import like, load_graph
 
 T = TypeVar("T")
 
@@ -123,7 +123,7 @@ class WholeProgram(torch.nn.Module):
 def compose(backend: PersistentBackend, plain: dict[str, Any], folder: Path) -> None:
     """Write the graph of a whole program into `folder`, ready for `backend.build`."""
     plan = WholePlan.from_dict(plain)
-    bodies = {name: torch.export.load(path).graph_module for name, path in plan.bodies.items()}
+    bodies = {name: load_graph(Path(path)).graph_module for name, path in plan.bodies.items()}
     example = _example(plan, bodies)
     if plan.prefill:
         example.insert(3, torch.zeros(1, dtype=torch.long, device=example[0].device))

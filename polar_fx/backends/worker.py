@@ -24,17 +24,21 @@ _START = (
 )
 
 
+_LAST_LINES = 3  # of a compiler's output, which ends with what went wrong
+
+
 def compiler_reason(error: Exception) -> str:
-    """One line of an error: its first line, the first line of a compiler's own output, and what may
-    be done about it.
+    """One line of an error: its first line, what a compiler itself said (the first line about an
+    error, the last ones), and what may be done about it.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     reason = f"{type(error).__name__}: {lines[0]}"
     output = lines[lines.index("Output:") + 1 :] if "Output:" in lines else []
-    said = next((line for line in output if "error" in line.lower()), output[0] if output else None)
-    if said is not None:
-        reason += f": {said}"
-    if said is not None and " " in (place := tempfile.gettempdir()):
+    first = [line for line in output if "error" in line.lower()][:1]
+    said = list(dict.fromkeys((*first, *output[-_LAST_LINES:])))
+    if said:
+        reason += f": {' | '.join(said)}"
+    if said and " " in (place := tempfile.gettempdir()):
         reason += (
             f"; the folder for temporary files, {place!r}, has a space in its name: set "
             "TMPDIR to one without"

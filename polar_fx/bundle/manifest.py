@@ -49,6 +49,8 @@ _MAX_PROGRAMS, _MAX_PROGRAM_TEXT = 1 << 16, 1 << 16
 _MAX_FILES, _MAX_TIES = 4096, 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
 
+_LIMITS = ("max_length", "kv_length", "prefill_chunk", "many_rows", "deterministic")
+_SWITCH = "frequency_switch"  # a limit that few models have
 _ALL = (
     KIND,
     "created",
@@ -84,7 +86,8 @@ class Manifest:
     `graphs` and `weights` are fingerprints (sha256) of the symbol table, and of it and all weights.
     `ties` names tensors that are another one of the weights file. `max_length` is in tokens a row,
     `kv_length` in allocated columns of a KV slot. `many_rows` says whether regions for two rows and
-    more are there; else rows run one by one.
+    more are there; else rows run one by one. Past `frequency_switch` tokens, if it is a number, all
+    of a row is computed with other rotary frequencies.
     """
 
     created: str
@@ -108,6 +111,7 @@ class Manifest:
     programs: tuple[Program, ...]
     ties: dict[str, str]
     files: tuple[BundledFile, ...]
+    frequency_switch: int | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -166,6 +170,7 @@ class Manifest:
                 "prefill_chunk": self.prefill_chunk,
                 "many_rows": self.many_rows,
                 "deterministic": self.deterministic,
+                **({} if (switch := self.frequency_switch) is None else {_SWITCH: switch}),
             },
             "fingerprints": {"graphs": self.graphs, "weights": self.weights},
             "programs": [str(p) for p in self.programs],
@@ -227,9 +232,8 @@ def read_manifest(folder: Path) -> Manifest:
 def _manifest(fields: Fields) -> Manifest:
     model = fields.section("model", ("name", "depth", "dtype", "vocab_size"))
     target = fields.section("target", ("device", "processor", "torch", "threads", "backend"))
-    limits = fields.section(
-        "limits", ("max_length", "kv_length", "prefill_chunk", "many_rows", "deterministic")
-    )
+    switches = _SWITCH in fields.mapping("limits", len(_LIMITS) + 1)
+    limits = fields.section("limits", (*_LIMITS, _SWITCH) if switches else _LIMITS)
     prints = fields.section("fingerprints", ("graphs", "weights"))
     depth, max_length = (
         model.number("depth", 1, MAX_STEPS),
@@ -260,6 +264,7 @@ def _manifest(fields: Fields) -> Manifest:
         programs=_programs(fields, depth),
         ties=ties,
         files=_files(fields),
+        frequency_switch=limits.number(_SWITCH, 1, MAX_LENGTH) if switches else None,
     )
 
 

@@ -25,7 +25,13 @@ _ASKED = (
     "eos_token_id",
 )
 # generation defaults that a server does not follow, and what they are where they ask for nothing
-_SERVED_AS = {"num_beams": 1, "num_return_sequences": 1, "max_time": None, "token_healing": False}
+_SERVED_AS = {
+    "num_beams": 1,
+    "num_return_sequences": 1,
+    "max_time": None,
+    "token_healing": False,
+    "guidance_scale": None,
+}
 # a folder of the exporting machine; code of the model's own; what is done to weights when they are
 # loaded
 _LEFT_OUT = ("_name_or_path", "auto_map", "quantization_config")

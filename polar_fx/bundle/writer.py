@@ -267,6 +267,7 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bo
         programs=programs,
         ties={},
         files=(),
+        frequency_switch=compiled.runner.switch,
     )
 
 

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CaptureError, UnsupportedModelError
 from .captured import KvSpec
+from .reasons import OtherStateError
 
 SDPA, EAGER = "polar_fx_sdpa", "polar_fx_eager"
 
@@ -121,6 +122,15 @@ def register() -> None:
     ALL_MASK_ATTENTION_FUNCTIONS.register(EAGER, _additive_mask)
 
 
+class _NoLayers(list[Any]):
+    """Where other caches keep what a layer holds: modeling code that looks there wants more than
+    keys and values.
+    """
+
+    def __getitem__(self, which: Any) -> Any:
+        raise OtherStateError
+
+
 class _TracingCache(Cache):
     """Answers a model's questions about the past from per-row positions; `update` is for
     subclasses.
@@ -129,7 +139,7 @@ class _TracingCache(Cache):
     is_compileable = True  # type: ignore[assignment]
 
     def __init__(self, positions: Tensor, length: Any, depth: int) -> None:
-        self.layers = []
+        self.layers = _NoLayers()
         self.positions, self.length, self.depth = positions, length, depth
 
     def get_seq_length(self, layer_idx: int = 0) -> Any:
@@ -151,8 +161,7 @@ class _TracingCache(Cache):
     is_initialized = property(lambda self: True)
 
     def _stateful(self, *args: Any, **kwargs: Any) -> Any:
-        # `probe` names the model and the remedy
-        raise NotImplementedError("a layer keeps recurrent or convolutional state")
+        raise OtherStateError  # `probe` names the model and the remedy
 
     update_conv_state = update_recurrent_state = has_previous_state = _stateful
 

@@ -1,9 +1,11 @@
-"""Rotary frequencies that depend on the longest position, in a form a graph can hold.
+"""Rotary frequencies that depend on how long a row is, in a form a graph can hold.
 
-transformers calls this "longrope": one set of frequencies while every position is below the length
-the model was first trained for, another set beyond it. Its older releases choose with an `if`, for
-which tracing would need the positions themselves; here both sets are there, and an operator
-chooses.
+transformers asks for the largest position of a whole batch. Of "longrope", one set of frequencies
+serves rows up to the length the model was first trained for, another set those beyond it: here
+both are in the graph, and every row has the one of its own length. "dynamic" frequencies change
+beyond the positions the model was built for, where no row is run.
+
+Shape legend: B batch, T tokens, d rotary size.
 """
 
 import inspect
@@ -15,40 +17,71 @@ from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 
-def choose_frequencies_by_operator(view: nn.Module) -> None:
-    """Let the longrope modules of a view (never of the user's model) choose their frequencies
-    without an `if`.
+def frequency_switch(config: Any) -> int | None:
+    """The most tokens a row may have before the model of this HuggingFace configuration takes other
+    rotary frequencies for all of it; None if it never does.
     """
+    config = config.get_text_config(decoder=True)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
+    switches = [
+        kind.get("original_max_position_embeddings")
+        or getattr(config, "original_max_position_embeddings", None)
+        for kind in kinds
+        if kind.get("rope_type") == "longrope"
+    ]
+    return min((s for s in switches if s), default=None)
+
+
+def choose_frequencies_by_row(view: nn.Module) -> bool:
+    """Let the rotary modules of a view (never of the user's model) choose their frequencies for
+    each row, and without an `if`; whether any of them chooses.
+    """
+    chooses = False
     for module in view.modules():
-        kinds = getattr(module, "rope_type", None)
-        layer_types = (
-            [t for t, kind in kinds.items() if kind == "longrope"]
-            if isinstance(kinds, dict)
-            else []
-        )
-        if kinds == "longrope":
-            layer_types = [None]
-        if layer_types:
-            module.forward = MethodType(_choosing(module, layer_types), module)
+        longer, fixed = (_layer_types(module, kind) for kind in ("longrope", "dynamic"))
+        if longer or fixed:
+            module.forward = MethodType(_by_row(module, longer, fixed), module)
+        chooses = chooses or bool(longer)
+    return chooses
 
 
-def _choosing(module: nn.Module, layer_types: list[Any]) -> Any:
-    """The module's own forward pass without transformers' decorator, after the choice of
-    frequencies.
+def _layer_types(module: Any, kind: str) -> list[str | None]:
+    """The layer types whose frequencies are of this kind; [None] if all are, without types."""
+    kinds = getattr(module, "rope_type", None)
+    if isinstance(kinds, dict):
+        return [t for t, k in kinds.items() if k == kind]
+    return [None] if kinds == kind else []
+
+
+def _by_row(module: nn.Module, longer: list[str | None], fixed: list[str | None]) -> Any:
+    """The module's own forward pass without transformers' decorator, with frequencies that do not
+    depend on other rows.
     """
     decorated = type(module).forward
     inner = inspect.unwrap(decorated)
-    long = {layer_type: _long_frequencies(module, layer_type) for layer_type in layer_types}
+    long = {layer_type: _long_frequencies(module, layer_type) for layer_type in longer}
 
     def forward(self: Any, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Any:
         named = () if layer_type is None else (layer_type,)
-        if layer_type not in long:
+        if layer_type not in (*longer, *fixed):
             return decorated(self, x, position_ids, *named)
         name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
-        beyond = position_ids.max() + 1 > _first_length(self, layer_type)
         short = getattr(self, f"{name.removesuffix('inv_freq')}original_inv_freq")
-        setattr(self, name, torch.where(beyond, long[layer_type].to(x.device), short.to(x.device)))
-        return inner(self, x, position_ids, *named)
+
+        def tables(frequencies: Tensor) -> Any:  # cosines and sines [B, T, d]
+            before = self._buffers[name]
+            self._buffers[name] = frequencies.to(x.device)
+            try:
+                return inner(self, x, position_ids, *named)
+            finally:
+                self._buffers[name] = before
+
+        if layer_type in fixed:
+            return tables(short)
+        beyond = position_ids.amax(-1)[:, None, None] >= _first_length(self, layer_type)
+        near, far = tables(short), tables(long[layer_type])
+        return tuple(torch.where(beyond, b, a) for a, b in zip(near, far, strict=True))
 
     return forward
 

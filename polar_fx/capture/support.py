@@ -4,6 +4,7 @@ state.
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -18,6 +19,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import UnsupportedModelError
 from .captured import KvSpec
 from .extension import CACHE, EAGER, SDPA, Recorder
+from .reasons import why_it_does_not_run
+
+log = logging.getLogger("polar_fx.capture")
 
 _MORE_ROWS = 16  # a table of positions may have: OPT's begins at 2
 
@@ -83,6 +87,20 @@ def unwrapped(view: PreTrainedModel) -> PreTrainedModel:
     return view
 
 
+def give_layers_modules_of_their_own(layers: nn.Module) -> None:
+    """Copy modules that an earlier layer of a view holds as well; tensors stay shared.
+
+    Operators know their layer by the path of the module they ran in, which has to be one alone.
+    """
+    seen: set[int] = set()
+    for name, layer in list(layers.named_children()):
+        if any(id(m) in seen for m in layer.modules()):
+            tensors = {id(t): t for t in (*layer.parameters(), *layer.buffers())}
+            layer = copy.deepcopy(layer, tensors)  # type: ignore[arg-type]
+            setattr(layers, name, layer)
+        seen |= {id(m) for m in layer.modules()}
+
+
 def find_stack(model: PreTrainedModel) -> str:
     """Dotted path of the ModuleList that holds the decoder layers."""
     depth = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
@@ -106,6 +124,17 @@ def find_stack(model: PreTrainedModel) -> str:
     return max(fits, key=lambda n: sum(p.numel() for p in outermost[n].parameters()))
 
 
+def position_limit(config: Any) -> int | None:
+    """Token positions the model of this configuration was built for; None if it names none, or
+    none by a number such as -1.
+    """
+    try:
+        limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    except NotImplementedError:  # so say configurations of models without a limit
+        return None
+    return int(limit) if limit is not None and limit > 0 else None
+
+
 def last_position(model: PreTrainedModel) -> int | None:
     """The last position a model can look up, if it keeps a table of them, learned or computed
     ahead; None if it needs none.
@@ -113,7 +142,7 @@ def last_position(model: PreTrainedModel) -> int | None:
     A table is known by its length: that of the config, or a few rows more. To take something else
     for one costs an operator.
     """
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = position_limit(model.config)
     if limit is None:
         return None
     for module in model.modules():
@@ -129,7 +158,7 @@ def last_position(model: PreTrainedModel) -> int | None:
                 for t in own
             )
         if found:
-            return int(limit) - 1
+            return limit - 1
     return None
 
 
@@ -257,9 +286,10 @@ def probe(view: PreTrainedModel, stack: str, depth: int) -> tuple[KvSpec, ...]:
     except UnsupportedModelError:
         raise
     except Exception as error:
+        log.info("%s failed in its probe: %r", type(view).__name__, error)
         raise UnsupportedModelError(
-            f"{type(view).__name__} does not run with one KV slot per layer "
-            f"({type(error).__name__}: {error})",
+            f"{type(view).__name__} does not run with one KV slot per layer: "
+            f"{why_it_does_not_run(error, view)}",
             "models with recurrent, convolutional or cross-layer state are not supported",
         ) from error
     stored = [layer for layer, _ in recorder.calls]

@@ -23,16 +23,17 @@ from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError
-from ..output.plain_text import first_line
 from ..passes.base import storage, writes
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
-from .rotary import choose_frequencies_by_operator
+from .reasons import why_it_is_not_traced
+from .rotary import choose_frequencies_by_row
 from .support import (
     attention_variants,
     check_supported,
     embedding_weight,
     find_stack,
+    give_layers_modules_of_their_own,
     last_position,
     probe,
     shared_view,
@@ -49,9 +50,9 @@ _B, _T, _L = 3, 7, 23
 
 
 class _Traced(nn.Module):
-    def __init__(self, model: nn.Module, last: int | None = None) -> None:
+    def __init__(self, model: nn.Module, last: int | None, by_length: bool) -> None:
         super().__init__()
-        self.model, self.last = model, last
+        self.model, self.last, self.by_length = model, last, by_length
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]
@@ -64,6 +65,8 @@ class _Traced(nn.Module):
         # padding is written to a spare column, which may lie beyond the model's own table of
         # positions: only the table is spared
         places = positions if self.last is None else positions.clamp(max=self.last)
+        if self.by_length:  # padding must not count for the length of its row
+            places = torch.where(positions == kv_index[-1:], 0, places)
         return self.model(
             input_ids=input_ids, attention_mask=mask, position_ids=places, use_cache=True, **given
         ).logits
@@ -79,7 +82,9 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.ExportedProgram:
+def _export(
+    view: PreTrainedModel, specs: tuple[KvSpec, ...], by_length: bool
+) -> torch.export.ExportedProgram:
     device = embedding_weight(view).device
     positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
     kv = [
@@ -97,7 +102,7 @@ def _export(view: PreTrainedModel, specs: tuple[KvSpec, ...]) -> torch.export.Ex
     example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), kv)
     with torch.no_grad(), _quiet():
         return torch.export.export(
-            _Traced(view, last_position(view)),
+            _Traced(view, last_position(view), by_length),
             example,
             dynamic_shapes=shapes,
             strict=False,
@@ -196,16 +201,18 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     stack = find_stack(model)
     depth = len(model.get_submodule(stack))  # type: ignore[arg-type]
     view = unwrapped(shared_view(model, attention or attention_variants(model)[0]))
-    choose_frequencies_by_operator(view)
+    give_layers_modules_of_their_own(view.get_submodule(stack))
+    by_length = choose_frequencies_by_row(view)
     specs = probe(view, stack, depth)
     try:
-        exported = _export(view, specs)
+        exported = _export(view, specs, by_length)
     except UnsupportedModelError:
         raise
     except Exception as error:
+        log.info("torch.export failed on %s: %r", type(model).__name__, error)
         raise CaptureError(
-            f"torch.export could not trace {type(model).__name__}: {type(error).__name__}: "
-            f"{first_line(error)}"
+            f"torch.export could not trace {type(model).__name__}: "
+            f"{why_it_is_not_traced(error, view)}"
         ) from error
     flat = _flatten(exported, stack)
     seconds = time.perf_counter() - start

@@ -68,6 +68,7 @@ def export_program(
             f"the bundle {compiled.folder} holds no graphs; export the program from a compiled "
             "model"
         )
+    check_frequencies(compiled, "an exported program")
     target = Path(os.path.abspath(path))
     if target.suffix != ".pt2":
         raise InputError(f"torch.export reads files that end in .pt2, got {target.name!r}")
@@ -107,6 +108,17 @@ def export_program(
         with os_errors(target), replacing(target) as work:
             _save(exported, json.dumps(about), work, named=target)
     return target
+
+
+def check_frequencies(compiled: "CompiledModel", what: str) -> None:
+    """Raise InputError if rows may become so long that the model computes them anew, which no graph
+    of one pass (`what`) can do.
+    """
+    if (switch := compiled.runner.switch) is not None:
+        raise InputError(
+            f"past {switch} tokens this model computes a whole row with other rotary frequencies "
+            f"(longrope), which {what} cannot do; compile with max_length={switch}"
+        )
 
 
 def described_slots(specs: Sequence[KvSpec]) -> list[dict[str, int]]:

@@ -24,12 +24,13 @@ from torch import Tensor
 
 from ..backends.base import Region, RegionName, ShapeClass
 from ..capture import KvSpec
+from ..capture.support import without_autocast
 from ..compiled import CompiledModel
 from ..errors import InputError, KvOverflowError
 from ..library.steps import HIDDEN, Blends, side_values
 from ..program import Program
 from ..questions.question import EncodedQuestion
-from ..runtime.token_rows import padded
+from ..runtime.token_rows import padded, padded_tokens
 from .step_trie import State, StepNode, StepTrie
 from .verdict import Verdict
 
@@ -98,11 +99,18 @@ class TeacherForcing:
     def evaluate(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
         """A verdict a pair, in order.
 
-        Raises InputError, KvOverflowError or ProgramError before anything runs.
+        Raises InputError, KvOverflowError, ProgramError or WeightsReplacedError before anything
+        runs.
         """
+        if (bound := self.compiled.bound) is not None:
+            bound.check()
         for question, program in pairs:
             self.compiled.library.check(program)
             self._rows_of(question)
+        with without_autocast(self.compiled.device):
+            return self._evaluate(pairs)
+
+    def _evaluate(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
         verdicts: dict[int, Verdict] = {}
         # neighbors in this order share most steps, so little is held at a time
         order = sorted(range(len(pairs)), key=lambda i: pairs[i][1].path)
@@ -140,6 +148,13 @@ class TeacherForcing:
                 f"question {question.id!r} and its answer take {longest} tokens but the model was "
                 f"compiled for {self.compiled.pool.max_length}; compile with max_length={longest} "
                 "or more"
+            )
+        switch = self.compiled.runner.switch
+        if switch is not None and longest > switch:
+            raise InputError(
+                f"question {question.id!r} and its answer take {longest} tokens, and past {switch} "
+                "this model computes a whole row with other rotary frequencies (longrope), so "
+                "that its prefix cannot be shared; shorten it, or judge it by generation"
             )
         tokens = (
             *question.prefix,
@@ -307,7 +322,8 @@ class TeacherForcing:
         """
         tokens = max(2, *(len(r.ids) for r in rows))
         if rows not in self._sides:
-            ids = padded([r.ids for r in rows], tokens)
+            own = [r.ids for r in rows]
+            ids = padded_tokens(own, own, tokens)
             self._sides[rows] = self._prologue(
                 ids, torch.stack([self._positions(r, tokens) for r in rows])
             )

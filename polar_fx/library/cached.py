@@ -7,6 +7,7 @@ their versions: who patches those in memory should pass cache=False.
 """
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,29 +28,46 @@ log = logging.getLogger("polar_fx.library")
 _TABLE = "symbols.json"
 
 
-def load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | None) -> LayerLibrary:
+Examine = Callable[[LayerLibrary], None]
+
+
+def load_library(
+    model: PreTrainedModel,
+    check: bool,
+    store: ArtifactStore | None,
+    examine: Examine | None = None,
+) -> LayerLibrary:
     """The model's library: from its table in `store` if that is there, else captured, and kept
     there.
 
-    `check` as in `compile`: a table is only taken if it was checked then.
+    `check` as in `compile`: a table is only taken if it was checked then. A library that is traced
+    here is handed to `examine` before its table is kept; what that raises is raised.
     """
     # also for what is done with a graph's symbolic sizes: while one thread traces, they fail in any
     # other
     with TRACING:
-        return _load_library(model, check, store)
+        return _load_library(model, check, store, examine)
 
 
-def _load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | None) -> LayerLibrary:
+def _load_library(
+    model: PreTrainedModel, check: bool, store: ArtifactStore | None, examine: Examine | None
+) -> LayerLibrary:
     def capture() -> CapturedModel:
         return capture_checked(model, check=check)
 
+    def traced() -> LayerLibrary:
+        library = LayerLibrary(capture())
+        if examine is not None:
+            examine(library)
+        return library
+
     if store is None:
-        return LayerLibrary(capture())
+        return traced()
     try:
         facts = {**model_facts(model), "checked": check}
     except (UnknownFactError, RecursionError) as reason:  # the latter: plain data that holds itself
         log.info("the capture is not cached: %s", reason)
-        return LayerLibrary(capture())
+        return traced()
     key = digest(facts)
     if (files := store.get(key, facts)) is not None:
         try:
@@ -59,7 +77,7 @@ def _load_library(model: PreTrainedModel, check: bool, store: ArtifactStore | No
             log.warning(
                 "the cached symbol table %s is of no use (%r); tracing the model", key[:12], error
             )
-    library = LayerLibrary(capture())
+    library = traced()
     try:
         own = _tensors(model, library.table)
     except AttributeError as error:

@@ -70,10 +70,11 @@ class Conversation:
             raise InputError("there is nothing to go on from; pass tokens")
         said = [*self.tokens, *new]
         call = self.generator.check(torch.tensor([said]), **kwargs)
-        if call.copies > 1 or call.settings.return_dict_in_generate:
+        guided = call.settings.guidance_scale not in (None, 1)
+        if call.copies > 1 or guided or call.settings.return_dict_in_generate:
             raise InputError(
                 "a conversation goes on with one row of tokens; leave out num_beams, "
-                "num_return_sequences and return_dict_in_generate"
+                "num_return_sequences, guidance_scale and return_dict_in_generate"
             )
         if self._row.length == len(said):  # the last token runs again, for its logits
             self._row.crop(len(said) - 1)

@@ -8,7 +8,7 @@ import contextlib
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from ..errors import InputError, KvOverflowError, ModelWarning
 from ..program import Program
 from .runner import Runner, Session
 from .trunk import Trunk, session_after
+from .unguided import Unguided, check_guidance, check_room, default_unguided, of_rows
 
 _UNSUPPORTED = (
     "assistant_model",
@@ -29,8 +30,6 @@ _UNSUPPORTED = (
     "cache",
     "inputs_embeds",
     "position_ids",
-    "negative_prompt_ids",
-    "negative_prompt_attention_mask",
     "custom_generate",
 )
 _LOGITS_ONLY = ("output_hidden_states", "output_attentions")
@@ -73,9 +72,13 @@ class _Running(GenerationMixin):
     _is_stateful = False
 
     def __init__(
-        self, runner: Runner, generation_config: GenerationConfig, prompt: "_Prompt | None" = None
+        self,
+        runner: Runner,
+        generation_config: GenerationConfig,
+        prompt: "_Prompt | None" = None,
+        unguided: Unguided | None = None,
     ) -> None:
-        self.runner, self.prompt = runner, prompt
+        self.runner, self.prompt, self.unguided = runner, prompt, unguided
         self.config, self.generation_config = runner.info.config, generation_config
         self.device, self.dtype = runner.device, runner.dtype
         # of the tokens [B, T] that the loop holds, those that the session has seen, padding
@@ -121,6 +124,10 @@ class _Running(GenerationMixin):
         The loop passes either all tokens so far or, shorter than the mask, the new ones alone.
         """
         session: Session = cache or past_key_values
+        if (other := self.unguided) is not None and session in (None, other.session):
+            logits = other.logits(input_ids, attention_mask)
+            beside: Any = {CACHE: other.session}
+            return CausalLMOutputWithPast(logits=logits, **beside)  # type: ignore[arg-type]
         width = input_ids.shape[1]
         whole = attention_mask is None or attention_mask.shape[1] == width
         new = width - self._columns if whole and width > self._columns else width
@@ -211,12 +218,20 @@ class Generator:
         prompt = _Prompt(
             call.input_ids.repeat_interleave(call.copies, 0), [call.rows[r] for r in copied]
         )
-        with opened as session:
-            return self.go_on(call, session, prompt)
+        kwargs = of_rows(call.kwargs, torch.tensor(copied)) if call.copies > 1 else call.kwargs
+        with opened as session, Unguided(self.runner, programs) as unguided:
+            return self.go_on(replace(call, kwargs=kwargs), session, prompt, unguided)
 
-    def go_on(self, call: Call, session: Session, prompt: "_Prompt | None" = None) -> Any:
+    def go_on(
+        self,
+        call: Call,
+        session: Session,
+        prompt: "_Prompt | None" = None,
+        unguided: Unguided | None = None,
+    ) -> Any:
         """The same in a session of the caller's, which may hold the first tokens of its row."""
-        running: Any = _Running(self.runner, _without_chunks(self._defaults), prompt)
+        own = _without_chunks(self._defaults)
+        running: Any = _Running(self.runner, own, prompt, unguided)
         return running.generate(
             call.input_ids,
             attention_mask=call.mask,
@@ -240,6 +255,7 @@ class Generator:
         rows, mask = self.runner.rows(input_ids, given_mask)
         settings = self.config(**kwargs)
         refuse_settings(settings)
+        check_guidance(self.runner, settings, kwargs, len(rows))
         if given_mask is None:
             rows, mask = self.runner.rows(input_ids, _inferred_mask(input_ids, settings))
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
@@ -255,6 +271,8 @@ class Generator:
                 f"{most}; shorten the prompt, lower max_new_tokens, or compile with "
                 f"max_length={longest + new}"
             )
+        kwargs |= default_unguided(settings, kwargs, rows)
+        check_room(self.runner, kwargs, new)
         for name in ("prefill_chunk_size", "use_cache", "cache_implementation"):
             kwargs.pop(name, None)
         if (given := kwargs.get("generation_config")) is not None:
@@ -336,10 +354,6 @@ def refuse_settings(config: GenerationConfig) -> None:
                 f"{name}=True: the compiled model hands out logits only; leave it out, or ask the "
                 "model itself"
             )
-    if (scale := config.guidance_scale) is not None and scale != 1:
-        raise InputError(
-            f"guidance_scale={scale!r} needs a second, unguided prompt beside each; leave it out"
-        )
     if config.token_healing:
         raise InputError(
             "token_healing=True changes the last tokens of a prompt before it is run; heal the "

@@ -25,6 +25,9 @@ from ..capture.captured import ALIGNMENT
 from ..errors import KvOverflowError, ProgramError
 from ..program import Program
 
+# Of a session: lengths, tokens by row, keys and values by step.
+_Held = tuple[list[int], list[list[Tensor]], list[tuple[Tensor, Tensor]]]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Slot:
@@ -206,6 +209,8 @@ class KvSession(RowCache):
             with torch.inference_mode(False):
                 next_positions = torch.zeros(batch, 1, dtype=torch.long, device=pool.device)
         self._next = next_positions  # i64[B, 1], the lengths on the device
+        # the tokens of each row, for a runner that may have to run a row anew
+        self._tokens: list[list[Tensor]] = [[] for _ in range(batch)]
         self._written = 0  # columns 0 .. _written - 1 may hold something
 
     @property
@@ -262,6 +267,20 @@ class KvSession(RowCache):
             first if all(n == first for n in counts) else self.pool.on_device(counts)[:, None]
         )
 
+    def keep(self, ids: Tensor, counts: Sequence[int]) -> None:
+        """Keep the tokens that are about to be added, the first counts[b] of ids i64[B, T]."""
+        for kept, row, count in zip(self._tokens, ids, counts, strict=True):
+            if count:
+                kept.append(row[:count].clone())
+
+    def restart(self) -> Tensor:
+        """The kept tokens i64[T] of the only row, which is empty after this."""
+        (kept,) = self._tokens
+        tokens = torch.cat(kept)
+        kept.clear()
+        self.advance([-self._lengths[0]])
+        return tokens
+
     def will_write(self, columns: int) -> None:
         """Note that the first `columns` columns of the slots are about to be written."""
         self._written = max(self._written, columns)
@@ -279,15 +298,16 @@ class KvSession(RowCache):
             for slot in pair:
                 slot[:, :, : self._written].zero_()
 
-    def copied(self) -> tuple[list[int], list[tuple[Tensor, Tensor]]]:
-        """Lengths, and what the slots hold, as copies for `restore`."""
+    def copied(self) -> _Held:
+        """Lengths, kept tokens, and what the slots hold, as copies for `restore`."""
         filled = slice(0, self._written)
         held = [(k[:, :, filled].clone(), v[:, :, filled].clone()) for k, v in self.slots]
-        return self.lengths, held
+        return self.lengths, [list(kept) for kept in self._tokens], held
 
-    def restore(self, taken: tuple[list[int], list[tuple[Tensor, Tensor]]]) -> None:
+    def restore(self, taken: _Held) -> None:
         """Hold what another session of the same program and batch did."""
-        lengths, held = taken
+        lengths, tokens, held = taken
+        self._tokens = [list(kept) for kept in tokens]
         for own, other in zip(self.slots, held, strict=True):
             for slot, values in zip(own, other, strict=True):
                 slot[:, :, : values.shape[2]] = values
@@ -304,6 +324,7 @@ class KvSession(RowCache):
             for slot in pair:
                 slot.copy_(slot.index_select(0, beam_idx.to(slot.device)))
         self._lengths = [self._lengths[i] for i in order]
+        self._tokens = [list(self._tokens[i]) for i in order]
         self._next.copy_(self._next.index_select(0, beam_idx.to(self._next.device)))
 
     def __len__(self) -> int:
@@ -324,6 +345,7 @@ class _Row(KvSession):
         if parent.resume is not None:
             self.resume = Resume(parent.resume.num_steps, parent.resume.hidden[own])
         self._lengths = [parent.lengths[index]]
+        self._tokens = [parent._tokens[index]]
 
     def advance(self, counts: Sequence[int]) -> None:
         super().advance(counts)

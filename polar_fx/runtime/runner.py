@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..backends import Backend, ShapeClass
 from ..capture import embedding_weight
+from ..capture.rotary import frequency_switch
 from ..capture.support import without_autocast
 from ..library import LayerLibrary
 from ..program import Program
@@ -25,7 +26,7 @@ from .lockstep import Lockstep, RowBatch, Wants
 from .lockstep_session import LockstepSession
 from .regions import RegionTable
 from .tiers import Tier, TierPolicy, Tiers
-from .token_rows import padded, token_rows
+from .token_rows import padded_tokens, token_rows
 
 _GPU_TOKENS = 64
 
@@ -59,7 +60,8 @@ class Runner:
 
     Args:
         info, library, regions, pool: the model, its layers, their compiled code, the KV slots.
-        prefill_chunk: prompt tokens that run at a time.
+        prefill_chunk: prompt tokens that run at a time; more if the model's rotary frequencies
+            depend on a row's length, so that the first part shows which a prompt takes.
         deterministic: run rows one by one, so that a row's logits have the same bits alone and in
             any batch.
         tiers: which form of a program runs one row.
@@ -82,7 +84,11 @@ class Runner:
         bound: BoundWeights | None,
     ) -> None:
         self.info, self.library, self.regions, self.pool = info, library, regions, pool
-        self.prefill_chunk, self.deterministic = prefill_chunk, deterministic
+        switch = frequency_switch(info.config)
+        # past so many tokens, all of a row is computed with other rotary frequencies
+        self.switch = switch if switch is not None and switch < pool.max_length else None
+        self.prefill_chunk = max(prefill_chunk, 0 if self.switch is None else self.switch + 1)
+        self.deterministic = deterministic
         self.tiers, self.graphs, self.bound = tiers, graphs, bound
         self.linker = Linker(library, regions, pool)
         self.lockstep = Lockstep(library, regions)
@@ -145,13 +151,15 @@ class Runner:
         """Whether rows run in lock-step, on keys and values by address; else they run in slots.
 
         They do on the CPU, but not by TensorRT, in a bundle, whose regions are compiled for slots,
-        for models that fold rows into another axis, and where whole programs are compiled.
+        for models that fold rows into another axis or compute a row by its length, and where whole
+        programs are compiled.
         """
         return (
             self.device.type == "cpu"
             and self.backend.by_address
             and self.lockstep.possible
             and self.tiers.tier == "linked"
+            and self.switch is None
         )
 
     @property
@@ -215,8 +223,8 @@ class Runner:
         return token_rows(input_ids, attention_mask, self.info.vocab_size)
 
     def chunks(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
-        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], zeros after a row's
-        own, and its counts.
+        """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], padding after a
+        row's own, and its counts.
 
         On a GPU, T of several tokens is a multiple of 64: its attention library makes a plan for
         each new size.
@@ -227,7 +235,7 @@ class Runner:
             tokens = max(counts)
             if self.device.type == "cuda" and tokens > 1:
                 tokens += -tokens % _GPU_TOKENS
-            yield padded(parts, tokens).to(self.device), counts
+            yield padded_tokens(parts, rows, tokens).to(self.device), counts
 
     # ----------------------------------------------------------------------------- prefill, decode
 
@@ -247,10 +255,15 @@ class Runner:
             )
         if isinstance(session, LockstepSession):
             return self._prefill_together(session, rows, every)
-        if self.deterministic and len(rows) > 1:
+        crosses = self._crosses(session, [len(r) for r in rows])
+        if (self.deterministic or crosses) and len(rows) > 1:
             each = [self.prefill(session.row(i), [r], every)[0] for i, r in enumerate(rows)]
             session.resume = None
             return each
+        if crosses:
+            held, before = session.lengths[0], session.restart()
+            whole = self.prefill(session, [torch.cat((before, rows[0].to(before)))], every)
+            return [whole[0][held:]] if every else whole
         results: list[list[Tensor]] = [[] for _ in rows]
         start = 0
         for ids, counts in self.chunks(rows):
@@ -329,12 +342,24 @@ class Runner:
                     ids = tokens[members.start : members.stop, None]
                     logits.append(self.lockstep.run(part, ids, [1] * len(part))[:, 0])
             return logits[0] if len(logits) == 1 else torch.cat(logits)
-        if self.deterministic and batch > 1:
+        crosses = self._crosses(session, [1] * batch)
+        if (self.deterministic or crosses) and batch > 1:
             each = [self.decode(session.row(i), tokens[i : i + 1]) for i in range(batch)]
             return torch.cat(each)
+        if crosses:
+            return torch.stack(self.prefill(session, [tokens]))
         logits = self._run(session, tokens[:, None], [1] * batch, None)
         assert logits is not None
         return logits[:, 0]
+
+    def _crosses(self, session: KvSession, counts: Sequence[int]) -> bool:
+        """Whether a row that holds tokens already goes past the length at which the model takes
+        other rotary frequencies: it is then run anew, as the model itself would.
+        """
+        if self.switch is None:
+            return False
+        lengths = zip(session.lengths, counts, strict=True)
+        return any(0 < held <= self.switch < held + count for held, count in lengths)
 
     def warm_up(self, programs: Iterable[Program], batch: int) -> None:
         """Compile what prefill and decode of these programs need for `batch` rows."""
@@ -366,8 +391,12 @@ class Runner:
             shape = ShapeClass.of(batch, tokens, self.pool.length)
             every, where = ends is None or tokens == 1, None
             if ends is not None and not every and max(ends) >= 0:
-                where = self.pool.on_device([max(0, end) for end in ends])
+                # of rows that go on, the last token of this part: it has the frequencies of its row
+                where = self.pool.on_device([max(0, count - 1) for count in counts])
             linked = self.linker.link(session.program, shape, every)
+            if (switch := self.switch) is not None:
+                held = zip(counts, session.lengths, strict=True)
+                session.keep(ids, [n if before <= switch else 0 for n, before in held])
             # regions are compiled for dense operands
             inputs = StepInputs.of(session, ids.contiguous(), positions, where, resume)
             logits = None

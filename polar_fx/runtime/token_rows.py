@@ -72,3 +72,13 @@ def padded(tensors: Sequence[Tensor], tokens: int = 0) -> Tensor:
     if together.shape[1] >= tokens:
         return together
     return pad(together, (0, 0) * (together.dim() - 2) + (0, tokens - together.shape[1]))
+
+
+def padded_tokens(parts: Sequence[Tensor], rows: Sequence[Tensor], tokens: int) -> Tensor:
+    """Parts of rows as ids i64[B, T], filled up to `tokens` with the last token of their row: what
+    padding computes can then be no worse than the row itself, such as NaN.
+    """
+    ids = torch.stack([row[-1:].expand(tokens) for row in rows]).clone()
+    for own, part in zip(ids, parts, strict=True):
+        own[: len(part)] = part
+    return ids

@@ -156,6 +156,31 @@ def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: Bundle
     )
 
 
+def test_a_mixture_of_experts_runs(runner: Path, tmp_path: Path) -> None:
+    """Its experts call an operator that transformers registers in Python."""
+    model = make("qwen3_moe", num_hidden_layers=2)
+    compiled = compile(model, "aot_inductor", max_length=31, prefill_chunk=CHUNK, workers=2)
+    export(compiled, tmp_path / "bundle", ["identity"])
+    for tokens in (prompts(5)[0], prompts(CHUNK + 3)[0]):
+        want = compiled.generate(tokens[None], max_new_tokens=8, do_sample=False)
+        arguments = ("--tokens", _comma(tokens.tolist()), "--new", 8)
+        got = _new_tokens(runner, tmp_path / "bundle", *arguments)
+        assert got == want[0, len(tokens) :].tolist()
+
+
+def test_a_row_that_would_be_computed_anew_is_refused(
+    runner: Path, copied: Path, bundle: BundledModel
+) -> None:
+    values = json.loads((copied / "manifest.json").read_text())
+    values["limits"]["frequency_switch"] = 8
+    (copied / "manifest.json").write_text(json.dumps(values))
+    done = _run(runner, copied, "--tokens", "1,2,3,4", "--new", 6)
+    assert done.returncode == 2 and "past 8 tokens this model computes a whole row" in done.stderr
+    for prompt, new in (([1, 2, 3, 4], 5), (list(range(1, 10)), 4)):
+        got = _new_tokens(runner, copied, "--tokens", _comma(prompt), "--new", new)
+        assert got == _want(bundle, "identity", prompt, new)
+
+
 def _exchange(place: Path, name: str, text: str) -> None:
     """Write another file, and what the manifest says of it."""
     (place / name).write_text(text)

@@ -8,7 +8,7 @@ import torch
 
 import polar_fx
 from polar_fx.compiled import CompiledModel
-from polar_fx.errors import InputError, KvOverflowError, ProgramError
+from polar_fx.errors import InputError, KvOverflowError, ProgramError, WeightsReplacedError
 from polar_fx.judge.by_generation import Generation
 from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.judge.verdict import Verdict
@@ -236,3 +236,21 @@ def test_the_default_model_answers_as_it_generates(smollm2: tuple[Any, Any]) -> 
         ).evaluate(pairs)
         assert [v.correct for v in found[-len(pairs) :]] == [g.correct for g in graded]
     assert {v.correct for v in found} == {True, False}
+
+
+def test_autocast_changes_no_verdict(compiled: CompiledModel, pairs: Any) -> None:
+    want = TeacherForcing(compiled).evaluate(pairs[:20])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert TeacherForcing(compiled).evaluate(pairs[:20]) == want
+        assert torch.is_autocast_enabled("cpu")
+
+
+def test_verdicts_of_a_model_whose_weights_were_exchanged_are_refused(pairs: Any) -> None:
+    model = peaked()
+    judge = TeacherForcing(polar_fx.compile(model, "eager", max_length=47, cache=False))
+    before = judge.evaluate(pairs[:2])
+    weights = {name: value * 0.5 for name, value in model.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    with pytest.raises(WeightsReplacedError, match="compile the model again"):
+        judge.evaluate(pairs[:2])
+    assert len(before) == 2

@@ -250,11 +250,20 @@ def test_refused_with_reason_and_remedy(family: str) -> None:
     assert snapshot(model) == before
 
 
-def test_attention_that_looks_at_the_batch_is_refused() -> None:
-    """Dynamic NTK scaling branches on the longest row: no graph can hold that."""
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    with pytest.raises(CaptureError, match="LlamaForCausalLM is not supported: .*data-dependent"):
-        capture_checked(make("llama", num_hidden_layers=1, rope_parameters=rope))
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("mamba", "its MambaMixer backbone.layers.0.mixer keeps recurrent or convolutional state"),
+        ("jamba", "its JambaMambaMixer model.layers.0.mamba keeps recurrent"),
+        ("minimax", "its MiniMaxModel model asks its cache for more than keys and values"),
+        ("mpt", "its MptAttention transformer.blocks.0.attn computes with sizes or lengths"),
+        ("deepseek_v2", "the model itself cannot run two tokens, with no cache either: The size"),
+    ],
+)
+def test_a_reason_names_what_the_model_has(family: str, part: str) -> None:
+    options = REFUSED[family][0] if family in REFUSED else {}
+    with pytest.raises((UnsupportedModelError, CaptureError), match=re.escape(part)):
+        capture_checked(make(family, **options))
 
 
 def test_an_encoder_decoder_is_refused() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     CLIPVisionConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
@@ -18,7 +17,7 @@ from transformers import (
 
 from polar_fx.backends.worker import compiler_reason
 from polar_fx.compiled import compile
-from polar_fx.errors import CaptureError, InputError, UnsupportedModelError
+from polar_fx.errors import InputError, UnsupportedModelError
 from tiny_models import make, prompts, reference
 
 
@@ -89,24 +88,42 @@ def test_a_picture_tower_as_deep_as_the_text_is_not_taken_for_it() -> None:
     )
 
 
-def test_layers_that_share_a_module_are_refused_by_their_stack() -> None:
-    model = AutoModelForCausalLM.from_config(make("llama", num_hidden_layers=3).config).eval()
-    model.model.layers[1].mlp = model.model.layers[0].mlp
-    with pytest.raises(
-        CaptureError,
-        match=r"of the 3 layers in model\.layers, the trace tells \d apart.*share submodules",
-    ):
+@pytest.mark.parametrize("shared", ["mlp", "input_layernorm", "self_attn.q_proj", "mlp.act_fn"])
+def test_layers_may_share_a_module(shared: str) -> None:
+    model, ids = make("llama", num_hidden_layers=3), prompts(5)[0]
+    model.set_submodule(f"model.layers.2.{shared}", model.get_submodule(f"model.layers.0.{shared}"))
+    before = [id(m) for m in model.modules()]
+    compiled = compile(model, "eager", max_length=31, cache=False)
+    torch.testing.assert_close(
+        compiled.forward(ids[None])[0], reference(model, [ids])[0], rtol=1e-3, atol=1e-4
+    )
+    assert [id(m) for m in model.modules()] == before
+
+
+def test_a_layer_that_stands_twice_in_the_stack_is_refused() -> None:
+    model = make("llama", num_hidden_layers=3)
+    model.model.layers[2] = model.model.layers[0]
+    with pytest.raises(UnsupportedModelError, match=r"layers \[2\] store no keys and values"):
         compile(model, "eager", max_length=31, cache=False)
 
 
+@pytest.mark.parametrize("limit", [-1, 0, None])
+def test_a_model_may_name_no_limit_of_positions(limit: int | None) -> None:
+    model, ids = make("llama", num_hidden_layers=2), prompts(5)[0][None]
+    vars(model.config)["max_position_embeddings"] = limit
+    compiled = compile(model, "eager", cache=False)
+    assert compiled.pool.max_length == 1024
+    options: dict[str, Any] = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert torch.equal(compiled.generate(ids, **options), model.generate(ids, **options))
+
+
 def test_a_compilers_own_words_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    error = RuntimeError(
-        "C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nold\ng++: fatal error: no input files"
-    )
+    said = "a.cpp:1: error: no such type\none\ntwo\nthree\ncompilation terminated."
+    error = RuntimeError(f"C++ compile error\n\nCommand:\ng++ a.cpp\n\nOutput:\nold\n{said}")
     monkeypatch.setattr("tempfile.tempdir", "/tmp")
-    assert (
-        compiler_reason(error)
-        == "RuntimeError: C++ compile error: g++: fatal error: no input files"
+    assert compiler_reason(error) == (
+        "RuntimeError: C++ compile error: a.cpp:1: error: no such type | two | three | "
+        "compilation terminated."
     )
     monkeypatch.setattr("tempfile.tempdir", "/tmp/two words")
     assert compiler_reason(error).endswith(

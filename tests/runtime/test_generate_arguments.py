@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.errors import InputError, ModelWarning, UnsupportedModelError
+from polar_fx.errors import InputError, KvOverflowError, ModelWarning, UnsupportedModelError
 from tiny_models import make, prompts
 
 COMMON: dict[str, Any] = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
@@ -38,6 +38,15 @@ SERVED: dict[str, dict[str, Any]] = {
     ),
     "forced_bos_token_id": dict(forced_bos_token_id=9),
     "forced_eos_token_id": dict(forced_eos_token_id=9),
+    "guidance_scale": dict(guidance_scale=1.5),
+    "negative_prompt_ids": dict(
+        guidance_scale=2.0, negative_prompt_ids=torch.tensor([[5, 9, 11, 7]])
+    ),
+    "negative_prompt_attention_mask": dict(
+        guidance_scale=0.5,
+        negative_prompt_ids=torch.tensor([[5, 9, 11, 7]]),
+        negative_prompt_attention_mask=torch.tensor([[0, 1, 1, 1]]),
+    ),
     "length_penalty": dict(num_beams=2, length_penalty=2.0),
     "max_length": dict(max_new_tokens=None, max_length=14),
     "max_new_tokens": dict(max_new_tokens=3),
@@ -73,9 +82,6 @@ REFUSED: dict[str, Any] = {
     "custom_generate": "folder",
     "dola_layers": "low",
     "force_words_ids": [[5]],
-    "guidance_scale": 1.5,
-    "negative_prompt_attention_mask": torch.ones(1, 2),
-    "negative_prompt_ids": torch.ones(1, 2, dtype=torch.long),
     "penalty_alpha": 0.6,
     "prompt_lookup_num_tokens": 3,
     "token_healing": True,
@@ -133,6 +139,50 @@ def test_what_is_refused_is_refused_by_name(name: str) -> None:
         options["top_k"] = 4
     with pytest.raises(InputError, match=name):
         compiled().generate(prompts(9)[0][None], **options)
+
+
+# ---------------------------------------------------------------------------------------- guidance
+
+
+@pytest.mark.parametrize("copies", [1, 2])
+@pytest.mark.parametrize("negative", [False, True])
+def test_rows_are_guided_as_each_alone(copies: int, negative: bool) -> None:
+    """Several rows, several programs, several samples: the unguided rows go with theirs."""
+    ids, _ = padded("left")
+    options: dict[str, Any] = dict(guidance_scale=1.5, num_return_sequences=copies, top_k=1)
+    options |= {**COMMON, "do_sample": copies > 1}
+    others = torch.stack(prompts(3, 3, 3)) if negative else None
+    programs = ["identity", "0 1 1 2 3", "identity"]
+    for program in ("0 2 3", programs):
+        got = compiled().generate(ids, program=program, negative_prompt_ids=others, **options)
+        for i, row in enumerate(ids):
+            own = program if isinstance(program, str) else program[i]
+            other = None if others is None else others[i : i + 1]
+            want = compiled().generate(row[None], program=own, negative_prompt_ids=other, **options)
+            assert torch.equal(got[copies * i : copies * (i + 1)], want)
+    if not negative:  # padding is no prompt
+        ids = ids.clone()
+        ids[1] = ids[1].roll(-5)
+        own = compiled().generate(ids[1:2, :4], **options)[:, 4:]
+        assert torch.equal(compiled().generate(ids, **options)[copies : 2 * copies, 9:], own)
+    plain = {**options, "guidance_scale": None}
+    assert not torch.equal(compiled().generate(ids, **plain), compiled().generate(ids, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(guidance_scale=1.5, num_beams=2), "guidance_scale=1.5 with num_beams=2"),
+        (dict(negative_prompt_ids=torch.ones(1, 2, dtype=torch.long)), "pass guidance_scale"),
+        (dict(guidance_scale=1.5, negative_prompt_ids=torch.full((1, 2), 100)), "holds token id"),
+        (dict(guidance_scale=1.5, negative_prompt_ids=torch.ones(2, 2).long()), "2 rows beside 1"),
+        (dict(guidance_scale=1.5, negative_prompt_attention_mask=torch.ones(1, 2)), "pass both"),
+        (dict(guidance_scale=1.5, negative_prompt_ids=torch.ones(1, 62).long()), "of 62 tokens"),
+    ],
+)
+def test_guidance_that_does_not_fit_is_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises((InputError, KvOverflowError), match=words):
+        compiled().generate(prompts(9)[0][None], **COMMON, do_sample=False, **options)
 
 
 # ------------------------------------------------------------------ prompts without attention_mask

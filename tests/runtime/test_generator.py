@@ -176,7 +176,6 @@ REFUSED: dict[str, dict[str, Any]] = {
     "cache_implementation='offloaded'": dict(cache_implementation="offloaded"),
     "output_hidden_states=True": dict(output_hidden_states=True, return_dict_in_generate=True),
     "output_attentions=True": dict(output_attentions=True, return_dict_in_generate=True),
-    "guidance_scale=2.0": dict(guidance_scale=2.0),
     "prompt_lookup_num_tokens=2": dict(prompt_lookup_num_tokens=2),
     "assistant_early_exit=1": dict(assistant_early_exit=1),
     "dola_layers='low'": dict(dola_layers="low"),

@@ -92,6 +92,7 @@ class Bundle {
   }
 
   int64_t depth, vocab_size, max_length, kv_length, prefill_chunk;
+  int64_t frequency_switch = 0;  // past so many tokens, a row is computed anew; 0: never
   std::vector<std::string> programs;  // the first is the default one
   std::vector<int64_t> end_tokens;
   Call prologue, epilogue;
@@ -177,6 +178,7 @@ class Bundle {
     max_length = limits["max_length"].size();
     kv_length = limits["kv_length"].size();
     prefill_chunk = limits["prefill_chunk"].size();
+    if (limits.has("frequency_switch")) frequency_switch = limits["frequency_switch"].size();
     if (depth < 1 || max_length < 1 || kv_length <= max_length || prefill_chunk < 1) throw JsonError("its limits make no sense");
     for (const Json& program : manifest["programs"].list()) programs.push_back(program.text());
     if (programs.empty()) throw JsonError("it names no program");

@@ -6,8 +6,10 @@
 #include <ATen/ops/arange.h>
 #include <ATen/ops/argmax.h>
 #include <ATen/ops/lerp.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
+#include <torch/library.h>
 
 #include <iostream>
 #include <optional>
@@ -17,6 +19,25 @@
 
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
+
+// transformers registers this operator in Python, and mixtures of experts call it: the rows [S, I] of `input`, sorted by expert,
+// times the expert's own matrix of `weight` [E, I, O]; the rows of expert e end before `offs`[e].
+Tensor grouped_mm(const Tensor& input, const Tensor& weight, const Tensor& offs) {
+  Tensor output = at::zeros({input.size(0), weight.size(2)}, input.options());
+  const Tensor ends = offs.to(at::kLong).contiguous();
+  for (int64_t expert = 0, start = 0; expert < ends.size(0); ++expert) {
+    const int64_t end = ends.const_data_ptr<int64_t>()[expert];
+    if (start == end) continue;
+    Tensor part = output.slice(0, start, end);
+    at::mm_out(part, input.slice(0, start, end), weight.select(0, expert));
+    start = end;
+  }
+  return output;
+}
+
+TORCH_LIBRARY(transformers, library) { library.def("grouped_mm_fallback(Tensor input, Tensor weight, Tensor offs) -> Tensor"); }
+TORCH_LIBRARY_IMPL(transformers, CPU, library) { library.impl("grouped_mm_fallback", &grouped_mm); }
+
 using Package = torch::inductor::AOTIModelPackageLoader;
 
 constexpr const char* kUsage =
@@ -249,6 +270,11 @@ void generate(Bundle& bundle, const Program& program, const Arguments& arguments
   if (num_prompt > bundle.max_length || arguments.num_new - 1 > bundle.max_length - num_prompt)  // the last one is never fed back
     throw Refused("--new", "a prompt of " + std::to_string(num_prompt) + " tokens and " + std::to_string(arguments.num_new) +
                                " new ones exceed the " + std::to_string(bundle.max_length) + " that the bundle holds");
+  if (bundle.frequency_switch > 0 && num_prompt <= bundle.frequency_switch &&
+      num_prompt + arguments.num_new - 1 > bundle.frequency_switch)
+    throw Refused("--new", "past " + std::to_string(bundle.frequency_switch) +
+                               " tokens this model computes a whole row with other rotary frequencies; ask for fewer new ones, "
+                               "or generate with polar_fx.load_bundle");
   bundle.check_files();
   const at::NoGradGuard no_grad;
   Session session(bundle, program, std::min(num_prompt, bundle.prefill_chunk) > 1);

@@ -1,0 +1,59 @@
+"""A program as a plain loop over a HuggingFace model's own layers: no cache, one row at a time.
+
+Nothing of ours runs here but the copy of the model's structure; it is what random programs are held
+against.
+
+Shape legend: T tokens, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from polar_fx.capture.support import find_stack, shared_view
+from polar_fx.program import Program
+
+
+class _Blends:
+    """Opens and closes blends around the layer calls of one forward pass, which it counts."""
+
+    def __init__(self, program: Program) -> None:
+        self.steps, self.saved = program.schedule(), []
+        self.opened = self.closed = 0
+
+    def before(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        self.saved += [hidden] * self.steps[self.opened].opens
+        self.opened += 1
+
+    def after(self, layer: nn.Module, args: Any, result: Any) -> Any:
+        hidden = result[0] if isinstance(result, tuple) else result
+        for damping in self.steps[self.closed].closes:
+            before = self.saved.pop()
+            hidden = before + damping * (hidden - before)
+        self.closed += 1
+        return (hidden, *result[1:]) if isinstance(result, tuple) else hidden
+
+
+@torch.no_grad()
+def plain_logits(model: PreTrainedModel, program: Program, row: Tensor) -> Tensor:
+    """Logits [T, V] of the tokens i64[T] of one row."""
+    view = shared_view(model, model.config._attn_implementation)
+    name = find_stack(view)
+    layers: Any = view.get_submodule(name)
+    config: Any = view.config.get_text_config(decoder=True)
+    kinds, path = getattr(config, "layer_types", None), program.path
+    view.set_submodule(name, nn.ModuleList([layers[i] for i in path]))
+    vars(config)["num_hidden_layers"] = len(path)
+    if kinds is not None:
+        vars(config)["layer_types"] = [kinds[i] for i in path]
+    blends = _Blends(program)
+    for layer in {id(layers[i]): layers[i] for i in path}.values():
+        layer.register_forward_pre_hook(blends.before, with_kwargs=True)
+        layer.register_forward_hook(blends.after)
+    logits = view(input_ids=row[None], use_cache=False).logits[0]
+    if (blends.opened, blends.closed) != (len(path), len(path)):
+        raise AssertionError(f"{type(model).__name__} ran {blends.closed} layers of {len(path)}")
+    return logits
