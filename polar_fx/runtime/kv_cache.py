@@ -10,7 +10,7 @@ Shape legend: B batch, T tokens, L allocated length, H KV heads, E head size.
 import bisect
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -148,6 +148,17 @@ class RowCache(Cache):
     def lengths(self) -> list[int]:
         """Tokens of each row."""
         raise NotImplementedError
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """The program of each row."""
+        raise NotImplementedError
+
+    def require_programs(self, wanted: Set[Program]) -> None:
+        """Raise ProgramError for a row that was opened for another program than these."""
+        for opened_for in self.programs:
+            if opened_for not in wanted:
+                require_program(opened_for, next(iter(wanted)))
 
     def require(self, counts: Sequence[int]) -> None:
         """Raise KvOverflowError unless every row has room for counts[b] more tokens."""

@@ -49,13 +49,19 @@ class _Call:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Which steps a pass runs: those after the first `done`, up to `stop`; and whether on one token
-    a row.
+    """Which steps a pass runs: those after the first `done`, up to `stop`; whether on one token a
+    row; and whether the head runs on every token.
     """
 
     one_token: bool
+    every: bool
     done: int
     stop: int | None
+
+    @property
+    def tokens(self) -> int:
+        """Of the class of shapes: one, or several."""
+        return 1 if self.one_token else 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +73,6 @@ class _Plan:
     start: Region
     head: Region
     start_last: Region
-    head_last: Region
     calls: tuple[_Call, ...]
     places: Tensor
     sizes: list[int]
@@ -148,11 +153,15 @@ class Lockstep:
             axes.append((number, found[0] if found else None))
         return axes
 
-    def _ends(self, batch: int, tokens: int) -> list[RegionName]:
-        """Prologue and epilogue of a pass, then those of one token a row."""
-        shape = ShapeClass.of(batch, tokens, None)
-        names = self.library.prologue.target, self.library.epilogue.target
-        return [RegionName(name, of) for of in (shape, shape.decode) for name in names]
+    def _ends(self, batch: int, part: _Part) -> list[RegionName]:
+        """Prologue and epilogue of a pass, and the prologue for one token a row."""
+        shape = ShapeClass.of(batch, part.tokens, None)
+        start, head = self.library.prologue.target, self.library.epilogue.target
+        return [
+            RegionName(start, shape),
+            RegionName(head, shape if part.every else shape.decode),
+            RegionName(start, shape.decode),
+        ]
 
     def _later(
         self, programs: Sequence[Program], order: Sequence[LayerCall], part: _Part
@@ -164,7 +173,7 @@ class Lockstep:
         sizes = {len(programs)} if len(set(programs)) == 1 else {1, 2}
         counts = (1,) if part.one_token else (1, 2)
         targets = dict.fromkeys(self.library.layers[call.layer].target for call in order)
-        later = [w for size in sizes for w in self._ends(size, counts[-1])]
+        later = [name for size in sizes for name in self._ends(size, part)]
         for size in sizes:
             for tokens in counts:
                 shape = ShapeClass.of(size, tokens, None)
@@ -200,7 +209,8 @@ class Lockstep:
         stop: int | None,
     ) -> Tensor:
         tokens = ids.shape[1]
-        part = _Part(tokens == 1, 0 if after is None else after[0], stop)
+        done = 0 if after is None else after[0]
+        part = _Part(tokens == 1, wants == "every" and tokens > 1, done, stop)
         for row, count in zip(batch.rows, counts, strict=True):
             row.make_room(count)
         plan = self._plan(batch.programs, part)
@@ -222,7 +232,7 @@ class Lockstep:
             return tensor[rows, last][:, None]
 
         one = [pick(inputs[0]), pick(inputs[1]), inputs[2]]
-        return self._head(plan.head_last, pick(hidden), self._start(plan.start_last, one))
+        return self._head(plan.head, pick(hidden), self._start(plan.start_last, one))
 
     @property
     def programs(self) -> set[Program]:
@@ -241,13 +251,12 @@ class Lockstep:
         return plan
 
     def _make_plan(self, programs: tuple[Program, ...], part: _Part) -> _Plan:
-        tokens = 1 if part.one_token else 2
         order = lockstep_calls(programs, part.done, part.stop)
         wanted: list[RegionName] = []
         for call in order:
-            shape = ShapeClass.of(len(call.rows), tokens, None)
+            shape = ShapeClass.of(len(call.rows), part.tokens, None)
             wanted.append(RegionName(self.library.layers[call.layer].target, shape))
-        ends = self._ends(len(programs), tokens)
+        ends = self._ends(len(programs), part)
         found = self.regions.get([*wanted, *ends, *self._later(programs, order, part)])
         of_program = {program: program.schedule() for program in programs}
         schedules = [of_program[program] for program in programs]
@@ -258,12 +267,11 @@ class Lockstep:
         for call, of_call in zip(order, wanted, strict=True):
             calls.append(self._call(call, schedules, found[of_call]))
             places += [offsets[r] + s for r, s in zip(call.rows, call.steps, strict=True)]
-        start, head, start_last, head_last = (found[end] for end in ends)
+        start, head, start_last = (found[end] for end in ends)
         return _Plan(
             start,
             head,
             start_last,
-            head_last,
             tuple(calls),
             torch.tensor(places, dtype=torch.long),
             [len(call.rows) for call in order],
