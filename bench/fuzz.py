@@ -82,9 +82,11 @@ class Case:
         )
 
     def model(self) -> PreTrainedModel:
-        # three layers of every family: the one that alternates by four is cut to fit
         model = make(self.family, **{"num_hidden_layers": 3, **FAMILIES[self.family]})
-        return model.to(self.dtype)  # type: ignore[arg-type]
+        # weights alone, as loading does: rotary frequencies stay as they are
+        for weight in model.parameters():
+            weight.data = weight.data.to(self.dtype)
+        return model
 
     def __str__(self) -> str:
         return (
@@ -110,10 +112,12 @@ def random_program(rng: random.Random, depth: int) -> Program:
 class Judge:
     """Says how far logits are from the plain loop, as a part of what is allowed: 1 is the limit."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, experts: bool = False) -> None:
         dtype: torch.dtype = model.dtype
         self.model, self.floor = model, _FLOOR[dtype]
-        self.wider = copy.deepcopy(model).to(_WIDER[dtype])  # type: ignore[arg-type]
+        self.wider: Any = copy.deepcopy(model)
+        if not experts:  # torch multiplies none in float64
+            self.wider.to(_WIDER[dtype])
 
     def logits(self, program: Program, row: Tensor) -> tuple[Tensor, Tensor]:
         """The wanted logits [T, V] in the wider type, and how far they may be missed."""
@@ -167,7 +171,7 @@ def run(case: Case) -> dict[str, Any]:
     error = None
     try:
         model = case.model()
-        judge = Judge(model)
+        judge = Judge(model, case.family in _EXPERTS)
         compiled = polar_fx.compile(
             model,
             case.backend,
