@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 import polar_fx
 from measure import RESULTS, machine, write_json
 from plain_loop import plain_logits
+from polar_fx.capture.rotary import frequency_switch
 from polar_fx.compiled import CompiledModel
 from polar_fx.program import Program
 from polar_fx.runtime.generator import padded_rows
@@ -115,6 +116,7 @@ class Judge:
     def __init__(self, model: PreTrainedModel, experts: bool = False) -> None:
         dtype: torch.dtype = model.dtype
         self.model, self.floor = model, _FLOOR[dtype]
+        self.by_length = frequency_switch(model.config) is not None
         self.wider: Any = copy.deepcopy(model)
         if not experts:  # torch multiplies none in float64
             self.wider.to(_WIDER[dtype])
@@ -132,6 +134,9 @@ class Judge:
     def of_tokens(self, program: Program, row: Tensor, new: list[int]) -> float:
         """Each greedy token has to be the likeliest, or within what is allowed of it twice."""
         whole = torch.cat((row, torch.tensor(new)))
+        if self.by_length and len(new) > 1:  # each token was chosen at the length it had then
+            parts = [whole[: len(row) + n] for n in range(len(new))]
+            return max(self.of_tokens(program, p, [t]) for p, t in zip(parts, new, strict=True))
         want, allowed = self.logits(program, whole[:-1])
         ahead = want[len(row) - 1 :]
         short = ahead.amax(-1) - ahead.gather(-1, torch.tensor(new)[:, None])[:, 0]
