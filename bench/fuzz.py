@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 import polar_fx
 from measure import RESULTS, machine, write_json
 from plain_loop import plain_logits
+from polar_fx.capture.rotary import frequency_switch
 from polar_fx.compiled import CompiledModel
 from polar_fx.program import Program
 from polar_fx.runtime.generator import padded_rows
@@ -82,9 +83,11 @@ class Case:
         )
 
     def model(self) -> PreTrainedModel:
-        # three layers of every family: the one that alternates by four is cut to fit
         model = make(self.family, **{"num_hidden_layers": 3, **FAMILIES[self.family]})
-        return model.to(self.dtype)  # type: ignore[arg-type]
+        # weights alone, as loading does: rotary frequencies stay as they are
+        for weight in model.parameters():
+            weight.data = weight.data.to(self.dtype)
+        return model
 
     def __str__(self) -> str:
         return (
@@ -110,10 +113,13 @@ def random_program(rng: random.Random, depth: int) -> Program:
 class Judge:
     """Says how far logits are from the plain loop, as a part of what is allowed: 1 is the limit."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, experts: bool = False) -> None:
         dtype: torch.dtype = model.dtype
         self.model, self.floor = model, _FLOOR[dtype]
-        self.wider = copy.deepcopy(model).to(_WIDER[dtype])  # type: ignore[arg-type]
+        self.by_length = frequency_switch(model.config) is not None
+        self.wider: Any = copy.deepcopy(model)
+        if not experts:  # torch multiplies none in float64
+            self.wider.to(_WIDER[dtype])
 
     def logits(self, program: Program, row: Tensor) -> tuple[Tensor, Tensor]:
         """The wanted logits [T, V] in the wider type, and how far they may be missed."""
@@ -128,6 +134,9 @@ class Judge:
     def of_tokens(self, program: Program, row: Tensor, new: list[int]) -> float:
         """Each greedy token has to be the likeliest, or within what is allowed of it twice."""
         whole = torch.cat((row, torch.tensor(new)))
+        if self.by_length and len(new) > 1:  # each token was chosen at the length it had then
+            parts = [whole[: len(row) + n] for n in range(len(new))]
+            return max(self.of_tokens(program, p, [t]) for p, t in zip(parts, new, strict=True))
         want, allowed = self.logits(program, whole[:-1])
         ahead = want[len(row) - 1 :]
         short = ahead.amax(-1) - ahead.gather(-1, torch.tensor(new)[:, None])[:, 0]
@@ -167,7 +176,7 @@ def run(case: Case) -> dict[str, Any]:
     error = None
     try:
         model = case.model()
-        judge = Judge(model)
+        judge = Judge(model, case.family in _EXPERTS)
         compiled = polar_fx.compile(
             model,
             case.backend,

@@ -30,7 +30,7 @@ _SERVED_AS = {
     "num_return_sequences": 1,
     "max_time": None,
     "token_healing": False,
-    "guidance_scale": None,
+    "guidance_scale": 1,
 }
 # a folder of the exporting machine; code of the model's own; what is done to weights when they are
 # loaded

@@ -70,8 +70,8 @@ def _by_row(module: nn.Module, longer: list[str | None], fixed: list[str | None]
         short = getattr(self, f"{name.removesuffix('inv_freq')}original_inv_freq")
 
         def tables(frequencies: Tensor) -> Any:  # cosines and sines [B, T, d]
-            before = self._buffers[name]
-            self._buffers[name] = frequencies.to(x.device)
+            before = getattr(self, name)
+            self._buffers[name] = frequencies.to(before)  # as transformers copies them there
             try:
                 return inner(self, x, position_ids, *named)
             finally:

@@ -40,6 +40,15 @@ def test_a_wrong_result_is_beyond_the_limit(dtype: torch.dtype) -> None:
     assert judge.of_tokens(program, row, [best]) < 1 < judge.of_tokens(program, row, [worst])
 
 
+def test_tokens_are_judged_at_the_length_they_were_chosen_at() -> None:
+    """Of a model that computes a row anew past a length, no longer row tells."""
+    model = make("phi3", num_hidden_layers=3, **FAMILIES["phi3"])
+    compiled, program = compile(model, "eager", max_length=31, cache=False), Program.identity(3)
+    row = prompts(12)[0]
+    new = compiled.generate(row[None], max_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert Judge(model).of_tokens(program, row, new[0, 12:].tolist()) < 1
+
+
 def test_a_seed_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = next(s for s in range(100) if Case.of(s).backend == "eager")
     case = Case.of(seed)

@@ -142,6 +142,24 @@ def test_other_programs_follow_the_same_law(kind: str, program: Any) -> None:
         assert got[i, 20:].tolist() == text[len(row) :].tolist()
 
 
+@pytest.mark.parametrize("whole", [True, False], ids=["buffers too", "weights alone"])
+def test_frequencies_in_the_models_own_dtype(whole: bool) -> None:
+    """A model that was cast as a whole holds its frequencies rounded; one that was loaded so,
+    does not.
+    """
+    family, options = KINDS["longrope"]
+    model = make(family, num_hidden_layers=2, max_position_embeddings=LENGTH, **options)
+    if whole:
+        model = model.to(torch.bfloat16)
+    for weight in model.parameters():
+        weight.data = weight.data.to(torch.bfloat16)
+    compiled = compile(model, "eager", max_length=LENGTH, cache=False)
+    for row in prompts(40, 16):
+        want = reference(model, [row])[0]
+        worst = (compiled.forward(row[None])[0] - want).abs().max()
+        assert float(worst) < 0.05 * float(want.abs().max())
+
+
 def test_the_first_part_of_a_prompt_shows_its_length() -> None:
     assert _compiled("longrope").prefill_chunk == SWITCH + 1
     assert _compiled("dynamic").prefill_chunk == 8
