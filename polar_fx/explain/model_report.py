@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..library import LayerLibrary
 from ..output.plain_text import count, dtype_name, ranges, size, table
+from ..passes.address_kv import BLOCK
 from ..passes.pipeline import PassRecord
 from ..program import Program
 from ..runtime.code_key import RegionRecord
@@ -72,6 +73,7 @@ class Report:
     num_weights: int
     kv_bytes: int
     num_kv_slots: int
+    num_kv_blocks: int
     kv_length: int
     store: StoreReport | None
 
@@ -138,6 +140,7 @@ def report(runner: Runner) -> Report:
         num_weights=len(_distinct(library.tensors.values())),
         kv_bytes=pool.num_bytes + runner.lockstep.store.num_bytes,
         num_kv_slots=pool.num_slots,
+        num_kv_blocks=runner.lockstep.store.num_allocated,
         kv_length=pool.length,
         store=store,
     )
@@ -195,7 +198,8 @@ def _report_lines(r: Report) -> Iterator[str]:
     yield f"weights   {size(r.weight_bytes)} in {count(r.num_weights, 'tensor')}, each counted once"
     yield (
         f"KV pool   {size(r.kv_bytes)} in {count(r.num_kv_slots, 'slot')} of "
-        f"{count(r.kv_length, 'token')}"
+        f"{count(r.kv_length, 'token')} and {count(r.num_kv_blocks, 'block')} of "
+        f"{count(BLOCK, 'token')}"
     )
     yield f"linked    {count(r.num_programs, 'program')}"
     slowest = (

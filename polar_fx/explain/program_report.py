@@ -212,9 +212,7 @@ def explain(runner: Runner, program: Program, batch: int = 1) -> Explanation:
     shape = ShapeClass.of(batch, min(runner.prefill_chunk, pool.max_length), pool.length)
     entries = {e.key: e for e in regions.store.entries()} if regions.store is not None else {}
     # of a prompt, its last chunk; a chunk of one token runs as if decoded
-    parts = (
-        runner.linker.calls(program, of, every=of == shape.decode) for of in (shape, shape.decode)
-    )
+    parts = (runner.calls(program, of) for of in (shape, shape.decode))
     prefill, decode = (_uses(runner, Counter(calls), entries) for calls in parts)
     steps = []
     for step in program.schedule():

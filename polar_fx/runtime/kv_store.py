@@ -88,6 +88,11 @@ class KvStore:
         return sum(s.keys.nbytes + s.values.nbytes for s in self._stores.values())
 
     @property
+    def num_allocated(self) -> int:
+        """Blocks that are allocated, those included that no row may hold."""
+        return sum(len(s.keys) for s in self._stores.values())
+
+    @property
     def num_blocks(self) -> int:
         """Blocks that rows hold now."""
         return sum(len(s.holders) for s in self._stores.values())

@@ -9,7 +9,7 @@ Shape legend: B rows, T tokens, W blocks, L columns, d hidden size, V vocabulary
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -152,6 +152,17 @@ class Lockstep:
                 return None
             axes.append((number, found[0] if found else None))
         return axes
+
+    def calls(self, program: Program, shape: ShapeClass) -> list[RegionName]:
+        """The regions that one pass over rows of one program calls, in order, for the logits of a
+        token each.
+        """
+        shape = replace(shape, length=None)
+        start, head = self.library.prologue.target, self.library.epilogue.target
+        layers = [self.library.layers[layer].target for layer in program.path]
+        several = [RegionName(name, shape) for name in (start, *layers)]
+        last = (head,) if shape == shape.decode else (start, head)
+        return several + [RegionName(name, shape.decode) for name in last]
 
     def _ends(self, batch: int, part: _Part) -> list[RegionName]:
         """Prologue and epilogue of a pass, and the prologue for one token a row."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends import Backend, ShapeClass
+from ..backends.base import RegionName
 from ..capture import embedding_weight
 from ..capture.rotary import frequency_switch
 from ..capture.support import without_autocast
@@ -211,6 +212,14 @@ class Runner:
             for program, members in groups_of(programs).items()
         ]
         return GroupSession(opened, self.max_length)
+
+    def calls(self, program: Program, shape: ShapeClass) -> list[RegionName]:
+        """The regions that one pass over rows of the program calls, in order; of a prompt in
+        chunks, the last one.
+        """
+        if self.together:
+            return self.lockstep.calls(program, shape)
+        return self.linker.calls(program, shape, every=shape == shape.decode)
 
     def rows(
         self, input_ids: Tensor, attention_mask: Tensor | None = None
