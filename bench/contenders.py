@@ -5,7 +5,7 @@ Shape legend: B batch, T tokens, V vocabulary.
 """
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -86,8 +86,12 @@ class Ours(Contender):
         super().__init__(f"polar_fx {label}", program.num_steps)
         self.compiled, self.program = compiled, program
 
+    def open(self, batch: int) -> Any:
+        """A context manager giving the session that runs."""
+        return self.compiled.session(self.program, batch)
+
     def prefill(self, ids: Tensor) -> Tensor:
-        self.context = self.compiled.session(self.program, ids.shape[0])
+        self.context = self.open(ids.shape[0])
         self.session = self.context.__enter__()
         return torch.stack(self.compiled.prefill(self.program, self.session, list(ids)))
 

@@ -14,7 +14,6 @@ from contenders import Contender, HfEager, Ours
 from gpu_worker import Worker
 from polar_fx import CompiledModel, Program
 from polar_fx.capture import CACHE
-from polar_fx.runtime.kv_cache import KvSession
 
 __all__ = ["HfEager", "HfReduceOverhead", "Linked", "Whole", "slot_length"]
 
@@ -105,9 +104,11 @@ class Whole(Linked):
         self.worker, self.captured = worker, None
         self.logits: Tensor
 
+    def open(self, batch: int) -> Any:
+        return self.compiled.runner.open_slots(self.program, batch)
+
     def decode(self, token: Tensor) -> Tensor:
         session = self.session
-        assert isinstance(session, KvSession)  # rows on a GPU are in slots
         at = session.positions([1])
         if self.captured is None:
             self.ids, self.at = token.clone(), at.clone()

@@ -54,7 +54,7 @@ OTHER = "(0-1)*2@0.5"
 
 
 @functools.cache
-def _model(kind: str) -> PreTrainedModel:
+def _model(kind: str) -> Any:
     family, options = KINDS[kind]
     layers = 3 if family == "gemma3_text" else 2
     return make(family, num_hidden_layers=layers, max_position_embeddings=LENGTH, **options)
