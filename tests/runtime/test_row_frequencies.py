@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import InputError
