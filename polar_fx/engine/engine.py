@@ -192,7 +192,23 @@ class Engine:
                     self._news.wait()
                 if self._closing:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:  # or whoever waits would wait for ever
+                log.exception("the engine stopped")
+                self._fail(error)
+                return
+
+    def _fail(self, error: BaseException) -> None:
+        """End everything with an error, and take no more."""
+        with self._news:
+            self._closing = True
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for request in waiting:
+            request.finish(None, error)
+        for row in list(self._running):
+            self._end(row, error=error)
 
     def step(self) -> bool:
         """Admit what has room, run a part of the prompts, and one token of each row that decodes.

@@ -16,6 +16,8 @@ from ..program import Program
 from .kv_store import EMPTY, KvStore
 
 _FIRST_BLOCKS = 16  # of a new table; it doubles
+# Tables outlive the mode they are made or changed in.
+_OUTSIDE = torch.inference_mode(False)
 
 
 class KvRow:
@@ -25,6 +27,7 @@ class KvRow:
     blocks of each step; `version` changes whenever that does. `close` gives everything back.
     """
 
+    @_OUTSIDE
     def __init__(self, store: KvStore, specs: Sequence[KvSpec], program: Program) -> None:
         self.store, self.specs, self.program = store, specs, program
         self.length, self.num_blocks, self.version = 0, 0, 0
@@ -42,6 +45,7 @@ class KvRow:
             self._take(range(self.program.num_steps), self.num_blocks, needed)
             self.num_blocks = needed
 
+    @_OUTSIDE
     def switch(self, program: Program, kept: int) -> None:
         """Go on as a row of another program whose first `kept` steps are the same.
 
@@ -57,14 +61,18 @@ class KvRow:
         self.program, self.table = program, table
         self._take(range(kept, program.num_steps), 0, self.num_blocks)
 
+    @_OUTSIDE
     def crop(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
         needed = -(-length // BLOCK)
         self._give(self.table[:, needed:])
         self.table[:, needed:] = EMPTY
         self.length, self.num_blocks = length, needed
+        if length % BLOCK:
+            self._own(needed - 1)
         self.version += 1
 
+    @_OUTSIDE
     def branch(self) -> "KvRow":
         """A second row that holds the same and goes on by itself.
 
@@ -86,6 +94,18 @@ class KvRow:
             other.length = self.length
         return other
 
+    def _own(self, index: int) -> None:
+        """Copy a block of each step that other rows hold as well: it will be written to."""
+        for spec, steps in self._steps_of(range(self.program.num_steps)).items():
+            shared = [s for s in steps if self.store.is_shared(spec, int(self.table[s, index]))]
+            if shared:
+                before = self.table[shared, index].tolist()
+                own = self.store.take(spec, len(shared))
+                self.store.copy(spec, before, own)
+                self.table[shared, index] = torch.tensor(own)
+                self.store.give(spec, before)
+
+    @_OUTSIDE
     def become(self, other: "KvRow") -> None:
         """Hold what another row holds, which then holds nothing."""
         self.close()
@@ -94,6 +114,7 @@ class KvRow:
         self.version += 1
         other._forget()
 
+    @_OUTSIDE
     def close(self) -> None:
         """Give every block back."""
         self._give(self.table)
@@ -110,6 +131,7 @@ class KvRow:
             found[self.specs[self.program.path[step]]].append(step)
         return found
 
+    @_OUTSIDE
     def _take(self, steps: range, first: int, stop: int) -> None:
         """Take blocks `first` to `stop - 1` of these steps."""
         while stop > self.table.shape[1]:

@@ -108,6 +108,10 @@ class KvStore:
         with self.lock:
             self._store(spec).holders.update(blocks)
 
+    def is_shared(self, spec: KvSpec, block: int) -> bool:
+        """Whether several rows hold a block."""
+        return self._store(spec).holders[block] > 1
+
     def give(self, spec: KvSpec, blocks: Sequence[int]) -> None:
         """Return blocks; what no other row holds is lost."""
         with self.lock:

@@ -230,6 +230,16 @@ def test_cancelled_at_any_moment() -> None:
         assert got == wanted if end == "length" else got == wanted[: len(got)]
 
 
+def test_nobody_waits_for_an_engine_that_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = compiled()
+    engine = model.engine()
+    request = engine.add([5, 6, 7])
+    monkeypatch.setattr(engine, "_decode", lambda: 1 / 0)
+    with engine, pytest.raises(ZeroDivisionError):
+        request.result(60)
+    assert is_empty(model)
+
+
 def test_what_waits_is_bounded_and_served_in_order() -> None:
     engine = compiled().engine(max_rows=1, max_waiting=2, max_tokens=20)
     first = engine.add([1] * 10, sampling=Sampling(max_new_tokens=5))

@@ -80,6 +80,32 @@ def test_branches_go_on_apart_and_share_whole_blocks() -> None:
     assert store.num_blocks == 0
 
 
+def test_what_a_branch_shares_is_not_written_by_the_other() -> None:
+    model = compiled()
+    with model.start() as talk, torch.inference_mode():
+        talk.append(TEXT[:20])
+        with talk.branch() as other:
+            talk.crop(5)
+            talk.append([50] * 20)
+            logits = other.append(TEXT[20:30])
+    wanted = model.forward(TEXT[None, :30])[0, -1]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+    assert model.runner.lockstep.store.num_blocks == 0
+
+
+def test_a_mode_ends_between_calls() -> None:
+    model = compiled()
+    with torch.inference_mode():
+        talk = model.start()
+        talk.append(TEXT[:5])
+    logits = talk.append(TEXT[5:])
+    with torch.inference_mode():
+        talk.crop(3)
+    talk.close()
+    wanted = model.forward(TEXT[None])[0, -1]
+    torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_rows_of_programs_that_share_steps_share_their_blocks() -> None:
     lockstep = compiled().runner.lockstep
     program, other = compiled().resolve("identity"), compiled().resolve("skip 1")
