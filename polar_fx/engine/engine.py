@@ -23,7 +23,7 @@ from ..runtime.kv_rows import KvRow
 from ..runtime.lockstep import RowBatch
 from ..runtime.lockstep_session import After
 from ..runtime.runner import Runner
-from ..runtime.token_rows import padded
+from ..runtime.token_rows import padded_tokens
 from ..runtime.trunk import run_trunk, session_after
 from .request import Finish, Generated, Request
 from .sampling import Sampling
@@ -180,7 +180,7 @@ class Engine:
             self._thread = None
         with self._news:
             for request in self._waiting:
-                request.finish(self._generated(request, "cancelled", self.default_program))
+                self._finish(request, "cancelled")
             self._waiting.clear()
             for row in list(self._running):
                 self._end(row, "cancelled")
@@ -229,12 +229,14 @@ class Engine:
             for request in gone:
                 self._waiting.remove(request)
         for request in gone:
-            request.finish(self._generated(request, "cancelled", self.default_program))
+            self._finish(request, "cancelled")
         for row in [row for row in self._running if row.request.is_cancelled]:
             self._end(row, "cancelled")
 
     def _admit(self) -> None:
-        """Take requests in their order, as long as there is room for the next one."""
+        """Take requests in their order, as long as there is room for the next one; of those whose
+        program is to be chosen, one at a time, as that runs the shared steps of a whole prompt.
+        """
         admitted = []
         with self._news:
             held = sum(row.tokens for row in self._running)
@@ -244,6 +246,8 @@ class Engine:
                 if rows >= self.settings.max_rows or held > self.settings.max_tokens:
                     break
                 admitted.append(self._waiting.popleft())
+                if self._is_chosen(admitted[-1]):
+                    break
         for request in admitted:
             try:
                 row = self._opened(request)
@@ -253,13 +257,18 @@ class Engine:
                 log.exception("request %d could not be started", request.number)
                 request.finish(None, error)
 
+    def _is_chosen(self, request: Request) -> bool:
+        """Whether the dispatcher looks at the prompt to choose its program."""
+        by = self.dispatcher
+        return request.program is None and by is not None and by.needs_trunk
+
     def _opened(self, request: Request) -> _Row:
         """An empty row; of a request without a program, one that has made the steps that all
         programs share.
         """
         self.runner.check_weights()
         dispatcher = self.dispatcher
-        if request.program is None and dispatcher is not None and dispatcher.needs_trunk:
+        if dispatcher is not None and self._is_chosen(request):
             prompt = [torch.tensor(request.prompt)]
             with run_trunk(self.runner, prompt, dispatcher.num_steps) as trunk:
                 decision = dispatcher.decide(trunk.hidden)[0]
@@ -280,6 +289,8 @@ class Engine:
         for row in self._running:
             if row.is_prefilled:
                 continue
+            if parts and self.runner.deterministic:
+                break  # where a prompt is cut must not depend on others
             own = min(left, len(row.request.prompt) - row.prefilled)
             # a pass is as wide as its longest part, and rows after a trunk have made steps already
             fits = not parts or (own * 2 > parts[0][1] and (len(parts) + 1) * parts[0][1] <= left)
@@ -299,7 +310,9 @@ class Engine:
             chunks = [row.after.chunk([0], row.prefilled, max(counts)) for row in rows if row.after]
             after = chunks[0][0], torch.cat([hidden for _, hidden in chunks])
         ends = any(row.prefilled + count == len(row.request.prompt) for row, count in parts)
-        logits = self._run(rows, padded(own), counts, "last" if ends else "hidden", after)
+        logits = self._run(
+            rows, padded_tokens(own, own, max(counts)), counts, "last" if ends else "hidden", after
+        )
         if logits is None:
             return
         for i, (row, count) in enumerate(parts):
@@ -311,9 +324,14 @@ class Engine:
     def _decode(self) -> None:
         """One more token of each row whose prompt is there."""
         rows = [row for row in self._running if row.is_prefilled]
-        if not rows:
-            return
         rows.sort(key=lambda row: (row.row.program.path, row.request.number))
+        if self.runner.deterministic:
+            for row in rows:
+                self._decode_rows([row])
+        elif rows:
+            self._decode_rows(rows)
+
+    def _decode_rows(self, rows: Sequence[_Row]) -> None:
         ids = torch.tensor([[row.request.tokens[-1]] for row in rows])
         logits = self._run(rows, ids, [1] * len(rows), "last", None)
         if logits is None:
@@ -334,14 +352,7 @@ class Engine:
     ) -> Tensor | None:
         """A pass; None if it failed, and with it all its rows."""
         try:
-            if not self.runner.deterministic:
-                return self.runner.lockstep.run(self._batch(rows), ids, counts, wants, after)
-            each = []
-            for i, (row, count) in enumerate(zip(rows, counts, strict=True)):
-                own = None if after is None else (after[0], after[1][i : i + 1, :count])
-                batch, part = self._batch([row]), ids[i : i + 1, :count]
-                each.append(self.runner.lockstep.run(batch, part, [count], wants, own))
-            return torch.cat(each) if wants != "hidden" else each[0]
+            return self.runner.lockstep.run(self._batch(rows), ids, counts, wants, after)
         except Exception as error:
             log.exception("a pass over %d rows failed", len(rows))
             for row in rows:
@@ -390,7 +401,15 @@ class Engine:
         if error is not None:
             row.request.finish(None, error)
         else:
-            row.request.finish(self._generated(row.request, finish, row.row.program))
+            self._finish(row.request, finish)
+
+    def _finish(self, request: Request, finish: Finish) -> None:
+        """Say what came of it; of a text that cannot be decoded, that error."""
+        try:
+            program = request.program or self.default_program
+            request.finish(self._generated(request, finish, program))
+        except Exception as error:
+            request.finish(None, error)
 
     def _generated(self, request: Request, finish: Finish, program: Program) -> Generated:
         text = None

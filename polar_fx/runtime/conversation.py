@@ -3,7 +3,8 @@
 Shape legend: T tokens, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class Conversation:
         """
         new = self._checked(tokens)
         pending = torch.tensor(self.tokens[self._row.length :] + new)
-        (logits,) = self.runner.prefill(self._session(), [pending])
+        with self._unless_it_fails():
+            (logits,) = self.runner.prefill(self._session(), [pending])
         self.tokens += new
         return logits
 
@@ -69,7 +71,10 @@ class Conversation:
         if not self.tokens and not new:
             raise InputError("there is nothing to go on from; pass tokens")
         said = [*self.tokens, *new]
-        call = self.generator.check(torch.tensor([said]), **kwargs)
+        if kwargs.get("attention_mask") is not None:
+            raise InputError("a conversation holds no padding; leave out attention_mask")
+        ids = torch.tensor([said])
+        call = self.generator.check(ids, attention_mask=torch.ones_like(ids), **kwargs)
         guided = call.settings.guidance_scale not in (None, 1)
         if call.copies > 1 or guided or call.settings.return_dict_in_generate:
             raise InputError(
@@ -78,7 +83,8 @@ class Conversation:
             )
         if self._row.length == len(said):  # the last token runs again, for its logits
             self._row.crop(len(said) - 1)
-        output = self.generator.go_on(call, self._session())[0, len(said) :].cpu()
+        with self._unless_it_fails():
+            output = self.generator.go_on(call, self._session())[0, len(said) :].cpu()
         self.tokens = [*said, *output.tolist()]
         return output
 
@@ -102,5 +108,16 @@ class Conversation:
         (row,), _ = self.runner.rows(torch.as_tensor(tokens, dtype=torch.long)[None])
         return row.tolist()
 
+    @contextmanager
+    def _unless_it_fails(self) -> Iterator[None]:
+        """An error, or an interruption, leaves what was said before."""
+        try:
+            yield
+        except BaseException:
+            if self._row.length > len(self.tokens):
+                self._row.crop(len(self.tokens))
+            raise
+
     def _session(self) -> LockstepSession:
+        self.runner.check_weights()
         return LockstepSession(RowBatch([self._row]), self.runner.max_length)

@@ -45,6 +45,19 @@ class KvRow:
             self._take(range(self.program.num_steps), self.num_blocks, needed)
             self.num_blocks = needed
 
+    def spare(self) -> Tensor:
+        """A block a step i64[S] for what the padding of one pass writes: a NaN in it must not reach
+        another row. `give_spare` returns them.
+        """
+        found = torch.full((self.program.num_steps,), EMPTY)
+        for spec, steps in self._steps_of(range(self.program.num_steps)).items():
+            found[steps] = torch.tensor(self.store.take(spec, len(steps)))
+        return found
+
+    def give_spare(self, spare: Tensor) -> None:
+        """Give back the blocks of `spare`."""
+        self._give(spare[:, None])
+
     @_OUTSIDE
     def switch(self, program: Program, kept: int) -> None:
         """Go on as a row of another program whose first `kept` steps are the same.
@@ -68,8 +81,11 @@ class KvRow:
         self._give(self.table[:, needed:])
         self.table[:, needed:] = EMPTY
         self.length, self.num_blocks = length, needed
-        if length % BLOCK:
+        if column := length % BLOCK:
             self._own(needed - 1)
+            for spec, steps in self._steps_of(range(self.program.num_steps)).items():
+                # what is masked is multiplied by zero, and 0 * NaN is NaN
+                self.store.clear(spec, self.table[steps, needed - 1].tolist(), column)
         self.version += 1
 
     @_OUTSIDE

@@ -16,9 +16,9 @@ from torch import Tensor
 from ..capture import KvSpec
 from ..passes.address_kv import BLOCK
 
-# Blocks of every store that no row holds: the first stays zero and stands for columns that a row
-# does not have, the second takes what padding writes.
-EMPTY, PADDING = 0, 1
+# A block of every store that no row holds: it stays zero and stands for columns that a row does not
+# have.
+EMPTY = 0
 _GROWTH = 8  # a full store grows by one part in so many, so that little is held in advance
 
 
@@ -29,7 +29,7 @@ class _Store:
 
     def __init__(self, spec: KvSpec, device: torch.device) -> None:
         self.spec, self.device = spec, device
-        self.keys, self.values = self._zeros(2)
+        self.keys, self.values = self._zeros(1)
         self.free: list[int] = []
         self.holders: Counter[int] = Counter()
 
@@ -85,17 +85,17 @@ class KvStore:
     @property
     def num_bytes(self) -> int:
         """Bytes that are allocated."""
-        return sum(s.keys.nbytes + s.values.nbytes for s in self._stores.values())
+        return sum(s.keys.nbytes + s.values.nbytes for s in tuple(self._stores.values()))
 
     @property
     def num_allocated(self) -> int:
         """Blocks that are allocated, those included that no row may hold."""
-        return sum(len(s.keys) for s in self._stores.values())
+        return sum(len(s.keys) for s in tuple(self._stores.values()))
 
     @property
     def num_blocks(self) -> int:
         """Blocks that rows hold now."""
-        return sum(len(s.holders) for s in self._stores.values())
+        return sum(len(s.holders) for s in tuple(self._stores.values()))
 
     @torch.inference_mode(False)  # stores outlive the mode they grow in
     def take(self, spec: KvSpec, count: int) -> list[int]:
@@ -116,6 +116,13 @@ class KvStore:
         """Return blocks; what no other row holds is lost."""
         with self.lock:
             self._store(spec).give(blocks)
+
+    def clear(self, spec: KvSpec, blocks: Sequence[int], column: int) -> None:
+        """Zero the columns of blocks from one on."""
+        with self.lock:
+            where = torch.tensor(blocks, device=self.device)
+            for tensor in self.tensors(spec):
+                tensor[where, :, column:] = 0
 
     def copy(self, spec: KvSpec, source: Sequence[int], target: Sequence[int]) -> None:
         """Copy what blocks hold to others."""

@@ -8,12 +8,14 @@ Shape legend: B rows, T tokens, W blocks, L columns, d hidden size, V vocabulary
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..backends.base import Region, RegionName, ShapeClass
 from ..capture import KvSpec
@@ -24,7 +26,7 @@ from ..passes.address_kv import BLOCK
 from ..program import Program
 from ..program import Step as ScheduledStep
 from .kv_rows import KvRow
-from .kv_store import PADDING, KvStore
+from .kv_store import EMPTY, KvStore
 from .lockstep_order import LayerCall, lockstep_calls
 from .regions import RegionTable
 
@@ -32,7 +34,7 @@ from .regions import RegionTable
 # hidden states after the last step.
 Wants = Literal["last", "every", "hidden"]
 
-_MAX_PLANS = 1024
+_MAX_PLANS = 256
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,7 +87,7 @@ class RowBatch:
     def __init__(self, rows: Sequence[KvRow]) -> None:
         self.rows = tuple(rows)
         self.programs = tuple(row.program for row in self.rows)
-        self._tables: dict[tuple[_Part, bool], tuple[tuple[int, ...], int, list[Tensor]]] = {}
+        self._tables: dict[_Part, tuple[tuple[int, ...], int, list[Tensor]]] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -100,27 +102,33 @@ class RowBatch:
         for row in self.rows:
             row.close()
 
-    def tables(self, plan: _Plan, part: _Part, ragged: bool) -> tuple[int, list[Tensor]]:
-        """How many blocks W, and i64[n, W] for each layer call. If some tokens are padding
-        (`ragged`), the last block is theirs.
-        """
+    def tables(self, plan: _Plan, part: _Part) -> tuple[int, list[Tensor]]:
+        """How many blocks W, and i64[n, W] for each layer call."""
         versions = tuple(row.version for row in self.rows)
-        known = self._tables.get((part, ragged))
-        if known is not None and known[0] == versions:
-            return known[1], known[2]
-        # regions are compiled for two blocks or more
-        width = max(2, max(row.num_blocks for row in self.rows) + ragged)
+        known = self._tables.get(part)
+        if known is None or known[0] != versions:
+            # regions are compiled for two blocks or more
+            width = max(2, max(row.num_blocks for row in self.rows))
+            tables = self._stacked(width).index_select(0, plan.places)
+            known = self._tables[part] = versions, width, list(tables.split(plan.sizes))
+        return known[1], known[2]
+
+    def padded_tables(self, plan: _Plan, spares: Sequence[Tensor]) -> tuple[int, list[Tensor]]:
+        """The same, and after them a block for what padding writes: of each row and step, that of
+        `spares` i64[S].
+        """
+        width = max(2, 1 + max(row.num_blocks for row in self.rows))
+        stacked = self._stacked(width)
+        stacked[:, -1] = torch.cat(list(spares))
+        return width, list(stacked.index_select(0, plan.places).split(plan.sizes))
+
+    def _stacked(self, width: int) -> Tensor:
+        """The rows' tables, one below the other, as wide as that."""
         own = []
         for row in self.rows:
             table = row.table[:, :width]
-            missing = width - table.shape[1]
-            own.append(torch.nn.functional.pad(table, (0, missing)) if missing > 0 else table)
-        of_calls = torch.cat(own).index_select(0, plan.places)
-        if ragged:
-            of_calls[:, -1] = PADDING
-        tables = list(of_calls.split(plan.sizes))
-        self._tables[part, ragged] = versions, width, tables
-        return width, tables
+            own.append(pad(table, (0, width - table.shape[1]), value=EMPTY))
+        return torch.cat(own)
 
 
 class Lockstep:
@@ -225,11 +233,11 @@ class Lockstep:
         for row, count in zip(batch.rows, counts, strict=True):
             row.make_room(count)
         plan = self._plan(batch.programs, part)
-        blocks, tables = batch.tables(plan, part, min(counts) < tokens)
-        inputs = self._inputs(batch, ids, counts, blocks * BLOCK)
-        values = self._start(plan.start, inputs)
-        hidden = values[HIDDEN] if after is None else after[1]
-        hidden = self._steps(plan, tables, values, hidden, len(batch))
+        with self._tables(batch, plan, part, counts, tokens) as (blocks, tables):
+            inputs = self._inputs(batch, ids, counts, blocks * BLOCK)
+            values = self._start(plan.start, inputs)
+            hidden = values[HIDDEN] if after is None else after[1]
+            hidden = self._steps(plan, tables, values, hidden, len(batch))
         for row, count in zip(batch.rows, counts, strict=True):
             row.length += count
         if wants == "hidden":
@@ -244,6 +252,26 @@ class Lockstep:
 
         one = [pick(inputs[0]), pick(inputs[1]), inputs[2]]
         return self._head(plan.head, pick(hidden), self._start(plan.start_last, one))
+
+    @contextmanager
+    def _tables(
+        self, batch: RowBatch, plan: _Plan, part: _Part, counts: Sequence[int], tokens: int
+    ) -> Iterator[tuple[int, list[Tensor]]]:
+        """How many blocks W, and i64[n, W] for each layer call; the last ones are for padding, if
+        there is any.
+        """
+        if min(counts) == tokens:
+            yield batch.tables(plan, part)
+            return
+        with ExitStack() as stack:
+            spares = []
+            for row, count in zip(batch.rows, counts, strict=True):
+                if count < tokens:
+                    spares.append(row.spare())
+                    stack.callback(row.give_spare, spares[-1])
+                else:
+                    spares.append(torch.full((len(row.table),), EMPTY))
+            yield batch.padded_tables(plan, spares)
 
     @property
     def programs(self) -> set[Program]:

@@ -21,6 +21,7 @@ from ..errors import ProgramError
 from ..program import Program
 from .group_session import GroupSession, groups_of
 from .kv_cache import KvSession, Resume
+from .kv_rows import KvRow
 from .link import StepInputs
 from .lockstep import RowBatch
 from .lockstep_session import After, LockstepSession
@@ -143,12 +144,16 @@ def _rows_after(
     runner: Runner, programs: Sequence[Program], trunk: Trunk, held: RowBatch
 ) -> LockstepSession:
     """Branches of the trunk's rows, which go on with other programs."""
-    rows = []
-    for number, program in zip(trunk.rows, programs, strict=True):
-        row = held.rows[number].branch()
-        row.switch(program, trunk.num_steps)
-        row.length = 0  # the tokens have not gone through the other steps
-        rows.append(row)
+    rows: list[KvRow] = []
+    try:
+        for number, program in zip(trunk.rows, programs, strict=True):
+            rows.append(held.rows[number].branch())
+            rows[-1].switch(program, trunk.num_steps)
+            rows[-1].length = 0  # the tokens have not gone through the other steps
+    except BaseException:
+        for row in rows:
+            row.close()
+        raise
     return LockstepSession(RowBatch(rows), runner.max_length, After(trunk.num_steps, trunk.hidden))
 
 

@@ -89,9 +89,10 @@ def test_the_same_bits_whatever_runs_beside_in_deterministic_mode() -> None:
 
         engine = model.engine()
         how = Sampling(max_new_tokens=6, temperature=0.8, seed=3, processors=(watch,))
-        engine.add([5, 6, 7], model.resolve("skip 1"), how)
         for i in range(beside):
             engine.add([9] * (i + 1), model.resolve(PROGRAMS[i % 4]), Sampling(max_new_tokens=4))
+        engine.add([5, 6, 7], model.resolve("skip 1"), how)
+        engine.add([8] * 20, sampling=Sampling(max_new_tokens=9))
         run(engine)
         return torch.cat(seen)
 
@@ -228,6 +229,22 @@ def test_cancelled_at_any_moment() -> None:
         wanted = alone(model, request, model.default_program)
         got = list(request.result(0).tokens)
         assert got == wanted if end == "length" else got == wanted[: len(got)]
+
+
+def test_a_text_that_cannot_be_decoded_ends_its_row_alone() -> None:
+    class Broken(Letters):
+        def decode(self, ids: list[int], skip_special_tokens: bool) -> str:
+            if len(ids) == 3:
+                raise UnicodeError("no such letter")
+            return super().decode(ids, skip_special_tokens)
+
+    model = compiled()
+    engine = model.engine(tokenizer=Broken())
+    bad, good = (engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=n)) for n in (3, 5))
+    run(engine)
+    with pytest.raises(UnicodeError, match="no such letter"):
+        bad.result(0)
+    assert len(good.result(0).tokens) == 5 and is_empty(model)
 
 
 def test_nobody_waits_for_an_engine_that_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

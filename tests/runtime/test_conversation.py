@@ -93,6 +93,22 @@ def test_what_a_branch_shares_is_not_written_by_the_other() -> None:
     assert model.runner.lockstep.store.num_blocks == 0
 
 
+def test_an_error_leaves_what_was_said_before() -> None:
+    def fails(tokens: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if tokens.shape[1] == 14:
+            raise ZeroDivisionError
+        return scores
+
+    model = compiled()
+    with model.start() as talk:
+        talk.append(TEXT[:5])
+        with pytest.raises(ZeroDivisionError):
+            talk.generate(TEXT[5:10], max_new_tokens=9, logits_processor=[fails])
+        logits = talk.append(TEXT[5:8])
+        wanted = model.forward(TEXT[None, :8])[0, -1]
+        torch.testing.assert_close(logits, wanted, atol=1e-4, rtol=1e-4)
+
+
 def test_a_mode_ends_between_calls() -> None:
     model = compiled()
     with torch.inference_mode():

@@ -245,6 +245,20 @@ def test_memory_follows_the_tokens_that_are_there() -> None:
     assert runner.lockstep.store.num_bytes == before  # what rows gave back is used again
 
 
+def test_a_nan_stays_in_its_row() -> None:
+    """Padding writes what its row computes, such as NaN; no other row may read it, now or later."""
+    hf: Any = make("llama")
+    model = compile(hf, "eager", max_length=60, cache=False)
+    with torch.no_grad():
+        hf.model.embed_tokens.weight[7] = float("nan")
+    programs = [model.resolve(p) for p in (None, "skip 1", "repeat 1 x2")]
+    rows = [torch.arange(10, 30), torch.tensor([7, 7]), torch.arange(10, 13)]
+    for _ in range(2):
+        with model.runner.open_rows(programs) as session:
+            broken = [bool(logits.isnan().all()) for logits in model.runner.prefill(session, rows)]
+        assert broken == [False, True, False]
+
+
 def test_what_is_refused() -> None:
     model = compiled("llama")
     _, rows, prompts = batch(model)
