@@ -115,9 +115,9 @@ def test_report_counts_slots_programs_and_the_store(store: ArtifactStore) -> Non
     compiled.generate(prompts(5)[0][None], program=PROGRAM, max_new_tokens=2, do_sample=False)
     compiled.generate(prompts(5)[0][None], program="skip 1", max_new_tokens=2, do_sample=False)
     report = compiled.report()
-    # of five steps, and two that no row holds
-    assert (report.num_kv_slots, report.num_kv_blocks, report.num_programs) == (0, 7, 2)
-    assert report.kv_bytes == 7 * 16 * KV_BYTES == compiled.runner.lockstep.store.num_bytes
+    # of five steps, and one that no row holds
+    assert (report.num_kv_slots, report.num_kv_blocks, report.num_programs) == (0, 6, 2)
+    assert report.kv_bytes == 6 * 16 * KV_BYTES == compiled.runner.lockstep.store.num_bytes
     assert report.totals["held_bytes"] == report.kv_bytes + report.weight_bytes
     assert report.store is not None
     assert (report.store.num_entries, report.store.num_bytes) == (
@@ -128,7 +128,7 @@ def test_report_counts_slots_programs_and_the_store(store: ArtifactStore) -> Non
     assert fresh(cache=False).report().store is None
     text = report.text()
     assert (
-        "KV pool   14.3 kB in 0 slots of 32 tokens and 7 blocks of 16 tokens" in text
+        "KV pool   12.3 kB in 0 slots of 32 tokens and 6 blocks of 16 tokens" in text
         and "linked    2 programs" in text
     )
     assert f"store     1 entry, {size(report.store.num_bytes)}, 0 refused, in {store.root}" in text
