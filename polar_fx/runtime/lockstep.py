@@ -192,12 +192,13 @@ class Lockstep:
         sizes = {len(programs)} if len(set(programs)) == 1 else {1, 2}
         counts = (1,) if part.one_token else (1, 2)
         targets = dict.fromkeys(self.library.layers[call.layer].target for call in order)
-        later = [name for size in sizes for name in self._ends(size, part)]
+        later = []
         for size in sizes:
+            later.append(self._ends(size, part)[2])
             for tokens in counts:
                 shape = ShapeClass.of(size, tokens, None)
                 later += [RegionName(target, shape) for target in targets]
-        return later
+        return later + [name for size in sizes for name in self._ends(size, part)]
 
     @torch.no_grad()
     def run(
@@ -296,7 +297,8 @@ class Lockstep:
             shape = ShapeClass.of(len(call.rows), part.tokens, None)
             wanted.append(RegionName(self.library.layers[call.layer].target, shape))
         ends = self._ends(len(programs), part)
-        found = self.regions.get([*wanted, *ends, *self._later(programs, order, part)])
+        start, _, _ = ends
+        found = self.regions.get([start, *wanted, *self._later(programs, order, part), *ends])
         of_program = {program: program.schedule() for program in programs}
         schedules = [of_program[program] for program in programs]
         offsets = [0]

@@ -174,7 +174,9 @@ def test_the_regions_named_are_those_that_run(
         decode = _calls_of(
             compiled, lambda: compiled.decode(chosen, session, torch.ones(batch, dtype=torch.long))
         )
-    assert prefill == Counter({(r.region, r.shapes): r.calls * times_prefill for r in told.prefill})
+    # the head runs for the last part of a prompt alone
+    often = {r: times if r.region == "epilogue" else times_prefill for r in told.prefill}
+    assert prefill == Counter({(r.region, r.shapes): r.calls * often[r] for r in told.prefill})
     assert decode == Counter({(r.region, r.shapes): r.calls * times for r in told.decode})
     later = compiled.explain(program, batch)
     assert {r.state for r in (*later.prefill, *later.decode)} == {IN_MEMORY} and later.missing == ()

@@ -69,7 +69,7 @@ def test_ways_through_the_code_name_what_is_there() -> None:
         for row in rows(CONTRIBUTING, "Three ways through the code")
         for pair in re.findall(r"`(polar_fx/[\w/]+)\.py` `([\w.]+)`", row[1])
     ]
-    assert len(steps) == 10
+    assert len(steps) == 12
     for file, name in steps:
         found = importlib.import_module(file.replace("/", "."))
         for part in name.split("."):

@@ -144,11 +144,11 @@ def test_requests_go_on_while_compiling_and_a_failed_compilation_changes_nothing
     run(auto, program, 0)
     monkeypatch.setattr(worker.Worker, "run", stuck)
     for _ in range(3):
-        assert torch.equal(run(auto, program, 15), want)
+        torch.testing.assert_close(run(auto, program, 15), want, rtol=0, atol=1e-4)
     assert {r.state for r in auto.tiers.records if r.phase == "decode"} == {"compiling"}
     release.set()
     auto.tiers.wait()
-    assert torch.equal(run(auto, program, 15), want)
+    torch.testing.assert_close(run(auto, program, 15), want, rtol=0, atol=1e-4)
     (record,) = [r for r in auto.tiers.records if r.phase == "decode"]
     assert record.state == "linked" and "no such luck" in record.reason
     assert store.verify() == []
