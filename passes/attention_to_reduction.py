@@ -84,6 +84,13 @@ def _blocks_of(key: Node) -> Node | None:
     return source if isinstance(read, Node) and read.target is aten.index.Tensor else None
 
 
+def _masked(call: Caller, scores: Node, mask: Node) -> Node:
+    """The scores of what is seen: a mask is boolean, or added."""
+    if mask.meta["val"].dtype == torch.bool:
+        return call(aten.where.ScalarOther, mask, scores, float("-inf"))
+    return call(aten.add.Tensor, scores, mask)
+
+
 @dataclass(frozen=True)
 class AttentionToReduction(Pass):
     """Rewrite scaled_dot_product_attention(q, k, v, mask) with q of one token as softmax(sum(q *
@@ -136,10 +143,7 @@ class AttentionToReduction(Pass):
                 mask,
                 [heads, groups, length] if mask.meta["val"].shape[1] > 1 else [1, 1, length],
             )
-            if mask.meta["val"].dtype == torch.bool:
-                scores = call(aten.where.ScalarOther, seen, scores, float("-inf"))
-            else:
-                scores = call(aten.add.Tensor, scores, seen)
+            scores = _masked(call, scores, seen)
         weights = call(aten.unsqueeze.default, call(aten.softmax.int, scores, -1), -1)
         v = call.cast(
             call(aten.reshape.default, value, [heads, 1, length, value.meta["val"].shape[-1]]), wide
@@ -172,10 +176,7 @@ class AttentionToReduction(Pass):
             if mask.meta["val"].shape[1] > 1:
                 seen = call(aten.squeeze.dim, mask, 2)
                 seen = call(aten.unflatten.int, seen, 1, [heads, groups])
-            if mask.meta["val"].dtype == torch.bool:
-                scores = call(aten.where.ScalarOther, seen, scores, float("-inf"))
-            else:
-                scores = call(aten.add.Tensor, scores, seen)
+            scores = _masked(call, scores, seen)
         weights = call(aten.softmax.int, scores, -1)
         weights = call(aten.unflatten.int, weights, 3, [-1, block])
         weights = call(aten.unsqueeze.default, weights, -1)

@@ -437,7 +437,7 @@ class CompiledModel:
         Raises ProgramError for a session of another program, and KvOverflowError before anything
         runs.
         """
-        session.require_programs({program})
+        session.require_program(program)
         return self.runner.prefill(session, rows, every)
 
     def decode(self, program: Program, session: Session, tokens: Tensor) -> Tensor:
@@ -445,5 +445,5 @@ class CompiledModel:
 
         Raises as `prefill` does.
         """
-        session.require_programs({program})
+        session.require_program(program)
         return self.runner.decode(session, tokens)

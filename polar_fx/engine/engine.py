@@ -20,7 +20,7 @@ from ..errors import EngineFullError, InputError, KvOverflowError
 from ..program import Program
 from ..runtime.dispatcher import Dispatcher
 from ..runtime.kv_rows import KvRow
-from ..runtime.lockstep import RowBatch
+from ..runtime.lockstep import RowBatch, Wants
 from ..runtime.lockstep_session import After
 from ..runtime.runner import Runner
 from ..runtime.token_rows import padded_tokens
@@ -97,7 +97,7 @@ class Engine:
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
         self._running: list[_Row] = []
-        self._decoding: RowBatch | None = None  # of the rows that decode, while they stay the same
+        self._batched: RowBatch | None = None  # of the last pass
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -307,7 +307,7 @@ class Engine:
         ]
         after = None
         if rows[0].after is not None:
-            chunks = [row.after.chunk([0], row.prefilled, max(counts)) for row in rows if row.after]
+            chunks = [row.after.chunk(row.prefilled, max(counts)) for row in rows if row.after]
             after = chunks[0][0], torch.cat([hidden for _, hidden in chunks])
         ends = any(row.prefilled + count == len(row.request.prompt) for row, count in parts)
         logits = self._run(
@@ -347,7 +347,7 @@ class Engine:
         rows: Sequence[_Row],
         ids: Tensor,
         counts: Sequence[int],
-        wants: Any,
+        wants: Wants,
         after: tuple[int, Tensor] | None,
     ) -> Tensor | None:
         """A pass; None if it failed, and with it all its rows."""
@@ -361,9 +361,9 @@ class Engine:
 
     def _batch(self, rows: Sequence[_Row]) -> RowBatch:
         """The rows as a batch; that of the last pass, if they are the same."""
-        known, own = self._decoding, tuple(row.row for row in rows)
+        known, own = self._batched, tuple(row.row for row in rows)
         if known is None or known.rows != own:
-            known = self._decoding = RowBatch(own)
+            known = self._batched = RowBatch(own)
         return known
 
     # ---------------------------------------------------------------------------- what came of them
@@ -372,11 +372,7 @@ class Engine:
         """The next token of a row, and whether it was the last one; `sure` needs no scores."""
         request, how = row.request, row.request.sampling
         try:
-            if sure is None:
-                token = request.sampler.choose(logits)
-            else:
-                token = sure
-                request.sampler.took(token)
+            token = request.sampler.choose(logits, request.tokens) if sure is None else sure
             request.say(token)
             if token in how.stop_tokens or self._stopped_at(request) is not None:
                 self._end(row, "stop")
@@ -396,7 +392,7 @@ class Engine:
     def _end(self, row: _Row, finish: Finish = "stop", error: BaseException | None = None) -> None:
         with self._news:
             self._running.remove(row)
-        self._decoding = None
+        self._batched = None
         row.row.close()
         if error is not None:
             row.request.finish(None, error)

@@ -84,9 +84,7 @@ class Sampler:
     """Chooses the tokens of one request."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
-        self.sampling = sampling
-        self._tokens = list(prompt)
-        self._num_prompt = len(prompt)
+        self.sampling, self._prompt = sampling, list(prompt)
         self._processors = self._penalties()
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
@@ -100,28 +98,21 @@ class Sampler:
         """Whether the likeliest token is taken, and scores stay as they are."""
         return not self._processors and self._generator is None
 
-    def choose(self, logits: Tensor) -> int:
-        """The next token, of logits [V].
+    def choose(self, logits: Tensor, before: Sequence[int]) -> int:
+        """The next token, of logits [V]; `before` are the new ones so far.
 
         Raises InputError for scores of which none is finite.
         """
         scores = logits.to("cpu", torch.float32)[None]
         if self._processors:
-            tokens: Any = torch.tensor([self._tokens])
+            tokens: Any = torch.tensor([[*self._prompt, *before]])
             scores = self._processors(tokens, scores)
         if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
             raise InputError("the scores of the next token are not finite; use another program")
         if self._generator is None:
-            token = int(scores.argmax())
-        else:
-            chances = scores.softmax(-1)
-            token = int(torch.multinomial(chances[0], 1, generator=self._generator))
-        self.took(token)
-        return token
-
-    def took(self, token: int) -> None:
-        """Note a token that was chosen."""
-        self._tokens.append(token)
+            return int(scores.argmax())
+        chances = scores.softmax(-1)
+        return int(torch.multinomial(chances[0], 1, generator=self._generator))
 
     def _penalties(self) -> LogitsProcessorList:
         found = LogitsProcessorList()
@@ -135,7 +126,7 @@ class Sampler:
 
     def _subtract(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """Presence and frequency penalties, over the generated tokens."""
-        values, counts = tokens[0, self._num_prompt :].unique(return_counts=True)
+        values, counts = tokens[0, len(self._prompt) :].unique(return_counts=True)
         how = self.sampling
         scores = scores.clone()
         scores[0, values] -= how.presence_penalty + how.frequency_penalty * counts

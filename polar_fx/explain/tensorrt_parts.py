@@ -73,7 +73,7 @@ def partition_report(library: LayerLibrary, keep: Collection[str] = ()) -> Parti
 
 
 def parts_of(graph_module: GraphModule) -> tuple[EnginePart, ...]:
-    """The parts of a graph that was split_for_engines, in the order they run."""
+    """The parts of a graph that was split for engines, in the order they run."""
     parts: list[EnginePart] = []
     between: list[Node] = []
 

@@ -10,7 +10,7 @@ Shape legend: B batch, T tokens, L allocated length, H KV heads, E head size.
 import bisect
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,9 +24,6 @@ from ..capture import KvSpec
 from ..capture.captured import ALIGNMENT
 from ..errors import KvOverflowError, ProgramError
 from ..program import Program
-
-# Of a session: lengths, tokens by row, keys and values by step.
-_Held = tuple[list[int], list[list[Tensor]], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -154,11 +151,10 @@ class RowCache(Cache):
         """The program of each row."""
         raise NotImplementedError
 
-    def require_programs(self, wanted: Set[Program]) -> None:
-        """Raise ProgramError for a row that was opened for another program than these."""
+    def require_program(self, program: Program) -> None:
+        """Raise ProgramError unless every row was opened for this program."""
         for opened_for in self.programs:
-            if opened_for not in wanted:
-                require_program(opened_for, next(iter(wanted)))
+            require_program(opened_for, program)
 
     def require(self, counts: Sequence[int]) -> None:
         """Raise KvOverflowError unless every row has room for counts[b] more tokens."""
@@ -308,23 +304,6 @@ class KvSession(RowCache):
         for pair in self.slots:
             for slot in pair:
                 slot[:, :, : self._written].zero_()
-
-    def copied(self) -> _Held:
-        """Lengths, kept tokens, and what the slots hold, as copies for `restore`."""
-        filled = slice(0, self._written)
-        held = [(k[:, :, filled].clone(), v[:, :, filled].clone()) for k, v in self.slots]
-        return self.lengths, [list(kept) for kept in self._tokens], held
-
-    def restore(self, taken: _Held) -> None:
-        """Hold what another session of the same program and batch did."""
-        lengths, tokens, held = taken
-        self._tokens = [list(kept) for kept in tokens]
-        for own, other in zip(self.slots, held, strict=True):
-            for slot, values in zip(own, other, strict=True):
-                slot[:, :, : values.shape[2]] = values
-                self.will_write(values.shape[2])
-        self._lengths = list(lengths)
-        self._next.copy_(self.pool.on_device(lengths)[:, None])
 
     # ---- what transformers' generation asks of a cache
 

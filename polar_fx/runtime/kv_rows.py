@@ -40,9 +40,9 @@ class KvRow:
 
     def make_room(self, count: int) -> None:
         """Take the blocks that `count` more tokens need."""
-        needed = -(-(self.length + count) // BLOCK)
+        needed = _blocks(self.length + count)
         if needed > self.num_blocks:
-            self._take(range(self.program.num_steps), self.num_blocks, needed)
+            self._take(0, self.num_blocks, needed)
             self.num_blocks = needed
 
     def spare(self) -> Tensor:
@@ -50,7 +50,7 @@ class KvRow:
         another row. `give_spare` returns them.
         """
         found = torch.full((self.program.num_steps,), EMPTY)
-        for spec, steps in self._steps_of(range(self.program.num_steps)).items():
+        for spec, steps in self._steps_of().items():
             found[steps] = torch.tensor(self.store.take(spec, len(steps)))
         return found
 
@@ -72,18 +72,18 @@ class KvRow:
         table = torch.full((program.num_steps, self.table.shape[1]), EMPTY)
         table[:kept] = self.table[:kept]
         self.program, self.table = program, table
-        self._take(range(kept, program.num_steps), 0, self.num_blocks)
+        self._take(kept, 0, self.num_blocks)
 
     @_OUTSIDE
     def crop(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
-        needed = -(-length // BLOCK)
+        needed = _blocks(length)
         self._give(self.table[:, needed:])
         self.table[:, needed:] = EMPTY
         self.length, self.num_blocks = length, needed
         if column := length % BLOCK:
             self._own(needed - 1)
-            for spec, steps in self._steps_of(range(self.program.num_steps)).items():
+            for spec, steps in self._steps_of().items():
                 # what is masked is multiplied by zero, and 0 * NaN is NaN
                 self.store.clear(spec, self.table[steps, needed - 1].tolist(), column)
         self.version += 1
@@ -96,23 +96,17 @@ class KvRow:
         """
         other = KvRow(self.store, self.specs, self.program)
         other.table, other.length = self.table.clone(), self.length
-        whole = self.length // BLOCK
-        for spec, steps in self._steps_of(range(self.program.num_steps)).items():
-            self.store.share(spec, held_in(self.table[steps, :whole]))
-        other.table[:, whole:] = EMPTY
-        other.num_blocks = whole
-        other.length = whole * BLOCK
-        if (rest := self.length - other.length) > 0:
-            other.make_room(rest)
-            for spec, steps in self._steps_of(range(self.program.num_steps)).items():
-                source, target = self.table[steps, whole], other.table[steps, whole]
-                self.store.copy(spec, source.tolist(), target.tolist())
-            other.length = self.length
+        other.num_blocks = _blocks(self.length)
+        other.table[:, other.num_blocks :] = EMPTY
+        for spec, steps in self._steps_of().items():
+            self.store.share(spec, held_in(other.table[steps]))
+        if self.length % BLOCK:
+            other._own(other.num_blocks - 1)
         return other
 
     def _own(self, index: int) -> None:
         """Copy a block of each step that other rows hold as well: it will be written to."""
-        for spec, steps in self._steps_of(range(self.program.num_steps)).items():
+        for spec, steps in self._steps_of().items():
             shared = [s for s in steps if self.store.is_shared(spec, int(self.table[s, index]))]
             if shared:
                 before = self.table[shared, index].tolist()
@@ -141,18 +135,19 @@ class KvRow:
         self.length = self.num_blocks = 0
         self.version += 1
 
-    def _steps_of(self, steps: range) -> dict[KvSpec, list[int]]:
+    def _steps_of(self, first: int = 0) -> dict[KvSpec, list[int]]:
+        """The steps from `first` on, by the geometry of their slots."""
         found: dict[KvSpec, list[int]] = defaultdict(list)
-        for step in steps:
+        for step in range(first, self.program.num_steps):
             found[self.specs[self.program.path[step]]].append(step)
         return found
 
     @_OUTSIDE
-    def _take(self, steps: range, first: int, stop: int) -> None:
-        """Take blocks `first` to `stop - 1` of these steps."""
+    def _take(self, step: int, first: int, stop: int) -> None:
+        """Take blocks `first` to `stop - 1` of the steps from `step` on."""
         while stop > self.table.shape[1]:
             self.table = torch.cat((self.table, torch.full_like(self.table, EMPTY)), 1)
-        for spec, own in self._steps_of(steps).items():
+        for spec, own in self._steps_of(step).items():
             taken = self.store.take(spec, len(own) * (stop - first))
             self.table[own, first:stop] = torch.tensor(taken).view(len(own), -1)
         self.version += 1
@@ -160,9 +155,14 @@ class KvRow:
     def _give(self, table: Tensor) -> None:
         """Give back what the last rows or columns of the table hold."""
         first = self.program.num_steps - len(table)
-        for spec, steps in self._steps_of(range(first, self.program.num_steps)).items():
+        for spec, steps in self._steps_of(first).items():
             if blocks := held_in(table[[step - first for step in steps]]):
                 self.store.give(spec, blocks)
+
+
+def _blocks(tokens: int) -> int:
+    """How many blocks hold so many tokens."""
+    return -(-tokens // BLOCK)
 
 
 def held_in(table: Tensor) -> list[int]:

@@ -346,13 +346,12 @@ class Lockstep:
         """Token ids, positions and columns; padding is sent to the last column."""
         device, tokens = ids.device, ids.shape[1]
         positions = torch.tensor(batch.lengths, device=device)[:, None]
+        offsets = torch.arange(tokens, device=device)
         if tokens > 1:
-            offsets = torch.arange(tokens, device=device)
+            positions = positions + offsets
+        if min(counts) < tokens:
             own = torch.tensor(counts, device=device)[:, None]
-            positions = torch.where(offsets < own, positions + offsets, width - 1)
-        elif min(counts) == 0:
-            own = torch.tensor(counts, device=device)[:, None]
-            positions = torch.where(own > 0, positions, width - 1)
+            positions = torch.where(offsets < own, positions, width - 1)
         return [ids.contiguous(), positions, torch.arange(width, device=device)]
 
     def _start(self, region: Region, inputs: list[Tensor]) -> list[Tensor]:

@@ -9,6 +9,7 @@ from ..errors import ProgramError
 from ..program import Program
 from .kv_cache import RowCache
 from .lockstep import RowBatch
+from .token_rows import padded
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,16 +23,16 @@ class After:
     num_steps: int
     hidden: list[Tensor]
 
-    def chunk(self, rows: Sequence[int], start: int, tokens: int) -> tuple[int, Tensor]:
-        """Their number, and the hidden states [B, tokens, d] of some rows from a token on; zeros
-        stand for those that are not there.
+    def take(self, rows: Sequence[int]) -> "After":
+        """The same for some of the rows."""
+        return After(self.num_steps, [self.hidden[row] for row in rows])
+
+    def chunk(self, start: int, tokens: int) -> tuple[int, Tensor]:
+        """The number of steps, and the hidden states [B, tokens, d] from a token on; zeros stand
+        for those that are not there.
         """
-        first = self.hidden[rows[0]]
-        padded = first.new_zeros(len(rows), tokens, first.shape[1])
-        for i, row in enumerate(rows):
-            own = self.hidden[row][start : start + tokens]
-            padded[i, : len(own)] = own
-        return self.num_steps, padded
+        parts = [hidden[start : start + tokens] for hidden in self.hidden]
+        return self.num_steps, padded(parts, tokens)
 
 
 class LockstepSession(RowCache):

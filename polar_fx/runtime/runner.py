@@ -3,7 +3,7 @@
 Shape legend: B batch, T tokens, V vocabulary, d hidden size.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ from .group_session import GroupSession, groups_of
 from .kv_cache import KvPool, KvSession, Resume
 from .link import LinkedProgram, Linker, StepInputs
 from .lockstep import Lockstep, RowBatch, Wants
-from .lockstep_session import LockstepSession
+from .lockstep_session import After, LockstepSession
 from .regions import RegionTable
 from .tiers import Tier, TierPolicy, Tiers
 from .token_rows import padded_tokens, token_rows
@@ -273,45 +273,59 @@ class Runner:
             held, before = session.lengths[0], session.restart()
             whole = self.prefill(session, [torch.cat((before, rows[0].to(before)))], every)
             return [whole[0][held:]] if every else whole
-        results: list[list[Tensor]] = [[] for _ in rows]
-        start = 0
-        for ids, counts in self.chunks(rows):
-            resume = session.resume and session.resume.chunk(start, ids.shape[1])
-            start += self.prefill_chunk
-            # where in this chunk each row ends; -1 if it does not
-            ends = [
-                n - 1 if n and start >= len(r) else -1 for n, r in zip(counts, rows, strict=True)
-            ]
-            logits = self._run(session, ids, counts, None if every else ends, resume)
-            if logits is None:
-                continue
-            for i, (n, end) in enumerate(zip(counts, ends, strict=True)):
-                if every and n:
-                    results[i].append(logits[i, :n])
-                elif end >= 0:
-                    results[i].append(logits[i, 0])
+        resume = session.resume
+
+        def run(ids: Tensor, counts: list[int], wants: Wants, start: int) -> Tensor | None:
+            after = resume and resume.chunk(start, ids.shape[1])
+            return self._run(session, ids, counts, wants, after)
+
+        found = self._in_chunks(rows, every, run)
         session.resume = None
-        return [torch.cat(r) if every else r[0] for r in results]
+        return found
 
     def _prefill_together(
         self, session: LockstepSession, rows: Sequence[Tensor], every: bool
     ) -> list[Tensor]:
-        results: list[list[Tensor]] = [[] for _ in rows]
+        found: list[Tensor] = []
         for batch, members in self._batches(session):
-            own, start = [rows[m] for m in members], 0
-            for ids, counts in self.chunks(own):
-                after = session.after and session.after.chunk(members, start, ids.shape[1])
-                start += self.prefill_chunk
-                ends = any(count and start >= len(r) for count, r in zip(counts, own, strict=True))
-                wants: Wants = "every" if every else "last" if ends else "hidden"
-                with without_autocast(self.device):
-                    logits = self.lockstep.run(batch, ids, counts, wants, after)
-                for i, (count, m) in enumerate(zip(counts, members, strict=True)):
-                    if every and count:
-                        results[m].append(logits[i, :count])
-                    elif count and start >= len(rows[m]):
-                        results[m].append(logits[i, 0])
+            after = session.after and session.after.take(members)
+            found += self._prefill_batch(batch, [rows[m] for m in members], every, after)
         session.after = None
+        return found
+
+    def _prefill_batch(
+        self, batch: RowBatch, rows: Sequence[Tensor], every: bool, after: After | None
+    ) -> list[Tensor]:
+        def run(ids: Tensor, counts: list[int], wants: Wants, start: int) -> Tensor:
+            part = after and after.chunk(start, ids.shape[1])
+            with without_autocast(self.device):
+                return self.lockstep.run(batch, ids, counts, wants, part)
+
+        return self._in_chunks(rows, every, run)
+
+    def _in_chunks(
+        self,
+        rows: Sequence[Tensor],
+        every: bool,
+        run: Callable[[Tensor, list[int], Wants, int], Tensor | None],
+    ) -> list[Tensor]:
+        """Logits of a prefill, each chunk of which `run` makes, from its first token on."""
+        results: list[list[Tensor]] = [[] for _ in rows]
+        start = 0
+        for ids, counts in self.chunks(rows):
+            stop = start + self.prefill_chunk
+            ends = [n > 0 and stop >= len(r) for n, r in zip(counts, rows, strict=True)]
+            logits = run(
+                ids, counts, "every" if every else "last" if any(ends) else "hidden", start
+            )
+            start = stop
+            if logits is None:
+                continue
+            for own, result, count, is_end in zip(logits, results, counts, ends, strict=True):
+                if every and count:
+                    result.append(own[:count])
+                elif is_end:
+                    result.append(own[0])
         return [torch.cat(r) if every else r[0] for r in results]
 
     def hidden(
@@ -357,7 +371,7 @@ class Runner:
             return torch.cat(each)
         if crosses:
             return torch.stack(self.prefill(session, [tokens]))
-        logits = self._run(session, tokens[:, None], [1] * batch, None)
+        logits = self._run(session, tokens[:, None], [1] * batch, "every")
         assert logits is not None
         return logits[:, 0]
 
@@ -386,20 +400,20 @@ class Runner:
         session: KvSession,
         ids: Tensor,
         counts: list[int],
-        ends: list[int] | None,
+        wants: Wants,
         resume: Resume | None = None,
     ) -> Tensor | None:
         """One pass over ids [B, T], of which each row has `counts`: logits [B, T, V].
 
-        Of several tokens a row, only those at `ends` get logits [B, 1, V], unless that is None; if
-        no row ends here, None comes back.
+        Of several tokens a row, the last one alone gets logits [B, 1, V], unless `wants` asks for
+        every one; if it asks for hidden states, only keys and values are written.
         """
         with without_autocast(self.device):
             batch, tokens = ids.shape
             positions = session.positions(counts, tokens)
             shape = ShapeClass.of(batch, tokens, self.pool.length)
-            every, where = ends is None or tokens == 1, None
-            if ends is not None and not every and max(ends) >= 0:
+            every, where = wants == "every" or tokens == 1, None
+            if wants == "last" and not every:
                 # of rows that go on, the last token of this part: it has the frequencies of its row
                 where = self.pool.on_device([max(0, count - 1) for count in counts])
             linked = self.linker.link(session.program, shape, every)

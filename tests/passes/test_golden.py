@@ -5,8 +5,6 @@ before committing it.
 """
 
 import difflib
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import torch
 from torch.fx import GraphModule
 
 from hand_made import flat, on_cpu, single_query, single_row
-from places import GOLDEN, child_environment
+from places import GOLDEN, printed_in_processes
 from polar_fx.passes import (
     PASSES,
     flat_pipeline,
@@ -89,17 +87,7 @@ def test_text_and_fingerprint_are_equal_in_another_process() -> None:
         "from test_golden import *; g = library(); print(graph_fingerprint(g)); "
         "print(graph_text(g), end='')"
     )
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=here,
-            env=child_environment(seed),
-        ).stdout
-        for seed in ("1", "2")
-    }
+    seen = printed_in_processes(code, here)
     assert seen == {f"{graph_fingerprint(library())}\n{graph_text(library())}"}
 
 

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from places import child_environment
+from places import printed_in_processes
 from polar_fx.backends import AotInductorBackend, Backend, EagerBackend, InductorBackend, ShapeClass
 from polar_fx.backends.inductor import REGION_PASSES
 from polar_fx.passes.matvec_to_reduction import MatvecToReduction
@@ -141,17 +139,7 @@ def test_digests_are_equal_in_every_process() -> None:
         f"import torch, test_code_key as t; torch.set_num_threads({threads}); "
         "print(t._key().digest)"
     )
-    seen = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            capture_output=True,
-            text=True,
-            check=True,
-            cwd=here,
-            env=child_environment(seed),
-        ).stdout.strip()
-        for seed in ("1", "2")
-    }
+    seen = {printed.strip() for printed in printed_in_processes(code, here)}
     assert seen == {_key().digest}
 
 
