@@ -103,9 +103,7 @@ class _Actors:
             try:
                 record: Any = ray.get(next(stream))
             except StopIteration:
-                actor, _ = self._running.pop(stream)
-                if self._waiting:
-                    self._deal(actor, self._waiting.pop(0))
+                self._go_on(stream)
             except (RayActorError, NodeDiedError, ObjectLostError) as error:
                 self._replace(stream, error)
             except RayTaskError as error:
@@ -121,6 +119,16 @@ class _Actors:
         stream = actor.search.options(num_returns="streaming").remote(share)
         left = {question.id: (question, encoded) for question, encoded in share}
         self._running[stream] = actor, left
+
+    def _go_on(self, stream: Any) -> None:
+        """Give the next share to an actor that has done its own, or its place to another actor."""
+        import ray
+
+        actor, _ = self._running.pop(stream)
+        if self._waiting:
+            self._deal(actor, self._waiting.pop(0))
+        else:
+            ray.kill(actor)  # one that replaces a lost actor may wait for the room
 
     def _replace(self, stream: Any, error: Exception) -> None:
         """Ask for another actor in place of a lost one, whose questions wait again."""
