@@ -22,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from .sources import module_digest
+from .torch_types import schema
 
 
 class PassError(Exception):
@@ -41,7 +42,7 @@ class PassResult:
 
     graph_module: GraphModule
     modified: bool
-    counts: Mapping[str, int | str] = field(default_factory=dict)
+    counts: Mapping[str, int | str] = field(default_factory=dict[str, int | str])
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,16 @@ def role(node: Node) -> str | None:
 
 def writes(node: Node) -> bool:
     """Whether it is an operator that writes into memory it is given."""
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    found = schema(node)
+    return found is not None and found.is_mutable
 
 
 def storage(node: Node) -> Node:
     """The node whose memory this one is, or is a view of."""
     while node.args and isinstance(node.args[0], Node):
-        aliases = isinstance(node.target, torch._ops.OpOverload) and any(
-            r.alias_info for r in node.target._schema.returns
-        )
-        if not aliases and node.target is not operator.getitem:
+        found = schema(node)
+        aliases = found is not None and any(r.alias_info for r in found.returns)
+        if not aliases and cast(object, node.target) is not operator.getitem:
             break
         node = node.args[0]
     return node

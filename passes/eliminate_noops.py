@@ -9,6 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from .base import Pass, PassResult, copy_graph_module
+from .torch_types import schema
 
 _END = 2**63 - 1
 _ASSERTS = (
@@ -20,10 +21,10 @@ _ASSERTS = (
 
 
 def _returns_input(node: Node) -> bool:
-    schema = node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
-    if schema is None or not node.args or not isinstance(node.args[0], Node):
+    called = schema(node)
+    if called is None or not node.args or not isinstance(node.args[0], Node):
         return False
-    name = schema.name
+    name = called.name
     source, result = node.args[0].meta.get("val"), node.meta.get("val")
     if not isinstance(source, torch.Tensor) or not isinstance(result, torch.Tensor):
         return False
@@ -57,10 +58,8 @@ class EliminateNoops(Pass):
         for node in list(graph.nodes):
             if node.op != "call_function":
                 continue
-            if (
-                isinstance(node.target, torch._ops.OpOverload)
-                and node.target._schema.name in _ASSERTS
-            ):
+            called = schema(node)
+            if called is not None and called.name in _ASSERTS:
                 graph.erase_node(node)
             elif _returns_input(node):
                 node.replace_all_uses_with(node.args[0])

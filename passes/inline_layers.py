@@ -1,7 +1,7 @@
 """Step graph -> flat graph: replace every call into a body by the body's own nodes."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from torch.fx import Graph, GraphModule, Node
 
@@ -45,10 +45,10 @@ class InlineLayers(Pass):
         local = {p: env[a] for p, a in zip(placeholders, call.args, strict=True)}  # type: ignore[index]
         for node in inner.graph.nodes:
             if node.op == "output":
-                result = node.args[0]
-                return (
-                    tuple(local[r] for r in result) if isinstance(result, tuple) else local[result]
-                )
+                result = cast(Node | tuple[Node, ...], node.args[0])
+                if isinstance(result, Node):
+                    return local[result]
+                return tuple(local[r] for r in result)
             if node.op != "placeholder":
                 new = local[node] = graph.node_copy(node, local.__getitem__)
                 new.meta["layer"], new.meta["step"] = call.meta.get("layer"), call.meta.get("step")

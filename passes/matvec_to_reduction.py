@@ -5,8 +5,9 @@ Decoding one token reads every weight once: it is bound by memory, and a matrix-
 for many rows reads slower than a plain vectorized reduction (docs/performance.md has the figures).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -20,15 +21,23 @@ def is_single_row(node: Node, device: str) -> bool:
     """A linear on that type of device whose input is one vector, by static sizes."""
     if node.op != "call_function" or node.target is not aten.linear.default:
         return False
-    value, weight = node.meta.get("val"), node.args[1].meta["val"]  # type: ignore[union-attr]
+    value, weight = node.meta.get("val"), _value(node.args[1])
     if (
         not isinstance(value, torch.Tensor)
+        or weight is None
         or value.device.type != device
         or not value.is_floating_point()
         or weight.dim() != 2
     ):
         return False
-    return all(isinstance(size, int) and size == 1 for size in value.shape[:-1])
+    sizes = cast(Sequence[int | torch.SymInt], value.shape[:-1])
+    return all(isinstance(size, int) and size == 1 for size in sizes)
+
+
+def _value(argument: object) -> torch.Tensor | None:
+    """The tensor that an argument stands for, as far as traced."""
+    value = argument.meta.get("val") if isinstance(argument, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
 
 
 @dataclass(frozen=True)
@@ -74,7 +83,7 @@ class MatvecToReduction(Pass):
             flat = call(aten.reshape.default, call.cast(row, wide), [1, size])
             rows[row] = call(aten.as_strided.default, call.dense(flat), [1, size], [size, 1])
         streams = self.streams if count % self.streams == 0 else 1
-        parts = []
+        parts: list[Node] = []
         for i in range(streams):
             part = weight
             if streams > 1:
@@ -88,7 +97,7 @@ class MatvecToReduction(Pass):
                     [-1],
                 )
             )
-        result: Any = parts[0] if streams == 1 else call(aten.cat.default, parts)
+        result = parts[0] if streams == 1 else call(aten.cat.default, parts)
         if bias and bias[0] is not None:
             result = call(aten.add.Tensor, result, bias[0])
         return call.cast(call(aten.reshape.default, result, list(value.shape)), value.dtype)

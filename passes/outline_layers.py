@@ -8,14 +8,16 @@ unsound and is refused here.
 """
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .base import Pass, PassError, PassResult, role
+from .torch_types import is_operator, size_expression
 
 _ROLE_ORDER = {"hidden": 0, "input": 0, "side": 1, "kv": 2, "weight": 3}
 
@@ -34,6 +36,7 @@ class Body:
         self,
         name: str,
         nodes: list[Node],
+        *,
         operand_role: Callable[[Node], str],
         always: Iterable[Node] = (),
     ) -> None:
@@ -54,9 +57,22 @@ class Body:
         self.operands = sorted(seen, key=order)
         self.roles = roles
 
-    def build(self, root: GraphModule, outputs: list[Node], single: bool) -> GraphModule:
+    def build(self, root: GraphModule, outputs: list[Node], *, single: bool) -> GraphModule:
+        """The graph that takes the operands and gives `outputs`: the one value if `single`, else a
+        tuple; raises PassError if it needs a size that no operand has.
+        """
         graph = Graph()
-        env: dict[Node, Node] = {}
+        env = self._placeholders(graph)
+        sizes = _Sizes(self.name, graph, operands=env)
+        for node in self.nodes:
+            if node not in env:
+                env[node] = graph.node_copy(node, lambda n: env[n] if n in env else sizes.of(n))
+        graph.output(env[outputs[0]] if single else tuple(env[o] for o in outputs))
+        return GraphModule(root, graph, class_name=self.name)
+
+    def _placeholders(self, graph: Graph) -> dict[Node, Node]:
+        """One for each operand, numbered within its role."""
+        made: dict[Node, Node] = {}
         counts: dict[str, int] = {}
         for operand in self.operands:
             operand_role = self.roles[operand]
@@ -65,53 +81,78 @@ class Body:
             new.meta = {"val": operand.meta.get("val"), "role": operand_role}
             if operand_role == "kv":
                 new.meta["part"] = operand.meta["part"]
-            env[operand] = new
-        sizes: dict[str, tuple[Node, int, torch.SymInt]] = {}
-        for operand in self.operands:  # the first operand that has a symbolic size provides it
+            made[operand] = new
+        return made
+
+
+class _Sizes:
+    """Symbolic sizes in the graph of one body: each is read off the first operand that has it."""
+
+    def __init__(self, body: str, graph: Graph, *, operands: Mapping[Node, Node]) -> None:
+        self._body, self._graph = body, graph
+        self._made: dict[str, Node] = {}
+        self._read: dict[str, tuple[Node, int, torch.SymInt]] = {}
+        for operand, placeholder in operands.items():
             value = operand.meta.get("val")
             if isinstance(value, torch.Tensor):
-                for dim, size in enumerate(value.shape):
+                for dim, size in enumerate(cast(Sequence[int | torch.SymInt], value.shape)):
                     if isinstance(size, torch.SymInt):
-                        sizes.setdefault(str(size.node.expr), (env[operand], dim, size))
-        made: dict[str, Node] = {}
+                        place = (placeholder, dim, size)
+                        self._read.setdefault(str(size_expression(size)), place)
 
-        def size_of(node: Node) -> Node:
-            key = (
-                str(node.meta["val"].node.expr)
-                if isinstance(node.meta["val"], torch.SymInt)
-                else ""
+    def of(self, node: Node) -> Node:
+        """The node of the body with the size that `node` has in the flat graph."""
+        value = node.meta["val"]
+        key = str(size_expression(value)) if isinstance(value, torch.SymInt) else ""
+        if key in self._made:
+            return self._made[key]
+        if key in self._read:
+            owner, dim, size = self._read[key]
+            new = self._graph.call_function(torch.ops.aten.sym_size.int, (owner, dim))
+            new.meta = {"val": size}
+        elif node.op == "call_function" and not is_operator(node):
+            new = self._graph.node_copy(node, self.of)  # arithmetic on sizes
+        else:
+            raise _refused(
+                f"{self._body} needs the size {key} which no operand has", "report this model"
             )
-            if key in made:
-                return made[key]
-            if key in sizes:
-                owner, dim, size = sizes[key]
-                new = graph.call_function(torch.ops.aten.sym_size.int, (owner, dim))
-                new.meta = {"val": size}
-            elif node.op == "call_function" and not isinstance(node.target, torch._ops.OpOverload):
-                new = graph.node_copy(node, size_of)  # arithmetic on sizes
-            else:
-                raise PassError(
-                    "outline-layers",
-                    f"{self.name} needs the size {key} which no operand has",
-                    "report this model",
-                )
-            return made.setdefault(key, new)
-
-        def lookup(node: Node) -> Node:
-            if node in env:
-                return env[node]
-            return size_of(node)
-
-        for node in self.nodes:
-            if node not in env:
-                env[node] = graph.node_copy(node, lookup)
-        result = env[outputs[0]] if single else tuple(env[o] for o in outputs)
-        graph.output(result)
-        return GraphModule(root, graph, class_name=self.name)
+        return self._made.setdefault(key, new)
 
 
-# body, kind, layer, values it hands on, whether that is one value rather than a tuple
-_Region = tuple[Body, str, int | None, list[Node], bool]
+def _refused(problem: str, remedy: str) -> PassError:
+    return PassError(OutlineLayers.name, problem, remedy)
+
+
+@dataclass(frozen=True)
+class _Region:
+    """A body and its place in the model."""
+
+    body: Body
+    kind: str
+    layer: int | None
+    outputs: list[Node]  # what it hands on
+    single: bool  # as one value rather than a tuple
+
+    def call_into(self, graph: Graph, operands: tuple[Node, ...]) -> dict[Node, Node]:
+        """Add its call to a graph; the values it hands on, by the nodes they were in the flat
+        graph.
+        """
+        call = graph.call_module(self.body.name, operands)
+        values = tuple(o.meta.get("val") for o in self.outputs)
+        call.meta = {
+            "kind": self.kind,
+            "layer": self.layer,
+            "val": values[0] if self.single else values,
+        }
+        if self.kind == "layer":
+            call.meta["step"] = self.layer  # as captured, step i runs layer i in slot i
+        if self.single:
+            return {self.outputs[0]: call}
+        given: dict[Node, Node] = {}
+        for i, (out, value) in enumerate(zip(self.outputs, values, strict=True)):
+            given[out] = graph.call_function(operator.getitem, (call, i))
+            given[out].meta = {"val": value}
+        return given
 
 
 def _split(gm: GraphModule) -> tuple[list[Node], list[list[Node]], list[Node]]:
@@ -131,13 +172,13 @@ def _split(gm: GraphModule) -> tuple[list[Node], list[list[Node]], list[Node]]:
             (after if depends[node] else before).append(node)
     if sorted(layers) != list(range(len(layers))):
         missing = sorted(set(range(max(layers) + 1)) - set(layers))
-        raise PassError(
-            "outline-layers",
+        raise _refused(
             f"layers {missing} left no operation in the graph",
             "the stack is not a plain loop",
         )
     late = _only_for_the_head(before, after)
-    before, after = [n for n in before if n not in late], [n for n in gm.graph.nodes if n in late]
+    before = [n for n in before if n not in late]
+    after = [n for n in gm.graph.nodes if n in late]
     return before, [layers[i] for i in range(len(layers))], after
 
 
@@ -174,12 +215,71 @@ def _first_hidden(layers: list[list[Node]], output: Node) -> Node:
         and n.meta["val"].dtype == wanted.dtype
     ]
     if not fits:
-        raise PassError(
-            "outline-layers",
+        raise _refused(
             "layer 0 takes no value shaped like its output",
             "the stack is not a residual stream",
         )
     return next((n for n in fits if n not in shared), fits[0])
+
+
+class _Stack:
+    """The flat graph as a prologue, layers and an epilogue, and what each of these takes.
+
+    `hidden[i]` is the hidden state that layer i takes, and the last one the epilogue's.
+    """
+
+    def __init__(self, gm: GraphModule) -> None:
+        self.before, self.layers, self.after = _split(gm)
+        depth = len(self.layers)
+        self.outputs = [_layer_output(i, nodes, depth=depth) for i, nodes in enumerate(self.layers)]
+        self.hidden = [_first_hidden(self.layers, self.outputs[0]), *self.outputs]
+        self._owner = {n: i for i, nodes in enumerate(self.layers) for n in nodes}
+        self._late = set(self.after)
+
+    def layer_role(self, index: int, node: Node) -> str:
+        """What `node` is to a layer; raises PassError if layers share more than the hidden
+        state.
+        """
+        unsound = "editing such a model is unsound; it is not supported"
+        if node is self.hidden[index]:
+            return "hidden"
+        if role(node) == "kv":
+            slot = node.meta["slot"]
+            if slot != index:
+                raise _refused(f"layer {index} reads the keys and values of layer {slot}", unsound)
+            return "kv"
+        if node in self._owner:
+            other = self._owner[node]
+            raise _refused(
+                f"layer {index} takes a value of layer {other} beside the hidden state", unsound
+            )
+        if node in self._late:
+            raise _refused(f"layer {index} takes a value computed between layers", "not supported")
+        return "weight" if node.op == "get_attr" else "side"
+
+    def head_role(self, node: Node) -> str:
+        """What `node` is to the epilogue; raises PassError if it reads inside a layer."""
+        if node is self.hidden[-1]:
+            return "hidden"
+        if node in self._owner:
+            raise _refused(f"the head reads layer {self._owner[node]} directly", "not supported")
+        if node.op == "get_attr":
+            return "weight"
+        return "input" if role(node) == "input" else "side"
+
+
+def _layer_output(index: int, nodes: list[Node], *, depth: int) -> Node:
+    """The one value that later nodes take of a layer; raises PassError if it is not one."""
+    inside = set(nodes)
+    used = [n for n in nodes if not is_size(n) and not inside.issuperset(n.users)]
+    if len(used) != 1:
+        names = ", ".join(map(str, used)) or "nothing"
+        raise _refused(
+            f"layer {index} of {depth} hands on {len(used)} values ({names}) instead of one "
+            "hidden state",
+            "layers that share state cannot be skipped or repeated; this model is not supported",
+        )
+    return used[0]
 
 
 @dataclass(frozen=True)
@@ -195,116 +295,50 @@ class OutlineLayers(Pass):
             n.meta.get("layer") is not None and n.op == "call_function" for n in gm.graph.nodes
         ):
             return PassResult(gm, False)
-        before, layers, after = _split(gm)
-        outputs = [self._layer_output(i, nodes, len(layers)) for i, nodes in enumerate(layers)]
-        hidden = [_first_hidden(layers, outputs[0]), *outputs]
-        owner = {n: i for i, nodes in enumerate(layers) for n in nodes}
-
-        def layer_role(i: int) -> Callable[[Node], str]:
-            def of(node: Node) -> str:
-                if node is hidden[i]:
-                    return "hidden"
-                if role(node) == "kv":
-                    if node.meta["slot"] != i:
-                        raise PassError(
-                            "outline-layers",
-                            f"layer {i} reads the keys and values of layer {node.meta['slot']}",
-                            "editing such a model is unsound; it is not supported",
-                        )
-                    return "kv"
-                if node in owner:
-                    raise PassError(
-                        "outline-layers",
-                        f"layer {i} takes a value of layer {owner[node]} beside the hidden state",
-                        "editing such a model is unsound; it is not supported",
-                    )
-                if node in set(after):
-                    raise PassError(
-                        "outline-layers",
-                        f"layer {i} takes a value computed between layers",
-                        "not supported",
-                    )
-                return "weight" if node.op == "get_attr" else "side"
-
-            return of
-
-        def end_role(node: Node) -> str:
-            if node is hidden[-1]:
-                return "hidden"
-            if node in owner:
-                raise PassError(
-                    "outline-layers",
-                    f"the head reads layer {owner[node]} directly",
-                    "not supported",
-                )
-            if node.op == "get_attr":
-                return "weight"
-            return "input" if role(node) == "input" else "side"
-
-        bodies = [Body(f"layer_{i}", nodes, layer_role(i)) for i, nodes in enumerate(layers)]
-        head = Body("epilogue", after, end_role)
-        result = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-        sides = dict.fromkeys(
-            [hidden[0], *(o for b in (*bodies, head) for o in b.operands if b.roles[o] == "side")]
-        )
-        inputs = {n for n in sides if n.op == "placeholder"}
-        made = [n for n in sides if n not in inputs]
-        given = [n for n in gm.graph.nodes if n.op == "placeholder" and role(n) == "input"]
+        stack = _Stack(gm)
+        layers = [
+            Body(f"layer_{i}", nodes, operand_role=partial(stack.layer_role, i))
+            for i, nodes in enumerate(stack.layers)
+        ]
+        head = Body("epilogue", stack.after, operand_role=stack.head_role)
+        sides = {stack.hidden[0]: None}
+        for body in (*layers, head):
+            sides |= dict.fromkeys(o for o in body.operands if body.roles[o] == "side")
+        made = [n for n in sides if n.op != "placeholder"]
         start = Body(
-            "prologue", before, lambda n: "weight" if n.op == "get_attr" else "input", always=given
+            "prologue",
+            stack.before,
+            operand_role=lambda n: "weight" if n.op == "get_attr" else "input",
+            always=[n for n in gm.graph.nodes if n.op == "placeholder" and role(n) == "input"],
         )
-        regions: list[_Region] = [(start, "prologue", None, made, False)]
-        regions += [(b, "layer", i, [outputs[i]], True) for i, b in enumerate(bodies)]
-        regions.append((head, "epilogue", None, [result], True))
-        return PassResult(
-            self._assemble(gm, regions),
-            True,
-            {"layers": len(layers), "side values": len(sides) - 1},
-        )
+        result = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+        regions = [_Region(start, "prologue", layer=None, outputs=made, single=False)]
+        for i, (body, output) in enumerate(zip(layers, stack.outputs, strict=True)):
+            regions.append(_Region(body, "layer", layer=i, outputs=[output], single=True))
+        regions.append(_Region(head, "epilogue", layer=None, outputs=[result], single=True))
+        counts = {"layers": len(layers), "side values": len(sides) - 1}
+        return PassResult(_assemble(gm, regions), True, counts)
 
-    def _layer_output(self, index: int, nodes: list[Node], depth: int) -> Node:
-        inside = set(nodes)
-        used = [n for n in nodes if not is_size(n) and any(u not in inside for u in n.users)]
-        if len(used) != 1:
-            names = ", ".join(str(n) for n in used) or "nothing"
-            raise PassError(
-                "outline-layers",
-                f"layer {index} of {depth} hands on {len(used)} values ({names}) instead of one "
-                "hidden state",
-                "layers that share state cannot be skipped or repeated; this model is not "
-                "supported",
-            )
-        return used[0]
 
-    def _assemble(self, gm: GraphModule, regions: list[_Region]) -> GraphModule:
-        graph = Graph()
-        env: dict[Node, Node] = {
-            n: graph.node_copy(n) for n in gm.graph.nodes if n.op == "placeholder"
-        }
-        root: dict[str, Any] = {}
+def _assemble(gm: GraphModule, regions: list[_Region]) -> GraphModule:
+    """A graph that calls the regions in order and gives what the last one hands on."""
+    graph = Graph()
+    env: dict[Node, Node] = {n: graph.node_copy(n) for n in gm.graph.nodes if n.op == "placeholder"}
+    root: dict[str, Any] = {}
 
-        def operand(node: Node) -> Node:
-            if node not in env:
-                assert node.op == "get_attr"
-                env[node] = graph.node_copy(node)
-                root[str(node.target)] = _attribute(gm, str(node.target))
-            return env[node]
+    def operand(node: Node) -> Node:
+        if node not in env:
+            assert node.op == "get_attr"
+            env[node] = graph.node_copy(node)
+            root[str(node.target)] = _attribute(gm, str(node.target))
+        return env[node]
 
-        for region, kind, layer, outputs, single in regions:
-            root[region.name] = region.build(gm, outputs, single)
-            call = graph.call_module(region.name, tuple(operand(o) for o in region.operands))
-            values = tuple(o.meta.get("val") for o in outputs)
-            call.meta = {"kind": kind, "layer": layer, "val": values[0] if single else values}
-            if kind == "layer":
-                call.meta["step"] = layer  # as captured, step i runs layer i in slot i
-            if single:
-                env[outputs[0]] = call
-            else:
-                for i, out in enumerate(outputs):
-                    env[out] = graph.call_function(operator.getitem, (call, i))
-                    env[out].meta = {"val": out.meta.get("val")}
-        graph.output(env[regions[-1][3][0]])
-        return GraphModule(root, graph)
+    for region in regions:
+        root[region.body.name] = region.body.build(gm, region.outputs, single=region.single)
+        operands = tuple(operand(o) for o in region.body.operands)
+        env |= region.call_into(graph, operands)
+    graph.output(env[regions[-1].outputs[0]])
+    return GraphModule(root, graph)
 
 
 def _attribute(gm: GraphModule, target: str) -> Any:

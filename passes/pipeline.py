@@ -88,7 +88,7 @@ class Pipeline:
 
         `on_pass` sees each result, for printing.
         """
-        records = []
+        records: list[PassRecord] = []
         if self.verify_each:
             self.verifier(gm)
         for p in self.passes:

@@ -10,10 +10,13 @@ it, names are not.
 import difflib
 import hashlib
 import operator
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule, Node
+
+from .torch_types import is_operator, size_expression
 
 _DTYPES = {
     torch.float32: "f32",
@@ -52,7 +55,7 @@ class _Printer:
         """
         if not isinstance(value, torch.SymInt):
             return str(value)
-        expression = value.node.expr
+        expression = size_expression(value)
         symbols = sorted(expression.free_symbols, key=lambda s: (len(s.name), s.name))
         return str(expression.xreplace({s: type(s)(self.symbol(s.name)) for s in symbols}))
 
@@ -72,7 +75,7 @@ class _Printer:
             device = "" if value.device.type in ("cpu", "meta") else f" {value.device.type}"
             return f"{_DTYPES.get(value.dtype, str(value.dtype))}[{shape}]{dense}{device}"
         if isinstance(value, (tuple, list)):
-            return "(" + ", ".join(self.type(v) for v in value) + ")"
+            return "(" + ", ".join(self.type(v) for v in cast(Sequence[object], value)) + ")"
         if isinstance(value, (int, torch.SymInt)):
             return f"int {self.size(value)}"
         return type(value).__name__
@@ -81,9 +84,11 @@ class _Printer:
         if isinstance(value, Node):
             return names[value]
         if isinstance(value, (tuple, list)):
-            return "[" + ", ".join(self.argument(v, names) for v in value) + "]"
+            inner = cast(Sequence[object], value)
+            return "[" + ", ".join(self.argument(v, names) for v in inner) + "]"
         if isinstance(value, slice):
-            return f"{value.start}:{value.stop}:{value.step}"
+            part = cast("slice[object, object, object]", value)
+            return f"{part.start}:{part.stop}:{part.step}"
         return self.size(value) if isinstance(value, torch.SymInt) else str(value)
 
 
@@ -93,8 +98,8 @@ def _operator_name(node: Node, gm: GraphModule, bodies: dict[str, GraphModule]) 
         assert isinstance(child, GraphModule)
         bodies.setdefault(str(node.target), child)
         return f"@{node.target}"
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    target = cast(object, node.target)
+    if is_operator(node):
         return str(target)
     module = (
         ""

@@ -104,7 +104,7 @@ def split_for_engines(graph_module: GraphModule, keep: Collection[str] = ()) -> 
                 copy(node)
             continue
         results = [n for n in nodes if any(levels.get(u) != level for u in n.users)]
-        body = Body(f"engine_{len(root)}", nodes, lambda _: "input")
+        body = Body(f"engine_{len(root)}", nodes, operand_role=lambda _: "input")
         root[body.name] = body.build(graph_module, results, single=False)
         call = graph.call_module(body.name, tuple(map(copy, body.operands)))
         for i, node in enumerate(results):
