@@ -120,7 +120,7 @@ def test_a_pass_counts_with_what_it_imports(tmp_path: Path) -> None:
     folder = ROOT / "polar_fx/passes"
     found = with_imports([tmp_path / "mine.py"], (tmp_path, folder), passes=folder)
     names = {p.name for p in found}
-        assert names == {"mine.py", "helper.py", "deeper.py", "text.py", "torch_types.py"}
+    assert names == {"mine.py", "helper.py", "deeper.py", "text.py", "torch_types.py"}
 
 
 def test_names_from_the_face_of_passes_count_with_all_that_it_imports(tmp_path: Path) -> None:
