@@ -15,6 +15,7 @@ from rich.table import Table
 
 from ..explain.picture import picture
 from ..output.plain_text import dtype_name, ranges
+from ..program.strip import LEGEND
 from .options import add_model_arguments, compile_model, load_model
 
 if TYPE_CHECKING:
@@ -146,3 +147,5 @@ def _show(summary: dict[str, Any], programs: list["Program"]) -> None:
     for program in programs:
         print()
         print(picture(program))
+    print()
+    print(LEGEND)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..library import LayerLibrary
+from ..output.markup import preformatted
 from ..output.plain_text import count, dtype_name, ranges, size, table
 from ..passes.address_kv import BLOCK
 from ..passes.pipeline import PassRecord
@@ -103,6 +104,9 @@ class Report:
         return "\n".join(_report_lines(self))
 
     __str__ = text
+
+    def _repr_html_(self) -> str:
+        return preformatted(self.text())
 
 
 def report(runner: Runner) -> Report:

@@ -16,8 +16,6 @@ from ..output.files import write_whole
 from ..output.plain_text import ranges
 from ..program import Op, Program, Segment
 
-_SKIPPED, _ONCE = "·", "■"
-
 _WRAP = 10  # layers a row
 _TITLE_COLUMNS = 56
 _MAX_PASSES = 6  # listed one by one
@@ -28,19 +26,16 @@ _FILLS = ("#bcdcf5", "#fbdcb0", "#c9e8c5", "#e3d0f0", "#f7c9c9", "#f3ecae", "#c5
 
 
 def picture(program: Program) -> str:
-    """One mark a layer: `·` skipped, `■` run once, a digit for that many times (`+` beyond 9), ten
-    to a group.
+    """The program's strip (`polar_fx.program.strip.LEGEND` says what the marks mean) and its share
+    of the layers.
 
     A second line holds the text form, a third the segments if the path has any.
     """
-    runs = [program.path.count(layer) for layer in range(program.depth)]
-    marks = [_SKIPPED if n == 0 else _ONCE if n == 1 else str(n) if n < 10 else "+" for n in runs]
-    groups = ["".join(marks[i : i + 10]) for i in range(0, len(marks), 10)]
     share = (
         f"{program.num_steps} steps, {program.num_steps / program.depth:.0%} of the "
         f"{program.depth} layers"
     )
-    lines = [f"{' '.join(groups)}   {share}", str(program)]
+    lines = [f"{program.strip()}   {share}", str(program)]
     try:
         segments = program.segments()
     except NotSegmentableError:

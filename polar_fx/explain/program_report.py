@@ -15,6 +15,7 @@ from typing import Any
 
 from ..backends.base import PersistentBackend, RegionName, ShapeClass
 from ..errors import InputError, NotSegmentableError
+from ..output.markup import preformatted
 from ..output.plain_text import count, ranges, size, table
 from ..program import Program
 from ..runtime.runner import Runner
@@ -196,6 +197,10 @@ class Explanation:
 
     __str__ = text
 
+    def _repr_html_(self) -> str:
+        """The strip, and the tables without its text."""
+        return self.program._repr_html_() + preformatted("\n".join(_table_lines(self)))
+
 
 # ------------------------------------------------------------------------------------------ looking
 
@@ -315,6 +320,10 @@ def _end_bytes(runner: Runner, batch: int) -> int:
 
 def _explanation_lines(e: Explanation) -> Iterator[str]:
     yield from (e.picture, "")
+    yield from _table_lines(e)
+
+
+def _table_lines(e: Explanation) -> Iterator[str]:
     rows = [_step_row(group) for group in _groups(e.steps)]
     yield from table(
         ("steps", "layers", "graph", "KV slots", "blends", "weights"), rows, ("weights",)

@@ -15,6 +15,7 @@ between the embedding and the final norm. This module needs the standard library
 # pyright: reportUnnecessaryIsInstance=false
 
 import hashlib
+import html
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +36,7 @@ from .parts import (
     check_whole,
 )
 from .segments import check_tiling, minimal_segments, segments_of_edits, steps_of_segments
+from .strip import Strip
 from .text import format_text, parse_text
 
 __all__ = ["MAX_STEPS", "Blend", "Edit", "Op", "Program", "Segment", "Step"]
@@ -318,12 +320,24 @@ class Program:
             for index, layer in enumerate(self.path)
         )
 
+    def strip(self) -> Strip:
+        """Return the program as a row of cells, one a layer, for `.text()` and `.svg()`."""
+        return Strip.of(self.depth, self.path, self.blends)
+
     def __str__(self) -> str:
         """The canonical text, `0-4 6-29 /30`; `parse` reads it back exactly."""
         return format_text(self.schedule(), self.depth)
 
     def __repr__(self) -> str:
         return f"Program({str(self)!r})"
+
+    def _repr_html_(self) -> str:
+        """The strip above the text, as notebooks show it."""
+        share = f"{self.num_steps} steps, {self.num_steps / self.depth:.0%} of the layers"
+        return (
+            f"<div>{self.strip().svg()}<br><code>{html.escape(str(self))}</code> "
+            f"<small>{share}</small></div>"
+        )
 
 
 def _overlap(bound: int, start: int, stop: int) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, ProgramError
+from ..output.markup import Markup, escaped, html_table
 from ..predictor.features import Features
 from ..predictor.menu import Menu, Proposal
 from ..predictor.policy import Calibration, Policy
@@ -62,6 +63,9 @@ class Decision:
     def num_steps(self) -> int:
         return self.program.num_steps
 
+    def _repr_html_(self) -> str:
+        return _decisions_html([self])
+
 
 @dataclass(frozen=True)
 class DispatchReport:
@@ -93,6 +97,34 @@ class DispatchReport:
         ]
         times = {"trunk_s": self.trunk_s, "predict_s": self.predict_s, "total_s": self.total_s}
         return {"rows": rows, "groups": self.groups, **times}
+
+    def _repr_html_(self) -> str:
+        """A row a decision, as notebooks show it."""
+        seconds = (self.trunk_s, self.predict_s, self.total_s)
+        trunk, predict, total = (f"{1e3 * each:.1f} ms" for each in seconds)
+        times = f"{total}, of which the trunk took {trunk} and the prediction {predict}"
+        return f"{_decisions_html(self.decisions)}<small>{times}</small>"
+
+
+def _decisions_html(decisions: Sequence[Decision]) -> Markup:
+    def share(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return html_table(
+        ("row", "program", "steps", "P(right)", "gain", "reason"),
+        [
+            (
+                row,
+                Markup(f"{d.program.strip().svg(ticks=False)}<br>{escaped(d.program)}"),
+                d.num_steps,
+                share(d.probability, ".3f"),
+                share(d.gain, "+.3f"),
+                d.reason,
+            )
+            for row, d in enumerate(decisions)
+        ],
+        right=("row", "steps", "P(right)", "gain"),
+    )
 
 
 class Dispatcher:

@@ -15,6 +15,7 @@ from polar_fx.cli import main
 from polar_fx.cli.options import row_length
 from polar_fx.explain.picture import picture
 from polar_fx.program import Program
+from polar_fx.program.strip import LEGEND
 from tiny_models import make
 
 
@@ -127,6 +128,7 @@ def test_inspect_shows_kinds_parameters_and_the_picture(
         "layer_kind_0" in out
         and "0-3" in out
         and "■·■■   3 steps" in out
+        and LEGEND in out
         and "dedupe-layers: layer graphs 4 -> 1" in out
     )
     summary = _json(capsys, "inspect", "--model", folder)
@@ -163,7 +165,7 @@ PICTURES = {
     ),
     "repeat 1-2 x3 @0.5": (
         4,
-        "■33■   8 steps, 200% of the 4 layers\n0 (1-2)*3@0.5 3 /4\nkeep 0 | repeat 1-2 x3 @0.5 | "
+        "■³³■   8 steps, 200% of the 4 layers\n0 (1-2)*3@0.5 3 /4\nkeep 0 | repeat 1-2 x3 @0.5 | "
         "keep 3",
     ),
     "3 2": (

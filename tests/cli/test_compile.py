@@ -56,7 +56,7 @@ def test_it_prints_the_report_and_every_program(
         "LlamaForCausalLM: 4 layers, float32 on cpu, backend eager, up to 31 tokens a row\n"
     )
     assert "linked    2 programs" in shown.out and "slots of 32 tokens" in shown.out
-    for text in ("■·■■   3 steps", "■·22   5 steps", "keep 0 | skip 1 | repeat 2-3 x2 @0.5"):
+    for text in ("■·■■   3 steps", "■·²²   5 steps", "keep 0 | skip 1 | repeat 2-3 x2 @0.5"):
         assert text in shown.out
     assert "backend eager keeps no compiled code" in " ".join(shown.err.split())
 

@@ -49,6 +49,7 @@ def test_kinds_are_told_apart() -> None:
         ("layer_kind_1", (3,)),
     ]
     assert "layers    4 -> 2 kinds" in report.text()
+    assert "layers    4 -&gt; 2 kinds" in report._repr_html_()
     rows = [
         line.split()
         for line in eager("smollm3").explain("skip 1").text().splitlines()
@@ -74,6 +75,8 @@ def test_steps_own_slots_and_count_each_time() -> None:
         s.body for s in explanation.steps
     } == {"layer_kind_0"}
     assert explanation.skipped == (1,)
+    shown = explanation._repr_html_()
+    assert shown.count("<svg") == 1 and "one decoded token moves" in shown
     cost = explanation.cost
     assert cost.step_bytes == 5 * LAYER_BYTES
     # one row of the embedding, the rotary frequencies, the last norm and the head
