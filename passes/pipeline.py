@@ -1,11 +1,13 @@
 """Pipelines: an order of passes with a text form, verified between passes, logged as counts."""
 
+import contextlib
 import functools
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -55,6 +57,28 @@ class PassRecord:
     modified: bool
     counts: dict[str, int | str]
     time_ms: float
+
+
+_KEPT: ContextVar[list[PassRecord] | None] = ContextVar("kept records", default=None)
+
+
+@contextlib.contextmanager
+def kept_records() -> Generator[list[PassRecord]]:
+    """A list that gets the records of every pipeline that this thread runs meanwhile: how whoever
+    has a backend compile a region learns what the backend's passes did.
+    """
+    kept: list[PassRecord] = []
+    token = _KEPT.set(kept)
+    try:
+        yield kept
+    finally:
+        _KEPT.reset(token)
+
+
+def keep_records(records: Iterable[PassRecord]) -> None:
+    """Add records to the list that is open, if one is: of a pipeline, or from another process."""
+    if (kept := _KEPT.get()) is not None:
+        kept.extend(records)
 
 
 @dataclass(frozen=True)
@@ -112,6 +136,7 @@ class Pipeline:
             )
             if on_pass is not None:
                 on_pass(p, result)
+        keep_records(records)
         return PipelineResult(gm, tuple(records))
 
     @property

@@ -11,12 +11,13 @@ import queue
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..child_process import KILLED, ChildEndedError, ChildProcess, answer, answers
 from ..errors import CompileError
-from ..passes.pipeline import PASSES, Pipeline
+from ..passes.pipeline import PASSES, PassRecord, Pipeline, keep_records, kept_records
 from .base import Backend, PersistentBackend
 
 _START = (
@@ -82,7 +83,9 @@ class Worker:
         self._owner = os.getpid()
 
     def run(self, job: dict[str, Any]) -> None:
-        """Do one job. Raises CompileError with the worker's reason."""
+        """Do one job, and keep the records of its passes (see `kept_records`). Raises CompileError
+        with the worker's reason.
+        """
         if self._process is None or not self._process.is_running:
             self.close()  # what is left of one that ended
             self._process = ChildProcess(_START, str(self._nice))
@@ -92,6 +95,7 @@ class Worker:
             raise CompileError(f"a compile worker ended{_how(ended)}") from ended
         if (reason := reply.get("error")) is not None:
             raise CompileError(f"compiling failed in a worker: {reason}")
+        keep_records(PassRecord(**record) for record in reply.get("passes", ()))
 
     def close(self) -> None:
         """End the process, in the middle of a job if need be.
@@ -150,8 +154,9 @@ def main() -> None:
     with answers() as stream:
         for line in sys.stdin:
             try:
-                _do(json.loads(line))
-                reply: dict[str, str] = {}
+                with kept_records() as passes:
+                    _do(json.loads(line))
+                reply: dict[str, Any] = {"passes": [asdict(record) for record in passes]}
             except Exception as error:
                 reply = {"error": compiler_reason(error)}
             answer(stream, reply)

@@ -312,9 +312,9 @@ class _BundledRegions(RegionTable):
 
 
 class _Sealed(AotInductorBackend):
-    by_address = False  # a bundle holds regions for slots
-
     """Loads packages as AotInductorBackend does, and compiles nothing."""
+
+    by_address = False  # a bundle holds regions for slots
 
     def __init__(self, folder: Path, packages: Path) -> None:
         super().__init__(passes=())

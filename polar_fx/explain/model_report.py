@@ -51,8 +51,9 @@ class Report:
     """What a compiled model holds and how it came by it.
 
     `capture_s` and `layer_path` are None, and `passes` empty, if nothing was traced in this
-    process. `num_programs` counts linked programs. Weights are the model's own, each tensor counted
-    once; KV slots hold L = `kv_length` tokens a row.
+    process; what passes did to the graph of one region is in its record. `num_programs` counts
+    linked programs. Weights are the model's own, each tensor counted once; KV slots hold
+    L = `kv_length` tokens a row.
     """
 
     model: str
@@ -242,9 +243,23 @@ def _report_lines(r: Report) -> Iterator[str]:
             (g.body, g.shapes, g.source, f"{g.seconds:.2f}", size(g.num_bytes)) for g in r.regions
         ]
         yield from table(("region", "shapes", "how", "s", "size"), rows, ("s", "size"))
+        yield from _region_passes(r.regions)
     if r.tiers:
         yield ""
         yield from _tier_table(r.tiers)
+
+
+def _region_passes(regions: Iterable[RegionRecord]) -> Iterator[str]:
+    """What passes changed in the graphs of regions; most leave most graphs as they are."""
+    rows = [
+        (region.body, region.shapes, record.name, _counts(record), f"{record.time_ms:.0f}")
+        for region in regions
+        for record in region.passes
+        if record.modified
+    ]
+    if rows:
+        yield ""
+        yield from table(("region", "shapes", "pass", "what it did", "ms"), rows, ("ms",))
 
 
 def _counts(record: PassRecord) -> str:

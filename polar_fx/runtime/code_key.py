@@ -17,6 +17,7 @@ import torch
 
 from ..backends.base import Backend, Region, ShapeClass
 from ..output.digest import digest
+from ..passes.pipeline import PassRecord
 from ..passes.sources import digest_of_files, with_imports
 
 
@@ -148,7 +149,8 @@ class RegionRecord:
     """How one region came to be: which body, for which shapes, where from, the seconds it took and
     its bytes on disk.
 
-    `source` is "compiled" or "loaded" (from the artifact store).
+    `source` is "compiled" or "loaded" (from the artifact store). `passes` ran on its graph, those
+    of the backend last; none if it was loaded.
     """
 
     body: str
@@ -156,6 +158,7 @@ class RegionRecord:
     seconds: float
     source: str = "compiled"
     num_bytes: int = 0
+    passes: tuple[PassRecord, ...] = ()
 
 
 def _name(kind: type[Backend]) -> str:

@@ -5,7 +5,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +32,7 @@ from ..library import LayerLibrary
 from ..library.symbols import Operand, addressed
 from ..passes.address_kv import BLOCK, AddressKv
 from ..passes.keep_kv_writes import KeepKvWrites
-from ..passes.pipeline import Pipeline, region_pipeline
+from ..passes.pipeline import PassRecord, Pipeline, kept_records, region_pipeline
 from ..store import ArtifactStore
 from .code_key import RegionRecord, VariantKey
 
@@ -47,6 +47,9 @@ _BATCH, _TOKENS, _BLOCKS, _POOL = 3, 127, 13, 97
 _MAX_WORKERS = 8
 
 _ANY_ADDRESSED = ShapeClass(None, None, None)
+
+# Graph, example operands and dynamic axes of a region.
+_Source = tuple[GraphModule, list[Tensor], Dynamic]
 
 
 class RegionTable:
@@ -139,12 +142,14 @@ class RegionTable:
             return
         for name in wanted:
             start = time.perf_counter()
-            region = self.backend.compile_region(*self._source(name))
+            source, passes = self._source(name)
+            with kept_records() as those_of_backend:
+                region = self.backend.compile_region(*source)
             if not self.backend.needs_shapes:
                 self._regions[name] = region
                 continue
             self._check(region, name)
-            self._keep(name, region, 0, start, "compiled")
+            self._keep(name, region, 0, start, "compiled", (*passes, *those_of_backend))
 
     def _load(self, backend: PersistentBackend, name: RegionName) -> bool:
         """Load a region from the store; False if it is not there, or not any more when its files
@@ -188,12 +193,16 @@ class RegionTable:
     ) -> None:
         start = time.perf_counter()
         made: list[tuple[Region, int]] = []
+        passes: list[PassRecord] = []
 
         def make(folder: Path) -> None:
             try:
                 with TRACING:  # torch.export is not made for threads
-                    backend.export(*self._source(name), folder)
-                build(folder)
+                    source, passes[:] = self._source(name)
+                    backend.export(*source, folder)
+                with kept_records() as those_of_backend:
+                    build(folder)
+                passes.extend(those_of_backend)
                 # from here: once stored, it may be evicted at any time
                 region = backend.load(_files(folder))
             except PolarError:
@@ -218,24 +227,33 @@ class RegionTable:
             else:
                 raise _evicted(name)
         if made:
-            self._keep(name, *made[0], start, "compiled")
+            self._keep(name, *made[0], start, "compiled", passes)
 
     def _keep(
-        self, name: RegionName, region: Region, num_bytes: int, start: float, source: str
+        self,
+        name: RegionName,
+        region: Region,
+        num_bytes: int,
+        start: float,
+        source: str,
+        passes: Iterable[PassRecord] = (),
     ) -> None:
         seconds = time.perf_counter() - start
         self._regions[name] = region
-        self.records.append(RegionRecord(name.graph, str(name.shape), seconds, source, num_bytes))
+        shapes = str(name.shape)
+        self.records.append(
+            RegionRecord(name.graph, shapes, seconds, source, num_bytes, tuple(passes))
+        )
         log.info("%s %s in %.2f s", source, name, seconds)
 
-    def _source(self, name: RegionName) -> tuple[GraphModule, list[Tensor], Dynamic]:
-        """Body, example operands and dynamic axes."""
+    def _source(self, name: RegionName) -> tuple[_Source, tuple[PassRecord, ...]]:
+        """What a backend takes, and what made its graph of the body."""
         target, shape = name.body, name.shape
-        body = self._pipeline(name).run(self.library.bodies[target]).graph_module
+        made = self._pipeline(name).run(self.library.bodies[target])
         operands, varying = self._operands(target, shape), shape.varying
         dynamic = [{i: a for i, a in o.axes().items() if a in varying} for o in operands]
         example = self._example(target, shape) if self.backend.needs_shapes else []
-        return body, example, dynamic
+        return (made.graph_module, example, dynamic), made.records
 
     def _pipeline(self, name: RegionName) -> Pipeline:
         """What makes the region's graph of its body."""

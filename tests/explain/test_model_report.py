@@ -1,16 +1,19 @@
 """Reports of a whole model: every tensor once, slots, programs, what the store holds."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from explained_models import KV_BYTES, LAYER_BYTES, PROGRAM, fresh, round_trip
+from polar_fx.backends.base import RegionName, ShapeClass
+from polar_fx.backends.inductor import REGION_PASSES
+from polar_fx.backends.specialize import graph_of, load_graph
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.explain.program_report import (
-    TO_COMPILE,
-)
+from polar_fx.explain.program_report import TO_COMPILE
 from polar_fx.output.plain_text import size
 from polar_fx.store import ArtifactStore
+from stored_models import GraphBackend
 from tiny_models import make, prompts
 
 
@@ -84,6 +87,35 @@ def test_a_traced_model_says_how(store: ArtifactStore) -> None:
         "layer graphs 4 -> 1" in text
         and "LlamaConfig: 4 layers, float32 on cpu, backend eager" in text
     )
+
+
+class _Rewriting(GraphBackend):
+    """Runs the passes of `aot_inductor` on each graph, and keeps the graph."""
+
+    def build(self, folder: Path) -> None:
+        super().build(folder)
+        graph_of(load_graph(folder / "graph.pt2"), REGION_PASSES)
+
+
+def test_a_region_keeps_what_passes_did_to_its_graph(store: ArtifactStore) -> None:
+    one = compile(make("llama"), _Rewriting(), max_length=31, cache=store)
+    name = RegionName("layer_kind_0", ShapeClass.of(1, 1, None), kv_writes=True)
+    one.regions.one(name)
+    passes = one.report().regions[0].passes
+    assert [(p.name, p.modified) for p in passes] == [
+        ("address-kv", True),
+        ("keep-kv-writes", True),
+        ("matvec-to-reduction", True),
+        ("attention-to-reduction", False),
+    ]
+    assert passes[2].counts == {"linears rewritten": 2}, "for keys and for values"
+    assert "linears rewritten 2" in one.report().text()
+    round_trip(one.report())
+
+    again = compile(make("llama"), _Rewriting(), max_length=31, cache=store)
+    again.regions.one(name)
+    assert [(r.source, r.passes) for r in again.report().regions] == [("loaded", ())]
+    assert "linears rewritten" not in again.report().text()
 
 
 def _weight_bytes(compiled: CompiledModel) -> int:

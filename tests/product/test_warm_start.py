@@ -10,7 +10,7 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from polar_fx.backends import (
 )
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import CaptureError, CompileError
+from polar_fx.passes.pipeline import PassRecord
 from polar_fx.program import Program
 from polar_fx.store import ArtifactStore
 from stored_models import (
@@ -243,6 +244,18 @@ def test_workers_and_this_process_compile_the_same(first: CompiledModel, tmp_pat
     )
     assert torch.equal(answer_of(alone, tokens=1), answer_of(first, tokens=1))
     assert [r.body for r in alone.compilations] == ["prologue", "layer_kind_0", "epilogue"]
+    by_workers = {(r.body, r.shapes): r for r in first.compilations}
+    for region in alone.compilations:
+        theirs = by_workers[region.body, region.shapes].passes
+        assert _done(theirs) == _done(region.passes), "what passes did comes back from workers"
+    assert ("matvec-to-reduction", True, {"linears rewritten": 7}) in _done(
+        alone.compilations[1].passes
+    )
+
+
+def _done(records: Iterable[PassRecord]) -> list[tuple[str, bool, dict[str, int | str]]]:
+    """What passes did, without how long it took."""
+    return [(r.name, r.modified, r.counts) for r in records]
 
 
 BROKEN = AotInductorBackend({"no_such_option": 1})
