@@ -10,7 +10,7 @@ JOBS ?= 2
 
 # Files of tests without a real model, each quick; of these, tests that start Python processes are left out by their mark.
 # A folder and a name, without test_ and .py.
-FAST := evaluation/answers evaluation/choices evaluation/polar/decode evaluation/polar/labels \
+FAST := evaluation/answers evaluation/choices evaluation/page evaluation/polar/decode evaluation/polar/labels \
 	evaluation/report evaluation/votes explain/picture library/symbols output/files output/markup output/plain_text \
 	passes/contract passes/golden passes/sources passes/units predictor/predictor product/guides \
 	product/layout product/links product/matrix program/program program/segments program/strip program/text \

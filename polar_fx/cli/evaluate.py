@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="FOLDER",
-        help="tables, figures, results and verdicts",
+        help="tables, figures, results, verdicts, and a page to look at them",
     )
     what.add_argument(
         "--records",
@@ -86,4 +86,5 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         print((options.out / "arms.md").read_text(encoding="utf-8"))
         seconds = time.perf_counter() - began
         print(f"{len(evaluation.files)} files in {options.out}; {seconds:.0f} s")
+        print(f"question by question, in a browser: {options.out / 'report.html'}")
     return evaluation.results

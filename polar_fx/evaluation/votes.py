@@ -25,10 +25,11 @@ T = TypeVar("T")
 @dataclass(frozen=True, eq=False)
 class GeneratedArms:
     """Arms of generated answers, and of the selector what became of its gains, by task and over
-    several.
+    several; `answers` are what each program said to each question.
     """
 
     arms: list[ArmResult]
+    answers: list[dict[Program, Answer]]
     rescues: dict[str, Rescues]
     agreement: float
     """Of the identity's answers, the share on which teacher forcing and grading agree."""
@@ -74,7 +75,7 @@ def generated_arms(
     `unseen` are tasks the predictor was not trained on.
     """
     singles = [programs[0] for programs in chosen.programs]
-    methods = _methods(
+    methods, answers = _methods(
         answerer, selector, chances=chances, singles=singles, rows=rows, votes=votes, seed=seed
     )
     graded = {method.name: method.graded(rows) for method in methods}
@@ -93,7 +94,7 @@ def generated_arms(
         places = [i for task in tasks for i in members[task]]
         rescues[name] = Rescues.of(*(_at(each, places) for each in flags))
     agree = np.equal(exact, graded[IDENTITY])
-    return GeneratedArms(arms, rescues, float(agree.mean()))
+    return GeneratedArms(arms, answers, rescues, float(agree.mean()))
 
 
 def _methods(
@@ -105,21 +106,24 @@ def _methods(
     rows: Sequence[Row],
     votes: int,
     seed: int,
-) -> list[_Method]:
-    """The identity, the selector's choice, votes over programs, votes over samples."""
+) -> tuple[list[_Method], list[dict[Program, Answer]]]:
+    """The identity, the selector's choice, votes over programs, votes over samples; and each row's
+    answers by its programs.
+    """
     n, identity = len(rows), Program.identity(selector.depth)
     order = np.argsort(-chances, axis=1, kind="stable")
     candidates = [_with_identity(selector, row, votes) for row in order]
     wanted = [(identity, s, *c) for s, c in zip(singles, candidates, strict=True)]
     answers = _greedy(answerer, rows, wanted)
     sampled = answerer.sampled(rows, identity, votes, _TEMPERATURE, seed)
-    return [
+    methods = [
         _by_program(IDENTITY, answers, [identity] * n),
         _by_program(SELECTOR_ACCURACY, answers, singles),
         _of_several(f"vote of {votes} programs", answers, candidates, majority),
         _of_several(f"most confident of {votes} programs", answers, candidates, most_confident),
         _of_samples(f"vote of {votes} samples of the identity", sampled, selector.depth),
     ]
+    return methods, answers
 
 
 def _greedy(

@@ -32,9 +32,11 @@ from ..evaluation.choices import (
     static,
     wanted_programs,
 )
+from ..evaluation.page import Page
 from ..evaluation.polar.text_encoder import TextEncoder
 from ..evaluation.report import against, distributions, selector_report, write_report
 from ..evaluation.votes import GeneratedArms, generated_arms
+from ..output.files import write_whole
 from ..predictor.saved import load_selector, read_notes
 from ..predictor.selector import Selector
 from ..program import Program
@@ -142,7 +144,8 @@ def run(job: EvaluateJob, console: "Console | None" = None) -> Evaluation:
     arms = arm_results(choices, records, subject.unseen)
     right = VerdictTable.of(records, subject.selector.menu.programs).right
     by_name = {choice.name: choice for choice in choices}
-    answers = _generate(job, subject, by_name[SELECTOR_ACCURACY], records, console)
+    asked = _asked_for_answers(job, len(subject.rows))
+    answers = _generate(job, subject, by_name[SELECTOR_ACCURACY], records, asked, console)
     results = {
         **_facts(job, subject),
         "against_static": against(arms, SELECTOR_ACCURACY, BEST_STATIC),
@@ -152,9 +155,10 @@ def run(job: EvaluateJob, console: "Console | None" = None) -> Evaluation:
         "seconds": time.perf_counter() - began,
     }
     files = write_report(job.out, arms, results, _diagrams(subject, right), job.figures)
+    files.append(_write_page(job, subject, right, asked, answers))
     if answers is not None:
-        asked = {"n": min(job.answers, len(subject.rows))}
-        files += write_report(job.out / "answers", answers.arms, asked, {}, job.figures)
+        facts = {"n": len(asked)}
+        files += write_report(job.out / "answers", answers.arms, facts, {}, job.figures)
     return Evaluation(results=results, files=files)
 
 
@@ -254,17 +258,22 @@ def _baselines(
     return choices, notes
 
 
+def _asked_for_answers(job: EvaluateJob, n: int) -> list[int]:
+    """The places of the questions that answers are generated to, of n."""
+    # shuffled, because rows are ordered by task and cycle through its cells
+    order = np.random.default_rng(job.seed).permutation(n)
+    return sorted(order[: job.answers].tolist())
+
+
 def _generate(
     job: EvaluateJob,
     subject: _Subject,
     chosen: Choice,
     records: Sequence[SearchRecord],
+    part: list[int],
     console: "Console",
 ) -> GeneratedArms | None:
-    """Generated answers to some of the questions; None if none are asked for."""
-    # shuffled, because rows are ordered by task and cycle through its cells
-    order = np.random.default_rng(job.seed).permutation(len(subject.rows))
-    part = sorted(order[: job.answers].tolist())
+    """Generated answers to the questions at these places; None if there are none."""
     if not part:
         return None
     labeller = subject.labeller
@@ -281,6 +290,30 @@ def _generate(
             seed=job.seed,
             unseen=subject.unseen,
         )
+
+
+def _write_page(
+    job: EvaluateJob,
+    subject: _Subject,
+    right: np.ndarray,
+    asked: list[int],
+    generated: GeneratedArms | None,
+) -> Path:
+    """`report.html`, with the answers that were generated to the questions asked for them."""
+    said = [] if generated is None else generated.answers
+    answers = {
+        place: {program: answer.text.strip() for program, answer in of_row.items()}
+        for place, of_row in zip(asked, said, strict=bool(said))
+    }
+    page = Page.of(
+        subject.selector,
+        title=f"{job.predictor.name} on {len(subject.rows)} questions",
+        questions=subject.questions,
+        chances=subject.chances,
+        right=right,
+        answers=answers,
+    )
+    return write_whole(page.html().encode(), job.out / "report.html")
 
 
 def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:

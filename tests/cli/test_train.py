@@ -3,6 +3,7 @@ model.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -184,7 +185,14 @@ def _check_report(
         "gains.png",
         "reliability.svg",
         "verdicts.jsonl",
+        "report.html",
     } <= files
+    page = (report / "report.html").read_text(encoding="utf-8")
+    shown = json.loads(re.findall(r'json">(.*?)</script>', page, re.DOTALL)[0])
+    of_page = {policy["policy"]: policy["accuracy"] for policy in shown["policies"]}
+    assert of_page["identity"] == pytest.approx(share)
+    assert of_page["accuracy"] == pytest.approx(right["selector: accuracy"])
+    assert sum(bool(row["answers"]) for row in shown["questions"]) == 6
     assert "vote of 3 programs" in (report / "answers" / "arms.md").read_text()
     asked = world[0]
     assert main([*evaluate, "--json", "--no-figures"]) == 0

@@ -60,7 +60,9 @@ def test_the_wheel_holds_every_module_once(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
-    """The mark of annotated packages, and the sources of the C++ runner; nothing else."""
+    """The mark of annotated packages, the sources of the C++ runner, and the page of an evaluation;
+    nothing else.
+    """
     names = {
         n
         for n in zipfile.ZipFile(wheel).namelist()
@@ -71,7 +73,7 @@ def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
         for p in (ROOT / "polar_fx" / "bundle" / "cpp").iterdir()
         if p.is_file()
     }
-    assert runner and names == {"polar_fx/py.typed"} | runner
+    assert runner and names == {"polar_fx/py.typed", "polar_fx/evaluation/page.html"} | runner
 
 
 def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
