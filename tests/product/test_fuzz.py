@@ -1,14 +1,29 @@
 """The fuzz can tell right from wrong, and a seed is a case for good."""
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from fuzz import FAMILIES, Case, Judge, call, random_program, run
+import fuzz
+from fuzz import FAMILIES, Case, run, summary
+from fuzz_calls import (
+    KINDS,
+    Found,
+    Judge,
+    Setting,
+    beams,
+    dispatch,
+    generate,
+    random_program,
+)
 from plain_loop import plain_logits
+from polar_fx.backends import EagerBackend
 from polar_fx.compiled import compile
+from polar_fx.errors import InputError
 from polar_fx.program import Program
+from polar_fx.runtime.runner import Runner
 from tiny_models import make, prompts, reference
 
 
@@ -49,16 +64,59 @@ def test_tokens_are_judged_at_the_length_they_were_chosen_at() -> None:
     assert Judge(model).of_tokens(program, row, new[0, 12:].tolist()) < 1
 
 
+def test_a_score_is_that_of_the_tokens() -> None:
+    model, row = make("llama", num_hidden_layers=3), prompts(9)[0]
+    judge, program = Judge(model), Program.parse("0 1 1 2", 3)
+    logits = plain_logits(model, program, torch.cat((row, torch.tensor([5]))))
+    score = sum(float(logits[8 + i].log_softmax(-1)[t]) for i, t in enumerate((5, 7)))
+    assert judge.of_score(program, row, (5, 7), score) < 1
+    for other in (score + 0.1, float("nan")):
+        assert judge.of_score(program, row, (5, 7), other) > 1
+
+
+@pytest.fixture(scope="module", params=["blocks", "slots"])
+def setting(request: pytest.FixtureRequest) -> Setting:
+    backend = EagerBackend()
+    vars(backend)["by_address"] = request.param == "blocks"
+    model = make("llama", num_hidden_layers=3)
+    compiled = compile(model, backend, max_length=31, prefill_chunk=7, cache=False)
+    return Setting(compiled, Judge(model), random.Random(0), 31)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_each_kind_of_call(setting: Setting, kind: Callable[[Setting], Found]) -> None:
+    """What is refused in slots raises there; the fuzz asks for it in blocks alone."""
+    if kind in KINDS[-2:] and not setting.compiled.runner.together:
+        with pytest.raises(InputError, match="lock-step"):
+            kind(setting)
+        return
+    assert kind(setting).worst < 1
+
+
+def test_a_call_that_goes_wrong_is_found(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Runner.decode
+    monkeypatch.setattr(Runner, "decode", lambda *args: plain(*args).roll(1, -1))
+    monkeypatch.setattr(setting.rng, "randint", lambda low, high: high)
+    for kind in (generate, beams, dispatch):
+        assert kind(setting).worst > 1
+
+
 def test_a_seed_is_a_case(monkeypatch: pytest.MonkeyPatch) -> None:
     seed = next(s for s in range(100) if Case.of(s).backend == "eager")
     case = Case.of(seed)
     assert case == Case.of(seed) and str(case).startswith(f"seed {seed}: {case.family} eager")
-    monkeypatch.setitem(call.__globals__["_CALLS"], "eager", 2)
+    monkeypatch.setitem(fuzz._CALLS, "eager", 2)
     first, second = run(case), run(case)
     assert first["error"] is None and first["failed"] == []
-    assert (first["calls"], first["worst"]) == (2, second["worst"])
+    assert len(first["calls"]) == 2
+    assert (first["calls"], first["worst"]) == (second["calls"], second["worst"])
+    counted = summary([first, second])
+    assert counted["calls"] == sum(counted["calls_of_kind"].values()) == 4
+    assert counted["cases_of_way"] == {case.way: 2} and counted["failed"] == []
     seen = [Case.of(s) for s in range(300)]
     assert {c.family for c in seen} == set(FAMILIES)
-    assert len({(c.backend, c.dtype) for c in seen}) == 6
+    assert len({c.way for c in seen}) == 6
+    for flag in ("deterministic", "slots", "at_limit"):
+        assert {getattr(c, flag) for c in seen} == {True, False}
     drawn = {random_program(random.Random(s), 3) for s in range(50)}
     assert len(drawn) > 40 and any(p.blends for p in drawn)
