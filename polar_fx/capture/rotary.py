@@ -9,12 +9,16 @@ Shape legend: B batch, T tokens, d rotary size.
 """
 
 import inspect
+from contextlib import nullcontext
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+_LARGEST = (torch.max, torch.amax, Tensor.max, Tensor.amax)
 
 
 def frequency_switch(config: Any) -> int | None:
@@ -54,6 +58,26 @@ def _layer_types(module: Any, kind: str) -> list[str | None]:
     return [None] if kinds == kind else []
 
 
+class _LastPosition(TorchFunctionMode):
+    """Answers a module that asks for the largest position of a batch, such as one that scales its
+    tables by it (Phimoe).
+    """
+
+    def __init__(self, position_ids: Tensor, last: int) -> None:
+        super().__init__()
+        self.position_ids, self.last = position_ids, last
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        asks = func in _LARGEST and len(args) == 1 and not kwargs
+        return self.last if asks and args[0] is self.position_ids else func(*args, **(kwargs or {}))
+
+
 def _by_row(module: nn.Module, longer: list[str | None], fixed: list[str | None]) -> Any:
     """The module's own forward pass without transformers' decorator, with frequencies that do not
     depend on other rows.
@@ -69,18 +93,21 @@ def _by_row(module: nn.Module, longer: list[str | None], fixed: list[str | None]
         name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
         short = getattr(self, f"{name.removesuffix('inv_freq')}original_inv_freq")
 
-        def tables(frequencies: Tensor) -> Any:  # cosines and sines [B, T, d]
+        def tables(frequencies: Tensor, last: int | None = None) -> Any:
+            """Cosines and sines [B, T, d]; of rows whose last position is this one, if given."""
             before = getattr(self, name)
             self._buffers[name] = frequencies.to(before)  # as transformers copies them there
             try:
-                return inner(self, x, position_ids, *named)
+                with nullcontext() if last is None else _LastPosition(position_ids, last):
+                    return inner(self, x, position_ids, *named)
             finally:
                 self._buffers[name] = before
 
         if layer_type in fixed:
             return tables(short)
-        beyond = position_ids.amax(-1)[:, None, None] >= _first_length(self, layer_type)
-        near, far = tables(short), tables(long[layer_type])
+        length = _first_length(self, layer_type)
+        beyond = position_ids.amax(-1)[:, None, None] >= length
+        near, far = tables(short, length - 1), tables(long[layer_type], length)
         return tuple(torch.where(beyond, b, a) for a, b in zip(near, far, strict=True))
 
     return forward

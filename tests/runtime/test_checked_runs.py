@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+from polar_fx.capture.checked import capture_checked
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.errors import CaptureError
+from polar_fx.library import LayerLibrary
 from polar_fx.runtime import checked_runs
 from polar_fx.runtime.kv_cache import KvSession
 from polar_fx.runtime.link import LinkedProgram
@@ -86,6 +88,45 @@ def test_a_window_that_a_graph_does_not_hold_is_seen(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(checked_runs, "shared_view", narrow)
     with pytest.raises(CaptureError, match="of rows of 23 and 21 tokens"):
         compile(wide, "eager", max_length=LENGTH, cache=False)
+
+
+@pytest.mark.parametrize("change", ["a window", "other frequencies"])
+def test_what_changes_late_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random keys and values stand for a long prompt."""
+    late = 300
+    if change == "a window":
+        model = make(
+            "mistral", num_hidden_layers=2, max_position_embeddings=512, sliding_window=late
+        )
+    else:
+        rope = {
+            "rope_type": "longrope",
+            "rope_theta": 1e4,
+            "original_max_position_embeddings": late,
+        }
+        factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        model = make(
+            "llama",
+            num_hidden_layers=2,
+            max_position_embeddings=512,
+            rope_parameters={**rope, **factors},
+        )
+    library = LayerLibrary(capture_checked(model))
+    checked_runs.check_runs(model, library, 320)
+    plain = checked_runs.shared_view
+
+    def other(*args: Any) -> Any:
+        view = plain(*args)
+        if change == "a window":
+            view.config.sliding_window = late + 1
+        else:
+            view.config.rope_parameters["long_factor"] = [5.0] * 4
+        return view
+
+    monkeypatch.setattr(checked_runs, "shared_view", other)
+    with pytest.raises(CaptureError, match=r"in 5 tokens after (299|301), logits differ"):
+        checked_runs.check_runs(model, library, 320)
+    checked_runs.check_runs(model, library, 302)  # no row comes so far
 
 
 def test_what_failed_is_not_found_on_disk_later(

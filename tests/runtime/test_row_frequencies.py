@@ -42,6 +42,13 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         dict(rope_parameters=_longrope(4), original_max_position_embeddings=SWITCH),
     ),
     "longrope of llama": ("llama", dict(rope_parameters=_longrope(4))),
+    "longrope and a scale": (
+        "phimoe",
+        dict(
+            rope_parameters={**_longrope(4), "short_mscale": 1.1, "long_mscale": 1.3},
+            num_local_experts=4,
+        ),
+    ),
     "longrope of some layers": (
         "gemma3_text",
         dict(
