@@ -60,7 +60,7 @@ def _layer_types(module: Any, kind: str) -> list[str | None]:
 
 class _LastPosition(TorchFunctionMode):
     """Answers a module that asks for the largest position of a batch, such as one that scales its
-    tables by it (Phimoe).
+    tables by it.
     """
 
     def __init__(self, position_ids: Tensor, last: int) -> None:
