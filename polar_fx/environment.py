@@ -1,10 +1,12 @@
-"""The one place that reads the environment.
+"""The one place that reads the environment, and knows how this package is installed.
 
 | variable | meaning | default | |---|---|---| | POLAR_FX_CACHE_DIR | converted models and compiled
 artifacts | the user's cache folder | | POLAR_FX_CACHE_LIMIT | size of all compiled artifacts, such
-as 500MB, 4GiB or bytes; 0: no limit | 4GiB |
+as 500MB, 4GiB or bytes; 0: no limit | 4GiB | | POLAR_FX_LOG | log lines of commands: debug, info,
+warning or error | warning |
 """
 
+import logging
 import math
 import os
 import re
@@ -15,6 +17,7 @@ import platformdirs
 
 from .errors import InputError
 
+_SOURCE = Path(__file__).resolve().parents[1]
 _DEFAULT_LIMIT = "4GiB"
 _UNITS = {
     "B": 1,
@@ -27,6 +30,37 @@ _UNITS = {
     "GiB": 2**30,
     "TiB": 2**40,
 }
+
+
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+_PREFIX = "POLAR_FX_"
+
+
+def log_level() -> int | None:
+    """The level from which commands show log lines; None if none is named. Raises InputError."""
+    text = os.environ.get("POLAR_FX_LOG", "").strip().lower()
+    if text and text not in _LEVELS:
+        raise InputError(f"POLAR_FX_LOG={text!r} is no level; use one of {', '.join(_LEVELS)}")
+    return _LEVELS.get(text)
+
+
+def environment_variables() -> dict[str, str]:
+    """Those of polar_fx that are set."""
+    return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIX)}
+
+
+def install_command(extra: str) -> str:
+    """What installs the packages of an extra beside this very polar_fx: from the checkout, where it
+    runs from one.
+    """
+    if (_SOURCE / "pyproject.toml").is_file():
+        return f"pip install -e '{_SOURCE}[{extra}]'"
+    return f"pip install 'polar_fx[{extra}]'"
 
 
 def cache_dir() -> Path:

@@ -9,6 +9,8 @@ import copy
 import importlib.util
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from filelock import FileLock
 from rich.console import Console
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as their_logging
 
 from .capture.support import embedding_weight
 from .capture.support import position_limit as limit_of
@@ -190,14 +193,29 @@ def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     """
     source = _default_gguf()
     target = cache_dir() / "models" / f"{DEFAULT_NAME}-{source.stat().st_size}-{_CONVERTER}"
-    if not target.is_dir():
-        _convert_once(source, target)
+    what = "a causal language model"
+    with _without_bars():  # it is small: all of this takes a second or two
+        if not target.is_dir():
+            _convert_once(source, target)
+        try:
+            return load_pretrained(AutoModelForCausalLM, target, dtype, what)
+        except (ModelNotFoundError, SafetensorError):  # damaged since it was written: make it again
+            shutil.rmtree(target)
+            _convert_once(source, target)
+            return load_pretrained(AutoModelForCausalLM, target, dtype, what)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers shows no progress bars inside, and afterwards as before."""
+    if not their_logging.is_progress_bar_enabled():
+        yield
+        return
+    their_logging.disable_progress_bar()
     try:
-        return load_pretrained(AutoModelForCausalLM, target, dtype, "a causal language model")
-    except (ModelNotFoundError, SafetensorError):  # damaged since it was written: make it again
-        shutil.rmtree(target)
-        _convert_once(source, target)
-        return load_pretrained(AutoModelForCausalLM, target, dtype, "a causal language model")
+        yield
+    finally:
+        their_logging.enable_progress_bar()
 
 
 def _default_gguf() -> Path:

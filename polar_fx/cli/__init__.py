@@ -1,5 +1,5 @@
 """The command line: `python -m polar_fx run | inspect | compile | demo | cache | search | analyze |
-train | evaluate | export | bundle | serve`.
+train | evaluate | export | bundle | serve | env`.
 
 Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 1
 done and found something wrong, 2 bad input, 130 interrupted. Commands import torch only when they
@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from ..errors import PolarError
+from .verbosity import add_verbosity_arguments, set_up
 
 COMMANDS = (
     "run",
@@ -27,6 +28,7 @@ COMMANDS = (
     "export",
     "bundle",
     "serve",
+    "env",
 )
 
 
@@ -54,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--json", action="store_true", help="print one JSON object, and nothing else, to stdout"
         )
+        add_verbosity_arguments(command)
         command.set_defaults(execute=module.execute)
     return parser
 
@@ -62,6 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     options = _parser().parse_args(argv)
     try:
+        set_up(options)
         result: dict[str, Any] = options.execute(options)
     except PolarError as error:
         print(f"error: {error}", file=sys.stderr)

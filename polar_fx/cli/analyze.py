@@ -8,7 +8,7 @@ oracle: the answer key chose them. A menu is ranked on train questions and tried
 Examples:
   python -m polar_fx analyze run.jsonl
   python -m polar_fx analyze train.jsonl --held-out test.jsonl --menu 1,5,20
-  # needs matplotlib: pip install polar_fx[search]
+  # needs matplotlib: pip install -e '.[search]' in a checkout
   python -m polar_fx analyze run.jsonl --figures figures --format png
 """
 
@@ -23,9 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..environment import install_command
 from ..errors import InputError
 from ..output.plain_text import count
-from .options import status, whole
+from .options import whole
+from .verbosity import status
 
 FORMATS = ("svg", "png")
 _SPLITS = {
@@ -74,8 +76,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         )
     if options.figures and importlib.util.find_spec("matplotlib") is None:
         raise InputError(
-            "--figures needs matplotlib, which is not installed; pip install 'polar_fx[search]', "
-            "or leave it out"
+            "--figures needs matplotlib, which is not installed; "
+            f"{install_command('search')}, or leave it out"
         )
 
     from ..search.analysis.summary import MENU_SIZES, SearchFile, analyze  # numpy takes a while

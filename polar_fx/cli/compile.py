@@ -25,10 +25,10 @@ from .options import (
     compile_model,
     load_model,
     row_length,
-    status,
     warm_up,
     whole,
 )
+from .verbosity import status
 
 if TYPE_CHECKING:
     from ..explain.program_report import Explanation

@@ -24,10 +24,10 @@ from .options import (
     compile_model,
     load_model,
     row_length,
-    status,
     warm_up,
     whole,
 )
+from .verbosity import status
 
 FEW_SHOT = "2 * 3 = 6\n7 * 4 = 28\n5 * 5 = 25\n"
 QUESTIONS = (

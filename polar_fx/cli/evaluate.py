@@ -14,8 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .options import status, whole
+from .options import whole
 from .questions import add_question_arguments, add_running_arguments, job_settings
+from .verbosity import status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

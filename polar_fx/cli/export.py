@@ -30,9 +30,9 @@ from .options import (
     load_model,
     program_texts,
     row_length,
-    status,
     whole,
 )
+from .verbosity import status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

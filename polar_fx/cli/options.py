@@ -5,10 +5,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from ..errors import InputError
 from ..output.plain_text import size
+from .verbosity import status
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
@@ -73,11 +72,6 @@ def row_length(model: Any, tokens: int = 1) -> int:
     from ..models import longest_row
 
     return max(tokens, longest_row(model, length))
-
-
-def status() -> Console:
-    """Where progress is shown."""
-    return Console(stderr=True, highlight=False)
 
 
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:

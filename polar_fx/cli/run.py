@@ -22,10 +22,10 @@ from .options import (
     compile_model,
     load_model,
     row_length,
-    status,
     warm_up,
     whole,
 )
+from .verbosity import status
 
 if TYPE_CHECKING:
     from torch import Tensor

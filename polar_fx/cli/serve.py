@@ -19,8 +19,10 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from ..environment import install_command
 from ..errors import InputError
-from .options import status, whole
+from .options import whole
+from .verbosity import status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,7 +85,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         from ..serving.app import build
     except ImportError as error:
         raise InputError(
-            "serving needs ray, which is not installed; pip install 'polar_fx[serve]'"
+            f"serving needs ray, which is not installed; {install_command('serve')}"
         ) from error
     given = {
         "bundle": str(options.bundle),

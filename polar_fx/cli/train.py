@@ -12,8 +12,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import status, whole
+from .options import whole
 from .questions import add_question_arguments, add_running_arguments, job_settings
+from .verbosity import status
 
 if TYPE_CHECKING:
     from ..training.pipeline import TrainingConfig

@@ -23,6 +23,7 @@ from ..bundle.manifest import WEIGHTS
 from ..bundle.weights import stored_weights
 from ..bundle.writer import check_target, new_folder, programs_to_ship, require_room, save_weights
 from ..compiled import CompiledModel, ProgramLike
+from ..environment import install_command
 from ..errors import InputError
 from ..output.files import sync, write_file
 from ..output.plain_text import count, dtype_name, size
@@ -73,8 +74,8 @@ def export_onnx(
         from . import onnx_graphs as graphs
     except ImportError as error:
         raise InputError(
-            f"writing ONNX needs packages that are not installed ({error}); pip install "
-            "'polar_fx[onnx]'"
+            f"writing ONNX needs packages that are not installed ({error}); "
+            f"{install_command('onnx')}"
         ) from error
     weights, ties = stored_weights(library.tensors, library.table)
     require_room(

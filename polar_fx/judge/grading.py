@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from ..child_process import KILLED, ChildEndedError, ChildProcess
+from ..environment import install_command
 from ..errors import InputError
 from ..questions.question import Question
 
@@ -68,8 +69,8 @@ def grade(text: str, question: Question, stops: Iterable[str] = ()) -> bool:
     """
     if importlib.util.find_spec("math_verify") is None:
         raise InputError(
-            "grading needs math-verify, which is not installed; pip install 'polar_fx[search]' or "
-            "math-verify"
+            "grading needs math-verify, which is not installed; pip install math-verify, or "
+            f"{install_command('search')}"
         )
     answer = extract(text, stops).answer
     return any(_equal(accepted, answer) for accepted in question.answers)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..compiled import CompiledModel, ProgramLike, compile
+from ..environment import install_command
 from ..errors import InputError
 from ..models import load
 from ..program import Program
@@ -29,7 +30,7 @@ try:
     from tqdm import tqdm
 except ImportError as error:
     raise InputError(
-        f"evaluating with lm-eval needs it installed ({error}); pip install 'polar_fx[harness]'"
+        f"evaluating with lm-eval needs it installed ({error}); {install_command('harness')}"
     ) from error
 
 log = logging.getLogger("polar_fx.harness")

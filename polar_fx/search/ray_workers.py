@@ -8,7 +8,9 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..environment import install_command
 from ..errors import CompileError, InputError, PolarError
+from ..output.others import hush_others
 from ..output.plain_text import count
 from .config import SearchConfig
 from .records.records import SearchRecord
@@ -44,7 +46,7 @@ def search_on_ray(
         import ray
     except ImportError as error:
         raise InputError(
-            "searching on a cluster needs ray, which is not installed; pip install 'polar_fx[ray]'"
+            f"searching on a cluster needs ray, which is not installed; {install_command('ray')}"
         ) from error
     questions = [question for question, _ in rows]
 
@@ -53,6 +55,7 @@ def search_on_ray(
 
         def search(self, rows: Sequence[Row]) -> Iterator[SearchRecord]:
             if self.place is None:
+                hush_others()
                 self.place = workplace.open(questions)
             yield from self.place.search(iter(rows), config)
 

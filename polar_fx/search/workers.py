@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import CompileError, PolarError
+from ..output.others import hush_others
 from ..program import Program
 from ..questions.prompts import PromptTemplate
 from ..questions.question import EncodedQuestion, Question
@@ -168,6 +169,7 @@ def _work(
     todo: Any,
     results: Any,
 ) -> None:
+    hush_others()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with contextlib.suppress(AttributeError, OSError):

@@ -129,7 +129,7 @@ def test_figures_without_matplotlib(
     )
     assert main(["analyze", str(run), "--figures", str(tmp_path / "figures")]) == 2
     assert (
-        "needs matplotlib, which is not installed; pip install 'polar_fx[search]'"
+        f"needs matplotlib, which is not installed; pip install -e '{ROOT}[search]'"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "figures").exists()

@@ -9,7 +9,12 @@ import pytest
 
 import polar_fx
 from places import ROOT, TESTS
-from polar_fx.environment import cache_dir, cache_limit_bytes
+from polar_fx.environment import (
+    cache_dir,
+    cache_limit_bytes,
+    environment_variables,
+    log_level,
+)
 
 DEBUGGING = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -30,7 +35,7 @@ def test_loggers_are_those_of_the_code() -> None:
         for given in re.findall(r"getLogger\(([^)]*)\)", path.read_text(encoding="utf-8")):
             module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
             found.add(module if given == "__name__" else given.strip('"'))
-    assert named == {name for name in found if name.startswith("polar_fx")}
+    assert named == {name for name in found if name.startswith("polar_fx.")}
 
 
 def test_switches_are_options_of_compile() -> None:
@@ -50,10 +55,15 @@ def test_errors_are_there() -> None:
 
 def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names = [row[0].strip("`") for row in rows(DEBUGGING, "Environment")]
-    assert names == ["POLAR_FX_CACHE_DIR", "POLAR_FX_CACHE_LIMIT"]
+    assert names == ["POLAR_FX_CACHE_DIR", "POLAR_FX_CACHE_LIMIT", "POLAR_FX_LOG"]
     monkeypatch.setenv(names[0], str(tmp_path))
     monkeypatch.setenv(names[1], "1000")
-    assert cache_dir() == tmp_path and cache_limit_bytes() == 1000
+    monkeypatch.setenv(names[2], "Info")
+    assert cache_dir() == tmp_path and cache_limit_bytes() == 1000 and log_level() == 20
+    assert {*names} <= environment_variables().keys()
+    monkeypatch.setenv(names[2], "loud")
+    with pytest.raises(polar_fx.PolarError, match="use one of debug, info, warning, error"):
+        log_level()
 
 
 def test_the_map_leads_to_files() -> None:
