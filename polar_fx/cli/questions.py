@@ -24,7 +24,7 @@ def add_question_arguments(parser: argparse.ArgumentParser, default: str) -> Any
         action="append",
         type=Path,
         metavar="FILE",
-        help="JSON lines with question and answer",
+        help="JSON lines with question, answer and, if there are any, choices",
     )
     asked.add_argument(
         "--questions",
@@ -35,7 +35,8 @@ def add_question_arguments(parser: argparse.ArgumentParser, default: str) -> Any
     asked.add_argument(
         "--prompt",
         default=None,
-        help="few-shot, direct or plain (default: few-shot; direct with --data)",
+        help="few-shot, direct, plain, choices or choices-norm (default: few-shot; with --data "
+        "direct, or choices where there are any)",
     )
     parser.add_argument("--seed", type=int, default=0)
     return asked

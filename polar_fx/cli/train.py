@@ -5,6 +5,7 @@ Goes on where an interrupted run of the same settings ended. Test questions are 
 
 Examples:
   python -m polar_fx train run.jsonl --questions 1500 --out predictor
+  python -m polar_fx train --program programs.txt --task addition --out predictor
   python -m polar_fx train run.jsonl --task multiplication --menu 16 --after-steps 6 --out predictor
 """
 
@@ -12,7 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .options import whole
+from .options import program_texts, whole
 from .questions import add_question_arguments, add_running_arguments, job_settings
 from .verbosity import status
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "records", nargs="+", type=Path, metavar="FILE", help="search records, of `search`"
+        "records", nargs="*", type=Path, metavar="FILE", help="search records, of `search`"
     )
     asked = add_question_arguments(parser, "1500; of --data all")
     asked.add_argument(
@@ -80,6 +81,13 @@ def _add_menu_arguments(menu: Any) -> None:
         default=32,
         metavar="K",
         help="programs to choose from (default: %(default)s)",
+    )
+    menu.add_argument(
+        "--program",
+        action="append",
+        metavar="PROGRAM",
+        help="to choose from, beside the identity: text, or a file with one a line; then nothing "
+        "is mined and no records are needed",
     )
     menu.add_argument(
         "--candidates",
@@ -151,6 +159,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
     job = TrainJob(
         records=tuple(options.records),
+        programs=tuple(program_texts(options.program or [])),
         validation_count=options.validation_questions,
         config=_config(options),
         policy=options.policy,

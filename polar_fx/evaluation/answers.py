@@ -9,7 +9,7 @@ it can be told whether a program reasons better or only writes the expected form
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,13 +17,27 @@ import torch
 from ..judge.by_generation import generate_arguments
 from ..judge.grading import extract, grade
 from ..program import Program
-from ..questions.prompts import PromptTemplate
 from ..questions.question import EncodedQuestion, Question
+from ..questions.templates import Template
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
 
 Row = tuple[Question, EncodedQuestion]
+
+
+class Answers(Protocol):
+    """Where answers come from: an `Answerer`, or for questions with choices a `ChoiceAnswerer`."""
+
+    def greedy(self, pairs: Sequence[tuple[Row, Program]]) -> "list[Answer]":
+        """An answer a pair, in order."""
+        ...
+
+    def sampled(
+        self, rows: Sequence[Row], program: Program, *, count: int, temperature: float, seed: int
+    ) -> "list[list[Answer]]":
+        """`count` answers a question at a temperature, by one program."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,7 @@ class Answerer:
         self,
         compiled: "CompiledModel",
         tokenizer: Any,
-        templates: Mapping[str, PromptTemplate],
+        templates: Mapping[str, Template],
         batch: int = 32,
         progress: Callable[[int], None] | None = None,
     ) -> None:
@@ -66,7 +80,7 @@ class Answerer:
         return [each[0] for each in self._answers(pairs, {"do_sample": False})]
 
     def sampled(
-        self, rows: Sequence[Row], program: Program, count: int, temperature: float, seed: int
+        self, rows: Sequence[Row], program: Program, *, count: int, temperature: float, seed: int
     ) -> list[list[Answer]]:
         """`count` answers a question at a temperature, by one program."""
         options = {
@@ -103,7 +117,7 @@ class Answerer:
         self,
         questions: Sequence[EncodedQuestion],
         program: Program,
-        template: PromptTemplate,
+        template: Template,
         options: dict[str, Any],
     ) -> list[Answer]:
         stop = template.decode_stop(self.tokenizer)
@@ -146,7 +160,9 @@ def most_confident(answers: Sequence[Answer]) -> int:
 
 
 def is_right(answer: Answer, question: Question) -> bool:
-    """Whether the answer is one of the accepted ones, in whatever form."""
+    """Whether the answer is one of the accepted ones, in whatever form; of choices, the letter."""
+    if question.choices:
+        return answer.text == letter(question.choices.index(question.right_choice))
     return grade(answer.text, question)
 
 
@@ -154,9 +170,16 @@ def is_parsable(answer: Answer, question: Question) -> bool:
     """Whether an answer of the asked kind can be read: it ended, and where numbers are accepted it
     is one.
     """
+    if question.choices:
+        return answer.stopped
     numeric = all(_is_number(accepted) for accepted in question.answers)
     text = extract(answer.text).answer
     return answer.stopped and bool(text.strip()) and (not numeric or _is_number(text))
+
+
+def letter(place: int) -> str:
+    """A choice's name: A, B ..."""
+    return chr(ord("A") + place)
 
 
 def _is_number(text: str) -> bool:

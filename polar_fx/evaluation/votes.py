@@ -15,7 +15,7 @@ from ..predictor.selector import Selector
 from ..program import Program
 from ..search.records.records import SearchRecord
 from ..stats.arms import IDENTITY, ArmResult, pooled_names
-from .answers import Answer, Answerer, Rescues, Row, is_parsable, is_right, majority, most_confident
+from .answers import Answer, Answers, Rescues, Row, is_parsable, is_right, majority, most_confident
 from .choices import SELECTOR_ACCURACY, Choice, places_of
 
 _TEMPERATURE = 0.7
@@ -58,7 +58,7 @@ class _Method:
 
 
 def generated_arms(
-    answerer: Answerer,
+    answerer: Answers,
     selector: Selector,
     *,
     chances: np.ndarray,
@@ -98,7 +98,7 @@ def generated_arms(
 
 
 def _methods(
-    answerer: Answerer,
+    answerer: Answers,
     selector: Selector,
     *,
     chances: np.ndarray,
@@ -115,7 +115,7 @@ def _methods(
     candidates = [_with_identity(selector, row, votes) for row in order]
     wanted = [(identity, s, *c) for s, c in zip(singles, candidates, strict=True)]
     answers = _greedy(answerer, rows, wanted)
-    sampled = answerer.sampled(rows, identity, votes, _TEMPERATURE, seed)
+    sampled = answerer.sampled(rows, identity, count=votes, temperature=_TEMPERATURE, seed=seed)
     methods = [
         _by_program(IDENTITY, answers, [identity] * n),
         _by_program(SELECTOR_ACCURACY, answers, singles),
@@ -127,7 +127,7 @@ def _methods(
 
 
 def _greedy(
-    answerer: Answerer, rows: Sequence[Row], programs: Sequence[Sequence[Program]]
+    answerer: Answers, rows: Sequence[Row], programs: Sequence[Sequence[Program]]
 ) -> list[dict[Program, Answer]]:
     """Each row's answers by its programs; a program that is there twice runs once."""
     pairs = [(i, p) for i, each in enumerate(programs) for p in dict.fromkeys(each)]

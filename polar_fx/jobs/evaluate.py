@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from ..evaluation.answers import Answerer
+from ..evaluation.answers import Answerer, Answers
 from ..evaluation.baselines import (
     Setting,
     TrainedOn,
@@ -22,6 +22,7 @@ from ..evaluation.baselines import (
     static_choices,
     training_records,
 )
+from ..evaluation.choice_answers import ChoiceAnswerer
 from ..evaluation.choices import (
     BEST_STATIC,
     SELECTOR_ACCURACY,
@@ -62,11 +63,12 @@ class EvaluateJob:
     """Settings of an evaluation.
 
     `predictor` is a folder made by training, `out` that of the report and its verdicts. `asked`
-    says what is tested (with neither tasks nor files: the tasks it was trained on; `count` None:
-    2000 questions of tasks, all of files; `prompt` None: the predictor's own); its `split` is not
-    looked at. `records` are files of searches, more labels for baselines. `answers` questions are
-    also generated, with `votes` programs that vote. `encoder` is a text encoder's folder or id, for
-    PoLar's network as the paper has it; it is one of the `baselines`. `workers` processes judge.
+    says what is tested: of files, the questions that these give to no other split; with neither
+    tasks nor files, the tasks it was trained on. Its `count` None is 2000 questions of tasks, all
+    of files, its `prompt` None the predictor's own, and its `split` is not looked at. `records` are
+    files of searches, more labels for baselines. `answers` questions are also generated, with
+    `votes` programs that vote. `encoder` is a text encoder's folder or id, for PoLar's network as
+    the paper has it; it is one of the `baselines`. `workers` processes judge.
     """
 
     predictor: Path
@@ -167,8 +169,9 @@ def _open(job: EvaluateJob, console: "Console") -> _Subject:
     notes = read_notes(job.predictor)
     trained_on = TrainedOn.read(job.predictor)
     asked = _with_defaults(job.asked, notes)
-    questions = _not_trained_on(asked.questions(), trained_on, console)
-    templates = replace(asked, prompt=_prompt(asked, notes)).templates(questions)
+    every = asked.questions()
+    questions = _not_trained_on([q for q in every if _may_test(q)], trained_on, console)
+    templates = replace(asked, prompt=_prompt(asked, notes, questions)).templates(questions)
     learned = trained_on.questions if job.baselines else []
     labeller = Labeller(
         job.workplace,
@@ -204,10 +207,16 @@ def _with_defaults(asked: Asked, notes: dict[str, Any]) -> Asked:
     return replace(asked, tasks=tasks, count=asked.count or _TEST_QUESTIONS, split="test")
 
 
-def _prompt(asked: Asked, notes: dict[str, Any]) -> str:
+def _may_test(question: Question) -> bool:
+    """Whether its file does not keep it for another split."""
+    return question.split in (None, "test")
+
+
+def _prompt(asked: Asked, notes: dict[str, Any], questions: list[Question]) -> str:
     # the tasks of files have no few-shot prompt
-    ours = "direct" if asked.data and notes["prompt"] == "few-shot" else notes["prompt"]
-    return asked.prompt or ours
+    if asked.data and notes["prompt"] == "few-shot":
+        return asked.prompt_name(questions)
+    return asked.prompt or notes["prompt"]
 
 
 def _not_trained_on(
@@ -217,7 +226,10 @@ def _not_trained_on(
     if seen := len(questions) - len(left):
         console.print(f"{seen} questions were seen in training and are left out", style="dim")
     if not left:
-        raise InputError(f"all {len(questions)} questions were seen in training; ask others")
+        raise InputError(
+            f"all {len(questions)} questions were seen in training, or their file keeps them for "
+            "another split than test; ask others"
+        )
     return left
 
 
@@ -277,7 +289,9 @@ def _generate(
     if not part:
         return None
     labeller = subject.labeller
-    answerer = Answerer(labeller.compiled, labeller.tokenizer, labeller.templates)
+    answerer: Answers = Answerer(labeller.compiled, labeller.tokenizer, labeller.templates)
+    if any(question.choices for question in subject.questions):
+        answerer = ChoiceAnswerer(labeller.place.forcing)
     with console.status("generating answers ..."):
         return generated_arms(
             answerer,

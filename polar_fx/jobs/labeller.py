@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..predictor.features import Features
     from ..program import Program
-    from ..questions import EncodedQuestion, PromptTemplate, Question
+    from ..questions import EncodedQuestion, Question, Template
     from ..search.records.records import SearchHeader, SearchRecord
     from ..search.workers import Workplace
     from ..training.verdict_table import Rows, VerdictTable
@@ -36,7 +36,7 @@ class Labeller:
     def __init__(
         self,
         workplace: "Workplace",
-        templates: "Mapping[str, PromptTemplate]",
+        templates: "Mapping[str, Template]",
         questions: "Sequence[Question]",
         *,
         workers: int = 1,

@@ -16,7 +16,7 @@ from .questions import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..questions import EncodedQuestion, PromptTemplate, Question
+    from ..questions import EncodedQuestion, Question, Template
     from ..search.workers import OpenWorkplace, Workplace
 
 
@@ -49,7 +49,7 @@ class OpenJob:
 def open_job(
     workplace: "Workplace",
     questions: "Sequence[Question]",
-    templates: "Mapping[str, PromptTemplate]",
+    templates: "Mapping[str, Template]",
     *,
     console: "Console",
     workers: int = 1,

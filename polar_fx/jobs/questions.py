@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 
 if TYPE_CHECKING:
-    from ..questions import EncodedQuestion, PromptTemplate, Question, Split
+    from ..questions import EncodedQuestion, Question, Split, Template
     from ..search.records.records import SearchHeader
     from ..search.workers import OpenWorkplace
 
@@ -32,9 +32,10 @@ class Asked:
     split: "Split | None" = None
     seed: int = 0
 
-    @property
-    def prompt_name(self) -> str:
-        return self.prompt or ("direct" if self.data else "few-shot")
+    def prompt_name(self, questions: "Sequence[Question]") -> str:
+        """Of the built-in prompt that these questions are asked in."""
+        written = "direct" if self.data else "few-shot"
+        return self.prompt or ("choices" if any(q.choices for q in questions) else written)
 
     @property
     def split_name(self) -> "Split | None":
@@ -47,9 +48,9 @@ class Asked:
             raise InputError("name questions by either tasks or files of data")
         return self._of_files() if self.data else self._of_tasks()
 
-    def templates(self, questions: "Sequence[Question]") -> "dict[str, PromptTemplate]":
+    def templates(self, questions: "Sequence[Question]") -> "dict[str, Template]":
         """The prompt of each task of these questions. Raises InputError if it has none."""
-        return templates_of(self.prompt_name, questions)
+        return templates_of(self.prompt_name(questions), questions)
 
     def _of_files(self) -> "list[Question]":
         from ..questions import load_jsonl
@@ -83,17 +84,17 @@ class Asked:
         return questions
 
 
-def templates_of(name: str, questions: "Sequence[Question]") -> "dict[str, PromptTemplate]":
+def templates_of(name: str, questions: "Sequence[Question]") -> "dict[str, Template]":
     """The built-in prompt `name` of each task of these questions, by task. Raises InputError."""
-    from ..questions import get_template
+    from ..questions import any_template
 
-    return {task: get_template(name, task) for task in sorted({q.task for q in questions})}
+    return {task: any_template(name, task) for task in sorted({q.task for q in questions})}
 
 
 def check_same_prompts(
     headers: "Sequence[SearchHeader]",
     paths: Sequence[Path],
-    templates: "Mapping[str, PromptTemplate]",
+    templates: "Mapping[str, Template]",
 ) -> None:
     """Raise InputError if a file has records of one of these tasks that were asked in another
     prompt.
@@ -120,7 +121,7 @@ def _prompt_remedy(theirs: str, ours: str) -> str:
 def encode(
     tokenizer: Any,
     questions: "Sequence[Question]",
-    templates: "Mapping[str, PromptTemplate]",
+    templates: "Mapping[str, Template]",
 ) -> "list[EncodedQuestion]":
     """The questions as tokens, each in its task's prompt, in the same order."""
     found: dict[str, EncodedQuestion] = {}
@@ -133,7 +134,7 @@ def encode(
 def row_tokens(
     encoded: "Sequence[EncodedQuestion]",
     questions: "Sequence[Question]",
-    templates: "Mapping[str, PromptTemplate]",
+    templates: "Mapping[str, Template]",
     *,
     limit: int | None,
     generated: bool,
@@ -145,7 +146,7 @@ def row_tokens(
     length.
     """
 
-    def tokens(each: "EncodedQuestion", template: "PromptTemplate") -> int:
+    def tokens(each: "EncodedQuestion", template: "Template") -> int:
         answer = max(map(len, each.targets))
         room = max(answer, template.max_new_tokens) if generated else answer
         return len(each.prefix) + len(each.prompt) + room

@@ -16,7 +16,7 @@ from .questions import Asked
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..questions import PromptTemplate, Question
+    from ..questions import Question, Template
     from ..search.records.record_file import RecordReader, RecordStore
     from ..search.records.records import SearchHeader, SearchRecord
 
@@ -164,7 +164,7 @@ def _workplace(job: SearchJob) -> Workplace:
 def _header(
     job: SearchJob,
     questions: "Sequence[Question]",
-    templates: "Mapping[str, PromptTemplate]",
+    templates: "Mapping[str, Template]",
     opened: OpenJob,
 ) -> "SearchHeader":
     from ..output.digest import digest
@@ -176,7 +176,7 @@ def _header(
         "questions": len(questions),
         "split": job.asked.split_name,
         "data": [path.name for path in job.asked.data],
-        "sha256": digest({q.id: [q.question, *q.answers] for q in questions}),
+        "sha256": digest({q.id: [q.question, *q.answers, *q.choices] for q in questions}),
     }
     prompt = {
         **{task: template.key for task, template in templates.items()},

@@ -11,11 +11,18 @@ from ..errors import InputError
 from ..output.files import replace_file
 from ..predictor.policy import Policy
 from ..predictor.saved import save_selector
+from ..program import Program
 from ..questions import TASKS, Question, split_of
 from ..search.analysis.menu_coverage import key
 from ..search.records.record_file import RecordReader
 from ..search.workers import Workplace
-from ..training.pipeline import MINED, TrainingConfig, folder_of, train_predictor
+from ..training.pipeline import (
+    MINED,
+    TrainingConfig,
+    folder_of,
+    too_few_to_certify,
+    train_predictor,
+)
 from .labeller import Labeller
 from .progress import silent_console
 from .questions import Asked, check_same_prompts
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from ..predictor.selector import Selector
-    from ..questions import PromptTemplate
+    from ..questions import Template
     from ..search.records.records import SearchHeader, SearchRecord
 
 _TRAIN_QUESTIONS = 1500
@@ -34,15 +41,17 @@ _TRAIN_QUESTIONS = 1500
 class TrainJob:
     """Settings of a training run.
 
-    `records` are files of searches of one model, `out` is the predictor's folder. `asked` says what
-    is trained on (with neither tasks nor files: the tasks of the records; `count` None: 1500
+    `records` are files of searches of one model, `out` is the predictor's folder. With `programs`,
+    texts of programs, the menu is these and nothing is mined: records are not needed. `asked` says
+    what is trained on (with neither tasks nor files: the tasks of the records; `count` None: 1500
     questions of tasks, all train questions of files); its `split` is not looked at. Validation has
     `validation_count` questions (None: a quarter of those; of files all). `policy` is saved with
     the predictor. `workers` processes label. Losses are written to the folder `tensorboard`.
     """
 
-    records: tuple[Path, ...]
     out: Path
+    records: tuple[Path, ...] = ()
+    programs: tuple[str, ...] = ()
     asked: Asked = field(default_factory=Asked)
     validation_count: int | None = None
     config: TrainingConfig = field(default_factory=TrainingConfig)
@@ -73,26 +82,32 @@ def run(job: TrainJob, console: "Console | None" = None) -> dict[str, Any]:
     """
     began = time.perf_counter()
     console = console or silent_console()
+    if not (job.records or job.programs):
+        raise InputError("there is no menu; name files of search records to mine one, or programs")
     readers = [RecordReader(path) for path in job.records]
     headers = [reader.header for reader in readers]
     _check_same_model(headers, job.records)
     records = [record for reader in readers for record in reader]
-    asked = _with_tasks(job.asked, headers[0])
+    asked = _with_tasks(job.asked, headers)
     questions = _questions(asked, job.validation_count)
+    if few := too_few_to_certify(len(questions.validation), job.config):
+        console.print(few, markup=False)
     templates = asked.templates(questions.all)
     check_same_prompts(headers, job.records, templates)
     labeller = Labeller(
         job.workplace, templates, questions.all, workers=job.workers, console=console
     )
-    labeller.check_model(headers[0])
+    for header in headers[:1]:
+        labeller.check_model(header)
     policy = Policy.parse(job.policy, labeller.depth)
     usable = _without(records, questions.validation)
-    if (left := len(records) - len(usable)) or not usable:
+    if left := len(records) - len(usable):
         console.print(f"{left} records are of validation questions and not used", style="dim")
     selector, measured = _train(job, labeller, questions, usable)
     policy.check(selector.calibration, {selector.menu.programs[0]: 0.0})
     results = {
         **measured,
+        "too_few_to_certify": few,
         "records": [path.name for path in job.records],
         "train_ids": len({(q.task, q.id) for q in questions.train}),
         "model": labeller.model_fingerprint,
@@ -103,7 +118,7 @@ def run(job: TrainJob, console: "Console | None" = None) -> dict[str, Any]:
     }
     mined = json.dumps(sorted({record.question.id for record in usable}))
     replace_file(folder_of(job.out) / MINED, [mined.encode()])
-    notes = _notes(job, asked, templates)
+    notes = _notes(job, asked.prompt_name(questions.all), templates)
     save_selector(selector, job.out, labeller.model_fingerprint, policy, notes)
     text = json.dumps(results, indent=1, default=str)
     replace_file(job.out / "results.json", [text.encode() + b"\n"])
@@ -119,11 +134,12 @@ def _check_same_model(headers: "Sequence[SearchHeader]", paths: Sequence[Path]) 
             )
 
 
-def _with_tasks(asked: Asked, header: "SearchHeader") -> Asked:
-    """The tasks of the records, if no questions are named."""
+def _with_tasks(asked: Asked, headers: "Sequence[SearchHeader]") -> Asked:
+    """The tasks of the first records, if no questions are named."""
     if asked.tasks or asked.data:
         return asked
-    tasks = tuple(task for task in header.task.get("tasks", ()) if task in TASKS)
+    named = headers[0].task.get("tasks", ()) if headers else ()
+    tasks = tuple(task for task in named if task in TASKS)
     if not tasks:
         raise InputError(
             "the records are of no built-in task; name questions by tasks or files of data"
@@ -132,11 +148,11 @@ def _with_tasks(asked: Asked, header: "SearchHeader") -> Asked:
 
 
 def _questions(asked: Asked, validation_count: int | None) -> Questions:
-    """Train and validation questions; of files by `split_of` their id."""
+    """Train and validation questions; of files by the split they name, else by their id."""
     if asked.data:
         every = replace(asked, count=None, split=None).questions()
-        train = [q for q in every if split_of(q.id) == "train"]
-        validation = [q for q in every if split_of(q.id) == "validation"]
+        train = [q for q in every if (q.split or split_of(q.id)) == "train"]
+        validation = [q for q in every if (q.split or split_of(q.id)) == "validation"]
         return Questions(train=train[: asked.count], validation=validation[:validation_count])
     count = asked.count or _TRAIN_QUESTIONS
     held_out = validation_count or max(1, count // 4)
@@ -170,6 +186,7 @@ def _train(
             features_of=lambda rows: labeller.features(rows, job.config.features),
             depth=labeller.depth,
             config=job.config,
+            programs=[Program.parse(text, labeller.depth) for text in job.programs],
             progress=writer,
         )
     finally:
@@ -177,13 +194,11 @@ def _train(
             writer.close()
 
 
-def _notes(
-    job: TrainJob, asked: Asked, templates: "Mapping[str, PromptTemplate]"
-) -> dict[str, Any]:
+def _notes(job: TrainJob, prompt: str, templates: "Mapping[str, Template]") -> dict[str, Any]:
     """What is saved with the predictor, for those who evaluate or run it."""
     return {
         "tasks": sorted(templates),
-        "prompt": asked.prompt_name,
+        "prompt": prompt,
         "prompts": {task: template.key for task, template in templates.items()},
         "config": asdict(job.config),
     }

@@ -10,8 +10,9 @@ import torch
 
 from ..compiled import CompiledModel
 from ..program import Program
-from ..questions.prompts import DecodeStop, PromptTemplate
+from ..questions.prompts import DecodeStop
 from ..questions.question import EncodedQuestion, Question
+from ..questions.templates import Template
 from ..runtime.generator import padded_rows
 from .grading import grade
 from .verdict import Verdict
@@ -34,7 +35,7 @@ class Generation:
         compiled: CompiledModel,
         tokenizer: Any,
         questions: Mapping[str, Question],
-        templates: Mapping[str, PromptTemplate],
+        templates: Mapping[str, Template],
         batch: int = 32,
     ) -> None:
         self.compiled, self.tokenizer, self.batch = compiled, tokenizer, batch
@@ -60,7 +61,7 @@ class Generation:
         """Nothing is kept."""
 
     def answers(
-        self, questions: Sequence[EncodedQuestion], program: Program, template: PromptTemplate
+        self, questions: Sequence[EncodedQuestion], program: Program, template: Template
     ) -> list[str]:
         """What greedy decoding answers, up to the stop (and maybe beyond it)."""
         ids, arguments = generate_arguments(

@@ -6,7 +6,7 @@ stop) is the argmax of the logits before it. Three things are shared:
 
 - programs that begin with the same steps share the hidden states after them (`StepTrie`);
 - questions of one prompt share its constant prefix: its tokens run once per step, their KV serves
-every question;
+every question; and the choices of a question share the question in the same way;
 - at each step the rows, whatever their question and program, that need the same layer next run as
 one batch.
 
@@ -18,6 +18,7 @@ import math
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,10 @@ from ..compiled import CompiledModel
 from ..errors import InputError, KvOverflowError
 from ..library.steps import HIDDEN, Blends, side_values
 from ..program import Program
-from ..questions.question import EncodedQuestion
+from ..questions.question import ChoiceKey, EncodedQuestion
 from ..runtime.token_rows import padded, padded_tokens
 from .step_trie import State, StepNode, StepTrie
-from .verdict import Verdict
+from .verdict import Verdict, choice_verdict
 
 _MAX_SIDES = 256
 _WORTH_A_CALL = 6  # rows; with fewer, padding costs less than another call
@@ -41,13 +42,13 @@ _WORTH_A_CALL = 6  # rows; with fewer, padding costs less than another call
 @dataclass(frozen=True, slots=True, eq=False)
 class _Row:
     """Tokens run together: a prompt's prefix, or a question's own tokens and one of its answers
-    behind that prefix.
+    after that prefix. Of a question with choices the whole prompt but its last token is the prefix.
     """
 
     name: Hashable
     ids: Tensor  # i64[T]
     prefix: "_Row | None" = None
-    target: Tensor | None = None  # i64[A], the answer and the stop
+    target: Tensor | None = None  # i64[A], the answer and the stop; or the scored end of a choice
 
     @property
     def start(self) -> int:
@@ -55,6 +56,7 @@ class _Row:
 
 
 _Task = tuple[_Row, StepNode]
+_Pairs = Sequence[tuple[EncodedQuestion, Program]]
 
 
 class TeacherForcing:
@@ -96,34 +98,54 @@ class TeacherForcing:
     # -------------------------------------------------------------------------------------- judging
 
     @torch.no_grad()
-    def evaluate(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
+    def evaluate(self, pairs: _Pairs) -> list[Verdict]:
         """A verdict a pair, in order.
 
         Raises InputError, KvOverflowError, ProgramError or WeightsReplacedError before anything
         runs.
         """
+        return self._in_parts(pairs, self._score)
+
+    @torch.no_grad()
+    def choice_scores(self, pairs: _Pairs) -> list[tuple[float, ...]]:
+        """Of each pair the score of every choice, by which the answer is chosen without a key: its
+        log-likelihood in nats, divided by what the prompt says.
+
+        Raises as `evaluate`, and InputError for a question without choices.
+        """
+        keys = [_choice_of(question) for question, _ in pairs]
+        found = self._in_parts(pairs, self._targets)
+        return [
+            key.scores([likelihood for _, likelihood, _ in each])
+            for key, each in zip(keys, found, strict=True)
+        ]
+
+    def _in_parts(self, pairs: _Pairs, score: Callable[[_Pairs], list[Any]]) -> list[Any]:
+        """What `score` makes of the pairs, in their order; of so many at a time as memory holds."""
         if (bound := self.compiled.bound) is not None:
             bound.check()
         for question, program in pairs:
             self.compiled.library.check(program)
             self._rows_of(question)
-        with without_autocast(self.compiled.device):
-            return self._evaluate(pairs)
-
-    def _evaluate(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
-        verdicts: dict[int, Verdict] = {}
+        found: dict[int, Any] = {}
         # neighbors in this order share most steps, so little is held at a time
         order = sorted(range(len(pairs)), key=lambda i: pairs[i][1].path)
-        for start in range(0, len(order), 4 * self.max_rows):
-            chosen = order[start : start + 4 * self.max_rows]
-            scored = self._score([(pairs[i][0], pairs[i][1]) for i in chosen])
-            verdicts |= dict(zip(chosen, scored, strict=True))
-            self.trie.shrink()
-        return [verdicts[i] for i in range(len(pairs))]
+        with without_autocast(self.compiled.device):
+            for start in range(0, len(order), 4 * self.max_rows):
+                chosen = order[start : start + 4 * self.max_rows]
+                scored = score([(pairs[i][0], pairs[i][1]) for i in chosen])
+                found |= dict(zip(chosen, scored, strict=True))
+                self.trie.shrink()
+        return [found[i] for i in range(len(pairs))]
 
     def forget(self, question_ids: Iterable[str]) -> None:
         """Drop what is kept for these questions; prefixes stay."""
-        rows = {row for q in question_ids for row in self._rows.pop(q, (None, ()))[1]}
+        rows: set[_Row] = set()
+        for name in question_ids:
+            question, own = self._rows.pop(name, (None, ()))
+            rows.update(own)
+            if question is not None and question.choice is not None:
+                rows.update(row.prefix for row in own if row.prefix is not None)
         self.trie.forget(rows)
         for key in [k for k in self._sides if not rows.isdisjoint(k)]:
             del self._sides[key]
@@ -139,8 +161,7 @@ class TeacherForcing:
     def _new_rows(self, question: EncodedQuestion) -> tuple[_Row, ...]:
         if not question.prompt or not question.targets or not all(question.targets):
             raise InputError(
-                f"question {question.id!r} has an empty prompt or answer; encode it with a "
-                "PromptTemplate"
+                f"question {question.id!r} has an empty prompt or answer; encode it with a template"
             )
         longest = len(question.prefix) + len(question.prompt) + max(map(len, question.targets)) - 1
         if longest > self.compiled.pool.max_length:
@@ -166,6 +187,8 @@ class TeacherForcing:
                 f"question {question.id!r} holds token ids outside the vocabulary "
                 f"0..{self.compiled.vocab_size - 1}"
             )
+        if question.choice is not None:
+            return self._choice_rows(question, question.choice)
         prefix = None
         if question.prefix:
             if question.prefix not in self._prefixes:
@@ -183,10 +206,36 @@ class TeacherForcing:
             for i, target in enumerate(question.targets)
         )
 
+    def _choice_rows(self, question: EncodedQuestion, key: ChoiceKey) -> tuple[_Row, ...]:
+        """A row a choice; they begin with the prompt's last token, whose logits tell the next."""
+        *shared, last = *question.prefix, *question.prompt
+        prefix = _Row((question.id, "prompt"), self._tensor(shared)) if shared else None
+        return tuple(
+            _Row(
+                (question.id, i),
+                self._tensor((last, *target[:-1])),
+                prefix,
+                self._tensor(target[-scored:]),
+            )
+            for i, (target, scored) in enumerate(zip(question.targets, key.scored, strict=True))
+        )
+
     def _tensor(self, ids: Sequence[int]) -> Tensor:
         return torch.tensor(ids, device=self.compiled.device)
 
-    def _score(self, pairs: Sequence[tuple[EncodedQuestion, Program]]) -> list[Verdict]:
+    def _score(self, pairs: _Pairs) -> list[Verdict]:
+        verdicts = []
+        for (question, _), found in zip(pairs, self._targets(pairs), strict=True):
+            if question.choice is not None:
+                scores = question.choice.scores([likelihood for _, likelihood, _ in found])
+                verdicts.append(choice_verdict(scores, question.choice.right))
+                continue
+            best = max(found, key=lambda s: (s[0], -math.inf if math.isnan(s[1]) else s[1]))
+            verdicts.append(Verdict(*best))
+        return verdicts
+
+    def _targets(self, pairs: _Pairs) -> list[list[tuple[bool, float, float]]]:
+        """Of each pair what `_heads` tells of each target."""
         ends = [(self._rows_of(q), self.trie.leaf(p)) for q, p in pairs]
         self.steps_asked += sum(
             len(rows) * p.num_steps for (rows, _), (_, p) in zip(ends, pairs, strict=True)
@@ -196,13 +245,7 @@ class TeacherForcing:
         scores: dict[_Task, tuple[bool, float, float]] = {}
         for batch in self._batches(tasks, lambda row: len(row.target)):  # type: ignore[arg-type]
             scores |= dict(zip(batch, self._heads(batch), strict=True))
-        verdicts = []
-        for rows, leaf in ends:
-            found = [scores[row, leaf] for row in rows]
-            verdicts.append(
-                Verdict(*max(found, key=lambda s: (s[0], -math.inf if math.isnan(s[1]) else s[1])))
-            )
-        return verdicts
+        return [[scores[row, leaf] for row in rows] for rows, leaf in ends]
 
     # -------------------------------------------------------------------------------- running steps
 
@@ -223,10 +266,11 @@ class TeacherForcing:
                 waiting[task] = sum(n in waiting for n in needs)
                 for need in needs:
                     followers[need].append(task)  # type: ignore[index]
-        ready: dict[tuple[int, int], list[_Task]] = defaultdict(list)
+        # by layer; prefixes, which are longer, apart from what goes on from them
+        ready: dict[tuple[int, bool], list[_Task]] = defaultdict(list)
         for task, count in waiting.items():
             if not count:
-                ready[task[1].layer, task[0].start].append(task)
+                ready[task[1].layer, task[0].target is None].append(task)
         while ready:
             # the fullest batch first; early layers before late ones, so that the rows behind catch
             # up
@@ -237,7 +281,7 @@ class TeacherForcing:
                     for follower in followers.pop(task, ()):
                         waiting[follower] -= 1
                         if not waiting[follower]:
-                            ready[follower[1].layer, follower[0].start].append(follower)
+                            ready[follower[1].layer, follower[0].target is None].append(follower)
 
     def _missing(self, row: _Row, leaf: StepNode, planned: dict[_Task, int]) -> list[_Task]:
         """The steps above `leaf` whose states of `row` are neither known nor planned, first one
@@ -391,3 +435,11 @@ class TeacherForcing:
             (bool(sure), likelihood, lead)
             for sure, likelihood, lead in torch.stack(found, -1).tolist()
         ]
+
+
+def _choice_of(question: EncodedQuestion) -> ChoiceKey:
+    if question.choice is None:
+        raise InputError(
+            f"question {question.id!r} has no choices to score; encode it with a ChoiceTemplate"
+        )
+    return question.choice

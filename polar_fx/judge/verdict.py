@@ -1,7 +1,7 @@
 """What running one program on one question gave, and the reward a search makes of it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
@@ -14,12 +14,29 @@ class Verdict:
     Where the answer was scored by teacher forcing: `log_likelihood` is the log-probability, in nats
     (<= 0), of the accepted continuation that greedy decoding gives, or else of the likeliest one;
     `margin` is the smallest lead, in logits, of its tokens over every other token (at least 0 when
-    greedy decoding gives it). Where it was generated and graded, both are None.
+    greedy decoding gives it). Where it was generated and graded, both are None. Of a question with
+    choices (`choice_verdict`), `correct` is whether the right one scores highest, `log_likelihood`
+    its share among the choices, and `margin` its lead over the best other one, in nats (nats a
+    character where lengths count).
     """
 
     correct: bool
     log_likelihood: float | None = None
     margin: float | None = None
+
+
+def choice_verdict(scores: Sequence[float], right: int) -> Verdict:
+    """Of the scores of all choices, log-likelihoods as they are or by length; the highest wins, of
+    equals the first (as lm-evaluation-harness' acc and acc_norm have it).
+    """
+    known = [-math.inf if math.isnan(s) else s for s in scores]
+    highest = max(known)
+    best = known.index(highest)
+    if math.isinf(highest):
+        return Verdict(False, math.nan, math.nan)  # no choice can be told from another
+    total = highest + math.log(sum(math.exp(s - highest) for s in known))
+    others = max(s for i, s in enumerate(known) if i != right)
+    return Verdict(best == right, known[right] - total, known[right] - others)
 
 
 # A number in 0..1, as UCB asks for.

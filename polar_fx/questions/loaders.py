@@ -8,11 +8,11 @@ import json
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 from ..errors import InputError
 from ..output.plain_text import first_line
-from .question import Question
+from .question import Question, Split
 
 _MAX_DIGITS = 30  # of a number written out; more is a mistake, or text
 
@@ -22,9 +22,10 @@ def load_jsonl(path: str | Path, task: str | None = None) -> list[Question]:
 
     Fields: `question`; `answer`, a string, a number, or a list of those, the preferred one first;
     optional `id` (else made of the question's text), `task` or `dataset` (else the file's name; the
-    argument `task` is for all rows), `difficulty` (1 to 5,
-    or null) and `cell`. Others are ignored. Raises InputError naming file, line and what is wrong
-    with it.
+    argument `task` is for all rows), `difficulty` (1 to 5, or null), `cell`, `split` (train,
+    validation or test; any other is not looked at) and `choices`, a list of at least two texts, of
+    which `answer` is one: its text, or its place from 0. Other fields are ignored. Raises
+    InputError naming file, line and what is wrong with it.
     """
     path = Path(path)
     try:
@@ -138,9 +139,11 @@ class _Rows:
         own = self._text(number, row, "task") or self._text(number, row, "dataset")
         task = self._task or own or self._default_task
         question_id = self._text(number, row, "id", numbers=True)
+        choices = self._choices(number, row.get("choices"))
         given = bool(question_id)
         if not given:
-            question_id = f"{task}:{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            told = "\n".join([text, *choices])
+            question_id = f"{task}:{hashlib.sha256(told.encode()).hexdigest()[:16]}"
         first = self._numbers.setdefault(question_id, number)
         if first != number:
             what = f"its id {question_id!r}" if given else "its question"
@@ -149,10 +152,23 @@ class _Rows:
                 f"{what} is that of {self._unit} {first} too",
                 "give each row an id of its own, or drop one",
             )
-        answers = self._answers(number, row.get("answer"))
-        difficulty = self._difficulty(number, row.get("difficulty"))
+        answers = (
+            (self._right(number, row.get("answer"), choices),)
+            if choices
+            else self._answers(number, row.get("answer"))
+        )
+        split: Any = row.get("split")
         self._questions.append(
-            Question(question_id, task, text, answers, difficulty, self._text(number, row, "cell"))
+            Question(
+                question_id,
+                task,
+                text,
+                answers,
+                self._difficulty(number, row.get("difficulty")),
+                self._text(number, row, "cell"),
+                choices,
+                split if split in get_args(Split) else None,
+            )
         )
 
     def questions(self) -> list[Question]:
@@ -171,6 +187,27 @@ class _Rows:
             return ""
         if not isinstance(value, str):
             self.fail(number, f"its {field} is {_kind(value)}", "give a text")
+        return value.strip()
+
+    def _choices(self, number: int, value: Any) -> tuple[str, ...]:
+        if value is None:
+            return ()
+        if not isinstance(value, list) or len(value) < 2:
+            self.fail(number, f"its choices are {value!r:.60}", "give a list of at least two texts")
+        for choice in value:
+            if not isinstance(choice, str) or not choice.strip():
+                self.fail(number, f"its choice {choice!r:.60} is no text", "give a text as each")
+        return tuple(choice.strip() for choice in value)
+
+    def _right(self, number: int, value: Any, choices: tuple[str, ...]) -> str:
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
+            return choices[value]
+        if not isinstance(value, str) or value.strip() not in choices:
+            self.fail(
+                number,
+                f"its answer {value!r:.60} is none of its {len(choices)} choices",
+                f'give the text of one, or its place from 0 to {len(choices) - 1}, as "answer"',
+            )
         return value.strip()
 
     def _answers(self, number: int, value: Any) -> tuple[str, ...]:

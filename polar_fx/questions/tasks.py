@@ -10,7 +10,7 @@ import random
 import re
 from collections.abc import Iterator, Sequence
 from itertools import islice
-from typing import Literal, TypeVar, get_args
+from typing import TypeVar, get_args
 
 from ..errors import InputError
 from .builtin.arithmetic import ADDITION, DIVISION, MULTIPLICATION, SUBTRACTION
@@ -18,10 +18,9 @@ from .builtin.cells import Cell, Pool, Row, Task
 from .builtin.largest import COMPARISON
 from .builtin.sequences import SEQUENCES
 from .builtin.word_problems import WORD_PROBLEMS
-from .question import Question
+from .question import Question, Split
 
 T = TypeVar("T")
-Split = Literal["train", "validation", "test"]
 
 TASKS: dict[str, Task] = {
     t.name: t

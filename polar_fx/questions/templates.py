@@ -21,6 +21,7 @@ which were not measured; without that line it was 47/180 for 58/180, and example
 """
 
 from ..errors import InputError
+from .choices import CHOICE_PROMPTS, ChoiceTemplate, choice_template
 from .prompts import PromptTemplate
 from .tasks import TASKS
 
@@ -62,12 +63,23 @@ DIRECT = PromptTemplate(
 )
 PLAIN = PromptTemplate("plain", 1, "Question: {question}\nAnswer:")
 
-TEMPLATES = ("few-shot", "direct", "plain")
+TEMPLATES = ("few-shot", "direct", "plain", *CHOICE_PROMPTS)
+
+# How the questions of a task are asked.
+Template = PromptTemplate | ChoiceTemplate
+
+
+def any_template(name: str, task: str = "") -> Template:
+    """A built-in prompt by name: one of `get_template`, or of `choice_template`.
+
+    Raises InputError naming the known ones.
+    """
+    return choice_template(name, task) if name in CHOICE_PROMPTS else get_template(name, task)
 
 
 def get_template(name: str, task: str = "") -> PromptTemplate:
-    """A built-in prompt by name: `few-shot` (there is one for each built-in task), `direct` or
-    `plain`.
+    """A built-in prompt for answers that are written: `few-shot` (there is one for each built-in
+    task), `direct` or `plain`.
 
     Raises InputError naming the known ones.
     """

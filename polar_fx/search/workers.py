@@ -17,8 +17,8 @@ from typing import Any
 from ..errors import CompileError, PolarError
 from ..output.others import hush_others
 from ..program import Program
-from ..questions.prompts import PromptTemplate
 from ..questions.question import EncodedQuestion, Question
+from ..questions.templates import Template
 from .config import SearchConfig
 from .lockstep import Evaluator, run_searches
 from .records.records import SearchRecord
@@ -45,7 +45,7 @@ class Workplace:
     in_flight: int = 32
     cache_bytes: int = 2 << 30
     threads: int | None = None
-    templates: Mapping[str, PromptTemplate] = field(default_factory=dict)
+    templates: Mapping[str, Template] = field(default_factory=dict)
     programs: Mapping[str, tuple[Program, ...]] | None = None
     device: str | None = None
 

@@ -141,6 +141,14 @@ def risk_p_value(gained: int, lost: int, n: int, epsilon: float, slack: float) -
     return min(1.0, slack + binomial_cdf(lost, discordant, min(1.0, (1 + epsilon / most) / 2)))
 
 
+def least_questions(epsilon: float, delta: float, starts: int = 1) -> int:
+    """With fewer questions `risk_controlled_threshold` certifies nothing but gains: so many are
+    needed if choosing loses none of them.
+    """
+    slack = _NUISANCE * delta / starts
+    return math.ceil(math.log(slack) / math.log1p(-epsilon)) if epsilon else 0
+
+
 def binomial_cdf(k: int, n: int, p: float) -> float:
     """P(X <= k) of X ~ Binomial(n, p)."""
     if k >= n or p <= 0:

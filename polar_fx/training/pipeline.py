@@ -21,9 +21,10 @@ from ..predictor.menu import Menu
 from ..predictor.policy import Calibration
 from ..predictor.selector import Selector
 from ..program import Program
+from ..runtime.trunk import check_trunk
 from ..search.records.records import SearchRecord
 from ..stats.calibration import ece, fit_platt, log_loss
-from ..stats.risk import risk_controlled_threshold
+from ..stats.risk import least_questions, risk_controlled_threshold
 from .mining import BUDGETS, best_static, candidates, edits_as_programs, finalists, mine, variations
 from .selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from .verdict_table import Rows, VerdictTable
@@ -70,6 +71,8 @@ class TrainingConfig:
                 "and 1"
             )
 
+
+_STARTS = 4  # of the sequences of thresholds that are tested
 
 MINED = "mined.json"
 """In the folder of parts: the ids of the questions whose records the menu was mined from."""
@@ -140,7 +143,7 @@ def fit(
     gains = chances[rows, best] - chances[:, 0]
     chosen_right, identity_right = setting.right[rows, best], setting.right[:, 0]
     bound = risk_controlled_threshold(
-        gains, chosen_right, identity_right, epsilon=config.risk, delta=config.delta, starts=4
+        gains, chosen_right, identity_right, epsilon=config.risk, delta=config.delta, starts=_STARTS
     )
     prices = {f: price_of(chances, menu.steps, menu.depth, f) for f in config.budgets}
     selector.calibration = Calibration(
@@ -163,6 +166,20 @@ def fit(
         "validation": _accuracies(selector, setting, train),
     }
     return selector, measured
+
+
+def too_few_to_certify(validation: int, config: TrainingConfig) -> str:
+    """What so few validation questions mean for the policy `accuracy`; empty if they may do."""
+    least = 2 * least_questions(config.risk, config.delta, _STARTS)
+    if validation >= least:
+        return ""
+    return (
+        f"{validation} validation questions are too few to certify that leaving the identity loses "
+        f"at most {100 * config.risk:g} % of the answers, which takes {least} even if it loses "
+        "none: unless it gains clearly, the policy 'accuracy' will always run the identity; ask "
+        "more questions, allow a larger risk, or use a policy such as mean_steps<=0.9, which "
+        "promises nothing about accuracy"
+    )
 
 
 def _halves(labels: Labels, seed: int) -> tuple[Labels, Labels]:
@@ -226,18 +243,27 @@ def train_predictor(
     features_of: Callable[[Rows], Tensor],
     depth: int,
     config: TrainingConfig,
+    programs: Sequence[Program] = (),
     progress: Callable[[int, dict[str, float]], None] | None = None,
 ) -> tuple[Selector, dict[str, Any]]:
     """The whole way.
 
-    `features_of(rows)` gives pooled features f32[N, F]. Returns the selector and the results.
+    `features_of(rows)` gives pooled features f32[N, F]. With `programs` the menu is these, after
+    the identity, and nothing is mined. Returns the selector and the results. Raises InputError, and
+    ProgramError for a program that does not begin with the trunk.
     """
     if not train or not validation:
         raise InputError(
             f"{len(train)} train and {len(validation)} validation questions; both are needed"
         )
-    screened = mine_menu(records, train, dense, depth, config)
-    menu = Menu.of(mine(screened, config.menu_size), depth)
+    if programs:
+        for program in programs:
+            check_trunk(program, config.features.num_steps)
+        menu, mined = Menu.of(programs, depth), {}
+    else:
+        screened = mine_menu(records, train, dense, depth, config)
+        menu = Menu.of(mine(screened, config.menu_size), depth)
+        mined = {"screened": len(screened.questions), "finalists": len(screened.programs)}
     splits = {"train": train, "validation": validation}
     tables = {name: dense(name, rows, menu.programs) for name, rows in splits.items()}
     parts = {name: labels_of(tables[name], features_of(rows)) for name, rows in splits.items()}
@@ -248,9 +274,9 @@ def train_predictor(
         "questions": {
             "train": len(train),
             "validation": len(validation),
-            "screened": len(screened.questions),
+            "screened": mined.get("screened", 0),
         },
-        "finalists": len(screened.programs),
+        "finalists": mined.get("finalists", 0),
         "config": {
             **asdict(config),
             "features": asdict(config.features),

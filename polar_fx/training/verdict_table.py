@@ -176,7 +176,7 @@ def listed_records(
     config = SearchConfig(method="listed", simulations=max(1, *map(len, programs.values())))
     asked = {
         "questions": len(rows),
-        "sha256": digest({q.id: [q.question, *q.answers] for q, _ in rows}),
+        "sha256": digest({q.id: [q.question, *q.answers, *q.choices] for q, _ in rows}),
         "programs": digest({name: [str(p) for p in listed] for name, listed in programs.items()}),
     }
     with RecordStore.open(path, SearchHeader(model, depth, config, asked, prompt)) as store:

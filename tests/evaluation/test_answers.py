@@ -88,7 +88,9 @@ def test_batches_are_no_larger_than_asked_with_all_samples_counted() -> None:
     answerer(model, batch=2).greedy([(each, IDENTITY) for each in (ROWS[0], ROWS[2], ROWS[3])])
     assert [len(ids) for _, ids, _ in model.calls] == [2, 1]
     model = Echo()
-    found = answerer(model, batch=4).sampled([ROWS[0], ROWS[2], ROWS[3]], IDENTITY, 2, 0.7, seed=3)
+    found = answerer(model, batch=4).sampled(
+        [ROWS[0], ROWS[2], ROWS[3]], IDENTITY, count=2, temperature=0.7, seed=3
+    )
     assert [len(ids) for _, ids, _ in model.calls] == [2, 1]
     assert [[a.text for a in each] for each in found] == [["32", "32"], ["51", "51"], ["71", "71"]]
     given = model.calls[0][2]
@@ -102,7 +104,7 @@ def test_batches_are_no_larger_than_asked_with_all_samples_counted() -> None:
 def test_sampling_leaves_random_state_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
-    answerer(Echo()).sampled([ROWS[0]], IDENTITY, 2, 0.7, seed=3)
+    answerer(Echo()).sampled([ROWS[0]], IDENTITY, count=2, temperature=0.7, seed=3)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -51,7 +51,7 @@ class Written:
         return [Answer(SAID[q.id, p], TOKENS[p], True, SURE[p] * TOKENS[p]) for (q, _), p in pairs]
 
     def sampled(
-        self, rows: Sequence[Row], program: Program, count: int, temperature: float, seed: int
+        self, rows: Sequence[Row], program: Program, *, count: int, temperature: float, seed: int
     ) -> list[list[Answer]]:
         assert program == IDENTITY and count == 2 and seed == 7
         self.temperature = temperature

@@ -52,7 +52,9 @@ def test_questions_are_shared_among_tasks() -> None:
 def test_questions_of_files(folder: Path) -> None:
     path = folder / "rows.jsonl"
     assert [q.id for q in Asked(data=(path,), count=2).questions()] == ["r0", "r1"]
-    assert Asked(data=(path,)).prompt_name == "direct" and Asked(data=(path,)).split_name is None
+    assert (
+        Asked(data=(path,)).prompt_name([]) == "direct" and Asked(data=(path,)).split_name is None
+    )
     with pytest.raises(InputError, match="hold the same question id"):
         Asked(data=(path, path)).questions()
     with pytest.raises(InputError, match="either tasks or files of data"):

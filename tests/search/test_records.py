@@ -41,6 +41,7 @@ QUESTIONS = st.builds(
     st.lists(TEXTS, max_size=3).map(tuple),
     st.none() | st.integers(1, 5),
     TEXTS,
+    st.lists(TEXTS, max_size=3).map(tuple),
 )
 
 

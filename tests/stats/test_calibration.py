@@ -20,7 +20,13 @@ from polar_fx.stats.calibration import (
     reliability,
 )
 from polar_fx.stats.intervals import Share
-from polar_fx.stats.risk import THRESHOLDS, binomial_cdf, risk_controlled_threshold, risk_p_value
+from polar_fx.stats.risk import (
+    THRESHOLDS,
+    binomial_cdf,
+    least_questions,
+    risk_controlled_threshold,
+    risk_p_value,
+)
 
 # Reliability
 
@@ -359,3 +365,16 @@ def test_the_threshold_refuses(change: dict[str, Any], words: str) -> None:
     }
     with pytest.raises(InputError, match=words):
         risk_controlled_threshold(**given)
+
+
+@pytest.mark.parametrize("starts", [1, 4])
+def test_so_many_questions_are_needed_to_certify_anything(starts: int) -> None:
+    least = least_questions(0.01, 0.05, starts)
+
+    def certified(n: int) -> bool:
+        gains, right = np.linspace(0, 0.6, n), np.ones(n, bool)
+        found = risk_controlled_threshold(gains, right, right, starts=starts)
+        return bool(np.isfinite(found.tau))
+
+    assert certified(least) and not certified(least - 1)
+    assert least_questions(0, 0.05) == 0

@@ -7,12 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from polar_fx.errors import InputError
+from polar_fx.errors import InputError, ProgramError
 from polar_fx.predictor.features import Features
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion, Question
 from polar_fx.runtime.trunk import shares_trunk
-from polar_fx.training.pipeline import TrainingConfig, mine_menu, train_predictor
+from polar_fx.training.pipeline import (
+    TrainingConfig,
+    mine_menu,
+    too_few_to_certify,
+    train_predictor,
+)
 from polar_fx.training.selector_training import (
     SelectorConfig,
 )
@@ -107,3 +112,23 @@ def test_a_menu_is_mined_from_questions_of_every_task() -> None:
 def test_without_validation_questions_nothing_is_trained() -> None:
     with pytest.raises(InputError, match="0 validation questions"):
         train_predictor(SEARCHED, rows(0, 200), [], **given(World()))
+
+
+def test_programs_may_be_given_instead_of_mined() -> None:
+    world = World()
+    selector, results = train_predictor(
+        [], rows(0, 40), rows(100, 20), **given(world), programs=[A, B]
+    )
+    assert selector.menu.programs == (IDENTITY, A, B)
+    assert set(world.asked) == {"train", "validation"}
+    assert results["questions"]["screened"] == results["finalists"] == 0
+    off_trunk = Program.parse("skip 0", DEPTH)
+    with pytest.raises(ProgramError, match="does not begin with layers 0"):
+        train_predictor([], rows(0, 4), rows(9, 4), **given(world), programs=[off_trunk])
+
+
+def test_too_few_questions_to_certify_are_said() -> None:
+    assert too_few_to_certify(1148, TrainingConfig()) == ""
+    told = too_few_to_certify(1147, TrainingConfig())
+    assert "1147 validation questions are too few" in told and "takes 1148 even if" in told
+    assert too_few_to_certify(2, TrainingConfig(risk=0)) == "", "no risk is certified by gains"

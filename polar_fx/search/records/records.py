@@ -231,6 +231,8 @@ def record_to_fields(record: SearchRecord) -> dict[str, Any]:
             for each in record.explored
         ],
     }
+    if question.choices:
+        fields["choices"] = list(question.choices)
     if record.verified:
         fields["verified"] = {
             _program_text(program): _verdict_to_fields(each)
@@ -245,11 +247,13 @@ def record_from_fields(fields: Mapping[str, Any], depth: int) -> SearchRecord:
     Raises InputError naming what is missing, of another type, or no program.
     """
     answers = get(fields, "answers", list)
-    if not all(isinstance(answer, str) for answer in answers):
-        raise InputError(f"answers is {answers!r}, not a list of texts")
+    choices = get(fields, "choices", list) if "choices" in fields else []
+    for name, texts in {"answers": answers, "choices": choices}.items():
+        if not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{name} is {texts!r}, not a list of texts")
     difficulty = None if fields.get("difficulty") is None else get(fields, "difficulty", int)
     id, task, text, cell = (get(fields, name, str) for name in ("id", "task", "question", "cell"))
-    question = Question(id, task, text, tuple(answers), difficulty, cell)
+    question = Question(id, task, text, tuple(answers), difficulty, cell, tuple(choices))
     explored = []
     for i, row in enumerate(get(fields, "explored", list)):
         if not isinstance(row, list) or len(row) != len(COLUMNS):
