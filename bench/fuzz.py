@@ -82,8 +82,7 @@ class Case:
     def model(self) -> PreTrainedModel:
         options: dict[str, Any] = {"num_hidden_layers": 3, **FAMILIES[self.family]}
         if self.at_limit:
-            limit = "n_positions" if self.family == "gpt2" else "max_position_embeddings"
-            options[limit] = self.max_length
+            options["max_position_embeddings"] = self.max_length
         model = make(self.family, **options)
         # weights alone, as loading does: rotary frequencies stay as they are
         for weight in model.parameters():

@@ -39,6 +39,7 @@ from .runtime.link import Linker
 from .runtime.regions import RegionTable
 from .runtime.runner import Runner, Session
 from .runtime.tiers import Tier, TierPolicy, Tiers
+from .runtime.uncopied import Uncopied
 from .store import ArtifactStore
 
 ProgramLike = Program | str | Sequence[int] | None
@@ -141,7 +142,7 @@ def compile(
     return compiled
 
 
-class CompiledModel:
+class CompiledModel(Uncopied):
     """A captured model that runs a program of layers on every call.
 
     `runner` runs programs: `library` holds graphs and weights, `linker` compiled regions and linked
@@ -401,13 +402,6 @@ class CompiledModel:
     def report(self) -> Report:
         """What was captured, compiled or loaded so far, and what it holds; compiles nothing."""
         return report(self.runner)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise InputError(
-            "a compiled model cannot be copied or pickled: it holds compiled code, locks and KV "
-            "memory; compile the model again where it is wanted (from the artifact store that "
-            "takes seconds), or export a bundle (polar_fx.export)"
-        )
 
     # ------------------------------------------------------------ prefill and decode of one session
 

@@ -27,7 +27,15 @@ class BoundWeights:
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._model = weakref.ref(model)
+        names = tuple(names)
         self._places = tuple(self._find(model, names))
+        # a stack of layers may become longer, and each of those that were bound stay
+        self._lists = tuple(
+            (path, module._modules, len(module))
+            for path, module in model.named_modules()
+            if isinstance(module, (nn.ModuleList, nn.Sequential))
+            and any(name.startswith(f"{path}.") for name in names)
+        )
 
     def _find(self, model: nn.Module, names: Iterable[str]) -> list[_Place]:
         found: dict[tuple[int, str], _Place] = {}
@@ -82,6 +90,12 @@ class BoundWeights:
                     "replaced, and compiled programs would go on with the old weights; compile "
                     "the model again, or change weights in place (copy_, load_state_dict without "
                     "assign=True)"
+                )
+        for path, modules, count in self._lists:
+            if len(modules) != count:
+                raise WeightsReplacedError(
+                    f"{path} of the model has {len(modules)} modules and not the {count} that were "
+                    "compiled, which would run all the same; compile the model again"
                 )
 
 

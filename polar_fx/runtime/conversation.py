@@ -16,15 +16,18 @@ from .generator import Generator
 from .kv_rows import KvRow
 from .lockstep import RowBatch
 from .lockstep_session import LockstepSession
+from .uncopied import Uncopied
 
 
-class Conversation:
+class Conversation(Uncopied):
     """Tokens that were said so far, and what a program computed for them. A context manager: at its
     end all is given back.
 
     Nothing runs twice: a further turn costs its own tokens. `crop` takes tokens back, and `branch`
     goes on in two ways. Raises InputError where rows do not run in lock-step (`Runner.together`).
     """
+
+    remedy = "branch() goes on from the same tokens"
 
     def __init__(self, generator: Generator, program: Program) -> None:
         runner = generator.runner

@@ -45,7 +45,15 @@ _OTHER_LOOPS = (
     "num_beam_groups",
 )
 # caches of transformers that hold the keys and values as they are, as the compiled model's own does
-_SAME_NUMBERS = (None, "dynamic", "dynamic_full", "static", "sliding_window", "hybrid")
+_SAME_NUMBERS = (
+    None,
+    "dynamic",
+    "dynamic_full",
+    "static",
+    "sliding_window",
+    "hybrid",
+    "hybrid_chunked",
+)
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
@@ -251,6 +259,16 @@ class Generator:
                     f"generate() does not take {name}: the compiled model runs transformers' own "
                     "loop over prompts of token ids and keeps its own KV cache; leave it out"
                 )
+        if kwargs.pop("synced_gpus", None):
+            raise InputError(
+                "synced_gpus=True lets rows wait for other processes, and a compiled model runs in "
+                "one; leave it out"
+            )
+        given = kwargs.get("generation_config")
+        if given is not None and not isinstance(given, GenerationConfig):
+            raise InputError(
+                f"generation_config must be a transformers GenerationConfig, got {given!r}"
+            )
         given_mask = kwargs.pop("attention_mask", None)
         rows, mask = self.runner.rows(input_ids, given_mask)
         settings = self.config(**kwargs)
@@ -275,7 +293,7 @@ class Generator:
         check_room(self.runner, kwargs, new)
         for name in ("prefill_chunk_size", "use_cache", "cache_implementation"):
             kwargs.pop(name, None)
-        if (given := kwargs.get("generation_config")) is not None:
+        if given is not None:
             kwargs["generation_config"] = _without_chunks(given)
         # transformers appends what comes from the model's device to what it was given
         device = self.runner.device
@@ -354,6 +372,14 @@ def refuse_settings(config: GenerationConfig) -> None:
                 f"{name}=True: the compiled model hands out logits only; leave it out, or ask the "
                 "model itself"
             )
+    for name in ("num_beams", "num_return_sequences"):
+        if (count := getattr(config, name)) is not None and count < 1:
+            raise InputError(f"{name}={count} rows cannot be generated; take at least 1")
+    if config.is_assistant:
+        raise InputError(
+            "is_assistant=True lets another model's loop end this one; leave it out, and assist "
+            "the model itself"
+        )
     if config.token_healing:
         raise InputError(
             "token_healing=True changes the last tokens of a prompt before it is run; heal the "

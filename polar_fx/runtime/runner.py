@@ -28,6 +28,7 @@ from .lockstep_session import After, LockstepSession
 from .regions import RegionTable
 from .tiers import Tier, TierPolicy, Tiers
 from .token_rows import padded_tokens, token_rows
+from .uncopied import Uncopied
 
 _GPU_TOKENS = 64
 
@@ -55,7 +56,7 @@ class ModelInfo:
         return (self.config.architectures or [type(self.config).__name__])[0]
 
 
-class Runner:
+class Runner(Uncopied):
     """Runs programs on tokens. A session of `open` takes the rows of a prompt by `prefill` and then
     a token a row by `decode`.
 

@@ -50,7 +50,13 @@ def token_rows(
             f"got {got}"
         )
     # once: looking at each row would wait for the device
-    input_ids, mask = input_ids.cpu(), attention_mask.cpu().bool()
+    input_ids, given = input_ids.cpu(), attention_mask.cpu()
+    mask = given.bool()
+    if bool((other := given != mask).any()):
+        raise InputError(
+            f"attention_mask holds {given[other][0].item()}; it is 1 at real tokens and 0 at "
+            "padding"
+        )
     rows = [ids[m].long() for ids, m in zip(input_ids, mask, strict=True)]
     for i, row in enumerate(rows):
         if row.numel() == 0:

@@ -49,6 +49,7 @@ RANK = {room: i for i, rooms in enumerate(ORDER) for room in rooms}
 # The same inside large rooms: a module or folder may import from those before it.
 INNER = {
     "runtime": (
+        "uncopied",
         "token_rows",
         "bound_weights",
         "code_key",

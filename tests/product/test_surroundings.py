@@ -23,8 +23,12 @@ from tiny_models import make, prompts, reference
 
 @pytest.mark.parametrize("call", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_copies_and_pickles_are_refused_with_what_to_do_instead(call: Any) -> None:
-    with pytest.raises(InputError, match=r"cannot be copied or pickled.*polar_fx\.export"):
-        call(compile(make("llama", num_hidden_layers=2), "eager", max_length=31))
+    compiled = compile(make("llama", num_hidden_layers=2), "eager", max_length=31)
+    for held in (compiled, compiled.runner):
+        with pytest.raises(InputError, match=r"cannot be copied or pickled.*polar_fx\.export"):
+            call(held)
+    with compiled.start() as talk, pytest.raises(InputError, match=r"Conversation .*branch\(\)"):
+        call(talk)
 
 
 def test_autocast_changes_nothing() -> None:

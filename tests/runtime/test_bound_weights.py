@@ -2,6 +2,7 @@
 without being told.
 """
 
+import copy
 import functools
 import gc
 from collections.abc import Callable
@@ -43,6 +44,11 @@ def _new_linear(model: PreTrainedModel) -> None:
     model.lm_head = torch.nn.Linear(32, 100, bias=False)
 
 
+def _further_layer(model: PreTrainedModel) -> None:
+    layers = model.model.layers
+    layers.append(copy.deepcopy(layers[0]))
+
+
 def _other_type(model: PreTrainedModel) -> None:
     model.half()
 
@@ -53,6 +59,7 @@ CHANGES: list[Callable[[PreTrainedModel], None]] = [
     _new_parameter,
     _new_layer,
     _new_linear,
+    _further_layer,
     _other_type,
 ]
 

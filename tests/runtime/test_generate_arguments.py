@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
+    CompileConfig,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
     GenerationConfig,
@@ -74,6 +75,21 @@ SERVED: dict[str, dict[str, Any]] = {
     "stopping_criteria": dict(stopping_criteria=[]),
     "prefix_allowed_tokens_fn": dict(prefix_allowed_tokens_fn=lambda row, ids: [5, 6, 7]),
     "generation_config": dict(generation_config=GenerationConfig(repetition_penalty=1.3)),
+    "top_h": dict(do_sample=True, top_h=0.5),
+    "watermarking_config": dict(watermarking_config={"bias": 2.0}),
+    "low_memory": dict(low_memory=True),
+    # of no effect here, as in the model itself without an assistant or a static cache
+    "max_cache_len": dict(max_cache_len=20),
+    "cache_config": dict(cache_config={}),
+    "compile_config": dict(compile_config=CompileConfig()),
+    "disable_compile": dict(disable_compile=True),
+    "decoder_start_token_id": dict(decoder_start_token_id=5),
+    "num_assistant_tokens": dict(num_assistant_tokens=3),
+    "num_assistant_tokens_schedule": dict(num_assistant_tokens_schedule="constant"),
+    "assistant_confidence_threshold": dict(assistant_confidence_threshold=0.5),
+    "assistant_lookbehind": dict(assistant_lookbehind=3),
+    "target_lookbehind": dict(target_lookbehind=3),
+    "max_matching_ngram_size": dict(max_matching_ngram_size=3),
 }
 REFUSED: dict[str, Any] = {
     "assistant_early_exit": 1,
@@ -89,16 +105,16 @@ REFUSED: dict[str, Any] = {
     "past_key_values": "another",
     "inputs_embeds": torch.ones(1, 2, 32),
     "position_ids": torch.ones(1, 2),
+    "use_mtp": True,
+    "num_beam_groups": 2,
+    "is_assistant": True,
+    "synced_gpus": True,
 }
-ELSEWHERE = {  # what other tests are about, and what has no effect by itself
-    *("self", "inputs", "kwargs", "streamer", "synced_gpus", "stop_strings", "top_h"),
+ELSEWHERE = {  # what other tests are about, and what names no setting of a call
+    *("self", "inputs", "kwargs", "streamer", "stop_strings", "return_dict_in_generate"),
     *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
-    *("return_dict_in_generate", "watermarking_config", "low_memory", "num_beam_groups"),
-    *("cache_config", "max_cache_len", "compile_config", "disable_compile"),
-    *("continuous_batching_config", "decoder_start_token_id", "transformers_version"),
-    *("is_assistant", "num_assistant_tokens", "num_assistant_tokens_schedule", "speculation_type"),
-    *("assistant_confidence_threshold", "assistant_lookbehind", "target_lookbehind", "use_mtp"),
-    *("assistant_ensemble_weight", "max_matching_ngram_size", "_from_model_config"),
+    *("transformers_version", "_from_model_config", "continuous_batching_config"),
+    *("speculation_type", "assistant_ensemble_weight"),
 }
 
 
@@ -133,11 +149,25 @@ def test_what_is_served_gives_the_answer_of_the_model(name: str) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_refused_is_refused_by_name(name: str) -> None:
     options: dict[str, Any] = {"max_new_tokens": 2, name: REFUSED[name]}
-    if name in ("constraints", "force_words_ids"):
+    if name in ("constraints", "force_words_ids", "num_beam_groups"):
         options["num_beams"] = 2
     if name == "penalty_alpha":
         options["top_k"] = 4
     with pytest.raises(InputError, match=name):
+        compiled().generate(prompts(9)[0][None], **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (dict(num_beams=0), "num_beams=0"),
+        (dict(num_return_sequences=0, do_sample=True), "num_return_sequences=0"),
+        (dict(generation_config={"num_beams": 2}), "must be a transformers GenerationConfig"),
+        (dict(attention_mask=torch.full((1, 9), 0.5)), "holds 0.5; it is 1 at real tokens"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(options: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
         compiled().generate(prompts(9)[0][None], **options)
 
 
