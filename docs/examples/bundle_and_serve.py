@@ -2,7 +2,7 @@
 
     python docs/examples/bundle_and_serve.py [FOLDER_OR_MODEL_ID [OUT]]
 
-Serving needs `pip install 'polar_fx[serve]'`, and goes on until Ctrl-C.
+Serving needs `pip install -e '.[serve]'`, and goes on until Ctrl-C.
 """
 
 import subprocess

@@ -1,18 +1,101 @@
-"""Every python block of the README runs, in order, in one namespace."""
+"""Every Python block of the README runs, in order, in one namespace, and prints what the text block
+after it shows; commands print what stands under them.
+"""
 
+import contextlib
+import doctest
+import io
 import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import pytest
+
+import first_picture
 from places import ROOT
+from polar_fx.cli import main, run
 
-README = ROOT / "README.md"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"```python\n(?P<code>.*?)```\n(?:\n```text\n(?P<shown>.*?)```\n)?", re.DOTALL)
+COMMANDS = re.compile(r"```console\n(.*?)```\n", re.DOTALL)
 
 
-def test_python_blocks_run(smollm2: Any, capsys: Any) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) >= 2
-    namespace: dict[str, Any] = {}
+def same(want: str, got: str) -> bool:
+    """Whether this was printed; `...` stands for anything, and lines may be wrapped."""
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    return doctest.OutputChecker().check_output(want, got, flags)
+
+
+@dataclass(frozen=True)
+class Ran:
+    """The blocks, what each printed, and the names they left."""
+
+    blocks: list[re.Match[str]]
+    printed: list[str]
+    names: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ran(smollm2: Any) -> Ran:
+    blocks, printed, names = list(BLOCK.finditer(README)), [], dict[str, Any]()
     for number, block in enumerate(blocks):
-        exec(compile(block, f"README.md, python block {number + 1}", "exec"), namespace)
-    out = capsys.readouterr().out
-    assert "identity -> " in out and "Segment(" in out
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            exec(compile(block["code"], f"README.md, python block {number + 1}", "exec"), names)
+        printed.append(out.getvalue())
+    return Ran(blocks, printed, names)
+
+
+def test_python_blocks_print_what_is_shown(ran: Ran) -> None:
+    assert len(ran.blocks) == README.count("```python") >= 5
+    for block, printed in zip(ran.blocks, ran.printed, strict=True):
+        code, shown = block["code"], block["shown"] or ""
+        assert same(shown, printed), f"{code}prints\n{printed}\nand shows\n{shown}"
+
+
+def test_the_picture_is_of_what_the_first_block_prints() -> None:
+    block = next(BLOCK.finditer(README))
+    lines = [line.split(" -> ") for line in block["shown"].splitlines()]
+    assert tuple(map(tuple, lines)) == first_picture.ANSWERS
+    assert first_picture.QUESTION in block["code"] and "docs/figures/programs.svg" in README
+    drawn = first_picture.picture(first_picture.ANSWERS)
+    assert first_picture.FILE.read_text(encoding="utf-8") == drawn, (
+        "PYTHONPATH=tests/support python tests/support/first_picture.py"
+    )
+
+
+def test_the_first_numbers_are_measured() -> None:
+    first = README.partition("## How it works")[0]
+    results = (ROOT / "docs" / "results" / "dispatch-cpu.md").read_text(encoding="utf-8")
+    gains = re.findall(r"(\+[\d.]+)(?: points)? (\[[^\]]*\])", first)
+    assert len(gains) == 2
+    for gain, interval in gains:
+        assert f"| {gain} {interval} |" in results
+    for share in ("13.7 %", "16.7 %", "85.5 %"):
+        assert share in first and share in results
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Each command of the README that shows what it prints, and that."""
+    for block in COMMANDS.findall(README):
+        for part in re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]:
+            command, _, shown = part.partition("\n")
+            yield command, shown
+
+
+def test_commands_print_what_is_shown(
+    ran: Ran, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the model that the blocks captured, which takes a while."""
+    names = ran.names
+    monkeypatch.setattr(run, "load_model", lambda *a: (names["model"], names["tokenizer"]))
+    monkeypatch.setattr(run, "compile_model", lambda *a: names["compiled"])
+    found = list(commands())
+    assert found
+    for command, shown in found:
+        python, module, name, *arguments = shlex.split(command)
+        assert (python, module, name) == ("python", "-m", "polar_fx")
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert same(shown, printed), f"{command} prints\n{printed}\nand shows\n{shown}"
