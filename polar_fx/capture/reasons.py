@@ -4,6 +4,7 @@ What torch or the modeling code raised there is kept as the cause of the error, 
 """
 
 import traceback
+from types import FunctionType
 
 import torch
 from torch import nn
@@ -57,4 +58,18 @@ def why_it_is_not_traced(error: Exception, view: nn.Module) -> str:
         part = part or "its code"
     else:
         what = "computes with sizes or lengths in a way that one graph for all sizes cannot hold"
-    return f"{part or 'its code'} {what}"
+    return f"{part or 'its code'} {what}{_replaced(view)}"
+
+
+def _replaced(view: nn.Module) -> str:
+    """A remark on the first module whose forward is a function of somebody's own, if there is one:
+    a function is not copied, and holds on to the modules that it was made with.
+    """
+    for name, module in view.named_modules():
+        if isinstance(vars(module).get("forward"), FunctionType):
+            return (
+                f", and forward of {name or 'the model'} was replaced by a function, which may "
+                "call other modules than those that are traced: replace it after compiling, or "
+                "in the class"
+            )
+    return ""

@@ -197,9 +197,10 @@ def check_supported(model: Any) -> None:
         if hasattr(vars(m).get("forward"), "_torchdynamo_orig_callable")
     ]
     if replaced:
+        path = f"model.{replaced[0]}" if replaced[0] else "model"
         raise UnsupportedModelError(
             f"forward of {replaced[0] or 'the model'} was replaced by torch.compile",
-            "compile the model as it was loaded: delete the attribute (del model.forward), or "
+            f"compile the model as it was loaded: delete the attribute (del {path}.forward), or "
             "load the model again",
         )
     find_stack(model)

@@ -16,6 +16,7 @@ from .generator import Generator
 from .kv_rows import KvRow
 from .lockstep import RowBatch
 from .lockstep_session import LockstepSession
+from .token_rows import one_row
 from .uncopied import Uncopied
 
 
@@ -57,7 +58,7 @@ class Conversation(Uncopied):
 
         Raises InputError and, before anything runs, KvOverflowError.
         """
-        new = self._checked(tokens)
+        new = one_row(tokens, self.runner.info.vocab_size)
         pending = torch.tensor(self.tokens[self._row.length :] + new)
         with self._unless_it_fails():
             (logits,) = self.runner.prefill(self._session(), [pending])
@@ -70,7 +71,7 @@ class Conversation(Uncopied):
         Takes the arguments of `CompiledModel.generate` for one row. Raises what that raises, before
         anything runs.
         """
-        new = self._checked(tokens) if len(tokens) else []
+        new = one_row(tokens, self.runner.info.vocab_size) if len(tokens) else []
         if not self.tokens and not new:
             raise InputError("there is nothing to go on from; pass tokens")
         said = [*self.tokens, *new]
@@ -106,10 +107,6 @@ class Conversation(Uncopied):
         other = Conversation(self.generator, self.program)
         other.tokens, other._row = list(self.tokens), self._row.branch()
         return other
-
-    def _checked(self, tokens: Sequence[int] | Tensor) -> list[int]:
-        (row,), _ = self.runner.rows(torch.as_tensor(tokens, dtype=torch.long)[None])
-        return row.tolist()
 
     @contextmanager
     def _unless_it_fails(self) -> Iterator[None]:

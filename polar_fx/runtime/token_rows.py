@@ -4,6 +4,7 @@ Shape legend: B batch, T tokens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +69,18 @@ def token_rows(
                 f"row {i} holds token id {bad}, outside the vocabulary 0..{vocab_size - 1}"
             )
     return rows, mask
+
+
+def one_row(tokens: Any, vocab_size: int) -> list[int]:
+    """The token ids of a row that was given as numbers or i64[T]. Raises InputError."""
+    try:
+        given = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"tokens must be whole numbers, got {tokens!r}") from error
+    if given.numel() == 0:
+        given = given.long()
+    (row,), _ = token_rows(given[None], None, vocab_size)
+    return row.tolist()
 
 
 def padded(tensors: Sequence[Tensor], tokens: int = 0) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import (
 
 from polar_fx.backends.worker import compiler_reason
 from polar_fx.compiled import compile
-from polar_fx.errors import InputError, UnsupportedModelError
+from polar_fx.errors import CaptureError, InputError, UnsupportedModelError
 from tiny_models import make, prompts, reference
 
 
@@ -51,6 +51,18 @@ def test_a_forward_that_torch_compile_replaced_is_named(place: str) -> None:
     with pytest.raises(
         UnsupportedModelError, match=f"forward of {place} was replaced by torch.compile"
     ):
+        compile(model, "eager", max_length=31)
+
+
+def test_a_forward_that_holds_on_to_the_model_is_named() -> None:
+    model = make("llama", num_hidden_layers=2)
+    old = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return old(*args, **kwargs)
+
+    model.forward = forward
+    with pytest.raises(CaptureError, match="forward of the model was replaced by a function"):
         compile(model, "eager", max_length=31)
 
 

@@ -141,6 +141,9 @@ def test_rows_of_programs_that_share_steps_share_their_blocks() -> None:
 def test_what_is_refused() -> None:
     model = compiled()
     with model.start() as talk:
+        for bad in ([1.5], ["a"], None, [[1, 2]], [100]):
+            with pytest.raises(InputError, match="whole numbers|integer|vocabulary"):
+                talk.append(bad)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="nothing to go on from"):
             talk.generate(max_new_tokens=2)
         talk.append(TEXT[:10])
