@@ -35,7 +35,8 @@ def load(
     """A causal LM in eval mode, or the model of a bundle, and its tokenizer.
 
     Args:
-        source: None for the embedded default, a local folder, or a HuggingFace id.
+        source: None for the embedded default, a local folder or `.gguf` file, the name of a model
+            that installed packages carry (docs/models.md), or a HuggingFace id.
         dtype: of the weights: a torch.dtype, its name, or "auto" for what they were saved in; None
             is float32, and of a bundle what it was exported with.
         device: where to put the weights, such as "cuda"; None is the CPU, and of a bundle the

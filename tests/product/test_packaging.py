@@ -60,8 +60,8 @@ def test_the_wheel_holds_every_module_once(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
-    """The mark of annotated packages, the sources of the C++ runner, and the page of an evaluation;
-    nothing else.
+    """The mark of annotated packages, the sources of the C++ runner, the page of an evaluation and
+    the names of packaged models; nothing else.
     """
     names = {
         n
@@ -73,7 +73,12 @@ def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
         for p in (ROOT / "polar_fx" / "bundle" / "cpp").iterdir()
         if p.is_file()
     }
-    assert runner and names == {"polar_fx/py.typed", "polar_fx/evaluation/page.html"} | runner
+    others = {
+        "polar_fx/py.typed",
+        "polar_fx/packaged_models.json",
+        "polar_fx/evaluation/page.html",
+    }
+    assert runner and names == others | runner
 
 
 def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> None:
