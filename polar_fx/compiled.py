@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
 from .backends import Backend, get_backend
 from .capture import check_supported
@@ -266,7 +267,7 @@ class CompiledModel(Uncopied):
         if isinstance(program, str):
             return Program.parse(program, self.depth)
         if not isinstance(program, Program):
-            program = Program.from_path(tuple(program), self.depth)
+            program = Program.from_path(program, self.depth)
         self.library.check(program)
         return program
 
@@ -302,21 +303,26 @@ class CompiledModel(Uncopied):
         result[mask.to(result.device)] = torch.cat(logits)
         return result
 
-    __call__ = forward
+    def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
+        """`forward` as transformers' models answer: its logits [B, T, V] are `.logits`."""
+        return CausalLMOutput(logits=self.forward(*args, **kwargs))  # type: ignore[arg-type]
 
-    def generate(self, input_ids: Tensor, *, program: ProgramsLike = None, **kwargs: Any) -> Any:
+    def generate(
+        self, input_ids: Tensor | None = None, *, program: ProgramsLike = None, **kwargs: Any
+    ) -> Any:
         """transformers' `generate` on `program`: greedy, sampling, beams, stop tokens and strings,
         streamers.
 
-        Takes its usual arguments, a `generation_config` included, and returns what it returns:
-        i64[B, T + new] unless asked for more. Prompts may be padded on either side
+        Takes its usual arguments, `inputs` and a `generation_config` included, and returns what it
+        returns: i64[B, T + new] unless asked for more. Prompts may be padded on either side
         (`attention_mask`). A list of programs gives one to each row: they run together (see
         docs/engine.md). With a dispatcher and no `program`, each row runs the program chosen for
         it. Raises InputError, ProgramError, and KvOverflowError before anything runs.
         """
+        ids: Any = kwargs.pop("inputs", None) if input_ids is None else input_ids
         if program is None and self.dispatcher is not None:
-            return self.dispatcher.generate(input_ids, **kwargs)[0]
-        call = self.generator.check(input_ids, **kwargs)
+            return self.dispatcher.generate(ids, **kwargs)[0]
+        call = self.generator.check(ids, **kwargs)
         return self.generator.run(call, self._of_rows(program, len(call.rows)))
 
     def start(self, program: ProgramLike = None) -> Conversation:

@@ -30,6 +30,7 @@ from .errors import InputError, ModelNotFoundError
 from .output.digest import digest
 from .output.files import replacing
 from .output.plain_text import first_line
+from .output.suggestions import did_you_mean
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _PACKAGED = Path(__file__).with_name("packaged_models.json")
@@ -45,6 +46,7 @@ Dtype = torch.dtype | str
 Device = torch.device | str | None
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "float16"}
 
 
 def load(
@@ -79,9 +81,14 @@ def _checked_dtype(dtype: Dtype) -> Dtype:
     """The type of that name, or "auto". Raises InputError."""
     if isinstance(dtype, torch.dtype) or dtype == "auto":
         return dtype
-    if dtype not in _DTYPES:
-        raise InputError(f"unknown dtype {dtype!r}; use one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[dtype]
+    name = _SHORT.get(dtype, dtype)
+    if name not in _DTYPES:
+        known = ["auto", *_DTYPES, *_SHORT]
+        raise InputError(
+            f"unknown dtype {dtype!r}; use one of {', '.join(known)}"
+            f"{did_you_mean(str(dtype), known)}"
+        )
+    return _DTYPES[name]
 
 
 def checked_device(device: Device) -> torch.device:
@@ -302,7 +309,13 @@ def _default_gguf() -> Path:
 
 def _convert_once(source: Path, target: Path) -> None:
     """Convert under a lock, into a folder beside the target that is renamed when complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot keep the converted model in {target.parent}: {error.strerror}; name a folder "
+            "that you can write to with POLAR_FX_CACHE_DIR"
+        ) from error
     with FileLock(f"{target}.lock"):
         if target.is_dir():
             return  # another process was first

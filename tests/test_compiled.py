@@ -349,6 +349,25 @@ def test_weights_that_are_not_finite_are_warned_about() -> None:
         compile(model, "eager", max_length=31)
 
 
+def test_it_is_called_as_models_of_transformers_are() -> None:
+    compiled, ids = _eager(), prompts(5)[0][None]
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    logits = compiled(**given, program="skip 1").logits
+    assert logits is not None and torch.equal(logits, compiled.forward(ids, program="skip 1"))
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    want = compiled.generate(ids, **options)
+    assert torch.equal(compiled.generate(inputs=ids, **options), want)
+    assert torch.equal(compiled.generate(**given, **options), want)
+    with pytest.raises(InputError, match="input_ids must be"):
+        compiled.generate(**options)
+
+
+@pytest.mark.parametrize("program", [5, 0.5, object()])
+def test_what_is_no_program(program: Any) -> None:
+    with pytest.raises(ProgramError, match=r"give the numbers of layers, or a text"):
+        _eager().resolve(program)
+
+
 def test_every_error_can_be_caught_as_one() -> None:
     with pytest.raises(PolarError):
         _eager().forward(torch.zeros(1, 0, dtype=torch.long))

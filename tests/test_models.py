@@ -53,6 +53,7 @@ def test_types_are_named_or_those_of_the_checkpoint(
     for dtype, expected in (
         ("auto", torch.bfloat16),
         ("float16", torch.float16),
+        ("fp16", torch.float16),
         (torch.float32, torch.float32),
     ):
         model, _ = polar_fx.load(tmp_path, dtype, device="cpu")

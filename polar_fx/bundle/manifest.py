@@ -194,7 +194,7 @@ class Manifest:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of the bundle at `folder`; no other file is looked at. Raises BundleError."""
     path = folder / MANIFEST
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # unlike the method, it takes a name that is too long
         raise BundleError(folder, "is not a folder", "name the folder that polar_fx.export wrote")
     if not os.path.lexists(path):
         raise BundleError(

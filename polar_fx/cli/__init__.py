@@ -7,12 +7,16 @@ run.
 """
 
 import argparse
+import functools
 import importlib
 import json
+import re
 import sys
-from typing import Any
+from typing import Any, NoReturn
 
 from ..errors import PolarError
+from ..output.suggestions import did_you_mean
+from .checks import check_names
 from .verbosity import add_verbosity_arguments, set_up
 
 COMMANDS = (
@@ -32,10 +36,25 @@ COMMANDS = (
 )
 
 
-def _parser() -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """Says what may have been meant by a name that is unknown."""
+
+    def error(self, message: str) -> NoReturn:
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        option = re.fullmatch(r"unrecognized arguments: (--[\w-]+).*", message)
+        if choice:
+            message += did_you_mean(choice[1], re.findall(r"[\w-]+", choice[2]))
+        elif option:
+            message += did_you_mean(option[1], self._option_string_actions)
+        super().error(message)
+
+
+@functools.cache
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser, and that of each command."""
     from ..version import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="polar_fx",
         description="Run a language model by programs of its layers: skip, keep or repeat any of "
         "them.",
@@ -44,9 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="{" + ",".join(COMMANDS) + "}"
     )
+    found: dict[str, argparse.ArgumentParser] = {}
     for name in COMMANDS:
         module = importlib.import_module(f".{name}", __name__)
-        command = commands.add_parser(
+        command = found[name] = commands.add_parser(
             name,
             help=" ".join(str(module.__doc__).partition("\n\n")[0].split()),
             description=module.__doc__,
@@ -58,15 +78,22 @@ def _parser() -> argparse.ArgumentParser:
         )
         add_verbosity_arguments(command)
         command.set_defaults(execute=module.execute)
-    return parser
+    return parser, found
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    options = _parser().parse_args(argv)
+    parser, commands = _parser()
+    options, rest = parser.parse_known_args(argv)
+    if rest:
+        commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         set_up(options)
+        check_names(options)
         result: dict[str, Any] = options.execute(options)
+        if options.json:
+            print(json.dumps(result, indent=1))
+        sys.stdout.flush()
     except PolarError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,6 +103,10 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `| head` has seen enough
         sys.stderr.close()
         return 0
-    if options.json:
-        print(json.dumps(result, indent=1))
+    except OSError as error:  # a full disk, a folder that may not be written to
+        if options.verbose:
+            raise
+        place = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror or error}{place}; -v shows where", file=sys.stderr)
+        return 2
     return 0 if result.get("ok", True) else 1

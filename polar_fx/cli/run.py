@@ -5,7 +5,7 @@ Examples:
   echo "The moon is" | python -m polar_fx run --prompt - --raw --max-new-tokens 20 --json
   python -m polar_fx run --prompt "Name a color." --program "0-9 (10-11)*2 12-29" --sample \
       --temperature 0.7
-  # with regions that `compile` made, if there are any
+  # runs on regions that `compile` made, if they are there; this makes them otherwise
   python -m polar_fx run --prompt "Name a color." --backend auto
   # the code in a bundle is run: name one you trust
   python -m polar_fx run --prompt "Name a color." --model bundle
@@ -14,6 +14,8 @@ Examples:
 import argparse
 import sys
 from typing import TYPE_CHECKING, Any
+
+from rich.markup import escape
 
 from ..errors import InputError
 from .options import (
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..compiled import CompiledModel
+    from ..engine.stable_text import StableText
     from ..program import Program
 
 _BACKEND = "eager"
@@ -77,17 +80,16 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         )
 
     compiled, tokenizer, ids = _open(options, text)
-    programs = [compiled.resolve(p) for p in options.program or [None]]
-    compile_s = warm_up(compiled, programs)
-    results = []
-    for program in programs:
-        results.append(_answer(options, compiled, tokenizer, ids, program))
-        if not options.json:
-            _show(results[-1])
+    programs = {p: compiled.resolve(p) for p in options.program or [None]}
+    compile_s = warm_up(compiled, programs.values())
+    results = [
+        _answer(options, compiled, tokenizer, ids, program=program, name=name or program.words)
+        for name, program in programs.items()
+    ]
     return {
         "prompt_tokens": ids.shape[1],
         "max_length": compiled.pool.max_length,
-        "backend": options.backend or compiled.backend.name,
+        "backend": compiled.backend.name,
         "compile_s": compile_s,
         "results": results,
     }
@@ -95,7 +97,6 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
 def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any, "Tensor"]:
     """The model or bundle, its tokenizer, and the prompt i64[1, T], which fits it."""
-    from ..backends import get_backend
     from ..models import is_bundle
 
     if options.model is not None and is_bundle(options.model):
@@ -108,8 +109,7 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
                 f"for fewer tokens, or export it with --max-length {needed}"
             )
         return bundle, tokenizer, ids
-    options.dtype, options.backend = options.dtype or "float32", options.backend or _BACKEND
-    get_backend(options.backend)  # refuse an unknown one before anything is loaded
+    options.dtype = options.dtype or "float32"
     model, tokenizer = load_model(options)
     ids = _encode(tokenizer, text, options.raw)
     needed = _tokens_needed(options, ids)
@@ -118,7 +118,31 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
         raise InputError(
             f"--max-length {length} is too short for {_asked(options, ids)}; name at least {needed}"
         )
-    return compile_model(model, options, length), tokenizer, ids
+    return _compiled(model, options, length), tokenizer, ids
+
+
+def _compiled(model: Any, options: argparse.Namespace, length: int) -> "CompiledModel":
+    """By the backend that is asked for; or else on compiled regions, if all that the programs need
+    are in the store, and interpreted if not.
+    """
+    if options.backend is None:
+        options.backend = "auto"
+        if model.device.type == "cpu" and _any_compiled():
+            compiled = compile_model(model, options, length)
+            if not any(compiled.explain(p).missing for p in options.program or [None]):
+                return compiled
+        options.backend = _BACKEND
+        status().print(
+            "[dim]interpreting: `python -m polar_fx compile` makes regions that run faster, once[/]"
+        )
+    return compile_model(model, options, length)
+
+
+def _any_compiled() -> bool:
+    """Whether the store holds a compiled region of whatever model."""
+    from ..store import ArtifactStore
+
+    return any("region" in str(entry.facts["kind"]) for entry in ArtifactStore().entries())
 
 
 def _tokens_needed(options: argparse.Namespace, ids: "Tensor") -> int:
@@ -134,11 +158,16 @@ def _answer(
     compiled: "CompiledModel",
     tokenizer: Any,
     ids: "Tensor",
+    *,
     program: "Program",
+    name: str,
 ) -> dict[str, Any]:
-    """What one program says to the prompt i64[1, T], and how long that took."""
+    """What one program says to the prompt i64[1, T], and how long that took; shown as it comes,
+    unless the options ask for JSON.
+    """
     import torch
 
+    from ..engine.stable_text import StableText
     from .stopwatch import Stopwatch
 
     arguments: dict[str, Any] = {
@@ -148,17 +177,46 @@ def _answer(
     if options.sample:
         arguments |= {"temperature": options.temperature, "top_p": options.top_p}
     torch.manual_seed(options.seed)
-    watch = Stopwatch()
+    shown = _Shown(StableText(tokenizer))
+    if not options.json:
+        status().print(f"[bold]{escape(name)}[/]  {program.num_steps} steps")
+    watch = Stopwatch(None if options.json else shown.add)
     out = compiled.generate(ids, program=program, streamer=watch, **arguments)
     new = out[0, ids.shape[1] :]
+    if not options.json:
+        shown.end()
+        token = "" if watch.token_ms is None else f", {watch.token_ms:.1f} ms a token"
+        status().print(f"[dim]prefill {watch.prefill_ms:.1f} ms{token}[/]")
     return {
         "program": str(program),
+        "name": name,
         "steps": program.num_steps,
         "text": tokenizer.decode(new, skip_special_tokens=True),
         "new_tokens": len(new),
         "prefill_ms": watch.prefill_ms,
         "token_ms": watch.token_ms,
     }
+
+
+class _Shown:
+    """Prints a text while its tokens come: as much of it as later ones cannot change."""
+
+    def __init__(self, text: "StableText") -> None:
+        self._text, self._ids, self._done = text, list[int](), ""
+
+    def add(self, ids: list[int]) -> None:
+        """The next tokens."""
+        self._ids += ids
+        self._print(self._text.known(self._ids))
+
+    def end(self) -> None:
+        """Print what is left, and end the line."""
+        self._print(self._text.whole(self._ids))
+        print(flush=True)
+
+    def _print(self, known: str) -> None:
+        print(known[len(self._done) :], end="", flush=True)
+        self._done = max(self._done, known, key=len)
 
 
 def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -187,13 +245,3 @@ def _encode(tokenizer: Any, text: str, raw: bool) -> Any:
     return tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
     ).input_ids
-
-
-def _show(result: dict[str, Any]) -> None:
-    token = "" if result["token_ms"] is None else f", {result['token_ms']:.1f} ms a token"
-    status().print(
-        f"[bold]{result['program']}[/]  {result['steps']} steps, prefill "
-        f"{result['prefill_ms']:.1f} ms{token}",
-        markup=True,
-    )
-    print(result["text"], flush=True)

@@ -107,7 +107,9 @@ class Page:
         best = Share.of(map(any, self.right))
         return {
             "depth": self.menu.depth,
-            "programs": [{"text": str(p), "steps": p.num_steps} for p in self.menu.programs],
+            "programs": [
+                {"text": str(p), "words": p.words, "steps": p.num_steps} for p in self.menu.programs
+            ],
             "policies": self.policies(),
             "best": best.value,
             "questions": rows,

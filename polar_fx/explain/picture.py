@@ -14,7 +14,7 @@ from pathlib import Path
 from ..errors import NotSegmentableError, PolarError
 from ..output.files import write_whole
 from ..output.plain_text import ranges
-from ..program import Op, Program, Segment
+from ..program import Op, Program
 
 _WRAP = 10  # layers a row
 _TITLE_COLUMNS = 56
@@ -41,16 +41,8 @@ def picture(program: Program) -> str:
     except NotSegmentableError:
         lines.append("no sequence of skip, keep and repeat segments runs this path")
     else:
-        lines.append(" | ".join(_segment(s) for s in segments))
+        lines.append(" | ".join(str(s) for s in segments))
     return "\n".join(lines)
-
-
-def _segment(segment: Segment) -> str:
-    last = segment.stop - 1
-    layers = str(last) if segment.num_layers == 1 else f"{segment.start}-{last}"
-    times = f" x{segment.times}" if segment.op is Op.REPEAT else ""
-    damping = f" @{segment.damping:g}" if segment.damping != 1.0 else ""
-    return f"{segment.op} {layers}{times}{damping}"
 
 
 # ----------------------------------------------------------------------------------------- graphviz

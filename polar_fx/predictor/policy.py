@@ -69,6 +69,10 @@ class Policy:
         """A policy from its text. Raises InputError showing the forms there are."""
         if isinstance(text, Policy):
             return text
+        if not isinstance(text, str):
+            raise InputError(
+                f"policy is {text!r} ({type(text).__name__}); give a text: {_EXAMPLES}"
+            )
         kind, less, limit = text.replace(" ", "").partition("<=")
         if less:
             if kind not in ("steps", "mean_steps", "latency_ms"):

@@ -111,6 +111,14 @@ class Segment:
             )
         _set(self, start=start, stop=stop, op=op, times=times, damping=damping)
 
+    def __str__(self) -> str:
+        """`keep 0-4`, `skip 5` or `repeat 10-11 x3 @0.5`; both ends of a range count."""
+        last = self.stop - 1
+        layers = str(last) if self.num_layers == 1 else f"{self.start}-{last}"
+        times = f" x{self.times}" if self.op is Op.REPEAT else ""
+        damping = f" @{self.damping!r}" if self.damping != 1.0 else ""
+        return f"{self.op} {layers}{times}{damping}"
+
     @property
     def num_layers(self) -> int:
         """Number of layers the segment covers."""

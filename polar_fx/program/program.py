@@ -86,7 +86,13 @@ class Program:
 
         Raises ProgramError if the path is empty, too long, or holds anything but layers 0..depth-1.
         """
-        return cls(depth, tuple(path))
+        try:
+            return cls(depth, tuple(path))
+        except TypeError:
+            raise ProgramError(
+                f"path is {path!r} ({type(path).__name__}); give the numbers of layers, or a text "
+                "such as 'skip 5'"
+            ) from None
 
     @classmethod
     def from_segments(cls, segments: Iterable[Segment], depth: int) -> "Program":
@@ -251,6 +257,18 @@ class Program:
         return all(
             earlier <= later for earlier, later in zip(self.path, self.path[1:], strict=False)
         )
+
+    @property
+    def words(self) -> str:
+        """The program as people write it: `identity`, or what is done to it, `skip 5, repeat 10-11
+        x2`; the canonical text where no such edits make it. `parse` reads it, given the depth.
+        """
+        try:
+            segments = self.segments()
+        except NotSegmentableError:
+            return str(self)
+        edits = [str(segment) for segment in segments if segment.op is not Op.KEEP]
+        return ", ".join(edits) or "identity"
 
     @property
     def fingerprint(self) -> str:

@@ -115,7 +115,7 @@ def _decisions_html(decisions: Sequence[Decision]) -> Markup:
         [
             (
                 row,
-                Markup(f"{d.program.strip().svg(ticks=False)}<br>{escaped(d.program)}"),
+                Markup(f"{d.program.strip().svg(ticks=False)}<br>{escaped(d.program.words)}"),
                 d.num_steps,
                 share(d.probability, ".3f"),
                 share(d.gain, "+.3f"),

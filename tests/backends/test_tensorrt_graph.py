@@ -52,7 +52,7 @@ def _answers(model: CompiledModel) -> list[Tensor]:
     for i, row in enumerate(prompts(11, 6)):
         ids[i, : len(row)], mask[i, : len(row)] = row, 1
     many = model.generate(ids[:1], program="0 (1)*2 /4", max_new_tokens=4, do_sample=False)
-    return [model(ids, mask), model(ids[:1], program="1-2 /4"), many]
+    return [model.forward(ids, mask), model.forward(ids[:1], program="1-2 /4"), many]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

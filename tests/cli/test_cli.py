@@ -3,8 +3,9 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -13,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from places import ROOT
 from polar_fx.cli import main
 from polar_fx.cli.options import row_length
+from polar_fx.cli.run import _Shown
 from polar_fx.explain.picture import picture
 from polar_fx.program import Program
 from polar_fx.program.strip import LEGEND
@@ -43,6 +45,7 @@ def test_run_answers_with_every_program(folder: str, capsys: pytest.CaptureFixtu
         capsys, "run", "--model", folder, "--prompt", "2 + 2", "--max-new-tokens", "6", *programs
     )
     assert [r["steps"] for r in result["results"]] == [4, 6]
+    assert [r["name"] for r in result["results"]] == ["identity", "0 (1-2)*2 3"]
     assert all(
         len(r["text"]) >= 1 and r["prefill_ms"] > 0 and r["token_ms"] > 0 for r in result["results"]
     )
@@ -98,6 +101,25 @@ def test_run_prints_only_the_text_to_stdout(
     shown = capsys.readouterr()
     assert shown.out.strip() == _json(capsys, *arguments)["results"][0]["text"].strip()
     assert "4 steps" in shown.err
+
+
+def test_run_shows_a_text_while_it_comes(capsys: pytest.CaptureFixture[str]) -> None:
+    """As much as later tokens cannot change, and each part once."""
+
+    class Text:
+        def known(self, ids: Sequence[int]) -> str:
+            return self.whole(ids[:-1])
+
+        def whole(self, ids: Sequence[int]) -> str:
+            return "".join(f"<{number}>" for number in ids)
+
+    shown: Any = _Shown(cast(Any, Text()))
+    parts = []
+    for ids in ([1], [2, 3], []):
+        shown.add(ids)
+        parts.append(capsys.readouterr().out)
+    shown.end()
+    assert [*parts, capsys.readouterr().out] == ["", "<1><2>", "", "<3>\n"]
 
 
 def test_sampling_repeats_with_its_seed(folder: str, capsys: pytest.CaptureFixture[str]) -> None:

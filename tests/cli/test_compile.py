@@ -107,11 +107,21 @@ def test_the_second_process_reads_and_loads(
     assert (
         "read 4 layers" in shown.err
         and "compiled" not in shown.err
-        and "3 steps, prefill" in shown.err
+        and "skip 1  3 steps" in shown.err
     )
     assert {
         e.key for e in ArtifactStore().entries()
     } == stored and ArtifactStore().root.is_relative_to(artifacts)
+    run = ["run", "--model", folder, *PROGRAMS, "--prompt", "? ? ?", "--max-new-tokens", "3"]
+    assert main([*run, "--json"]) == 0
+    shown = capsys.readouterr()
+    result = json.loads(shown.out)
+    assert result["backend"] == "aot_inductor", "regions that are there are used"
+    assert [r["name"] for r in result["results"]] == ["skip 1", "0 (2-3)*2@0.5"], "as typed"
+    assert main([*run, "--json", "--dtype", "bfloat16"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["backend"] == "eager", "there are none of this type"
+    assert "`python -m polar_fx compile` makes regions" in " ".join(shown.err.split())
 
 
 @pytest.mark.parametrize(

@@ -292,3 +292,9 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         save_selector(selector(), tmp_path / "file", "x")
+
+
+def test_a_policy_is_a_text() -> None:
+    wrong: Any = 0.9
+    with pytest.raises(InputError, match=r"policy is 0.9 \(float\); give a text: identity, "):
+        Policy.parse(wrong, DEPTH)

@@ -299,3 +299,20 @@ def test_any_text_parses_or_fails_cleanly(text: str) -> None:
 @given(PROGRAMS, PROGRAMS)
 def test_fingerprint_tells_programs_apart(one: Program, other: Program) -> None:
     assert (one == other) == (one.fingerprint == other.fingerprint) == (str(one) == str(other))
+
+
+@settings(max_examples=50)
+@given(edited_programs())
+def test_words_read_back(program: Program) -> None:
+    assert Program.parse(program.words, program.depth) == program
+
+
+def test_words_are_what_people_write() -> None:
+    words = {
+        "0-29": "identity",
+        "0-4 6-29": "skip 5",
+        "0-2 6-9 (10-11)*3@0.5 12-29": "skip 3-5, repeat 10-11 x3 @0.5",
+        "0-13 (14)*2 15-29": "repeat 14 x2",
+        "3 2": "3 2 /30",
+    }
+    assert {text: Program.parse(text, 30).words for text in words} == words

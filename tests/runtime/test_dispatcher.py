@@ -203,7 +203,9 @@ def test_policies_that_need_no_prediction_make_none(model: CompiledModel, policy
     assert [d.program for d in report.decisions] == [program] * 2 and predictor.asked == asked
     assert report.to_dict()["rows"][0]["steps"] == program.num_steps
     shown = report._repr_html_()
-    assert shown.count("<svg") == 2 and f"<br>{program}<" in shown and " ms, of which" in shown
+    assert (
+        shown.count("<svg") == 2 and f"<br>{program.words}<" in shown and " ms, of which" in shown
+    )
     assert report.decisions[0]._repr_html_().count("<svg") == 1
     without = model.dispatch_by(policy=policy)
     without.warmup()
