@@ -125,8 +125,9 @@ def run(case: Case) -> dict[str, Any]:
         setting = Setting(compiled, judge, rng, case.max_length)
         for _ in range(_CALLS[case.backend]):
             calls.append(call(setting))
-    except Exception:
-        error = traceback.format_exc()
+    except Exception as raised:
+        traceback.print_exc()
+        error = f"{type(raised).__name__}: {raised}".partition("\n")[0]
     return {
         "case": str(case),
         "way": case.way,

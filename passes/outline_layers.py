@@ -10,13 +10,13 @@ unsound and is refused here.
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Pass, PassError, PassResult, role
+from .base import Caller, Pass, PassError, PassResult, copy_graph_module, role
 from .torch_types import is_operator, size_expression
 
 _ROLE_ORDER = {"hidden": 0, "input": 0, "side": 1, "kv": 2, "weight": 3}
@@ -212,7 +212,7 @@ def _first_hidden(layers: list[list[Node]], output: Node) -> Node:
         if isinstance(n.meta.get("val"), torch.Tensor)
         and n.op == "call_function"
         and n.meta["val"].shape == wanted.shape
-        and n.meta["val"].dtype == wanted.dtype
+        and n.meta["val"].is_floating_point()
     ]
     if not fits:
         raise _refused(
@@ -268,6 +268,31 @@ class _Stack:
         return "input" if role(node) == "input" else "side"
 
 
+def _in_one_dtype(gm: GraphModule) -> GraphModule:
+    """The graph with a hidden state of one dtype between layers, the widest that it has there.
+
+    A layer that takes another one gets it so, and what it hands on is widened: nothing changes for
+    the model itself, and layers may be called in any order.
+    """
+    dtypes = {hidden.meta["val"].dtype for hidden in _Stack(gm).hidden}
+    if len(dtypes) == 1:
+        return gm
+    widest = reduce(torch.promote_types, dtypes)
+    new, graph = copy_graph_module(gm)
+    stack = _Stack(new)
+    for hidden, readers in zip(stack.hidden, (*stack.layers, stack.after), strict=True):
+        if (own := hidden.meta["val"].dtype) == widest:
+            continue
+        with graph.inserting_after(hidden):
+            wide = Caller(graph, hidden).cast(hidden, widest)
+        with graph.inserting_after(wide):
+            taken = Caller(graph, readers[0]).cast(wide, own)
+        inside = set(readers)
+        hidden.replace_all_uses_with(taken, delete_user_cb=inside.__contains__)
+    new.recompile()
+    return new
+
+
 def _layer_output(index: int, nodes: list[Node], *, depth: int) -> Node:
     """The one value that later nodes take of a layer; raises PassError if it is not one."""
     inside = set(nodes)
@@ -295,6 +320,7 @@ class OutlineLayers(Pass):
             n.meta.get("layer") is not None and n.op == "call_function" for n in gm.graph.nodes
         ):
             return PassResult(gm, False)
+        gm = _in_one_dtype(gm)
         stack = _Stack(gm)
         layers = [
             Body(f"layer_{i}", nodes, operand_role=partial(stack.layer_role, i))

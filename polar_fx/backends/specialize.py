@@ -41,18 +41,23 @@ def specialize(
     largest: Mapping[str, int] | None = None,
 ) -> ExportedProgram:
     """The body exported for the example's shape class; `largest` bounds the sizes that may vary, by
-    their names.
+    their names. An axis may be a multiple of one ("4*batch").
 
     Raises CaptureError if it holds tensors of its own.
     """
-    names = sorted({name for axes in dynamic for name in axes.values()})
+    names = sorted({name.rpartition("*")[2] for axes in dynamic for name in axes.values()})
     dims = {
         name: torch.export.Dim(name, min=2, max=(largest or {}).get(name, _LARGEST))
         for name in names
     }
     if "blocks" in dims and "length" in dims:
         dims["length"] = BLOCK * dims["blocks"]
-    shapes = tuple({axis: dims[name] for axis, name in axes.items()} or None for axes in dynamic)
+
+    def dim(name: str) -> Any:
+        times, _, name = name.rpartition("*")
+        return int(times) * dims[name] if times else dims[name]
+
+    shapes = tuple({axis: dim(name) for axis, name in axes.items()} or None for axes in dynamic)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
         exported = torch.export.export(

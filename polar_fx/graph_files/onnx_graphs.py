@@ -38,7 +38,6 @@ from .program_file import SIZES
 OPSET = opset23.version  # the first with attention, rotary embedding and RMS norm as operators
 _IR_VERSION = 10
 _DOMAIN = "polar_fx"  # of the functions
-_AXES = {"B": "batch", "T": "tokens", "L": "length"}
 aten = torch.ops.aten
 
 
@@ -79,7 +78,7 @@ def _export(library: LayerLibrary, name: str) -> ir.Function:
         [i for i, o in enumerate(operands) if o.role == "kv"],
     )
     example = [o.example(SIZES, library.device) for o in operands]
-    dynamic = [{i: _AXES[size] for i, size in enumerate(o.size) if size in _AXES} for o in operands]
+    dynamic = [o.axes() for o in operands]
     try:
         with _quiet():
             exported = torch.onnx.export(

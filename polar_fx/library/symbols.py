@@ -54,8 +54,13 @@ class Operand:
 
     def axes(self) -> dict[int, str]:
         """The axes that follow a size of the call: its batch, tokens, columns, its
-        blocks or those of the KV store."""
-        return {i: _AXES[s] for i, s in enumerate(self.size) if s in _AXES}
+        blocks or those of the KV store; "4*batch" where heads are folded into its rows."""
+        found: dict[int, str] = {}
+        for i, size in enumerate(self.size):
+            times, _, name = size.rpartition("*")
+            if name in _AXES and (not times or times.isdecimal()):
+                found[i] = f"{times}*{_AXES[name]}" if times else _AXES[name]
+        return found
 
 
 def addressed(operands: tuple["Operand", ...]) -> tuple["Operand", ...]:

@@ -142,14 +142,24 @@ class RegionTable:
             return
         for name in wanted:
             start = time.perf_counter()
-            source, passes = self._source(name)
-            with kept_records() as those_of_backend:
-                region = self.backend.compile_region(*source)
+            region, passes = self._compiled(name)
             if not self.backend.needs_shapes:
                 self._regions[name] = region
                 continue
             self._check(region, name)
-            self._keep(name, region, 0, start, "compiled", (*passes, *those_of_backend))
+            self._keep(name, region, 0, start, "compiled", passes)
+
+    def _compiled(self, name: RegionName) -> tuple[Region, tuple[PassRecord, ...]]:
+        """A region that lives in this process alone, and what passes did to its graph."""
+        try:
+            # neither torch.export nor a compiler in this process is made for threads
+            with TRACING, kept_records() as those_of_backend:
+                source, passes = self._source(name)
+                return self.backend.compile_region(*source), (*passes, *those_of_backend)
+        except PolarError:
+            raise
+        except Exception as error:
+            raise _failed(self.backend, name, error) from error
 
     def _load(self, backend: PersistentBackend, name: RegionName) -> bool:
         """Load a region from the store; False if it is not there, or not any more when its files
@@ -208,9 +218,7 @@ class RegionTable:
             except PolarError:
                 raise
             except Exception as error:
-                raise CompileError(
-                    f"{backend.name} cannot compile {name}: {compiler_reason(error)}"
-                ) from error
+                raise _failed(backend, name, error) from error
             # before it is stored: what is loaded is not looked at again
             self._check(region, name)
             made.append((region, _size(_files(folder))))
@@ -251,7 +259,9 @@ class RegionTable:
         target, shape = name.body, name.shape
         made = self._pipeline(name).run(self.library.bodies[target])
         operands, varying = self._operands(target, shape), shape.varying
-        dynamic = [{i: a for i, a in o.axes().items() if a in varying} for o in operands]
+        dynamic = [
+            {i: a for i, a in o.axes().items() if a.rpartition("*")[2] in varying} for o in operands
+        ]
         example = self._example(target, shape) if self.backend.needs_shapes else []
         return (made.graph_module, example, dynamic), made.records
 
@@ -304,6 +314,10 @@ class RegionTable:
                         f"{given.stride()} where {call.target} reads strides {operand.stride()}; "
                         "use backend='eager' and report this model"
                     )
+
+
+def _failed(backend: Backend, name: RegionName, error: Exception) -> CompileError:
+    return CompileError(f"{backend.name} cannot compile {name}: {compiler_reason(error)}")
 
 
 def _evicted(name: RegionName) -> CompileError:

@@ -133,6 +133,8 @@ def test_sizes_may_be_expressions() -> None:
     )
     assert operand.axes() == {0: "batch", 2: "tokens", 3: "length"}
     assert Operand("side", "float32", ("B*T", "8"), ("8", "1")).axes() == {}
+    folded = Operand("side", "float32", ("4*B", "1", "L"), ("L", "L", "1"))
+    assert folded.axes() == {0: "4*batch", 2: "length"}
 
 
 # ------------------------------------------------------------------------------------- fingerprints

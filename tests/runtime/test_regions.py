@@ -1,6 +1,7 @@
 """Regions whose artifacts go away while they are needed, and failures beside successes."""
 
 import itertools
+import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,11 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from polar_fx.backends import Region, ShapeClass
+from polar_fx.backends import AotInductorBackend, EagerBackend, Region, ShapeClass
+from polar_fx.backends.base import RegionName
+from polar_fx.backends.specialize import specialize
+from polar_fx.compiled import compile
 from polar_fx.errors import CompileError
+from polar_fx.runtime.regions import RegionTable
 from polar_fx.store import ArtifactStore
 from stored_models import GraphBackend, answer_of, compile_for, eager_model, sources_of
-from tiny_models import make
+from tiny_models import make, tiny
 
 
 def test_a_region_that_goes_between_finding_and_loading_it_is_made_again(tmp_path: Path) -> None:
@@ -102,3 +107,40 @@ def test_what_was_built_beside_a_failure_is_kept(
     assert len(compiled.compilations) == kept
     torch.testing.assert_close(answer_of(compiled), answer_of(eager_model()), rtol=0, atol=1e-4)
     assert len(compiled.compilations) == 5 and len(backend.built) == 6
+
+
+def test_rows_whose_heads_are_folded_into_them_may_vary() -> None:
+    """Whatever the number of rows in the example, the graph serves any."""
+    regions = RegionTable(tiny("bloom").library, AotInductorBackend(), 31, None, 0)
+    source, _ = regions._source(RegionName("layer_kind_0", ShapeClass.of(3, 3, 32)))
+    exported = specialize(*source)
+    rows = [v.meta["val"].shape[0] for v in exported.graph.find_nodes(op="placeholder")]
+    assert {str(n) for n in rows if isinstance(n, torch.SymInt)} >= {str(rows[0]), f"4*{rows[0]}"}
+
+
+class _Alone(EagerBackend):
+    """Compiles in this process, one region at a time or not at all."""
+
+    needs_shapes = True
+    running = fails = False
+
+    def compile_region(self, body: Any, example: Any, dynamic: Any) -> Region:
+        if self.fails:
+            raise ValueError("no such instruction\nand more")
+        assert not _Alone.running
+        _Alone.running = True
+        time.sleep(0.005)
+        _Alone.running = False
+        return super().compile_region(body, example, dynamic)
+
+
+def test_a_compiler_in_this_process_runs_once_at_a_time_and_names_what_it_cannot_do() -> None:
+    models = [compile(make("llama", num_hidden_layers=2), _Alone(), max_length=31) for _ in "ab"]
+    ids = torch.tensor([[5, 6]])
+    with ThreadPoolExecutor(2) as threads:
+        first, second = threads.map(lambda model: model.forward(ids), models)
+    assert torch.equal(first, second)
+    failing = _Alone()
+    failing.fails = True
+    with pytest.raises(CompileError, match=r"eager cannot compile .*: ValueError: no such instr"):
+        compile(make("llama", num_hidden_layers=2), failing, max_length=31).forward(ids)
