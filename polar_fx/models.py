@@ -8,11 +8,13 @@ faster; see `environment.py`. `packaged_models.json` names models that other PyP
 import copy
 import importlib
 import importlib.util
+import io
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -321,8 +323,11 @@ def _convert_once(source: Path, target: Path) -> None:
             return  # another process was first
         with replacing(target) as work:
             work.mkdir(mode=0o700)
-            with Console(stderr=True).status(
-                f"converting {source.name} once, into {target.parent} ..."
+            about = f"converting {source.name} once, into {target.parent} ..."
+            # transformers shows a bar that cannot be switched off, beside what is said here
+            with (
+                Console(file=sys.stderr).status(about),
+                redirect_stderr(io.StringIO()),
             ):
                 _convert(source, work)
 

@@ -4,6 +4,7 @@ do.
 
 import importlib
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,18 @@ def test_the_default_is_converted_once(fake_default: Path, monkeypatch: pytest.M
         torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True)
     )
     assert models.load_default(torch.bfloat16)[0].dtype == torch.bfloat16
+
+
+def test_a_conversion_shows_no_bar_of_others(
+    fake_default: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def convert(source: Path, target: Path) -> None:
+        print("Converting and de-quantizing: 100%", file=sys.stderr)
+        make("llama").save_pretrained(target)
+
+    monkeypatch.setattr(models, "_convert", convert)
+    models.load_default()
+    assert capsys.readouterr().err == ""
 
 
 def test_types_are_named_or_those_of_the_checkpoint(

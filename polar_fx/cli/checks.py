@@ -54,6 +54,8 @@ def check_programs(texts: Sequence[str], depth: int | None) -> None:
 
 
 def _check_model(name: str) -> None:
+    if name.lower().endswith(".gguf"):  # a file that is a model
+        return
     place = Path(name).expanduser()
     if os.path.isfile(place):  # unlike the method, it takes a name that is too long
         raise ModelNotFoundError(

@@ -105,6 +105,7 @@ def test_names_are_refused_before_anything_is_loaded(
         ("--program", "skip five"): "^",
         ("--model", "/nowhere/x"): "there is no folder /nowhere/x",
         ("--model", str(here / "config.json")): f"--model {here}",
+        ("--model", str(here / "x.gguf")): "no model is loaded in this test",
         ("--backend", "egaer"): "did you mean 'eager'?",
     }
     for given, message in cases.items():
