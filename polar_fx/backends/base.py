@@ -112,7 +112,7 @@ class Backend(ABC):
 
     name: ClassVar[str]
     needs_shapes: ClassVar[bool]
-    by_address: ClassVar[bool] = True  # whether it takes keys and values by address (ShapeClass)
+    by_address: bool = True  # whether it takes keys and values by address (ShapeClass)
     options: Mapping[str, Any]
     passes: tuple[Pass, ...]
 

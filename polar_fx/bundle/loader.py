@@ -173,7 +173,7 @@ def _check_target(path: Path, manifest: Manifest) -> None:
         what = f"is of a bundle for processor {manifest.processor!r}, and this is {processor!r}"
         raise BundleError(path, f"{what}: its instructions may be missing here", _ELSEWHERE)
     length = KvPool(manifest.max_length, torch.device("cpu")).length
-    if manifest.kv_length != length:
+    if manifest.kv_length not in (None, length):
         what = (
             f"was compiled for {manifest.kv_length} KV columns, and this polar_fx allocates "
             f"{length}"
@@ -296,7 +296,8 @@ class _BundledRegions(RegionTable):
     def __init__(
         self, folder: Path, packages: Path, manifest: Manifest, library: LayerLibrary
     ) -> None:
-        super().__init__(library, _Sealed(folder, packages), manifest.max_length, None, 0)
+        backend = _Sealed(folder, packages, by_address=manifest.kv_length is None)
+        super().__init__(library, backend, manifest.max_length, None, 0)
         self._folder = folder
         self._packages = {
             f.region: packages / f.path for f in manifest.files if f.region is not None
@@ -314,10 +315,9 @@ class _BundledRegions(RegionTable):
 class _Sealed(AotInductorBackend):
     """Loads packages as AotInductorBackend does, and compiles nothing."""
 
-    by_address = False  # a bundle holds regions for slots
-
-    def __init__(self, folder: Path, packages: Path) -> None:
+    def __init__(self, folder: Path, packages: Path, by_address: bool) -> None:
         super().__init__(passes=())
+        self.by_address = by_address
         self._folder, self._packages = folder, packages
 
     def load(self, files: Mapping[str, Path]) -> Region:

@@ -28,7 +28,7 @@ try:
 except ImportError:  # not POSIX: two processes that edit one manifest at once are on their own
     fcntl = None
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 KIND = "polar_fx_bundle"  # the name under which the format's version stands
 
@@ -49,8 +49,9 @@ _MAX_PROGRAMS, _MAX_PROGRAM_TEXT = 1 << 16, 1 << 16
 _MAX_FILES, _MAX_TIES = 4096, 1 << 16
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.]*")
 
-_LIMITS = ("max_length", "kv_length", "prefill_chunk", "many_rows", "deterministic")
-_SWITCH = "frequency_switch"  # a limit that few models have
+_LIMITS = ("max_length", "prefill_chunk", "many_rows", "deterministic")
+# only of regions for slots; only of models that have it
+_COLUMNS, _SWITCH = "kv_length", "frequency_switch"
 _ALL = (
     KIND,
     "created",
@@ -84,8 +85,9 @@ class Manifest:
     """What a bundle holds. The first of `programs` is what calls without `program=` run.
 
     `graphs` and `weights` are fingerprints (sha256) of the symbol table, and of it and all weights.
-    `ties` names tensors that are another one of the weights file. `max_length` is in tokens a row,
-    `kv_length` in allocated columns of a KV slot. `many_rows` says whether regions for two rows and
+    `ties` names tensors that are another one of the weights file. `max_length` is in tokens a row.
+    `kv_length` is in allocated columns of a KV slot, None if regions take keys and values in
+    blocks. `many_rows` says whether regions for two rows and
     more are there; else rows run one by one. Past `frequency_switch` tokens, if it is a number, all
     of a row is computed with other rotary frequencies.
     """
@@ -102,7 +104,7 @@ class Manifest:
     threads: int
     backend: str
     max_length: int
-    kv_length: int
+    kv_length: int | None
     prefill_chunk: int
     many_rows: bool
     deterministic: bool
@@ -166,7 +168,7 @@ class Manifest:
             },
             "limits": {
                 "max_length": self.max_length,
-                "kv_length": self.kv_length,
+                **({} if (columns := self.kv_length) is None else {_COLUMNS: columns}),
                 "prefill_chunk": self.prefill_chunk,
                 "many_rows": self.many_rows,
                 "deterministic": self.deterministic,
@@ -232,8 +234,9 @@ def read_manifest(folder: Path) -> Manifest:
 def _manifest(fields: Fields) -> Manifest:
     model = fields.section("model", ("name", "depth", "dtype", "vocab_size"))
     target = fields.section("target", ("device", "processor", "torch", "threads", "backend"))
-    switches = _SWITCH in fields.mapping("limits", len(_LIMITS) + 1)
-    limits = fields.section("limits", (*_LIMITS, _SWITCH) if switches else _LIMITS)
+    stated = fields.mapping("limits", len(_LIMITS) + 2)
+    more = [name for name in (_COLUMNS, _SWITCH) if name in stated]
+    limits = fields.section("limits", (*_LIMITS, *more))
     prints = fields.section("fingerprints", ("graphs", "weights"))
     depth, max_length = (
         model.number("depth", 1, MAX_STEPS),
@@ -255,7 +258,9 @@ def _manifest(fields: Fields) -> Manifest:
         threads=target.number("threads", 0, 1 << 16),
         backend=target.text("backend", _NAME),
         max_length=max_length,
-        kv_length=limits.number("kv_length", max_length + 1, 2 * MAX_LENGTH),
+        kv_length=limits.number(_COLUMNS, max_length + 1, 2 * MAX_LENGTH)
+        if _COLUMNS in more
+        else None,
         prefill_chunk=limits.number("prefill_chunk", 1, 1 << 31),
         many_rows=limits.flag("many_rows"),
         deterministic=limits.flag("deterministic"),
@@ -264,7 +269,7 @@ def _manifest(fields: Fields) -> Manifest:
         programs=_programs(fields, depth),
         ties=ties,
         files=_files(fields),
-        frequency_switch=limits.number(_SWITCH, 1, MAX_LENGTH) if switches else None,
+        frequency_switch=limits.number(_SWITCH, 1, MAX_LENGTH) if _SWITCH in more else None,
     )
 
 
@@ -326,7 +331,7 @@ def _region(file: Fields) -> RegionName:
         shape = ShapeClass.parse(file.text("shapes"))
     except ValueError as error:
         raise file.wrong("shapes", "is no class of shapes") from error
-    if not shape.length:
+    if shape.length == 0:
         raise file.wrong("shapes", "is no class of shapes of a bundle: it names no KV length")
     try:
         return RegionName.of(file.text("region", _NAME), shape)

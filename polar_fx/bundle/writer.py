@@ -258,7 +258,7 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bo
         threads=torch.get_num_threads(),
         backend=compiled.backend.name,
         max_length=compiled.pool.max_length,
-        kv_length=compiled.pool.length,
+        kv_length=None if compiled.runner.addresses else compiled.pool.length,
         prefill_chunk=compiled.prefill_chunk,
         many_rows=many_rows,
         deterministic=compiled.deterministic,

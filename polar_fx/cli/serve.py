@@ -46,16 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch",
         type=whole(1),
-        default=8,
+        default=32,
         metavar="N",
-        help="prompts at once (default: %(default)s)",
+        help="prompts that run together (default: %(default)s)",
     )
     parser.add_argument(
         "--wait-ms",
         type=whole(0),
-        default=5,
         metavar="N",
-        help="how long a prompt waits for others (default: %(default)s)",
+        help="no longer needed: prompts join those that run between two tokens",
     )
     parser.add_argument(
         "--timeout",
@@ -93,7 +92,6 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "fingerprint": options.fingerprint,
         "threads": options.threads or manifest.threads or 1,
         "max_batch": options.max_batch,
-        "wait_ms": options.wait_ms,
     }
     with status().status("starting ..."):
         ray.init(address="local", include_dashboard=False)

@@ -8,7 +8,7 @@ import itertools
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,9 @@ from ..capture.support import without_autocast
 from ..errors import EngineFullError, InputError, KvOverflowError
 from ..program import Program
 from ..runtime.dispatcher import Dispatcher
-from ..runtime.kv_rows import KvRow
-from ..runtime.lockstep import RowBatch, Wants
-from ..runtime.lockstep_session import After
 from ..runtime.runner import Runner
-from ..runtime.token_rows import padded_tokens
-from ..runtime.trunk import run_trunk, session_after
 from .request import Finish, Generated, Request
+from .rows import Row, RowRunner
 from .sampling import Sampling
 from .stable_text import StableText
 
@@ -38,37 +34,23 @@ class EngineSettings:
 
     `max_rows` rows run together, and hold at most `max_tokens` tokens, prompts and what may be
     generated; further requests wait, at most `max_waiting` of them. `prefill_tokens` of prompts run
-    between two tokens of the rows that decode. Raises InputError.
+    between two tokens of the rows that decode. Of rows that are done, keys and values of at most
+    `kept_bytes` are kept for requests that begin with the same tokens and steps, 0 for none.
+    Raises InputError.
     """
 
     max_rows: int = 32
     max_tokens: int = 1 << 16
     max_waiting: int = 1024
     prefill_tokens: int = 256
+    kept_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "max_tokens", "max_waiting", "prefill_tokens"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-
-@dataclass(eq=False)
-class _Row:
-    """A request that runs: its keys and values, and how far its prompt is."""
-
-    request: Request
-    row: KvRow
-    after: After | None = None
-    prefilled: int = 0
-
-    @property
-    def is_prefilled(self) -> bool:
-        return self.prefilled == len(self.request.prompt)
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that it may come to hold."""
-        return _most_tokens(self.request)
+        if self.kept_bytes < 0:
+            raise InputError(f"kept_bytes must be at least 0, got {self.kept_bytes}")
 
 
 class Engine:
@@ -76,7 +58,7 @@ class Engine:
     without it, call `step` until it returns False.
 
     `add`, `Request.cancel` and `stats` may be called by any thread. A row that fails ends alone.
-    Raises InputError where rows cannot run in lock-step (`Runner.together`).
+    Where rows cannot run in lock-step (`Runner.together`), each runs by itself, one token in turn.
     """
 
     def __init__(
@@ -88,16 +70,14 @@ class Engine:
         tokenizer: Any = None,
         settings: EngineSettings | None = None,
     ) -> None:
-        if not runner.together:
-            raise InputError(runner.why_apart)
         self.runner, self.dispatcher = runner, dispatcher
         self.default_program = default_program or Program.identity(runner.depth)
         self.settings = settings or EngineSettings()
         self._text = None if tokenizer is None else StableText(tokenizer)
         self._numbers = itertools.count()
         self._waiting: deque[Request] = deque()
-        self._running: list[_Row] = []
-        self._batched: RowBatch | None = None  # of the last pass
+        self._running: list[Row] = []
+        self._rows = RowRunner(runner, self.settings.kept_bytes)
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closing = False
@@ -109,11 +89,13 @@ class Engine:
         prompt: Sequence[int] | Tensor,
         program: Program | None = None,
         sampling: Sampling | None = None,
+        on_news: Callable[[Request], None] | None = None,
     ) -> Request:
         """A request for the continuation of `prompt`, i64[T] token ids.
 
-        Without a program the dispatcher chooses one, or the default runs. Raises InputError,
-        KvOverflowError for what can never fit, and EngineFullError.
+        Without a program the dispatcher chooses one, or the default runs. `on_news` is called with
+        the request by the engine's thread after each token and at the end, and must not block.
+        Raises InputError, KvOverflowError for what can never fit, and EngineFullError.
         """
         sampling = sampling or Sampling()
         ids = torch.as_tensor(prompt, dtype=torch.long)
@@ -125,7 +107,7 @@ class Engine:
         with self._news:
             if self._closing:
                 raise InputError("the engine is closed; open another")
-            request = Request(row.tolist(), program, sampling, next(self._numbers))
+            request = Request(row.tolist(), program, sampling, next(self._numbers), on_news)
             self._require_room(request)
             if len(self._waiting) >= self.settings.max_waiting:
                 raise EngineFullError(
@@ -146,18 +128,26 @@ class Engine:
                 "shorten one of them"
             )
 
+    @property
+    def is_open(self) -> bool:
+        """Whether it takes requests: it was not closed, and did not stop."""
+        return not self._closing
+
     def stats(self) -> dict[str, int]:
-        """Requests that wait and run, the tokens and blocks of keys and values that are held, and
-        the bytes allocated for them.
+        """Requests that wait and run, the tokens and blocks of keys and values that are held, the
+        bytes allocated for them, how many of these are kept for later requests, and how many
+        tokens of prompts were found there so far.
         """
-        store = self.runner.lockstep.store
+        store, pool = self.runner.lockstep.store, self.runner.pool
         with self._news:
             return {
                 "waiting": len(self._waiting),
                 "running": len(self._running),
-                "tokens": sum(r.row.length for r in self._running),
+                "tokens": sum(r.session.lengths[0] for r in self._running),
                 "blocks": store.num_blocks,
-                "bytes": store.num_bytes,
+                "bytes": store.num_bytes + pool.num_bytes,
+                "kept_bytes": self._rows.kept.num_bytes,
+                "found_tokens": self._rows.kept.tokens_found,
             }
 
     # ------------------------------------------------------------------------------------- the loop
@@ -184,6 +174,7 @@ class Engine:
             self._waiting.clear()
             for row in list(self._running):
                 self._end(row, "cancelled")
+        self._rows.kept.clear()
 
     def _loop(self) -> None:
         while True:
@@ -209,6 +200,7 @@ class Engine:
             request.finish(None, error)
         for row in list(self._running):
             self._end(row, error=error)
+        self._rows.kept.clear()
 
     def step(self) -> bool:
         """Admit what has room, run a part of the prompts, and one token of each row that decodes.
@@ -239,7 +231,7 @@ class Engine:
         """
         admitted = []
         with self._news:
-            held = sum(row.tokens for row in self._running)
+            held = sum(_most_tokens(row.request) for row in self._running)
             while self._waiting:
                 held += _most_tokens(self._waiting[0])
                 rows = len(self._running) + len(admitted)
@@ -262,113 +254,73 @@ class Engine:
         by = self.dispatcher
         return request.program is None and by is not None and by.needs_trunk
 
-    def _opened(self, request: Request) -> _Row:
-        """An empty row; of a request without a program, one that has made the steps that all
-        programs share.
+    def _opened(self, request: Request) -> Row:
+        """An empty row; of a request whose program is chosen by its prompt, one that has made the
+        steps that all programs share.
         """
-        self.runner.check_weights()
         dispatcher = self.dispatcher
         if dispatcher is not None and self._is_chosen(request):
-            prompt = [torch.tensor(request.prompt)]
-            with run_trunk(self.runner, prompt, dispatcher.num_steps) as trunk:
-                decision = dispatcher.decide(trunk.hidden)[0]
-                request.program, request.probability = decision.program, decision.probability
-                session: Any = session_after(self.runner, [decision.program], trunk)
-            return _Row(request, session.rows.rows[0], session.after)
+            return self._rows.open_chosen(request, dispatcher)
         if request.program is None:
             fixed = self.default_program
             if dispatcher is not None:
                 fixed = dispatcher.decide([torch.empty(0)])[0].program
             request.program = fixed
-        return _Row(request, self.runner.lockstep.row(request.program))
+        return self._rows.open(request, request.program)
 
     def _prefill(self) -> None:
         """Run the next part of the prompts, those that came first before others."""
+        if parts := self._next_parts():
+            for rows, logits in self._rows.prefill(parts):
+                self._take(rows, logits)
+
+    def _next_parts(self) -> list[tuple[Row, int]]:
+        """Whose prompt runs next, and how many tokens of it."""
         left = self.settings.prefill_tokens
-        parts: list[tuple[_Row, int]] = []
+        parts: list[tuple[Row, int]] = []
         for row in self._running:
             if row.is_prefilled:
                 continue
+            if not self._rows.in_chunks:
+                return [(row, row.tokens_left)]
             if parts and self.runner.deterministic:
                 break  # where a prompt is cut must not depend on others
-            own = min(left, len(row.request.prompt) - row.prefilled)
-            # a pass is as wide as its longest part, and rows after a trunk have made steps already
-            fits = not parts or (own * 2 > parts[0][1] and (len(parts) + 1) * parts[0][1] <= left)
-            if fits and (not parts or _done(row) == _done(parts[0][0])):
-                parts.append((row, min(own, parts[0][1]) if parts else own))
-        if parts:
-            self._run_parts(parts)
-
-    def _run_parts(self, parts: Sequence[tuple[_Row, int]]) -> None:
-        rows, counts = [row for row, _ in parts], [count for _, count in parts]
-        own = [
-            torch.tensor(row.request.prompt[row.prefilled : row.prefilled + count])
-            for row, count in parts
-        ]
-        after = None
-        if rows[0].after is not None:
-            chunks = [row.after.chunk(row.prefilled, max(counts)) for row in rows if row.after]
-            after = chunks[0][0], torch.cat([hidden for _, hidden in chunks])
-        ends = any(row.prefilled + count == len(row.request.prompt) for row, count in parts)
-        logits = self._run(
-            rows, padded_tokens(own, own, max(counts)), counts, "last" if ends else "hidden", after
-        )
-        if logits is None:
-            return
-        for i, (row, count) in enumerate(parts):
-            row.prefilled += count
-            if row.is_prefilled:
-                row.after = None
-                self._sample(row, logits[i, 0])
+            # a pass is as wide as its longest part: at least half of it should be tokens
+            own = min(row.tokens_left, left // (len(parts) + 1))
+            width = max(own, *(count for _, count in parts), 1)
+            padded = width * (len(parts) + 1)
+            fits = padded <= left and 2 * (own + sum(count for _, count in parts)) >= padded
+            # rows whose program was chosen have made steps already
+            if not parts or (fits and row.steps_done == parts[0][0].steps_done):
+                parts.append((row, own))
+        return parts
 
     def _decode(self) -> None:
         """One more token of each row whose prompt is there."""
         rows = [row for row in self._running if row.is_prefilled]
-        rows.sort(key=lambda row: (row.row.program.path, row.request.number))
-        if self.runner.deterministic:
-            for row in rows:
-                self._decode_rows([row])
-        elif rows:
-            self._decode_rows(rows)
-
-    def _decode_rows(self, rows: Sequence[_Row]) -> None:
-        ids = torch.tensor([[row.request.tokens[-1]] for row in rows])
-        logits = self._run(rows, ids, [1] * len(rows), "last", None)
-        if logits is None:
-            return
-        best = logits[:, 0].argmax(-1).tolist()
-        finite = logits[:, 0].isfinite().all(-1).tolist()
-        for i, row in enumerate(rows):
-            sure = best[i] if finite[i] and row.request.sampler.is_argmax else None
-            self._sample(row, logits[i, 0], sure)
-
-    def _run(
-        self,
-        rows: Sequence[_Row],
-        ids: Tensor,
-        counts: Sequence[int],
-        wants: Wants,
-        after: tuple[int, Tensor] | None,
-    ) -> Tensor | None:
-        """A pass; None if it failed, and with it all its rows."""
-        try:
-            return self.runner.lockstep.run(self._batch(rows), ids, counts, wants, after)
-        except Exception as error:
-            log.exception("a pass over %d rows failed", len(rows))
-            for row in rows:
-                self._end(row, error=error)
-            return None
-
-    def _batch(self, rows: Sequence[_Row]) -> RowBatch:
-        """The rows as a batch; that of the last pass, if they are the same."""
-        known, own = self._batched, tuple(row.row for row in rows)
-        if known is None or known.rows != own:
-            known = self._batched = RowBatch(own)
-        return known
+        for row in rows:
+            row.request.rows = max(row.request.rows, len(rows))
+        for ran, logits in self._rows.decode(rows):
+            self._take(ran, logits)
 
     # ---------------------------------------------------------------------------- what came of them
 
-    def _sample(self, row: _Row, logits: Tensor, sure: int | None = None) -> None:
+    def _take(self, rows: Sequence[Row], logits: Tensor | Exception | None) -> None:
+        """The next token of each row whose prompt is there, of logits [B, V]; or the end of all, if
+        their pass failed.
+        """
+        if isinstance(logits, Exception):
+            for row in rows:
+                self._end(row, error=logits)
+        elif logits is not None:
+            highest, best = logits.max(-1)  # NaN, if one is among them
+            likeliest = zip(rows, best.tolist(), highest.isfinite().tolist(), strict=True)
+            for i, (row, token, finite) in enumerate(likeliest):
+                if row.is_prefilled:
+                    sure = token if finite and row.request.sampler.is_argmax else None
+                    self._sample(row, logits[i], sure)
+
+    def _sample(self, row: Row, logits: Tensor, sure: int | None = None) -> None:
         """The next token of a row, and whether it was the last one; `sure` needs no scores."""
         request, how = row.request, row.request.sampling
         try:
@@ -389,11 +341,12 @@ class Engine:
         found = [at for at in (text.find(stop) for stop in request.sampling.stop) if at >= 0]
         return min(found, default=None)
 
-    def _end(self, row: _Row, finish: Finish = "stop", error: BaseException | None = None) -> None:
+    def _end(self, row: Row, finish: Finish = "stop", error: BaseException | None = None) -> None:
         with self._news:
             self._running.remove(row)
-        self._batched = None
-        row.row.close()
+        if error is None:
+            self._rows.keep(row)
+        row.close()
         if error is not None:
             row.request.finish(None, error)
         else:
@@ -413,13 +366,18 @@ class Engine:
             ended = request.tokens and request.tokens[-1] in request.sampling.stop_tokens
             text = self._text.whole(request.tokens[:-1] if ended else request.tokens)
             text = text[: self._stopped_at(request)]
-        return Generated(tuple(request.tokens), text, finish, program, request.probability)
+        return Generated(
+            tuple(request.tokens),
+            text,
+            finish,
+            program,
+            request.probability,
+            request.rows,
+            request.seconds_to_first,
+            request.seconds,
+        )
 
 
 def _most_tokens(request: Request) -> int:
     """Tokens that a row may come to hold; the last new one is never fed back."""
     return len(request.prompt) + request.sampling.max_new_tokens - 1
-
-
-def _done(row: _Row) -> int | None:
-    return None if row.after is None else row.after.num_steps

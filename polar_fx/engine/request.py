@@ -1,14 +1,18 @@
 """A request to the engine, as who asked sees it: tokens as they come, a result, a way to cancel."""
 
+import logging
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from typing import Literal
 
 from ..program import Program
 from .sampling import Sampler, Sampling
+
+log = logging.getLogger("polar_fx.engine")
 
 Finish = Literal["stop", "length", "cancelled"]
 
@@ -19,7 +23,9 @@ class Generated:
 
     `tokens` are the new ones, one that stopped it included; `text` without what stopped it, None
     without a tokenizer. `probability` is the predicted one of being right, where a program was
-    chosen for the request.
+    chosen for the request; `rows` says how many rows at most decoded together with it, itself
+    included; `seconds_to_first` and `seconds` how long after it was added the first and the last
+    token came.
     """
 
     tokens: tuple[int, ...]
@@ -27,6 +33,9 @@ class Generated:
     finish: Finish
     program: Program
     probability: float | None = None
+    rows: int = 1
+    seconds_to_first: float = 0.0
+    seconds: float = 0.0
 
 
 class Request:
@@ -36,11 +45,20 @@ class Request:
     """
 
     def __init__(
-        self, prompt: Sequence[int], program: Program | None, sampling: Sampling, number: int
+        self,
+        prompt: Sequence[int],
+        program: Program | None,
+        sampling: Sampling,
+        number: int,
+        on_news: "Callable[[Request], None] | None" = None,
     ) -> None:
         self.prompt, self.program, self.sampling = tuple(prompt), program, sampling
         self.number = number  # requests are served in this order
         self.probability: float | None = None
+        self.rows = 1  # that decoded together with it, at most
+        self._added = time.perf_counter()
+        self.seconds_to_first = self.seconds = 0.0
+        self._on_news = on_news
         self.tokens: list[int] = []
         self.sampler = Sampler(sampling, prompt)
         self.is_cancelled = False
@@ -87,11 +105,24 @@ class Request:
 
     def say(self, token: int) -> None:
         """A token was generated."""
+        self.seconds = time.perf_counter() - self._added
+        self.seconds_to_first = self.seconds_to_first or self.seconds
         self.tokens.append(token)
         self._news.put(token)
+        self._tell()
 
     def finish(self, generated: Generated | None, error: BaseException | None = None) -> None:
         """Nothing more comes."""
         self._generated, self._error = generated, error
         self._done.set()
         self._news.put(None)
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._on_news is None:
+            return
+        try:
+            self._on_news(self)
+        except Exception:  # the other rows go on, and so does this one
+            log.exception("whoever waits for request %d could not be told", self.number)
+            self._on_news = None

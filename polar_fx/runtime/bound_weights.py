@@ -98,6 +98,14 @@ class BoundWeights:
                     "compiled, which would run all the same; compile the model again"
                 )
 
+    @property
+    def version(self) -> int:
+        """A number that changes when a weight is changed in place, as far as autograd sees it
+        (`p.data` hides it).
+        """
+        values = (value for _, _, value, _, _ in self._places)
+        return sum(v._version for v in values if isinstance(v, Tensor) and not v.is_inference())
+
 
 def _address(value: Any) -> int:
     """Where a plain tensor's values lie; 0 for anything else, which is only compared by

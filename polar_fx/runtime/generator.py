@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessorList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..capture import CACHE
@@ -311,6 +311,22 @@ class Generator:
         return running._prepare_generation_config(
             kwargs.get("generation_config"), **_config_arguments(kwargs)
         )[0]
+
+    def processors(
+        self, prompt: Sequence[int], max_new_tokens: int, **kwargs: Any
+    ) -> tuple[GenerationConfig, LogitsProcessorList]:
+        """The settings of a call for one row of token ids, and what they do to its scores, for a
+        loop of one's own: all that `generate` would, temperature and the like included.
+        """
+        settings = self.config(**kwargs, max_new_tokens=max_new_tokens)
+        settings.max_length = len(prompt) + max_new_tokens
+        running: Any = _Running(self.runner, self._defaults)
+        running._prepare_special_tokens(settings, True, device="cpu")
+        ids = torch.tensor([list(prompt)])
+        found = running._get_logits_processor(
+            settings, len(prompt), ids, device="cpu", model_kwargs={"attention_mask": None}
+        )
+        return settings, found
 
     @property
     def _defaults(self) -> GenerationConfig:

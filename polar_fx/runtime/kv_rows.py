@@ -75,6 +75,21 @@ class KvRow:
         self._take(kept, 0, self.num_blocks)
 
     @_OUTSIDE
+    def adopt(self, blocks: Tensor, first: int = 0) -> None:
+        """Hold blocks i64[S, n] that other rows have filled, for the steps from `first` on, instead
+        of its own first n: all of their tokens, and no more, are then there.
+        """
+        count = blocks.shape[1]
+        self._widen(count)
+        for spec, steps in self._steps_of(first).items():
+            self.store.share(spec, held_in(blocks[steps]))
+        self._give(self.table[first:, :count])
+        self.table[first:, :count] = blocks[first:]
+        self.num_blocks = max(self.num_blocks, count)
+        self.length = count * BLOCK
+        self.version += 1
+
+    @_OUTSIDE
     def crop(self, length: int) -> None:
         """Forget the tokens after the first `length`."""
         needed = _blocks(length)
@@ -145,12 +160,16 @@ class KvRow:
     @_OUTSIDE
     def _take(self, step: int, first: int, stop: int) -> None:
         """Take blocks `first` to `stop - 1` of the steps from `step` on."""
-        while stop > self.table.shape[1]:
-            self.table = torch.cat((self.table, torch.full_like(self.table, EMPTY)), 1)
+        self._widen(stop)
         for spec, own in self._steps_of(step).items():
             taken = self.store.take(spec, len(own) * (stop - first))
             self.table[own, first:stop] = torch.tensor(taken).view(len(own), -1)
         self.version += 1
+
+    def _widen(self, blocks: int) -> None:
+        """Let the table name so many blocks a step."""
+        while blocks > self.table.shape[1]:
+            self.table = torch.cat((self.table, torch.full_like(self.table, EMPTY)), 1)
 
     def _give(self, table: Tensor) -> None:
         """Give back what the last rows or columns of the table hold."""

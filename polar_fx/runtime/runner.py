@@ -149,20 +149,25 @@ class Runner(Uncopied):
     # --------------------------------------------------------------------------- sessions and rows
 
     @property
-    def together(self) -> bool:
-        """Whether rows run in lock-step, on keys and values by address; else they run in slots.
+    def addresses(self) -> bool:
+        """Whether regions can take keys and values by address here.
 
-        They do on the CPU, but not by TensorRT, in a bundle, whose regions are compiled for slots,
-        for models that fold rows into another axis or compute a row by its length, and where whole
-        programs are compiled.
+        They do on the CPU, but not by TensorRT, in a bundle whose regions are compiled for slots,
+        and for models that fold rows into another axis or compute a row by its length.
         """
         return (
             self.device.type == "cpu"
             and self.backend.by_address
             and self.lockstep.possible
-            and self.tiers.tier == "linked"
             and self.switch is None
         )
+
+    @property
+    def together(self) -> bool:
+        """Whether rows run in lock-step, on keys and values by address; else they run in slots, as
+        also where whole programs are compiled.
+        """
+        return self.addresses and self.tiers.tier == "linked"
 
     @property
     def why_apart(self) -> str:
@@ -219,7 +224,7 @@ class Runner(Uncopied):
         chunks, the last one.
         """
         if self.together:
-            return self.lockstep.calls(program, shape)
+            return self.lockstep.plans.calls(program, shape)
         return self.linker.calls(program, shape, every=shape == shape.decode)
 
     def rows(
@@ -276,7 +281,7 @@ class Runner(Uncopied):
             return [whole[0][held:]] if every else whole
         resume = session.resume
 
-        def run(ids: Tensor, counts: list[int], wants: Wants, start: int) -> Tensor | None:
+        def run(ids: Tensor, counts: list[int], wants: Wants | None, start: int) -> Tensor | None:
             after = resume and resume.chunk(start, ids.shape[1])
             return self._run(session, ids, counts, wants, after)
 
@@ -297,10 +302,13 @@ class Runner(Uncopied):
     def _prefill_batch(
         self, batch: RowBatch, rows: Sequence[Tensor], every: bool, after: After | None
     ) -> list[Tensor]:
-        def run(ids: Tensor, counts: list[int], wants: Wants, start: int) -> Tensor:
+        def run(ids: Tensor, counts: list[int], wants: Wants | None, start: int) -> Tensor | None:
             part = after and after.chunk(start, ids.shape[1])
             with without_autocast(self.device):
-                return self.lockstep.run(batch, ids, counts, wants, part)
+                if wants is not None:
+                    return self.lockstep.run(batch, ids, counts, wants, part)
+                self.lockstep.write_kv(batch, ids, counts, part)
+                return None
 
         return self._in_chunks(rows, every, run)
 
@@ -308,7 +316,7 @@ class Runner(Uncopied):
         self,
         rows: Sequence[Tensor],
         every: bool,
-        run: Callable[[Tensor, list[int], Wants, int], Tensor | None],
+        run: Callable[[Tensor, list[int], Wants | None, int], Tensor | None],
     ) -> list[Tensor]:
         """Logits of a prefill, each chunk of which `run` makes, from its first token on."""
         results: list[list[Tensor]] = [[] for _ in rows]
@@ -316,9 +324,7 @@ class Runner(Uncopied):
         for ids, counts in self.chunks(rows):
             stop = start + self.prefill_chunk
             ends = [n > 0 and stop >= len(r) for n, r in zip(counts, rows, strict=True)]
-            logits = run(
-                ids, counts, "every" if every else "last" if any(ends) else "hidden", start
-            )
+            logits = run(ids, counts, "every" if every else "last" if any(ends) else None, start)
             start = stop
             if logits is None:
                 continue
@@ -401,13 +407,13 @@ class Runner(Uncopied):
         session: KvSession,
         ids: Tensor,
         counts: list[int],
-        wants: Wants,
+        wants: Wants | None,
         resume: Resume | None = None,
     ) -> Tensor | None:
         """One pass over ids [B, T], of which each row has `counts`: logits [B, T, V].
 
         Of several tokens a row, the last one alone gets logits [B, 1, V], unless `wants` asks for
-        every one; if it asks for hidden states, only keys and values are written.
+        every one; without it, only keys and values are written.
         """
         with without_autocast(self.device):
             batch, tokens = ids.shape

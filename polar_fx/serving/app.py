@@ -7,8 +7,7 @@ polar_fx.serving.app:build bundle=/path`.
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,25 @@ from ray import serve
 
 from ..bundle import load_bundle
 from ..bundle.settings import check_served
+from ..engine import Request as Running
 from .answers import CHAT, COMPLETION, Form, Reply, models, usage_event
-from .engine import Ask, Engine
 from .measures import Measures
-from .requests import MAX_BODY_BYTES, Chat, Completion, RequestError, Settings, read
+from .requests import (
+    MAX_BODY_BYTES,
+    MAX_PROMPTS,
+    Chat,
+    Completion,
+    RequestError,
+    Settings,
+    read,
+)
+from .service import Ask, Service
 from .waiting import Waiting
 
 app = FastAPI(title="polar_fx", docs_url=None, redoc_url=None, openapi_url=None)
 
 _LEFT = 499  # status recorded when the client disconnects
-_QUEUED = 8  # batches that wait at most; further requests are answered 503
+_QUEUED = 8  # prompts that wait at most, for each row; further requests are answered 503
 # Requests that Serve lets in at once, far more than run or wait: health, metrics and models count
 # among them, and must not wait for generations. How many prompts wait is limited in the server.
 _LET_IN = 100_000
@@ -68,7 +76,7 @@ async def _body(request: Request) -> bytes:
 class Server:
     """One bundle behind HTTP.
 
-    All that runs on it runs in one thread, so that health and metrics answer meanwhile.
+    All that runs on it runs in the engine's thread, so that health and metrics answer meanwhile.
     """
 
     def __init__(
@@ -78,48 +86,58 @@ class Server:
         fingerprint: str | None,
         threads: int,
         max_batch: int,
-        wait_s: float,
     ) -> None:
         torch.set_num_threads(threads)
         model = load_bundle(bundle, fingerprint=fingerprint)
         check_served(model.generation_config)
-        self.engine = Engine(model, name)
-        self._waiting = Waiting((1 + _QUEUED) * max_batch, self.engine.measures)
+        most = (1 + _QUEUED) * max_batch
+        # how many wait is limited here, and may be exceeded by one request of several prompts
+        self.service = Service(model, name, max_rows=max_batch, max_waiting=most + MAX_PROMPTS)
+        self._waiting = Waiting(most, self.service.measures)
         self._started = int(time.time())
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="generate")
-        self._answer.set_max_batch_size(max_batch)  # type: ignore[attr-defined]
-        self._answer.set_batch_wait_timeout_s(wait_s)  # type: ignore[attr-defined]
+        self.service.__enter__()
 
-    @serve.batch
-    async def _answer(self, asks: list[Ask]) -> list[Reply | RequestError]:
-        return await asyncio.get_running_loop().run_in_executor(
-            self._thread, self.engine.answer, asks
-        )
+    async def _answers(
+        self, asks: Sequence[Ask], told: Callable[[Running], None] | None = None
+    ) -> list[Reply]:
+        """An answer each; `told` is called in the event loop when one has more tokens."""
+        loop, running = asyncio.get_running_loop(), list[Running]()
+        ended = asyncio.Semaphore(0)
 
-    async def _answers(self, asks: Sequence[Ask]) -> list[Reply]:
+        def hear(request: Running) -> None:
+            if told is not None:
+                told(request)
+            if request.is_done:
+                ended.release()
+
+        def news(request: Running) -> None:
+            if told is not None or request.is_done:
+                loop.call_soon_threadsafe(hear, request)
+
         with self._waiting.holding(len(asks)):
             try:
-                found: list[Any] = await asyncio.gather(*(self._answer(ask) for ask in asks))  # type: ignore[arg-type]
-            except asyncio.CancelledError:
-                # the client left, or its time is over: its rows end at their next token
                 for ask in asks:
-                    ask.dropped = True
+                    running.append(self.service.add(ask, news))
+                for _ in asks:
+                    await ended.acquire()
+            except BaseException:
+                # the client left, or its time is over: its rows end at their next token
+                for request in running:
+                    request.cancel()
                 raise
-        if (error := next((f for f in found if isinstance(f, RequestError)), None)) is not None:
-            raise error
-        return found
+        return [self.service.reply(request) for request in running]
 
     async def _respond(self, request: Request, kind: type[Settings], form: Form) -> Response:
-        count = _Count(self.engine.measures, request.url.path)
+        count = _Count(self.service.measures, request.url.path)
         try:
             asked = read(kind, await _body(request))
             self._waiting.check_room()
-            asks = self.engine.read(asked)  # type: ignore[arg-type]
+            asks = self.service.read(asked)  # type: ignore[arg-type]
             if asked.stream:
                 return StreamingResponse(
                     self._stream(asked, asks[0], form, count), media_type="text/event-stream"
                 )
-            response = form.response(self.engine.name, await self._answers(asks))
+            response = form.response(self.service.name, await self._answers(asks))
         except RequestError as error:
             count.end(error.status)
             return JSONResponse(error.body(), error.status)
@@ -133,14 +151,14 @@ class Server:
         self, asked: Settings, ask: Ask, form: Form, count: "_Count"
     ) -> AsyncIterator[str]:
         """Server-sent events: text as it is certain, then how it ended."""
-        texts: asyncio.Queue[str | None] = asyncio.Queue()
-        loop, status = asyncio.get_running_loop(), _LEFT
-        ask.told = lambda text: loop.call_soon_threadsafe(texts.put_nowait, text)
-        running = asyncio.ensure_future(self._answers([ask]))
-        running.add_done_callback(lambda _: texts.put_nowait(None))
-        head, sent = form.head(self.engine.name), ""
+        news: asyncio.Queue[Running | None] = asyncio.Queue()
+        status = _LEFT
+        running = asyncio.ensure_future(self._answers([ask], news.put_nowait))
+        running.add_done_callback(lambda _: news.put_nowait(None))
+        head, sent = form.head(self.service.name), ""
         try:
-            while (text := await texts.get()) is not None:
+            while (request := await news.get()) is not None:
+                text = self.service.known_text(request)
                 if len(text) > len(sent) and text.startswith(sent):
                     yield _event(form.event(head, text[len(sent) :]))
                     sent = text
@@ -167,34 +185,42 @@ class Server:
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
-        bundle = self.engine.bundle
+        bundle = self.service.bundle
         policy = None if bundle.dispatcher is None else str(bundle.dispatcher.policy)
         about = {
             "programs": [str(p) for p in bundle.programs],
             "policy": policy,
             "max_length": bundle.pool.max_length,
         }
-        return models(self.engine.name, self._started, **about)
+        return models(self.service.name, self._started, **about)
 
     @app.get("/health")
-    async def health(self) -> dict[str, str]:
-        return {"status": "ok"}
+    async def health(self) -> Response:
+        if self.service.engine.is_open:
+            return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "the engine stopped"}, 503)
+
+    def check_health(self) -> None:
+        """What Serve asks: a replica whose engine stopped is replaced."""
+        if not self.service.engine.is_open:
+            raise RuntimeError("the engine stopped")
 
     @app.get("/metrics")
     async def metrics(self) -> Response:
-        return Response(self.engine.measures.text(), media_type=CONTENT_TYPE_LATEST)
+        self.service.measures.kv_bytes.set(self.service.engine.stats()["bytes"])
+        return Response(self.service.measures.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def build(args: Mapping[str, Any]) -> serve.Application:
     """The application of a bundle, whose folder `bundle` names.
 
     Optional are `name` (what clients call the model; default: the folder's name), `fingerprint`,
-    `threads` (default: 1), `max_batch` (prompts that run at once; 8) and `wait_ms` (milliseconds
-    that a prompt waits for others; 5).
+    `threads` (default: 1) and `max_batch` (prompts that run at once; 32).
     """
     given = dict(args)
+    given.pop("wait_ms", None)  # of former versions: nothing waits for a batch any more
     bundle = Path(given.pop("bundle")).resolve()
-    max_batch = int(given.pop("max_batch", 8))
+    max_batch = int(given.pop("max_batch", 32))
     server: Any = Server
     options = server.options(max_ongoing_requests=_LET_IN)
     return options.bind(
@@ -203,6 +229,5 @@ def build(args: Mapping[str, Any]) -> serve.Application:
         given.pop("fingerprint", None),
         int(given.pop("threads", 1)),
         max_batch,
-        float(given.pop("wait_ms", 5)) / 1e3,
         **given,
     )

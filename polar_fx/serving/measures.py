@@ -7,7 +7,7 @@ _ROWS = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
 class Measures:
-    """Requests by route and status; tokens, batches and times by program."""
+    """Requests by route and status; tokens, rows and times by program."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -33,17 +33,27 @@ class Measures:
         )
         self.batch_rows = Histogram(
             "polar_fx_batch_rows",
-            "Prompts that ran as one batch",
+            "Rows that decoded together with an answer, at most",
             by_program,
             buckets=_ROWS,
             registry=self.registry,
         )
-        self.batch_seconds = Histogram(
-            "polar_fx_batch_seconds",
-            "Running one batch",
+        self.first_token_seconds = Histogram(
+            "polar_fx_first_token_seconds",
+            "From a prompt's arrival at the engine to its first new token",
             by_program,
             buckets=_SECONDS,
             registry=self.registry,
+        )
+        self.answer_seconds = Histogram(
+            "polar_fx_answer_seconds",
+            "From a prompt's arrival at the engine to the end of its answer",
+            by_program,
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        self.kv_bytes = Gauge(
+            "polar_fx_kv_bytes", "Bytes allocated for keys and values", registry=self.registry
         )
         self.waiting = Gauge("polar_fx_waiting", "Prompts that wait or run", registry=self.registry)
 

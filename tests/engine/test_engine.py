@@ -1,40 +1,18 @@
 """Requests that come and go between tokens: each gets what it gets alone."""
 
-import functools
 import random
 import threading
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from engines import FAMILIES, PROGRAMS, compiled, dispatched_by_length, run
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.engine import Engine, Request, Sampling
 from polar_fx.errors import EngineFullError, InputError, KvOverflowError
-from polar_fx.predictor.features import Features
-from polar_fx.predictor.menu import Menu, Proposal
-from polar_fx.predictor.policy import Calibration
 from polar_fx.program import Program
 from tiny_models import make
-
-FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2")
-PROGRAMS = ("identity", "skip 1", "repeat 0-1 x2 @0.5", "repeat 1 x3")
-
-
-@functools.cache
-def compiled(family: str = "llama", deterministic: bool = False) -> CompiledModel:
-    options: dict[str, Any] = {"max_length": 100, "cache": False, "deterministic": deterministic}
-    return compile(make(family), "eager", **options)
-
-
-def run(engine: Engine) -> None:
-    for _ in range(2000):
-        if not engine.step():
-            return
-    raise AssertionError("the engine does not come to an end")
 
 
 def alone(model: CompiledModel, request: Request, program: Program) -> list[int]:
@@ -50,7 +28,9 @@ def alone(model: CompiledModel, request: Request, program: Program) -> list[int]
             (logits,) = runner.decode(session, torch.tensor(tokens[-1:]))
 
 
-def is_empty(model: CompiledModel) -> bool:
+def is_empty(model: CompiledModel, engine: Engine) -> bool:
+    """Whether nothing is left of an engine."""
+    engine.close()
     return model.runner.lockstep.store.num_blocks == 0
 
 
@@ -74,7 +54,7 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(family: str, seed: int
         assert list(generated.tokens) == alone(model, request, program)
         assert generated.finish == "length" and generated.program == program
         assert list(request) == list(generated.tokens)
-    assert is_empty(model) and engine.stats()["running"] == 0
+    assert engine.stats()["running"] == 0 and is_empty(model, engine)
 
 
 def test_the_same_bits_whatever_runs_beside_in_deterministic_mode() -> None:
@@ -154,26 +134,8 @@ def test_texts_that_stop_are_left_out() -> None:
         model.engine().add([5], sampling=Sampling(stop=("a",)))
 
 
-class ByLength:
-    """A row of n tokens runs program n mod 3 of the menu."""
-
-    features, calibration = Features(1), Calibration(0.5)
-
-    def __init__(self, model: CompiledModel) -> None:
-        self.depth = model.depth
-        self.menu = Menu.of([model.resolve(p) for p in ("repeat 1 x3", "skip 2")], model.depth)
-
-    def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
-        return [
-            Proposal(self.menu.programs, self.menu.steps, np.eye(len(self.menu))[len(h) % 3])
-            for h in hidden
-        ]
-
-
 def test_the_dispatcher_chooses_for_requests_without_a_program() -> None:
-    model = compile(make("llama"), "eager", max_length=100, cache=False)
-    dispatcher = model.dispatch_by(ByLength(model), policy="accuracy")
-    dispatcher.warmup()
+    model = dispatched_by_length()
     engine = model.engine(prefill_tokens=4)
     prompts = [[7] * n for n in (2, 3, 4, 11, 12, 13)]
     requests = [engine.add(prompt, sampling=Sampling(max_new_tokens=6)) for prompt in prompts]
@@ -184,7 +146,7 @@ def test_the_dispatcher_chooses_for_requests_without_a_program() -> None:
         program = request.result(0).program
         assert list(request.result(0).tokens) == alone(model, request, program)
     assert requests[0].result(0).probability == 1 and named.result(0).probability is None
-    assert named.result(0).program == model.resolve("skip 0") and is_empty(model)
+    assert named.result(0).program == model.resolve("skip 0") and is_empty(model, engine)
 
 
 def test_a_row_that_fails_ends_alone() -> None:
@@ -209,7 +171,7 @@ def test_a_row_that_fails_ends_alone() -> None:
         list(bad)
     with pytest.raises(InputError, match="not finite"):
         broken.result(0)
-    assert is_empty(model)
+    assert is_empty(model, engine)
 
 
 def test_cancelled_at_any_moment() -> None:
@@ -224,7 +186,7 @@ def test_cancelled_at_any_moment() -> None:
             pick.choice(requests).cancel()
     run(engine)
     ends = [request.result(0).finish for request in requests]
-    assert {"cancelled", "length"} == set(ends) and is_empty(model)
+    assert {"cancelled", "length"} == set(ends) and is_empty(model, engine)
     for request, end in zip(requests, ends, strict=True):
         wanted = alone(model, request, model.default_program)
         got = list(request.result(0).tokens)
@@ -244,7 +206,7 @@ def test_a_text_that_cannot_be_decoded_ends_its_row_alone() -> None:
     run(engine)
     with pytest.raises(UnicodeError, match="no such letter"):
         bad.result(0)
-    assert len(good.result(0).tokens) == 5 and is_empty(model)
+    assert len(good.result(0).tokens) == 5 and is_empty(model, engine)
 
 
 def test_nobody_waits_for_an_engine_that_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,7 +216,7 @@ def test_nobody_waits_for_an_engine_that_stopped(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(engine, "_decode", lambda: 1 / 0)
     with engine, pytest.raises(ZeroDivisionError):
         request.result(60)
-    assert is_empty(model)
+    assert is_empty(model, engine)
 
 
 def test_what_waits_is_bounded_and_served_in_order() -> None:
@@ -289,7 +251,7 @@ def test_threads_add_and_read() -> None:
             thread.join(60)
         late = engine.add([1], sampling=Sampling(max_new_tokens=90))
     assert [found[i] for i in range(6)] == wanted
-    assert late.is_done and is_empty(model)
+    assert late.is_done and is_empty(model, engine)
     with pytest.raises(InputError, match="closed"):
         engine.add([1])
 
@@ -307,9 +269,38 @@ def test_settings_that_cannot_be(name: str, value: float) -> None:
         Sampling(**{name: value})  # type: ignore[arg-type]
 
 
-def test_where_rows_do_not_run_in_lock_step() -> None:
-    model = compile(make("llama"), "eager", max_length=31, cache=False)
+def test_rows_that_cannot_run_in_lock_step_take_turns() -> None:
+    model = compile(make("llama"), "eager", max_length=100, cache=False)
     model.runner.lockstep.possible = False
-    for ask in (model.engine, model.start):
-        with pytest.raises(InputError, match="rows do not run in lock-step here: backend 'eager'"):
-            ask()
+    with pytest.raises(InputError, match="rows do not run in lock-step here: backend 'eager'"):
+        model.start()
+    engine, pick = model.engine(max_rows=3), random.Random(7)
+    model.dispatcher = None
+    requests = []
+    for text in (*PROGRAMS, *PROGRAMS):
+        prompt = [pick.randrange(1, 90) for _ in range(pick.randint(1, 40))]
+        how = Sampling(max_new_tokens=pick.randint(1, 12))
+        requests.append((engine.add(prompt, model.resolve(text), how), model.resolve(text)))
+        engine.step()
+    left = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=60))
+    engine.step()
+    left.cancel()
+    run(engine)
+    for request, program in requests:
+        assert list(request.result(0).tokens) == alone(model, request, program)
+    assert left.result(0).finish == "cancelled" and model.pool.num_bytes > 0
+    free = sum(map(len, model.pool._free.values()))
+    assert free == model.pool.num_slots, "every slot is free again"
+
+
+def test_who_waits_is_told_of_each_token_and_of_the_end() -> None:
+    model = compiled()
+    news: list[Request] = []
+    engine = model.engine()
+    asked = [
+        engine.add([5, 6], sampling=Sampling(max_new_tokens=3), on_news=news.append),
+        engine.add([5, 6], sampling=Sampling(max_new_tokens=3), on_news=lambda request: request.no),  # type: ignore[attr-defined]
+    ]
+    run(engine)
+    assert news == asked[:1] * 4 and [len(r.result(0).tokens) for r in asked] == [3, 3]
+    assert [r.result(0).rows for r in asked] == [2, 2]

@@ -132,13 +132,13 @@ def _calls_of(compiled: CompiledModel, run: Callable[[], Any]) -> Counter[tuple[
         return call
 
     compiled.linker._linked.clear()
-    compiled.runner.lockstep._plans.clear()
+    compiled.runner.lockstep.plans._plans.clear()
     before = dict(compiled.regions._regions)
     compiled.regions._regions.update({n: counted(n, r) for n, r in before.items()})
     run()
     compiled.regions._regions.update(before)
     compiled.linker._linked.clear()
-    compiled.runner.lockstep._plans.clear()
+    compiled.runner.lockstep.plans._plans.clear()
     return seen
 
 

@@ -66,7 +66,7 @@ def copied(store: ArtifactStore, first: CompiledModel, tmp_path: Path) -> Artifa
 # ------------------------------------------------------------------------------ cold, and then warm
 
 
-def test_the_first_start_traces_the_model_and_compiles_five_regions(
+def test_the_first_start_traces_the_model_and_compiles_six_regions(
     first: CompiledModel, store: ArtifactStore
 ) -> None:
     # prologue and layer for a prompt and for one token, the head for one token
@@ -79,11 +79,11 @@ def test_the_first_start_traces_the_model_and_compiles_five_regions(
     }
     assert {(r.body, r.shapes.split()[1]) for r in first.compilations} == wanted and len(
         first.compilations
-    ) == 5
+    ) == 6
     assert all(r.seconds > 0 and r.num_bytes > 0 for r in first.compilations)
     assert (
         first.library.is_traced
-        and kinds_in(store) == ["capture", *["region"] * 5]
+        and kinds_in(store) == ["capture", *["region"] * 6]
         and store.verify() == []
     )
 
@@ -133,7 +133,7 @@ def test_a_second_start_traces_and_compiles_nothing_and_gives_the_same_bits(
     assert (
         not second.library.is_traced
         and second.compilations == ()
-        and sources_of(second) == ["loaded"] * 5
+        and sources_of(second) == ["loaded"] * 6
     )
     assert second.library.fingerprint == first.library.fingerprint
 
@@ -146,7 +146,7 @@ def test_a_hundred_programs_need_nothing_more(first: CompiledModel, store: Artif
         answer_of(warm, str(Program.from_path(path, 4)), pick.randint(1, 20))
     assert (
         not warm.library.is_traced
-        and sources_of(warm) == ["loaded"] * 5
+        and sources_of(warm) == ["loaded"] * 6
         and len(store.entries()) == 6
     )
 
@@ -166,7 +166,7 @@ def test_a_fresh_process_traces_and_compiles_nothing_and_gives_the_same_bits(
         env=child_environment(),
     )
     answer = hashlib.sha256(answer_of(first).numpy().tobytes()).hexdigest()
-    assert json.loads(other.stdout.splitlines()[-1]) == [answer, False, ["loaded"] * 5]
+    assert json.loads(other.stdout.splitlines()[-1]) == [answer, False, ["loaded"] * 6]
 
 
 def test_weights_are_no_part_of_what_is_stored(first: CompiledModel, store: ArtifactStore) -> None:
@@ -210,7 +210,7 @@ def test_other_models_find_neither_capture_nor_regions(
 ) -> None:
     other = compile_for(OTHER_MODELS[name](), copied)
     assert other.library.is_traced and not _is_stored(other)
-    assert kinds_in(copied) == ["capture", "capture", *["region"] * 5]
+    assert kinds_in(copied) == ["capture", "capture", *["region"] * 6]
 
 
 def test_a_deeper_model_of_equal_layers_is_traced_but_shares_the_regions(
@@ -297,7 +297,7 @@ def test_a_damaged_region_is_refused_and_made_again(
     assert "region.pt2 is not what was stored" in copied.refusals[0].reason
     assert (
         copied.verify() == []
-        and sources_of(_answered(compile_for(make("llama"), copied))) == ["loaded"] * 5
+        and sources_of(_answered(compile_for(make("llama"), copied))) == ["loaded"] * 6
     )
 
 
@@ -317,7 +317,7 @@ def test_without_a_store_every_process_compiles_for_itself(
         backend = GraphBackend()
         compiled = compile_for(make("llama"), False, backend=backend)
         torch.testing.assert_close(answer_of(compiled), answer_of(eager_model()), rtol=0, atol=1e-4)
-        assert len(backend.built) == len(compiled.compilations) == 5
+        assert len(backend.built) == len(compiled.compilations) == 6
         assert not any(folder.exists() for folder in backend.built), "nothing is left behind"
     assert not list(tmp_path.iterdir())
 
@@ -329,7 +329,7 @@ def test_the_users_cache_is_the_store_unless_told_otherwise(
     compiled = compile(make("llama"), GraphBackend(), max_length=LENGTH)
     answer_of(compiled)
     assert (
-        kinds_in(ArtifactStore()) == ["capture", *["region"] * 5]
+        kinds_in(ArtifactStore()) == ["capture", *["region"] * 6]
         and ArtifactStore().root == tmp_path / "cache" / "artifacts"
     )
     backend = GraphBackend()
@@ -339,7 +339,7 @@ def test_the_users_cache_is_the_store_unless_told_otherwise(
         backend.loaded,
     ) == (
         [],
-        5,
+        6,
     )
     assert not warm.library.is_traced
 
@@ -353,7 +353,7 @@ def test_a_region_that_is_gone_is_made_again(tmp_path: Path) -> None:
     backend = GraphBackend()
     assert (
         torch.equal(answer_of(compile_for(make("llama"), store, backend=backend)), want)
-        and len(backend.built) == 5
+        and len(backend.built) == 6
     )
 
 
@@ -364,7 +364,7 @@ def test_two_models_of_one_make_in_one_process_compile_once(tmp_path: Path) -> N
     )
     models = [compile_for(make("llama"), store, backend=b) for b in backends]
     assert torch.equal(*(answer_of(m) for m in models))
-    assert [len(b.built) for b in backends] == [5, 0]
+    assert [len(b.built) for b in backends] == [6, 0]
     assert [m.library.is_traced for m in models] == [True, False]
 
 

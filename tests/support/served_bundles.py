@@ -1,8 +1,8 @@
-"""What tests of the engine and of the server share: a chat template, and answers asked alone."""
+"""What tests of the service and of the server share: a chat template, and answers asked alone."""
 
 import torch
 
-from polar_fx.serving.engine import Engine
+from polar_fx.serving.service import Service
 
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% "
@@ -10,9 +10,9 @@ TEMPLATE = (
 )
 
 
-def alone(engine: Engine, prompt: list[int], program: str, tokens: int) -> str:
+def alone(service: Service, prompt: list[int], program: str, tokens: int) -> str:
     ids = torch.tensor([prompt])
-    new = engine.bundle.generate(
+    new = service.bundle.generate(
         ids, program=program, max_new_tokens=tokens, do_sample=False, pad_token_id=0
     )[0, len(prompt) :]
-    return engine.tokenizer.decode(new)
+    return service.tokenizer.decode(new, skip_special_tokens=True)

@@ -58,7 +58,7 @@ class TensorRTBackend(PersistentBackend):
 
     name: ClassVar[str] = "tensorrt"
     needs_shapes: ClassVar[bool] = True
-    by_address: ClassVar[bool] = False
+    by_address = False
     # TensorRT chooses kernels by timing them: one build at a time on a GPU
     in_workers: ClassVar[bool] = False
 

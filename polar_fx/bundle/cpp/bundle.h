@@ -25,7 +25,7 @@
 
 namespace fs = std::filesystem;
 
-constexpr int64_t kFormat = 1;  // the newest format of manifests that is read here
+constexpr int64_t kFormat = 2;  // the newest format of manifests that is read here
 constexpr std::streamoff kMaxJsonBytes = 64 << 20;
 
 // How a weight is laid out for the code that reads it.
@@ -91,7 +91,8 @@ class Bundle {
     });
   }
 
-  int64_t depth, vocab_size, max_length, kv_length, prefill_chunk;
+  int64_t depth, vocab_size, max_length, prefill_chunk;
+  int64_t kv_length = 0;         // columns of a KV slot; 0: keys and values lie in blocks
   int64_t frequency_switch = 0;  // past so many tokens, a row is computed anew; 0: never
   std::vector<std::string> programs;  // the first is the default one
   std::vector<int64_t> end_tokens;
@@ -101,7 +102,8 @@ class Bundle {
 
   // The package of a region for one row, and one token or many.
   std::string package(const std::string& region, bool many_tokens) {
-    const std::string shapes = std::string("B=1 T=") + (many_tokens ? "2+" : "1") + " L=" + std::to_string(kv_length);
+    const std::string shapes = std::string("B=1 T=") + (many_tokens ? "2+" : "1") + " L=" +
+                               (kv_length ? std::to_string(kv_length) : "any");
     const auto found = regions_.find({region, shapes});
     if (found == regions_.end()) throw Refused(manifest_path(), "names no region " + region + " for " + shapes);
     return checked(found->second).string();
@@ -176,10 +178,10 @@ class Bundle {
     vocab_size = manifest["model"]["vocab_size"].size();
     const Json& limits = manifest["limits"];
     max_length = limits["max_length"].size();
-    kv_length = limits["kv_length"].size();
+    if (limits.has("kv_length")) kv_length = limits["kv_length"].size();
     prefill_chunk = limits["prefill_chunk"].size();
     if (limits.has("frequency_switch")) frequency_switch = limits["frequency_switch"].size();
-    if (depth < 1 || max_length < 1 || kv_length <= max_length || prefill_chunk < 1) throw JsonError("its limits make no sense");
+    if (depth < 1 || max_length < 1 || (kv_length && kv_length <= max_length) || prefill_chunk < 1) throw JsonError("its limits make no sense");
     for (const Json& program : manifest["programs"].list()) programs.push_back(program.text());
     if (programs.empty()) throw JsonError("it names no program");
     for (const auto& [name, other] : manifest["ties"].object()) ties_[name] = other.text();

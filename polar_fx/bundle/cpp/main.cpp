@@ -1,10 +1,12 @@
 // polar_run: greedy generation from a polar_fx bundle, without Python. See docs/export.md.
 //
-// Shape legend: B batch (1 here), T tokens, L KV length, d hidden size, V vocabulary.
+// Shape legend: B batch (1 here), T tokens, L KV columns, P blocks of a store, W blocks of the row, H KV heads, E head size,
+// V vocabulary.
 
 #include <ATen/core/grad_mode.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/argmax.h>
+#include <ATen/ops/cat.h>
 #include <ATen/ops/lerp.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/zeros.h>
@@ -57,11 +59,11 @@ struct LinkedCall {
   std::vector<size_t> sides;
   Tensors weights;
 
-  // The operands in the order of polar_fx.runtime.link: hidden state, side values, KV slots, weights.
-  Tensors operator()(const Tensors& first, const Tensors& values, const Tensors& slots) const {
+  // The operands in the order of polar_fx.library.steps: hidden state, side values, keys and values, weights.
+  Tensors operator()(const Tensors& first, const Tensors& values, const Tensors& kv) const {
     Tensors operands = first;
     for (const size_t side : sides) operands.push_back(values.at(side));
-    operands.insert(operands.end(), slots.begin(), slots.end());
+    operands.insert(operands.end(), kv.begin(), kv.end());
     operands.insert(operands.end(), weights.begin(), weights.end());
     return code->boxed_run(std::move(operands));
   }
@@ -73,19 +75,62 @@ struct LinkedProgram {
   std::vector<LinkedCall> steps;  // of many tokens, the last one only writes keys and values
 };
 
-// A program on one row of KV slots, a slot for each step: a layer that runs twice must not append twice to one slot.
-class Session {
+// Keys and values of one row, apart for each step: a layer that runs twice must not append twice to the same ones.
+//
+// Code for slots takes [1, H, L, E], all of L = `kv_length` columns. Code for blocks takes stores [P, H, 16, E] and the numbers of
+// the row's blocks i64[1, W]; here the row has a store of its own at each step, whose blocks are in order, and which grows.
+class KeysAndValues {
  public:
-  Session(Bundle& bundle, const Program& program, bool many_tokens)
-      : bundle_(bundle), program_(program), one_(link(false)), kv_index_(at::arange(bundle.kv_length)) {
-    if (many_tokens) many_ = link(true);
+  KeysAndValues(const Bundle& bundle, const Program& program) : in_blocks_(bundle.kv_length == 0) {
     for (const Step& step : program) {
       const KvSpec& spec = bundle.kv_specs.at(static_cast<size_t>(step.layer));
       const auto options = at::TensorOptions().dtype(spec.dtype);
+      const int64_t first = in_blocks_ ? kLeastBlocks : 1, columns = in_blocks_ ? kBlock : bundle.kv_length;
       // zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-      slots_.push_back({at::zeros({1, spec.heads, bundle.kv_length, spec.key_size}, options),
-                        at::zeros({1, spec.heads, bundle.kv_length, spec.value_size}, options)});
+      steps_.push_back({at::zeros({first, spec.heads, columns, spec.key_size}, options),
+                        at::zeros({first, spec.heads, columns, spec.value_size}, options)});
     }
+    columns = at::arange(in_blocks_ ? kLeastBlocks * kBlock : bundle.kv_length);
+    if (in_blocks_) row_blocks_ = at::arange(kLeastBlocks).unsqueeze(0);
+  }
+
+  // Makes room for a row of so many tokens.
+  void reserve(int64_t tokens) {
+    const int64_t needed = std::max(kLeastBlocks, (tokens + kBlock - 1) / kBlock);
+    if (!in_blocks_ || needed == row_blocks_.size(1)) return;
+    row_blocks_ = at::arange(needed).unsqueeze(0);
+    columns = at::arange(needed * kBlock);
+    for (Tensors& step : steps_)
+      for (Tensor& store : step) {
+        if (store.size(0) >= needed) continue;
+        const int64_t more = std::max(needed - store.size(0), store.size(0) / 8);
+        store = at::cat({store, at::zeros({more, store.size(1), store.size(2), store.size(3)}, store.options())});
+      }
+  }
+
+  // What the code of a step takes.
+  Tensors of(size_t step) const {
+    Tensors taken = steps_.at(step);
+    if (in_blocks_) taken.push_back(row_blocks_);
+    return taken;
+  }
+
+  Tensor columns;  // i64[L], the numbers of the columns that code is given
+
+ private:
+  static constexpr int64_t kBlock = 16, kLeastBlocks = 2;  // regions are compiled for two blocks or more
+
+  bool in_blocks_;
+  Tensor row_blocks_;
+  std::vector<Tensors> steps_;
+};
+
+// A program on one row.
+class Session {
+ public:
+  Session(Bundle& bundle, const Program& program, bool many_tokens)
+      : bundle_(bundle), program_(program), one_(link(false)), kv_(bundle, program) {
+    if (many_tokens) many_ = link(true);
   }
 
   // Appends the prompt, in the parts that Python would; logits [1, 1, V] of its last token.
@@ -130,7 +175,7 @@ class Session {
 
   // The side values: three inputs, and what the prologue makes of them; the first of that is the hidden state.
   Tensors start(const LinkedProgram& linked, const Tensor& ids, const Tensor& positions) const {
-    Tensors values = {ids, positions, kv_index_};
+    Tensors values = {ids, positions, kv_.columns};
     for (Tensor& made : linked.prologue(values, {}, {})) values.push_back(std::move(made));
     return values;
   }
@@ -147,7 +192,7 @@ class Session {
     Tensor hidden = values.at(3);
     for (size_t i = 0; i < num_steps; ++i) {
       saved.insert(saved.end(), static_cast<size_t>(program_[i].opens), hidden);
-      hidden = linked.steps[i]({hidden}, values, slots_[i]).at(0);
+      hidden = linked.steps[i]({hidden}, values, kv_.of(i)).at(0);
       close(program_[i], saved, hidden);
     }
     return hidden;
@@ -165,13 +210,13 @@ class Session {
     const Tensor positions = next_positions(ids.size(1));
     Tensors values = start(many_, ids, positions), saved;
     Tensor hidden = run(many_, program_.size() - 1, values, saved);
-    many_.steps.back()({hidden}, values, slots_.back());
+    many_.steps.back()({hidden}, values, kv_.of(program_.size() - 1));
     if (!is_end) return {};
     const auto pick = [](const Tensor& all) { return all.narrow(1, all.size(1) - 1, 1).clone(at::MemoryFormat::Contiguous); };
     saved.insert(saved.end(), static_cast<size_t>(program_.back().opens), hidden);
     for (Tensor& state : saved) state = pick(state);
     values = start(one_, pick(ids), pick(positions));
-    hidden = one_.steps.back()({pick(hidden)}, values, slots_.back()).at(0);
+    hidden = one_.steps.back()({pick(hidden)}, values, kv_.of(program_.size() - 1)).at(0);
     close(program_.back(), saved, hidden);
     return head(hidden, values);
   }
@@ -180,6 +225,7 @@ class Session {
 
   Tensor next_positions(int64_t tokens) {
     num_tokens_ += tokens;
+    kv_.reserve(num_tokens_);
     return at::arange(num_tokens_ - tokens, num_tokens_).unsqueeze(0);
   }
 
@@ -187,8 +233,7 @@ class Session {
   const Program& program_;
   std::map<std::string, std::unique_ptr<Package>> packages_;  // a region is loaded once, however often its layer runs
   LinkedProgram one_, many_;
-  Tensor kv_index_;
-  std::vector<Tensors> slots_;
+  KeysAndValues kv_;
   int64_t num_tokens_ = 0;
 };
 
