@@ -18,7 +18,7 @@ FAST := evaluation/answers evaluation/choices evaluation/page evaluation/polar/d
 	questions/loaders questions/tasks search/formats search/lockstep search/mcts search/methods \
 	search/records stats/arms stats/calibration stats/figures stats/intervals stats/paired stats/tables
 
-.PHONY: help setup demo check lint types test fast bench fuzz matrix clean
+.PHONY: help setup demo check lint types test fast bench predictor fuzz matrix clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -64,6 +64,9 @@ bench: setup ## Measure latency, many programs, warm start, dispatch and bundles
 	$(BIN)/python bench/dispatch.py
 	$(BIN)/python bench/bundle.py
 	$(BIN)/python bench/bundle.py --dtype bfloat16
+
+predictor: setup ## Make the predictor in the box anew, from train questions to its test: half an hour of two cores
+	OMP_NUM_THREADS=1 $(BIN)/python bench/default_predictor.py
 
 fuzz: setup ## Random models, programs and calls against a plain loop: MINUTES=60, SEED=0, CASES=1
 	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python bench/fuzz.py $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(if $(CASES),--cases $(CASES))

@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from .library import LayerLibrary
 from .library.cached import load_library
 from .predictor.menu import Menu
 from .predictor.policy import Policy
-from .predictor.saved import load_selector
+from .predictor.shipped import dtype_of, load_named
 from .program import Program
 from .runtime.bound_weights import BoundWeights
 from .runtime.checked_runs import check_runs
@@ -92,7 +91,8 @@ def compile(
             graph; "auto" does so for programs that turn out hot, in the background, and keeps what
             is measured to be faster.
         tier_policy: when "auto" compiles and what it keeps.
-        predictor: proposes programs for each input (a predictor, or the folder `train` made);
+        predictor: proposes programs for each input (a predictor, the folder `train` made, or
+            "default" for the one that comes with the embedded default model in bfloat16);
             `generate` without `program=` is then dispatched, `forward` is not. Nothing is prepared
             before `warmup()`: until then inputs run the identity.
         menu: the programs that may run (default: the predictor's).
@@ -116,6 +116,7 @@ def compile(
     get_backend(backend)  # refuse an unknown one before anything is loaded
     from .models import named_or_loaded, token_limits
 
+    dtype = dtype_of(predictor) if model is None and dtype is None else dtype
     model = named_or_loaded(model, dtype, device)
     check_supported(model)
     max_length, prefill_chunk = token_limits(model, max_length, prefill_chunk)
@@ -372,7 +373,7 @@ class CompiledModel(Uncopied):
         not share its first steps.
         """
         if isinstance(predictor, (str, PathLike)):
-            predictor, saved = load_selector(Path(predictor), self.library.model_fingerprint)
+            predictor, saved = load_named(predictor, self.library)
             policy = saved if policy is None else policy
         if menu is not None and not isinstance(menu, Menu):
             menu = Menu.of([self.resolve(program) for program in menu], self.depth)

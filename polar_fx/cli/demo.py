@@ -1,13 +1,16 @@
-"""Answer arithmetic questions with several programs of one model, beside the model itself.
+"""Answer test questions, each by the program that the predictor in the box chooses for it, beside
+the model itself.
 
-Questions and programs are fixed in this file; answers are marked afterwards, and nothing picks a
-program by them. The programs were found by trying single edits on one-digit products, these among
-them, so that the counts below show that programs answer differently, and what they cost: they are
-no estimate of accuracy.
+The questions are drawn anew each time from those that no training saw, and answers are marked
+afterwards. With --program, or another model, fixed questions are answered by fixed programs
+instead: those were found by trying single edits on one-digit products, these among them, so that
+their counts show that programs answer differently, and what they cost, and are no estimate of
+accuracy.
 
-Example:
+Examples:
   python -m polar_fx demo
-  python -m polar_fx demo --backend eager --questions 4
+  python -m polar_fx demo --questions 40 --seed 1
+  python -m polar_fx demo --program "skip 5" --backend eager --questions 4
 """
 
 import argparse
@@ -44,6 +47,7 @@ QUESTIONS = (
     (6, 6),
     (4, 9),
 )
+_DISPATCHED = 20  # questions
 NEW_TOKENS = 6
 HF = "the model itself (HF eager)"
 
@@ -53,9 +57,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--questions",
         type=whole(1),
-        default=len(QUESTIONS),
         metavar="N",
-        help=f"at most {len(QUESTIONS)}",
+        help=f"(default: {_DISPATCHED}; with --program at most {len(QUESTIONS)})",
+    )
+    parser.add_argument(
+        "--seed", type=whole(0), metavar="N", help="which questions (default: others each time)"
     )
     parser.add_argument(
         "--program",
@@ -64,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run these programs beside identity instead",
     )
     add_model_arguments(parser, backend="auto")
+    parser.set_defaults(dtype=None)  # so that what is given can be told from what is not
 
 
 def default_programs(depth: int) -> list[str]:
@@ -83,10 +90,16 @@ def default_programs(depth: int) -> list[str]:
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
-    """Run every program on every question; returns and prints answers and timings."""
+    """Dispatch, or run every program on every question; returns and prints answers and timings."""
     from ..backends import get_backend
 
+    if options.model is None and not options.program:
+        from . import demo_dispatch
+
+        options.questions = options.questions or _DISPATCHED
+        return demo_dispatch.execute(options)
     get_backend(options.backend)
+    options.dtype = options.dtype or "float32"
     model, tokenizer = load_model(options)
     prompts = [f"{FEW_SHOT}{a} * {b} =" for a, b in QUESTIONS[: options.questions]]
     truth = [str(a * b) for a, b in QUESTIONS[: options.questions]]

@@ -63,9 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--predictor",
-        type=Path,
         metavar="FOLDER",
-        help="of `train`; its menu and policy are shipped along",
+        help="of `train`, or default: its menu and policy are shipped along",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a folder of that form that is there"
@@ -75,6 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_length_argument(parser, "256")
     add_model_arguments(parser, backend="aot_inductor")
+    parser.set_defaults(dtype=None)  # so that what is given can be told from what is not
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
@@ -93,6 +93,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     from ..bundle.writer import check_target
 
     check_target(options.out, options.overwrite)  # before anything is loaded
+    from ..predictor.shipped import dtype_of
+
+    own = dtype_of(options.predictor) if options.model is None else None
+    options.dtype = options.dtype or own or "float32"
     model, tokenizer = load_model(options)
     compiled = compile_model(model, options, options.max_length or row_length(model))
     if options.predictor is not None:
@@ -150,6 +154,7 @@ def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any
 
     check_target(options.out, options.overwrite, ABOUT)  # before anything is loaded
     options.backend = "eager"  # nothing is compiled
+    options.dtype = options.dtype or "float32"
     model, _ = load_model(options)
     compiled = compile_model(model, options, row_length(model))
     start = time.perf_counter()

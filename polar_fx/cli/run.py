@@ -7,6 +7,9 @@ Examples:
       --temperature 0.7
   # runs on regions that `compile` made, if they are there; this makes them otherwise
   python -m polar_fx run --prompt "Name a color." --backend auto
+  # each prompt by the program that the predictor in the box chooses for it
+  python -m polar_fx run --predictor default --raw --prompt "12 + 3 = 15
+  7 + 25 ="
   # the code in a bundle is run: name one you trust
   python -m polar_fx run --prompt "Name a color." --model bundle
 """
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
     from ..compiled import CompiledModel
     from ..engine.stable_text import StableText
     from ..program import Program
+    from ..runtime.dispatcher import Decision
 
 _BACKEND = "eager"
 
@@ -50,6 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PROGRAM",
         help="program text; may be given several times",
     )
+    parser.add_argument(
+        "--predictor",
+        metavar="FOLDER",
+        help="let this predictor of `train` choose the program; default: the one in the box, which "
+        "runs the embedded model in bfloat16",
+    )
+    parser.add_argument("--policy", help="by which it chooses (default: the one saved with it)")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N")
     add_length_argument(parser, "256, or what prompt and answer need")
     parser.add_argument(
@@ -79,13 +90,21 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
             f"{options.top_p}"
         )
 
+    _check_chosen_by(options)
     compiled, tokenizer, ids = _open(options, text)
-    programs = {p: compiled.resolve(p) for p in options.program or [None]}
-    compile_s = warm_up(compiled, programs.values())
+    if options.predictor is not None:
+        decision, compile_s = _chosen(options, compiled, ids)
+        programs = {_told(decision): decision.program}
+    else:
+        decision = None
+        programs = {p: compiled.resolve(p) for p in options.program or [None]}
+        compile_s = warm_up(compiled, programs.values())
     results = [
         _answer(options, compiled, tokenizer, ids, program=program, name=name or program.words)
         for name, program in programs.items()
     ]
+    if decision is not None:
+        results[0] |= {"probability": decision.probability, "gain": decision.gain}
     return {
         "prompt_tokens": ids.shape[1],
         "max_length": compiled.pool.max_length,
@@ -93,6 +112,38 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "compile_s": compile_s,
         "results": results,
     }
+
+
+def _chosen(
+    options: argparse.Namespace, compiled: "CompiledModel", ids: "Tensor"
+) -> tuple["Decision", float]:
+    """What the predictor chooses for the prompt i64[1, T], and the seconds its menu took to
+    compile.
+    """
+    dispatcher = compiled.dispatch_by(options.predictor, policy=options.policy)
+    compile_s = warm_up(compiled, None)
+    (decision,) = dispatcher.choose(ids)
+    return decision, compile_s
+
+
+def _told(decision: "Decision") -> str:
+    chance = decision.probability
+    sure = "" if chance is None else f", P(right) {chance:.2f} ({decision.gain:+.2f})"
+    return f"chosen: {decision.program.words}{sure}"
+
+
+def _check_chosen_by(options: argparse.Namespace) -> None:
+    """Raise InputError where programs are named and a predictor is as well, or where there is a
+    policy without one.
+    """
+    if options.predictor is not None and options.program:
+        raise InputError(
+            f"--program {options.program[0]!r} and --predictor exclude each other; leave one out"
+        )
+    if options.policy is not None and options.predictor is None:
+        raise InputError(
+            f"--policy {options.policy!r} needs --predictor; name one, or leave it out"
+        )
 
 
 def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any, "Tensor"]:
@@ -109,7 +160,10 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
                 f"for fewer tokens, or export it with --max-length {needed}"
             )
         return bundle, tokenizer, ids
-    options.dtype = options.dtype or "float32"
+    from ..predictor.shipped import dtype_of
+
+    own = dtype_of(options.predictor) if options.model is None else None
+    options.dtype = options.dtype or own or "float32"
     model, tokenizer = load_model(options)
     ids = _encode(tokenizer, text, options.raw)
     needed = _tokens_needed(options, ids)
@@ -222,7 +276,7 @@ class _Shown:
 def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
     from ..loading import load
 
-    for name in ("dtype", "device", "backend", "max_length"):
+    for name in ("dtype", "device", "backend", "max_length", "predictor"):
         if getattr(options, name):
             raise InputError(
                 f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its "

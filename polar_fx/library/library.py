@@ -180,6 +180,19 @@ class LayerLibrary:
             found.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
         return found.hexdigest()
 
+    @functools.cached_property
+    def weights_fingerprint(self) -> str:
+        """Identifies the weights of two axes and more, whatever they are called (sha256): the same
+        for captures of one model by other versions of torch or transformers.
+        """
+        found = []
+        for tensor in self.tensors.values():
+            if tensor.dim() >= 2:
+                each = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                each.update(tensor.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().data)
+                found.append(each.hexdigest())
+        return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
+
     def kv_specs(self, program: Program) -> list[KvSpec]:
         """Slot geometry of each step."""
         return [self.table.kv_specs[layer] for layer in program.path]

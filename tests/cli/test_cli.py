@@ -255,3 +255,19 @@ def test_demo_runs_on_the_embedded_model(smollm2: Any, capsys: pytest.CaptureFix
     hf, identity, skipped = result["runs"]
     assert identity["answers"] == hf["answers"] and len(skipped["answers"]) == 2
     assert (identity["steps"], skipped["steps"]) == (30, 29)
+
+
+def test_demo_dispatches_test_questions(smollm2: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    result = _json(capsys, "demo", "--backend", "eager", "--questions", "2", "--seed", "1")
+    assert [each["task"] for each in result["questions"]] == ["addition", "multiplication"]
+    for each in result["questions"]:
+        own, identity, dispatched = each["answers"].values()
+        assert identity["text"] == own["text"]
+        assert dispatched["steps"] == Program.parse(dispatched["program"]).num_steps
+        assert 0 < dispatched["probability"] < 1
+    ways = result["ways"]
+    assert [way["right"] for way in ways.values()] == [
+        sum(each["answers"][name]["right"] for each in result["questions"]) for name in ways
+    ]
+    assert main(["demo", "--dtype", "float32"]) == 2
+    assert "the shipped predictor is for bfloat16" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def test_the_wheel_holds_every_module_once(wheel: Path) -> None:
 
 def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
     """The mark of annotated packages, the sources of the C++ runner, the page of an evaluation and
-    the names of packaged models; nothing else.
+    the names of packaged models, and the predictor in the box; nothing else.
     """
     names = {
         n
@@ -77,6 +77,8 @@ def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
         "polar_fx/py.typed",
         "polar_fx/packaged_models.json",
         "polar_fx/evaluation/page.html",
+        "polar_fx/predictor/default/predictor.json",
+        "polar_fx/predictor/default/predictor.safetensors",
     }
     assert runner and names == others | runner
 
