@@ -75,7 +75,8 @@ def test_exported_bodies_of_a_real_layer_are_regions() -> None:
     for name, body in library.bodies.items():
         table = RegionTable(library, InductorBackend(), 15, None)
         shape = ShapeClass(None, None, 16)
-        exported = specialize(*table._source(RegionName(name, shape)))
+        source, _ = table._source(RegionName(name, shape))
+        exported = specialize(*source)
         verify_region(exported.graph_module, values(exported.graph_module))
         assert len(values(body)) == len(values(exported.graph_module))
 
@@ -198,7 +199,8 @@ def test_a_backends_pass_at_fault_is_named() -> None:
 def test_passes_of_a_backend_keep_operands_of_exported_graphs() -> None:
     table = RegionTable(tiny("llama").library, InductorBackend(), 15, None)
     name = RegionName("epilogue", ShapeClass(1, 1, 16))
-    exported = specialize(*table._source(name))
+    source, _ = table._source(name)
+    exported = specialize(*source)
     assert graph_of(exported, InductorBackend().passes) is not exported.graph_module
 
 
@@ -212,7 +214,8 @@ def test_a_tables_own_passes_run_by_name_and_join_the_key() -> None:
         (RegionName("layer_kind_0", addressed, kv_writes=True), (ADDRESS_KV, KEEP_KV_WRITES)),
         (RegionName("prologue", addressed), ()),  # it has no keys and values
     ):
-        graph, _, _ = table._source(name)
+        (graph, _, _), records = table._source(name)
+        assert [r.name for r in records] == [p.name for p in passes]
         assert table.key(name).passes == "+".join(p.content_id for p in passes)
         roles = [role(n) for n in graph.graph.find_nodes(op="placeholder")]
         assert ("blocks" in roles) == (ADDRESS_KV in passes)

@@ -168,7 +168,8 @@ def _plan(program: Program, shape: ShapeClass, folder: Path) -> WholePlan:
     calls = region_calls(library.table, program, shape, every=shape.tokens == 1)
     for number, name in enumerate(dict.fromkeys(calls)):
         (place := folder / str(number)).mkdir()
-        AotInductorBackend().export(*table._source(name), place)
+        source, _ = table._source(name)
+        AotInductorBackend().export(*source, place)
         bodies[name] = str(place / GRAPH)
     layers = library.table.layers
     steps = tuple(step(layers[s.layer], s.opens, s.closes) for s in program.schedule())
