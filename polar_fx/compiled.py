@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
 
 from .backends import Backend, get_backend
 from .capture import check_supported
@@ -27,6 +26,7 @@ from .predictor.menu import Menu
 from .predictor.policy import Policy
 from .predictor.shipped import dtype_of, load_named
 from .program import Program
+from .runtime.as_transformers import AsTransformers
 from .runtime.bound_weights import BoundWeights
 from .runtime.checked_runs import check_runs
 from .runtime.code_key import RegionRecord
@@ -144,7 +144,7 @@ def compile(
     return compiled
 
 
-class CompiledModel(Uncopied):
+class CompiledModel(Uncopied, AsTransformers):
     """A captured model that runs a program of layers on every call.
 
     `runner` runs programs: `library` holds graphs and weights, `linker` compiled regions and linked
@@ -303,10 +303,6 @@ class CompiledModel(Uncopied):
         result = logits[0].new_zeros(*mask.shape, logits[0].shape[-1])
         result[mask.to(result.device)] = torch.cat(logits)
         return result
-
-    def __call__(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
-        """`forward` as transformers' models answer: its logits [B, T, V] are `.logits`."""
-        return CausalLMOutput(logits=self.forward(*args, **kwargs))  # type: ignore[arg-type]
 
     def generate(
         self, input_ids: Tensor | None = None, *, program: ProgramsLike = None, **kwargs: Any

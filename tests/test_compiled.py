@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from polar_fx.backends import EagerBackend, InductorBackend, ShapeClass
@@ -22,6 +23,7 @@ from polar_fx.errors import (
     UnsupportedModelError,
 )
 from polar_fx.program import Program
+from tiny_bundles import tokenizer_of_words
 from tiny_models import make, prompts
 
 
@@ -360,6 +362,17 @@ def test_it_is_called_as_models_of_transformers_are() -> None:
     assert torch.equal(compiled.generate(**given, **options), want)
     with pytest.raises(InputError, match="input_ids must be"):
         compiled.generate(**options)
+
+
+def test_it_is_a_model_for_a_pipeline() -> None:
+    tokenizer, model = tokenizer_of_words(), _eager()
+    tokenizer.pad_token = "w0"
+    pipe: Any = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)  # type: ignore[call-overload]
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "program": "skip 1"}
+    (answer,) = pipe("w5 w6 w7", **options, return_full_text=False)
+    ids = tokenizer("w5 w6 w7", return_tensors="pt").input_ids
+    want = tokenizer.decode(model.generate(ids, **options)[0, 3:])
+    assert answer["generated_text"].split() == want.split()
 
 
 @pytest.mark.parametrize("program", [5, 0.5, object()])

@@ -67,6 +67,7 @@ INNER = {
         "lockstep_session",
         "group_session",
         "runner",
+        "as_transformers",
         "checked_runs",
         "trunk",
         "unguided",
