@@ -34,7 +34,8 @@ def check_names(options: argparse.Namespace) -> None:
         )
     programs = getattr(options, "program", None)
     if isinstance(programs, list):
-        check_programs(programs, DEFAULT_DEPTH if model is None else None)
+        texts = [text for text in programs if not os.path.isfile(text)]  # some take files of them
+        check_programs(texts, DEFAULT_DEPTH if model is None else None)
 
 
 def check_programs(texts: Sequence[str], depth: int | None) -> None:
