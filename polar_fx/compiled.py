@@ -37,6 +37,7 @@ from .runtime.generator import Generator
 from .runtime.kv_cache import KvPool
 from .runtime.link import Linker
 from .runtime.regions import RegionTable
+from .runtime.row_length import default_row_length
 from .runtime.runner import Runner, Session
 from .runtime.tiers import Tier, TierPolicy, Tiers
 from .runtime.uncopied import Uncopied
@@ -76,8 +77,8 @@ def compile(
             time, into files that later processes load; "inductor" compiles them in this process;
             "eager" interprets; "tensorrt" builds engines (docs/tensorrt.md). "auto" is
             "aot_inductor" on the CPU and "inductor" elsewhere.
-        max_length: tokens a row may hold, prompt and continuation (default: the model's own limit,
-            at most 1024).
+        max_length: tokens a row may hold, prompt and continuation (default: the model's own limit;
+            at most 1,024 where keys and values lie in slots, see docs/engine.md).
         prefill_chunk: prompt tokens run at a time (default: 512 on the CPU, 4,096 on a GPU).
         deterministic: run rows one by one, so that a row's logits have the same bits alone and in
             any batch.
@@ -129,7 +130,9 @@ def compile(
     store = cache if isinstance(cache, ArtifactStore) else ArtifactStore() if cache else None
     examine = functools.partial(check_runs, model, max_length=max_length) if check else None
     library = load_library(model, check, store, examine)
-    regions = RegionTable(library, get_backend(backend, library.device), max_length, store, workers)
+    code = get_backend(backend, library.device)
+    max_length = max_length or default_row_length(model.config, library, code, tier)
+    regions = RegionTable(library, code, max_length, store, workers)
     runner = Runner.of_model(
         model,
         regions,
@@ -331,10 +334,7 @@ class CompiledModel(Uncopied, AsTransformers):
 
     def engine(self, *, tokenizer: Any = None, **settings: int) -> Engine:
         """An engine that serves requests as they come, each on a program of its own or on the one
-        that the dispatcher chooses (docs/engine.md).
-
-        `settings` are those of `EngineSettings`. Raises InputError where rows do not run in
-        lock-step.
+        that the dispatcher chooses (docs/engine.md); `settings` are those of `EngineSettings`.
         """
         return Engine(
             self.runner,

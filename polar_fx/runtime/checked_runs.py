@@ -22,7 +22,7 @@ from ..backends import EagerBackend
 from ..capture import CACHE, KvSpec
 from ..capture.checked import REMEDY, tolerance
 from ..capture.rotary import frequency_switch
-from ..capture.support import embedding_weight, shared_view, without_autocast
+from ..capture.support import embedding_weight, position_limit, shared_view, without_autocast
 from ..errors import CaptureError
 from ..library import LayerLibrary
 from ..passes.address_kv import BLOCK
@@ -30,6 +30,7 @@ from ..program import Program
 from .kv_cache import KvSession
 from .lockstep_session import LockstepSession
 from .regions import RegionTable
+from .row_length import IN_SLOTS
 from .runner import Runner, Session
 
 _FEW, _PART = 12, 5  # tokens of a row and of a part, unless something changes later on
@@ -42,10 +43,11 @@ Opener = Callable[[Program, int], AbstractContextManager[Session]]
 
 
 @torch.no_grad()
-def check_runs(model: PreTrainedModel, library: LayerLibrary, max_length: int) -> None:
+def check_runs(model: PreTrainedModel, library: LayerLibrary, max_length: int | None) -> None:
     """Raise CaptureError, with what was run and the difference, if the identity does not give the
-    model's logits.
+    model's logits. Without `max_length`, rows are as short as they may be in slots.
     """
+    max_length = max_length or min(IN_SLOTS, position_limit(model.config) or IN_SLOTS)
     regions = RegionTable(library, EagerBackend(), max_length, None, 0)
     runner = Runner.of_model(model, regions, prefill_chunk=_PART)
     reference = shared_view(model, model.config._attn_implementation)

@@ -19,7 +19,6 @@ from ..backends.base import Region
 from ..capture import KvSpec
 from ..library import LayerLibrary
 from ..library.steps import HIDDEN, Blends, side_values
-from ..library.symbols import Symbol
 from ..passes.address_kv import BLOCK
 from ..program import Program
 from .kv_rows import KvRow
@@ -88,29 +87,13 @@ class Lockstep:
     def __init__(self, library: LayerLibrary, regions: RegionTable) -> None:
         self.library = library
         self.store = KvStore(library.device)
-        axes = [self._batch_axes(call) for call in library.table.calls()]
-        self.possible = None not in axes
-        self._axes = {number: axis for of_call in axes for number, axis in of_call or ()}
+        axes = library.table.batch_axes()
+        self.possible, self._axes = axes is not None, axes or {}
         self.plans = Planner(library, regions)
 
     def row(self, program: Program) -> KvRow:
         """An empty row."""
         return KvRow(self.store, self.library.table.kv_specs, program)
-
-    def _batch_axes(self, call: Symbol) -> list[tuple[int, int | None]] | None:
-        """The axis of the batch in each side value that a call takes; None if one cannot be told.
-
-        Some models fold the rows of a batch into another axis, such as that of heads.
-        """
-        operands = self.library.table.bodies[call.target].operands
-        sides = [operand for operand in operands if operand.role in ("side", "input")]
-        axes: list[tuple[int, int | None]] = []
-        for number, operand in zip(call.sides, sides, strict=True):
-            found = [i for i, name in operand.axes().items() if name == "batch"]
-            if len(found) > 1 or (not found and any("B" in size for size in operand.size)):
-                return None
-            axes.append((number, found[0] if found else None))
-        return axes
 
     @torch.no_grad()
     def run(

@@ -58,6 +58,7 @@ INNER = {
         "link",
         "cuda_graphs",
         "tiers",
+        "row_length",
         "kv_store",
         "kv_rows",
         "kv_prefixes",

@@ -1,0 +1,29 @@
+"""How long a row may be unless the user says so."""
+
+from typing import Any
+
+from ..backends import Backend
+from ..capture.rotary import frequency_switch
+from ..capture.support import position_limit
+from ..library import LayerLibrary
+from .tiers import Tier
+
+IN_SLOTS = 1024  # tokens; slots cost memory and time for all that they may hold
+
+
+def default_row_length(config: Any, library: LayerLibrary, backend: Backend, tier: Tier) -> int:
+    """The model's own limit where keys and values lie in blocks, which cost what is there; up to
+    where it would compute rows with other rotary frequencies, which takes slots.
+
+    In slots, or without a limit, at most 1,024.
+    """
+    limit, switch = position_limit(config), frequency_switch(config)
+    in_blocks = (
+        library.device.type == "cpu"
+        and backend.by_address
+        and library.table.batch_axes() is not None
+        and tier == "linked"
+    )
+    if limit is None or not in_blocks:
+        return min(IN_SLOTS, limit or IN_SLOTS)
+    return limit if switch is None else min(limit, switch)
