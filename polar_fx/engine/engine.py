@@ -9,7 +9,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from ..errors import EngineFullError, InputError, KvOverflowError
 from ..program import Program
 from ..runtime.dispatcher import Dispatcher
 from ..runtime.runner import Runner
+from ..runtime.token_rows import one_row
+from ..runtime.uncopied import Uncopied
 from .request import Finish, Generated, Request
 from .rows import Row, RowRunner
 from .sampling import Sampling
@@ -46,14 +48,15 @@ class EngineSettings:
     kept_bytes: int = 256 << 20
 
     def __post_init__(self) -> None:
-        for name in ("max_rows", "max_tokens", "max_waiting", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.kept_bytes < 0:
-            raise InputError(f"kept_bytes must be at least 0, got {self.kept_bytes}")
+        for setting in fields(self):
+            value, least = getattr(self, setting.name), int(setting.name != "kept_bytes")
+            if type(value) is not int or value < least:
+                raise InputError(
+                    f"{setting.name} must be a whole number of at least {least}, got {value!r}"
+                )
 
 
-class Engine:
+class Engine(Uncopied):
     """Serves requests on a model's runner. A context manager that runs them in a thread of its own;
     without it, call `step` until it returns False.
 
@@ -98,16 +101,20 @@ class Engine:
         Raises InputError, KvOverflowError for what can never fit, and EngineFullError.
         """
         sampling = sampling or Sampling()
-        ids = torch.as_tensor(prompt, dtype=torch.long)
-        (row,), _ = self.runner.rows(ids[None])
+        row = one_row(prompt, self.runner.info.vocab_size)
         if sampling.stop and self._text is None:
             raise InputError("stop texts need the engine's tokenizer; use stop_tokens, or pass one")
         if program is not None:
+            if not isinstance(program, Program):
+                raise InputError(
+                    f"program must be a Program, got {program!r}; compiled.resolve makes one of a "
+                    "text"
+                )
             self.runner.library.check(program)
         with self._news:
             if self._closing:
                 raise InputError("the engine is closed; open another")
-            request = Request(row.tolist(), program, sampling, next(self._numbers), on_news)
+            request = Request(row, program, sampling, next(self._numbers), on_news)
             self._require_room(request)
             if len(self._waiting) >= self.settings.max_waiting:
                 raise EngineFullError(

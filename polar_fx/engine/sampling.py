@@ -5,7 +5,7 @@ Shape legend: V vocabulary, T tokens.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -59,6 +59,7 @@ class Sampling:
     processors: tuple[ScoresProcessor, ...] = ()
 
     def __post_init__(self) -> None:
+        _check_kinds(self)
         limits = {
             "max_new_tokens": (1, math.inf),
             "temperature": (0, math.inf),
@@ -78,6 +79,32 @@ class Sampling:
                 raise InputError(f"{name} must be more than 0")
         if "" in self.stop:
             raise InputError("a stop text is empty; leave it out")
+
+
+def _check_kinds(how: Sampling) -> None:
+    """Raise InputError for values of another kind than a setting takes."""
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        "max_new_tokens": (_is_whole, "a whole number"),
+        "top_k": (_is_whole, "a whole number"),
+        "seed": (lambda value: value is None or _is_whole(value), "a whole number or None"),
+        "stop_tokens": (lambda value: _are(value, _is_whole), "a tuple of token ids"),
+        "stop": (lambda value: _are(value, lambda v: isinstance(v, str)), "a tuple of texts"),
+        "processors": (lambda value: _are(value, callable), "a tuple of functions"),
+    }
+    for name in (f.name for f in fields(how) if f.name not in kinds):
+        kinds[name] = (lambda v: isinstance(v, (int, float)), "a number")
+    for name, (is_right, what) in kinds.items():
+        value = getattr(how, name)
+        if isinstance(value, bool) or not is_right(value):
+            raise InputError(f"{name} must be {what}, got {value!r}")
+
+
+def _is_whole(value: Any) -> bool:
+    return type(value) is int
+
+
+def _are(values: Any, is_right: Callable[[Any], bool]) -> bool:
+    return isinstance(values, (tuple, list)) and all(map(is_right, values))
 
 
 class Sampler:

@@ -5,7 +5,7 @@ Plain Python, without a server.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -175,6 +175,21 @@ class Service:
             raise RequestError(str(error), code="overloaded", status=503) from error
         except InputError as error:  # it stopped
             raise RequestError(str(error), status=500) from error
+
+    def answer(self, asks: Sequence[Ask]) -> list[Reply | RequestError]:
+        """An answer each, in order, and an error instead for those that failed; for use without a
+        thread, where it runs what waits to its end.
+        """
+        running = [self.add(ask) for ask in asks]
+        while self.engine.step():
+            pass
+        found: list[Reply | RequestError] = []
+        for request in running:
+            try:
+                found.append(self.reply(request))
+            except RequestError as error:
+                found.append(error)
+        return found
 
     def reply(self, request: Request) -> Reply:
         """The answer of a request that is done. Raises RequestError if it failed."""

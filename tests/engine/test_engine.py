@@ -1,7 +1,9 @@
 """Requests that come and go between tokens: each gets what it gets alone."""
 
+import copy
 import random
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -262,11 +264,44 @@ def _asked(number: int) -> Request:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("min_p", float("nan")), ("top_k", -2)],
+    [
+        ("temperature", -1),
+        ("temperature", "hot"),
+        ("top_p", 0),
+        ("top_p", 1.1),
+        ("min_p", float("nan")),
+        ("top_k", -2),
+        ("top_k", 2.5),
+        ("max_new_tokens", True),
+        ("seed", "seven"),
+        ("stop", "abc"),
+        ("stop", (5,)),
+        ("stop_tokens", 5),
+        ("processors", (None,)),
+    ],
 )
-def test_settings_that_cannot_be(name: str, value: float) -> None:
-    with pytest.raises(InputError, match=name):
-        Sampling(**{name: value})  # type: ignore[arg-type]
+def test_settings_that_cannot_be(name: str, value: Any) -> None:
+    with pytest.raises(InputError, match=rf"{name} must be.*|{name} must be more"):
+        Sampling(**{name: value})
+
+
+def test_prompts_programs_and_limits_that_cannot_be() -> None:
+    engine = compiled().engine()
+    for prompt in ([1.5], "text", None, [], [[1, 2]], [100]):
+        with pytest.raises(InputError):
+            engine.add(prompt)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="program must be a Program, got 'skip 1'"):
+        engine.add([1], "skip 1")  # type: ignore[arg-type]
+    for name, value in (
+        ("max_rows", 1.5),
+        ("max_rows", True),
+        ("kept_bytes", -1),
+        ("max_tokens", "9"),
+    ):
+        with pytest.raises(InputError, match=f"{name} must be a whole number"):
+            compiled().engine(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="copied"):
+        copy.deepcopy(engine)
 
 
 def test_rows_that_cannot_run_in_lock_step_take_turns() -> None:

@@ -48,22 +48,8 @@ def asks(service: Service, **fields: Any) -> list[Ask]:
     return service.read(read(Completion, json.dumps(given).encode()))
 
 
-def outcomes(service: Service, *given: Ask) -> list[Reply | RequestError]:
-    """What becomes of prompts that are there before the engine's first token."""
-    running = [service.add(ask) for ask in given]
-    while service.engine.step():
-        pass
-    found: list[Reply | RequestError] = []
-    for request in running:
-        try:
-            found.append(service.reply(request))
-        except RequestError as error:
-            found.append(error)
-    return found
-
-
 def answers(service: Service, *given: Ask) -> list[Reply]:
-    found = outcomes(service, *given)
+    found = service.answer(given)
     assert all(isinstance(a, Reply) for a in found), found
     return found  # type: ignore[return-value]
 
@@ -199,7 +185,7 @@ def test_a_prompt_that_fails_fails_alone(service: Service) -> None:
 
     (asked,) = asks(service, program="skip 1")
     broken = replace(asked, sampling=replace(asked.sampling, processors=(fails,)))
-    bad, good = outcomes(service, broken, *asks(service))
+    bad, good = service.answer([broken, *asks(service)])
     assert (
         isinstance(bad, RequestError)
         and bad.status == 500
