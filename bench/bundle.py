@@ -251,7 +251,7 @@ def random_programs(depth: int, number: int) -> list[str]:
 
 
 def make_bundles(
-    dtype: str, place: Path, prompt: list[int]
+    dtype: str, place: Path, *, prompt: list[int]
 ) -> tuple[dict[int, Path], dict[str, Any]]:
     """Bundles of 1 and of 64 programs, their sizes, and the largest difference of their logits to
     those of this process.
@@ -329,7 +329,7 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 
 def starts(
-    one: Path, many: Path, runner: Path | None, prompt: list[int]
+    one: Path, many: Path, *, runner: Path | None, prompt: list[int]
 ) -> dict[str, Callable[[], dict[str, Any]]]:
     """Ways to start, each one fresh process up to its first token."""
 
@@ -378,7 +378,7 @@ def main() -> None:
     options = parser.parse_args()
     prompt = [random.Random(0).randrange(1000) for _ in range(PROMPT_TOKENS)]
     with tempfile.TemporaryDirectory(prefix="polar_fx-bench-") as place:
-        folders, about = make_bundles(options.dtype, Path(place), prompt)
+        folders, about = make_bundles(options.dtype, Path(place), prompt=prompt)
         one, many = folders.values()
         runner = build_runner(Path(place, "runner"))
         print(
@@ -387,7 +387,7 @@ def main() -> None:
         )
         while options.ready and not options.ready.exists():
             time.sleep(0.5)
-        kinds = starts(one, many, runner, prompt)
+        kinds = starts(one, many, runner=runner, prompt=prompt)
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in kinds}
         order, hashing = random.Random(0), []
         for _ in range(options.rounds):

@@ -47,7 +47,7 @@ def main() -> None:
     length = row_tokens(
         [e for each in encoded.values() for e in each],
         [q for each in by_task.values() for q in each],
-        templates,
+        templates=templates,
         limit=None,
         generated=False,
     )
@@ -56,8 +56,11 @@ def main() -> None:
     forcing, began = TeacherForcing(compiled), time.perf_counter()
     rows = []
     for task, asked in by_task.items():
-        right = judge(forcing, encoded[task], asked, programs)
-        rows += [row_of(task, str(p), p.num_steps, right, k) for k, p in enumerate(programs)]
+        right = judge(forcing, encoded[task], asked=asked, programs=programs)
+        rows += [
+            row_of(task, str(p), steps=p.num_steps, right=right, k=k)
+            for k, p in enumerate(programs)
+        ]
         for row in rows[-len(programs) :]:
             print(told(row), flush=True)
     seconds = time.perf_counter() - began
@@ -68,7 +71,7 @@ def main() -> None:
 
 
 def judge(
-    forcing: TeacherForcing, encoded: Any, asked: list[Question], programs: list[Program]
+    forcing: TeacherForcing, encoded: Any, *, asked: list[Question], programs: list[Program]
 ) -> dict[str, list[list[bool]]]:
     """Whether each program [K] is right on each question [N], by metric."""
     right: dict[str, list[list[bool]]] = {
@@ -96,7 +99,7 @@ def lengths_of(question: Question) -> list[float]:
 
 
 def row_of(
-    task: str, program: str, steps: int, right: dict[str, list[list[bool]]], k: int
+    task: str, program: str, *, steps: int, right: dict[str, list[list[bool]]], k: int
 ) -> dict[str, Any]:
     """A program on a task, beside the identity, in per cent and points."""
     found: dict[str, Any] = {"task": task, "program": program, "steps": steps}

@@ -82,7 +82,7 @@ class HfCompiled(Contender):
 class Ours(Contender):
     """A compiled model on one program."""
 
-    def __init__(self, compiled: CompiledModel, label: str, program: Program) -> None:
+    def __init__(self, compiled: CompiledModel, label: str, *, program: Program) -> None:
         super().__init__(f"polar_fx {label}", program.num_steps)
         self.compiled, self.program = compiled, program
 

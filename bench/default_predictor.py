@@ -111,7 +111,7 @@ def write(
         },
     }
     # whether the model is the one is told by its weights, in any version of torch
-    save_selector(selector, folder, trained["model"], policy, notes)
+    save_selector(selector, folder, model=trained["model"], policy=policy, notes=notes)
 
 
 def policy_name(policy: str) -> str:

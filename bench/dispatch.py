@@ -31,16 +31,16 @@ from polar_fx.runtime.trunk import run_trunk, session_after
 _TOKENS = 128
 
 
-def _selector(folder: Path | None, depth: int, hidden_size: int) -> Selector:
+def _selector(folder: Path | None, depth: int, *, hidden_size: int) -> Selector:
     """The one in the folder, or one of the same size with random weights."""
     if folder is not None:
         return load_selector(folder)[0]
     menu = Menu.of([Program.parse(f"skip {i}", depth) for i in range(4, min(depth, 28))])
     network = SelectorNetwork(2 * hidden_size, len(menu))
-    return Selector(menu, Features(), network, Calibration(0.0, {0.9: 0.1}))
+    return Selector(menu, Features(), network=network, calibration=Calibration(0.0, {0.9: 0.1}))
 
 
-def _prompts(tokenizer: Any, count: int, batch: int) -> list[dict[str, torch.Tensor]]:
+def _prompts(tokenizer: Any, count: int, *, batch: int) -> list[dict[str, torch.Tensor]]:
     """`count` batches of test questions of all tasks, padded on the left."""
     each = -(-count * batch // len(TASKS))
     rows = [
@@ -59,7 +59,7 @@ def _prompts(tokenizer: Any, count: int, batch: int) -> list[dict[str, torch.Ten
 
 
 def _requests(
-    dispatchers: dict[str, Dispatcher], prompts: list[dict[str, torch.Tensor]], new_tokens: int
+    dispatchers: dict[str, Dispatcher], prompts: list[dict[str, torch.Tensor]], *, new_tokens: int
 ) -> dict[str, dict[str, Any]]:
     """By policy: milliseconds of a request, its ratio to the identity's of the same round, steps of
     a row, groups of a batch.
@@ -97,7 +97,7 @@ def _timed(work: Any) -> float:
 
 
 def overheads(
-    compiled: polar_fx.CompiledModel, dispatcher: Dispatcher, selector: Selector, rounds: int
+    compiled: polar_fx.CompiledModel, dispatcher: Dispatcher, *, selector: Selector, rounds: int
 ) -> dict[str, list[float]]:
     """Milliseconds of a prefill, of one behind a trunk, and of choosing, a list of rounds each."""
     rng = torch.Generator().manual_seed(0)
@@ -135,7 +135,7 @@ def overheads(
 
 
 def requests_by_policy(
-    options: argparse.Namespace, tokenizer: Any, dispatcher: Dispatcher, selector: Selector
+    options: argparse.Namespace, tokenizer: Any, *, dispatcher: Dispatcher, selector: Selector
 ) -> dict[str, Any]:
     """Whole requests under each policy, by batch."""
     prices = [f"mean_steps<={f:g}" for f in selector.calibration.prices]
@@ -143,12 +143,12 @@ def requests_by_policy(
     dispatchers = {policy: dispatcher.with_policy(policy) for policy in policies}
     found = {}
     for batch in (1, options.batch):
-        prompts = _prompts(tokenizer, options.rounds + 2, batch)
-        found[f"batch {batch}"] = _requests(dispatchers, prompts, options.new_tokens)
+        prompts = _prompts(tokenizer, options.rounds + 2, batch=batch)
+        found[f"batch {batch}"] = _requests(dispatchers, prompts, new_tokens=options.new_tokens)
     return found
 
 
-def show(overhead: dict[str, Any], ratios: dict[str, Any], requests: dict[str, Any]) -> None:
+def show(overhead: dict[str, Any], ratios: dict[str, Any], *, requests: dict[str, Any]) -> None:
     for name, taken in overhead.items():
         ratio = f", {100 * ratios[name]['median']:.3f} % of a prefill" if name in ratios else ""
         print(f"{name}: {taken['median']:.4f} ms{ratio}")
@@ -176,18 +176,18 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
     compiled = polar_fx.compile(model, max_length=191)
-    selector = _selector(options.predictor, compiled.depth, model.config.hidden_size)
+    selector = _selector(options.predictor, compiled.depth, hidden_size=model.config.hidden_size)
     dispatcher = compiled.dispatch_by(selector, policy="accuracy")
     compiled.warmup()
-    times = overheads(compiled, dispatcher, selector, options.rounds)
+    times = overheads(compiled, dispatcher, selector=selector, rounds=options.rounds)
     overhead = {name: spread(taken) for name, taken in times.items()}
     ratios = {
         name: paired_ratio(taken, times["prefill"])
         for name, taken in times.items()
         if name != "prefill"
     }
-    requests = requests_by_policy(options, tokenizer, dispatcher, selector)
-    show(overhead, ratios, requests)
+    requests = requests_by_policy(options, tokenizer, dispatcher=dispatcher, selector=selector)
+    show(overhead, ratios, requests=requests)
     write_json(
         RESULTS / f"dispatch-cpu-{options.dtype}.json",
         {

@@ -32,7 +32,7 @@ _TOKENS = 64  # of a prompt in part (a)
 _REQUESTS = 64
 
 
-def _menu(depth: int, size: int, pick: random.Random) -> list[Program]:
+def _menu(depth: int, size: int, *, pick: random.Random) -> list[Program]:
     """Programs of one or two edits: skips of up to six layers, repeats of up to four."""
     found: list[Program] = []
     while len(found) < size:
@@ -79,7 +79,7 @@ def mixed(model: CompiledModel, rounds: int) -> list[dict[str, Any]]:
                 size = 8  # as many programs as rows
             if batch == 1 and size > 2:
                 continue
-            menu = _menu(model.depth, size, pick)
+            menu = _menu(model.depth, size, pick=pick)
             programs = [menu[i % size] for i in range(batch)]
             steps = sum(p.num_steps for p in programs)
             uniform = _of_steps(model.depth, round(steps / batch))
@@ -91,7 +91,7 @@ def mixed(model: CompiledModel, rounds: int) -> list[dict[str, Any]]:
                     "calls": len(lockstep_calls(programs)),
                     "calls_by_depth": len(lockstep_calls(programs)) / model.depth,
                     "rows_a_call": steps / len(lockstep_calls(programs)),
-                    **_decodes(runner, programs, uniform, rounds),
+                    **_decodes(runner, programs, uniform=uniform, rounds=rounds),
                 }
             )
             print(found[-1], flush=True)
@@ -99,7 +99,7 @@ def mixed(model: CompiledModel, rounds: int) -> list[dict[str, Any]]:
 
 
 def _decodes(
-    runner: Any, programs: Sequence[Program], uniform: Program, rounds: int
+    runner: Any, programs: Sequence[Program], *, uniform: Program, rounds: int
 ) -> dict[str, Any]:
     batch, steps = len(programs), sum(p.num_steps for p in programs)
     pick = torch.Generator().manual_seed(1)
@@ -141,7 +141,9 @@ def _decodes(
     }
 
 
-def lengths(model: CompiledModel, others: dict[int, CompiledModel], rounds: int) -> dict[str, Any]:
+def lengths(
+    model: CompiledModel, others: dict[int, CompiledModel], *, rounds: int
+) -> dict[str, Any]:
     """Part (b)."""
     rows = [torch.arange(200) + 5]
     token = torch.zeros(1, dtype=torch.long)
@@ -161,10 +163,10 @@ def lengths(model: CompiledModel, others: dict[int, CompiledModel], rounds: int)
     }
 
 
-def arrivals(model: CompiledModel, hf: Any, rounds: int) -> dict[str, Any]:
+def arrivals(model: CompiledModel, hf: Any, *, rounds: int) -> dict[str, Any]:
     """Part (c): all requests are there at once; seconds until the first token of each."""
     pick = random.Random(3)
-    menu = [*_menu(model.depth, 4, pick), model.default_program]
+    menu = [*_menu(model.depth, 4, pick=pick), model.default_program]
     asked = [
         (
             [pick.randrange(1000) for _ in range(pick.randint(8, 96))],
@@ -231,7 +233,7 @@ class _First:
 
 
 def _in_batches(
-    asked: Asked, groups: Sequence[Sequence[int]], generate: Callable[..., Any]
+    asked: Asked, groups: Sequence[Sequence[int]], *, generate: Callable[..., Any]
 ) -> tuple[float, list[float]]:
     start, first = time.perf_counter(), []
     for members in groups:
@@ -257,13 +259,15 @@ def _by_batches(model: CompiledModel, asked: Asked) -> tuple[float, list[float]]
     for members in groups_of([program for _, program, _ in asked]).values():
         groups += [members[i : i + 16] for i in range(0, len(members), 16)]
     return _in_batches(
-        asked, groups, lambda program, ids, **kw: model.generate(ids, program=program, **kw)
+        asked,
+        groups,
+        generate=lambda program, ids, **kw: model.generate(ids, program=program, **kw),
     )
 
 
 def _by_hf(hf: Any, asked: Asked) -> tuple[float, list[float]]:
     groups = [range(i, min(i + 16, len(asked))) for i in range(0, len(asked), 16)]
-    return _in_batches(asked, groups, lambda _, ids, **kw: hf.generate(ids, **kw))
+    return _in_batches(asked, groups, generate=lambda _, ids, **kw: hf.generate(ids, **kw))
 
 
 def second_turn(model: CompiledModel, rounds: int) -> dict[str, Any]:
@@ -317,9 +321,9 @@ def main() -> None:
         result["mixed"] = mixed(model, options.rounds)
     if "b" in options.parts:
         others = {most: polar_fx.compile(hf, max_length=most) for most in (256, 8191)}
-        result["lengths"] = lengths(model, others, options.rounds)
+        result["lengths"] = lengths(model, others, rounds=options.rounds)
     if "c" in options.parts:
-        result["arrivals"] = arrivals(model, hf, max(2, options.rounds // 8))
+        result["arrivals"] = arrivals(model, hf, rounds=max(2, options.rounds // 8))
     if "d" in options.parts:
         result["second_turn"] = second_turn(model, options.rounds)
     write_json(options.out or RESULTS / f"engine-cpu-{options.dtype}.json", result)

@@ -64,8 +64,8 @@ class Judge:
 
     def logits(self, program: Program, row: Tensor) -> tuple[Tensor, Tensor]:
         """The wanted logits [T, V] in the wider type, and how far they may be missed."""
-        want = plain_logits(self.wider, program, row)
-        lost = (plain_logits(self.model, program, row).to(want) - want).abs().max()
+        want = plain_logits(self.wider, program, row=row)
+        lost = (plain_logits(self.model, program, row=row).to(want) - want).abs().max()
         return want, self.floor * want.abs().max() + _TIMES * lost
 
     def of_logits(self, program: Program, row: Tensor, got: Tensor) -> float:
@@ -81,7 +81,7 @@ class Judge:
         whole = torch.cat((row, torch.tensor(new)))
         if self.by_length and len(new) > 1:  # each token was chosen at the length it had then
             parts = [whole[: len(row) + n] for n in range(len(new))]
-            return max(self.of_tokens(program, p, [t]) for p, t in zip(parts, new, strict=True))
+            return max(self.of_tokens(program, p, new=[t]) for p, t in zip(parts, new, strict=True))
         want, allowed = self.logits(program, whole[:-1])
         ahead = want[len(row) - 1 :]
         short = ahead.amax(-1) - ahead.gather(-1, torch.tensor(new)[:, None])[:, 0]
@@ -162,7 +162,7 @@ def generate(setting: Setting) -> Found:
         ids, program=programs, attention_mask=mask, max_new_tokens=new, **_GREEDY
     )
     worst = max(map(setting.judge.of_tokens, programs, rows, out[:, ids.shape[1] :].tolist()))
-    return Found(worst, _asked(rows, programs, new))
+    return Found(worst, _asked(rows, programs, new=new))
 
 
 def beams(setting: Setting) -> Found:
@@ -183,13 +183,13 @@ def beams(setting: Setting) -> Found:
     )
     new_tokens, scores = out.sequences[:, ids.shape[1] :].tolist(), out.sequences_scores.tolist()
     worst = max(map(setting.judge.of_score, programs, rows, new_tokens, scores))
-    return Found(worst, {**_asked(rows, programs, new), **options})
+    return Found(worst, {**_asked(rows, programs, new=new), **options})
 
 
 class _Drawing:
     """A predictor that knows nothing: it draws which program of its menu is the best."""
 
-    def __init__(self, rng: random.Random, menu: Menu, num_steps: int, size: int) -> None:
+    def __init__(self, rng: random.Random, menu: Menu, *, num_steps: int, size: int) -> None:
         self.rng, self.menu, self.depth = rng, menu, menu.depth
         self.features, self.calibration = Features(num_steps, size), Calibration(threshold=0.5)
 
@@ -213,7 +213,7 @@ def dispatch(setting: Setting) -> Found:
     compiled.dispatcher = None
     programs = [decision.program for decision in report.decisions]
     worst = max(map(setting.judge.of_tokens, programs, rows, out[:, ids.shape[1] :].tolist()))
-    return Found(worst, {**_asked(rows, programs, new), "shared": predictor.features.num_steps})
+    return Found(worst, {**_asked(rows, programs, new=new), "shared": predictor.features.num_steps})
 
 
 def _drawing(setting: Setting) -> _Drawing:
@@ -224,7 +224,7 @@ def _drawing(setting: Setting) -> _Drawing:
         for _ in range(3)
     ]
     size = setting.compiled.config.hidden_size
-    return _Drawing(setting.rng, Menu.of(programs), shared, size)
+    return _Drawing(setting.rng, Menu.of(programs), num_steps=shared, size=size)
 
 
 def conversation(setting: Setting) -> Found:
@@ -245,13 +245,13 @@ def conversation(setting: Setting) -> Found:
             talk.crop(count)
         elif act == "append":
             logits = talk.append(setting.tokens(count))[None]
-            worst = max(worst, setting.judge.of_logits(program, _said(talk), logits))
+            worst = max(worst, setting.judge.of_logits(program, _said(talk), got=logits))
         else:
             turn = setting.tokens(0 if len(talk) and rng.random() < 0.3 else count)
             said = torch.cat((_said(talk), turn))
             new = rng.randint(1, min(8, setting.most - len(said)))
             answer = talk.generate(turn, max_new_tokens=new, **_GREEDY)
-            worst = max(worst, setting.judge.of_tokens(program, said, answer.tolist()))
+            worst = max(worst, setting.judge.of_tokens(program, said, new=answer.tolist()))
             count = len(turn)
         done.append(f"{number} {act} {count}: {len(talk)}")
     for talk in talks:
@@ -309,7 +309,7 @@ def _all_given_back(setting: Setting) -> None:
         raise AssertionError(f"{held} blocks of keys and values were not given back")
 
 
-def _asked(rows: Sequence[Tensor], programs: Sequence[Program], new: int = 0) -> dict[str, Any]:
+def _asked(rows: Sequence[Tensor], programs: Sequence[Program], *, new: int = 0) -> dict[str, Any]:
     texts = [str(program) for program in programs]
     return {"lengths": [len(row) for row in rows], "new": new, "programs": texts}
 

@@ -63,7 +63,7 @@ class Job:
     timed: bool = False
 
 
-def plan(stages: Sequence[str], models: Sequence[str], tiny: bool) -> list[Job]:
+def plan(stages: Sequence[str], models: Sequence[str], *, tiny: bool) -> list[Job]:
     """The workers that a run needs, the most valuable first; without the environment's, which runs
     before them.
     """
@@ -115,7 +115,7 @@ def work(given: dict[str, Any]) -> None:
         if kind == "model":
             from gpu_models import run_model
 
-            run_model(worker, name, given["stages"])
+            run_model(worker, name, stages=given["stages"])
         elif kind in ("environment", "micro"):
             import gpu_micro
 
@@ -136,7 +136,7 @@ def coordinate(options: argparse.Namespace, out: Path) -> None:
     started = time.time()
     end, go = started + options.budget, started + options.go * options.budget
     with tempfile.TemporaryDirectory(prefix="polar_fx-gpu-") as scratch:
-        team = Team(out, Path(scratch), started)
+        team = Team(out, Path(scratch), started=started)
 
         def start(job: Job, until: float) -> None:
             given = {
@@ -150,14 +150,14 @@ def coordinate(options: argparse.Namespace, out: Path) -> None:
                 "turns": scratch,
             }
             command = [sys.executable, str(Path(__file__).resolve()), "--worker", json.dumps(given)]
-            team.start(job.name, command, until if not job.timed else end)
+            team.start(job.name, command, limit=until if not job.timed else end)
 
         try:
             limit = _LIMITS["environment"] * (_TRIAL if options.tiny else 1)
             start(Job("environment", ("environment",), limit), min(go, started + limit))
             team.wait_until(lambda: not team.is_running("environment"), time.time() + limit)
             team.stop("environment")
-            jobs = plan(options.stages, _chosen_models(options, team), options.tiny)
+            jobs = plan(options.stages, _chosen_models(options, team), tiny=options.tiny)
             for job in jobs:
                 start(job, go if job.timed else min(go, time.time() + job.limit))
             checks = [job.name for job in jobs if not job.timed]
@@ -176,7 +176,7 @@ def coordinate(options: argparse.Namespace, out: Path) -> None:
                 ready=[job.name for job in timed if team.is_ready(job.name)],
                 after_s=round(time.time() - started, 1),
             )
-            _give_turns(team, timed, end)
+            _give_turns(team, timed, end=end)
         finally:
             team.stop_all()
             text = gpu_results.summary(gpu_results.read(out / "results.jsonl"))
@@ -209,7 +209,7 @@ def _chosen_models(options: argparse.Namespace, team: Team) -> list[str]:
     return chosen
 
 
-def _give_turns(team: Team, timed: Sequence[Job], end: float) -> None:
+def _give_turns(team: Team, timed: Sequence[Job], *, end: float) -> None:
     """Each worker the machine alone, in order; those that still prepare come last."""
     waiting = sorted(timed, key=lambda job: not team.is_ready(job.name))
     for i, job in enumerate(waiting):
@@ -322,7 +322,7 @@ def _card(parser: argparse.ArgumentParser) -> str:
     return "-".join(torch.cuda.get_device_name().lower().replace("nvidia", "").split())
 
 
-def results_folder(parent: Path, date: str, card: str) -> Path:
+def results_folder(parent: Path, date: str, *, card: str) -> Path:
     """A folder of that date and card that holds nothing yet."""
     names = (f"{date}-{card}" + (f"-{i}" if i > 1 else "") for i in range(1, 1000))
     return next(parent / name for name in names if not (parent / name).exists())
@@ -336,7 +336,7 @@ def main() -> None:
     # so that workers are ended and the summary is written
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     out = options.out or results_folder(
-        RESULTS, time.strftime("%Y-%m-%d", time.gmtime()), options.card
+        RESULTS, time.strftime("%Y-%m-%d", time.gmtime()), card=options.card
     )
     out.mkdir(parents=True, exist_ok=True)
     print(f"results: {out}", file=sys.stderr)

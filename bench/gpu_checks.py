@@ -31,7 +31,7 @@ _GREEDY: dict[str, Any] = dict(do_sample=False, eos_token_id=None, pad_token_id=
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # of the largest logit
 
 
-def tiny(worker: Worker, family: str, dtype: torch.dtype) -> Any:
+def tiny(worker: Worker, family: str, *, dtype: torch.dtype) -> Any:
     """The test suite's tiny model of a family, on the device."""
     return make(family).to(dtype).to(worker.device)  # type: ignore[arg-type]
 
@@ -65,20 +65,20 @@ def correct(worker: Worker, families: Sequence[str]) -> None:
             about = {"family": family, "dtype": str(dtype)[6:], "backend": backend}
             with worker.attempt("correct", **about), torch.no_grad():
                 start = time.perf_counter()
-                found = _compared(worker, family, dtype, backend)
+                found = _compared(worker, family, dtype=dtype, backend=backend)
                 worker.say(
                     "correct", **about, **found, seconds=round(time.perf_counter() - start, 1)
                 )
 
 
-def _compared(worker: Worker, family: str, dtype: torch.dtype, backend: str) -> dict[str, Any]:
+def _compared(worker: Worker, family: str, *, dtype: torch.dtype, backend: str) -> dict[str, Any]:
     """Largest differences, as shares of the largest logit, over six programs.
 
     `loop` and `hf_itself`: ours and the model's own layers in that order, both to those layers in
     fp32. `kv_law`: decoding token by token to one pass. `replay_minus_linked`: decodes by replayed
     graphs to linked ones; must be nothing at all.
     """
-    model, wide = tiny(worker, family, dtype), tiny(worker, family, torch.float32)
+    model, wide = tiny(worker, family, dtype=dtype), tiny(worker, family, dtype=torch.float32)
     compiled = polar_fx.compile(model, backend, max_length=47, cache=False, workers=0)
     depth, pick = compiled.depth, random.Random(0)
     paths = [[*range(depth)], [*range(1, depth)], [0, 1, 1, *range(2, depth)]]
@@ -93,7 +93,7 @@ def _compared(worker: Worker, family: str, dtype: torch.dtype, backend: str) -> 
         "replay_minus_linked": 0.0,
     }
 
-    def note(name: str, got: Tensor, want: Tensor, scale: float = 1.0) -> None:
+    def note(name: str, got: Tensor, *, want: Tensor, scale: float = 1.0) -> None:
         worst[name] = max(worst[name], float((got - want).abs().max()) / scale)
 
     for path in paths:
@@ -101,19 +101,19 @@ def _compared(worker: Worker, family: str, dtype: torch.dtype, backend: str) -> 
         true = reordered(wide, path)(input_ids=ids, use_cache=False).logits[0].float()
         scale = float(true.abs().max()) or 1.0
         got = compiled.forward(ids, program=program)[0].float()
-        note("loop", got, true, scale)
+        note("loop", got, want=true, scale=scale)
         note(
             "hf_itself",
             reordered(model, path)(input_ids=ids, use_cache=False).logits[0].float(),
-            true,
-            scale,
+            want=true,
+            scale=scale,
         )
-        replayed = _decoded(compiled, program, ids)
+        replayed = _decoded(compiled, program, ids=ids)
         kept, compiled.graphs = compiled.graphs, None
-        linked = _decoded(compiled, program, ids)
+        linked = _decoded(compiled, program, ids=ids)
         compiled.graphs = kept
-        note("replay_minus_linked", replayed, linked)
-        note("kv_law", replayed, got[14:21], scale)
+        note("replay_minus_linked", replayed, want=linked)
+        note("kv_law", replayed, want=got[14:21], scale=scale)
     found: dict[str, Any] = {"ragged": _ragged(compiled, worker.device)}
     if dtype == torch.float32:  # in bf16 rounding decides between tokens whose logits are close
         options = {"max_new_tokens": 8, **_GREEDY}
@@ -143,7 +143,7 @@ def _ragged(compiled: CompiledModel, device: torch.device) -> float:
     return float((padded - alone).abs().max() / alone.abs().max())
 
 
-def _decoded(compiled: CompiledModel, program: Program, ids: Tensor) -> Tensor:
+def _decoded(compiled: CompiledModel, program: Program, *, ids: Tensor) -> Tensor:
     """Logits of the last seven tokens: the first of them by a prefill of what comes before, six by
     decoding.
     """
@@ -158,7 +158,7 @@ def search(worker: Worker) -> None:
     be right.
     """
     compiled = polar_fx.compile(
-        tiny(worker, "llama", torch.float32), "eager", max_length=63, cache=False
+        tiny(worker, "llama", dtype=torch.float32), "eager", max_length=63, cache=False
     )
     programs = [compiled.resolve(text) for text in ("identity", "skip 1", "repeat 2 x2")]
     pick, pairs = random.Random(1), []
@@ -184,9 +184,9 @@ def aoti(worker: Worker) -> None:
     ):
         about = {"workers": workers, "dtype": str(dtype)[6:]}
         with worker.attempt("aoti", **about), torch.no_grad():
-            start, model = time.perf_counter(), tiny(worker, "llama", dtype)
+            start, model = time.perf_counter(), tiny(worker, "llama", dtype=dtype)
             compiled = polar_fx.compile(model, "aot_inductor", max_length=47, workers=workers)
-            found = _as_interpreted(worker, compiled, model)
+            found = _as_interpreted(worker, compiled, model=model)
             seconds, start = round(time.perf_counter() - start, 1), time.perf_counter()
             again = polar_fx.compile(model, "aot_inductor", max_length=47, workers=0)
             again.generate(_prompt(worker), max_new_tokens=6, **_GREEDY)
@@ -205,11 +205,11 @@ def bundle(worker: Worker) -> None:
     """A bundle written on this device, loaded and run on it."""
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         start, place = time.perf_counter(), Path(folder) / "bundle"
-        model = tiny(worker, "llama", torch.float32)
+        model = tiny(worker, "llama", dtype=torch.float32)
         compiled = polar_fx.compile(model, "aot_inductor", max_length=47, workers=0)
         polar_fx.export(compiled, place, programs=["skip 1"])
         loaded, _ = polar_fx.load(place)
-        found = _as_interpreted(worker, cast(Any, loaded), model, "skip 1")
+        found = _as_interpreted(worker, cast(Any, loaded), model=model, program="skip 1")
         worker.say("bundle", **found, seconds=round(time.perf_counter() - start, 1))
 
 
@@ -220,7 +220,7 @@ def _prompt(worker: Worker) -> Tensor:
 
 
 def _as_interpreted(
-    worker: Worker, compiled: CompiledModel, model: Any, program: str = "identity"
+    worker: Worker, compiled: CompiledModel, *, model: Any, program: str = "identity"
 ) -> dict[str, Any]:
     """Does `compiled` give what the eager backend gives? In bf16 only the logits are judged."""
     plain = polar_fx.compile(model, "eager", max_length=47, cache=False)

@@ -68,7 +68,11 @@ class _Job:
     works: dict[str, tuple[Callable[[], Any] | None, Any]] = field(default_factory=dict)
 
     def add(
-        self, label: str, work: Callable[[], Any], note: Callable[[Any], Any] = lambda result: None
+        self,
+        label: str,
+        work: Callable[[], Any],
+        *,
+        note: Callable[[Any], Any] = lambda result: None,
     ) -> None:
         try:
             self.works[label] = work, note(work())
@@ -77,7 +81,7 @@ class _Job:
 
 
 def attention_ways(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor
+    q: Tensor, k: Tensor, *, v: Tensor, mask: Tensor
 ) -> dict[str, Callable[[], Tensor]]:
     """Attention of one token, q [B, H, 1, E] over k and v [B, N, L, E] with a mask [B, 1, 1, L], in
     ways that agree.
@@ -114,7 +118,7 @@ def attention_ways(
     return {"expanded": expanded, "grouped": grouped, "packed": packed, "written out": written_out}
 
 
-def _attention(worker: Worker, name: str, batch: int, length: int) -> _Job:
+def _attention(worker: Worker, name: str, *, batch: int, length: int) -> _Job:
     heads, kv, size = _HEADS[name]
     q = torch.randn(batch, heads, 1, size, device=worker.device, dtype=torch.bfloat16)
     k, v = (
@@ -124,7 +128,7 @@ def _attention(worker: Worker, name: str, batch: int, length: int) -> _Job:
     mask = (torch.arange(length, device=worker.device) < length - 3)[None, None, None].expand(
         batch, 1, 1, length
     )
-    ways = attention_ways(q, k, v, mask)
+    ways = attention_ways(q, k, v=v, mask=mask)
     want = ways["expanded"]().float()
     job = _Job("attention", dict(model=name, batch=batch, length=length, bytes=2 * k.nbytes))
 
@@ -146,14 +150,16 @@ def _attention(worker: Worker, name: str, batch: int, length: int) -> _Job:
                 with sdpa_kernel(backend):
                     return way()
 
-            job.add(f"{label} {backend.name.partition('_')[0].lower()}", work, apart)
+            job.add(f"{label} {backend.name.partition('_')[0].lower()}", work, note=apart)
     if length != 1040 and (batch == 1 or name == "qwen2.5-7b"):
         way = ways["written out"]
-        job.add("written out", way if worker.tiny else torch.compile(way, dynamic=False), apart)
+        job.add(
+            "written out", way if worker.tiny else torch.compile(way, dynamic=False), note=apart
+        )
     return job
 
 
-def _linear(worker: Worker, inner: int, outer: int) -> _Job:
+def _linear(worker: Worker, inner: int, *, outer: int) -> _Job:
     copies = 1 if worker.tiny else min(24, max(2, _MORE_THAN_CACHED // (2 * inner * outer)))
     weights = [
         torch.randn(outer, inner, device=worker.device, dtype=torch.bfloat16) for _ in range(copies)
@@ -179,13 +185,16 @@ def micro(worker: Worker) -> None:
     dynamo.recompile_limit = dynamo.accumulated_recompile_limit = 256  # one code, many shapes
     lengths, batches = ((32,), (1, 2)) if worker.tiny else ((272, 1040, 4112, 32784), (1, 8))
     jobs = [
-        _attention(worker, name, batch, length)
+        _attention(worker, name, batch=batch, length=length)
         for name in _HEADS
         for batch in batches
         for length in lengths
         if length < 5000 or (batch == 1 and name == "qwen2.5-7b")
     ]
-    jobs += [_linear(worker, *size) for size in (((64, 96),) if worker.tiny else _LINEARS)]
+    jobs += [
+        _linear(worker, inner, outer=outer)
+        for inner, outer in (((64, 96),) if worker.tiny else _LINEARS)
+    ]
     worker.wait_for_turn()
     for job in jobs:
         with worker.attempt(job.stage, **job.about):
@@ -194,7 +203,7 @@ def micro(worker: Worker) -> None:
                 if work is None:
                     found[label] = note
                     continue
-                ms = worker.replay_ms(worker.captured(work), 3, 10)
+                ms = worker.replay_ms(worker.captured(work), 3, inner=10)
                 found[label] = (
                     [round(1e3 * ms, 2), note]
                     if job.stage == "attention"

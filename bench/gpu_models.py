@@ -36,7 +36,7 @@ class Way:
 
 
 def decode_bytes(
-    library: LayerLibrary, program: Program, columns: int, batch: int = 1, experts: float = 1.0
+    library: LayerLibrary, program: Program, *, columns: int, batch: int = 1, experts: float = 1.0
 ) -> tuple[int, int]:
     """Bytes one decoded token a row must read: weights of its steps and of the head; and the slots
     of `columns` columns.
@@ -59,7 +59,7 @@ class ModelBench:
     them.
     """
 
-    def __init__(self, worker: Worker, name: str, stages: Collection[str]) -> None:
+    def __init__(self, worker: Worker, name: str, *, stages: Collection[str]) -> None:
         self.worker, self.name = worker, name
         self.parts = [part for part in parts_of(name, worker.tiny) if part in stages]
         self.tokens, self.num_programs = (3, 3) if worker.tiny else (30, 16)
@@ -114,7 +114,7 @@ class ModelBench:
         ).to(self.worker.device)
 
     def compiled(
-        self, backend: str | Backend, length: int, like: CompiledModel | None = None
+        self, backend: str | Backend, length: int, *, like: CompiledModel | None = None
     ) -> CompiledModel:
         """A compiled model on the library captured once; regions of several tokens are those of
         `like`.
@@ -134,6 +134,7 @@ class ModelBench:
         self,
         label: str,
         make: Callable[[], Contender],
+        *,
         seconds: float,
         batch: int = 1,
         length: int | None = None,
@@ -176,7 +177,7 @@ class ModelBench:
     def prepare(self) -> None:
         """Make all ways. `seconds` are what each took to prepare on 16 cores beside the others."""
         if "speed" not in self.parts:
-            self.add("linked+graph", lambda: Linked(self.linked, self.identity), 20)
+            self.add("linked+graph", lambda: Linked(self.linked, self.identity), seconds=20)
             return
         (short, long), tiny, linked = self.lengths, self.worker.tiny, self.linked
         model, identity, untuned = (
@@ -184,24 +185,42 @@ class ModelBench:
             self.identity,
             linked.backend if tiny else InductorBackend(UNTUNED),
         )
-        self.add("linked+graph", lambda: Linked(linked, identity), 20)
-        self.add("linked", lambda: Linked(linked, identity, graph=False), 5)
-        self.add("HF eager", lambda: HfEager(model), 5)
-        self.add("HF compile", lambda: HfReduceOverhead(model, 1, short, tiny), 35)
+        self.add("linked+graph", lambda: Linked(linked, identity), seconds=20)
+        self.add("linked", lambda: Linked(linked, identity, graph=False), seconds=5)
+        self.add("HF eager", lambda: HfEager(model), seconds=5)
+        self.add(
+            "HF compile",
+            lambda: HfReduceOverhead(model, 1, max_length=short, interpreted=tiny),
+            seconds=35,
+        )
         far = self.compiled(linked.backend, long)
-        self.add("linked+graph", lambda: Linked(far, identity), 15, length=long)
-        self.add("HF eager", lambda: HfEager(model), 5, length=long)
+        self.add("linked+graph", lambda: Linked(far, identity), seconds=15, length=long)
+        self.add("HF eager", lambda: HfEager(model), seconds=5, length=long)
         self.add(
             "linked untuned+graph",
-            lambda: Linked(self.compiled(untuned, short, linked), identity),
-            15,
+            lambda: Linked(self.compiled(untuned, short, like=linked), identity),
+            seconds=15,
         )
-        self.add("whole+graph", lambda: Whole(self.worker, linked, identity, tiny), 40)
-        self.add("linked+graph", lambda: Linked(linked, identity), 15, batch=8)
-        self.add("HF eager", lambda: HfEager(model), 5, batch=8)
+        self.add(
+            "whole+graph",
+            lambda: Whole(self.worker, linked, program=identity, interpreted=tiny),
+            seconds=40,
+        )
+        self.add("linked+graph", lambda: Linked(linked, identity), seconds=15, batch=8)
+        self.add("HF eager", lambda: HfEager(model), seconds=5, batch=8)
         if not tiny:  # a trial has traced one
-            self.add("HF compile", lambda: HfReduceOverhead(model, 8, short), 35, batch=8)
-            self.add("HF compile", lambda: HfReduceOverhead(model, 1, long), 35, length=long)
+            self.add(
+                "HF compile",
+                lambda: HfReduceOverhead(model, 8, max_length=short),
+                seconds=35,
+                batch=8,
+            )
+            self.add(
+                "HF compile",
+                lambda: HfReduceOverhead(model, 1, max_length=long),
+                seconds=35,
+                length=long,
+            )
 
     # --------------------------------------------------------------------------------------- timing
 
@@ -248,7 +267,9 @@ class ModelBench:
         ms = statistics.median(taken)
         graph = run.graph() if isinstance(run, Linked) else None
         # few enough replays that there would be room for their tokens, should a graph count them
-        alone = None if graph is None else worker.replay_ms(graph, 3, 5 if worker.tiny else 20)
+        alone = (
+            None if graph is None else worker.replay_ms(graph, 3, inner=5 if worker.tiny else 20)
+        )
         run.finish()
         chosen, of = (
             getattr(self.model.config, name, None)
@@ -256,7 +277,11 @@ class ModelBench:
         )
         share = chosen / of if chosen and of else 1.0
         weights, kv = decode_bytes(
-            self.library, self.identity, slot_length(way.length), way.batch, share
+            self.library,
+            self.identity,
+            columns=slot_length(way.length),
+            batch=way.batch,
+            experts=share,
         )
         return {
             "prefill_tokens": ids.shape[1],
@@ -271,9 +296,9 @@ class ModelBench:
         }
 
 
-def run_model(worker: Worker, name: str, stages: Collection[str]) -> None:
+def run_model(worker: Worker, name: str, *, stages: Collection[str]) -> None:
     """The whole work of one model's worker."""
-    bench = ModelBench(worker, name, stages)
+    bench = ModelBench(worker, name, stages=stages)
     with worker.attempt("prepare", model=name):
         bench.prepare()
     regions = [[r.body, r.shapes, round(r.seconds, 1)] for r in bench.linked.regions.records]

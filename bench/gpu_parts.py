@@ -74,7 +74,8 @@ def table4(bench: "ModelBench") -> None:
     menu = Menu.of(shorter)
     network = SelectorNetwork(2 * compiled.config.hidden_size, len(menu))
     dispatcher = compiled.dispatch_by(
-        Selector(menu, Features(4, 16), network, Calibration(0.0)), policy="accuracy"
+        Selector(menu, Features(4, 16), network=network, calibration=Calibration(0.0)),
+        policy="accuracy",
     )
 
     def run(program: Program) -> None:

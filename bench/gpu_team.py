@@ -21,7 +21,7 @@ _LOG = 40_000  # characters kept of what a worker printed
 class Team:
     """Workers by name. `scratch` holds their logs, caches and turns; `out` the lines of results."""
 
-    def __init__(self, out: Path, scratch: Path, started: float) -> None:
+    def __init__(self, out: Path, scratch: Path, *, started: float) -> None:
         self.out, self.scratch, self.started = out, scratch, started
         self._running: dict[str, subprocess.Popen[bytes]] = {}
         self._limits: dict[str, float] = {}
@@ -33,7 +33,7 @@ class Team:
             {"t": round(time.time() - self.started, 1), "stage": stage, **found},
         )
 
-    def start(self, name: str, command: Sequence[str], limit: float) -> None:
+    def start(self, name: str, command: Sequence[str], *, limit: float) -> None:
         """Start a worker that is to be over at the time `limit`; fresh caches, unless the
         environment names some.
         """

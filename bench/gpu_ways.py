@@ -35,7 +35,7 @@ class HfReduceOverhead(Contender):
     kind = "hf"
 
     def __init__(
-        self, model: PreTrainedModel, batch: int, max_length: int, interpreted: bool = False
+        self, model: PreTrainedModel, batch: int, *, max_length: int, interpreted: bool = False
     ) -> None:
         super().__init__("HF compile", model.config.num_hidden_layers)
         config, self.model = model.config, model
@@ -59,8 +59,8 @@ class HfReduceOverhead(Contender):
 class Linked(Ours):
     """Linked regions; with `graph`, decodes replay a captured CUDA graph where there is a GPU."""
 
-    def __init__(self, compiled: CompiledModel, program: Program, graph: bool = True) -> None:
-        super().__init__(compiled, "linked", program)
+    def __init__(self, compiled: CompiledModel, program: Program, *, graph: bool = True) -> None:
+        super().__init__(compiled, "linked", program=program)
         self.graphs = compiled.graphs if graph else None
         self.is_open = False
 
@@ -95,7 +95,12 @@ class Whole(Linked):
     """
 
     def __init__(
-        self, worker: Worker, compiled: CompiledModel, program: Program, interpreted: bool = False
+        self,
+        worker: Worker,
+        compiled: CompiledModel,
+        *,
+        program: Program,
+        interpreted: bool = False,
     ) -> None:
         super().__init__(compiled, program, graph=False)
         flat = compiled.library.flat_graph(program).requires_grad_(False)

@@ -90,7 +90,7 @@ class Worker:
         synchronize(self.device)
 
     def milliseconds(
-        self, work: Callable[[], Any], repeats: int, inner: int = 1
+        self, work: Callable[[], Any], repeats: int, *, inner: int = 1
     ) -> dict[str, float]:
         """Median, least and most of `repeats` timings of `inner` calls each, per call."""
 
@@ -122,12 +122,12 @@ class Worker:
             work()
         return graph
 
-    def replay_ms(self, graph: Any, repeats: int = 3, inner: int = 20) -> float:
+    def replay_ms(self, graph: Any, repeats: int = 3, *, inner: int = 20) -> float:
         """Milliseconds of the device alone: the graph replayed back to back between two events,
         `repeats * (inner + 1)` times.
         """
         if not self.on_gpu:
-            return self.milliseconds(graph.replay, repeats, min(inner, 2))["ms"]
+            return self.milliseconds(graph.replay, repeats, inner=min(inner, 2))["ms"]
         taken = []
         for _ in range(repeats):
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)

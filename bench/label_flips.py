@@ -40,7 +40,7 @@ def flips(first: Sequence[bool], second: Sequence[bool]) -> dict[str, Any]:
     }
 
 
-def judge(forcing: TeacherForcing, pairs: list[Pair], seed: int, size: int) -> list[Verdict]:
+def judge(forcing: TeacherForcing, pairs: list[Pair], *, seed: int, size: int) -> list[Verdict]:
     """Verdicts in the order of `pairs`, judged in another order, `size` at a time."""
     order = random.Random(seed).sample(range(len(pairs)), len(pairs))
     found: dict[int, Verdict] = {}
@@ -63,7 +63,7 @@ def chosen(listed: list[tuple[Question, Explored]], count: int) -> list[tuple[Qu
 
 
 def explored(
-    options: argparse.Namespace, compiled: polar_fx.CompiledModel, tokenizer: Any
+    options: argparse.Namespace, compiled: polar_fx.CompiledModel, *, tokenizer: Any
 ) -> list[tuple[Question, Explored]]:
     """Questions and programs: of the records, or of a search made here."""
     if options.records:
@@ -99,21 +99,21 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = polar_fx.load(None, getattr(torch, options.dtype))
     compiled = polar_fx.compile(model, max_length=255 if options.records else 127)
-    listed = explored(options, compiled, tokenizer)
+    listed = explored(options, compiled, tokenizer=tokenizer)
     questions = {q.id: q for q, _ in listed}
-    templates = templates_of("few-shot", list(questions.values()))
-    of = {e.id: e for e in encode(tokenizer, list(questions.values()), templates)}
+    templates: dict[str, Any] = templates_of("few-shot", list(questions.values()))
+    of = {e.id: e for e in encode(tokenizer, list(questions.values()), templates=templates)}
     pairs = [(of[q.id], e.program) for q, e in listed]
     first = [e.verdict.correct for _, e in listed]
-    alone = judge(TeacherForcing(compiled, deterministic=True), pairs, 1, 64)
-    again = judge(TeacherForcing(compiled, deterministic=True), pairs, 2, 7)
-    batched = judge(TeacherForcing(compiled), pairs, 3, 64)
+    alone = judge(TeacherForcing(compiled, deterministic=True), pairs, seed=1, size=64)
+    again = judge(TeacherForcing(compiled, deterministic=True), pairs, seed=2, size=7)
+    batched = judge(TeacherForcing(compiled), pairs, seed=3, size=64)
     sample = random.Random(0).sample(range(len(pairs)), min(options.generated, len(pairs)))
     generated = [False] * len(sample)
     for task, template in templates.items():
         members = [i for i, k in enumerate(sample) if listed[k][0].task == task]
         asked = [pairs[sample[i]] for i in members]
-        told = Plain(model, tokenizer, template).evaluate(asked)
+        told = Plain(model, tokenizer, template=template).evaluate(asked)
         for i, verdict in zip(members, told, strict=True):
             generated[i] = verdict
     right = [v.correct for v in alone]

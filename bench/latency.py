@@ -39,7 +39,7 @@ from polar_fx.store import ArtifactStore
 
 @torch.no_grad()
 def first_calls(
-    contenders: list[Contender], ids: Tensor, device: torch.device
+    contenders: list[Contender], ids: Tensor, *, device: torch.device
 ) -> dict[str, dict[str, float]]:
     """Seconds of the first prefill and decode of each contender, compilation included."""
     seconds: dict[str, dict[str, float]] = {}
@@ -80,6 +80,7 @@ def agreement(contenders: list[Contender], ids: Tensor) -> dict[str, float]:
 def run_rounds(
     contenders: list[Contender],
     ids: Tensor,
+    *,
     tokens: int,
     rounds: int,
     device: torch.device,
@@ -105,7 +106,7 @@ def run_rounds(
     return samples
 
 
-def decode_bytes(compiled: CompiledModel, program: Program, cached: int) -> int:
+def decode_bytes(compiled: CompiledModel, program: Program, *, cached: int) -> int:
     """Bytes one decoded token must read at least: weights of every step and of the head, and the
     cached KV.
     """
@@ -117,7 +118,7 @@ def decode_bytes(compiled: CompiledModel, program: Program, cached: int) -> int:
     return sum(w.numel() * w.element_size() for w in weights) + kv
 
 
-def linear_fit(samples: dict[str, Any], linked: list[Ours], phase: str) -> dict[str, Any]:
+def linear_fit(samples: dict[str, Any], linked: list[Ours], *, phase: str) -> dict[str, Any]:
     """Least-squares fit of the medians, t = ends + steps * step, with each program's relative
     residual.
     """
@@ -143,7 +144,7 @@ def linear_fit(samples: dict[str, Any], linked: list[Ours], phase: str) -> dict[
 
 @torch.no_grad()
 def generate_overhead(
-    compiled: CompiledModel, model: PreTrainedModel, ids: Tensor, tokens: int, rounds: int
+    compiled: CompiledModel, model: PreTrainedModel, *, ids: Tensor, tokens: int, rounds: int
 ) -> dict[str, Any]:
     """Milliseconds per token of whole `generate` calls (greedy), prefill included, beside bare
     decode of ours.
@@ -247,7 +248,7 @@ def main() -> None:
 
 
 def make_contenders(
-    model: PreTrainedModel, length: int, store: ArtifactStore
+    model: PreTrainedModel, length: int, *, store: ArtifactStore
 ) -> tuple[CompiledModel, list[Contender]]:
     """The compiled model that is judged, and everything it is compared with; the first is HF
     eager.
@@ -262,21 +263,23 @@ def make_contenders(
     chosen = compiled()
     programs = programs_of(chosen.depth)
     identity = programs["identity"]
-    linked = [Ours(chosen, label, program) for label, program in programs.items()]
+    linked = [Ours(chosen, label, program=program) for label, program in programs.items()]
     contenders = [
         HfEager(model),
         HfCompiled(model, length),
         *linked,
-        WithoutLastStep(chosen, "last step for all tokens", identity),
+        WithoutLastStep(chosen, "last step for all tokens", program=identity),
     ]
     if on_cpu:
         contenders += [
-            Ours(compiled(tier="whole"), "identity as one graph", identity),
-            Ours(compiled(AotInductorBackend(passes=())), "without region passes", identity),
+            Ours(compiled(tier="whole"), "identity as one graph", program=identity),
+            Ours(
+                compiled(AotInductorBackend(passes=())), "without region passes", program=identity
+            ),
             Ours(
                 compiled(AotInductorBackend(passes=(MatvecToReduction(),))),
                 "without attention-to-reduction",
-                identity,
+                program=identity,
             ),
             Ours(
                 compiled(
@@ -285,15 +288,15 @@ def make_contenders(
                     )
                 ),
                 "matvec-to-reduction with one stream",
-                identity,
+                program=identity,
             ),
-            Ours(compiled(InductorBackend()), "inductor (in-process) regions", identity),
+            Ours(compiled(InductorBackend()), "inductor (in-process) regions", program=identity),
         ]
-    return chosen, [*contenders, Ours(compiled("eager"), "eager", identity)]
+    return chosen, [*contenders, Ours(compiled("eager"), "eager", program=identity)]
 
 
 def timings(
-    mine: dict[str, list[float]], reference: dict[str, list[float]], read: int
+    mine: dict[str, list[float]], reference: dict[str, list[float]], *, read: int
 ) -> dict[str, Any]:
     """Of a contender's samples in ms, beside those of the reference; a decode reads `read`
     bytes.
@@ -317,7 +320,7 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     model, _ = polar_fx.load(options.model, dtype=getattr(torch, options.dtype))
     model.to(options.device).eval()  # type: ignore[arg-type]
     length = -(-(options.prompt_tokens + options.tokens + 40) // 16) * 16
-    compiled, contenders = make_contenders(model, length, store)
+    compiled, contenders = make_contenders(model, length, store=store)
     linked = [c for c in contenders if type(c) is Ours and c.compiled is compiled]
     ids = torch.randint(
         0, 1000, (1, options.prompt_tokens), generator=torch.Generator().manual_seed(0)
@@ -325,19 +328,22 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     console = Console(stderr=True)
     print("first calls (compilation included):", file=sys.stderr)
     start = time.perf_counter()
-    seconds = first_calls(contenders, ids, device)
+    seconds = first_calls(contenders, ids, device=device)
     differences = agreement(contenders, ids)
-    run_rounds(contenders, ids, 4, 2, device, console)
+    run_rounds(contenders, ids, tokens=4, rounds=2, device=device, console=console)
     bandwidth = bandwidth_gbs(device)
-    samples = run_rounds(contenders, ids, options.tokens, options.rounds, device, console)
+    tokens, rounds = options.tokens, options.rounds
+    samples = run_rounds(
+        contenders, ids, tokens=tokens, rounds=rounds, device=device, console=console
+    )
     bandwidth = {name: max(value, bandwidth[name]) for name, value in bandwidth_gbs(device).items()}
     reference = samples[contenders[1].name]
     rows = []
     for contender in contenders:
         program = contender.program if isinstance(contender, Ours) else compiled.default_program
-        read = decode_bytes(compiled, program, options.prompt_tokens)
+        read = decode_bytes(compiled, program, cached=options.prompt_tokens)
         row = {"name": contender.name, "steps": contender.steps, **seconds[contender.name]}
-        row |= timings(samples[contender.name], reference, read)
+        row |= timings(samples[contender.name], reference, read=read)
         row["max_difference_to_hf"] = differences.get(contender.name)
         rows.append(row)
     report = {
@@ -353,11 +359,11 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
         "bandwidth_gbs": max(bandwidth.values()),
         "bandwidth_by_operator_gbs": bandwidth,
         "linear_fit": {
-            phase: linear_fit(samples, linked, phase) for phase in ("prefill", "decode")
+            phase: linear_fit(samples, linked, phase=phase) for phase in ("prefill", "decode")
         },
         "generate_tokens": 32,
         "generate_ms_per_token": generate_overhead(
-            compiled, model, ids, 32, max(3, options.rounds // 3)
+            compiled, model, ids=ids, tokens=32, rounds=max(3, options.rounds // 3)
         ),
         "total_s": time.perf_counter() - start,
     }

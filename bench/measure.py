@@ -48,7 +48,9 @@ def paired_ratio(samples: Sequence[float], reference: Sequence[float]) -> dict[s
     return spread([a / b for a, b in zip(samples, reference, strict=True)])
 
 
-def bandwidth_gbs(device: torch.device, megabytes: int = 512, repeats: int = 9) -> dict[str, float]:
+def bandwidth_gbs(
+    device: torch.device, megabytes: int = 512, *, repeats: int = 9
+) -> dict[str, float]:
     """Measured read bandwidth in GB/s by several operators that read memory no cache holds; the
     best of `repeats` each.
 

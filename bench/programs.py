@@ -57,7 +57,7 @@ def make_ready(compiled: CompiledModel, program: Program) -> None:
 
 @torch.no_grad()
 def run_many(
-    compiled: CompiledModel, pick: random.Random, count: int, tokens: int, console: Console
+    compiled: CompiledModel, pick: random.Random, *, count: int, tokens: int, console: Console
 ) -> dict[str, Any]:
     """Generate a few tokens with `count` different programs; memory after the first ten is where
     growth counts from.
@@ -129,7 +129,9 @@ def main() -> None:
             "weights_bytes": weights,
             "memory_of_ready_programs": (resident_bytes() - before_bytes) / weights,
             "regions": len(compiled.compilations),
-            "run": run_many(compiled, pick, options.run, 64, Console(stderr=True)),
+            "run": run_many(
+                compiled, pick, count=options.run, tokens=64, console=Console(stderr=True)
+            ),
         }
     write_json(options.output, report)
     run = report["run"]

@@ -75,7 +75,7 @@ class Plain:
     at the prompt's limit.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, template: PromptTemplate) -> None:
+    def __init__(self, model: Any, tokenizer: Any, *, template: PromptTemplate) -> None:
         self.model, self.pad = model, tokenizer.eos_token_id
         ends = {tokenizer.eos_token_id, *template.decode_stop(tokenizer).token_ids}
         if template.stop:
@@ -144,6 +144,7 @@ class Tally:
         self,
         plain: Plain,
         contenders: Mapping[str, Any],
+        *,
         pairs: Sequence[Pair],
         sample: Sequence[int],
     ) -> None:
@@ -164,7 +165,7 @@ class Tally:
 
 
 def measure(
-    options: argparse.Namespace, prompt: str, pattern: str, size: tuple[int, int], loaded: Any
+    options: argparse.Namespace, prompt: str, *, pattern: str, size: tuple[int, int], loaded: Any
 ) -> dict[str, Any]:
     model, tokenizer, compiled = loaded
     template = get_template(prompt, options.task)
@@ -172,7 +173,7 @@ def measure(
     depth = compiled.depth
     ask = grid if pattern == "grid" else searches
     rounds = ask(questions, depth, TeacherForcing(compiled), size[1])
-    plain = Plain(model, tokenizer, template)
+    plain = Plain(model, tokenizer, template=template)
     contenders: dict[str, Any] = {
         "polar_fx": TeacherForcing(compiled),
         "polar_fx, deterministic": TeacherForcing(compiled, deterministic=True),
@@ -189,7 +190,7 @@ def measure(
     for pairs in track(rounds, description=f"{prompt}, {pattern}", console=Console(stderr=True)):
         every = range(len(pairs))
         sample = every if pattern == "grid" else pick.sample(every, min(_SAMPLE, len(pairs)))
-        tally.run(plain, contenders, pairs, sample)
+        tally.run(plain, contenders, pairs=pairs, sample=sample)
     seconds = tally.seconds
     forcing: TeacherForcing = contenders["polar_fx"]
     mean = {name: statistics.fmean(s) for name, s in seconds.items()}
@@ -240,7 +241,11 @@ def main() -> None:
     for prompt in options.prompt or ("few-shot", "direct"):
         for pattern in options.pattern or ("grid", "search"):
             run = measure(
-                options, prompt, pattern, _SIZES[prompt, pattern], (model, tokenizer, compiled)
+                options,
+                prompt,
+                pattern=pattern,
+                size=_SIZES[prompt, pattern],
+                loaded=(model, tokenizer, compiled),
             )
             report["runs"].append(run)
             write_json(output, report)

@@ -37,6 +37,7 @@ from polar_fx.jobs.questions import templates_of
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.saved import load_selector, read_notes
 from polar_fx.predictor.selector import Selector
+from polar_fx.questions.templates import PromptTemplate
 from polar_fx.search.records.record_file import RecordReader
 from polar_fx.search.records.records import SearchRecord
 from polar_fx.search.workers import Workplace
@@ -56,7 +57,9 @@ from polar_fx.training.verdict_table import Rows, VerdictTable
 _FOLDS, _THRESHOLDS, _BUDGETS = 5, (0.0, 0.02, 0.05), (0.95, 0.9)
 
 
-def out_of_fold(features: torch.Tensor, table: VerdictTable, config: dict[str, Any]) -> np.ndarray:
+def out_of_fold(
+    features: torch.Tensor, table: VerdictTable, *, config: dict[str, Any]
+) -> np.ndarray:
     """Probabilities f64[N, K] of a network, or of the mean of some, that did not see the
     question.
     """
@@ -66,7 +69,9 @@ def out_of_fold(features: torch.Tensor, table: VerdictTable, config: dict[str, A
             Labels(features[torch.tensor(p)], table.right[p], table.log_likelihood[p])
             for p in (learn, stop)
         ]
-        network, _ = train_selector(parts[0], parts[1], SelectorConfig(**{"networks": 1, **config}))
+        network, _ = train_selector(
+            parts[0], parts[1], config=SelectorConfig(**{"networks": 1, **config})
+        )
         with torch.no_grad():
             chances[held_out] = (
                 torch.sigmoid(network(features[torch.tensor(held_out)])).double().numpy()
@@ -75,7 +80,7 @@ def out_of_fold(features: torch.Tensor, table: VerdictTable, config: dict[str, A
 
 
 def polar_out_of_fold(
-    name: str, states: list[torch.Tensor], records: list[SearchRecord], depth: int, trunk: int
+    name: str, states: list[torch.Tensor], *, records: list[SearchRecord], depth: int, trunk: int
 ) -> list[Choice]:
     """What PoLar's network, trained on other folds' token features f32[T, Q], would run on each
     question.
@@ -112,12 +117,15 @@ def judged(chances: np.ndarray, table: VerdictTable) -> tuple[dict[str, Any], np
     """
     rows, right, steps = np.arange(len(chances)), table.right, table.steps
     found: dict[str, Any] = {"log_loss": log_loss(chances.clip(1e-6, 1 - 1e-6), right)}
-    choices = {f"threshold {t:g}": choose_all(chances, steps, table.depth, t) for t in _THRESHOLDS}
+    choices = {
+        f"threshold {t:g}": choose_all(chances, steps, depth=table.depth, threshold=t)
+        for t in _THRESHOLDS
+    }
     for budget in _BUDGETS:
-        price = price_of(chances, steps, table.depth, budget)
+        price = price_of(chances, steps, depth=table.depth, budget=budget)
         if price is not None:
             choices[f"mean steps <= {budget:g}"] = choose_all(
-                chances, steps, table.depth, -np.inf, price
+                chances, steps, depth=table.depth, threshold=-np.inf, price=price
             )
     strata = [q.task for q in table.questions]
     for name, chosen in choices.items():
@@ -132,7 +140,7 @@ def judged(chances: np.ndarray, table: VerdictTable) -> tuple[dict[str, Any], np
     return found, right[rows, choices["threshold 0"]]
 
 
-def alone(encoder: TextEncoder, texts: list[str], count: int = 40) -> dict[str, float]:
+def alone(encoder: TextEncoder, texts: list[str], *, count: int = 40) -> dict[str, float]:
     """Processor milliseconds for one text at a time, as a request would have it."""
     taken = []
     for text in texts[:: max(1, len(texts) // count)]:
@@ -179,7 +187,7 @@ class Subject:
         labeller = Labeller(
             Workplace(dtype=dtype),
             templates_of(read_notes(predictor)["prompt"], table.questions),
-            table.questions,
+            questions=table.questions,
             console=Console(stderr=True, highlight=False),
         )
         return cls(selector, records, table, labeller)
@@ -219,7 +227,11 @@ def encoder_variants(
 ) -> tuple[dict[str, Variant], dict[str, Any], list[torch.Tensor]]:
     """On a text encoder's states; what it costs; and its states of the questions' text."""
     labeller, questions = subject.labeller, subject.table.questions
-    prompts = [labeller.templates[q.task].text(labeller.tokenizer, q.question) for q in questions]
+    prompts = []
+    for question in questions:
+        template = labeller.templates[question.task]
+        assert isinstance(template, PromptTemplate), "these tasks are answered in words"
+        prompts.append(template.text(labeller.tokenizer, question.question))
     texts = {"prompt text": prompts, "question text": [q.question for q in questions]}
     variants, cost = {}, {}
     states: list[torch.Tensor] = []
@@ -238,7 +250,7 @@ def measured(variants: dict[str, Variant], subject: Subject) -> dict[str, dict[s
     results: dict[str, dict[str, Any]] = {}
     likeliest: dict[str, np.ndarray] = {}
     for name, (features, config) in variants.items():
-        results[name], likeliest[name] = judged(out_of_fold(features, table, config), table)
+        results[name], likeliest[name] = judged(out_of_fold(features, table, config=config), table)
         gains = {k: v for k, v in results[name].items() if k != "log_loss"}
         shown = ", ".join(
             f"{k} {v['value']:+.2f} [{v['low']:+.2f}, {v['high']:+.2f}]" for k, v in gains.items()
@@ -252,7 +264,7 @@ def measured(variants: dict[str, Variant], subject: Subject) -> dict[str, dict[s
 
 
 def polar_networks(
-    subject: Subject, hidden: list[torch.Tensor], encoded: list[torch.Tensor]
+    subject: Subject, hidden: list[torch.Tensor], *, encoded: list[torch.Tensor]
 ) -> dict[str, Any]:
     """PoLar's network on hidden states and on a text encoder's."""
     depth, trunk = subject.table.depth, subject.selector.features.num_steps
@@ -260,10 +272,14 @@ def polar_networks(
     choices = []
     for name, states in (("hidden states", hidden), ("text encoder, question text", encoded)):
         title = f"PoLar network, {name}"
-        choices += polar_out_of_fold(title, states, subject.records, depth, trunk)
+        choices += polar_out_of_fold(
+            title, states, records=subject.records, depth=depth, trunk=trunk
+        )
     wanted = wanted_programs(choices, list(subject.table.questions))
     with tempfile.TemporaryDirectory() as folder:
-        records = subject.labeller.records(Path(folder) / "polar.jsonl", subject.rows, wanted)
+        records = subject.labeller.records(
+            Path(folder) / "polar.jsonl", subject.rows, programs=wanted
+        )
     arms = arm_results(choices, records)
     found = {}
     for choice in choices:
@@ -329,7 +345,9 @@ def main() -> None:
             "menu": [str(p) for p in subject.table.programs],
             "variants": results,
             "encoder": encoder_notes,
-            "polar_network": {} if encoder is None else polar_networks(subject, kept, states),
+            "polar_network": {}
+            if encoder is None
+            else polar_networks(subject, kept, encoded=states),
         },
     )
 

@@ -56,7 +56,7 @@ class AddressKv(Pass):
         order = {node: i for i, node in enumerate(graph.nodes)}
         places: dict[Node, tuple[Node, Node]] = {}
         for operand in sorted(operands, key=lambda n: order[self._write(n)[0]]):
-            self._address(graph, operand, blocks, places)
+            self._address(graph, operand, blocks=blocks, places=places)
         new.recompile()
         return PassResult(new, True, {"stores": len(operands)})
 
@@ -64,6 +64,7 @@ class AddressKv(Pass):
         self,
         graph: Graph,
         operand: Node,
+        *,
         blocks: Node,
         places: dict[Node, tuple[Node, Node]],
     ) -> None:

@@ -84,7 +84,7 @@ def _blocks_of(key: Node) -> Node | None:
     return source if isinstance(read, Node) and read.target is aten.index.Tensor else None
 
 
-def _masked(call: Caller, scores: Node, mask: Node) -> Node:
+def _masked(call: Caller, scores: Node, *, mask: Node) -> Node:
     """The scores of what is seen: a mask is boolean, or added."""
     if mask.meta["val"].dtype == torch.bool:
         return call(aten.where.ScalarOther, mask, scores, float("-inf"))
@@ -143,7 +143,7 @@ class AttentionToReduction(Pass):
                 mask,
                 [heads, groups, length] if mask.meta["val"].shape[1] > 1 else [1, 1, length],
             )
-            scores = _masked(call, scores, seen)
+            scores = _masked(call, scores, mask=seen)
         weights = call(aten.unsqueeze.default, call(aten.softmax.int, scores, -1), -1)
         v = call.cast(
             call(aten.reshape.default, value, [heads, 1, length, value.meta["val"].shape[-1]]), wide
@@ -176,7 +176,7 @@ class AttentionToReduction(Pass):
             if mask.meta["val"].shape[1] > 1:
                 seen = call(aten.squeeze.dim, mask, 2)
                 seen = call(aten.unflatten.int, seen, 1, [heads, groups])
-            scores = _masked(call, scores, seen)
+            scores = _masked(call, scores, mask=seen)
         weights = call(aten.softmax.int, scores, -1)
         weights = call(aten.unflatten.int, weights, 3, [-1, block])
         weights = call(aten.unsqueeze.default, weights, -1)

@@ -23,7 +23,7 @@ class InlineLayers(Pass):
         outputs: dict[Node, tuple[Node, ...]] = {}
         for node in gm.graph.nodes:
             if node.op == "call_module":
-                result = self._inline(graph, body(gm, node), node, env)
+                result = self._inline(graph, body(gm, node), call=node, env=env)
                 if isinstance(result, Node):
                     env[node] = result
                 else:
@@ -39,7 +39,7 @@ class InlineLayers(Pass):
         )
 
     def _inline(
-        self, graph: Graph, inner: GraphModule, call: Node, env: dict[Node, Node]
+        self, graph: Graph, inner: GraphModule, *, call: Node, env: dict[Node, Node]
     ) -> Node | tuple[Node, ...]:
         placeholders = [n for n in inner.graph.nodes if n.op == "placeholder"]
         local = {p: env[a] for p, a in zip(placeholders, call.args, strict=True)}  # type: ignore[index]

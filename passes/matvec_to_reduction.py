@@ -67,12 +67,12 @@ class MatvecToReduction(Pass):
         rows: dict[Node, Node] = {}
         for node in found:
             with graph.inserting_before(node):
-                node.replace_all_uses_with(self._reduce(graph, node, rows))
+                node.replace_all_uses_with(self._reduce(graph, node, rows=rows))
             graph.erase_node(node)
         new.recompile()
         return PassResult(new, True, {"linears rewritten": len(found)})
 
-    def _reduce(self, graph: Graph, node: Node, rows: dict[Node, Node]) -> Node:
+    def _reduce(self, graph: Graph, node: Node, *, rows: dict[Node, Node]) -> Node:
         call = Caller(graph, node)
         row, weight, *bias = node.args
         assert isinstance(row, Node) and isinstance(weight, Node)

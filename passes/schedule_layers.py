@@ -48,7 +48,7 @@ class ScheduleLayers(Pass):
             gm
         ) == self.blends:
             return PassResult(gm, False)
-        graph = self._schedule(gm, by_layer, calls)
+        graph = self._schedule(gm, by_layer, calls=calls)
         return PassResult(
             GraphModule(gm, graph), True, {"layer calls": f"{len(calls)} -> {len(self.path)}"}
         )
@@ -58,7 +58,7 @@ class ScheduleLayers(Pass):
         found = [n.meta["blend"] for n in gm.graph.nodes if "blend" in n.meta]
         return tuple(sorted(found, key=lambda b: (b[0], -b[1])))
 
-    def _schedule(self, gm: GraphModule, by_layer: dict[int, Node], calls: list[Node]) -> Graph:
+    def _schedule(self, gm: GraphModule, by_layer: dict[int, Node], *, calls: list[Node]) -> Graph:
         graph = Graph()
         env: dict[Node, Node] = {}
         first_hidden = calls[0].args[0]

@@ -68,13 +68,15 @@ def _imported(file: Path, passes: Path) -> Iterator[Path]:
     for node in ast.walk(ast.parse(file.read_bytes())):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                yield from _modules(file, passes, alias.name, ())
+                yield from _modules(file, passes, name=alias.name, members=())
         elif isinstance(node, ast.ImportFrom):
             name = "." * node.level + (node.module or "")
-            yield from _modules(file, passes, name, [alias.name for alias in node.names])
+            yield from _modules(
+                file, passes, name=name, members=[alias.name for alias in node.names]
+            )
 
 
-def _modules(file: Path, passes: Path, name: str, members: Iterable[str]) -> Iterator[Path]:
+def _modules(file: Path, passes: Path, *, name: str, members: Iterable[str]) -> Iterator[Path]:
     """The files of `from name import members`: the module, or members that are modules."""
     folder, rest = file.parent, name
     if name.startswith("."):

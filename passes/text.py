@@ -92,7 +92,7 @@ class _Printer:
         return self.size(value) if isinstance(value, torch.SymInt) else str(value)
 
 
-def _operator_name(node: Node, gm: GraphModule, bodies: dict[str, GraphModule]) -> str:
+def _operator_name(node: Node, gm: GraphModule, *, bodies: dict[str, GraphModule]) -> str:
     if node.op == "call_module":
         child = gm.get_submodule(str(node.target))
         assert isinstance(child, GraphModule)
@@ -110,7 +110,7 @@ def _operator_name(node: Node, gm: GraphModule, bodies: dict[str, GraphModule]) 
 
 
 def _graph_lines(
-    gm: GraphModule, title: str, bodies: dict[str, GraphModule], names_matter: bool
+    gm: GraphModule, title: str, *, bodies: dict[str, GraphModule], names_matter: bool
 ) -> list[str]:
     printer = _Printer()
     names: dict[Node, str] = {}
@@ -134,7 +134,7 @@ def _graph_lines(
             arguments += [
                 f"{k}={printer.argument(v, names)}" for k, v in sorted(node.kwargs.items())
             ]
-            call = f"{_operator_name(node, gm, bodies)}({', '.join(arguments)})"
+            call = f"{_operator_name(node, gm, bodies=bodies)}({', '.join(arguments)})"
             layer = node.meta.get("layer")
             tag = (
                 f"  # layer {layer}"
@@ -148,9 +148,9 @@ def _graph_lines(
 def graph_text(gm: GraphModule) -> str:
     """Readable text of a graph and of every body it calls (each printed once)."""
     bodies: dict[str, GraphModule] = {}
-    lines = _graph_lines(gm, "graph", bodies, names_matter=True)
+    lines = _graph_lines(gm, "graph", bodies=bodies, names_matter=True)
     for name, child in bodies.items():
-        lines += ["", *_graph_lines(child, f"@{name}", {}, names_matter=False)]
+        lines += ["", *_graph_lines(child, f"@{name}", bodies={}, names_matter=False)]
     return "\n".join(lines) + "\n"
 
 
@@ -158,7 +158,7 @@ def structure_text(gm: GraphModule) -> str:
     """Text of one body without any name in it: equal text means the same computation on other
     operands.
     """
-    return "\n".join(_graph_lines(gm, "body", {}, names_matter=False))
+    return "\n".join(_graph_lines(gm, "body", bodies={}, names_matter=False))
 
 
 def graph_fingerprint(gm: GraphModule) -> str:

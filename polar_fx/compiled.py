@@ -118,9 +118,9 @@ def compile(
     from .models import named_or_loaded, token_limits
 
     dtype = dtype_of(predictor) if model is None and dtype is None else dtype
-    model = named_or_loaded(model, dtype, device)
+    model = named_or_loaded(model, dtype, device=device)
     check_supported(model)
-    max_length, prefill_chunk = token_limits(model, max_length, prefill_chunk)
+    max_length, prefill_chunk = token_limits(model, max_length, prefill_chunk=prefill_chunk)
     if deterministic and tier == "auto":
         raise InputError(
             "deterministic=True needs tier='linked' or 'whole': 'auto' changes over from one form "
@@ -129,7 +129,7 @@ def compile(
     warn_if_not_finite(model)
     store = cache if isinstance(cache, ArtifactStore) else ArtifactStore() if cache else None
     examine = functools.partial(check_runs, model, max_length=max_length) if check else None
-    library = load_library(model, check, store, examine)
+    library = load_library(model, check, store=store, examine=examine)
     code = get_backend(backend, library.device)
     max_length = max_length or default_row_length(model.config, library, code, tier)
     regions = RegionTable(library, code, max_length, store, workers)
@@ -400,7 +400,7 @@ class CompiledModel(Uncopied, AsTransformers):
 
         Raises ProgramError, InputError.
         """
-        return explain(self.runner, self.resolve(program), batch)
+        return explain(self.runner, self.resolve(program), batch=batch)
 
     def report(self) -> Report:
         """What was captured, compiled or loaded so far, and what it holds; compiles nothing."""

@@ -54,7 +54,7 @@ def load(
     that a bundle does not have, or that is not here.
     """
     if source is None or not models.is_bundle(source):
-        return models.load(source, dtype or torch.float32, device)
+        return models.load(source, dtype or torch.float32, device=device)
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
     if dtype not in (None, "auto") and manifest.dtype != dtype_name(dtype):

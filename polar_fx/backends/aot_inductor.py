@@ -40,7 +40,7 @@ class AotInductorBackend(PersistentBackend):
     def export(
         self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path
     ) -> None:
-        save(specialize(body, example, dynamic), folder / GRAPH)
+        save(specialize(body, example, dynamic=dynamic), folder / GRAPH)
 
     def build(self, folder: Path) -> None:
         with torch.no_grad(), warnings.catch_warnings():

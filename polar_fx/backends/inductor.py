@@ -39,7 +39,7 @@ class InductorBackend(Backend):
     def compile_region(
         self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic
     ) -> Region:
-        exported = specialize(body, example, dynamic)
+        exported = specialize(body, example, dynamic=dynamic)
         symbolic = any(dynamic)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own internals

@@ -37,6 +37,7 @@ _LARGEST = 1 << 20
 def specialize(
     body: torch.nn.Module,
     example: Sequence[Tensor],
+    *,
     dynamic: Dynamic,
     largest: Mapping[str, int] | None = None,
 ) -> ExportedProgram:

@@ -107,7 +107,7 @@ class WholeProgram(torch.nn.Module):
             return one.run(inputs, pairs)
         kv_writes = self._code(plan.kv_writes)
         many = replace(self._chain(weights, plan.shape), kv_writes=kv_writes, one=one)
-        return many.run(inputs, pairs, lambda value: value.index_select(1, operands[3]))
+        return many.run(inputs, pairs, pick=lambda value: value.index_select(1, operands[3]))
 
     def _chain(self, weights: Sequence[Tensor], shape: ShapeClass) -> Chain[Tensor]:
         def bound(step: WholeStep) -> Step[Tensor]:
@@ -120,7 +120,7 @@ class WholeProgram(torch.nn.Module):
         return lambda operands: self.bodies[name](*operands)
 
 
-def compose(backend: PersistentBackend, plain: dict[str, Any], folder: Path) -> None:
+def compose(backend: PersistentBackend, plain: dict[str, Any], *, folder: Path) -> None:
     """Write the graph of a whole program into `folder`, ready for `backend.build`."""
     plan = WholePlan.from_dict(plain)
     bodies = {name: load_graph(Path(path)).graph_module for name, path in plan.bodies.items()}
@@ -145,7 +145,7 @@ def _example(plan: WholePlan, bodies: Mapping[RegionName, GraphModule]) -> list[
 
     def taken_by(step: WholeStep, slot: Sequence[Any] = ()) -> list[Any]:
         sides = range(1 + max(step.sides, default=0))  # which are made inside
-        return step.bound(_no_code, weights).operands("hidden", sides, slot)
+        return step.bound(_no_code, weights).operands("hidden", sides, slot=slot)
 
     start, head = plan.prologue, plan.epilogue
     note(RegionName(start.target, plan.shape), [*inputs, *(weights[i] for i in start.weights)])

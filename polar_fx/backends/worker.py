@@ -175,5 +175,5 @@ def _do(job: dict[str, Any]) -> None:
     torch.set_num_threads(job["threads"])
     folder = Path(job["folder"])
     if "whole" in job:
-        compose(backend, job["whole"], folder)
+        compose(backend, job["whole"], folder=folder)
     backend.build(folder)

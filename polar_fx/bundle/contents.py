@@ -86,7 +86,7 @@ def num_elements(size: Iterable[int], stride: Iterable[int]) -> int:
 # ------------------------------------------------------------------------------------- symbol table
 
 
-def read_table(path: Path, text: bytes, manifest: Manifest) -> SymbolTable:
+def read_table(path: Path, text: bytes, *, manifest: Manifest) -> SymbolTable:
     """The symbol table, after everything it says was held against the manifest.
 
     Raises BundleError naming `path`.
@@ -171,7 +171,7 @@ def _is_text(value: Any, pattern: re.Pattern[str]) -> bool:
 # ------------------------------------------------------------------------------------------ regions
 
 
-def check_regions(path: Path, manifest: Manifest, table: SymbolTable) -> None:
+def check_regions(path: Path, manifest: Manifest, *, table: SymbolTable) -> None:
     """Every region that the shapes need is named, and no other one. Raises BundleError."""
     wanted, found = (
         set(region_names(table, manifest.shapes)),

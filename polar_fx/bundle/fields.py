@@ -18,7 +18,7 @@ class Fields:
     Everything raises BundleError naming the file and the field.
     """
 
-    def __init__(self, path: Path, where: str, value: Any, names: tuple[str, ...]) -> None:
+    def __init__(self, path: Path, where: str, *, value: Any, names: tuple[str, ...]) -> None:
         self.path, self.where = path, where
         if type(value) is not dict:
             raise self.wrong("", f"must be an object, got {_shown(value)}")
@@ -29,12 +29,12 @@ class Fields:
             raise self.wrong(missing[0], "is missing")
         self._values = value
 
-    def wrong(self, name: str, what: str, remedy: str = AGAIN) -> BundleError:
+    def wrong(self, name: str, what: str, *, remedy: str = AGAIN) -> BundleError:
         """An error about the field `name`."""
         full = f"{self.where}.{name}" if self.where and name else self.where or name
-        return BundleError(self.path, f"{full or 'the whole'} {what}", remedy)
+        return BundleError(self.path, f"{full or 'the whole'} {what}", remedy=remedy)
 
-    def text(self, name: str, pattern: re.Pattern[str] | None = None, most: int = 256) -> str:
+    def text(self, name: str, pattern: re.Pattern[str] | None = None, *, most: int = 256) -> str:
         """A string of at most `most` printable characters."""
         value = self._values[name]
         if type(value) is not str:
@@ -45,7 +45,7 @@ class Fields:
             raise self.wrong(name, f"is malformed: {_shown(value)}")
         return value
 
-    def number(self, name: str, low: int, high: int) -> int:
+    def number(self, name: str, low: int, *, high: int) -> int:
         """A whole number within bounds; true and 1.0 are none."""
         value = self._values[name]
         if type(value) is not int:
@@ -61,7 +61,7 @@ class Fields:
             raise self.wrong(name, f"must be true or false, got {_shown(value)}")
         return value
 
-    def items(self, name: str, least: int, most: int) -> list[Any]:
+    def items(self, name: str, least: int, *, most: int) -> list[Any]:
         """A list."""
         value = self._values[name]
         if type(value) is not list:
@@ -70,9 +70,9 @@ class Fields:
             raise self.wrong(name, f"has {len(value):,} entries, outside {least:,} .. {most:,}")
         return value
 
-    def texts(self, name: str, least: int, most: int, each: int = 256) -> list[str]:
+    def texts(self, name: str, least: int, *, most: int, each: int = 256) -> list[str]:
         """A list of strings, none of them twice."""
-        values = self.items(name, least, most)
+        values = self.items(name, least, most=most)
         for value in values:
             if type(value) is not str or len(value) > each:
                 raise self.wrong(
@@ -94,7 +94,10 @@ class Fields:
     def section(self, name: str, names: tuple[str, ...]) -> "Fields":
         """An object with these fields."""
         return Fields(
-            self.path, f"{self.where}.{name}" if self.where else name, self._values[name], names
+            self.path,
+            f"{self.where}.{name}" if self.where else name,
+            value=self._values[name],
+            names=names,
         )
 
 

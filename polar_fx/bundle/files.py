@@ -46,7 +46,7 @@ class Reader:
     beside the reading.
     """
 
-    def __init__(self, path: Path, file: FileIO, hasher: Executor) -> None:
+    def __init__(self, path: Path, file: FileIO, *, hasher: Executor) -> None:
         self.path = path
         self._file, self._hasher, self._sha256 = file, hasher, hashlib.sha256()
 
@@ -87,7 +87,7 @@ class Reader:
 
 
 @contextmanager
-def verified(root: Path, path: str, num_bytes: int, sha256: str) -> Iterator[Reader]:
+def verified(root: Path, path: str, *, num_bytes: int, sha256: str) -> Iterator[Reader]:
     """A file to be read once; at the end, the rest of it is read and the whole is held against the
     manifest.
 
@@ -97,16 +97,16 @@ def verified(root: Path, path: str, num_bytes: int, sha256: str) -> Iterator[Rea
     place = root
     for part in path.split("/")[:-1]:
         place /= part
-        _require(place, stat.S_ISDIR, "a folder")
+        _require(place, stat.S_ISDIR, what="a folder")
     full = root / path
-    status = _require(full, stat.S_ISREG, "a plain file")
+    status = _require(full, stat.S_ISREG, what="a plain file")
     if status.st_size != num_bytes:
         what = "truncated" if status.st_size < num_bytes else "longer than it was"
         raise BundleError(
             full, f"is {what}: {status.st_size:,} bytes, the manifest says {num_bytes:,}"
         )
     with ThreadPoolExecutor(1) as hasher, _open(full) as file:
-        reader, problem = Reader(full, file, hasher), None
+        reader, problem = Reader(full, file, hasher=hasher), None
         try:
             yield reader
         except BundleError as error:
@@ -143,7 +143,7 @@ def digest_of(path: Path) -> str:
 
 def read_small(path: Path, limit: int = MAX_JSON_BYTES) -> bytes:
     """The bytes of a plain file of at most `limit` bytes. Raises BundleError."""
-    status = _require(path, stat.S_ISREG, "a plain file")
+    status = _require(path, stat.S_ISREG, what="a plain file")
     if status.st_size > limit:
         raise BundleError(
             path, f"has {status.st_size:,} bytes, and such a file has at most {limit:,}"
@@ -190,10 +190,12 @@ def os_errors(path: Path) -> Iterator[None]:
             if full
             else "name a place you can write to"
         )
-        raise BundleError(path, f"cannot be written: {error.strerror or error}", remedy) from error
+        raise BundleError(
+            path, f"cannot be written: {error.strerror or error}", remedy=remedy
+        ) from error
 
 
-def _require(path: Path, is_kind: Any, what: str) -> os.stat_result:
+def _require(path: Path, is_kind: Any, *, what: str) -> os.stat_result:
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -204,7 +206,7 @@ def _require(path: Path, is_kind: Any, what: str) -> os.stat_result:
         raise BundleError(
             path,
             "is a symbolic link, which could lead out of the bundle",
-            "put the file itself there",
+            remedy="put the file itself there",
         )
     if not is_kind(status.st_mode):
         raise BundleError(path, f"is not {what}")

@@ -65,8 +65,8 @@ def verify_bundle(
     Raises BundleError.
     """
     place = Path(folder).resolve()
-    contents = _verified(place, fingerprint, target)
-    check_weights(place, contents.manifest, contents.table)
+    contents = _verified(place, fingerprint, target=target)
+    check_weights(place, contents.manifest, table=contents.table)
     return contents.manifest
 
 
@@ -88,12 +88,14 @@ def load_bundle(
     place = Path(folder).resolve()
     with tempfile.TemporaryDirectory(prefix="polar_fx-") as packages:
         contents = _verified(place, fingerprint, target=True, packages=Path(packages))
-        weights = load_weights(place, contents.manifest, contents.table)
+        weights = load_weights(place, contents.manifest, table=contents.table)
         if contents.manifest.device != "cpu":
             # shared ones stay shared
             moved = {id(t): t.to(contents.manifest.device) for t in weights.values()}
             weights = {name: moved[id(t)] for name, t in weights.items()}
-        return BundledModel(place, contents, weights, Path(packages), any_program)
+        return BundledModel(
+            place, contents, weights=weights, packages=Path(packages), any_program=any_program
+        )
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,7 @@ class _Contents:
 
 
 def _verified(
-    place: Path, fingerprint: str | None, target: bool, packages: Path | None = None
+    place: Path, fingerprint: str | None, *, target: bool, packages: Path | None = None
 ) -> _Contents:
     """All checks but that of the weights, from the cheapest to the ones that read everything.
 
@@ -119,7 +121,7 @@ def _verified(
         raise BundleError(
             place,
             f"has fingerprint {manifest.fingerprint}, not {fingerprint}",
-            "load the bundle you mean",
+            remedy="load the bundle you mean",
         )
     if target:
         _check_target(place / MANIFEST, manifest)
@@ -127,13 +129,13 @@ def _verified(
     for file in manifest.files:
         if file.path == WEIGHTS:  # last, because it is the largest by far, and read once
             continue
-        with verified(place, file.path, file.num_bytes, file.sha256) as reader:
+        with verified(place, file.path, num_bytes=file.num_bytes, sha256=file.sha256) as reader:
             if file.path in (SYMBOLS, CONFIG, GENERATION):
                 texts[file.path] = reader.read(file.num_bytes)
             elif file.region is not None and packages is not None:
                 reader.copy_to(packages / file.path)
-    table = read_table(place / SYMBOLS, texts[SYMBOLS], manifest)
-    check_regions(place / MANIFEST, manifest, table)
+    table = read_table(place / SYMBOLS, texts[SYMBOLS], manifest=manifest)
+    check_regions(place / MANIFEST, manifest, table=table)
     config = read_config(place / CONFIG, texts[CONFIG])
     if config.num_hidden_layers != manifest.depth:
         raise BundleError(
@@ -151,34 +153,34 @@ def _check_target(path: Path, manifest: Manifest) -> None:
             f"is of a bundle for device {manifest.device!r}; this polar_fx loads those for "
             "'cpu' and 'cuda'"
         )
-        raise BundleError(path, what, _ELSEWHERE)
+        raise BundleError(path, what, remedy=_ELSEWHERE)
     if manifest.device == "cuda" and not torch.cuda.is_available():
         raise BundleError(
-            path, "is of a bundle for an NVIDIA GPU, and torch sees none here", _ELSEWHERE
+            path, "is of a bundle for an NVIDIA GPU, and torch sees none here", remedy=_ELSEWHERE
         )
     if manifest.backend != AotInductorBackend.name:
         raise BundleError(
             path,
             f"names backend {manifest.backend!r}, this polar_fx loads {AotInductorBackend.name!r}",
-            _ELSEWHERE,
+            remedy=_ELSEWHERE,
         )
     own = f"{torch.__version__} {torch.version.git_version}"
     if manifest.torch != own:
         remedy = f"install torch {manifest.torch.partition(' ')[0]}, or export with this one"
         raise BundleError(
-            path, f"is of a bundle for torch {manifest.torch}, and this is {own}", remedy
+            path, f"is of a bundle for torch {manifest.torch}, and this is {own}", remedy=remedy
         )
     processor = target_of(torch.device(manifest.device))
     if manifest.processor != processor:
         what = f"is of a bundle for processor {manifest.processor!r}, and this is {processor!r}"
-        raise BundleError(path, f"{what}: its instructions may be missing here", _ELSEWHERE)
+        raise BundleError(path, f"{what}: its instructions may be missing here", remedy=_ELSEWHERE)
     length = KvPool(manifest.max_length, torch.device("cpu")).length
     if manifest.kv_length not in (None, length):
         what = (
             f"was compiled for {manifest.kv_length} KV columns, and this polar_fx allocates "
             f"{length}"
         )
-        raise BundleError(path, what, "export the bundle with this polar_fx")
+        raise BundleError(path, what, remedy="export the bundle with this polar_fx")
 
 
 class BundledModel(CompiledModel):
@@ -193,6 +195,7 @@ class BundledModel(CompiledModel):
         self,
         folder: Path,
         contents: _Contents,
+        *,
         weights: dict[str, Tensor],
         packages: Path,
         any_program: bool,
@@ -201,8 +204,8 @@ class BundledModel(CompiledModel):
         self.folder, self.manifest, self.any_program = folder, manifest, any_program
         self.programs = manifest.programs
         self._allowed = frozenset(manifest.programs)
-        library = LayerLibrary.from_table(contents.table, weights, _no_graphs(folder))
-        regions = _BundledRegions(folder, packages, manifest, library)
+        library = LayerLibrary.from_table(contents.table, weights, capture=_no_graphs(folder))
+        regions = _BundledRegions(folder, packages, manifest=manifest, library=library)
         pool = KvPool(manifest.max_length, library.device)
         runner = Runner(
             ModelInfo(contents.config, contents.generation_config, manifest.vocab_size),
@@ -265,7 +268,9 @@ class BundledModel(CompiledModel):
             self.dispatch_by(selector, policy=policy).admit()
         except (InputError, ProgramError) as error:
             raise BundleError(
-                self.folder / PREDICTOR, f"cannot be used: {error}", "export the bundle again"
+                self.folder / PREDICTOR,
+                f"cannot be used: {error}",
+                remedy="export the bundle again",
             ) from error
 
     @property
@@ -294,7 +299,7 @@ class _BundledRegions(RegionTable):
     """Regions from the bundle's packages; what is not there is refused."""
 
     def __init__(
-        self, folder: Path, packages: Path, manifest: Manifest, library: LayerLibrary
+        self, folder: Path, packages: Path, *, manifest: Manifest, library: LayerLibrary
     ) -> None:
         backend = _Sealed(folder, packages, by_address=manifest.kv_length is None)
         super().__init__(library, backend, manifest.max_length, None, 0)
@@ -315,7 +320,7 @@ class _BundledRegions(RegionTable):
 class _Sealed(AotInductorBackend):
     """Loads packages as AotInductorBackend does, and compiles nothing."""
 
-    def __init__(self, folder: Path, packages: Path, by_address: bool) -> None:
+    def __init__(self, folder: Path, packages: Path, *, by_address: bool) -> None:
         super().__init__(passes=())
         self.by_address = by_address
         self._folder, self._packages = folder, packages
@@ -345,5 +350,5 @@ def _refuse(folder: Path, what: str) -> NoReturn:
     raise BundleError(
         folder,
         f"does not hold {what}, and nothing is traced or compiled for a bundle",
-        "export it again",
+        remedy="export it again",
     )

@@ -216,7 +216,7 @@ def read_manifest(folder: Path) -> Manifest:
             f"has format {version}, and this polar_fx reads formats up to {FORMAT}",
             "update polar_fx, or export with this one",
         )
-    fields = Fields(path, "", values, _ALL)
+    fields = Fields(path, "", value=values, names=_ALL)
     stated = fields.text("checksum", SHA256)
     try:
         actual = digest({k: v for k, v in values.items() if k != "checksum"})
@@ -239,8 +239,8 @@ def _manifest(fields: Fields) -> Manifest:
     limits = fields.section("limits", (*_LIMITS, *more))
     prints = fields.section("fingerprints", ("graphs", "weights"))
     depth, max_length = (
-        model.number("depth", 1, MAX_STEPS),
-        limits.number("max_length", 1, MAX_LENGTH),
+        model.number("depth", 1, high=MAX_STEPS),
+        limits.number("max_length", 1, high=MAX_LENGTH),
     )
     ties = fields.mapping("ties", _MAX_TIES)
     if not all(type(t) is str for t in ties.values()):
@@ -251,17 +251,17 @@ def _manifest(fields: Fields) -> Manifest:
         model=model.text("name"),
         depth=depth,
         dtype=model.text("dtype", _NAME),
-        vocab_size=model.number("vocab_size", 1, 1 << 31),
+        vocab_size=model.number("vocab_size", 1, high=1 << 31),
         device=target.text("device"),
         processor=target.text("processor"),
         torch=target.text("torch"),
-        threads=target.number("threads", 0, 1 << 16),
+        threads=target.number("threads", 0, high=1 << 16),
         backend=target.text("backend", _NAME),
         max_length=max_length,
-        kv_length=limits.number(_COLUMNS, max_length + 1, 2 * MAX_LENGTH)
+        kv_length=limits.number(_COLUMNS, max_length + 1, high=2 * MAX_LENGTH)
         if _COLUMNS in more
         else None,
-        prefill_chunk=limits.number("prefill_chunk", 1, 1 << 31),
+        prefill_chunk=limits.number("prefill_chunk", 1, high=1 << 31),
         many_rows=limits.flag("many_rows"),
         deterministic=limits.flag("deterministic"),
         graphs=prints.text("graphs", SHA256),
@@ -269,13 +269,13 @@ def _manifest(fields: Fields) -> Manifest:
         programs=_programs(fields, depth),
         ties=ties,
         files=_files(fields),
-        frequency_switch=limits.number(_SWITCH, 1, MAX_LENGTH) if _SWITCH in more else None,
+        frequency_switch=limits.number(_SWITCH, 1, high=MAX_LENGTH) if _SWITCH in more else None,
     )
 
 
 def _programs(fields: Fields, depth: int) -> tuple[Program, ...]:
     found: dict[Program, str] = {}
-    for text in fields.texts("programs", 1, _MAX_PROGRAMS, _MAX_PROGRAM_TEXT):
+    for text in fields.texts("programs", 1, most=_MAX_PROGRAMS, each=_MAX_PROGRAM_TEXT):
         try:
             program = Program.parse(text, depth)
         except ProgramError as error:
@@ -294,11 +294,11 @@ def _programs(fields: Fields, depth: int) -> tuple[Program, ...]:
 
 def _files(fields: Fields) -> tuple[BundledFile, ...]:
     found: dict[str, BundledFile] = {}
-    for number, entry in enumerate(fields.items("files", 1, _MAX_FILES)):
+    for number, entry in enumerate(fields.items("files", 1, most=_MAX_FILES)):
         where = f"files[{number}]"
         is_region = isinstance(entry, dict) and ("region" in entry or "shapes" in entry)
         names = ("path", "bytes", "sha256", *(("region", "shapes") if is_region else ()))
-        file = Fields(fields.path, where, entry, names)
+        file = Fields(fields.path, where, value=entry, names=names)
         path = file.text("path", most=1024)
         if problem := problem_of_path(path):
             raise file.wrong("path", f"{problem}: {path[:80]!r}")
@@ -310,7 +310,7 @@ def _files(fields: Fields) -> tuple[BundledFile, ...]:
         if not _belongs(path, is_region):
             raise file.wrong("path", f"names {path!r}, which has no place in a bundle")
         size = file.number(
-            "bytes", 1, _MAX_FILE_BYTES if path == WEIGHTS or is_region else MAX_JSON_BYTES
+            "bytes", 1, high=_MAX_FILE_BYTES if path == WEIGHTS or is_region else MAX_JSON_BYTES
         )
         found[path.casefold()] = BundledFile(path, size, file.text("sha256", SHA256), region)
     for path in (WEIGHTS, SYMBOLS, CONFIG, GENERATION):

@@ -26,14 +26,14 @@ _MAX_AXES, _MAX_SIZE = 16, 1 << 44
 _Stored = tuple[str, tuple[int, ...]]
 
 
-def check_weights(folder: Path, manifest: Manifest, table: SymbolTable) -> None:
+def check_weights(folder: Path, manifest: Manifest, *, table: SymbolTable) -> None:
     """Hold the weights file against manifest and symbol table. Raises BundleError."""
     file = manifest.file(WEIGHTS)
-    with verified(folder, WEIGHTS, file.num_bytes, file.sha256) as reader:
-        _check(_header(reader, file.num_bytes), folder, manifest, table)
+    with verified(folder, WEIGHTS, num_bytes=file.num_bytes, sha256=file.sha256) as reader:
+        _check(_header(reader, file.num_bytes), folder, manifest=manifest, table=table)
 
 
-def load_weights(folder: Path, manifest: Manifest, table: SymbolTable) -> dict[str, Tensor]:
+def load_weights(folder: Path, manifest: Manifest, *, table: SymbolTable) -> dict[str, Tensor]:
     """The weights by name, checked as in `check_weights` while they are read; tied names share a
     tensor.
 
@@ -41,9 +41,9 @@ def load_weights(folder: Path, manifest: Manifest, table: SymbolTable) -> dict[s
     would be slower to read at every token, and could change under us. Raises BundleError.
     """
     file = manifest.file(WEIGHTS)
-    with verified(folder, WEIGHTS, file.num_bytes, file.sha256) as reader:
+    with verified(folder, WEIGHTS, num_bytes=file.num_bytes, sha256=file.sha256) as reader:
         stored = _header(reader, file.num_bytes)
-        _check(stored, folder, manifest, table)
+        _check(stored, folder, manifest=manifest, table=table)
         operands = weight_operands(table)
         takers = {manifest.ties.get(name, name): operand for name, operand in operands.items()}
         loaded: dict[str, Tensor] = {}
@@ -72,11 +72,13 @@ def _header(reader: Reader, num_bytes: int) -> dict[str, _Stored]:
     for name, value in values.items():
         if name == "__metadata__":
             continue
-        fields = Fields(path, f"tensor {name[:80]!r}", value, ("dtype", "shape", "data_offsets"))
+        fields = Fields(
+            path, f"tensor {name[:80]!r}", value=value, names=("dtype", "shape", "data_offsets")
+        )
         dtype, shape, offsets = (
             fields.text("dtype"),
-            fields.items("shape", 0, _MAX_AXES),
-            fields.items("data_offsets", 2, 2),
+            fields.items("shape", 0, most=_MAX_AXES),
+            fields.items("data_offsets", 2, most=2),
         )
         if dtype not in DTYPES:
             raise fields.wrong("dtype", f"is {dtype!r}, and the code takes none of that")
@@ -104,7 +106,7 @@ def _header(reader: Reader, num_bytes: int) -> dict[str, _Stored]:
 
 
 def _check(
-    there: Mapping[str, _Stored], folder: Path, manifest: Manifest, table: SymbolTable
+    there: Mapping[str, _Stored], folder: Path, *, manifest: Manifest, table: SymbolTable
 ) -> None:
     """Hold what the weights file has against manifest and symbol table. Raises BundleError."""
     path, wanted = folder / WEIGHTS, weight_operands(table)
@@ -168,7 +170,7 @@ def stored_weights(
             raise BundleError(
                 WEIGHTS,
                 f"cannot hold {name}: safetensors has no {operand.dtype}",
-                "load the model in another dtype",
+                remedy="load the model in another dtype",
             )
         size, stride, dtype = layout(operand)
         given = [step for n, step in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
@@ -177,13 +179,13 @@ def stored_weights(
             raise BundleError(
                 WEIGHTS,
                 f"cannot hold {name}: it is not laid out as the code that reads it takes it",
-                "report this model",
+                remedy="report this model",
             )
         if num_elements(size, stride) != num_elements(size, _dense(size)):
             raise BundleError(
                 WEIGHTS,
                 f"cannot hold {name}: its strides {stride} leave gaps or overlap",
-                "load it as a dense tensor",
+                remedy="load it as a dense tensor",
             )
         key = (tensor.data_ptr(), size, stride, dtype) if tensor.numel() else name
         if key in first:

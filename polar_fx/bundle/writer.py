@@ -103,9 +103,9 @@ def export(
     target = check_target(out, overwrite)
     with os_errors(target), tempfile.TemporaryDirectory(prefix="polar_fx-") as spare:
         many_rows = max(buckets) > 1 and not compiled.deterministic
-        draft = _draft(compiled, chosen, many_rows)
+        draft = _draft(compiled, chosen, many_rows=many_rows)
         packages = _packages(
-            compiled, region_names(compiled.library.table, draft.shapes), Path(spare)
+            compiled, region_names(compiled.library.table, draft.shapes), spare=Path(spare)
         )
         weights, ties = stored_weights(compiled.library.tensors, compiled.library.table)
         require_room(
@@ -115,7 +115,13 @@ def export(
         )
         with new_folder(target, overwrite) as work:
             save_weights(weights, work / WEIGHTS)
-            manifest = _write(compiled, replace(draft, ties=ties), packages, tokenizer, work)
+            manifest = _write(
+                compiled,
+                replace(draft, ties=ties),
+                packages=packages,
+                tokenizer=tokenizer,
+                work=work,
+            )
     log.info("wrote %s: %s, %s", target, count(len(chosen), "program"), size(manifest.num_bytes))
     return manifest
 
@@ -188,7 +194,7 @@ def programs_to_ship(
     return chosen
 
 
-def check_target(out: str | PathLike[str], overwrite: bool, mark: str = MANIFEST) -> Path:
+def check_target(out: str | PathLike[str], overwrite: bool, *, mark: str = MANIFEST) -> Path:
     """The absolute path of a folder that may be written; what is overwritten must hold a file
     `mark`.
 
@@ -197,17 +203,21 @@ def check_target(out: str | PathLike[str], overwrite: bool, mark: str = MANIFEST
     # not resolved: a link under that name is an existing thing, too
     target = Path(os.path.abspath(out))
     if not target.parent.is_dir():
-        raise BundleError(target, "is in no folder that exists", f"make {target.parent} first")
+        raise BundleError(
+            target, "is in no folder that exists", remedy=f"make {target.parent} first"
+        )
     if not os.path.lexists(target):
         return target
     if not overwrite:
-        raise BundleError(target, "exists already", "name another folder, or say overwrite=True")
+        raise BundleError(
+            target, "exists already", remedy="name another folder, or say overwrite=True"
+        )
     if target.is_symlink() or not (target / mark).is_file():
         what = "is no bundle" if mark == MANIFEST else f"holds no {mark}"
         raise BundleError(
             target,
             f"is there and {what}, so it is not overwritten",
-            "name another folder, or remove it",
+            remedy="name another folder, or remove it",
         )
     return target
 
@@ -221,12 +231,12 @@ def require_room(folder: Path, num_bytes: int) -> None:
         raise BundleError(
             folder,
             f"has {size(free)} left, and the bundle takes {size(needed)}",
-            "free some space there, or name another disk",
+            remedy="free some space there, or name another disk",
         )
 
 
 @contextmanager
-def new_folder(target: Path, overwrite: bool, mark: str = MANIFEST) -> Iterator[Path]:
+def new_folder(target: Path, overwrite: bool, *, mark: str = MANIFEST) -> Iterator[Path]:
     """A hidden folder beside `target` to write into, which then gets that name; removed if that
     does not come to pass.
 
@@ -237,12 +247,12 @@ def new_folder(target: Path, overwrite: bool, mark: str = MANIFEST) -> Iterator[
         try:
             work.mkdir()
             yield work
-            _place(work, target, overwrite, mark)
+            _place(work, target, overwrite=overwrite, mark=mark)
         finally:
             shutil.rmtree(work, ignore_errors=True)  # gone already if all went well
 
 
-def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bool) -> Manifest:
+def _draft(compiled: CompiledModel, programs: tuple[Program, ...], *, many_rows: bool) -> Manifest:
     """The manifest without what is only known once the files are written."""
     library = compiled.library
     return Manifest(
@@ -272,7 +282,7 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], many_rows: bo
 
 
 def _packages(
-    compiled: CompiledModel, wanted: list[RegionName], spare: Path
+    compiled: CompiledModel, wanted: list[RegionName], *, spare: Path
 ) -> dict[RegionName, Path]:
     """Copies of the compiled packages, in `spare`: in the store others could remove them before
     they are shipped.
@@ -311,6 +321,7 @@ def _packages(
 def _write(
     compiled: CompiledModel,
     draft: Manifest,
+    *,
     packages: dict[RegionName, Path],
     tokenizer: Any,
     work: Path,
@@ -359,7 +370,7 @@ def save_weights(weights: dict[str, torch.Tensor], path: Path) -> None:
         raise BundleError(
             path,
             f"cannot be written: {error}",
-            "free some space there, or name a folder on another disk",
+            remedy="free some space there, or name a folder on another disk",
         ) from error
     # safetensors writes for the owner alone
     path.chmod(stat.S_IMODE(path.parent.stat().st_mode) & 0o666)
@@ -393,20 +404,23 @@ def _save_predictor(compiled: CompiledModel, work: Path) -> list[str]:
     selector = compiled.dispatcher.predictor
     assert isinstance(selector, Selector)
     save_selector(
-        selector, work / PREDICTOR, compiled.library.model_fingerprint, compiled.dispatcher.policy
+        selector,
+        work / PREDICTOR,
+        model=compiled.library.model_fingerprint,
+        policy=compiled.dispatcher.policy,
     )
     for path in PREDICTOR_FILES:
         sync(work / path)
     return list(PREDICTOR_FILES)
 
 
-def _place(work: Path, target: Path, overwrite: bool, mark: str) -> None:
+def _place(work: Path, target: Path, *, overwrite: bool, mark: str) -> None:
     """Give the finished folder its name.
 
     There is never a half bundle under that name; for a moment there may be none.
     """
     if overwrite and os.path.lexists(target):
-        check_target(target, overwrite, mark)
+        check_target(target, overwrite, mark=mark)
         former = work.with_suffix(".former")
         os.rename(target, former)
         try:
@@ -421,6 +435,8 @@ def _place(work: Path, target: Path, overwrite: bool, mark: str) -> None:
             shutil.rmtree(former, ignore_errors=True)
         return
     if os.path.lexists(target):  # since it was looked for: rename would replace an empty folder
-        raise BundleError(target, "exists already", "name another folder, or say overwrite=True")
+        raise BundleError(
+            target, "exists already", remedy="name another folder, or say overwrite=True"
+        )
     os.rename(work, target)
     sync(target.parent)

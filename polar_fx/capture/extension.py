@@ -138,7 +138,7 @@ class _TracingCache(Cache):
 
     is_compileable = True  # type: ignore[assignment]
 
-    def __init__(self, positions: Tensor, length: Any, depth: int) -> None:
+    def __init__(self, positions: Tensor, length: Any, *, depth: int) -> None:
         self.layers = _NoLayers()
         self.positions, self.length, self.depth = positions, length, depth
 
@@ -169,8 +169,8 @@ class _TracingCache(Cache):
 class Recorder(_TracingCache):
     """Notes which layer stores which keys and values, in order."""
 
-    def __init__(self, positions: Tensor, length: int, depth: int) -> None:
-        super().__init__(positions, length, depth)
+    def __init__(self, positions: Tensor, length: int, *, depth: int) -> None:
+        super().__init__(positions, length, depth=depth)
         self.calls: list[tuple[int, KvSpec]] = []
 
     def update(
@@ -186,8 +186,8 @@ class Slots(_TracingCache):
     slots.
     """
 
-    def __init__(self, positions: Tensor, kv_index: Tensor, kv: list[Tensor]) -> None:
-        super().__init__(positions, kv_index.shape[0], len(kv) // 2)
+    def __init__(self, positions: Tensor, kv_index: Tensor, *, kv: list[Tensor]) -> None:
+        super().__init__(positions, kv_index.shape[0], depth=len(kv) // 2)
         self.kv = kv
 
     def update(

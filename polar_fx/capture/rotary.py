@@ -45,7 +45,7 @@ def choose_frequencies_by_row(view: nn.Module) -> bool:
     for module in view.modules():
         longer, fixed = (_layer_types(module, kind) for kind in ("longrope", "dynamic"))
         if longer or fixed:
-            module.forward = MethodType(_by_row(module, longer, fixed), module)
+            module.forward = MethodType(_by_row(module, longer, fixed=fixed), module)
         chooses = chooses or bool(longer)
     return chooses
 
@@ -78,7 +78,7 @@ class _LastPosition(TorchFunctionMode):
         return self.last if asks and args[0] is self.position_ids else func(*args, **(kwargs or {}))
 
 
-def _by_row(module: nn.Module, longer: list[str | None], fixed: list[str | None]) -> Any:
+def _by_row(module: nn.Module, longer: list[str | None], *, fixed: list[str | None]) -> Any:
     """The module's own forward pass without transformers' decorator, with frequencies that do not
     depend on other rows.
     """

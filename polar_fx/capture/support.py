@@ -268,13 +268,13 @@ def _check_handed_on(view: PreTrainedModel, states: list[Tensor]) -> None:
             )
 
 
-def probe(view: PreTrainedModel, stack: str, depth: int) -> tuple[KvSpec, ...]:
+def probe(view: PreTrainedModel, stack: str, *, depth: int) -> tuple[KvSpec, ...]:
     """Run two tokens through the view and see that every layer stores keys and values of its own,
     once, and hands on a hidden state [B, T, d].
     """
     device = embedding_weight(view).device
     positions = torch.arange(2, device=device)[None]
-    recorder = Recorder(positions, 2, depth)
+    recorder = Recorder(positions, 2, depth=depth)
     try:
         layers = cast(nn.ModuleList, view.get_submodule(stack))
         with torch.no_grad(), _ReadOnlyWeights(view), _handed_on(layers) as states:

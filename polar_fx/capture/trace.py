@@ -50,14 +50,14 @@ _B, _T, _L = 3, 7, 23
 
 
 class _Traced(nn.Module):
-    def __init__(self, model: nn.Module, last: int | None, by_length: bool) -> None:
+    def __init__(self, model: nn.Module, last: int | None, *, by_length: bool) -> None:
         super().__init__()
         self.model, self.last, self.by_length = model, last, by_length
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]
     ) -> Tensor:
-        cache = Slots(positions, kv_index, kv)
+        cache = Slots(positions, kv_index, kv=kv)
         # "no padding", for code that would otherwise make such a mask from a length it believes to
         # be a number
         mask = torch.ones_like(kv_index).expand(input_ids.shape[0], -1)
@@ -83,7 +83,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _export(
-    view: PreTrainedModel, specs: tuple[KvSpec, ...], by_length: bool
+    view: PreTrainedModel, specs: tuple[KvSpec, ...], *, by_length: bool
 ) -> torch.export.ExportedProgram:
     device = embedding_weight(view).device
     positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
@@ -102,7 +102,7 @@ def _export(
     example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), kv)
     with torch.no_grad(), _quiet():
         return torch.export.export(
-            _Traced(view, last_position(view), by_length),
+            _Traced(view, last_position(view), by_length=by_length),
             example,
             dynamic_shapes=shapes,
             strict=False,
@@ -203,9 +203,9 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     view = unwrapped(shared_view(model, attention or attention_variants(model)[0]))
     give_layers_modules_of_their_own(view.get_submodule(stack))
     by_length = choose_frequencies_by_row(view)
-    specs = probe(view, stack, depth)
+    specs = probe(view, stack, depth=depth)
     try:
-        exported = _export(view, specs, by_length)
+        exported = _export(view, specs, by_length=by_length)
     except UnsupportedModelError:
         raise
     except Exception as error:

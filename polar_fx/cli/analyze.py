@@ -86,13 +86,13 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         files, held_out = (
             [SearchFile.read(path) for path in paths] for paths in (options.files, options.held_out)
         )
-        report = analyze(files, held_out, options.menu or MENU_SIZES)
+        report = analyze(files, held_out, menu_sizes=options.menu or MENU_SIZES)
     figures: list[Path] = []
     if options.figures:
         from ..search.analysis.figures import write_figures
 
         with status().status("drawing ..."):
-            figures = write_figures(report, options.figures, options.format or "svg")
+            figures = write_figures(report, options.figures, format=options.format or "svg")
     if not options.json:
         console = Console(highlight=False)
         for file in report["files"]:
@@ -108,14 +108,14 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     return {**report, "figures": [str(path) for path in figures]}
 
 
-def _say(console: Console, text: str, style: str = "") -> None:
+def _say(console: Console, text: str, *, style: str = "") -> None:
     # as Text: file names may have brackets, which are markup to rich
     console.print(Text(text, style), soft_wrap=True)
 
 
 def _show_file(console: Console, file: Mapping[str, Any]) -> None:
     found = file["summary"]
-    _say(console, file["path"], "bold")
+    _say(console, file["path"], style="bold")
     searched = (
         f"{file['method']}, {file['simulations']} programs a question, reward {file['reward']}"
     )
@@ -275,7 +275,7 @@ def _show_likelihood(console: Console, found: Mapping[str, Any]) -> None:
 
 def _show_menu(console: Console, menu: Mapping[str, Any]) -> None:
     files = ", ".join(Path(path).name for path in menu["files"])
-    _say(console, f"menu of programs, model {menu['model'][:12]}, {files}", "bold")
+    _say(console, f"menu of programs, model {menu['model'][:12]}, {files}", style="bold")
     left_out = (
         f" ({menu['left_out']:,} that are in train as well are left out)"
         if menu["left_out"]

@@ -139,7 +139,7 @@ def _add(options: argparse.Namespace) -> dict[str, Any]:
     manifest = before
     for number, program in enumerate(_programs(options, before)):
         manifest = add_program(options.folder, program, default=options.default and number == 0)
-    return _changed(options, before, manifest)
+    return _changed(options, before, manifest=manifest)
 
 
 def _remove(options: argparse.Namespace) -> dict[str, Any]:
@@ -151,13 +151,15 @@ def _remove(options: argparse.Namespace) -> dict[str, Any]:
         raise BundleError(
             options.folder,
             f"holds no program {missing[0]}",
-            "`bundle show` lists those that it holds",
+            remedy="`bundle show` lists those that it holds",
         )
     if len(programs) == len(before.programs):
-        raise BundleError(options.folder, "would hold no program any more", "add another one first")
+        raise BundleError(
+            options.folder, "would hold no program any more", remedy="add another one first"
+        )
     for program in programs:
         manifest = remove_program(options.folder, program)
-    return _changed(options, before, manifest)
+    return _changed(options, before, manifest=manifest)
 
 
 def _programs(options: argparse.Namespace, manifest: "Manifest") -> list[Any]:
@@ -176,7 +178,7 @@ def _programs(options: argparse.Namespace, manifest: "Manifest") -> list[Any]:
 
 
 def _changed(
-    options: argparse.Namespace, before: "Manifest", manifest: "Manifest"
+    options: argparse.Namespace, before: "Manifest", *, manifest: "Manifest"
 ) -> dict[str, Any]:
     added = [p for p in manifest.programs if p not in before.programs]
     removed = [p for p in before.programs if p not in manifest.programs]

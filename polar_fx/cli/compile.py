@@ -78,9 +78,11 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
     get_backend(options.backend)
     model, _ = load_model(options)
-    compiled = compile_model(model, options, options.max_length or row_length(model), options.tier)
+    compiled = compile_model(
+        model, options, max_length=options.max_length or row_length(model), tier=options.tier
+    )
     programs = list(dict.fromkeys(compiled.resolve(p) for p in options.program or ["identity"]))
-    seconds = warm_up(compiled, programs, options.batch)
+    seconds = warm_up(compiled, programs, batch=options.batch)
     if not isinstance(compiled.backend, PersistentBackend):
         status().print(
             f"[dim]backend {compiled.backend.name} keeps no compiled code: later processes start "

@@ -105,7 +105,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     truth = [str(a * b) for a, b in QUESTIONS[: options.questions]]
     encoded = [tokenizer(p, return_tensors="pt").input_ids for p in prompts]
     compiled = compile_model(
-        model, options, row_length(model, max(e.shape[1] for e in encoded) + NEW_TOKENS)
+        model, options, max_length=row_length(model, max(e.shape[1] for e in encoded) + NEW_TOKENS)
     )
     texts = dict.fromkeys(
         ["identity", *options.program] if options.program else default_programs(compiled.depth)
@@ -124,11 +124,11 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         *(functools.partial(compiled.generate, program=p) for p in programs.values()),
     ]
     for generate in work:
-        _answer(generate, tokenizer, encoded[0])  # warm up; not counted
+        _answer(generate, tokenizer, ids=encoded[0])  # warm up; not counted
     for ids in track(encoded, "questions", console=status(), transient=True):
         # taking turns, so that drift of the machine hits all alike
         for run, generate in zip(runs, work, strict=True):
-            answer, prefill_ms, token_ms = _answer(generate, tokenizer, ids)
+            answer, prefill_ms, token_ms = _answer(generate, tokenizer, ids=ids)
             run["answers"].append(answer)
             run["prefill_ms"].append(prefill_ms)
             run["token_ms"] += [] if token_ms is None else [token_ms]
@@ -148,7 +148,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _answer(generate: Any, tokenizer: Any, ids: Any) -> tuple[str, float, float | None]:
+def _answer(generate: Any, tokenizer: Any, *, ids: Any) -> tuple[str, float, float | None]:
     """The first line of the greedy continuation, milliseconds to its first token, and from token to
     token.
     """

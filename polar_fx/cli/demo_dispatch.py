@@ -37,9 +37,9 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     notes = about()
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     model, tokenizer = load_model(options)
-    asked = _asked(tokenizer, notes["tasks"], options.questions, seed)
+    asked = _asked(tokenizer, notes["tasks"], count=options.questions, seed=seed)
     longest = max(len(each["ids"]) for each in asked) + NEW_TOKENS
-    compiled = compile_model(model, options, row_length(model, longest))
+    compiled = compile_model(model, options, max_length=row_length(model, longest))
     compiled.dispatch_by(DEFAULT)
     compile_s = warm_up(compiled, None)
     ways: dict[str, Callable[..., Any]] = {
@@ -48,10 +48,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         _DISPATCH: compiled.dispatch,
     }
     for generate in ways.values():
-        _answer(generate, tokenizer, asked[0])  # warm up; not counted
+        _answer(generate, tokenizer, asked=asked[0])  # warm up; not counted
     for each in track(asked, "questions", console=status(), transient=True):
         each["answers"] = {
-            name: _answer(generate, tokenizer, each) for name, generate in ways.items()
+            name: _answer(generate, tokenizer, asked=each) for name, generate in ways.items()
         }
     report = _report(asked, {"seed": seed, "compile_s": compile_s, "backend": options.backend})
     report["test"] = notes["test"]
@@ -60,7 +60,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _asked(tokenizer: Any, tasks: list[str], count: int, seed: int) -> list[dict[str, Any]]:
+def _asked(tokenizer: Any, tasks: list[str], *, count: int, seed: int) -> list[dict[str, Any]]:
     """Questions of the test split, as many of each task, in its few-shot prompt."""
     from ..jobs.questions import Asked
 
@@ -83,7 +83,9 @@ def _asked(tokenizer: Any, tasks: list[str], count: int, seed: int) -> list[dict
     return found
 
 
-def _answer(generate: Callable[..., Any], tokenizer: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _answer(
+    generate: Callable[..., Any], tokenizer: Any, *, asked: dict[str, Any]
+) -> dict[str, Any]:
     """The greedy answer up to its stop, how long it took, and what was run, if that was chosen."""
     import torch
 

@@ -98,7 +98,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     own = dtype_of(options.predictor) if options.model is None else None
     options.dtype = options.dtype or own or "float32"
     model, tokenizer = load_model(options)
-    compiled = compile_model(model, options, options.max_length or row_length(model))
+    compiled = compile_model(model, options, max_length=options.max_length or row_length(model))
     if options.predictor is not None:
         compiled.dispatch_by(options.predictor)
     start = time.perf_counter()
@@ -152,14 +152,14 @@ def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any
     from ..graph_files import export_onnx
     from ..graph_files.onnx_files import ABOUT
 
-    check_target(options.out, options.overwrite, ABOUT)  # before anything is loaded
+    check_target(options.out, options.overwrite, mark=ABOUT)  # before anything is loaded
     options.backend = "eager"  # nothing is compiled
     options.dtype = options.dtype or "float32"
     model, _ = load_model(options)
-    compiled = compile_model(model, options, row_length(model))
+    compiled = compile_model(model, options, max_length=row_length(model))
     start = time.perf_counter()
     with status().status("exporting and writing ..."):
-        about = export_onnx(compiled, options.out, texts, overwrite=options.overwrite)
+        about = export_onnx(compiled, options.out, programs=texts, overwrite=options.overwrite)
     seconds = time.perf_counter() - start
     num_bytes = sum(entry["bytes"] for entry in (about["weights"], *about["programs"]))
     if not options.json:

@@ -51,7 +51,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     compiled = compile_model(model, options, max_length=16)
     programs = [compiled.resolve(p) for p in options.program or ["identity"]]
     if options.graph:
-        text = _graph(compiled, programs[0], options.graph)
+        text = _graph(compiled, programs[0], which=options.graph)
         if not options.json:
             print(text)
         return {"program": str(programs[0]), "graph": text}
@@ -61,7 +61,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     return summary
 
 
-def _graph(compiled: "CompiledModel", program: "Program", which: str) -> str:
+def _graph(compiled: "CompiledModel", program: "Program", *, which: str) -> str:
     from ..explain.tensorrt_parts import partition_report
     from ..passes import graph_diff, graph_text
 

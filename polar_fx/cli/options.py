@@ -82,11 +82,11 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     with status().status("loading the model ..."):
-        return load(options.model, options.dtype, options.device)
+        return load(options.model, options.dtype, device=options.device)
 
 
 def compile_model(
-    model: Any, options: argparse.Namespace, max_length: int | None, tier: "Tier" = "linked"
+    model: Any, options: argparse.Namespace, *, max_length: int | None, tier: "Tier" = "linked"
 ) -> "CompiledModel":
     """Capture, with the seconds it took, or that it was not necessary, on stderr."""
     from ..compiled import compile
@@ -102,7 +102,7 @@ def compile_model(
     return compiled
 
 
-def warm_up(compiled: "CompiledModel", programs: Any, batch: int = 1) -> float:
+def warm_up(compiled: "CompiledModel", programs: Any, *, batch: int = 1) -> float:
     """Compile what the programs need, with a status line; returns seconds."""
     start = time.perf_counter()
     with status().status("compiling ..."):

@@ -93,14 +93,21 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     _check_chosen_by(options)
     compiled, tokenizer, ids = _open(options, text)
     if options.predictor is not None:
-        decision, compile_s = _chosen(options, compiled, ids)
+        decision, compile_s = _chosen(options, compiled, ids=ids)
         programs = {_told(decision): decision.program}
     else:
         decision = None
         programs = {p: compiled.resolve(p) for p in options.program or [None]}
         compile_s = warm_up(compiled, programs.values())
     results = [
-        _answer(options, compiled, tokenizer, ids, program=program, name=name or program.words)
+        _answer(
+            options,
+            compiled,
+            tokenizer=tokenizer,
+            ids=ids,
+            program=program,
+            name=name or program.words,
+        )
         for name, program in programs.items()
     ]
     if decision is not None:
@@ -115,7 +122,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _chosen(
-    options: argparse.Namespace, compiled: "CompiledModel", ids: "Tensor"
+    options: argparse.Namespace, compiled: "CompiledModel", *, ids: "Tensor"
 ) -> tuple["Decision", float]:
     """What the predictor chooses for the prompt i64[1, T], and the seconds its menu took to
     compile.
@@ -152,7 +159,7 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
 
     if options.model is not None and is_bundle(options.model):
         bundle, tokenizer = _load_bundle(options)
-        ids = _encode(tokenizer, text, options.raw)
+        ids = _encode(tokenizer, text, raw=options.raw)
         length, needed = bundle.pool.max_length, _tokens_needed(options, ids)
         if length < needed:
             raise InputError(
@@ -165,31 +172,31 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
     own = dtype_of(options.predictor) if options.model is None else None
     options.dtype = options.dtype or own or "float32"
     model, tokenizer = load_model(options)
-    ids = _encode(tokenizer, text, options.raw)
+    ids = _encode(tokenizer, text, raw=options.raw)
     needed = _tokens_needed(options, ids)
     length = options.max_length or row_length(model, needed)
     if length < needed:
         raise InputError(
             f"--max-length {length} is too short for {_asked(options, ids)}; name at least {needed}"
         )
-    return _compiled(model, options, length), tokenizer, ids
+    return _compiled(model, options, length=length), tokenizer, ids
 
 
-def _compiled(model: Any, options: argparse.Namespace, length: int) -> "CompiledModel":
+def _compiled(model: Any, options: argparse.Namespace, *, length: int) -> "CompiledModel":
     """By the backend that is asked for; or else on compiled regions, if all that the programs need
     are in the store, and interpreted if not.
     """
     if options.backend is None:
         options.backend = "auto"
         if model.device.type == "cpu" and _any_compiled():
-            compiled = compile_model(model, options, length)
+            compiled = compile_model(model, options, max_length=length)
             if not any(compiled.explain(p).missing for p in options.program or [None]):
                 return compiled
         options.backend = _BACKEND
         status().print(
             "[dim]interpreting: `python -m polar_fx compile` makes regions that run faster, once[/]"
         )
-    return compile_model(model, options, length)
+    return compile_model(model, options, max_length=length)
 
 
 def _any_compiled() -> bool:
@@ -210,9 +217,9 @@ def _asked(options: argparse.Namespace, ids: "Tensor") -> str:
 def _answer(
     options: argparse.Namespace,
     compiled: "CompiledModel",
+    *,
     tokenizer: Any,
     ids: "Tensor",
-    *,
     program: "Program",
     name: str,
 ) -> dict[str, Any]:
@@ -292,7 +299,7 @@ def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
     return bundle, tokenizer
 
 
-def _encode(tokenizer: Any, text: str, raw: bool) -> Any:
+def _encode(tokenizer: Any, text: str, *, raw: bool) -> Any:
     if raw or not getattr(tokenizer, "chat_template", None):
         return tokenizer(text, return_tensors="pt").input_ids
     messages = [{"role": "user", "content": text}]

@@ -63,6 +63,7 @@ class Answerer:
         self,
         compiled: "CompiledModel",
         tokenizer: Any,
+        *,
         templates: Mapping[str, Template],
         batch: int = 32,
         progress: Callable[[int], None] | None = None,
@@ -108,7 +109,9 @@ class Answerer:
             for start in range(0, len(members), size):
                 part = members[start : start + size]
                 questions = [pairs[i][0][1] for i in part]
-                made = self._generate(questions, program, self.templates[task], options)
+                made = self._generate(
+                    questions, program, template=self.templates[task], options=options
+                )
                 found |= {i: made[at * copies : (at + 1) * copies] for at, i in enumerate(part)}
                 self.progress(len(part))
         return [found[i] for i in range(len(pairs))]
@@ -117,20 +120,23 @@ class Answerer:
         self,
         questions: Sequence[EncodedQuestion],
         program: Program,
+        *,
         template: Template,
         options: dict[str, Any],
     ) -> list[Answer]:
         stop = template.decode_stop(self.tokenizer)
-        ids, arguments = generate_arguments(questions, self.tokenizer, stop)
+        ids, arguments = generate_arguments(questions, self.tokenizer, stop=stop)
         arguments |= {**options, "return_dict_in_generate": True, "output_logits": True}
         out = self.compiled.generate(ids, program=program, **arguments)
         new = out.sequences[:, ids.shape[1] :]
         scores = (
             torch.stack(out.logits, 1).float().log_softmax(-1).gather(-1, new[..., None])[..., 0]
         )
-        return [self._answer(row, of_row, stop) for row, of_row in zip(new, scores, strict=True)]
+        return [
+            self._answer(row, of_row, stop=stop) for row, of_row in zip(new, scores, strict=True)
+        ]
 
-    def _answer(self, ids: torch.Tensor, scores: torch.Tensor, stop: Any) -> Answer:
+    def _answer(self, ids: torch.Tensor, scores: torch.Tensor, *, stop: Any) -> Answer:
         """Of a row that its batch may have carried on beyond its own stop."""
         count, stopped = len(ids), False
         for end in range(1, len(ids) + 1):
@@ -205,6 +211,7 @@ class Rescues:
         cls,
         identity_exact: Sequence[bool],
         identity_graded: Sequence[bool],
+        *,
         exact: Sequence[bool],
         graded: Sequence[bool],
     ) -> "Rescues":

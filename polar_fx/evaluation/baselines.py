@@ -101,7 +101,7 @@ class TrainedOn:
 
 
 def training_records(
-    trained_on: TrainedOn, searches: Sequence[Path], test_ids: set[str], model: str
+    trained_on: TrainedOn, searches: Sequence[Path], *, test_ids: set[str], model: str
 ) -> TrainingRecords:
     """What a predictor was trained on, and what searches found for other questions.
 
@@ -128,7 +128,7 @@ def training_records(
 
 
 def static_choices(
-    known: TrainingRecords, selector: Selector, questions: Sequence[Question]
+    known: TrainingRecords, selector: Selector, *, questions: Sequence[Question]
 ) -> list[Choice]:
     """The best programs of the menu on train questions: over all, within the budget, and a task
     each.
@@ -141,9 +141,9 @@ def static_choices(
     }
     within = best_static(table, _BUDGET * table.depth)
     return [
-        static(BEST_STATIC, best_static(table), n),
-        static(f"{BEST_STATIC} <= {_BUDGET:g} steps", within, n),
-        static_by_task(f"{BEST_STATIC} a task (told the task)", by_task, questions),
+        static(BEST_STATIC, best_static(table), n=n),
+        static(f"{BEST_STATIC} <= {_BUDGET:g} steps", within, n=n),
+        static_by_task(f"{BEST_STATIC} a task (told the task)", by_task, questions=questions),
     ]
 
 
@@ -165,9 +165,9 @@ def pruning_choices(
         for e in encoded[:: max(1, len(encoded) // _INFLUENCE_PROMPTS)]
     ]
     influences = block_influences(model, prompts[:_INFLUENCE_PROMPTS])
-    pruned = least_influence_program(influences, depth - steps, trunk)
+    pruned = least_influence_program(influences, depth - steps, protected=trunk)
     made = [
-        static(f"block-influence pruning, {steps} steps", pruned, n),
+        static(f"block-influence pruning, {steps} steps", pruned, n=n),
         random_skips(
             f"random program of {steps} steps", depth, num_steps=steps, trunk=trunk, n=n, seed=seed
         ),
@@ -178,8 +178,8 @@ def pruning_choices(
 def learned_choices(
     model: "CompiledModel",
     setting: Setting,
-    features: Features,
     *,
+    features: Features,
     encoded: Mapping[str, EncodedQuestion],
     seen: Sequence[Tensor],
 ) -> tuple[list[Choice], dict[str, Any]]:
@@ -191,10 +191,10 @@ def learned_choices(
     """
     seen = [states.float() for states in seen]
     tokens = {
-        split: _tokens(model, records, encoded, features)
+        split: _tokens(model, records, encoded=encoded, features=features)
         for split, records in setting.splits.items()
     }
-    choices, notes = router_choices(setting, tokens, seen)
+    choices, notes = router_choices(setting, tokens, seen=seen)
     more, notes["PoLar network"] = polar_choices(
         "PoLar network", setting, tokens={**tokens["train"], **tokens["validation"]}, seen=seen
     )
@@ -202,7 +202,7 @@ def learned_choices(
 
 
 def router_choices(
-    setting: Setting, tokens: Mapping[str, Mapping[str, Tensor]], seen: Sequence[Tensor]
+    setting: Setting, tokens: Mapping[str, Mapping[str, Tensor]], *, seen: Sequence[Tensor]
 ) -> tuple[list[Choice], dict[str, Any]]:
     """Per-layer routers, and how their training went.
 
@@ -211,7 +211,7 @@ def router_choices(
     """
     windows, labels = {}, {}
     for split, records in setting.splits.items():
-        labels[split] = router_labels(records, setting.depth, setting.trunk)
+        labels[split] = router_labels(records, setting.depth, num_steps=setting.trunk)
         pooled = [pool_windows(tokens[split][name]) for name in labels[split].questions]
         windows[split] = torch.stack(pooled)
     held_out = torch.stack([pool_windows(t) for t in tokens["validation"].values()])
@@ -225,10 +225,10 @@ def router_choices(
         router, history = train_layer_router(
             windows["train"],
             labels["train"].classes,
-            windows["validation"],
-            labels["validation"].classes,
-            setting.trunk,
-            ops,
+            validation_windows=windows["validation"],
+            validation_classes=labels["validation"].classes,
+            num_steps=setting.trunk,
+            ops=ops,
         )
         if ops == SKIP_OPS:
             router = router.with_budget(held_out, _BUDGET)
@@ -238,7 +238,7 @@ def router_choices(
 
 
 def encoder_choices(
-    encoder: TextEncoder, setting: Setting, test: Sequence[Question]
+    encoder: TextEncoder, setting: Setting, *, test: Sequence[Question]
 ) -> tuple[list[Choice], dict[str, Any]]:
     """PoLar's network on what the paper gives it: a frozen text encoder's states of the question;
     and how its training went.
@@ -263,9 +263,9 @@ def polar_choices(
     trained, counts = train_polar_arm(
         setting.known.train,
         setting.known.validation,
-        tokens,
-        setting.depth,
-        setting.trunk,
+        token_features_by_id=tokens,
+        depth=setting.depth,
+        num_steps=setting.trunk,
         training=NetworkTraining(epochs=10, seed=setting.seed),
         seed=setting.seed,
     )
@@ -288,9 +288,10 @@ def polar_choices(
 def _tokens(
     model: "CompiledModel",
     records: Sequence[SearchRecord],
+    *,
     encoded: Mapping[str, EncodedQuestion],
     features: Features,
 ) -> dict[str, Tensor]:
     questions = [encoded[r.question.id] for r in records]
-    found = token_features(model, questions, features)
+    found = token_features(model, questions, features=features)
     return {q.id: states.float() for q, states in zip(questions, found, strict=True)}

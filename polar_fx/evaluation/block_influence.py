@@ -46,7 +46,7 @@ def block_influences(model: "CompiledModel", rows: Sequence[Tensor]) -> np.ndarr
         with runner.open_slots(identity, len(batch)) as session:
             session.require([len(row) for row in batch])
             for ids, counts in runner.chunks(batch):
-                sums += _cosine_sums(runner, session, ids, counts)
+                sums += _cosine_sums(runner, session, ids=ids, counts=counts)
                 tokens += sum(counts)
                 session.advance(counts)
     if not bool(sums.isfinite().all()):
@@ -59,7 +59,9 @@ def block_influences(model: "CompiledModel", rows: Sequence[Tensor]) -> np.ndarr
 
 
 @torch.no_grad()
-def _cosine_sums(runner: "Runner", session: "KvSession", ids: Tensor, counts: list[int]) -> Tensor:
+def _cosine_sums(
+    runner: "Runner", session: "KvSession", *, ids: Tensor, counts: list[int]
+) -> Tensor:
     """f64[D]: the sum of the cosines of each layer's input and output over the chunk's tokens;
     padding does not count.
     """
@@ -80,7 +82,7 @@ def _cosine_sums(runner: "Runner", session: "KvSession", ids: Tensor, counts: li
 
 
 def least_influence_program(
-    influences: np.ndarray, num_removed: int, protected: int = 0
+    influences: np.ndarray, num_removed: int, *, protected: int = 0
 ) -> Program:
     """The identity without the `num_removed` layers of lowest influence f64[D]; of equals the
     earlier ones go first.

@@ -57,7 +57,7 @@ class Choice:
             )
 
 
-def by_policy(name: str, selector: Selector, policy: Policy, chances: np.ndarray) -> Choice:
+def by_policy(name: str, selector: Selector, *, policy: Policy, chances: np.ndarray) -> Choice:
     """A selector's choices under a policy, of probabilities f64[N, K]."""
     menu, calibration = selector.menu, selector.calibration
     policy.check(calibration, None)
@@ -71,10 +71,14 @@ def by_policy(name: str, selector: Selector, policy: Policy, chances: np.ndarray
     return Choice.single(name, [menu.programs[k] for k in chosen])
 
 
-def likeliest(name: str, menu: Menu, chances: np.ndarray) -> Choice:
+def likeliest(name: str, menu: Menu, *, chances: np.ndarray) -> Choice:
     """The likeliest program of each question, whatever the threshold."""
     return Choice.single(
-        name, [menu.programs[k] for k in choose_all(chances, menu.steps, menu.depth, -np.inf)]
+        name,
+        [
+            menu.programs[k]
+            for k in choose_all(chances, menu.steps, depth=menu.depth, threshold=-np.inf)
+        ],
     )
 
 
@@ -86,19 +90,21 @@ def selector_choices(selector: Selector, chances: np.ndarray) -> list[Choice]:
     policies = {SELECTOR_ACCURACY: Policy("accuracy")}
     policies |= {f"selector: mean steps <= {f:g}": Policy("mean_steps", f) for f in prices}
     policies[f"selector: steps <= {_STEPS:g}"] = Policy("steps", _STEPS)
-    choices = [by_policy(name, selector, each, chances) for name, each in policies.items()]
-    choices.insert(1, likeliest(SELECTOR_LIKELIEST, menu, chances))
-    choices.append(oracle("any program of the menu", menu, len(chances)))
-    return choices + [top_k(f"selector: pass@{k}", menu, chances, k) for k in _PASS_AT]
+    choices = [
+        by_policy(name, selector, policy=each, chances=chances) for name, each in policies.items()
+    ]
+    choices.insert(1, likeliest(SELECTOR_LIKELIEST, menu, chances=chances))
+    choices.append(oracle("any program of the menu", menu, n=len(chances)))
+    return choices + [top_k(f"selector: pass@{k}", menu, chances=chances, k=k) for k in _PASS_AT]
 
 
-def static(name: str, program: Program, n: int) -> Choice:
+def static(name: str, program: Program, *, n: int) -> Choice:
     """One program for all questions."""
     return Choice.single(name, [program] * n)
 
 
 def static_by_task(
-    name: str, programs: Mapping[str, Program], questions: Sequence[Question]
+    name: str, programs: Mapping[str, Program], *, questions: Sequence[Question]
 ) -> Choice:
     """One program a task, which has to be told which task a question is of; the identity for
     unknown ones.
@@ -119,12 +125,12 @@ def random_skips(name: str, depth: int, *, num_steps: int, trunk: int, n: int, s
     return Choice.single(name, found)
 
 
-def oracle(name: str, menu: Menu, n: int) -> Choice:
+def oracle(name: str, menu: Menu, *, n: int) -> Choice:
     """Whether any program of the menu is right: what no selector among them can beat."""
     return Choice(name, tuple(menu.programs for _ in range(n)), True)
 
 
-def top_k(name: str, menu: Menu, chances: np.ndarray, k: int) -> Choice:
+def top_k(name: str, menu: Menu, *, chances: np.ndarray, k: int) -> Choice:
     """The k likeliest programs of each question, judged by the answer key (pass@k)."""
     order = np.argsort(-chances, axis=1, kind="stable")[:, :k]
     return Choice(name, tuple(tuple(menu.programs[j] for j in row) for row in order), True)
@@ -149,7 +155,7 @@ def wanted_programs(
 
 
 def arm_results(
-    choices: Sequence[Choice], records: Sequence[SearchRecord], unseen: Collection[str] = ()
+    choices: Sequence[Choice], records: Sequence[SearchRecord], *, unseen: Collection[str] = ()
 ) -> list[ArmResult]:
     """A result a method and task, from records of all that the methods run, in the order of their
     questions.
@@ -159,7 +165,12 @@ def arm_results(
     """
     members = places_of([r.question.task for r in records])
     return [
-        _arm(choice, [choice.programs[i] for i in places], [records[i] for i in places], unseen)
+        _arm(
+            choice,
+            [choice.programs[i] for i in places],
+            records=[records[i] for i in places],
+            unseen=unseen,
+        )
         for choice in choices
         for places in members.values()
     ]
@@ -178,6 +189,7 @@ def places_of(tasks: Sequence[str]) -> dict[str, list[int]]:
 def _arm(
     choice: Choice,
     programs: Sequence[tuple[Program, ...]],
+    *,
     records: Sequence[SearchRecord],
     unseen: Collection[str],
 ) -> ArmResult:

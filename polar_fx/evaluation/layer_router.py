@@ -99,7 +99,7 @@ def best_program(record: SearchRecord, num_steps: int) -> Program | None:
     return min(found, key=lambda p: p.num_steps, default=None)
 
 
-def router_labels(records: Iterable[SearchRecord], depth: int, num_steps: int) -> RouterLabels:
+def router_labels(records: Iterable[SearchRecord], depth: int, *, num_steps: int) -> RouterLabels:
     """The labels of every question that a usable program answers.
 
     Raises InputError for records of another depth.
@@ -163,7 +163,7 @@ def class_weights(counts: Tensor, beta: float = 0.999) -> Tensor:
     return (weights * present.sum() / weights.sum()).float()
 
 
-def focal_loss(scores: Tensor, classes: Tensor, weights: Tensor, gamma: float = 2.0) -> Tensor:
+def focal_loss(scores: Tensor, classes: Tensor, *, weights: Tensor, gamma: float = 2.0) -> Tensor:
     """Mean over questions and layers of -w_y (1 - p_y)^gamma log p_y (arXiv 1708.02002).
 
     Scores [N, L, C], classes i64[N, L], weights [C].
@@ -184,7 +184,7 @@ class RouterNetwork(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, hidden_size: int, num_layers: int, num_classes: int, width: int = 128
+        self, hidden_size: int, num_layers: int, *, num_classes: int, width: int = 128
     ) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(hidden_size))
@@ -218,6 +218,7 @@ class LayerRouter:
         self,
         network: RouterNetwork,
         num_steps: int,
+        *,
         ops: tuple[str, ...],
         threshold: float | None = None,
     ) -> None:
@@ -289,7 +290,9 @@ class LayerRouter:
                 f"{self.depth} steps, and budget {budget} asks for {budget * self.depth:.2f}; "
                 "give a higher budget"
             )
-        return LayerRouter(self.network, self.num_steps, self.ops, float(levels[meets[0, 0]]))
+        return LayerRouter(
+            self.network, self.num_steps, ops=self.ops, threshold=float(levels[meets[0, 0]])
+        )
 
 
 # ----------------------------------------------------------------------------------------- training
@@ -316,7 +319,7 @@ class RouterConfig:
         check_ranges(
             self,
             "router training",
-            {
+            ranges={
                 "width": (1, 1 << 16),
                 "gamma": (0, 10),
                 "beta": (0, 1 - 1e-12),
@@ -332,6 +335,7 @@ class RouterConfig:
 def train_layer_router(
     windows: Tensor,
     classes: Tensor,
+    *,
     validation_windows: Tensor,
     validation_classes: Tensor,
     num_steps: int,
@@ -350,9 +354,12 @@ def train_layer_router(
     """
     if ops not in (OPS, SKIP_OPS):
         raise InputError(f"ops of a router are {ops!r}; give {OPS} or {SKIP_OPS}")
-    _check_rows("train", windows, classes, None)
+    _check_rows("train", windows, classes=classes, sizes=None)
     _check_rows(
-        "validation", validation_windows, validation_classes, (windows.shape[-1], classes.shape[1])
+        "validation",
+        validation_windows,
+        classes=validation_classes,
+        sizes=(windows.shape[-1], classes.shape[1]),
     )
     _check_trunk(num_steps + classes.shape[1], num_steps)
     target, held_out = (c.clamp(max=len(ops) - 1) for c in (classes, validation_classes))
@@ -360,17 +367,23 @@ def train_layer_router(
     weights = class_weights(counts, config.beta)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = RouterNetwork(windows.shape[-1], classes.shape[1], len(ops), config.width)
+        network = RouterNetwork(
+            windows.shape[-1], classes.shape[1], num_classes=len(ops), width=config.width
+        )
     network.standardize_by(windows)
     found = train_to_best(
         network,
         len(target),
-        lambda part: focal_loss(network(windows[part]), target[part], weights, config.gamma),
-        lambda: float(focal_loss(network(validation_windows), held_out, weights, config.gamma)),
-        config,
-        progress,
+        loss_of=lambda part: focal_loss(
+            network(windows[part]), target[part], weights=weights, gamma=config.gamma
+        ),
+        validation_loss=lambda: float(
+            focal_loss(network(validation_windows), held_out, weights=weights, gamma=config.gamma)
+        ),
+        config=config,
+        progress=progress,
     )
-    router = LayerRouter(network, num_steps, ops)
+    router = LayerRouter(network, num_steps, ops=ops)
     counted = {"class_counts": counts.tolist(), "class_weights": weights.tolist()}
     return router, {"config": asdict(config), "ops": list(ops), **counted, **found}
 
@@ -383,7 +396,9 @@ def _check_trunk(depth: int, num_steps: int) -> None:
         )
 
 
-def _check_rows(name: str, windows: Tensor, classes: Tensor, sizes: tuple[int, int] | None) -> None:
+def _check_rows(
+    name: str, windows: Tensor, *, classes: Tensor, sizes: tuple[int, int] | None
+) -> None:
     """`sizes`: what d and L must be."""
     _check_windows(windows, windows.shape[-1] if sizes is None else sizes[0])
     if classes.dim() != 2 or len(classes) != len(windows) or not classes.shape[1]:

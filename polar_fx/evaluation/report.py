@@ -45,6 +45,7 @@ def distributions(
 def selector_report(
     choices: Sequence[Choice],
     records: Sequence[SearchRecord],
+    *,
     chances: np.ndarray,
     right: np.ndarray,
 ) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def by_difficulty(choice: Choice, records: Sequence[SearchRecord]) -> list[dict[
     return found
 
 
-def against(arms: Sequence[ArmResult], method: str, other: str) -> list[dict[str, Any]]:
+def against(arms: Sequence[ArmResult], method: str, *, other: str) -> list[dict[str, Any]]:
     """One method beside another instead of the identity, by task and over all."""
     by_name = {name: [a for a in arms if a.name == name] for name in (method, other)}
     pairs = list(zip(*by_name.values(), strict=True))
@@ -115,6 +116,7 @@ def against(arms: Sequence[ArmResult], method: str, other: str) -> list[dict[str
 def write_report(
     folder: Path,
     arms: Sequence[ArmResult],
+    *,
     results: Mapping[str, Any],
     diagrams: Mapping[str, Reliability],
     figures: bool = True,

@@ -81,18 +81,30 @@ def generated_arms(
     graded = {method.name: method.graded(rows) for method in methods}
     members = places_of([question.task for question, _ in rows])
     arms = [
-        _arm(method, graded, rows, task, of, depth=selector.depth, unseen=task in unseen)
+        _arm(
+            method,
+            graded,
+            rows=rows,
+            task=task,
+            places=of,
+            depth=selector.depth,
+            unseen=task in unseen,
+        )
         for method in methods
         for task, of in members.items()
     ]
     exact = [r.baseline.correct for r in records]
     method_exact = [r.verdicts[p].correct for r, p in zip(records, singles, strict=True)]
-    flags = (exact, graded[IDENTITY], method_exact, graded[SELECTOR_ACCURACY])
     together = {**{task: [task] for task in members}, **pooled_names(arms)}
     rescues = {}
     for name, tasks in together.items():
         places = [i for task in tasks for i in members[task]]
-        rescues[name] = Rescues.of(*(_at(each, places) for each in flags))
+        rescues[name] = Rescues.of(
+            _at(exact, places),
+            _at(graded[IDENTITY], places),
+            exact=_at(method_exact, places),
+            graded=_at(graded[SELECTOR_ACCURACY], places),
+        )
     agree = np.equal(exact, graded[IDENTITY])
     return GeneratedArms(arms, answers, rescues, float(agree.mean()))
 
@@ -112,22 +124,24 @@ def _methods(
     """
     n, identity = len(rows), Program.identity(selector.depth)
     order = np.argsort(-chances, axis=1, kind="stable")
-    candidates = [_with_identity(selector, row, votes) for row in order]
+    candidates = [_with_identity(selector, row, count=votes) for row in order]
     wanted = [(identity, s, *c) for s, c in zip(singles, candidates, strict=True)]
-    answers = _greedy(answerer, rows, wanted)
+    answers = _greedy(answerer, rows, programs=wanted)
     sampled = answerer.sampled(rows, identity, count=votes, temperature=_TEMPERATURE, seed=seed)
     methods = [
-        _by_program(IDENTITY, answers, [identity] * n),
-        _by_program(SELECTOR_ACCURACY, answers, singles),
-        _of_several(f"vote of {votes} programs", answers, candidates, majority),
-        _of_several(f"most confident of {votes} programs", answers, candidates, most_confident),
-        _of_samples(f"vote of {votes} samples of the identity", sampled, selector.depth),
+        _by_program(IDENTITY, answers, programs=[identity] * n),
+        _by_program(SELECTOR_ACCURACY, answers, programs=singles),
+        _of_several(f"vote of {votes} programs", answers, programs=candidates, pick=majority),
+        _of_several(
+            f"most confident of {votes} programs", answers, programs=candidates, pick=most_confident
+        ),
+        _of_samples(f"vote of {votes} samples of the identity", sampled, depth=selector.depth),
     ]
     return methods, answers
 
 
 def _greedy(
-    answerer: Answers, rows: Sequence[Row], programs: Sequence[Sequence[Program]]
+    answerer: Answers, rows: Sequence[Row], *, programs: Sequence[Sequence[Program]]
 ) -> list[dict[Program, Answer]]:
     """Each row's answers by its programs; a program that is there twice runs once."""
     pairs = [(i, p) for i, each in enumerate(programs) for p in dict.fromkeys(each)]
@@ -139,7 +153,7 @@ def _greedy(
 
 
 def _by_program(
-    name: str, answers: Sequence[Mapping[Program, Answer]], programs: Sequence[Program]
+    name: str, answers: Sequence[Mapping[Program, Answer]], *, programs: Sequence[Program]
 ) -> _Method:
     """One program a row."""
     given = [of_row[p] for of_row, p in zip(answers, programs, strict=True)]
@@ -150,6 +164,7 @@ def _by_program(
 def _of_several(
     name: str,
     answers: Sequence[Mapping[Program, Answer]],
+    *,
     programs: Sequence[Sequence[Program]],
     pick: Callable[[Sequence[Answer]], int],
 ) -> _Method:
@@ -160,7 +175,7 @@ def _of_several(
     return _Method(name, picked, steps, [_tokens(several) for several in given])
 
 
-def _of_samples(name: str, samples: Sequence[Sequence[Answer]], depth: int) -> _Method:
+def _of_samples(name: str, samples: Sequence[Sequence[Answer]], *, depth: int) -> _Method:
     """Several answers of the identity a row, of which the most frequent is taken."""
     picked = [several[majority(several)] for several in samples]
     steps = [float(depth * len(several)) for several in samples]
@@ -170,10 +185,10 @@ def _of_samples(name: str, samples: Sequence[Sequence[Answer]], depth: int) -> _
 def _arm(
     method: _Method,
     graded: Mapping[str, list[bool]],
+    *,
     rows: Sequence[Row],
     task: str,
     places: Sequence[int],
-    *,
     depth: int,
     unseen: bool,
 ) -> ArmResult:
@@ -199,7 +214,7 @@ def _tokens(answers: Sequence[Answer]) -> float:
     return float(sum(answer.num_tokens for answer in answers))
 
 
-def _with_identity(selector: Selector, order: np.ndarray, count: int) -> list[Program]:
+def _with_identity(selector: Selector, order: np.ndarray, *, count: int) -> list[Program]:
     """The `count` likeliest programs, the identity among them."""
     best = [int(k) for k in order[:count]]
     if 0 not in best:

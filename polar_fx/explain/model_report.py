@@ -218,35 +218,41 @@ def _report_lines(r: Report) -> Iterator[str]:
     yield f"tier 1    {r.tier}" + (
         "" if r.tier != "linked" else ": whole programs are not compiled"
     )
-    if r.store is None:
-        yield "store     none: nothing is kept for later processes"
-    else:
-        limit = f" of {size(r.store.limit_bytes)}" if r.store.limit_bytes else ""
-        entries = f"{r.store.num_entries:,} {'entry' if r.store.num_entries == 1 else 'entries'}"
-        yield (
-            f"store     {entries}, {size(r.store.num_bytes)}{limit}, {len(r.store.refused)} "
-            f"refused, in {r.store.folder}"
-        )
-        yield from (f"          {key[:12]} refused: {reason}" for key, reason in r.store.refused)
+    yield from _store_lines(r.store)
     yield ""
     rows = [
         (k.body, ranges(k.layers), str(len(k.layers) or 1), size(k.weight_bytes)) for k in r.kinds
     ]
-    yield from table(("graph", "layers", "calls", "weights each"), rows, ("calls", "weights each"))
+    yield from table(
+        ("graph", "layers", "calls", "weights each"), rows, right=("calls", "weights each")
+    )
     if r.passes:
         yield ""
         rows = [(p.name, _counts(p), f"{p.time_ms:.0f}") for p in r.passes]
-        yield from table(("pass", "what it did", "ms"), rows, ("ms",))
+        yield from table(("pass", "what it did", "ms"), rows, right=("ms",))
     if r.regions:
         yield ""
         rows = [
             (g.body, g.shapes, g.source, f"{g.seconds:.2f}", size(g.num_bytes)) for g in r.regions
         ]
-        yield from table(("region", "shapes", "how", "s", "size"), rows, ("s", "size"))
+        yield from table(("region", "shapes", "how", "s", "size"), rows, right=("s", "size"))
         yield from _region_passes(r.regions)
     if r.tiers:
         yield ""
         yield from _tier_table(r.tiers)
+
+
+def _store_lines(store: StoreReport | None) -> Iterator[str]:
+    if store is None:
+        yield "store     none: nothing is kept for later processes"
+        return
+    limit = f" of {size(store.limit_bytes)}" if store.limit_bytes else ""
+    entries = f"{store.num_entries:,} {'entry' if store.num_entries == 1 else 'entries'}"
+    yield (
+        f"store     {entries}, {size(store.num_bytes)}{limit}, {len(store.refused)} "
+        f"refused, in {store.folder}"
+    )
+    yield from (f"          {key[:12]} refused: {reason}" for key, reason in store.refused)
 
 
 def _region_passes(regions: Iterable[RegionRecord]) -> Iterator[str]:
@@ -259,7 +265,7 @@ def _region_passes(regions: Iterable[RegionRecord]) -> Iterator[str]:
     ]
     if rows:
         yield ""
-        yield from table(("region", "shapes", "pass", "what it did", "ms"), rows, ("ms",))
+        yield from table(("region", "shapes", "pass", "what it did", "ms"), rows, right=("ms",))
 
 
 def _counts(record: PassRecord) -> str:
@@ -285,4 +291,4 @@ def _tier_table(records: Iterable[TierRecord]) -> list[str]:
         for t in records
     ]
     numbers = ("calls", "compile s", "linked ms", "whole ms", "size")
-    return table(("program", "phase", "state", *numbers, "why"), cells, numbers)
+    return table(("program", "phase", "state", *numbers, "why"), cells, right=numbers)

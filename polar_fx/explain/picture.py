@@ -65,6 +65,7 @@ class _Block:
 def program_dot(
     program: Program,
     kinds: Sequence[str],
+    *,
     legend: Mapping[str, str],
     ends: tuple[str, str],
     title: str,
@@ -84,7 +85,7 @@ def program_dot(
         f'  graph [rankdir=TB, ranksep=0.3, nodesep=0.3, pad=0.25, bgcolor="{_PAPER}", '
         f'fontname="{_FONT}", labelloc=t,',
         "    labeljust=l, "
-        f"label=<{_caption(title, {n: legend.get(n, '') for n in names}, fills)}>];",
+        f"label=<{_caption(title, {n: legend.get(n, '') for n in names}, fills=fills)}>];",
         f'  node [shape=box, style=rounded, margin="0.08,0.04", color="{_LINE}", {text}];',
         f'  edge [color="{_LINE}", arrowsize=0.7, penwidth=1.4, {text}];',
     ]
@@ -105,7 +106,7 @@ def program_dot(
         head = f"<b>{op}</b> {ranges(block.layers)}{' again' if met & set(block.layers) else ''}"
         met |= set(block.layers)
         style = "" if block.passes else f'style="rounded,dashed", color="{_QUIET}", '
-        lines.append(f"  block{i} [{style}label=<{_box(block, head, kinds, fills)}>];")
+        lines.append(f"  block{i} [{style}label=<{_box(block, head, kinds=kinds, fills=fills)}>];")
     lines += _edges(blocks)
     if not segmented:
         lines += _residuals(program, blocks)
@@ -214,7 +215,7 @@ def _residuals(program: Program, blocks: Sequence[_Block]) -> Iterator[str]:
         yield f"  {ends.get(blend.start, 'prologue')} -> {ends[blend.stop]} [{style}];"
 
 
-def _box(block: _Block, head: str, kinds: Sequence[str], fills: Mapping[str, str]) -> str:
+def _box(block: _Block, head: str, *, kinds: Sequence[str], fills: Mapping[str, str]) -> str:
     """What happens, the layers colored by kind, and a line a pass with its KV slots."""
     notes = [f"pass {i + 1}   KV {block.slots(first)}" for i, first in enumerate(block.passes)]
     if len(notes) == 1:
@@ -232,7 +233,7 @@ def _box(block: _Block, head: str, kinds: Sequence[str], fills: Mapping[str, str
     return _table([f'<td align="left">{row}</td>' for row in rows], 0)
 
 
-def _caption(title: str, legend: Mapping[str, str], fills: Mapping[str, str]) -> str:
+def _caption(title: str, legend: Mapping[str, str], *, fills: Mapping[str, str]) -> str:
     first, *more = title.splitlines()
     lines = [
         f'<font point-size="14"><b>{html.escape(line)}</b></font>'

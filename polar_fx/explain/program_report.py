@@ -185,7 +185,11 @@ class Explanation:
         )
         of_layers = [kinds[layer] for layer in range(self.program.depth)]
         return program_dot(
-            self.program, of_layers, legend, (start, head), f"{self.program}\n{about}"
+            self.program,
+            of_layers,
+            legend=legend,
+            ends=(start, head),
+            title=f"{self.program}\n{about}",
         )
 
     def svg(self, path: str | PathLike[str]) -> Path:
@@ -205,7 +209,7 @@ class Explanation:
 # ------------------------------------------------------------------------------------------ looking
 
 
-def explain(runner: Runner, program: Program, batch: int = 1) -> Explanation:
+def explain(runner: Runner, program: Program, *, batch: int = 1) -> Explanation:
     """What generating by `program` would run for `batch` rows.
 
     Raises InputError.
@@ -218,7 +222,7 @@ def explain(runner: Runner, program: Program, batch: int = 1) -> Explanation:
     entries = {e.key: e for e in regions.store.entries()} if regions.store is not None else {}
     # of a prompt, its last chunk; a chunk of one token runs as if decoded
     parts = (runner.calls(program, of) for of in (shape, shape.decode))
-    prefill, decode = (_uses(runner, Counter(calls), entries) for calls in parts)
+    prefill, decode = (_uses(runner, Counter(calls), entries=entries) for calls in parts)
     steps = []
     for step in program.schedule():
         call, spec = library.layers[step.layer], library.table.kv_specs[step.layer]
@@ -258,12 +262,12 @@ def explain(runner: Runner, program: Program, batch: int = 1) -> Explanation:
         pool.length,
         cost,
         runner.tiers.tier,
-        _tiers(runner, program, shape, entries),
+        _tiers(runner, program, shape=shape, entries=entries),
     )
 
 
 def _uses(
-    runner: Runner, calls: Counter[RegionName], entries: dict[str, Entry]
+    runner: Runner, calls: Counter[RegionName], *, entries: dict[str, Entry]
 ) -> tuple[RegionUse, ...]:
     regions, found = runner.regions, []
     if not runner.backend.needs_shapes:
@@ -289,7 +293,7 @@ def _uses(
 
 
 def _tiers(
-    runner: Runner, program: Program, shape: ShapeClass, entries: dict[str, Entry]
+    runner: Runner, program: Program, *, shape: ShapeClass, entries: dict[str, Entry]
 ) -> tuple[TierState, ...]:
     """A state a phase, unless whole programs are off; they serve one row."""
     if runner.tiers.tier == "linked" or shape.batch != 1:
@@ -326,7 +330,7 @@ def _explanation_lines(e: Explanation) -> Iterator[str]:
 def _table_lines(e: Explanation) -> Iterator[str]:
     rows = [_step_row(group) for group in _groups(e.steps)]
     yield from table(
-        ("steps", "layers", "graph", "KV slots", "blends", "weights"), rows, ("weights",)
+        ("steps", "layers", "graph", "KV slots", "blends", "weights"), rows, right=("weights",)
     )
     yield ""
     phases = [("prefill", r) for r in e.prefill] + [("decode", r) for r in e.decode]
@@ -342,7 +346,7 @@ def _table_lines(e: Explanation) -> Iterator[str]:
         for p, r in phases
     ]
     yield from table(
-        ("call", "region", "shapes", "times", "state", "size"), rows, ("times", "size")
+        ("call", "region", "shapes", "times", "state", "size"), rows, right=("times", "size")
     )
     if e.missing or e.would_trace:
         trace = "trace the model" if e.would_trace else ""

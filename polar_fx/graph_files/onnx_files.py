@@ -39,8 +39,8 @@ _GRAPH_BYTES = 1 << 21  # more than any program's graph takes
 def export_onnx(
     compiled: CompiledModel,
     out: str | PathLike[str],
-    programs: Iterable[ProgramLike] | None = None,
     *,
+    programs: Iterable[ProgramLike] | None = None,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write programs of a float32 model on the CPU to the new folder `out`, an ONNX file each and
@@ -69,7 +69,7 @@ def export_onnx(
         )
     check_frequencies(compiled, "an ONNX graph")
     chosen = programs_to_ship(compiled, programs)
-    target = check_target(out, overwrite, ABOUT)
+    target = check_target(out, overwrite, mark=ABOUT)
     try:
         from . import onnx_graphs as graphs
     except ImportError as error:
@@ -78,17 +78,17 @@ def export_onnx(
             f"{install_command('onnx')}"
         ) from error
     weights, ties = stored_weights(library.tensors, library.table)
-    require_room(
-        target.parent, sum(t.nbytes for t in weights.values()) + len(chosen) * _GRAPH_BYTES
-    )
+    weight_bytes = sum(t.nbytes for t in weights.values())
+    require_room(target.parent, weight_bytes + len(chosen) * _GRAPH_BYTES)
     functions = graphs.export_functions(library)
-    with new_folder(target, overwrite, ABOUT) as work:
+    with new_folder(target, overwrite, mark=ABOUT) as work:
         save_weights(weights, work / WEIGHTS)
         places = graphs.external_weights(work / WEIGHTS, ties)
         entries = []
         for number, program in enumerate(chosen):
             file = work / f"program_{number}.onnx"
-            write_file(file, graphs.program_graph(library, program, functions, places))
+            graph = graphs.program_graph(library, program, functions=functions, weights=places)
+            write_file(file, graph)
             slots = described_slots(library.kv_specs(program))
             entries.append({"program": str(program), **_described(file), "slots": slots})
         about = {

@@ -82,7 +82,7 @@ def _export(library: LayerLibrary, name: str) -> ir.Function:
     try:
         with _quiet():
             exported = torch.onnx.export(
-                specialize(body, example, dynamic),
+                specialize(body, example, dynamic=dynamic),
                 dynamo=True,
                 opset_version=OPSET,
                 verbose=False,
@@ -203,6 +203,7 @@ def external_weights(path: Path, ties: Mapping[str, str]) -> dict[str, ir.Extern
 def program_graph(
     library: LayerLibrary,
     program: Program,
+    *,
     functions: Mapping[str, ir.Function],
     weights: Mapping[str, ir.ExternalTensor],
 ) -> bytes:
@@ -212,14 +213,17 @@ def program_graph(
     `past.0.key` [B, H, L, E], `past.0.value`, `past.1.key` ...; outputs `logits` [B, W, V] and
     `present.0.key` ...
     """
-    table, links = library.table, _Links(functions, weights, library.dtype)
+    table, links = library.table, _Links(functions, weights, dtype=library.dtype)
     ids, positions = (
-        links.input(name, torch.int64, ["batch", "tokens"]) for name in ("input_ids", "positions")
+        links.input(name, torch.int64, shape=["batch", "tokens"])
+        for name in ("input_ids", "positions")
     )
-    logits_at = links.input("logits_at", torch.int64, ["batch", "wanted"])
+    logits_at = links.input("logits_at", torch.int64, shape=["batch", "wanted"])
     slots = [
         [
-            links.input(f"past.{step}.{part}", spec.dtype, ["batch", spec.heads, "length", size])
+            links.input(
+                f"past.{step}.{part}", spec.dtype, shape=["batch", spec.heads, "length", size]
+            )
             for part, size in (("key", spec.key_size), ("value", spec.value_size))
         ]
         for step, spec in enumerate(library.kv_specs(program))
@@ -230,7 +234,7 @@ def program_graph(
     steps = []
     for step, past in zip(program.schedule(), slots, strict=True):
         symbol, name = table.layers[step.layer], f"step_{step.index}.layer_{step.layer}"
-        steps.append(links.step(symbol, name, past, step.opens, step.closes))
+        steps.append(links.step(symbol, name, past=past, opens=step.opens, closes=step.closes))
     chain = Chain(start.code, start.weights, tuple(steps), head, links.lerp)
     values = chain.start([ids, positions, links.add("Range", [zero, length, one])])
     *_, hidden = chain.states(values, slots)
@@ -242,8 +246,8 @@ def program_graph(
     links.output(
         chain.head(hidden, values),
         "logits",
-        from_torch_dtype(library.dtype),
-        ir.Shape(["batch", "wanted", None]),
+        dtype=from_torch_dtype(library.dtype),
+        shape=ir.Shape(["batch", "wanted", None]),
         first=True,
     )
     return links.to_bytes()
@@ -256,6 +260,7 @@ class _Links:
         self,
         functions: Mapping[str, ir.Function],
         weights: Mapping[str, ir.ExternalTensor],
+        *,
         dtype: torch.dtype,
     ) -> None:
         self._functions, self._weights, self._dtype = functions, weights, dtype
@@ -264,14 +269,14 @@ class _Links:
         self._nodes: list[ir.Node] = []
         self._used: dict[str, ir.Value] = {}
 
-    def input(self, name: str, dtype: torch.dtype, shape: Sequence[int | str]) -> ir.Value:
+    def input(self, name: str, dtype: torch.dtype, *, shape: Sequence[int | str]) -> ir.Value:
         self._inputs.append(
             ir.Value(name=name, type=ir.TensorType(from_torch_dtype(dtype)), shape=ir.Shape(shape))
         )
         return self._inputs[-1]
 
     def output(
-        self, value: ir.Value, name: str, dtype: Any, shape: Any, first: bool = False
+        self, value: ir.Value, name: str, *, dtype: Any, shape: Any, first: bool = False
     ) -> None:
         value.name, value.dtype, value.shape = name, dtype, shape
         self._outputs.insert(0 if first else len(self._outputs), value)
@@ -291,6 +296,7 @@ class _Links:
         self,
         symbol: Symbol,
         name: str,
+        *,
         past: Sequence[ir.Value] = (),
         opens: int = 0,
         closes: tuple[float, ...] = (),
@@ -302,7 +308,9 @@ class _Links:
             node = ir.node(symbol.target, given, domain=_DOMAIN, num_outputs=num_results, name=name)
             self._nodes.append(node)
             for old, new in zip(past, node.outputs[num_results - len(past) :], strict=True):
-                self.output(new, str(old.name).replace("past", "present"), old.dtype, old.shape)
+                self.output(
+                    new, str(old.name).replace("past", "present"), dtype=old.dtype, shape=old.shape
+                )
             return node.outputs
 
         weights = [self._weight(name) for name in symbol.weights]

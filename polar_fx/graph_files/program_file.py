@@ -48,8 +48,8 @@ class _Flat(nn.Module):
 def export_program(
     compiled: "CompiledModel",
     program: "ProgramLike",
-    path: str | PathLike[str],
     *,
+    path: str | PathLike[str],
     overwrite: bool = False,
 ) -> Path:
     """Write one program as a `.pt2` file that `torch.export.load` reads; traces the model if that
@@ -73,9 +73,13 @@ def export_program(
     if target.suffix != ".pt2":
         raise InputError(f"torch.export reads files that end in .pt2, got {target.name!r}")
     if not target.parent.is_dir():
-        raise BundleError(target, "is in no folder that exists", f"make {target.parent} first")
+        raise BundleError(
+            target, "is in no folder that exists", remedy=f"make {target.parent} first"
+        )
     if os.path.lexists(target) and not (overwrite and target.is_file()):
-        raise BundleError(target, "exists already", "name another file, or say overwrite=True")
+        raise BundleError(
+            target, "exists already", remedy="name another file, or say overwrite=True"
+        )
     chosen, library = compiled.resolve(program), compiled.library
     specs, device, (b, t, n) = library.kv_specs(chosen), library.device, SIZES.values()
     positions = torch.arange(t, device=device) + torch.arange(b, device=device)[:, None]
@@ -106,7 +110,7 @@ def export_program(
             ) from error
         exported.example_inputs = None  # type: ignore[assignment]  # nothing is to be run when it is loaded
         with os_errors(target), replacing(target) as work:
-            _save(exported, json.dumps(about), work, named=target)
+            _save(exported, json.dumps(about), path=work, named=target)
     return target
 
 
@@ -126,7 +130,7 @@ def described_slots(specs: Sequence[KvSpec]) -> list[dict[str, int]]:
     return [{"heads": s.heads, "key_size": s.key_size, "value_size": s.value_size} for s in specs]
 
 
-def _save(exported: torch.export.ExportedProgram, about: str, path: Path, *, named: Path) -> None:
+def _save(exported: torch.export.ExportedProgram, about: str, *, path: Path, named: Path) -> None:
     """Write the file at `path`, which errors call `named`. Raises BundleError and OSError."""
     try:
         with path.open("xb") as file:
@@ -135,5 +139,5 @@ def _save(exported: torch.export.ExportedProgram, about: str, path: Path, *, nam
         raise BundleError(
             named,
             f"cannot be written: {first_line(error)}",
-            "free some space there, or name a file on another disk",
+            remedy="free some space there, or name a file on another disk",
         ) from error

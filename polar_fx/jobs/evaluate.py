@@ -138,29 +138,42 @@ def run(job: EvaluateJob, console: "Console | None" = None) -> Evaluation:
     baselines: dict[str, Any] = {}
     if job.baselines:
         with console.status("training the baselines ..."):
-            more, baselines = _baselines(subject, encoder, job.seed)
+            more, baselines = _baselines(subject, encoder, seed=job.seed)
         choices += more
     records = subject.labeller.records(
-        job.out / "verdicts.jsonl", subject.rows, wanted_programs(choices, subject.questions)
+        job.out / "verdicts.jsonl",
+        subject.rows,
+        programs=wanted_programs(choices, subject.questions),
     )
-    arms = arm_results(choices, records, subject.unseen)
+    arms = arm_results(choices, records, unseen=subject.unseen)
     right = VerdictTable.of(records, subject.selector.menu.programs).right
     by_name = {choice.name: choice for choice in choices}
     asked = _asked_for_answers(job, len(subject.rows))
-    answers = _generate(job, subject, by_name[SELECTOR_ACCURACY], records, asked, console)
+    answers = _generate(
+        job,
+        subject,
+        chosen=by_name[SELECTOR_ACCURACY],
+        records=records,
+        part=asked,
+        console=console,
+    )
     results = {
         **_facts(job, subject),
-        "against_static": against(arms, SELECTOR_ACCURACY, BEST_STATIC),
-        "distributions": _by_distribution(subject, by_name, records, right),
+        "against_static": against(arms, SELECTOR_ACCURACY, other=BEST_STATIC),
+        "distributions": _by_distribution(subject, by_name, records=records, right=right),
         "generated": None if answers is None else answers.to_dict(),
         "baselines": baselines,
         "seconds": time.perf_counter() - began,
     }
-    files = write_report(job.out, arms, results, _diagrams(subject, right), job.figures)
-    files.append(_write_page(job, subject, right, asked, answers))
+    files = write_report(
+        job.out, arms, results=results, diagrams=_diagrams(subject, right), figures=job.figures
+    )
+    files.append(_write_page(job, subject, right=right, asked=asked, generated=answers))
     if answers is not None:
         facts = {"n": len(asked)}
-        files += write_report(job.out / "answers", answers.arms, facts, {}, job.figures)
+        files += write_report(
+            job.out / "answers", answers.arms, results=facts, diagrams={}, figures=job.figures
+        )
     return Evaluation(results=results, files=files)
 
 
@@ -170,13 +183,15 @@ def _open(job: EvaluateJob, console: "Console") -> _Subject:
     trained_on = TrainedOn.read(job.predictor)
     asked = _with_defaults(job.asked, notes)
     every = asked.questions()
-    questions = _not_trained_on([q for q in every if _may_test(q)], trained_on, console)
-    templates = replace(asked, prompt=_prompt(asked, notes, questions)).templates(questions)
+    questions = _not_trained_on([q for q in every if _may_test(q)], trained_on, console=console)
+    templates = replace(asked, prompt=_prompt(asked, notes, questions=questions)).templates(
+        questions
+    )
     learned = trained_on.questions if job.baselines else []
     labeller = Labeller(
         job.workplace,
         templates,
-        questions,
+        questions=questions,
         workers=job.workers,
         console=console,
         generated=job.answers > 0,
@@ -185,7 +200,10 @@ def _open(job: EvaluateJob, console: "Console") -> _Subject:
     selector, _ = load_selector(job.predictor, labeller.model_fingerprint)
     rows = [(q, labeller.encoded[q.id]) for q in labeller.with_difficulty(questions)]
     known = training_records(
-        trained_on, job.records, {q.id for q in questions}, labeller.model_fingerprint
+        trained_on,
+        job.records,
+        test_ids={q.id for q in questions},
+        model=labeller.model_fingerprint,
     )
     states = labeller.states(rows, selector.features)
     pooled = torch.stack([selector.features.pooled(each) for each in states])
@@ -212,7 +230,7 @@ def _may_test(question: Question) -> bool:
     return question.split in (None, "test")
 
 
-def _prompt(asked: Asked, notes: dict[str, Any], questions: list[Question]) -> str:
+def _prompt(asked: Asked, notes: dict[str, Any], *, questions: list[Question]) -> str:
     # the tasks of files have no few-shot prompt
     if asked.data and notes["prompt"] == "few-shot":
         return asked.prompt_name(questions)
@@ -220,7 +238,7 @@ def _prompt(asked: Asked, notes: dict[str, Any], questions: list[Question]) -> s
 
 
 def _not_trained_on(
-    questions: list[Question], trained_on: TrainedOn, console: "Console"
+    questions: list[Question], trained_on: TrainedOn, *, console: "Console"
 ) -> list[Question]:
     left = [q for q in questions if q.id not in trained_on.ids]
     if seen := len(questions) - len(left):
@@ -237,14 +255,14 @@ def _own_choices(subject: _Subject) -> list[Choice]:
     """The identity, the predictor's policies, and static programs."""
     identity = Program.identity(subject.labeller.depth)
     return [
-        static(IDENTITY, identity, len(subject.rows)),
+        static(IDENTITY, identity, n=len(subject.rows)),
         *selector_choices(subject.selector, subject.chances),
-        *static_choices(subject.known, subject.selector, subject.questions),
+        *static_choices(subject.known, subject.selector, questions=subject.questions),
     ]
 
 
 def _baselines(
-    subject: _Subject, encoder: TextEncoder | None, seed: int
+    subject: _Subject, encoder: TextEncoder | None, *, seed: int
 ) -> tuple[list[Choice], dict[str, Any]]:
     """What trained baselines choose, and how their training went."""
     labeller, known, selector = subject.labeller, subject.known, subject.selector
@@ -257,14 +275,14 @@ def _baselines(
     more, trained = learned_choices(
         labeller.compiled,
         setting,
-        selector.features,
+        features=selector.features,
         encoded={e.id: e for e in encoded},
         seen=subject.states,
     )
     choices += more
     notes = {"block_influences": influences, **trained}
     if encoder is not None:
-        more, trained = encoder_choices(encoder, setting, subject.questions)
+        more, trained = encoder_choices(encoder, setting, test=subject.questions)
         choices += more
         notes |= trained
     return choices, notes
@@ -280,6 +298,7 @@ def _asked_for_answers(job: EvaluateJob, n: int) -> list[int]:
 def _generate(
     job: EvaluateJob,
     subject: _Subject,
+    *,
     chosen: Choice,
     records: Sequence[SearchRecord],
     part: list[int],
@@ -289,7 +308,9 @@ def _generate(
     if not part:
         return None
     labeller = subject.labeller
-    answerer: Answers = Answerer(labeller.compiled, labeller.tokenizer, labeller.templates)
+    answerer: Answers = Answerer(
+        labeller.compiled, labeller.tokenizer, templates=labeller.templates
+    )
     if any(question.choices for question in subject.questions):
         answerer = ChoiceAnswerer(labeller.place.forcing)
     with console.status("generating answers ..."):
@@ -309,6 +330,7 @@ def _generate(
 def _write_page(
     job: EvaluateJob,
     subject: _Subject,
+    *,
     right: np.ndarray,
     asked: list[int],
     generated: GeneratedArms | None,
@@ -350,6 +372,7 @@ def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
 def _by_distribution(
     subject: _Subject,
     by_name: dict[str, Choice],
+    *,
     records: Sequence[SearchRecord],
     right: np.ndarray,
 ) -> dict[str, Any]:
@@ -362,8 +385,8 @@ def _by_distribution(
         name: selector_report(
             [choice.at(places) for choice in singles],
             [records[i] for i in places],
-            subject.chances[places],
-            right[places],
+            chances=subject.chances[places],
+            right=right[places],
         )
         for name, places in distributions(subject.questions, subject.notes["tasks"]).items()
     }

@@ -37,8 +37,8 @@ class Labeller:
         self,
         workplace: "Workplace",
         templates: "Mapping[str, Template]",
-        questions: "Sequence[Question]",
         *,
+        questions: "Sequence[Question]",
         workers: int = 1,
         console: "Console | None" = None,
         generated: bool = False,
@@ -50,7 +50,7 @@ class Labeller:
         self._job = open_job(
             workplace,
             questions,
-            templates,
+            templates=templates,
             console=self.console,
             workers=workers,
             generated=generated,
@@ -78,7 +78,7 @@ class Labeller:
 
         Raises KvOverflowError if one does not fit.
         """
-        found = encode(self.tokenizer, questions, templates_of(prompt, questions))
+        found = encode(self.tokenizer, questions, templates=templates_of(prompt, questions))
         most = self.compiled.pool.max_length
         longest = max(found, key=lambda e: len(e.prefix) + len(e.prompt), default=None)
         if longest is not None and len(longest.prefix) + len(longest.prompt) > most:
@@ -95,15 +95,17 @@ class Labeller:
         with self.console.status("measuring the difficulty of the questions ..."):
             return self._job.with_difficulty(questions)
 
-    def table(self, path: Path, rows: "Rows", programs: "Sequence[Program]") -> "VerdictTable":
+    def table(self, path: Path, rows: "Rows", *, programs: "Sequence[Program]") -> "VerdictTable":
         """Every program on every question, kept at `path`; shows progress."""
         from ..training.verdict_table import VerdictTable
 
         listed = tuple(p for p in dict.fromkeys(programs) if not p.is_identity)
-        return VerdictTable.of(self.records(path, rows, {q.id: listed for q, _ in rows}), listed)
+        return VerdictTable.of(
+            self.records(path, rows, programs={q.id: listed for q, _ in rows}), listed
+        )
 
     def records(
-        self, path: Path, rows: "Rows", programs: "Mapping[str, tuple[Program, ...]]"
+        self, path: Path, rows: "Rows", *, programs: "Mapping[str, tuple[Program, ...]]"
     ) -> "list[SearchRecord]":
         """Each question's own programs on it, kept at `path`; shows progress."""
         from ..training.verdict_table import listed_records
@@ -126,7 +128,7 @@ class Labeller:
             return listed_records(
                 path,
                 rows,
-                programs,
+                programs=programs,
                 model=self.model_fingerprint,
                 depth=self.depth,
                 prompt=how,
@@ -141,7 +143,7 @@ class Labeller:
 
         workplace = replace(self.workplace, programs=programs)
         if self.workers > 1:
-            return search_in_processes(workplace, rows, self._config, self.workers)
+            return search_in_processes(workplace, rows, config=self._config, workers=self.workers)
         return replace(self.place, workplace=workplace).search(iter(rows), self._config)
 
     def states(self, rows: "Rows", features: "Features") -> "list[Tensor]":
@@ -149,11 +151,15 @@ class Labeller:
         from ..training.collect import token_features
 
         with self.console.status(f"features of {len(rows)} questions ..."):
-            return token_features(self.compiled, [encoded for _, encoded in rows], features)
+            return token_features(
+                self.compiled, [encoded for _, encoded in rows], features=features
+            )
 
     def features(self, rows: "Rows", features: "Features") -> "Tensor":
         """Pooled features of the rows, f32[N, F]."""
         from ..training.collect import pooled_features
 
         with self.console.status(f"features of {len(rows)} questions ..."):
-            return pooled_features(self.compiled, [encoded for _, encoded in rows], features)
+            return pooled_features(
+                self.compiled, [encoded for _, encoded in rows], features=features
+            )

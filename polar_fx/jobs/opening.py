@@ -43,14 +43,16 @@ class OpenJob:
         """The questions, those of built-in tasks with the level of the identity's accuracy on train
         questions of their cell.
         """
-        return measured_difficulty(questions, self.measuring, self.measuring_encoded, self.place)
+        return measured_difficulty(
+            questions, self.measuring, encoded=self.measuring_encoded, place=self.place
+        )
 
 
 def open_job(
     workplace: "Workplace",
     questions: "Sequence[Question]",
-    templates: "Mapping[str, Template]",
     *,
+    templates: "Mapping[str, Template]",
     console: "Console",
     workers: int = 1,
     generated: bool = False,
@@ -70,21 +72,24 @@ def open_job(
     logging.disable_progress_bar()  # the console says what is being done
 
     with console.status("loading the model ..."):
-        model, tokenizer = load(workplace.model, workplace.dtype, workplace.device)
-    encoded, measuring = encode(tokenizer, questions, templates), measuring_questions(questions)
-    measuring_encoded = encode(tokenizer, measuring, templates)
+        model, tokenizer = load(workplace.model, workplace.dtype, device=workplace.device)
+    encoded, measuring = (
+        encode(tokenizer, questions, templates=templates),
+        measuring_questions(questions),
+    )
+    measuring_encoded = encode(tokenizer, measuring, templates=templates)
     limit = position_limit(model)
     length = row_tokens(
         [*encoded, *measuring_encoded],
         [*questions, *measuring],
-        templates,
+        templates=templates,
         limit=limit,
         generated=generated,
     )
     if other is not None and other.questions:
         theirs = templates_of(other.prompt, other.questions)
-        rows = encode(tokenizer, other.questions, theirs)
-        needed = row_tokens(rows, other.questions, theirs, limit=limit, generated=False)
+        rows = encode(tokenizer, other.questions, templates=theirs)
+        needed = row_tokens(rows, other.questions, templates=theirs, limit=limit, generated=False)
         length = max(length, needed)
     threads = workplace.threads
     if threads is None and workers > 1:

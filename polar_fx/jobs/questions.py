@@ -94,6 +94,7 @@ def templates_of(name: str, questions: "Sequence[Question]") -> "dict[str, Templ
 def check_same_prompts(
     headers: "Sequence[SearchHeader]",
     paths: Sequence[Path],
+    *,
     templates: "Mapping[str, Template]",
 ) -> None:
     """Raise InputError if a file has records of one of these tasks that were asked in another
@@ -121,6 +122,7 @@ def _prompt_remedy(theirs: str, ours: str) -> str:
 def encode(
     tokenizer: Any,
     questions: "Sequence[Question]",
+    *,
     templates: "Mapping[str, Template]",
 ) -> "list[EncodedQuestion]":
     """The questions as tokens, each in its task's prompt, in the same order."""
@@ -134,8 +136,8 @@ def encode(
 def row_tokens(
     encoded: "Sequence[EncodedQuestion]",
     questions: "Sequence[Question]",
-    templates: "Mapping[str, Template]",
     *,
+    templates: "Mapping[str, Template]",
     limit: int | None,
     generated: bool,
 ) -> int:
@@ -165,13 +167,14 @@ def measuring_questions(questions: "Sequence[Question]") -> "list[Question]":
     unknown = [q for q in questions if q.difficulty is None and q.task in TASKS and q.cell]
     measuring: list[Question] = []
     for task, cell in sorted({(q.task, q.cell) for q in unknown}):
-        measuring += cell_sample(task, cell, _PER_CELL, split="train")
+        measuring += cell_sample(task, cell, n=_PER_CELL, split="train")
     return measuring
 
 
 def measured_difficulty(
     questions: "Sequence[Question]",
     measuring: "Sequence[Question]",
+    *,
     encoded: "Sequence[EncodedQuestion]",
     place: "OpenWorkplace",
 ) -> "list[Question]":

@@ -121,12 +121,12 @@ def run(job: SearchJob, console: "Console | None" = None) -> SearchResult:
     opened = open_job(
         workplace,
         questions,
-        templates,
+        templates=templates,
         console=console,
         workers=job.workers,
         generated=workplace.evaluator == "generation" or workplace.verify,
     )
-    header = _header(job, questions, templates, opened)
+    header = _header(job, questions, templates=templates, opened=opened)
     with RecordStore.open(job.out, header, restart=job.restart) as store:
         if len(store):
             console.print(
@@ -137,9 +137,9 @@ def run(job: SearchJob, console: "Console | None" = None) -> SearchResult:
         rows = zip(opened.with_difficulty(questions), opened.encoded, strict=True)
         left = [row for row in rows if row[0].id not in store.done]
         began = time.perf_counter()
-        found = _search(job, opened, left) if left else iter(())
+        found = _search(job, opened, rows=left) if left else iter(())
         del opened  # workers have models of their own
-        counts = _append_all(found, store, len(left), console)
+        counts = _append_all(found, store, total=len(left), console=console)
     return SearchResult(
         out=job.out,
         questions=len(questions),
@@ -164,6 +164,7 @@ def _workplace(job: SearchJob) -> Workplace:
 def _header(
     job: SearchJob,
     questions: "Sequence[Question]",
+    *,
     templates: "Mapping[str, Template]",
     opened: OpenJob,
 ) -> "SearchHeader":
@@ -189,20 +190,22 @@ def _header(
     return SearchHeader(library.model_fingerprint, place.compiled.depth, job.config, asked, prompt)
 
 
-def _search(job: SearchJob, opened: OpenJob, rows: Sequence[Row]) -> "Iterator[SearchRecord]":
+def _search(job: SearchJob, opened: OpenJob, *, rows: Sequence[Row]) -> "Iterator[SearchRecord]":
     from ..search.ray_workers import search_on_ray
     from ..search.workers import search_in_processes
 
     place = opened.place
     if job.ray is not None:
-        return search_on_ray(place.workplace, rows, job.config, job.workers, job.ray or None)
+        return search_on_ray(
+            place.workplace, rows, config=job.config, workers=job.workers, address=job.ray or None
+        )
     if job.workers > 1:
-        return search_in_processes(place.workplace, rows, job.config, job.workers)
+        return search_in_processes(place.workplace, rows, config=job.config, workers=job.workers)
     return place.search(iter(rows), job.config)
 
 
 def _append_all(
-    found: "Iterator[SearchRecord]", store: "RecordStore", total: int, console: "Console"
+    found: "Iterator[SearchRecord]", store: "RecordStore", *, total: int, console: "Console"
 ) -> Counts:
     """Append records as they come, with rate, time left, and counts."""
     from rich.progress import TextColumn

@@ -93,9 +93,9 @@ def run(job: TrainJob, console: "Console | None" = None) -> dict[str, Any]:
     if few := too_few_to_certify(len(questions.validation), job.config):
         console.print(few, markup=False)
     templates = asked.templates(questions.all)
-    check_same_prompts(headers, job.records, templates)
+    check_same_prompts(headers, job.records, templates=templates)
     labeller = Labeller(
-        job.workplace, templates, questions.all, workers=job.workers, console=console
+        job.workplace, templates, questions=questions.all, workers=job.workers, console=console
     )
     for header in headers[:1]:
         labeller.check_model(header)
@@ -103,7 +103,7 @@ def run(job: TrainJob, console: "Console | None" = None) -> dict[str, Any]:
     usable = _without(records, questions.validation)
     if left := len(records) - len(usable):
         console.print(f"{left} records are of validation questions and not used", style="dim")
-    selector, measured = _train(job, labeller, questions, usable)
+    selector, measured = _train(job, labeller, questions=questions, records=usable)
     policy.check(selector.calibration, {selector.menu.programs[0]: 0.0})
     results = {
         **measured,
@@ -118,8 +118,8 @@ def run(job: TrainJob, console: "Console | None" = None) -> dict[str, Any]:
     }
     mined = json.dumps(sorted({record.question.id for record in usable}))
     replace_file(folder_of(job.out) / MINED, [mined.encode()])
-    notes = _notes(job, asked.prompt_name(questions.all), templates)
-    save_selector(selector, job.out, labeller.model_fingerprint, policy, notes)
+    notes = _notes(job, asked.prompt_name(questions.all), templates=templates)
+    save_selector(selector, job.out, model=labeller.model_fingerprint, policy=policy, notes=notes)
     text = json.dumps(results, indent=1, default=str)
     replace_file(job.out / "results.json", [text.encode() + b"\n"])
     return results
@@ -170,7 +170,7 @@ def _without(
 
 
 def _train(
-    job: TrainJob, labeller: Labeller, questions: Questions, records: "Sequence[SearchRecord]"
+    job: TrainJob, labeller: Labeller, *, questions: Questions, records: "Sequence[SearchRecord]"
 ) -> "tuple[Selector, dict[str, Any]]":
     """The selector, and what was measured on the way."""
     parts, encoded = folder_of(job.out), labeller.encoded
@@ -179,9 +179,9 @@ def _train(
         return train_predictor(
             records,
             [(q, encoded[q.id]) for q in questions.train],
-            [(q, encoded[q.id]) for q in questions.validation],
+            validation=[(q, encoded[q.id]) for q in questions.validation],
             dense=lambda name, rows, programs: labeller.table(
-                parts / f"{name}.jsonl", rows, programs
+                parts / f"{name}.jsonl", rows, programs=programs
             ),
             features_of=lambda rows: labeller.features(rows, job.config.features),
             depth=labeller.depth,
@@ -194,7 +194,7 @@ def _train(
             writer.close()
 
 
-def _notes(job: TrainJob, prompt: str, templates: "Mapping[str, Template]") -> dict[str, Any]:
+def _notes(job: TrainJob, prompt: str, *, templates: "Mapping[str, Template]") -> dict[str, Any]:
     """What is saved with the predictor, for those who evaluate or run it."""
     return {
         "tasks": sorted(templates),

@@ -34,6 +34,7 @@ class Generation:
         self,
         compiled: CompiledModel,
         tokenizer: Any,
+        *,
         questions: Mapping[str, Question],
         templates: Mapping[str, Template],
         batch: int = 32,
@@ -52,20 +53,20 @@ class Generation:
                 part = members[start : start + self.batch]
                 template = self.templates[task]
                 stops = template.decode_stop(self.tokenizer).strings
-                texts = self.answers([pairs[i][0] for i in part], program, template)
+                texts = self.answers([pairs[i][0] for i in part], program, template=template)
                 for i, text in zip(part, texts, strict=True):
-                    verdicts[i] = Verdict(grade(text, self.questions[pairs[i][0].id], stops))
+                    verdicts[i] = Verdict(grade(text, self.questions[pairs[i][0].id], stops=stops))
         return [verdicts[i] for i in range(len(pairs))]
 
     def forget(self, question_ids: Iterable[str]) -> None:
         """Nothing is kept."""
 
     def answers(
-        self, questions: Sequence[EncodedQuestion], program: Program, template: Template
+        self, questions: Sequence[EncodedQuestion], program: Program, *, template: Template
     ) -> list[str]:
         """What greedy decoding answers, up to the stop (and maybe beyond it)."""
         ids, arguments = generate_arguments(
-            questions, self.tokenizer, template.decode_stop(self.tokenizer)
+            questions, self.tokenizer, stop=template.decode_stop(self.tokenizer)
         )
         out = self.compiled.generate(ids, program=program, do_sample=False, **arguments)[
             :, ids.shape[1] :
@@ -74,7 +75,7 @@ class Generation:
 
 
 def generate_arguments(
-    questions: Sequence[EncodedQuestion], tokenizer: Any, stop: DecodeStop
+    questions: Sequence[EncodedQuestion], tokenizer: Any, *, stop: DecodeStop
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The prompts i64[B, T], padded on the left, and the other arguments of a `generate` that ends
     at `stop`.

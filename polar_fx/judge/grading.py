@@ -59,7 +59,7 @@ def extract(text: str, stops: Iterable[str] = ()) -> Extracted:
     return Extracted(text.strip(), False)
 
 
-def grade(text: str, question: Question, stops: Iterable[str] = ()) -> bool:
+def grade(text: str, question: Question, *, stops: Iterable[str] = ()) -> bool:
     """Whether the answer in `text` (see `extract`) is one of the question's accepted answers.
 
     Answers in words are compared as text, without regard to case; others also by math-verify, where

@@ -42,6 +42,7 @@ class StepNode:
         self,
         parent: "StepNode | None",
         layer: int = -1,
+        *,
         opens: int = 0,
         closes: tuple[float, ...] = (),
     ) -> None:
@@ -73,11 +74,12 @@ class StepTrie:
         for step in program.schedule():
             key = (step.layer, step.opens, step.closes)
             if (child := node.children.get(key)) is None:
-                child = node.children[key] = StepNode(node, *key)
+                child = StepNode(node, step.layer, opens=step.opens, closes=step.closes)
+                node.children[key] = child
             node = child
         return node
 
-    def put(self, node: StepNode, row: Hashable, state: State) -> None:
+    def put(self, node: StepNode, row: Hashable, *, state: State) -> None:
         node.states[row] = state
         self._used[node, row] = None
         self.num_bytes += state.num_bytes

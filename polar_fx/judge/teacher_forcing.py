@@ -256,10 +256,10 @@ class TeacherForcing:
         waiting: dict[_Task, int] = {}
         followers: dict[_Task, list[_Task]] = defaultdict(list)
         for row, leaf in tasks:
-            for task in self._missing(row, leaf, waiting):
+            for task in self._missing(row, leaf, planned=waiting):
                 needs = [(row, task[1].parent), *([(row.prefix, task[1])] if row.prefix else [])]
                 if row.prefix:
-                    for other in self._missing(row.prefix, task[1], waiting):
+                    for other in self._missing(row.prefix, task[1], planned=waiting):
                         before = (row.prefix, other[1].parent)
                         waiting[other] = int(before in waiting)
                         followers[before].append(other)  # type: ignore[index]
@@ -283,7 +283,7 @@ class TeacherForcing:
                         if not waiting[follower]:
                             ready[follower[1].layer, follower[0].target is None].append(follower)
 
-    def _missing(self, row: _Row, leaf: StepNode, planned: dict[_Task, int]) -> list[_Task]:
+    def _missing(self, row: _Row, leaf: StepNode, *, planned: dict[_Task, int]) -> list[_Task]:
         """The steps above `leaf` whose states of `row` are neither known nor planned, first one
         first.
         """
@@ -320,9 +320,9 @@ class TeacherForcing:
         values, tokens = self._inputs(rows)
         call = self.compiled.library.layers[layer]
         keys, slot_values = self._scratch(layer, batch)
-        step = call.step(self._region(call.target, len(rows), tokens))
+        step = call.step(self._region(call.target, len(rows), tokens=tokens))
         hidden = padded([s.hidden for s in before], tokens)
-        out = step.run(hidden, values, (keys, slot_values))
+        out = step.run(hidden, values, slot=(keys, slot_values))
         for i, ((row, node), state) in enumerate(zip(batch, before, strict=True)):
             blends = Blends(torch.lerp, state.saved)
             blends.open(state.hidden, node.opens)
@@ -333,7 +333,7 @@ class TeacherForcing:
                 if row.target is not None
                 else tuple(t[i, :, : len(row.ids)].clone() for t in (keys, slot_values))
             )
-            self.trie.put(node, row, State(after.clone(), tuple(blends.saved), kv))  # type: ignore[arg-type]
+            self.trie.put(node, row, state=State(after.clone(), tuple(blends.saved), kv))  # type: ignore[arg-type]
 
     def _state(self, row: _Row, node: StepNode | None) -> State:
         assert node is not None
@@ -379,7 +379,8 @@ class TeacherForcing:
     def _prologue(self, ids: Tensor, positions: Tensor) -> list[Tensor]:
         inputs = [ids, positions, self.compiled.pool.kv_index]
         start = self.compiled.library.prologue
-        return side_values(self._region(start.target, *ids.shape), inputs, start.weights)
+        region = self._region(start.target, len(ids), tokens=ids.shape[1])
+        return side_values(region, inputs, weights=start.weights)
 
     def _positions(self, row: _Row, tokens: int) -> Tensor:
         # padding goes to the spare last column, as in a ragged batch of KvSession
@@ -389,7 +390,7 @@ class TeacherForcing:
         )
         return places
 
-    def _region(self, target: str, batch: int, tokens: int) -> Region:
+    def _region(self, target: str, batch: int, *, tokens: int) -> Region:
         shape = ShapeClass.of(batch, tokens, self.compiled.pool.length)
         return self.compiled.regions.one(RegionName(target, shape))
 
@@ -414,7 +415,7 @@ class TeacherForcing:
             gold.append(torch.nn.functional.pad(target, (0, count - len(target))))
         values = self._prologue(torch.stack(ids), torch.stack(positions))
         head = self.compiled.library.epilogue
-        step = head.step(self._region(head.target, len(batch), count))
+        step = head.step(self._region(head.target, len(batch), tokens=count))
         logits = step.run(torch.stack(hidden), values).float()
         wanted = torch.stack(gold)[..., None]
         chosen = logits.gather(-1, wanted)

@@ -34,6 +34,7 @@ Examine = Callable[[LayerLibrary], None]
 def load_library(
     model: PreTrainedModel,
     check: bool,
+    *,
     store: ArtifactStore | None,
     examine: Examine | None = None,
 ) -> LayerLibrary:
@@ -46,11 +47,11 @@ def load_library(
     # also for what is done with a graph's symbolic sizes: while one thread traces, they fail in any
     # other
     with TRACING:
-        return _load_library(model, check, store, examine)
+        return _load_library(model, check, store=store, examine=examine)
 
 
 def _load_library(
-    model: PreTrainedModel, check: bool, store: ArtifactStore | None, examine: Examine | None
+    model: PreTrainedModel, check: bool, *, store: ArtifactStore | None, examine: Examine | None
 ) -> LayerLibrary:
     def capture() -> CapturedModel:
         return capture_checked(model, check=check)
@@ -72,7 +73,7 @@ def _load_library(
     if (files := store.get(key, facts)) is not None:
         try:
             table = SymbolTable.from_json(files[_TABLE].read_text(encoding="utf-8"))
-            return LayerLibrary.from_table(table, _tensors(model, table), capture)
+            return LayerLibrary.from_table(table, _tensors(model, table), capture=capture)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             log.warning(
                 "the cached symbol table %s is of no use (%r); tracing the model", key[:12], error
@@ -84,7 +85,7 @@ def _load_library(
         log.info("the capture is not cached: it holds a tensor that is not the model's (%s)", error)
         return library
     if all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in library.tensors.items()):
-        store.get_or_make(key, facts, lambda folder: _write(folder, library.table))
+        store.get_or_make(key, facts, make=lambda folder: _write(folder, library.table))
     else:
         log.info("the capture is not cached: tracing made tensors of its own")
     return library

@@ -42,7 +42,7 @@ class Call:
     weights: tuple[Tensor, ...]
 
     def step(
-        self, code: Code[Tensor], opens: int = 0, closes: tuple[float, ...] = ()
+        self, code: Code[Tensor], opens: int = 0, *, closes: tuple[float, ...] = ()
     ) -> Step[Tensor]:
         """The call with the code of its body, and the blends around it."""
         return Step(code, self.sides, self.weights, opens, closes)
@@ -65,6 +65,7 @@ class LayerLibrary:
         cls,
         table: SymbolTable,
         tensors: Mapping[str, Tensor],
+        *,
         capture: Callable[[], CapturedModel],
         pipeline: Pipeline | None = None,
     ) -> "LayerLibrary":

@@ -19,7 +19,7 @@ Code = Callable[[list[T]], Sequence[T]]
 HIDDEN = 3
 
 
-def side_values(prologue: Code[T], inputs: Sequence[T], weights: Sequence[T]) -> list[T]:
+def side_values(prologue: Code[T], inputs: Sequence[T], *, weights: Sequence[T]) -> list[T]:
     """The side values, computed by the prologue from the three graph inputs."""
     return [*inputs, *prologue([*inputs, *weights])]
 
@@ -38,13 +38,13 @@ class Step(Generic[T]):
     opens: int = 0
     closes: Sequence[float] = ()
 
-    def operands(self, hidden: T, values: Sequence[T], slot: Sequence[T] = ()) -> list[T]:
+    def operands(self, hidden: T, values: Sequence[T], *, slot: Sequence[T] = ()) -> list[T]:
         """What the call takes, in order: hidden state, side values, keys and values, weights."""
         return [hidden, *[values[i] for i in self.sides], *slot, *self.weights]
 
-    def run(self, hidden: T, values: Sequence[T], slot: Sequence[T] = ()) -> T:
+    def run(self, hidden: T, values: Sequence[T], *, slot: Sequence[T] = ()) -> T:
         """What the call makes of the hidden state, blends apart; it writes its slot."""
-        return self.code(self.operands(hidden, values, slot))[0]
+        return self.code(self.operands(hidden, values, slot=slot))[0]
 
 
 class Blends(Generic[T]):
@@ -77,6 +77,7 @@ class Blends(Generic[T]):
 def states(
     steps: Sequence[Step[T]],
     hidden: T,
+    *,
     values: Sequence[T],
     slots: Sequence[Sequence[T]],
     blends: Blends[T],
@@ -85,7 +86,7 @@ def states(
     for step, slot in zip(steps, slots, strict=True):
         if step.opens:
             blends.open(hidden, step.opens)
-        hidden = step.code(step.operands(hidden, values, slot))[0]
+        hidden = step.code(step.operands(hidden, values, slot=slot))[0]
         if step.closes:
             hidden = blends.close(hidden, step.closes)
         yield hidden
@@ -112,6 +113,7 @@ class Chain(Generic[T]):
         self,
         inputs: Sequence[T],
         slots: Sequence[Sequence[T]],
+        *,
         pick: Callable[[T], T] | None = None,
         resume: tuple[int, T] | None = None,
     ) -> T:
@@ -122,27 +124,28 @@ class Chain(Generic[T]):
         """
         values = self.start(inputs)
         if self.one is None:
-            hidden, _ = self._through(self.steps, values, slots, resume)
+            hidden, _ = self._through(self.steps, values, slots=slots, resume=resume)
             return self.head(hidden, values)
         assert pick is not None
-        hidden, blends = self._all_but_last(values, slots, resume)
+        hidden, blends = self._all_but_last(values, slots, resume=resume)
         ids, positions, kv_index = inputs
         values = self.one.start([pick(ids), pick(positions), kv_index])
         last, slot = self.one.steps[-1:], slots[-1:]
-        (hidden,) = states(last, pick(hidden), values, slot, blends.each(pick))
+        (hidden,) = states(last, pick(hidden), values=values, slots=slot, blends=blends.each(pick))
         return self.one.head(hidden, values)
 
     def write_kv(
         self,
         inputs: Sequence[T],
         slots: Sequence[Sequence[T]],
+        *,
         resume: tuple[int, T] | None = None,
     ) -> None:
         """Write every step's keys and values, and compute nothing that only logits need.
 
         Of a chain for one token a row.
         """
-        self._all_but_last(self.start(inputs), slots, resume)
+        self._all_but_last(self.start(inputs), slots, resume=resume)
 
     def states(self, values: Sequence[T], slots: Sequence[Sequence[T]]) -> Iterator[T]:
         """The hidden states before the first step and then after each; a step runs when the state
@@ -151,11 +154,13 @@ class Chain(Generic[T]):
         Of a chain for one token a row, all but the last.
         """
         yield values[HIDDEN]
-        yield from states(self.steps, values[HIDDEN], values, slots, Blends(self.lerp))
+        yield from states(
+            self.steps, values[HIDDEN], values=values, slots=slots, blends=Blends(self.lerp)
+        )
 
     def start(self, inputs: Sequence[T]) -> list[T]:
         """The side values."""
-        return side_values(self.prologue, inputs, self.prologue_weights)
+        return side_values(self.prologue, inputs, weights=self.prologue_weights)
 
     def head(self, hidden: T, values: Sequence[T]) -> T:
         """The logits of hidden states after the last step."""
@@ -163,26 +168,27 @@ class Chain(Generic[T]):
         return self.epilogue.run(hidden, values)
 
     def _all_but_last(
-        self, values: Sequence[T], slots: Sequence[Sequence[T]], resume: tuple[int, T] | None
+        self, values: Sequence[T], slots: Sequence[Sequence[T]], *, resume: tuple[int, T] | None
     ) -> tuple[T, Blends[T]]:
         """The hidden state before the last step, and the blends that are open there; all steps'
         keys and values are written.
         """
         assert self.kv_writes is not None
-        hidden, blends = self._through(self.steps[:-1], values, slots[:-1], resume)
-        self.kv_writes(self.steps[-1].operands(hidden, values, slots[-1]))
+        hidden, blends = self._through(self.steps[:-1], values, slots=slots[:-1], resume=resume)
+        self.kv_writes(self.steps[-1].operands(hidden, values, slot=slots[-1]))
         return hidden, blends
 
     def _through(
         self,
         steps: Sequence[Step[T]],
         values: Sequence[T],
+        *,
         slots: Sequence[Sequence[T]],
         resume: tuple[int, T] | None,
     ) -> tuple[T, Blends[T]]:
         """The hidden state after these steps, and the blends that are open there."""
         done, hidden = (0, values[HIDDEN]) if resume is None else resume
         blends = Blends(self.lerp)
-        for after in states(steps[done:], hidden, values, slots[done:], blends):
+        for after in states(steps[done:], hidden, values=values, slots=slots[done:], blends=blends):
             hidden = after
         return hidden, blends

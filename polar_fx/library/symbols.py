@@ -189,12 +189,12 @@ def read_symbols(graph_module: GraphModule, kv_specs: tuple[KvSpec, ...]) -> Sym
     (batch, tokens), (length,) = inputs[0].meta["val"].shape, inputs[2].meta["val"].shape
     names = {str(size): name for size, name in ((batch, "B"), (tokens, "T"), (length, "L"))}
     calls = (ends["prologue"], *layer_calls(graph_module), ends["epilogue"])
-    symbols = [_symbol(graph_module, c, places) for c in calls]
+    symbols = [_symbol(graph_module, c, places=places) for c in calls]
     bodies = {str(c.target): _body(body(graph_module, c), names) for c in calls}
     return SymbolTable(bodies, symbols[0], tuple(symbols[1:-1]), symbols[-1], kv_specs)
 
 
-def _symbol(graph_module: GraphModule, call: Node, places: dict[Node, int]) -> Symbol:
+def _symbol(graph_module: GraphModule, call: Node, *, places: dict[Node, int]) -> Symbol:
     roles = [role(n) for n in body(graph_module, call).graph.find_nodes(op="placeholder")]
     sides: list[int] = []
     weights: list[str] = []

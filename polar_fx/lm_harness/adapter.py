@@ -219,7 +219,7 @@ class PolarLM(TemplateLM):
         disable_tqdm: bool = False,
         **kwargs: Any,
     ) -> list[tuple[float, bool]]:
-        rows = [self._fitted(*request) for request in requests]
+        rows = [self._fitted(text, own, continuation=end) for text, own, end in requests]
         decisions = self._decide([context for context, _ in rows])
         # requests of one input, such as choices of one token, share a row
         programs: dict[Program, dict[Tokens, list[int]]] = {}
@@ -245,7 +245,7 @@ class PolarLM(TemplateLM):
         return results
 
     def _fitted(
-        self, text: Any, context: list[int], continuation: list[int]
+        self, text: Any, context: list[int], *, continuation: list[int]
     ) -> tuple[Tokens, Tokens]:
         """The end of the context that fits beside the continuation, at least one token; the last
         token is not fed.
@@ -288,7 +288,9 @@ class PolarLM(TemplateLM):
         ) as bar:
             for (program, _), members in groups.items():
                 for batch in self._batches(members, lambda i: len(contexts[i])):
-                    made = self._generate(program, [contexts[i] for i in batch], asked[batch[0]])
+                    made = self._generate(
+                        program, [contexts[i] for i in batch], asked=asked[batch[0]]
+                    )
                     for i, text in zip(batch, made, strict=True):
                         texts[i] = text
                         self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -309,7 +311,7 @@ class PolarLM(TemplateLM):
             log.warning("a context of %d tokens was cut to its last %d", len(tokens), room)
         return tuple(tokens[-room:])
 
-    def _generate(self, program: Program, contexts: Sequence[Tokens], asked: Asked) -> list[str]:
+    def _generate(self, program: Program, contexts: Sequence[Tokens], *, asked: Asked) -> list[str]:
         ids, mask = padded_rows(contexts)
         special = {
             s: self.tokenizer.convert_tokens_to_ids(s)
@@ -320,7 +322,9 @@ class PolarLM(TemplateLM):
         ends = [*self._ends, *special.values()]
         options = dict(asked.options)
         if strings:
-            options["stopping_criteria"] = [StopStrings(self.tokenizer, strings, ids.shape[1])]
+            options["stopping_criteria"] = [
+                StopStrings(self.tokenizer, strings, prompt_tokens=ids.shape[1])
+            ]
         tokens = self.compiled.generate(
             ids.to(self.device),
             program=program,
@@ -331,7 +335,7 @@ class PolarLM(TemplateLM):
             **options,
         )
         return [
-            new_text(self.tokenizer, row, ends, strings)
+            new_text(self.tokenizer, row, ends=ends, until=strings)
             for row in tokens[:, ids.shape[1] :].tolist()
         ]
 

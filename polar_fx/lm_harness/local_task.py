@@ -51,7 +51,7 @@ def local_task(
     ]
     name = f"polar_fx_{task.replace('-', '_')}_{kind}"
     folder = Path(folder).absolute()
-    config = _config(name, folder, kind, template)
+    config = _config(name, folder, kind=kind, template=template)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(row).encode() + b"\n" for row in rows]
@@ -66,7 +66,7 @@ def local_task(
     return config
 
 
-def _config(name: str, folder: Path, kind: Kind, template: PromptTemplate) -> dict[str, Any]:
+def _config(name: str, folder: Path, *, kind: Kind, template: PromptTemplate) -> dict[str, Any]:
     """What lm-eval's YAML says of the task."""
     config: dict[str, Any] = {
         "task": name,

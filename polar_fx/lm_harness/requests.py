@@ -53,7 +53,7 @@ class StopStrings(StoppingCriteria):
     answer that begins with one would make "\\n\\n".
     """
 
-    def __init__(self, tokenizer: Any, strings: Sequence[str], prompt_tokens: int) -> None:
+    def __init__(self, tokenizer: Any, strings: Sequence[str], *, prompt_tokens: int) -> None:
         self.tokenizer, self.strings, self.start = tokenizer, strings, prompt_tokens
         # no token of a text is shorter than a byte
         self.reach = 1 + max(len(s.encode()) for s in strings)
@@ -68,7 +68,7 @@ class StopStrings(StoppingCriteria):
 
 
 def new_text(
-    tokenizer: Any, tokens: Iterable[int], ends: Iterable[int], until: Iterable[str]
+    tokenizer: Any, tokens: Iterable[int], *, ends: Iterable[int], until: Iterable[str]
 ) -> str:
     """The text of new tokens up to the first that is one of `ends`, and of that up to the first of
     the stop strings.

@@ -16,7 +16,7 @@ def escaped(value: object) -> Markup:
 
 
 def html_table(
-    head: Sequence[str], rows: Iterable[Sequence[object]], right: Iterable[str] = ()
+    head: Sequence[str], rows: Iterable[Sequence[object]], *, right: Iterable[str] = ()
 ) -> Markup:
     """A `<table>`; columns named in `right` are aligned to the right."""
     sides = ["right" if name in set(right) else "left" for name in head]

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 
 def table(
-    head: Sequence[str], rows: Iterable[Sequence[str]], right: Iterable[str] = ()
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[str] = ()
 ) -> list[str]:
     """Lines of a table, two spaces between columns; those named in `right` are aligned to the
     right.

@@ -115,6 +115,7 @@ class Policy:
         self,
         proposal: Proposal,
         calibration: Calibration,
+        *,
         costs_ms: Mapping[Program, float] | None = None,
     ) -> int:
         """The chosen place in the proposal; 0 is the identity, also where a probability is not a

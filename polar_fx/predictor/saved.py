@@ -31,6 +31,7 @@ _JSON, _TENSORS = "predictor.json", "predictor.safetensors"
 def save_selector(
     selector: Selector,
     folder: str | Path,
+    *,
     model: str,
     policy: Policy | None = None,
     notes: Mapping[str, Any] | None = None,
@@ -89,36 +90,18 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
     model than that of fingerprint `model` (None: not checked).
     """
     path = Path(folder) / _JSON
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        data = (Path(folder) / _TENSORS).read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{folder} holds no predictor: {error}; train one with `python -m polar_fx train`"
-        ) from error
-    except ValueError as error:
-        raise _damaged(path, f"it is not JSON: {error}") from error
-    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
-        raise _damaged(path, "it describes no predictor")
-    if fields.get("version") != VERSION:
-        there = fields.get("version")
-        raise InputError(
-            f"{path} is of version {there!r}, and {VERSION} is read here; use the polar_fx that "
-            "wrote it"
-        )
+    fields = _described(path)
     if model is not None and fields.get("model") != model:
         raise InputError(
             f"the predictor in {folder} was trained for a model of fingerprint "
             f"{str(fields.get('model'))[:12]}..., this one's is {model[:12]}... (another dtype is "
             "another one too); train one for this model, or load that model"
         )
-    if hashlib.sha256(data).hexdigest() != fields.get("tensors_sha256"):
-        raise _damaged(path.with_name(_TENSORS), f"its sha256 is not the one in {_JSON}")
     try:
         depth = fields["depth"]
         menu = Menu(tuple(Program.parse(text, depth) for text in fields["menu"]))
         network = SelectorNetwork(
-            fields["network"]["num_features"], len(menu), fields["network"]["width"]
+            fields["network"]["num_features"], len(menu), width=fields["network"]["width"]
         )
         tensors = load_file(path.with_name(_TENSORS))
         slopes, shifts = tensors.pop("slopes"), tensors.pop("shifts")
@@ -133,7 +116,12 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
         ):
             raise ValueError("a weight is not finite")
         selector = Selector(
-            menu, Features(**fields["features"]), network, calibration, slopes, shifts
+            menu,
+            Features(**fields["features"]),
+            network=network,
+            calibration=calibration,
+            slopes=slopes,
+            shifts=shifts,
         )
         return selector, Policy.parse(fields["policy"], depth)
     except (
@@ -146,6 +134,30 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
         ProgramError,
     ) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """What a predictor's folder says of it, with the tensors that it says; raises InputError."""
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        data = path.with_name(_TENSORS).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path.parent} holds no predictor: {error}; train one with `python -m polar_fx train`"
+        ) from error
+    except ValueError as error:
+        raise _damaged(path, f"it is not JSON: {error}") from error
+    if not isinstance(fields, dict) or fields.get("format") != FORMAT:
+        raise _damaged(path, "it describes no predictor")
+    if fields.get("version") != VERSION:
+        there = fields.get("version")
+        raise InputError(
+            f"{path} is of version {there!r}, and {VERSION} is read here; use the polar_fx that "
+            "wrote it"
+        )
+    if hashlib.sha256(data).hexdigest() != fields.get("tensors_sha256"):
+        raise _damaged(path.with_name(_TENSORS), f"its sha256 is not the one in {_JSON}")
+    return fields
 
 
 def _damaged(path: Path, reason: str) -> InputError:

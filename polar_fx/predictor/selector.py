@@ -29,7 +29,7 @@ class SelectorNetwork(nn.Module):
     scale: Tensor
 
     def __init__(
-        self, num_features: int, num_programs: int, width: int = 64, dropout: float = 0.2
+        self, num_features: int, num_programs: int, *, width: int = 64, dropout: float = 0.2
     ) -> None:
         super().__init__()
         if min(num_features, num_programs) < 1 or width < 0:
@@ -64,7 +64,9 @@ class SelectorNetwork(nn.Module):
         inners = [network.inner for network in networks if network.inner is not None]
         weights = [network.outer.weight for network in networks]
         width = sum(inner.out_features for inner in inners)
-        merged = cls(len(first.mean), first.outer.out_features, width, first.dropout.p)
+        merged = cls(
+            len(first.mean), first.outer.out_features, width=width, dropout=first.dropout.p
+        )
         merged.mean.copy_(first.mean)
         merged.scale.copy_(first.scale)
         if merged.inner is not None:
@@ -101,6 +103,7 @@ class Selector:
         self,
         menu: Menu,
         features: Features,
+        *,
         network: SelectorNetwork,
         calibration: Calibration | None = None,
         slopes: Tensor | None = None,

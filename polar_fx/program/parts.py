@@ -30,7 +30,7 @@ class Op(StrEnum):
     REPEAT = "repeat"
 
 
-def check_whole(value: SupportsIndex, what: str, low: int, high: int | None = None) -> int:
+def check_whole(value: SupportsIndex, what: str, *, low: int, high: int | None = None) -> int:
     """Return `value` as an int; raise ProgramError for bools, floats and values outside
     low..high.
     """
@@ -49,7 +49,7 @@ def check_whole(value: SupportsIndex, what: str, low: int, high: int | None = No
 
 def check_depth(depth: SupportsIndex) -> int:
     """Return `depth` as an int; raise ProgramError unless it is 1..MAX_STEPS."""
-    return check_whole(depth, "depth (the model's number of layers)", 1, MAX_STEPS)
+    return check_whole(depth, "depth (the model's number of layers)", low=1, high=MAX_STEPS)
 
 
 def check_damping(damping: float, what: str) -> float:
@@ -92,13 +92,15 @@ class Segment:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        start = check_whole(self.start, "segment start", 0)
+        start = check_whole(self.start, "segment start", low=0)
         stop = check_whole(
-            self.stop, f"stop (exclusive) of the segment that starts at layer {start}", start + 1
+            self.stop,
+            f"stop (exclusive) of the segment that starts at layer {start}",
+            low=start + 1,
         )
         where = f"segment {start}:{stop}"
         op = check_op(self.op, where)
-        times = check_whole(self.times, f"times of {where}", 1)
+        times = check_whole(self.times, f"times of {where}", low=1)
         damping = check_damping(self.damping, where)
         if op is Op.REPEAT and times < 2:
             raise ProgramError(
@@ -145,11 +147,11 @@ class Edit:
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        start = check_whole(self.start, "edit start", 0)
-        length = check_whole(self.length, f"length of the edit at layer {start}", 1)
+        start = check_whole(self.start, "edit start", low=0)
+        length = check_whole(self.length, f"length of the edit at layer {start}", low=1)
         where = f"edit of layers {start}:{start + length}"
         op = check_op(self.op, where)
-        times = check_whole(self.times, f"times of {where}", 2)
+        times = check_whole(self.times, f"times of {where}", low=2)
         damping = check_damping(self.damping, where)
         if op is Op.KEEP:
             raise ProgramError(f"{where} has op keep; leave the edit out, or use skip or repeat")
@@ -178,9 +180,9 @@ class Blend:
     damping: float
 
     def __post_init__(self) -> None:
-        start = check_whole(self.start, "blend start", 0)
+        start = check_whole(self.start, "blend start", low=0)
         stop = check_whole(
-            self.stop, f"stop (exclusive) of the blend that starts at step {start}", start + 1
+            self.stop, f"stop (exclusive) of the blend that starts at step {start}", low=start + 1
         )
         damping = check_damping(self.damping, f"the blend over steps {start}:{stop}")
         _set(self, start=start, stop=stop, damping=damping)

@@ -64,7 +64,9 @@ class Program:
         if not path:
             raise ProgramError(f"empty program of depth {depth}; keep at least one layer")
         check_num_steps(len(path), "the path")
-        path = tuple(check_whole(layer, f"path[{i}]", 0, depth - 1) for i, layer in enumerate(path))
+        path = tuple(
+            check_whole(layer, f"path[{i}]", low=0, high=depth - 1) for i, layer in enumerate(path)
+        )
         object.__setattr__(self, "depth", depth)
         object.__setattr__(self, "path", path)
         object.__setattr__(self, "blends", canonical_blends(self.blends, len(path)))
@@ -117,14 +119,16 @@ class Program:
         skipped.
         """
         depth = check_depth(len(boundaries))
-        times = check_whole(times, "times", 2)
+        times = check_whole(times, "times", low=2)
         if len(labels) != depth:
             raise ProgramError(
                 f"{depth} boundaries but {len(labels)} labels; give one of each a layer"
             )
         # A mask may well be bools, so int() them first; only layer numbers must not be.
         mask = [int(bit) if isinstance(bit, bool) else bit for bit in boundaries]
-        starts = [i for i, bit in enumerate(mask) if check_whole(bit, f"boundaries[{i}]", 0, 1)]
+        starts = [
+            i for i, bit in enumerate(mask) if check_whole(bit, f"boundaries[{i}]", low=0, high=1)
+        ]
         if not mask[0]:
             raise ProgramError(
                 "boundaries[0] is 0, but the first segment starts at layer 0; set it to 1"
@@ -176,8 +180,8 @@ class Program:
             )
         kept = [
             Blend(
-                b.start - _overlap(b.start, start, stop),
-                b.stop - _overlap(b.stop, start, stop),
+                b.start - _overlap(b.start, start, stop=stop),
+                b.stop - _overlap(b.stop, start, stop=stop),
                 b.damping,
             )
             for b in self.blends
@@ -196,7 +200,7 @@ class Program:
         cut a blend in two, for times < 2, a damping outside (0, 1], and beyond MAX_STEPS steps.
         """
         start, stop = self._block(start, length)
-        size, times = stop - start, check_whole(times, "times", 2)
+        size, times = stop - start, check_whole(times, "times", low=2)
         damping = check_damping(damping, f"the repeat of steps {start}:{stop}")
         added = size * (times - 1)
         check_num_steps(self.num_steps + added, f"repeat of steps {start}:{stop}")
@@ -215,9 +219,9 @@ class Program:
 
     def _block(self, start: int, length: int) -> tuple[int, int]:
         """Return the checked (start, stop) of a block of steps."""
-        start = check_whole(start, "start (a step)", 0, self.num_steps - 1)
+        start = check_whole(start, "start (a step)", low=0, high=self.num_steps - 1)
         stop = start + check_whole(
-            length, f"length of the block at step {start}", 1, self.num_steps - start
+            length, f"length of the block at step {start}", low=1, high=self.num_steps - start
         )
         for b in self.blends:
             if start < b.start < stop < b.stop or b.start < start < b.stop < stop:
@@ -292,9 +296,11 @@ class Program:
         a repeat. Ties, which only the cap makes, go to longer segments first. Raises
         NotSegmentableError, naming the step, if no segments do it: 0,1,2,3,2,4,5 has none.
         """
-        max_length = None if max_length is None else check_whole(max_length, "max_length", 1)
-        max_times = None if max_times is None else check_whole(max_times, "max_times", 1)
-        return minimal_segments(self.path, self.blends, self.depth, max_length, max_times)
+        max_length = None if max_length is None else check_whole(max_length, "max_length", low=1)
+        max_times = None if max_times is None else check_whole(max_times, "max_times", low=1)
+        return minimal_segments(
+            self.path, self.blends, depth=self.depth, max_length=max_length, max_times=max_times
+        )
 
     @property
     def is_segmentable(self) -> bool:
@@ -340,7 +346,7 @@ class Program:
 
     def strip(self) -> Strip:
         """Return the program as a row of cells, one a layer, for `.text()` and `.svg()`."""
-        return Strip.of(self.depth, self.path, self.blends)
+        return Strip.of(self.depth, self.path, blends=self.blends)
 
     def __str__(self) -> str:
         """The canonical text, `0-4 6-29 /30`; `parse` reads it back exactly."""
@@ -358,6 +364,6 @@ class Program:
         )
 
 
-def _overlap(bound: int, start: int, stop: int) -> int:
+def _overlap(bound: int, start: int, *, stop: int) -> int:
     """Return how many of the steps start..stop-1 lie before step `bound`."""
     return min(max(bound - start, 0), stop - start)

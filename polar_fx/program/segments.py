@@ -69,6 +69,7 @@ def steps_of_segments(segments: Sequence[Segment]) -> tuple[tuple[int, ...], tup
 def minimal_segments(
     path: tuple[int, ...],
     blends: Sequence[Blend],
+    *,
     depth: int,
     max_length: int | None = None,
     max_times: int | None = None,
@@ -94,7 +95,7 @@ def minimal_segments(
                 f"{layer - 1}, but segments run layers in ascending order; run this path as it "
                 "is, unsegmented"
             )
-        segments += _pieces(layer, first, Op.SKIP, max_length)
+        segments += _pieces(layer, first, op=Op.SKIP, max_length=max_length)
         if times == 1:
             length = 1
             while (
@@ -102,20 +103,22 @@ def minimal_segments(
                 and counts[first + length] == 1
             ):
                 length += 1
-            segments += _pieces(first, first + length, Op.KEEP, max_length)
+            segments += _pieces(first, first + length, op=Op.KEEP, max_length=max_length)
         else:
             length = path.index(first, step + 1) - step
-            _check_repeat(path, step, length, times, max_length, max_times)
+            _check_repeat(
+                path, step, length=length, times=times, max_length=max_length, max_times=max_times
+            )
             damping = dampings.get((step + length, step + 2 * length), 1.0)  # of the second pass
             segments.append(Segment(first, first + length, Op.REPEAT, times, damping))
         step += length * times
         layer = first + length
-    segments += _pieces(layer, depth, Op.SKIP, max_length)
+    segments += _pieces(layer, depth, op=Op.SKIP, max_length=max_length)
     _check_blends(segments, dampings)
     return tuple(segments)
 
 
-def _pieces(start: int, stop: int, op: Op, max_length: int | None) -> Iterator[Segment]:
+def _pieces(start: int, stop: int, *, op: Op, max_length: int | None) -> Iterator[Segment]:
     """Cut start..stop into segments of at most max_length layers, the longest first."""
     length = max_length or stop - start
     while start < stop:
@@ -126,6 +129,7 @@ def _pieces(start: int, stop: int, op: Op, max_length: int | None) -> Iterator[S
 def _check_repeat(
     path: tuple[int, ...],
     step: int,
+    *,
     length: int,
     times: int,
     max_length: int | None,

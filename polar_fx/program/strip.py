@@ -79,7 +79,7 @@ class Strip:
     cells: tuple[Cell, ...]
 
     @classmethod
-    def of(cls, depth: int, path: Sequence[int], blends: Sequence[Blend]) -> "Strip":
+    def of(cls, depth: int, path: Sequence[int], *, blends: Sequence[Blend]) -> "Strip":
         """The strip of a program's fields."""
         runs = [0] * depth
         for layer in path:

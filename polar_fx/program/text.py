@@ -95,7 +95,7 @@ class _Reader:
         return tokens
 
     def fail(self, reason: str, token: _Token) -> NoReturn:
-        raise ProgramTextError(reason, self.text, token.position)
+        raise ProgramTextError(reason, self.text, position=token.position)
 
     @property
     def next(self) -> _Token:
@@ -122,7 +122,7 @@ class _Reader:
         slash = next((i for i, token in enumerate(self.tokens) if token.text == "/"), None)
         if slash is not None:
             self.index = slash + 1
-            stated = self.whole("the depth", 1, MAX_STEPS)
+            stated = self.whole("the depth", 1, high=MAX_STEPS)
             if self.next.kind != "end":
                 self.fail(
                     f"unexpected {_shown(self.next)} after the depth; put /{stated} last", self.next
@@ -146,7 +146,7 @@ class _Reader:
             )
         return depth
 
-    def whole(self, what: str, low: int, high: int | None) -> int:
+    def whole(self, what: str, low: int, *, high: int | None) -> int:
         """Read a whole number within low..high."""
         token = self.next
         if token.kind != "number":
@@ -165,11 +165,11 @@ class _Reader:
     def layers(self) -> range:
         """Read `layer` or `layer-layer`."""
         what = f"layer of a {self.depth}-layer model"
-        first = self.whole(what, 0, self.depth - 1)
+        first = self.whole(what, 0, high=self.depth - 1)
         if not self.accept("-"):
             return range(first, first + 1)
         token = self.next
-        last = self.whole(what, 0, self.depth - 1)
+        last = self.whole(what, 0, high=self.depth - 1)
         if last < first:
             self.fail(f"range {first}-{last} descends; list descending layers one by one", token)
         return range(first, last + 1)
@@ -202,7 +202,7 @@ class _Reader:
             layers = self.layers()
             times, damping = 2, 1.0
             if word.text == Op.REPEAT:
-                times = self.whole("times", 2, None) if self.accept("x") else 2
+                times = self.whole("times", 2, high=None) if self.accept("x") else 2
                 damping = self.damping() if self.accept("@") else 1.0
             edits.append(Edit(layers.start, len(layers), Op(word.text), times, damping))
             if self.next.kind == "end":
@@ -221,7 +221,9 @@ class _Reader:
             token = self.next
             if token.kind == "number":
                 layers = self.layers()
-                self._append(frames[-1], _Frame(None, list(layers)), 1, 1.0, token)
+                self._append(
+                    frames[-1], _Frame(None, list(layers)), times=1, damping=1.0, token=token
+                )
                 after_item = True
             elif token.text in ("(", "["):
                 frames.append(_Frame(self.take()))
@@ -257,15 +259,15 @@ class _Reader:
         body = frames.pop()
         if closer.text == "]":
             self.expect("@", "a bracket blends one pass, as in [10-11]@0.5")
-            self._append(frames[-1], body, 1, self.damping(), opener)
+            self._append(frames[-1], body, times=1, damping=self.damping(), token=opener)
             return
         self.expect("*", "a group repeats, as in (10-11)*2 or (10-11)*3@0.5")
-        times = self.whole("times", 2, None)
+        times = self.whole("times", 2, high=None)
         damping = self.damping() if self.accept("@") else 1.0
-        self._append(frames[-1], body, times, damping, opener)
+        self._append(frames[-1], body, times=times, damping=damping, token=opener)
 
     def _append(
-        self, frame: _Frame, body: _Frame, times: int, damping: float, token: _Token
+        self, frame: _Frame, body: _Frame, *, times: int, damping: float, token: _Token
     ) -> None:
         """Run `body` `times` times in `frame`, the first time plain unless it is the only one."""
         num_steps = len(frame.path) + len(body.path) * times
@@ -327,11 +329,11 @@ def _fold(items: Sequence[_Item], bodies: dict[str, list[_Item]]) -> str:
         item = items[index]
         while positions[item][-1] < index:
             positions[item].pop()
-        length, times = _plain_repeat(items, index, positions[item])
+        length, times = _plain_repeat(items, index, positions=positions[item])
         covered, suffix = length * times, f"*{times}"
         if index in passes:
             second, damping = passes[index]
-            more = _run_length(items, second, 1)
+            more = _run_length(items, second, lag=1)
             if second + 1 + more - index > covered:
                 length, covered = second - index, second + 1 + more - index
                 suffix = f"*{2 + more}@{damping!r}"
@@ -347,14 +349,16 @@ def _fold(items: Sequence[_Item], bodies: dict[str, list[_Item]]) -> str:
     return " ".join(part if isinstance(part, str) else _range_text(part) for part in parts)
 
 
-def _plain_repeat(items: Sequence[_Item], index: int, positions: Sequence[int]) -> tuple[int, int]:
+def _plain_repeat(
+    items: Sequence[_Item], index: int, *, positions: Sequence[int]
+) -> tuple[int, int]:
     """Return (length, times) of the undamped repetition at `index` that covers most items."""
     best = (1, 1)
     for position in reversed(positions):  # of the item at index; ascending, index itself first
         length = position - index
         if index + 2 * length > len(items):
             break
-        times = 1 + (_run_length(items, index, length) // length if length else 0)
+        times = 1 + (_run_length(items, index, lag=length) // length if length else 0)
         if times > 1 and length * times > best[0] * best[1]:
             best = length, times
         if index + best[0] * best[1] == len(items):
@@ -362,7 +366,7 @@ def _plain_repeat(items: Sequence[_Item], index: int, positions: Sequence[int]) 
     return best
 
 
-def _run_length(items: Sequence[_Item], index: int, lag: int) -> int:
+def _run_length(items: Sequence[_Item], index: int, *, lag: int) -> int:
     """Return how many items from `index` on equal the item `lag` places later."""
     end = index
     while end + lag < len(items) and items[end] == items[end + lag]:

@@ -34,10 +34,10 @@ def load_jsonl(path: str | Path, task: str | None = None) -> list[Question]:
         raise InputError(
             f"cannot read questions from {path}: {error.strerror}; name a JSONL file"
         ) from error
-    rows = _Rows(str(path), task, path.stem)
+    rows = _Rows(str(path), task, default_task=path.stem)
     for number, line in enumerate(data.split(b"\n"), 1):
         if line.strip():
-            rows.add(number, _parse(rows, number, line))
+            rows.add(number, _parse(rows, number, line=line))
     return rows.questions()
 
 
@@ -82,34 +82,36 @@ def load_dataset(
                 f"the dataset {name!r} has no column {column!r} for {field}; it has "
                 f"{', '.join(table.column_names)}"
             )
-    rows = _Rows(name, task, name, unit="row")
+    rows = _Rows(name, task, default_task=name, unit="row")
     for number, row in enumerate(table, 1):
         values = {field: row[column] for field, column in columns.items() if column is not None}
         if answer_after and isinstance(values["answer"], str):
             _, mark, after = values["answer"].rpartition(answer_after)
             if not mark:
                 rows.fail(
-                    number, f"its answer holds no {answer_after!r}", "give another answer_after"
+                    number,
+                    f"its answer holds no {answer_after!r}",
+                    remedy="give another answer_after",
                 )
             values["answer"] = after.replace(",", "")
         rows.add(number, values)
     return rows.questions()
 
 
-def _parse(rows: "_Rows", number: int, line: bytes) -> Mapping[str, Any]:
+def _parse(rows: "_Rows", number: int, *, line: bytes) -> Mapping[str, Any]:
     try:
         text = line.decode("utf-8")
     except UnicodeDecodeError as error:
-        rows.fail(number, f"byte {error.start + 1} is not UTF-8", "save the file as UTF-8")
+        rows.fail(number, f"byte {error.start + 1} is not UTF-8", remedy="save the file as UTF-8")
     try:
         row = json.loads(text, parse_float=Decimal, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
-        rows.fail(number, f"it is not JSON ({error})", "write one JSON object a line")
+        rows.fail(number, f"it is not JSON ({error})", remedy="write one JSON object a line")
     if not isinstance(row, dict):
         rows.fail(
             number,
             f"it is {_kind(row)}",
-            'write an object, such as {"question": "6 * 7", "answer": "42"}',
+            remedy='write an object, such as {"question": "6 * 7", "answer": "42"}',
         )
     return row
 
@@ -122,23 +124,23 @@ class _Rows:
     """Checked rows of one source."""
 
     def __init__(
-        self, source: str, task: str | None, default_task: str, unit: str = "line"
+        self, source: str, task: str | None, *, default_task: str, unit: str = "line"
     ) -> None:
         self._source, self._task, self._default_task, self._unit = source, task, default_task, unit
         self._questions: list[Question] = []
         self._numbers: dict[str, int] = {}
 
-    def fail(self, number: int, reason: str, remedy: str) -> NoReturn:
+    def fail(self, number: int, reason: str, *, remedy: str) -> NoReturn:
         raise InputError(f"{self._source}, {self._unit} {number}: {reason}; {remedy}")
 
     def add(self, number: int, row: Mapping[str, Any]) -> None:
         """Check a row and keep it."""
-        text = self._text(number, row, "question")
+        text = self._text(number, row, field="question")
         if not text:
-            self.fail(number, "it has no question", 'give a text as "question"')
-        own = self._text(number, row, "task") or self._text(number, row, "dataset")
+            self.fail(number, "it has no question", remedy='give a text as "question"')
+        own = self._text(number, row, field="task") or self._text(number, row, field="dataset")
         task = self._task or own or self._default_task
-        question_id = self._text(number, row, "id", numbers=True)
+        question_id = self._text(number, row, field="id", numbers=True)
         choices = self._choices(number, row.get("choices"))
         given = bool(question_id)
         if not given:
@@ -150,10 +152,10 @@ class _Rows:
             self.fail(
                 number,
                 f"{what} is that of {self._unit} {first} too",
-                "give each row an id of its own, or drop one",
+                remedy="give each row an id of its own, or drop one",
             )
         answers = (
-            (self._right(number, row.get("answer"), choices),)
+            (self._right(number, row.get("answer"), choices=choices),)
             if choices
             else self._answers(number, row.get("answer"))
         )
@@ -165,7 +167,7 @@ class _Rows:
                 text,
                 answers,
                 self._difficulty(number, row.get("difficulty")),
-                self._text(number, row, "cell"),
+                self._text(number, row, field="cell"),
                 choices,
                 split if split in get_args(Split) else None,
             )
@@ -179,34 +181,41 @@ class _Rows:
             )
         return self._questions
 
-    def _text(self, number: int, row: Mapping[str, Any], field: str, numbers: bool = False) -> str:
+    def _text(
+        self, number: int, row: Mapping[str, Any], *, field: str, numbers: bool = False
+    ) -> str:
         value: Any = row.get(field)
         if numbers and isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         if value is None:
             return ""
         if not isinstance(value, str):
-            self.fail(number, f"its {field} is {_kind(value)}", "give a text")
+            self.fail(number, f"its {field} is {_kind(value)}", remedy="give a text")
         return value.strip()
 
     def _choices(self, number: int, value: Any) -> tuple[str, ...]:
         if value is None:
             return ()
         if not isinstance(value, list) or len(value) < 2:
-            self.fail(number, f"its choices are {value!r:.60}", "give a list of at least two texts")
+            self.fail(
+                number, f"its choices are {value!r:.60}", remedy="give a list of at least two texts"
+            )
         for choice in value:
             if not isinstance(choice, str) or not choice.strip():
-                self.fail(number, f"its choice {choice!r:.60} is no text", "give a text as each")
+                self.fail(
+                    number, f"its choice {choice!r:.60} is no text", remedy="give a text as each"
+                )
         return tuple(choice.strip() for choice in value)
 
-    def _right(self, number: int, value: Any, choices: tuple[str, ...]) -> str:
+    def _right(self, number: int, value: Any, *, choices: tuple[str, ...]) -> str:
         if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(choices):
             return choices[value]
         if not isinstance(value, str) or value.strip() not in choices:
             self.fail(
                 number,
                 f"its answer {value!r:.60} is none of its {len(choices)} choices",
-                f'give the text of one, or its place from 0 to {len(choices) - 1}, as "answer"',
+                remedy=f"give the text of one, or its place from 0 to {len(choices) - 1}, as "
+                '"answer"',
             )
         return value.strip()
 
@@ -214,7 +223,9 @@ class _Rows:
         values: Iterable[Any] = value if isinstance(value, list) else [value]
         answers = dict.fromkeys(self._answer(number, v) for v in values)
         if not answers:
-            self.fail(number, "its list of answers is empty", "give at least one accepted answer")
+            self.fail(
+                number, "its list of answers is empty", remedy="give at least one accepted answer"
+            )
         return tuple(answers)
 
     def _answer(self, number: int, value: Any) -> str:
@@ -222,20 +233,22 @@ class _Rows:
             self.fail(
                 number,
                 "it has no answer, or an empty one",
-                'give a short text or a number as "answer"',
+                remedy='give a short text or a number as "answer"',
             )
         if isinstance(value, str):
             return value.strip()
         if isinstance(value, bool) or not isinstance(value, (int, float, Decimal)):
             self.fail(
-                number, f"its answer is {_kind(value)}", "give a text, a number, or a list of those"
+                number,
+                f"its answer is {_kind(value)}",
+                remedy="give a text, a number, or a list of those",
             )
         exact = Decimal(repr(value)) if isinstance(value, float) else Decimal(value)
         if not exact.is_finite() or abs(exact.adjusted()) > _MAX_DIGITS:
             self.fail(
                 number,
                 f"its answer is the number {value}",
-                f"give numbers of over {_MAX_DIGITS} digits as text",
+                remedy=f"give numbers of over {_MAX_DIGITS} digits as text",
             )
         return str(int(exact)) if exact == int(exact) else format(exact.normalize(), "f")
 
@@ -244,7 +257,9 @@ class _Rows:
             return None
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 5:
             self.fail(
-                number, f"its difficulty is {value!r}", "give a whole number from 1 to 5, or null"
+                number,
+                f"its difficulty is {value!r}",
+                remedy="give a whole number from 1 to 5, or null",
             )
         return value
 

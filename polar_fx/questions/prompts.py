@@ -87,7 +87,7 @@ class PromptTemplate:
         prompt's end with the answer, or begins a prompt otherwise than those of other questions.
         """
         prefix = self._prefix(tokenizer)
-        return [self._encode(tokenizer, question, prefix) for question in questions]
+        return [self._encode(tokenizer, question, prefix=prefix) for question in questions]
 
     def decode_stop(self, tokenizer: Any) -> DecodeStop:
         """What `generate` needs to end where a target ends."""
@@ -112,7 +112,7 @@ class PromptTemplate:
         return tuple(ids[0] for ids in same)
 
     def _encode(
-        self, tokenizer: Any, question: Question, prefix: tuple[int, ...]
+        self, tokenizer: Any, question: Question, *, prefix: tuple[int, ...]
     ) -> EncodedQuestion:
         text = self.text(tokenizer, question.question)
         tokens = self._tokens(tokenizer, text)

@@ -77,7 +77,7 @@ def generate(
         raise InputError(
             f"unknown split {split!r}; use one of {', '.join(get_args(Split))}, or None for all"
         )
-    rows = list(islice(_in_turn([_rows(made, cell, seed, split) for cell in chosen]), n))
+    rows = list(islice(_in_turn([_rows(made, cell, seed=seed, split=split) for cell in chosen]), n))
     if len(rows) == n:
         return rows
     where = f" in the {split} split" if split else ""
@@ -89,7 +89,7 @@ def generate(
 
 
 def cell_sample(
-    task: str, cell: str, n: int, seed: int = 0, split: Split | None = None
+    task: str, cell: str, *, n: int, seed: int = 0, split: Split | None = None
 ) -> list[Question]:
     """`n` different questions of one cell, or as many as there are.
 
@@ -97,7 +97,7 @@ def cell_sample(
     """
     made = get_task(task)
     (chosen,) = _chosen(made, [cell])
-    return list(islice(_rows(made, chosen, seed, split), n))
+    return list(islice(_rows(made, chosen, seed=seed, split=split), n))
 
 
 def _chosen(task: Task, cells: Sequence[str] | None) -> list[Cell]:
@@ -117,7 +117,7 @@ def _chosen(task: Task, cells: Sequence[str] | None) -> list[Cell]:
     return [c for c in task.cells if c.name in wanted]
 
 
-def _rows(task: Task, cell: Cell, seed: int, split: Split | None) -> Iterator[Question]:
+def _rows(task: Task, cell: Cell, *, seed: int, split: Split | None) -> Iterator[Question]:
     """All rows of a cell in an order drawn from the seed."""
     held_out = {example.key for example in task.examples}
     rng = random.Random(f"{seed}:{task.name}:{cell.name}")

@@ -26,7 +26,7 @@ from .prompts import PromptTemplate
 from .tasks import TASKS
 
 
-def _few_shot(task: str, form: str, stop: str = "\n", shots: int = 4) -> PromptTemplate:
+def _few_shot(task: str, form: str, *, stop: str = "\n", shots: int = 4) -> PromptTemplate:
     """The task's examples written as `form`, then the question; `form` ends with a space, the
     answer and the stop.
     """

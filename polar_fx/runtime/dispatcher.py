@@ -237,7 +237,7 @@ class Dispatcher:
             return [self._allowed(Decision(wanted))] * len(hidden)
         decisions = []
         for proposal in map(self._on_menu, self.predictor.propose(hidden)):
-            chosen = self.policy.choose(proposal, self.calibration, self.costs_ms)
+            chosen = self.policy.choose(proposal, self.calibration, costs_ms=self.costs_ms)
             chance, base = float(proposal.probabilities[chosen]), float(proposal.probabilities[0])
             if chance != chance or base != base:  # NaN features: nothing is known about this input
                 decisions.append(Decision(self.identity, reason="not finite"))

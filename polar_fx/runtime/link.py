@@ -70,7 +70,9 @@ class LinkedProgram:
         """
         self.check(inputs)
         pick = None if inputs.logits_at is None else _tokens_at(inputs.logits_at)
-        return self.chain.run(self._graph_inputs(inputs), inputs.slots, pick, _begun(inputs))
+        return self.chain.run(
+            self._graph_inputs(inputs), inputs.slots, pick=pick, resume=_begun(inputs)
+        )
 
     def write_kv(self, inputs: StepInputs) -> None:
         """Write every step's keys and values, and compute nothing that only logits need.
@@ -78,7 +80,7 @@ class LinkedProgram:
         Of a program linked for one token per row. Raises ProgramError as `run` does.
         """
         self.check(inputs)
-        self.chain.write_kv(self._graph_inputs(inputs), inputs.slots, _begun(inputs))
+        self.chain.write_kv(self._graph_inputs(inputs), inputs.slots, resume=_begun(inputs))
 
     def states(self, inputs: StepInputs) -> Iterator[Tensor]:
         """The hidden states [B, T, d] before the first step, and then after each; a step runs when
@@ -174,7 +176,7 @@ class Linker:
         for step in program.schedule():
             call = library.layers[step.layer]
             code = made.get(RegionName(call.target, shape), _unlinked)
-            steps.append(call.step(code, step.opens, step.closes))
+            steps.append(call.step(code, step.opens, closes=step.closes))
         last = RegionName(library.layers[program.path[-1]].target, shape, kv_writes=True)
         chain = Chain(
             made[RegionName(start.target, shape)],

@@ -149,7 +149,7 @@ class Lockstep:
             hidden = self._steps(plan.calls, tables, values, hidden, blends)
             if plan.kv_writes is not None and plan.last is not None:
                 store = self.store.tensors(plan.last.spec)
-                plan.kv_writes.run(hidden, values, (*store, tables[-1]))
+                plan.kv_writes.run(hidden, values, slot=(*store, tables[-1]))
             if wants == "last" and tokens > 1:
                 pick = _last_tokens(counts, ids.device)
                 hidden = pick(hidden)
@@ -204,7 +204,7 @@ class Lockstep:
         return [ids.contiguous(), positions, torch.arange(width, device=device)]
 
     def _start(self, region: Region, inputs: list[Tensor]) -> list[Tensor]:
-        return side_values(region, inputs, self.library.prologue.weights)
+        return side_values(region, inputs, weights=self.library.prologue.weights)
 
     def _head(self, region: Region, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
         return self.library.epilogue.step(region).run(hidden, values)
@@ -228,12 +228,12 @@ class Lockstep:
             if (store := stores.get(call.spec)) is None:
                 store = stores[call.spec] = self.store.tensors(call.spec)
             if call.index is None:
-                hidden = call.step.run(hidden, values, (*store, table))
+                hidden = call.step.run(hidden, values, slot=(*store, table))
             else:
                 if call.rows not in chosen:
                     chosen[call.rows] = self._of_rows(values, call.index)
                 state = hidden.index_select(0, call.index)
-                state = call.step.run(state, chosen[call.rows], (*store, table))
+                state = call.step.run(state, chosen[call.rows], slot=(*store, table))
                 hidden.index_copy_(0, call.index, state)
             for row, dampings in call.closes:
                 hidden[row] = blends[row].close(hidden[row], dampings)

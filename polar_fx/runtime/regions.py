@@ -229,7 +229,7 @@ class RegionTable:
         else:
             key = self.key(name)
             for _ in range(2):  # what another process makes may be evicted before it is loaded here
-                self.store.get_or_make(key.digest, key.facts(), make)
+                self.store.get_or_make(key.digest, key.facts(), make=make)
                 if made or self._load(backend, name):
                     break
             else:

@@ -275,7 +275,7 @@ class Tiers:
 
         record.state = "compiling"
         try:
-            files, _ = store.get_or_make(variant.key.digest, variant.key.facts(), make)
+            files, _ = store.get_or_make(variant.key.digest, variant.key.facts(), make=make)
             region = backend.load(files)
             record.num_bytes = sum(p.stat().st_size for p in files.values())
         except BaseException:

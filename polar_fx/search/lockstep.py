@@ -95,10 +95,10 @@ def run_searches(
         running = going_on
         for each in finished:
             evaluator.forget([each.question.id])
-            yield _record(each, depth, verifier)
+            yield _record(each, depth, verifier=verifier)
 
 
-def _record(done: _Running, depth: int, verifier: Evaluator | None) -> SearchRecord:
+def _record(done: _Running, depth: int, *, verifier: Evaluator | None) -> SearchRecord:
     identity = Program.identity(depth)
     explored = tuple(
         Explored(p, v, done.rewards[p]) for p, v in done.verdicts.items() if p != identity

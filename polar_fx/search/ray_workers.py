@@ -26,6 +26,7 @@ _ROUNDS = 4
 def search_on_ray(
     workplace: Workplace,
     rows: Sequence[Row],
+    *,
     config: SearchConfig,
     workers: int,
     address: str | None = None,
@@ -66,7 +67,9 @@ def search_on_ray(
         except (ConnectionError, ValueError) as error:
             raise InputError(f"no Ray cluster can be reached at {address!r}: {error}") from error
     searchers: Any = ray.remote(num_cpus=workplace.threads or 1)(Searcher)
-    actors = _Actors(searchers.remote, _shares(rows, workers, workplace.in_flight), workers)
+    actors = _Actors(
+        searchers.remote, _shares(rows, workers, in_flight=workplace.in_flight), workers=workers
+    )
     try:
         yield from actors.records()
     finally:
@@ -75,7 +78,7 @@ def search_on_ray(
             ray.shutdown()
 
 
-def _shares(rows: Sequence[Row], workers: int, in_flight: int) -> list[list[Row]]:
+def _shares(rows: Sequence[Row], workers: int, *, in_flight: int) -> list[list[Row]]:
     """The questions in parts that are dealt one by one, each large enough to keep a worker busy."""
     size = min(-(-len(rows) // workers), max(in_flight, -(-len(rows) // (_ROUNDS * workers))))
     return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
@@ -84,7 +87,7 @@ def _shares(rows: Sequence[Row], workers: int, in_flight: int) -> list[list[Row]
 class _Actors:
     """Up to `workers` actors, what each of them searches, and the shares that none has yet."""
 
-    def __init__(self, start: Callable[[], Any], shares: list[list[Row]], workers: int) -> None:
+    def __init__(self, start: Callable[[], Any], shares: list[list[Row]], *, workers: int) -> None:
         self._start, self._waiting, self._workers = start, shares, workers
         self._lost = 0
         # a stream of records -> its actor, and the questions still to come

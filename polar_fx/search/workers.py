@@ -67,12 +67,12 @@ class Workplace:
         logging.disable_progress_bar()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        model, tokenizer = loaded or load(self.model, self.dtype, self.device)
+        model, tokenizer = loaded or load(self.model, self.dtype, device=self.device)
         compiled = compile(
             model, self.backend, max_length=self.max_length, deterministic=self.deterministic
         )
         by_id = {q.id: q for q in questions}
-        generation = Generation(compiled, tokenizer, by_id, self.templates)
+        generation = Generation(compiled, tokenizer, questions=by_id, templates=self.templates)
         forcing = TeacherForcing(
             compiled, deterministic=self.deterministic, cache_bytes=self.cache_bytes
         )
@@ -108,7 +108,7 @@ class OpenWorkplace:
 
 
 def search_in_processes(
-    workplace: Workplace, rows: Sequence[Row], config: SearchConfig, workers: int
+    workplace: Workplace, rows: Sequence[Row], *, config: SearchConfig, workers: int
 ) -> Iterator[SearchRecord]:
     """Records as they finish, from `workers` processes.
 

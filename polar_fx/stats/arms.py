@@ -57,10 +57,10 @@ class ArmResult:
         n = len(flags(where + "right", self.right))
         for field in ("right", "identity_right", "format_valid"):
             if (value := getattr(self, field)) is not None:
-                object.__setattr__(self, field, flags(where + field, value, n))
+                object.__setattr__(self, field, flags(where + field, value, n=n))
         for field in ("steps", "identity_steps", "unique_layers", "generated_tokens"):
             if (value := getattr(self, field)) is not None:
-                object.__setattr__(self, field, step_counts(where + field, value, n))
+                object.__setattr__(self, field, step_counts(where + field, value, n=n))
         if self.strata is not None:
             strata_codes(self.strata, n)
             object.__setattr__(self, "strata", tuple(self.strata))

@@ -115,7 +115,7 @@ def _flat(name: str, values: Any) -> tuple[np.ndarray, tuple[int, ...]]:
     return numbers(name, array.ravel()), array.shape
 
 
-def _outcomes(outcomes: Any, of: str, shape: tuple[int, ...]) -> np.ndarray:
+def _outcomes(outcomes: Any, of: str, *, shape: tuple[int, ...]) -> np.ndarray:
     y, own = _flat("outcomes", outcomes)
     if own != shape:
         raise InputError(
@@ -134,7 +134,7 @@ def _predictions(probabilities: Any, outcomes: Any) -> tuple[np.ndarray, np.ndar
         raise InputError(
             f"probabilities from {p.min():g} to {p.max():g}; give numbers from 0 to 1, not logits"
         )
-    return p, _outcomes(outcomes, "probabilities", shape)
+    return p, _outcomes(outcomes, "probabilities", shape=shape)
 
 
 # ------------------------------------------------------------------------------------------ scaling
@@ -188,9 +188,9 @@ def fit_platt(logits: Any, outcomes: Any) -> Scaling:
     return _fit(logits, outcomes, with_intercept=True)
 
 
-def _fit(logits: Any, outcomes: Any, with_intercept: bool) -> Scaling:
+def _fit(logits: Any, outcomes: Any, *, with_intercept: bool) -> Scaling:
     x, shape = _flat("logits", logits)
-    y = _outcomes(outcomes, "logits", shape)
+    y = _outcomes(outcomes, "logits", shape=shape)
     ones = int(y.sum())
     largest = float(np.abs(x).max())
     if ones in (0, len(y)) or not (largest or with_intercept):

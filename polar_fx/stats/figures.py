@@ -90,7 +90,7 @@ def pareto(rows: Sequence[ArmComparison]) -> Figure:
     figure = Figure(figsize=(3.3 * columns + 2.2, 3.0 * lines + 0.3))
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis, (task, group) in zip(axes.flat, panels.items(), strict=False):
-        _draw_pareto(axis, group, looks)
+        _draw_pareto(axis, group, looks=looks)
         axis.set_title(f"{task}, n = {_questions(group)}")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
@@ -101,7 +101,7 @@ def pareto(rows: Sequence[ArmComparison]) -> Figure:
 
 
 def _draw_pareto(
-    axes: Axes, group: Sequence[ArmComparison], looks: Mapping[str, dict[str, Any]]
+    axes: Axes, group: Sequence[ArmComparison], *, looks: Mapping[str, dict[str, Any]]
 ) -> None:
     ratios = [
         row.paired.step_ratio.value

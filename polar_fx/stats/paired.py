@@ -20,12 +20,12 @@ _Z = NormalDist().inv_cdf(0.975)
 _MOST_DRAWS = 4_000_000  # numbers drawn at once; bounds memory to some 30 MB
 
 
-def flags(name: str, values: Any, n: int | None = None) -> np.ndarray:
+def flags(name: str, values: Any, *, n: int | None = None) -> np.ndarray:
     """A read-only boolean copy, shape [n].
 
     Raises InputError if empty, not boolean, or of another length.
     """
-    array = _array(name, values, None, n)
+    array = _array(name, values, dtype=None, n=n)
     if array.dtype != np.bool_:
         raise InputError(
             f"{name} holds {array.dtype} values; give booleans, as `np.asarray(values) == 1` "
@@ -35,12 +35,12 @@ def flags(name: str, values: Any, n: int | None = None) -> np.ndarray:
     return array
 
 
-def numbers(name: str, values: Any, n: int | None = None) -> np.ndarray:
+def numbers(name: str, values: Any, *, n: int | None = None) -> np.ndarray:
     """A read-only, finite float64 copy, shape [n].
 
     Raises InputError if empty, NaN or of another length.
     """
-    array = _array(name, values, np.float64, n)
+    array = _array(name, values, dtype=np.float64, n=n)
     if not np.isfinite(array).all():
         at = int(np.flatnonzero(~np.isfinite(array))[0])
         raise InputError(f"{name}[{at}] is {array[at]}; give finite numbers only")
@@ -48,7 +48,7 @@ def numbers(name: str, values: Any, n: int | None = None) -> np.ndarray:
     return array
 
 
-def _array(name: str, values: Any, dtype: Any, n: int | None) -> np.ndarray:
+def _array(name: str, values: Any, *, dtype: Any, n: int | None) -> np.ndarray:
     try:
         array = np.array(values, dtype=dtype)
     except (TypeError, ValueError) as error:
@@ -146,31 +146,33 @@ def compare(
     """
     mine = flags("right", right)
     n = len(mine)
-    theirs = flags("identity_right", identity_right, n)
+    theirs = flags("identity_right", identity_right, n=n)
     if resamples < 1:
         raise InputError(f"{resamples} resamples; give at least one, {RESAMPLES:,} for a report")
     codes = strata_codes(strata, n)
     difference = mine.astype(np.float64) - theirs
     gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
     means = _resampled_means(
-        difference[:, None], codes, resamples, np.random.default_rng([seed, 0])
+        difference[:, None], codes, resamples=resamples, rng=np.random.default_rng([seed, 0])
     )
     gain = _estimate(100 * (gained - lost) / n, 100 * means[:, 0])
-    low, high = _score_interval(gained, lost, n)
+    low, high = _score_interval(gained, lost, n=n)
     score = Estimate(gain.value, 100 * low, 100 * high)
     mean_steps = ratio = None
     if (steps is None) is not (identity_steps is None):
         raise InputError("steps of one side only; give steps and identity_steps, or neither")
     if steps is not None:
         both = np.stack(
-            [step_counts("steps", steps, n), step_counts("identity_steps", identity_steps, n)],
+            [step_counts("steps", steps, n=n), step_counts("identity_steps", identity_steps, n=n)],
             axis=1,
         )
         if (both[:, 1] == 0).any():
             raise InputError(
                 "identity_steps has a 0; the identity runs at least one step a question"
             )
-        means = _resampled_means(both, codes, resamples, np.random.default_rng([seed, 1]))
+        means = _resampled_means(
+            both, codes, resamples=resamples, rng=np.random.default_rng([seed, 1])
+        )
         mean, base = both.mean(axis=0).tolist()
         mean_steps, ratio = (
             _estimate(mean, means[:, 0]),
@@ -180,10 +182,10 @@ def compare(
     return Paired(n, *shares, gain, score, gained, lost, mcnemar(gained, lost), mean_steps, ratio)
 
 
-def step_counts(name: str, values: Any, n: int) -> np.ndarray:
+def step_counts(name: str, values: Any, *, n: int) -> np.ndarray:
     """`numbers` of at least 0; one number stands for all questions. Raises InputError."""
     # one number stands for all
-    array = numbers(name, np.full(n, values) if np.ndim(values) == 0 else values, n)
+    array = numbers(name, np.full(n, values) if np.ndim(values) == 0 else values, n=n)
     if array.min() < 0:
         raise InputError(
             f"{name}[{int(array.argmin())}] is {array.min():g}; give executed steps, 0 or more"
@@ -203,7 +205,7 @@ def strata_codes(strata: Sequence[Any] | None, n: int) -> np.ndarray:
 
 
 def _resampled_means(
-    values: np.ndarray, codes: np.ndarray, resamples: int, rng: np.random.Generator
+    values: np.ndarray, codes: np.ndarray, *, resamples: int, rng: np.random.Generator
 ) -> np.ndarray:
     """Means [resamples, d] of bootstrap resamples of the rows of values [n, d].
 
@@ -226,7 +228,7 @@ def _estimate(value: float, resampled: np.ndarray) -> Estimate:
     return Estimate(float(value), float(low), float(high))
 
 
-def _score_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
+def _score_interval(gained: int, lost: int, *, n: int) -> tuple[float, float]:
     """Tango's 95 % interval of the difference of paired shares, by bisection of the score, which
     falls in the difference.
     """
@@ -240,15 +242,15 @@ def _score_interval(gained: int, lost: int, n: int) -> tuple[float, float]:
         above = gained - lost - n * delta
         return above / math.sqrt(variance) if variance > 0 else math.copysign(math.inf, above)
 
-    def solve(near: float, far: float, target: float) -> float:
+    def solve(near: float, far: float, *, target: float) -> float:
         for _ in range(60):
             middle = (near + far) / 2
             near, far = (middle, far) if abs(score(middle)) < target else (near, middle)
         return far
 
     value = (gained - lost) / n
-    return (solve(value, -1.0, _Z) if value > -1 else -1.0), (
-        solve(value, 1.0, _Z) if value < 1 else 1.0
+    return (solve(value, -1.0, target=_Z) if value > -1 else -1.0), (
+        solve(value, 1.0, target=_Z) if value < 1 else 1.0
     )
 
 

@@ -55,8 +55,8 @@ class RiskThreshold:
 def risk_controlled_threshold(
     gains: Any,
     method_right: Any,
-    identity_right: Any,
     *,
+    identity_right: Any,
     epsilon: float = 0.01,
     delta: float = 0.05,
     grid: Sequence[float] = THRESHOLDS,
@@ -82,8 +82,8 @@ def risk_controlled_threshold(
     g = numbers("gains", gains)
     n = len(g)
     method, identity = (
-        flags("method_right", method_right, n),
-        flags("identity_right", identity_right, n),
+        flags("method_right", method_right, n=n),
+        flags("identity_right", identity_right, n=n),
     )
     if not 0 <= epsilon < 1:
         raise InputError(
@@ -106,7 +106,7 @@ def risk_controlled_threshold(
                     int((chosen & method & ~identity).sum()),
                     int((chosen & ~method & identity).sum()),
                 )
-                p_value = risk_p_value(gained, lost, n, epsilon, slack=_NUISANCE * level)
+                p_value = risk_p_value(gained, lost, n=n, epsilon=epsilon, slack=_NUISANCE * level)
                 tested[tau] = CheckedThreshold(
                     tau, int(chosen.sum()), gained, lost, p_value, p_value <= level
                 )
@@ -118,7 +118,7 @@ def risk_controlled_threshold(
     )
 
 
-def risk_p_value(gained: int, lost: int, n: int, epsilon: float, slack: float) -> float:
+def risk_p_value(gained: int, lost: int, *, n: int, epsilon: float, slack: float) -> float:
     """A valid p of "P(lost) - P(gained) > epsilon" from counts of n independent questions, each
     gained, lost or neither.
 
@@ -134,14 +134,14 @@ def risk_p_value(gained: int, lost: int, n: int, epsilon: float, slack: float) -
         raise InputError(f"a slack of {slack}; give a probability between 0 and 1")
     discordant = gained + lost
     if epsilon == 0:
-        return binomial_cdf(lost, discordant, 0.5)
-    most = _upper_bound(discordant, n, slack)
+        return binomial_cdf(lost, discordant, p=0.5)
+    most = _upper_bound(discordant, n, level=slack)
     if most < epsilon:  # too few are discordant for such a risk
         return slack
-    return min(1.0, slack + binomial_cdf(lost, discordant, min(1.0, (1 + epsilon / most) / 2)))
+    return min(1.0, slack + binomial_cdf(lost, discordant, p=min(1.0, (1 + epsilon / most) / 2)))
 
 
-def least_questions(epsilon: float, delta: float, starts: int = 1) -> int:
+def least_questions(epsilon: float, delta: float, *, starts: int = 1) -> int:
     """With fewer questions `risk_controlled_threshold` certifies nothing but gains: so many are
     needed if choosing loses none of them.
     """
@@ -149,7 +149,7 @@ def least_questions(epsilon: float, delta: float, starts: int = 1) -> int:
     return math.ceil(math.log(slack) / math.log1p(-epsilon)) if epsilon else 0
 
 
-def binomial_cdf(k: int, n: int, p: float) -> float:
+def binomial_cdf(k: int, n: int, *, p: float) -> float:
     """P(X <= k) of X ~ Binomial(n, p)."""
     if k >= n or p <= 0:
         return 1.0
@@ -161,12 +161,12 @@ def binomial_cdf(k: int, n: int, p: float) -> float:
     return min(1.0, math.fsum(np.exp(terms).tolist()))
 
 
-def _upper_bound(k: int, n: int, level: float) -> float:
+def _upper_bound(k: int, n: int, *, level: float) -> float:
     """Clopper and Pearson's one-sided upper bound of a share of k in n: what it exceeds with a
     probability of at most `level`.
     """
     low, high = k / n, 1.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (middle, high) if binomial_cdf(k, n, middle) > level else (low, middle)
+        low, high = (middle, high) if binomial_cdf(k, n, p=middle) > level else (low, middle)
     return high  # the cautious side of the bisection

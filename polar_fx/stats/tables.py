@@ -38,7 +38,7 @@ _NONE = "–"
 
 
 def write_compared(
-    rows: Sequence[ArmComparison], folder: str | Path, stem: str = "arms"
+    rows: Sequence[ArmComparison], folder: str | Path, *, stem: str = "arms"
 ) -> list[Path]:
     """Write what `compare_arms` returned as `<stem>.md` and `<stem>.csv` into a folder, which is
     made; returns both.
@@ -79,7 +79,7 @@ def _cells(row: ArmComparison) -> list[str]:
         _p(row.adjusted_p),
         _NONE if paired.step_ratio is None else _interval(_scaled(paired.step_ratio), ".1f"),
         _mean(arm.unique_layers, ".1f"),
-        _mean(arm.format_valid, ".1f", 100),
+        _mean(arm.format_valid, ".1f", times=100),
         _mean(arm.generated_tokens, ".1f"),
     ]
 
@@ -111,7 +111,7 @@ def _p(value: float | None) -> str:
     return _NONE if value is None else "< 0.0001" if value < 1e-4 else f"{value:.4f}"
 
 
-def _mean(values: np.ndarray | None, form: str, times: float = 1) -> str:
+def _mean(values: np.ndarray | None, form: str, *, times: float = 1) -> str:
     return _NONE if values is None else format(times * float(values.mean()), form)
 
 

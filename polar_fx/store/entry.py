@@ -85,7 +85,7 @@ def prepare_file(root: Path, made: Path) -> StoredFile:
 
 
 def write_entry(
-    root: Path, path: Path, key: str, facts: Mapping[str, Scalar], files: Iterable[StoredFile]
+    root: Path, path: Path, *, key: str, facts: Mapping[str, Scalar], files: Iterable[StoredFile]
 ) -> None:
     """Write an entry that `read_entry` reads, durably."""
     fields = {
@@ -129,7 +129,9 @@ def read_entry(root: Path, path: Path) -> Entry:
             raise UnfitError("its entry was changed since it was written")
         if fields["key"] != path.stem:
             raise UnfitError(f"its entry belongs to key {fields['key']!r}")
-        files = {name: _stored_file(root, name, file) for name, file in fields["files"].items()}
+        files = {
+            name: _stored_file(root, name, fields=file) for name, file in fields["files"].items()
+        }
         created, used = (
             datetime.fromisoformat(fields["created"]),
             datetime.fromtimestamp(status.st_mtime, UTC),
@@ -181,7 +183,7 @@ def _distrust(status: os.stat_result) -> str:
     return foreign(status) if stat.S_ISREG(status.st_mode) else "is not a plain file"
 
 
-def _stored_file(root: Path, name: str, fields: Mapping[str, Any]) -> StoredFile:
+def _stored_file(root: Path, name: str, *, fields: Mapping[str, Any]) -> StoredFile:
     sha256, num_bytes, place = fields["sha256"], fields["bytes"], fields["object"]
     if not SHA256.fullmatch(sha256) or type(num_bytes) is not int:
         raise ValueError(f"{name}: {sha256!r}, {num_bytes!r}")

@@ -92,7 +92,7 @@ class ArtifactStore:
         return {name: file.path for name, file in found.files.items()}
 
     def get_or_make(
-        self, key: str, facts: Mapping[str, Scalar], make: Callable[[Path], None]
+        self, key: str, facts: Mapping[str, Scalar], *, make: Callable[[Path], None]
     ) -> tuple[dict[str, Path], bool]:
         """The files of a key, and whether `make` had to write them, into the empty folder it is
         given.
@@ -110,7 +110,7 @@ class ArtifactStore:
             found = self.get(key, facts)
             if found is not None:  # another process was first
                 return found, False
-            return self._make(key, facts, make), True
+            return self._make(key, facts, make=make), True
 
     def entries(self) -> list[Entry]:
         """All entries that can be read, the least recently used first.
@@ -150,7 +150,7 @@ class ArtifactStore:
     # Looking
 
     def _find(
-        self, path: Path, facts: Mapping[str, Scalar] | None, remove: bool = True
+        self, path: Path, facts: Mapping[str, Scalar] | None, *, remove: bool = True
     ) -> Entry | Refusal | None:
         with suppress(UnfitError):
             return self._check(path, facts)
@@ -183,7 +183,7 @@ class ArtifactStore:
     # Storing
 
     def _make(
-        self, key: str, facts: Mapping[str, Scalar], make: Callable[[Path], None]
+        self, key: str, facts: Mapping[str, Scalar], *, make: Callable[[Path], None]
     ) -> dict[str, Path]:
         with self._os_errors():
             work = Path(tempfile.mkdtemp(prefix=f"{key}-", dir=self.root / "tmp"))
@@ -194,15 +194,15 @@ class ArtifactStore:
             make(folder)
             with self._os_errors():
                 files = [prepare_file(self.root, made) for made in sorted(folder.iterdir())]
-                write_entry(self.root, work / "entry.json", key, facts, files)
+                write_entry(self.root, work / "entry.json", key=key, facts=facts, files=files)
             with self._alone():
-                self._publish(key, work, files)
+                self._publish(key, work, files=files)
                 self._evict(keep=key)
         finally:
             shutil.rmtree(work, ignore_errors=True)  # a sweep takes what this leaves
         return {file.name: file.path for file in files}
 
-    def _publish(self, key: str, work: Path, files: list[StoredFile]) -> None:
+    def _publish(self, key: str, work: Path, *, files: list[StoredFile]) -> None:
         """Move the objects and then the entry to their places; all of them or none."""
         placed = []
         try:
@@ -292,7 +292,7 @@ class ArtifactStore:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             remedy = "free some space" if full else "make it a folder you can write to"
-            raise CacheError(str(self.root), error.strerror or str(error), remedy) from error
+            raise CacheError(str(self.root), error.strerror or str(error), remedy=remedy) from error
 
     def _create_folders(self) -> None:
         self.root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -320,7 +320,7 @@ class ArtifactStore:
                 raise CacheError(
                     str(self.root),
                     f"{folder} {problem}",
-                    "make it yours alone (chmod -R go-w) or remove it",
+                    remedy="make it yours alone (chmod -R go-w) or remove it",
                 )
 
 

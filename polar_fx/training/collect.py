@@ -19,16 +19,20 @@ _BATCH = 16
 def pooled_features(
     model: "CompiledModel",
     questions: Sequence[EncodedQuestion],
+    *,
     features: Features,
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """f32[N, 2 d]. Raises KvOverflowError for a prompt that does not fit the model."""
-    return torch.stack(_each(model, questions, features, features.pooled, progress))
+    return torch.stack(
+        _each(model, questions, features=features, of=features.pooled, progress=progress)
+    )
 
 
 def token_features(
     model: "CompiledModel",
     questions: Sequence[EncodedQuestion],
+    *,
     features: Features,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
@@ -37,12 +41,13 @@ def token_features(
 
     Raises KvOverflowError for a prompt that does not fit the model.
     """
-    return _each(model, questions, features, features.tokens, progress)
+    return _each(model, questions, features=features, of=features.tokens, progress=progress)
 
 
 def _each(
     model: "CompiledModel",
     questions: Sequence[EncodedQuestion],
+    *,
     features: Features,
     of: Callable[[Tensor], Tensor],
     progress: Callable[[int, int], None] | None,

@@ -14,7 +14,7 @@ from ..errors import InputError
 Progress = Callable[[int, dict[str, float]], None]
 
 
-def check_ranges(settings: Any, what: str, ranges: Mapping[str, tuple[float, float]]) -> None:
+def check_ranges(settings: Any, what: str, *, ranges: Mapping[str, tuple[float, float]]) -> None:
     """Raise InputError if a setting lies outside its (lowest, highest) value."""
     for name, (low, high) in ranges.items():
         if not low <= getattr(settings, name) <= high:
@@ -27,6 +27,7 @@ def check_ranges(settings: Any, what: str, ranges: Mapping[str, tuple[float, flo
 def train_to_best(
     network: nn.Module,
     num_rows: int,
+    *,
     loss_of: Callable[[Tensor], Tensor],
     validation_loss: Callable[[], float],
     config: Any,

@@ -35,7 +35,7 @@ _LONG_SKIPS = ((6, 3), (9, 4), (12, 5), (15, 6))  # layers, and how far apart su
 _STEP_WEIGHT = 0.25
 
 
-def candidates(records: Iterable[SearchRecord], num_steps: int, count: int) -> list[Program]:
+def candidates(records: Iterable[SearchRecord], num_steps: int, *, count: int) -> list[Program]:
     """Up to `count` programs of the records that begin with the trunk of `num_steps` steps, most
     promising first.
 
@@ -105,7 +105,7 @@ def finalists(table: VerdictTable, count: int) -> list[Program]:
 
     Which are best is told by accuracy and, where that ties, likelihood.
     """
-    orders = _best(table, table.tasks(), len(table.programs))
+    orders = _best(table, table.tasks(), keep=len(table.programs))
     accuracy = table.right.mean(0)
     for fraction in BUDGETS:
         within = [
@@ -121,14 +121,14 @@ def finalists(table: VerdictTable, count: int) -> list[Program]:
 
 
 def variations(
-    table: VerdictTable, num_steps: int, count: int, damping: float = 0.5
+    table: VerdictTable, num_steps: int, *, count: int, damping: float = 0.5
 ) -> list[Program]:
     """Up to `count` new programs made of the best ones on the table: two of them at once, and
     repeats damped.
 
     Which are best is asked for each group, by accuracy and, where that ties, likelihood.
     """
-    best = _best(table, table.groups(), 6)
+    best = _best(table, table.groups(), keep=6)
     found: dict[Program, None] = {}
     for program in dict.fromkeys(p for order in best for p in order[:4]):
         if (other := _damped(program, damping)) is not None:
@@ -160,12 +160,12 @@ def mine(table: VerdictTable, size: int) -> list[Program]:
     right = table.right.astype(np.float64)
     worth = right * (1 + _STEP_WEIGHT * (1 - table.steps / table.depth))
     groups = table.groups()
-    by_group = _accuracy_by_group(right, groups, table.tasks())
+    by_group = _accuracy_by_group(right, groups, tasks=table.tasks())
     sizes = np.bincount(groups) / len(groups)
-    within = [_within(right.mean(0), table.steps, f * table.depth) for f in BUDGETS]
+    within = [_within(right.mean(0), table.steps, limit=f * table.depth) for f in BUDGETS]
     criteria = (
-        lambda chosen: _most_added(worth, chosen, lambda gains: gains.sum(0)),
-        lambda chosen: _most_added(by_group, chosen, lambda gains: sizes @ gains),
+        lambda chosen: _most_added(worth, chosen, total=lambda gains: gains.sum(0)),
+        lambda chosen: _most_added(by_group, chosen, total=lambda gains: sizes @ gains),
         _one_by_one(within),
     )
     limit = min(size, len(table.programs))
@@ -219,7 +219,7 @@ def _one_by_one(order: Iterable[T | None]) -> Callable[[list[T]], T | None]:
 
 
 def _most_added(
-    values: np.ndarray, chosen: list[int], total: Callable[[np.ndarray], np.ndarray]
+    values: np.ndarray, chosen: list[int], *, total: Callable[[np.ndarray], np.ndarray]
 ) -> int | None:
     """The column of `values` [N, K] that raises each row's maximum over the chosen ones by most in
     `total`, which takes [N, K] to [K]; None if none raises it.
@@ -230,12 +230,12 @@ def _most_added(
     return int(left[gains.argmax()]) if gains.max() > 0 else None
 
 
-def _within(accuracy: np.ndarray, steps: np.ndarray, limit: float) -> int | None:
+def _within(accuracy: np.ndarray, steps: np.ndarray, *, limit: float) -> int | None:
     allowed = steps <= limit + 1e-9
     return int(np.where(allowed, accuracy, -1).argmax()) if allowed.any() else None
 
 
-def _accuracy_by_group(right: np.ndarray, groups: np.ndarray, tasks: np.ndarray) -> np.ndarray:
+def _accuracy_by_group(right: np.ndarray, groups: np.ndarray, *, tasks: np.ndarray) -> np.ndarray:
     """Accuracies [G, K] in each group, their gains over the identity shrunk to the task's, and
     those to none.
     """
@@ -255,7 +255,7 @@ def _shrunk(values: np.ndarray, towards: np.ndarray | float) -> np.ndarray:
     return (values.sum(0) + _PRIOR * np.asarray(towards)) / (len(values) + _PRIOR)
 
 
-def _best(table: VerdictTable, groups: np.ndarray, keep: int) -> list[list[Program]]:
+def _best(table: VerdictTable, groups: np.ndarray, *, keep: int) -> list[list[Program]]:
     """The best `keep` programs of each group, the identity left out."""
     likelihood = np.nan_to_num(np.exp(table.log_likelihood), nan=0.0)
     score = table.right + 0.5 * likelihood

@@ -82,7 +82,12 @@ Dense = Callable[[str, Rows, Sequence[Program]], VerdictTable]
 
 
 def mine_menu(
-    records: Sequence[SearchRecord], train: Rows, dense: Dense, depth: int, config: TrainingConfig
+    records: Sequence[SearchRecord],
+    train: Rows,
+    *,
+    dense: Dense,
+    depth: int,
+    config: TrainingConfig,
 ) -> VerdictTable:
     """Screen programs and try the best again; the table's programs in `mine`'s order are the menu.
 
@@ -92,7 +97,7 @@ def mine_menu(
     """
     num_steps = config.features.num_steps
     pool = [
-        *candidates(records, num_steps, config.num_candidates),
+        *candidates(records, num_steps, count=config.num_candidates),
         *edits_as_programs(depth, num_steps)[: config.num_edits],
     ]
     if not pool:
@@ -105,7 +110,9 @@ def mine_menu(
     first, second = config.screen_questions, config.screen_questions + config.final_questions
     screened = [train[i] for i in sorted(order[:first])]
     table = dense("screen", screened, list(dict.fromkeys(pool)))
-    if config.num_variations and (more := variations(table, num_steps, config.num_variations)):
+    if config.num_variations and (
+        more := variations(table, num_steps, count=config.num_variations)
+    ):
         table = table.beside(dense("variations", screened, more))
     if others := [train[i] for i in sorted(order[first:second])]:
         best = finalists(table, config.num_finalists)
@@ -116,6 +123,7 @@ def mine_menu(
 def fit(
     menu: Menu,
     train: Labels,
+    *,
     validation: Labels,
     config: TrainingConfig,
     progress: Callable[[int, dict[str, float]], None] | None = None,
@@ -127,7 +135,7 @@ def fit(
     that nothing can be learned from.
     """
     fitting, setting = _halves(validation, config.selector.seed)
-    network, history = train_selector(train, fitting, config.selector, progress)
+    network, history = train_selector(train, fitting, config=config.selector, progress=progress)
     with torch.no_grad():
         logits = network(fitting.features).double().numpy()
         others = network(setting.features).double().numpy()
@@ -135,17 +143,29 @@ def fit(
     slopes, shifts = (
         torch.full((len(menu),), value) for value in (scaling.slope, scaling.intercept)
     )
-    selector = Selector(menu, config.features, network, None, slopes, shifts)
+    selector = Selector(
+        menu,
+        config.features,
+        network=network,
+        calibration=None,
+        slopes=slopes,
+        shifts=shifts,
+    )
     chances = selector.probabilities(setting.features)
     before = 1 / (1 + np.exp(-others))
-    best = choose_all(chances, menu.steps, menu.depth, -np.inf)
+    best = choose_all(chances, menu.steps, depth=menu.depth, threshold=-np.inf)
     rows = np.arange(len(best))
     gains = chances[rows, best] - chances[:, 0]
     chosen_right, identity_right = setting.right[rows, best], setting.right[:, 0]
     bound = risk_controlled_threshold(
-        gains, chosen_right, identity_right, epsilon=config.risk, delta=config.delta, starts=_STARTS
+        gains,
+        chosen_right,
+        identity_right=identity_right,
+        epsilon=config.risk,
+        delta=config.delta,
+        starts=_STARTS,
     )
-    prices = {f: price_of(chances, menu.steps, menu.depth, f) for f in config.budgets}
+    prices = {f: price_of(chances, menu.steps, depth=menu.depth, budget=f) for f in config.budgets}
     selector.calibration = Calibration(
         bound.tau, {f: price for f, price in prices.items() if price is not None}
     )
@@ -163,14 +183,14 @@ def fit(
         },
         "threshold": bound.to_dict(),
         "budgets_out_of_reach": [f for f, price in prices.items() if price is None],
-        "validation": _accuracies(selector, setting, train),
+        "validation": _accuracies(selector, setting, train=train),
     }
     return selector, measured
 
 
 def too_few_to_certify(validation: int, config: TrainingConfig) -> str:
     """What so few validation questions mean for the policy `accuracy`; empty if they may do."""
-    least = 2 * least_questions(config.risk, config.delta, _STARTS)
+    least = 2 * least_questions(config.risk, config.delta, starts=_STARTS)
     if validation >= least:
         return ""
     return (
@@ -198,7 +218,7 @@ def _halves(labels: Labels, seed: int) -> tuple[Labels, Labels]:
     return first, second
 
 
-def _accuracies(selector: Selector, validation: Labels, train: Labels) -> dict[str, Any]:
+def _accuracies(selector: Selector, validation: Labels, *, train: Labels) -> dict[str, Any]:
     """Accuracy and mean steps on validation, which chose thresholds and prices: not an estimate of
     what tests will give.
     """
@@ -219,10 +239,12 @@ def _accuracies(selector: Selector, validation: Labels, train: Labels) -> dict[s
             **of(np.full(len(rows), static)),
             "program": str(menu.programs[static]),
         },
-        "likeliest": of(choose_all(chances, steps, depth, -np.inf)),
-        "accuracy": of(choose_all(chances, steps, depth, calibration.threshold)),
+        "likeliest": of(choose_all(chances, steps, depth=depth, threshold=-np.inf)),
+        "accuracy": of(choose_all(chances, steps, depth=depth, threshold=calibration.threshold)),
         **{
-            f"mean_steps<={f:g}": of(choose_all(chances, steps, depth, -np.inf, p))
+            f"mean_steps<={f:g}": of(
+                choose_all(chances, steps, depth=depth, threshold=-np.inf, price=p)
+            )
             for f, p in calibration.prices.items()
         },
         "oracle": {"accuracy": float(right.any(1).mean())},
@@ -237,8 +259,8 @@ def labels_of(table: VerdictTable, features: Tensor) -> Labels:
 def train_predictor(
     records: Sequence[SearchRecord],
     train: Rows,
-    validation: Rows,
     *,
+    validation: Rows,
     dense: Dense,
     features_of: Callable[[Rows], Tensor],
     depth: int,
@@ -261,15 +283,17 @@ def train_predictor(
             check_trunk(program, config.features.num_steps)
         menu, mined = Menu.of(programs, depth), {}
     else:
-        screened = mine_menu(records, train, dense, depth, config)
+        screened = mine_menu(records, train, dense=dense, depth=depth, config=config)
         menu = Menu.of(mine(screened, config.menu_size), depth)
         mined = {"screened": len(screened.questions), "finalists": len(screened.programs)}
     splits = {"train": train, "validation": validation}
     tables = {name: dense(name, rows, menu.programs) for name, rows in splits.items()}
     parts = {name: labels_of(tables[name], features_of(rows)) for name, rows in splits.items()}
-    selector, measured = fit(menu, parts["train"], parts["validation"], config, progress)
+    selector, measured = fit(
+        menu, parts["train"], validation=parts["validation"], config=config, progress=progress
+    )
     return selector, {
-        "menu": _menu_rows(menu, tables["train"], tables["validation"]),
+        "menu": _menu_rows(menu, tables["train"], validation=tables["validation"]),
         "best_static": str(best_static(tables["train"])),
         "questions": {
             "train": len(train),
@@ -287,7 +311,7 @@ def train_predictor(
 
 
 def _menu_rows(
-    menu: Menu, train: VerdictTable, validation: VerdictTable
+    menu: Menu, train: VerdictTable, *, validation: VerdictTable
 ) -> list[Mapping[str, Any]]:
     return [
         {

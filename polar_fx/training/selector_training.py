@@ -44,7 +44,7 @@ class SelectorConfig:
         check_ranges(
             self,
             "selector training",
-            {
+            ranges={
                 "width": (0, 1 << 16),
                 "dropout": (0, 0.95),
                 "learning_rate": (1e-8, 1),
@@ -101,6 +101,7 @@ class Labels:
 def train_selector(
     train: Labels,
     validation: Labels,
+    *,
     config: SelectorConfig = SelectorConfig(),
     progress: Progress | None = None,
 ) -> tuple[SelectorNetwork, dict[str, Any]]:
@@ -124,7 +125,11 @@ def train_selector(
 
     seeds = [config.seed + 1000 * member for member in range(config.networks)]
     networks, histories = zip(
-        *[_train_one(train, validation, replace(config, seed=s), note) for s in seeds], strict=True
+        *[
+            _train_one(train, validation, config=replace(config, seed=s), progress=note)
+            for s in seeds
+        ],
+        strict=True,
     )
     return SelectorNetwork.mean_of(networks), {
         "config": asdict(config),
@@ -134,7 +139,7 @@ def train_selector(
 
 
 def _train_one(
-    train: Labels, validation: Labels, config: SelectorConfig, progress: Progress
+    train: Labels, validation: Labels, *, config: SelectorConfig, progress: Progress
 ) -> tuple[SelectorNetwork, dict[str, Any]]:
     target, held_out = (
         train.targets(config.likelihood_weight),
@@ -144,22 +149,30 @@ def _train_one(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = SelectorNetwork(
-            train.features.shape[1], train.right.shape[1], config.width, config.dropout
+            train.features.shape[1],
+            train.right.shape[1],
+            width=config.width,
+            dropout=config.dropout,
         )
         network.start_from(train.features, torch.tensor(train.right.mean(0), dtype=torch.float32))
         history = train_to_best(
             network,
             len(target),
-            lambda part: loss_of(network(train.features[part]), target[part]),
-            lambda: float(loss_of(network(validation.features), held_out)),
-            config,
-            progress,
+            loss_of=lambda part: loss_of(network(train.features[part]), target[part]),
+            validation_loss=lambda: float(loss_of(network(validation.features), held_out)),
+            config=config,
+            progress=progress,
         )
     return network, history
 
 
 def choose_all(
-    probabilities: np.ndarray, steps: np.ndarray, depth: int, threshold: float, price: float = 0.0
+    probabilities: np.ndarray,
+    steps: np.ndarray,
+    *,
+    depth: int,
+    threshold: float,
+    price: float = 0.0,
 ) -> np.ndarray:
     """What each row of f64[N, K] would run at this price for steps, i64[N]: as `Policy` chooses,
     for all rows at once.
@@ -172,7 +185,7 @@ def choose_all(
 
 
 def price_of(
-    probabilities: np.ndarray, steps: np.ndarray, depth: int, budget: float
+    probabilities: np.ndarray, steps: np.ndarray, *, depth: int, budget: float
 ) -> float | None:
     """The lowest price for steps at which the mean of those chosen is at most `budget` x depth;
     found by bisection.
@@ -183,7 +196,11 @@ def price_of(
         return None
 
     def mean_steps(price: float) -> float:
-        return float(steps[choose_all(probabilities, steps, depth, -np.inf, price)].mean())
+        return float(
+            steps[
+                choose_all(probabilities, steps, depth=depth, threshold=-np.inf, price=price)
+            ].mean()
+        )
 
     low, high = 0.0, 1.0
     if mean_steps(low) <= budget * depth:

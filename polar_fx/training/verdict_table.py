@@ -158,8 +158,8 @@ RunListed = Callable[[Rows, Mapping[str, tuple[Program, ...]]], Iterable[SearchR
 def listed_records(
     path: Path,
     rows: Rows,
-    programs: Mapping[str, tuple[Program, ...]],
     *,
+    programs: Mapping[str, tuple[Program, ...]],
     model: str,
     depth: int,
     prompt: dict[str, Any],

@@ -231,7 +231,7 @@ def test_where_it_cannot_run_the_reason_comes_before_any_work(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
     monkeypatch.setattr(
-        compiled, "load_library", lambda *a: pytest.fail("the model was captured first")
+        compiled, "load_library", lambda *a, **k: pytest.fail("the model was captured first")
     )
     with pytest.raises(CompileError, match=reason):
         compile(make("llama"), backend="tensorrt")

@@ -58,7 +58,7 @@ def bundle(folder: Path) -> BundledModel:
 
 
 @torch.no_grad()
-def _answer(model: CompiledModel, program: Any, tokens: int = 9) -> Tensor:
+def _answer(model: CompiledModel, program: Any, *, tokens: int = 9) -> Tensor:
     """[T + 2, V]: logits of every token of a prompt, of its last one by prefill, and of one decoded
     token.
     """
@@ -98,7 +98,10 @@ def test_logits_are_those_of_the_compiled_model(
     for program in programs:
         tokens = pick.randint(1, 20)
         torch.testing.assert_close(
-            _answer(bundle, program, tokens), _answer(compiled, program, tokens), rtol=0, atol=1e-5
+            _answer(bundle, program, tokens=tokens),
+            _answer(compiled, program, tokens=tokens),
+            rtol=0,
+            atol=1e-5,
         )
     assert bundle.compilations == () and not bundle.library.is_traced
     assert [r.source for r in bundle.regions.records] == ["loaded"] * 7
@@ -120,7 +123,7 @@ def test_generation_is_that_of_the_compiled_model(
             given: dict[str, Any] = {"program": program, "do_sample": False, **arguments}
             mine, theirs = (
                 bundle.generate(ids, **given),
-                torch.cat(_row_by_row(compiled, ids, given)),
+                torch.cat(_row_by_row(compiled, ids, given=given)),
             )
             assert torch.equal(mine, theirs), arguments
     assert bundle.generate(ids[:1]).shape == (1, 15), "the exported default of max_new_tokens"
@@ -128,7 +131,7 @@ def test_generation_is_that_of_the_compiled_model(
         bundle.generate(ids, max_new_tokens=60)
 
 
-def _row_by_row(compiled: CompiledModel, ids: Tensor, given: dict[str, Any]) -> list[Tensor]:
+def _row_by_row(compiled: CompiledModel, ids: Tensor, *, given: dict[str, Any]) -> list[Tensor]:
     """As the bundle does it, for the compiled model has no regions for many rows yet; padded to
     equal lengths.
     """
@@ -308,7 +311,7 @@ def graphs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ArtifactStore:
 
 
 def _bundled(
-    model: PreTrainedModel, store: ArtifactStore | bool, place: Path, **options: Any
+    model: PreTrainedModel, store: ArtifactStore | bool, *, place: Path, **options: Any
 ) -> tuple[CompiledModel, Manifest]:
     compiled = compile(
         model,
@@ -321,7 +324,7 @@ def _bundled(
     return compiled, export(compiled, place, ["skip 1"], **options)
 
 
-def _check(compiled: CompiledModel, bundle: CompiledModel, rows: Sequence[int]) -> None:
+def _check(compiled: CompiledModel, bundle: CompiledModel, *, rows: Sequence[int]) -> None:
     ids = torch.nn.utils.rnn.pad_sequence(prompts(*rows), batch_first=True)
     mask = torch.nn.utils.rnn.pad_sequence(
         [torch.ones(n, dtype=torch.long) for n in rows], batch_first=True
@@ -336,15 +339,15 @@ def _check(compiled: CompiledModel, bundle: CompiledModel, rows: Sequence[int]) 
 
 def test_a_bundle_for_many_rows_runs_them_at_once(graphs: ArtifactStore, tmp_path: Path) -> None:
     compiled, manifest = _bundled(
-        make("qwen2_moe", decoder_sparse_step=2), graphs, tmp_path / "bundle", buckets=(1, 4)
+        make("qwen2_moe", decoder_sparse_step=2), graphs, place=tmp_path / "bundle", buckets=(1, 4)
     )
     assert manifest.many_rows and len([f for f in manifest.files if f.region]) == 2 * (3 * 2 + 4), (
         "two kinds of layers"
     )
     bundle = load_bundle(tmp_path / "bundle", any_program=True)
     assert not bundle.deterministic
-    _check(compiled, bundle, (9, 3, 5))
-    _check(compiled, bundle, (4,))
+    _check(compiled, bundle, rows=(9, 3, 5))
+    _check(compiled, bundle, rows=(4,))
     ids = torch.stack(prompts(6, 6, 6))
     given: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
     assert torch.equal(
@@ -355,13 +358,13 @@ def test_a_bundle_for_many_rows_runs_them_at_once(graphs: ArtifactStore, tmp_pat
 @pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
 def test_other_families_and_exact_rows(family: str, graphs: ArtifactStore, tmp_path: Path) -> None:
     compiled, manifest = _bundled(
-        make(family), graphs, tmp_path / "bundle", buckets=(1, 4), exact=True
+        make(family), graphs, place=tmp_path / "bundle", buckets=(1, 4), exact=True
     )
     assert manifest.deterministic and not manifest.many_rows, (
         "rows are run one by one: regions for many would never run"
     )
     bundle = load_bundle(tmp_path / "bundle", any_program=True)
-    _check(compiled, bundle, (9, 3))
+    _check(compiled, bundle, rows=(9, 3))
     ids = torch.stack(prompts(6, 6))
     given: dict[str, Any] = {"max_new_tokens": 4, "num_beams": 2, "do_sample": False}
     assert torch.equal(
@@ -373,7 +376,7 @@ def test_without_a_store_and_with_one_that_has_no_room_regions_are_made_for_the_
     graphs: ArtifactStore, tmp_path: Path
 ) -> None:
     for number, store in enumerate((False, ArtifactStore(tmp_path / "small", limit_bytes=1))):
-        _, manifest = _bundled(make("llama"), store, tmp_path / f"bundle{number}")
+        _, manifest = _bundled(make("llama"), store, place=tmp_path / f"bundle{number}")
         assert len([f for f in manifest.files if f.region]) == 7
         load_bundle(tmp_path / f"bundle{number}")
 
@@ -382,8 +385,10 @@ def test_without_a_store_and_with_one_that_has_no_room_regions_are_made_for_the_
 def test_a_selector_is_shipped_with_its_menu_and_policy(tmp_path: Path) -> None:
     model = compiled_model()
     menu = Menu.of([Program.parse(text, DEPTH) for text in ("skip 2", "repeat 3")])
-    network = SelectorNetwork(2 * model.config.hidden_size, len(menu), 4)
-    selector = Selector(menu, Features(1, 8), network, Calibration(0.0, {0.9: 0.1}))
+    network = SelectorNetwork(2 * model.config.hidden_size, len(menu), width=4)
+    selector = Selector(
+        menu, Features(1, 8), network=network, calibration=Calibration(0.0, {0.9: 0.1})
+    )
     model.dispatch_by(selector, policy="mean_steps<=0.9").admit()
     with pytest.raises(InputError, match="which is not among programs="):
         export(model, tmp_path / "a", ["identity"])

@@ -105,7 +105,7 @@ def _comma(tokens: Sequence[int]) -> str:
     return ",".join(map(str, tokens))
 
 
-def _want(bundle: BundledModel, program: str, prompt: list[int], new: int) -> list[int]:
+def _want(bundle: BundledModel, program: str, *, prompt: list[int], new: int) -> list[int]:
     ids = torch.tensor([prompt])
     return bundle.generate(ids, program=program, max_new_tokens=new, do_sample=False)[
         0, len(prompt) :
@@ -124,17 +124,19 @@ def test_greedy_tokens_are_those_of_python(
         got = _new_tokens(
             runner, folder, "--program", text, "--tokens", _comma(prompt), "--new", 12
         )
-        assert got == _want(bundle, program, prompt, 12), text
+        assert got == _want(bundle, program, prompt=prompt, new=12), text
         answers.add(tuple(got))
     assert len(answers) > 1, "programs answer differently, or this test would not see which one ran"
     without = _new_tokens(runner, folder, "--tokens", _comma(prompt), "--new", 12)
-    assert without == _want(bundle, "identity", prompt, 12), "the first program is the default one"
+    assert without == _want(bundle, "identity", prompt=prompt, new=12), (
+        "the first program is the default one"
+    )
 
 
 def test_a_row_may_be_filled_to_its_end(runner: Path, folder: Path, bundle: BundledModel) -> None:
     prompt = prompts(LENGTH - 2)[0].tolist()
     assert _new_tokens(runner, folder, "--tokens", _comma(prompt), "--new", 3) == _want(
-        bundle, "identity", prompt, 3
+        bundle, "identity", prompt=prompt, new=3
     )
     done = _run(runner, folder, "--tokens", _comma(prompt), "--new", 4)
     assert (
@@ -146,13 +148,13 @@ def test_a_row_may_be_filled_to_its_end(runner: Path, folder: Path, bundle: Bund
 
 def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: BundledModel) -> None:
     prompt = prompts(5)[0].tolist()
-    tokens = _want(bundle, "identity", prompt, 12)
-    _exchange(copied, "generation.json", json.dumps({"eos_token_id": [99, tokens[4]]}))
+    tokens = _want(bundle, "identity", prompt=prompt, new=12)
+    _exchange(copied, "generation.json", text=json.dumps({"eos_token_id": [99, tokens[4]]}))
     got = _new_tokens(runner, copied, "--tokens", _comma(prompt), "--new", 12)
     assert (
         got
         == tokens[: tokens.index(tokens[4]) + 1]
-        == _want(load_bundle(copied), "identity", prompt, 12)
+        == _want(load_bundle(copied), "identity", prompt=prompt, new=12)
     )
 
 
@@ -178,10 +180,10 @@ def test_a_row_that_would_be_computed_anew_is_refused(
     assert done.returncode == 2 and "past 8 tokens this model computes a whole row" in done.stderr
     for prompt, new in (([1, 2, 3, 4], 5), (list(range(1, 10)), 4)):
         got = _new_tokens(runner, copied, "--tokens", _comma(prompt), "--new", new)
-        assert got == _want(bundle, "identity", prompt, new)
+        assert got == _want(bundle, "identity", prompt=prompt, new=new)
 
 
-def _exchange(place: Path, name: str, text: str) -> None:
+def _exchange(place: Path, name: str, *, text: str) -> None:
     """Write another file, and what the manifest says of it."""
     (place / name).write_text(text)
     digest = hashlib.sha256(text.encode()).hexdigest()
@@ -297,7 +299,7 @@ def test_only_the_programs_of_the_manifest_run_unless_asked(
     got = _new_tokens(
         runner, folder, "--program", "3 2 1", "--any-program", "--tokens", "5,6", "--new", 4
     )
-    assert got == _want(bundle, "3 2 1", [5, 6], 4)
+    assert got == _want(bundle, "3 2 1", prompt=[5, 6], new=4)
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -352,14 +354,14 @@ def _link(place: Path) -> None:
 
 def _no_layers(place: Path) -> None:
     table = json.loads((place / "symbols.json").read_text())
-    _exchange(place, "symbols.json", json.dumps({**table, "layers": [], "kv_specs": []}))
+    _exchange(place, "symbols.json", text=json.dumps({**table, "layers": [], "kv_specs": []}))
 
 
 def _wider(place: Path) -> None:
     table = json.loads((place / "symbols.json").read_text())
     operands = table["bodies"][table["layers"][-1]["target"]]["operands"]
     next(o for o in operands if o["role"] == "weight")["size"][0] = "33"
-    _exchange(place, "symbols.json", json.dumps(table))
+    _exchange(place, "symbols.json", text=json.dumps(table))
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -410,7 +412,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a link": (_link, "symbols.json: is a symbolic link"),
     "no weights file": (
-        lambda p: _exchange(p, "weights.safetensors", "x" * 64),
+        lambda p: _exchange(p, "weights.safetensors", text="x" * 64),
         "weights.safetensors: is no safetensors file",
     ),
     "a table of wider layers": (_wider, "in another size or dtype than the code takes"),

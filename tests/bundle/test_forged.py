@@ -234,7 +234,8 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
 def test_what_is_damaged_or_made_up_is_refused(
     name: str, mutable: Mutable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_refused(*MUTATIONS[name], mutable, monkeypatch)
+    mutate, reason = MUTATIONS[name]
+    check_refused(mutate, reason, bundle=mutable, monkeypatch=monkeypatch)
 
 
 def test_without_mutations_the_bundle_loads(mutable: Mutable) -> None:
@@ -274,9 +275,9 @@ def test_a_region_exchanged_after_it_was_hashed_is_not_opened(
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
 
-    def meddle(*args: Any) -> Any:
+    def meddle(*args: Any, **kwargs: Any) -> Any:
         mutable.put(REGION, b"PK\3\4 no package")
-        return load_weights(*args)
+        return load_weights(*args, **kwargs)
 
     monkeypatch.setattr("polar_fx.bundle.loader.load_weights", meddle)
     assert len(load_bundle(mutable.folder).regions.records) == 7

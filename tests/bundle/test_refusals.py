@@ -290,7 +290,8 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
 def test_what_is_no_whole_bundle_for_this_machine_is_refused(
     name: str, mutable: Mutable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_refused(*MUTATIONS[name], mutable, monkeypatch)
+    mutate, reason = MUTATIONS[name]
+    check_refused(mutate, reason, bundle=mutable, monkeypatch=monkeypatch)
 
 
 def test_a_bundle_for_another_machine_can_be_verified_here(mutable: Mutable) -> None:

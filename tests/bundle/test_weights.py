@@ -42,7 +42,7 @@ def _table(weights: dict[str, Tensor]) -> SymbolTable:
 
 
 def _manifest(
-    content: bytes, ties: dict[str, str] | None = None, num_bytes: int | None = None
+    content: bytes, ties: dict[str, str] | None = None, *, num_bytes: int | None = None
 ) -> Manifest:
     """One that vouches for a weights file of that content."""
     file = BundledFile(WEIGHTS, num_bytes or len(content), hashlib.sha256(content).hexdigest())
@@ -69,7 +69,7 @@ def test_tensors_are_written_once_and_come_back_as_they_were_laid_out(tmp_path: 
     assert ties == {"tied": "whole"} and "tied" not in written
     save_file(written, tmp_path / "weights.safetensors")
     loaded = load_weights(
-        tmp_path, _manifest((tmp_path / "weights.safetensors").read_bytes(), ties), table
+        tmp_path, _manifest((tmp_path / "weights.safetensors").read_bytes(), ties), table=table
     )
     assert loaded["tied"] is loaded["whole"]
     for name, tensor in tensors.items():
@@ -138,11 +138,11 @@ def test_what_is_no_whole_safetensors_file_is_refused(name: str, tmp_path: Path)
     table = _table({"w": torch.zeros(2, 3)})
     for read in (check_weights, load_weights):
         with pytest.raises(BundleError, match=f"weights.safetensors: .*{words}"):
-            read(tmp_path, _manifest(content), table)
+            read(tmp_path, _manifest(content), table=table)
     good = _file({"__metadata__": {"format": "pt"}, "w": _entry(0, 24)})
     (tmp_path / WEIGHTS).write_bytes(good)
-    check_weights(tmp_path, _manifest(good), table)
-    assert load_weights(tmp_path, _manifest(good), table)["w"].shape == (2, 3)
+    check_weights(tmp_path, _manifest(good), table=table)
+    assert load_weights(tmp_path, _manifest(good), table=table)["w"].shape == (2, 3)
 
 
 def test_a_file_that_is_another_one_is_not_blamed_for_anything_else(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_a_file_that_is_another_one_is_not_blamed_for_anything_else(tmp_path: Pa
                 read(
                     tmp_path,
                     _manifest(bytes(3), num_bytes=len(content)),
-                    _table({"w": torch.zeros(2, 3)}),
+                    table=_table({"w": torch.zeros(2, 3)}),
                 )
 
 
@@ -178,7 +178,7 @@ def test_a_file_exchanged_while_it_is_read_is_refused(
             patch.setattr(
                 Reader, "readinto", lambda self, memory: (read(self, memory), left and left.pop()())
             )
-            return load_weights(tmp_path, _manifest(content), table)
+            return load_weights(tmp_path, _manifest(content), table=table)
 
     def rename() -> None:
         (tmp_path / "other").write_bytes(bytes(len(content)))

@@ -20,7 +20,7 @@ from tiny_models import make, prompts, reference, run_rows, snapshot, tiny
 def _worst(model: Any, captured: CapturedModel) -> float:
     library = LayerLibrary(captured)
     rows = prompts(9, 6)
-    got = run_rows(library, Program.identity(library.depth), rows, prefill=(7, 3))
+    got = run_rows(library, Program.identity(library.depth), rows=rows, prefill=(7, 3))
     return max(float((a - b).abs().max()) for a, b in zip(got, reference(model, rows), strict=True))
 
 

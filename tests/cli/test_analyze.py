@@ -28,7 +28,7 @@ def _json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[st
     return json.loads(capsys.readouterr().out)
 
 
-def _line(text: str, start: str, nth: int = 0) -> str:
+def _line(text: str, start: str, *, nth: int = 0) -> str:
     """The nth line that starts so, with single spaces."""
     return [" ".join(line.split()) for line in text.splitlines() if line.strip().startswith(start)][
         nth
@@ -46,8 +46,8 @@ def test_tables(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert _line(out, "all ") == "all 6 16.7 [3, 56] 33.3 [10, 70] 50.0 [19, 81] 66.7 [30, 90]"
     assert _line(out, "add, a ").startswith("add, a 2 0.0 [0, 66] 50.0")
     assert _line(out, "mul ").startswith("mul 3 33.3")
-    assert _line(out, "all ", 1) == "all 1 100.0 [21, 100] 5 60.0 [23, 88] 20.0 [4, 62]"
-    assert _line(out, "all ", 2) == "all 1.3 0.7 4 6.00"
+    assert _line(out, "all ", nth=1) == "all 1 100.0 [21, 100] 5 60.0 [23, 88] 20.0 [4, 62]"
+    assert _line(out, "all ", nth=2) == "all 1.3 0.7 4 6.00"
     assert "9 evaluations in 4.0 s: 2.2 a second" in out
     assert _line(out, "steps, valid").endswith(" 4 4:1 5:1 7:1 8:1")
     assert _line(out, "runs of a repeat").endswith(" 2 2:2")
@@ -69,7 +69,8 @@ def test_json_is_the_report(run: Path, capsys: pytest.CaptureFixture[str]) -> No
 
 def test_held_out_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = write(
-        tmp_path / "other.jsonl", [SAMPLES[0], simple("q8", {SKIP}), simple("q9", set(), {SKIP})]
+        tmp_path / "other.jsonl",
+        [SAMPLES[0], simple("q8", {SKIP}), simple("q9", set(), wrong={SKIP})],
     )
     (menu,) = _json(capsys, run, "--held-out", other)["menus"]
     assert (menu["split"], menu["train"], menu["held_out"], menu["left_out"]) == ("files", 6, 2, 1)
@@ -89,7 +90,7 @@ def test_held_out_files(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 def test_files_without_questions_or_with_one(
     json_too: bool, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    empty = write(tmp_path / "empty.jsonl", [], replace(HEADER, model="e" * 32))
+    empty = write(tmp_path / "empty.jsonl", [], header=replace(HEADER, model="e" * 32))
     one = write(tmp_path / "one.jsonl", SAMPLES[5:])
     if json_too:
         result = _json(capsys, empty, one)
@@ -100,8 +101,8 @@ def test_files_without_questions_or_with_one(
         out = capsys.readouterr().out
         assert "no questions yet" in out and out.count("too few questions to rank a menu") == 2
         assert _line(out, "all ") == "all 1 0.0 [0, 79] 0.0 [0, 79] 0.0 [0, 79] 0.0 [0, 79]"
-        assert _line(out, "all ", 1) == "all 0 - 1 0.0 [0, 79] 0.0 [0, 79]"
-        assert _line(out, "all ", 2) == "all 0.0 0.0 0 -"
+        assert _line(out, "all ", nth=1) == "all 0 - 1 0.0 [0, 79] 0.0 [0, 79]"
+        assert _line(out, "all ", nth=2) == "all 0.0 0.0 0 -"
 
 
 def test_figures(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,7 +139,7 @@ def test_figures_without_matplotlib(
 
 def test_bad_input(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "other.json").write_text("{}\n")
-    other_model = write(tmp_path / "model.jsonl", [], replace(HEADER, model="e" * 32))
+    other_model = write(tmp_path / "model.jsonl", [], header=replace(HEADER, model="e" * 32))
     for arguments, message in (
         ([run, "--format", "png"], "--format is of figures, and none are asked for"),
         ([tmp_path / "missing.jsonl"], "missing.jsonl: No such file or directory; "),

@@ -43,7 +43,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ArtifactStore:
         store.get_or_make(
             key,
             facts,
-            lambda folder, size=size: write_file(folder / "code.pt2", bytes(size)),
+            make=lambda folder, size=size: write_file(folder / "code.pt2", bytes(size)),
         )
     entry = _entry(store, 0)
     then = entry.stat().st_mtime - 10 * 86400

@@ -228,7 +228,7 @@ def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(
     assert main(arguments(folder, tmp_path / "alone.jsonl", "--deterministic", *longer)) == 0
     wanted, out = records(tmp_path / "alone.jsonl"), tmp_path / "run.jsonl"
     first = process(folder, out, *longer, "--workers", "2", "--ray")  # on a cluster of its own
-    wait_for_records(out, 1, first)
+    wait_for_records(out, 1, running=first)
     first.kill()
     _, errors = first.communicate()
     assert out.exists(), errors
@@ -236,7 +236,7 @@ def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(
     assert finished and all(wanted[name] == found for name, found in finished.items())
     # one worker more than there is room for
     second = process(folder, out, *longer, "--workers", "3", "--ray", address)
-    wait_for_records(out, len(finished) + 1, second)
+    wait_for_records(out, len(finished) + 1, running=second)
     two_machines.stdin.write("\n")
     two_machines.stdin.flush()
     _, errors = second.communicate(timeout=900)
@@ -298,7 +298,7 @@ def process(folder: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_records(out: Path, count: int, running: subprocess.Popen[str]) -> None:
+def wait_for_records(out: Path, count: int, *, running: subprocess.Popen[str]) -> None:
     while running.poll() is None and (
         not out.exists() or out.read_bytes().count(b"\n") < count + 1
     ):
@@ -313,7 +313,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     finished = 0
     for kill in range(3):
         running = process(folder, out)
-        wait_for_records(out, finished + 1, running)
+        wait_for_records(out, finished + 1, running=running)
         time.sleep(pick.uniform(0, 0.05))
         running.kill()
         running.communicate()
@@ -330,7 +330,7 @@ def test_an_interruption_is_clean(
     out = tmp_path / "run.jsonl"
     running = process(folder, out)
     # one that is being written when the signal comes is taken back
-    wait_for_records(out, 2, running)
+    wait_for_records(out, 2, running=running)
     running.send_signal(signal.SIGINT)
     _, errors = running.communicate()
     if running.returncode == 0:

@@ -139,13 +139,14 @@ def test_from_records_to_a_report(
         "nothing is asked twice"
     )
 
-    _check_report(folder, out, records, report, world, capsys)
-    _check_tasks_not_trained_on(folder, out, tmp_path, capsys)
+    _check_report(folder, out, records=records, report=report, world=world, capsys=capsys)
+    _check_tasks_not_trained_on(folder, out, tmp_path=tmp_path, capsys=capsys)
 
 
 def _check_report(
     folder: Path,
     out: Path,
+    *,
     records: Path,
     report: Path,
     world: list[int],
@@ -197,17 +198,13 @@ def _check_report(
     asked = world[0]
     assert main([*evaluate, "--json", "--no-figures"]) == 0
     assert world[0] == asked, "the report is made of what is there"
-    assert (
-        main(
-            ["evaluate", str(out), *arguments(folder), "--dtype", "bfloat16", "--out", str(report)]
-        )
-        == 2
-    )
+    other = ["evaluate", str(out), *arguments(folder), "--dtype", "bfloat16"]
+    assert main([*other, "--out", str(report)]) == 2
     assert "was trained for a model of fingerprint" in capsys.readouterr().err
 
 
 def _check_tasks_not_trained_on(
-    folder: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, out: Path, *, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """They are pooled apart from the others, alone or beside them."""
     shown = {}

@@ -17,7 +17,7 @@ from polar_fx.program import Program
 from tiny_models import make
 
 
-def alone(model: CompiledModel, request: Request, program: Program) -> list[int]:
+def alone(model: CompiledModel, request: Request, *, program: Program) -> list[int]:
     """Greedy tokens of transformers' loop on slots of one row."""
     tokens: list[int] = []
     runner = model.runner
@@ -53,7 +53,7 @@ def test_rows_that_join_and_leave_get_what_they_get_alone(family: str, seed: int
     run(engine)
     for request, program in zip(requests, programs, strict=True):
         generated = request.result(0)
-        assert list(generated.tokens) == alone(model, request, program)
+        assert list(generated.tokens) == alone(model, request, program=program)
         assert generated.finish == "length" and generated.program == program
         assert list(request) == list(generated.tokens)
     assert engine.stats()["running"] == 0 and is_empty(model, engine)
@@ -146,7 +146,7 @@ def test_the_dispatcher_chooses_for_requests_without_a_program() -> None:
     assert len({r.result(0).program for r in requests}) == 3
     for request in (*requests, named):
         program = request.result(0).program
-        assert list(request.result(0).tokens) == alone(model, request, program)
+        assert list(request.result(0).tokens) == alone(model, request, program=program)
     assert requests[0].result(0).probability == 1 and named.result(0).probability is None
     assert named.result(0).program == model.resolve("skip 0") and is_empty(model, engine)
 
@@ -166,7 +166,7 @@ def test_a_row_that_fails_ends_alone() -> None:
     bad = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=8, processors=(fails,)))
     broken = engine.add([5, 6, 7], sampling=Sampling(max_new_tokens=8, processors=(nan,)))
     run(engine)
-    assert list(good.result(0).tokens) == alone(model, good, model.default_program)
+    assert list(good.result(0).tokens) == alone(model, good, program=model.default_program)
     with pytest.raises(ZeroDivisionError, match="of the user's own"):
         bad.result(0)
     with pytest.raises(ZeroDivisionError):
@@ -190,7 +190,7 @@ def test_cancelled_at_any_moment() -> None:
     ends = [request.result(0).finish for request in requests]
     assert {"cancelled", "length"} == set(ends) and is_empty(model, engine)
     for request, end in zip(requests, ends, strict=True):
-        wanted = alone(model, request, model.default_program)
+        wanted = alone(model, request, program=model.default_program)
         got = list(request.result(0).tokens)
         assert got == wanted if end == "length" else got == wanted[: len(got)]
 
@@ -238,7 +238,7 @@ def test_what_waits_is_bounded_and_served_in_order() -> None:
 
 def test_threads_add_and_read() -> None:
     model = compiled()
-    wanted = [alone(model, _asked(i), model.default_program) for i in range(6)]
+    wanted = [alone(model, _asked(i), program=model.default_program) for i in range(6)]
     found: dict[int, list[int]] = {}
     with model.engine(max_rows=3) as engine:
 
@@ -322,7 +322,7 @@ def test_rows_that_cannot_run_in_lock_step_take_turns() -> None:
     left.cancel()
     run(engine)
     for request, program in requests:
-        assert list(request.result(0).tokens) == alone(model, request, program)
+        assert list(request.result(0).tokens) == alone(model, request, program=program)
     assert left.result(0).finish == "cancelled" and model.pool.num_bytes > 0
     free = sum(map(len, model.pool._free.values()))
     assert free == model.pool.num_slots, "every slot is free again"

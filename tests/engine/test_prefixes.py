@@ -24,7 +24,7 @@ class Watched:
         return scores
 
 
-def asked(engine: Engine, prompt: list[int], program: Program | None, new: int = 4) -> Tensor:
+def asked(engine: Engine, prompt: list[int], *, program: Program | None, new: int = 4) -> Tensor:
     """Scores [new, V] of a request that runs alone."""
     watched = Watched()
     engine.add(prompt, program, Sampling(max_new_tokens=new, processors=(watched,)))
@@ -40,7 +40,10 @@ def test_logits_are_the_same_with_and_without(family: str) -> None:
         program = model.resolve(text)
         for length in (40, 33, 16, 40):
             prompt = FIRST[:length] + [pick.randrange(1, 90) for _ in range(pick.randint(1, 9))]
-            one, two = asked(with_kept, prompt, program), asked(without, prompt, program)
+            one, two = (
+                asked(with_kept, prompt, program=program),
+                asked(without, prompt, program=program),
+            )
             torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
     assert with_kept.stats()["found_tokens"] == len(PROGRAMS) * (32 + 16 + 32)
     assert without.stats()["found_tokens"] == without.stats()["kept_bytes"] == 0
@@ -54,9 +57,9 @@ def test_a_second_turn_finds_the_first_with_its_answer() -> None:
     first = engine.add(FIRST, sampling=Sampling(max_new_tokens=20))
     run(engine)
     turn = [*FIRST, *first.result(0).tokens, 5, 6, 7]
-    asked(engine, turn, None)
+    asked(engine, turn, program=None)
     assert engine.stats()["found_tokens"] == 48, "of 59 that the first held"
-    asked(engine, FIRST, model.resolve("skip 1"))
+    asked(engine, FIRST, program=model.resolve("skip 1"))
     assert engine.stats()["found_tokens"] == 48, "another program finds nothing"
     engine.close()
 
@@ -68,7 +71,7 @@ def test_programs_share_the_steps_that_are_the_same() -> None:
     engine, without = model.engine(), model.engine(kept_bytes=0)
     for length in (33, 34, 35, 33, 36):
         prompt = FIRST[:length]
-        one, two = asked(engine, prompt, None), asked(without, prompt, None)
+        one, two = asked(engine, prompt, program=None), asked(without, prompt, program=None)
         torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
     # first steps are found by all but the first; all steps by those whose program ran before
     assert engine.stats()["found_tokens"] == 4 * 32 + 2 * 32
@@ -80,19 +83,19 @@ def test_what_was_used_least_recently_goes() -> None:
     model = compiled()
     store = model.runner.lockstep.store
     engine = model.engine()
-    asked(engine, [1] * 17, None, new=1)
+    asked(engine, [1] * 17, program=None, new=1)
     block = engine.stats()["kept_bytes"]
     engine.close()
     assert block == 4 * store.num_bytes // store.num_allocated, "of the model's four layers"
     engine = model.engine(kept_bytes=3 * block)
     for first in (1, 2, 3):
-        asked(engine, [first] * 17, None, new=1)
-    asked(engine, [1] * 17, None, new=1)  # is now the latest
+        asked(engine, [first] * 17, program=None, new=1)
+    asked(engine, [1] * 17, program=None, new=1)  # is now the latest
     assert engine.stats() | {"found_tokens": 16, "kept_bytes": 3 * block} == engine.stats()
-    asked(engine, [4] * 17, None, new=1)
-    asked(engine, [1] * 17, None, new=1)
+    asked(engine, [4] * 17, program=None, new=1)
+    asked(engine, [1] * 17, program=None, new=1)
     assert engine.stats()["found_tokens"] == 32
-    asked(engine, [2] * 17, None, new=1)
+    asked(engine, [2] * 17, program=None, new=1)
     assert engine.stats()["found_tokens"] == 32, "it was the one to go"
     long = engine.add([9] * 90, sampling=Sampling(max_new_tokens=1))
     run(engine)
@@ -104,7 +107,7 @@ def test_what_was_used_least_recently_goes() -> None:
 def test_rows_that_begin_alike_run_together() -> None:
     model = compiled()
     engine = model.engine()
-    asked(engine, FIRST, None)
+    asked(engine, FIRST, program=None)
     requests = [
         engine.add([*FIRST, i], model.resolve(text), Sampling(max_new_tokens=5))
         for i, text in enumerate(PROGRAMS * 2, start=1)
@@ -123,15 +126,15 @@ def test_rows_that_begin_alike_run_together() -> None:
 def test_changed_weights_find_nothing() -> None:
     model = compiled()
     engine = model.engine()
-    before = asked(engine, FIRST, None)
+    before = asked(engine, FIRST, program=None)
     weight = model.library.tensors[next(n for n in model.library.tensors if "q_proj" in n)]
     with torch.no_grad():
         weight.mul_(0.5)
-    after = asked(engine, FIRST, None)
+    after = asked(engine, FIRST, program=None)
     assert engine.stats()["found_tokens"] == 0 and not torch.equal(before, after)
     with torch.no_grad():
         weight.mul_(2)
-    torch.testing.assert_close(asked(engine, FIRST, None), before)
+    torch.testing.assert_close(asked(engine, FIRST, program=None), before)
     assert engine.stats()["found_tokens"] == 0
     engine.close()
 
@@ -139,5 +142,5 @@ def test_changed_weights_find_nothing() -> None:
 def test_nothing_is_kept_where_bits_count() -> None:
     model = compiled(deterministic=True)
     engine = model.engine()
-    one, two = asked(engine, FIRST, None), asked(engine, FIRST, None)
+    one, two = asked(engine, FIRST, program=None), asked(engine, FIRST, program=None)
     assert torch.equal(one, two) and engine.stats()["kept_bytes"] == 0

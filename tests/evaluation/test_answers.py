@@ -16,7 +16,7 @@ STOP = 9  # this token ends an answer; the others are digits
 VOCABULARY = 10
 
 
-def answer(text: str, tokens: int = 1, stopped: bool = True, likelihood: float = 0.0) -> Answer:
+def answer(text: str, tokens: int = 1, *, stopped: bool = True, likelihood: float = 0.0) -> Answer:
     return Answer(text, tokens, stopped, likelihood)
 
 
@@ -63,7 +63,7 @@ def row(name: str, task: str, *prompt: int) -> Row:
 
 def answerer(model: Echo, *strings: str, **options: Any) -> Answerer:
     templates: Any = {"add": Template(*strings), "mul": Template()}
-    return Answerer(model, Digits(), templates, **options)  # type: ignore[arg-type]
+    return Answerer(model, Digits(), templates=templates, **options)  # type: ignore[arg-type]
 
 
 ROWS = [row("a", "add", 1, 2, 3), row("b", "mul", 4), row("c", "add", 5), row("d", "add", 6, 7)]
@@ -127,7 +127,7 @@ def test_an_answer_that_never_stops_is_all_that_was_generated() -> None:
             return DecodeStop((), ("x",), 4)
 
     templates: Any = {"add": Endless()}
-    made: Any = Answerer(Echo(), Digits(), templates)  # type: ignore[arg-type]
+    made: Any = Answerer(Echo(), Digits(), templates=templates)  # type: ignore[arg-type]
     (found,) = made.greedy([(ROWS[0], IDENTITY)])
     assert (found.text, found.num_tokens, found.stopped) == ("310", 4, False)
 
@@ -149,9 +149,13 @@ def test_the_majority_is_the_earliest_of_the_most_frequent(texts: list[str], pla
 
 def test_the_most_confident_answer_is_likeliest_by_the_token() -> None:
     # -1, -0.5 and -2 a token; an empty answer counts as one token
-    three = [answer("a", 2, True, -2.0), answer("b", 10, True, -5.0), answer("c", 1, True, -2.0)]
+    three = [
+        answer("a", 2, stopped=True, likelihood=-2.0),
+        answer("b", 10, stopped=True, likelihood=-5.0),
+        answer("c", 1, stopped=True, likelihood=-2.0),
+    ]
     assert answers.most_confident(three) == 1
-    assert answers.most_confident([*three, answer("", 0, True, -0.25)]) == 3
+    assert answers.most_confident([*three, answer("", 0, stopped=True, likelihood=-0.25)]) == 3
     assert answers.most_confident([three[2], three[2]]) == 0
 
 
@@ -197,7 +201,10 @@ def test_rescues_by_hand() -> None:
         (no, no, no, no),
         (yes, yes, no, yes),  # exact no longer, still right
     ]
-    assert Rescues.of(*zip(*rows, strict=True)) == Rescues(reasoning=2, format=2, lost=2)
-    assert Rescues.of([], [], [], []) == Rescues(0, 0, 0)
+    before, graded_before, after, graded = zip(*rows, strict=True)
+    assert Rescues.of(before, graded_before, exact=after, graded=graded) == Rescues(
+        reasoning=2, format=2, lost=2
+    )
+    assert Rescues.of([], [], exact=[], graded=[]) == Rescues(0, 0, 0)
     with pytest.raises(ValueError, match="shorter"):
-        Rescues.of([yes], [yes], [yes], [])
+        Rescues.of([yes], [yes], exact=[yes], graded=[])

@@ -34,12 +34,12 @@ from tiny_search import peaked
 HEADER = SearchHeader("f" * 32, DEPTH, SearchConfig(simulations=2))
 
 
-def predictor(folder: Path, train: list[SearchRecord], validation: list[SearchRecord]) -> Path:
+def predictor(folder: Path, train: list[SearchRecord], *, validation: list[SearchRecord]) -> Path:
     """What training leaves beside a predictor."""
     parts = folder / "parts"
     parts.mkdir(parents=True)
-    write(parts / "train.jsonl", train, HEADER)
-    write(parts / "validation.jsonl", validation, HEADER)
+    write(parts / "train.jsonl", train, header=HEADER)
+    write(parts / "validation.jsonl", validation, header=HEADER)
     (parts / MINED).write_text(json.dumps(["mined", "a1"]))
     return folder
 
@@ -49,14 +49,14 @@ def program_names(choices: list[Choice]) -> dict[str, list[Program]]:
 
 
 def test_what_a_predictor_was_made_of(tmp_path: Path) -> None:
-    found = TrainedOn.read(predictor(tmp_path, RECORDS[:2], RECORDS[2:3]))
+    found = TrainedOn.read(predictor(tmp_path, RECORDS[:2], validation=RECORDS[2:3]))
     assert found.train == RECORDS[:2] and found.validation == RECORDS[2:3]
     assert found.questions == QUESTIONS[:3]
     assert found.ids == {"mined", "a1", "a2", "m1"}
 
 
 def test_a_folder_that_lacks_a_part_is_refused(tmp_path: Path) -> None:
-    folder = predictor(tmp_path, RECORDS[:2], RECORDS[2:3])
+    folder = predictor(tmp_path, RECORDS[:2], validation=RECORDS[2:3])
     (folder / "parts" / "validation.jsonl").unlink()
     with pytest.raises(RecordFileError):
         TrainedOn.read(folder)
@@ -73,10 +73,12 @@ def test_searches_add_to_what_training_saw(tmp_path: Path) -> None:
     again = record(QUESTIONS[0], np.array([True, False, False]))
     more = Question("new", "add", "?", ("1",))
     search = write(
-        tmp_path / "s.jsonl", [again, record(more, np.array([False, True, True]))], HEADER
+        tmp_path / "s.jsonl", [again, record(more, np.array([False, True, True]))], header=HEADER
     )
-    held_out = write(tmp_path / "v.jsonl", [RECORDS[2]], HEADER)
-    found = baselines.training_records(trained_on, [search, held_out], {"m2"}, HEADER.model)
+    held_out = write(tmp_path / "v.jsonl", [RECORDS[2]], header=HEADER)
+    found = baselines.training_records(
+        trained_on, [search, held_out], test_ids={"m2"}, model=HEADER.model
+    )
     assert found.dense == RECORDS[:2] and found.validation == RECORDS[2:3]
     # a question once, by the search's verdicts, and none of validation
     assert [r.question.id for r in found.train] == ["a1", "new", "a2"]
@@ -85,18 +87,18 @@ def test_searches_add_to_what_training_saw(tmp_path: Path) -> None:
 
 def test_test_questions_and_other_models_are_refused(tmp_path: Path) -> None:
     trained_on = TrainedOn(RECORDS[:2], RECORDS[2:3], frozenset())
-    search = write(tmp_path / "s.jsonl", [RECORDS[3]], HEADER)
+    search = write(tmp_path / "s.jsonl", [RECORDS[3]], header=HEADER)
     for ids, first in (({"a2", "x"}, "a2"), ({"m1"}, "m1"), ({"m2"}, "m2")):
         with pytest.raises(InputError, match=f"test question '{first}' .and 0 more. is among"):
-            baselines.training_records(trained_on, [search], ids, HEADER.model)
+            baselines.training_records(trained_on, [search], test_ids=ids, model=HEADER.model)
     with pytest.raises(InputError, match=r"s\.jsonl has records of another model; name searches"):
-        baselines.training_records(trained_on, [search], set(), "e" * 32)
+        baselines.training_records(trained_on, [search], test_ids=set(), model="e" * 32)
 
 
 def test_static_programs_by_hand() -> None:
     # of questions: identity 1, 0, 0, 1; short 1, 1, 0, 0; long 0, 1, 1, 1
     known = TrainingRecords(RECORDS, [], [])
-    found = program_names(baselines.static_choices(known, selector(), QUESTIONS))
+    found = program_names(baselines.static_choices(known, selector(), questions=QUESTIONS))
     assert found == {
         "best static program": [LONG] * 4,
         "best static program <= 0.9 steps": [SHORT] * 4,
@@ -140,7 +142,7 @@ def states(count: int, seed: int) -> list[torch.Tensor]:
 def test_routers_choose_for_every_question_and_keep_the_trunk() -> None:
     by_id = dict(zip([q.id for q in QUESTIONS], states(4, 0), strict=True))
     tokens = {"train": {n: by_id[n] for n in ("a1", "a2", "m1")}, "validation": {"m2": by_id["m2"]}}
-    choices, notes = baselines.router_choices(SETTING, tokens, states(5, 1))
+    choices, notes = baselines.router_choices(SETTING, tokens, seen=states(5, 1))
     names = ["per-layer router (DR.LLM-style)", "skip gate <= 0.9 steps (MindSkip-style)"]
     assert [c.name for c in choices] == names == list(notes)
     for choice in choices:
@@ -177,7 +179,7 @@ def test_an_encoder_sees_questions_of_training_and_of_the_test() -> None:
 
     encoder = Encoder()
     test = [Question("t", "add", "9+9", ("18",))]
-    choices, notes = baselines.encoder_choices(encoder, SETTING, test)  # type: ignore[arg-type]
+    choices, notes = baselines.encoder_choices(encoder, SETTING, test=test)  # type: ignore[arg-type]
     assert encoder.texts == ("1+1", "1+2", "2*2", "2*3", "9+9")
     assert [len(c.programs) for c in choices] == [1] * 4
     (name,) = notes
@@ -188,7 +190,7 @@ def test_learned_baselines_use_the_selectors_states(model: polar_fx.CompiledMode
     asked = {q.id: encoded(q.id, 3 + i, 4, 5) for i, q in enumerate(QUESTIONS)}
     hidden = [torch.randn(3, 32).bfloat16() for _ in range(2)]
     choices, notes = baselines.learned_choices(
-        model, SETTING, Features(2, 4), encoded=asked, seen=hidden
+        model, SETTING, features=Features(2, 4), encoded=asked, seen=hidden
     )
     assert len(choices) == 2 + 4 and "PoLar network" in notes
     assert {len(c.programs) for c in choices} == {2}

@@ -52,7 +52,7 @@ def test_influences_are_those_of_the_model() -> None:
     assert (np.delete(found, 3) > 0.01).all()
     assert found == pytest.approx(_reference(model, prompts), abs=1e-5)
     assert found == pytest.approx(block_influences(compiled, prompts[::-1]), abs=1e-5)
-    assert least_influence_program(found, 1, 2) == parse("skip 3")
+    assert least_influence_program(found, 1, protected=2) == parse("skip 3")
     # taken out, nothing changes
     ids = prompts[1][None]
     assert torch.allclose(compiled.forward(ids, program="skip 3"), compiled.forward(ids), atol=1e-4)
@@ -64,8 +64,8 @@ def test_least_influence_program_by_hand() -> None:
     influences = np.array([0.0, 0.3, 0.1, 0.4, 0.1, 0.2])
     assert least_influence_program(influences, 0) == IDENTITY
     assert least_influence_program(influences, 2) == parse("skip 0, skip 2")
-    assert least_influence_program(influences, 1, 1) == parse("skip 2")
-    assert least_influence_program(influences, 3, 1) == parse("skip 2, skip 4-5")
-    assert least_influence_program(influences, 2, 3) == parse("skip 4-5")
+    assert least_influence_program(influences, 1, protected=1) == parse("skip 2")
+    assert least_influence_program(influences, 3, protected=1) == parse("skip 2, skip 4-5")
+    assert least_influence_program(influences, 2, protected=3) == parse("skip 4-5")
     with pytest.raises(InputError, match="give 0 to 2"):
-        least_influence_program(influences, 3, 3)
+        least_influence_program(influences, 3, protected=3)

@@ -60,25 +60,27 @@ def test_a_choice_on_some_questions() -> None:
 def test_a_policy_by_hand(
     policy: Policy, calibration: Calibration, expected: list[Program]
 ) -> None:
-    found = choices.by_policy("it", selector(calibration), policy, CHANCES)
+    found = choices.by_policy("it", selector(calibration), policy=policy, chances=CHANCES)
     assert singles(found) == expected and not found.oracle
 
 
 def test_policies_that_need_no_probabilities_are_not_compared() -> None:
     with pytest.raises(InputError, match=r"policy identity is not compared here; use accuracy"):
-        choices.by_policy("it", selector(), Policy("identity"), CHANCES)
+        choices.by_policy("it", selector(), policy=Policy("identity"), chances=CHANCES)
     with pytest.raises(InputError, match="0.9"):
-        choices.by_policy("it", selector(), Policy("mean_steps", 0.9), CHANCES)  # has no price
+        choices.by_policy(
+            "it", selector(), policy=Policy("mean_steps", 0.9), chances=CHANCES
+        )  # has no price
 
 
 def test_the_likeliest_disregards_the_threshold_and_breaks_ties_by_steps() -> None:
-    found = choices.likeliest("it", MENU, CHANCES)
+    found = choices.likeliest("it", MENU, chances=CHANCES)
     assert singles(found) == [IDENTITY, SHORT, SHORT, LONG]
 
 
 def test_static_programs() -> None:
-    assert singles(choices.static("it", LONG, 3)) == [LONG] * 3
-    by_task = choices.static_by_task("it", {"mul": SHORT}, QUESTIONS)
+    assert singles(choices.static("it", LONG, n=3)) == [LONG] * 3
+    by_task = choices.static_by_task("it", {"mul": SHORT}, questions=QUESTIONS)
     assert singles(by_task) == [IDENTITY, IDENTITY, SHORT, SHORT]
 
 
@@ -98,9 +100,9 @@ def test_random_programs_have_their_steps_and_leave_the_trunk() -> None:
 
 
 def test_oracles_by_hand() -> None:
-    every = choices.oracle("any", MENU, 2)
+    every = choices.oracle("any", MENU, n=2)
     assert every.programs == (MENU.programs,) * 2 and every.oracle
-    two = choices.top_k("pass@2", MENU, CHANCES, 2)
+    two = choices.top_k("pass@2", MENU, chances=CHANCES, k=2)
     # equal probabilities stay in the order of the menu
     assert two.oracle and two.programs == (
         (IDENTITY, SHORT),
@@ -108,7 +110,7 @@ def test_oracles_by_hand() -> None:
         (IDENTITY, SHORT),
         (LONG, SHORT),
     )
-    assert choices.top_k("pass@9", MENU, CHANCES, 9).programs[0] == MENU.programs
+    assert choices.top_k("pass@9", MENU, chances=CHANCES, k=9).programs[0] == MENU.programs
 
 
 def test_all_that_is_compared_of_a_selector() -> None:
@@ -128,7 +130,7 @@ def test_all_that_is_compared_of_a_selector() -> None:
 
 def test_what_has_to_be_judged_is_each_program_once_and_not_the_identity() -> None:
     asked = [
-        choices.static("identity", IDENTITY, 2),
+        choices.static("identity", IDENTITY, n=2),
         Choice("a", ((LONG,), (IDENTITY,))),
         Choice("b", ((SHORT, LONG), (SHORT,)), True),
     ]
@@ -144,7 +146,7 @@ def test_places_of_tasks_are_in_the_order_in_which_tasks_come() -> None:
 
 def test_results_by_hand() -> None:
     chosen = Choice.single("chosen", [IDENTITY, SHORT, SHORT, LONG])
-    arms = choices.arm_results([chosen, choices.oracle("any", MENU, 4)], RECORDS, ["mul"])
+    arms = choices.arm_results([chosen, choices.oracle("any", MENU, n=4)], RECORDS, unseen=["mul"])
     assert [(a.name, a.task, a.oracle, a.unseen) for a in arms] == [
         ("chosen", "add", False, False),
         ("chosen", "mul", False, True),

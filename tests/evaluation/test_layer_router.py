@@ -1,6 +1,7 @@
 """Per-layer routers: windows, labels and losses by hand, and that they learn what is planted."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,12 +57,19 @@ def test_best_program_is_the_shortest_that_is_right_and_shares_the_trunk() -> No
     assert routers.best_program(simple("q", {early, parse("repeat 3-4 @0.5")}), 2) is None
     # of equals the first explored, and what verification overturned is not right
     equal = record(
-        "q", Verdict(False), {parse("skip 4"): Verdict(True), parse("skip 2"): Verdict(True)}
+        "q",
+        Verdict(False),
+        explored={parse("skip 4"): Verdict(True), parse("skip 2"): Verdict(True)},
     )
     assert routers.best_program(equal, 2) == parse("skip 4")
-    again = record("q", Verdict(True), {shorter: Verdict(True)}, {shorter: False})
+    again = record("q", Verdict(True), explored={shorter: Verdict(True)}, verified={shorter: False})
     assert routers.best_program(again, 2) == IDENTITY
-    again = record("q", Verdict(True), {shorter: Verdict(True)}, {shorter: False, IDENTITY: False})
+    again = record(
+        "q",
+        Verdict(True),
+        explored={shorter: Verdict(True)},
+        verified={shorter: False, IDENTITY: False},
+    )
     assert routers.best_program(again, 2) is None
 
 
@@ -69,13 +77,13 @@ def test_router_labels_by_hand() -> None:
     records = [
         simple("a", {parse("skip 3")}, baseline=True),
         simple("b", {parse("repeat 4 x3")}),
-        simple("c", set(), {parse("skip 3")}),
+        simple("c", set(), wrong={parse("skip 3")}),
         simple("d", {parse("repeat 3-4")}),
         simple("e", set(), baseline=True),
         simple("f", {Program.from_path([0, 1, 3, 2, 4], DEPTH)}),
         simple("g", {parse("repeat 5")}),
     ]
-    labels = routers.router_labels(records, DEPTH, 2)
+    labels = routers.router_labels(records, DEPTH, num_steps=2)
     assert labels.questions == ("a", "b", "d", "e", "f", "g") and labels.unanswered == 1
     assert labels.classes.tolist() == [
         [1, 0, 1, 1],
@@ -96,10 +104,10 @@ def test_router_labels_by_hand() -> None:
     assert routers.program_of([0, 0, 0], 3) == routers.program_of([0] * DEPTH, 0) == IDENTITY
     assert routers.program_of([0, 1, 0], 3) == Program.from_path([0, 1, 2, 4], DEPTH)
     with pytest.raises(InputError, match="depth 6, not 8"):
-        routers.router_labels(records, 8, 2)
+        routers.router_labels(records, 8, num_steps=2)
     with pytest.raises(InputError, match="leaves nothing to decide"):
-        routers.router_labels(records, DEPTH, DEPTH)
-    assert routers.router_labels([simple("c", set())], DEPTH, 2).classes.shape == (0, 4)
+        routers.router_labels(records, DEPTH, num_steps=DEPTH)
+    assert routers.router_labels([simple("c", set())], DEPTH, num_steps=2).classes.shape == (0, 4)
 
 
 def test_class_weights_by_hand() -> None:
@@ -119,7 +127,7 @@ def test_focal_loss_by_hand() -> None:
     # p = (1/2, 1/4, 1/4) and (1/8, 3/4, 1/8), in one question of two layers
     scores = torch.tensor([[[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]]]).log()
     weights = torch.tensor([2.0, 1.0, 0.5])
-    found = routers.focal_loss(scores, torch.tensor([[0, 2]]), weights)
+    found = routers.focal_loss(scores, torch.tensor([[0, 2]]), weights=weights)
     assert found.item() == pytest.approx(
         (2 * 0.25 * math.log(2) + 0.5 * (7 / 8) ** 2 * math.log(8)) / 2
     )
@@ -145,7 +153,7 @@ CONFIG = RouterConfig(width=16, learning_rate=1e-2, batch=8, epochs=30, seed=3)
 
 def test_scores_are_averaged_over_windows() -> None:
     torch.manual_seed(0)
-    network = RouterNetwork(5, 2, 3, width=4)
+    network = RouterNetwork(5, 2, num_classes=3, width=4)
     windows = torch.randn(3, 8, 5)
     network.standardize_by(windows)
     flat = windows.flatten(0, 1)
@@ -155,20 +163,33 @@ def test_scores_are_averaged_over_windows() -> None:
     assert torch.allclose(network(windows)[:, 1], expected, atol=1e-5)
 
 
+def _trained(
+    train: tuple[torch.Tensor, ...], validation: tuple[torch.Tensor, ...], **options: Any
+) -> tuple[LayerRouter, dict[str, Any]]:
+    """A router after two steps, of windows and classes to train and to validate with."""
+    return train_layer_router(
+        *train,
+        validation_windows=validation[0],
+        validation_classes=validation[1],
+        num_steps=2,
+        **options,
+    )
+
+
 def test_a_router_learns_what_is_planted_and_nothing_else() -> None:
     train, validation, test = planted(64, 0), planted(32, 1), planted(40, 2)
-    router, history = train_layer_router(*train, *validation, 2, config=CONFIG)
+    router, history = _trained(train, validation, config=CONFIG)
     assert router.depth == DEPTH and router.classes(test[0]).equal(test[1])
     for program, classes in zip(router.programs(test[0]), test[1].tolist(), strict=True):
         assert program == routers.program_of(classes, 2) and shares_trunk(program, 2)
     assert history["class_counts"] == torch.bincount(train[1].flatten(), minlength=3).tolist()
     assert history["validation_loss"] == min(each["validation"] for each in history["history"])
     # a gate counts every run as one
-    gate, of_gate = train_layer_router(*train, *validation, 2, ops=SKIP_OPS, config=CONFIG)
+    gate, of_gate = _trained(train, validation, ops=SKIP_OPS, config=CONFIG)
     assert len(of_gate["class_counts"]) == 2 and gate.classes(test[0]).equal(test[1].clamp(max=1))
     # with the labels of other questions there is nothing to learn, and the validation loss says so
     shuffled = train[1][torch.randperm(64, generator=torch.Generator().manual_seed(0))]
-    _, nothing = train_layer_router(train[0], shuffled, *validation, 2, config=CONFIG)
+    _, nothing = _trained((train[0], shuffled), validation, config=CONFIG)
     assert history["validation_loss"] < 0.2 * nothing["validation_loss"]
 
 
@@ -177,13 +198,11 @@ def test_training_is_deterministic_and_leaves_random_state() -> None:
     config = RouterConfig(width=4, epochs=3, seed=5)
     torch.manual_seed(1)
     state = torch.get_rng_state()
-    one, first = train_layer_router(*train, *validation, 2, config=config)
+    one, first = _trained(train, validation, config=config)
     assert torch.get_rng_state().equal(state)
     torch.manual_seed(2)
-    two, second = train_layer_router(*train, *validation, 2, config=config)
-    other, _ = train_layer_router(
-        *train, *validation, 2, config=RouterConfig(width=4, epochs=3, seed=6)
-    )
+    two, second = _trained(train, validation, config=config)
+    other, _ = _trained(train, validation, config=RouterConfig(width=4, epochs=3, seed=6))
     assert first == second
     assert one.probabilities(validation[0]).equal(two.probabilities(validation[0]))
     assert not one.probabilities(validation[0]).equal(other.probabilities(validation[0]))
@@ -197,11 +216,17 @@ def test_training_stops_early_with_the_best_epoch() -> None:
     seen: list[int] = []
     config = RouterConfig(width=16, learning_rate=1e-2, epochs=50, patience=4, seed=3)
     router, history = train_layer_router(
-        windows, classes, windows, wrong, 2, config=config, progress=lambda e, _: seen.append(e)
+        windows,
+        classes,
+        validation_windows=windows,
+        validation_classes=wrong,
+        num_steps=2,
+        config=config,
+        progress=lambda e, _: seen.append(e),
     )
     assert history["best_epoch"] + 4 == seen[-1] < 50
     found = routers.focal_loss(
-        router.network(windows), wrong, torch.tensor(history["class_weights"])
+        router.network(windows), wrong, weights=torch.tensor(history["class_weights"])
     ).item()
     assert found == pytest.approx(history["validation_loss"])
 
@@ -210,7 +235,7 @@ class Fixed(RouterNetwork):
     """Scores that are the first window."""
 
     def __init__(self, layers: int, classes: int) -> None:
-        super().__init__(layers * classes, layers, classes, 1)
+        super().__init__(layers * classes, layers, num_classes=classes, width=1)
         self.shape = layers, classes
 
     def forward(self, windows: Tensor) -> Tensor:
@@ -224,7 +249,7 @@ def _skip_scores(chances: list[list[float]]) -> Tensor:
 
 def test_threshold_meets_a_budget_with_the_fewest_skips() -> None:
     windows = _skip_scores([[0.1, 0.6, 0.7], [0.2, 0.3, 0.8]])
-    gate = LayerRouter(Fixed(3, 2), 3, SKIP_OPS)
+    gate = LayerRouter(Fixed(3, 2), 3, ops=SKIP_OPS)
     assert [str(p) for p in gate.programs(windows)] == ["0-3 /6", "0-4 /6"]  # P(skip) above 1/2
 
     def steps(budget: float) -> list[int]:
@@ -238,11 +263,14 @@ def test_threshold_meets_a_budget_with_the_fewest_skips() -> None:
 
 def test_threshold_is_exact_on_random_chances() -> None:
     chances = torch.rand(9, 4, generator=torch.Generator().manual_seed(0)).tolist()
-    windows, gate = _skip_scores(chances), LayerRouter(Fixed(4, 2), 1, SKIP_OPS)
+    windows, gate = _skip_scores(chances), LayerRouter(Fixed(4, 2), 1, ops=SKIP_OPS)
     levels = sorted(
         {math.inf, *gate.probabilities(windows)[..., 0].flatten().tolist()}, reverse=True
     )
-    chosen = [LayerRouter(gate.network, 1, SKIP_OPS, level).programs(windows) for level in levels]
+    chosen = [
+        LayerRouter(gate.network, 1, ops=SKIP_OPS, threshold=level).programs(windows)
+        for level in levels
+    ]
     means = [float(np.mean([p.num_steps for p in programs])) for programs in chosen]
     for budget in (1.0, 0.9, 0.8, 0.7):
         expected = next(
@@ -253,10 +281,10 @@ def test_threshold_is_exact_on_random_chances() -> None:
 
 def test_a_threshold_leaves_repeats() -> None:
     scores = torch.tensor([[[0.5, 0.2, 0.3], [0.3, 0.6, 0.1]]]).log().flatten(1)[:, None]
-    assert LayerRouter(Fixed(2, 3), 1, OPS, 0.6).classes(scores).tolist() == [[2, 1]]
-    assert LayerRouter(Fixed(2, 3), 1, OPS, 0.29).classes(scores).tolist() == [[0, 0]]
+    assert LayerRouter(Fixed(2, 3), 1, ops=OPS, threshold=0.6).classes(scores).tolist() == [[2, 1]]
+    assert LayerRouter(Fixed(2, 3), 1, ops=OPS, threshold=0.29).classes(scores).tolist() == [[0, 0]]
     with pytest.raises(InputError, match="needs a router with ops"):
-        LayerRouter(Fixed(2, 3), 1, OPS).with_budget(scores, 0.5)
+        LayerRouter(Fixed(2, 3), 1, ops=OPS).with_budget(scores, 0.5)
 
 
 def test_data_that_do_not_fit_are_refused() -> None:
@@ -270,6 +298,13 @@ def test_data_that_do_not_fit_are_refused() -> None:
     ]
     for data, message in refused:
         with pytest.raises(InputError, match=message):
-            train_layer_router(*data, 2)
+            _trained(data[:2], data[2:])
     with pytest.raises(InputError, match="ops of a router"):
-        train_layer_router(windows, classes, windows, classes, 2, ops=("execute", "repeat"))
+        train_layer_router(
+            windows,
+            classes,
+            validation_windows=windows,
+            validation_classes=classes,
+            num_steps=2,
+            ops=("execute", "repeat"),
+        )

@@ -25,7 +25,7 @@ from polar_fx.stats.arms import ArmResult
 
 CHOSEN = Choice.single(SELECTOR_ACCURACY, [SHORT, SHORT, LONG, LONG])
 ARMS = arm_results(
-    [static(IDENTITY_ARM, IDENTITY, 4), CHOSEN, static(BEST_STATIC, SHORT, 4)], RECORDS
+    [static(IDENTITY_ARM, IDENTITY, n=4), CHOSEN, static(BEST_STATIC, SHORT, n=4)], RECORDS
 )
 
 
@@ -59,7 +59,9 @@ def test_difficulty_by_hand() -> None:
 
 
 def test_a_selector_report_by_hand() -> None:
-    found = report.selector_report([CHOSEN, static("all", SHORT, 4)], RECORDS, CHANCES, RIGHT)
+    found = report.selector_report(
+        [CHOSEN, static("all", SHORT, n=4)], RECORDS, chances=CHANCES, right=RIGHT
+    )
     assert found["questions"] == 4
     assert found["programs_used"] == [
         {"program": str(SHORT), "steps": 4, "share": 0.5},
@@ -70,7 +72,7 @@ def test_a_selector_report_by_hand() -> None:
 
 
 def test_one_method_against_another_by_task_and_over_all() -> None:
-    found = report.against(ARMS, SELECTOR_ACCURACY, BEST_STATIC)
+    found = report.against(ARMS, SELECTOR_ACCURACY, other=BEST_STATIC)
     assert [(row["task"], row["n"]) for row in found] == [("overall", 4), ("add", 2), ("mul", 2)]
     overall, add, mul = found
     assert {row["arm"] for row in found} == {SELECTOR_ACCURACY}
@@ -84,7 +86,7 @@ def test_one_method_against_another_by_task_and_over_all() -> None:
 def test_a_report_has_every_arm_beside_the_identity(tmp_path: Path) -> None:
     folder = tmp_path / "report"
     facts = {"questions": np.int64(4), "threshold": np.float64(0.5), "folder": Path("x")}
-    written = report.write_report(folder, ARMS, facts, {}, figures=False)
+    written = report.write_report(folder, ARMS, results=facts, diagrams={}, figures=False)
     assert [path.name for path in written] == ["results.json", "arms.md", "arms.csv"]
     results = json.loads((folder / "results.json").read_text())
     assert (results["questions"], results["threshold"], results["folder"]) == (4, 0.5, "x")
@@ -107,7 +109,7 @@ def test_a_report_has_every_arm_beside_the_identity(tmp_path: Path) -> None:
 def test_oracles_are_marked(tmp_path: Path) -> None:
     choice = Choice("any", (MENU.programs,) * 4, True)
     arms: list[ArmResult] = [*ARMS, *arm_results([choice], RECORDS)]
-    report.write_report(tmp_path, arms, {}, {}, figures=False)
+    report.write_report(tmp_path, arms, results={}, diagrams={}, figures=False)
     rows = json.loads((tmp_path / "results.json").read_text())["arms"]
     assert {row["arm"] for row in rows if row["oracle"]} == {"any (oracle)"}
     assert "any (oracle)" in (tmp_path / "arms.md").read_text()
@@ -115,6 +117,6 @@ def test_oracles_are_marked(tmp_path: Path) -> None:
 
 def test_figures_are_written_with_the_rest(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    written = report.write_report(tmp_path, ARMS, {}, {})
+    written = report.write_report(tmp_path, ARMS, results={}, diagrams={})
     assert {path.suffix for path in written} == {".json", ".md", ".csv", ".svg", ".png"}
     assert all(path.stat().st_size for path in written)

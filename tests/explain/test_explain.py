@@ -215,7 +215,7 @@ def _plant(store: ArtifactStore, key: VariantKey) -> None:
     store.get_or_make(
         key.digest,
         key.facts(),
-        lambda folder: write_file(folder / "region.pt2", b"nothing"),
+        make=lambda folder: write_file(folder / "region.pt2", b"nothing"),
     )
 
 

@@ -25,9 +25,9 @@ def _dot(program: Program) -> str:
     return program_dot(
         program,
         ["a" if i % 3 else "b" for i in range(program.depth)],
-        {"a": "1 & 2"},
-        ("", "last"),
-        str(program),
+        legend={"a": "1 & 2"},
+        ends=("", "last"),
+        title=str(program),
     )
 
 
@@ -165,7 +165,7 @@ def test_plain_text() -> None:
         "1.0 GB",
     ]
     assert (count(1, "step"), count(1040, "token")) == ("1 step", "1,040 tokens")
-    assert table(("a", "n"), [("xyz", "1"), ("", "22")], ("n",)) == [
+    assert table(("a", "n"), [("xyz", "1"), ("", "22")], right=("n",)) == [
         "a     n",
         "---  --",
         "xyz   1",

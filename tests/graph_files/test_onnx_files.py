@@ -45,7 +45,7 @@ PROGRAMS = {
 class Session:
     """One ONNX file, run as `LayerLibrary.interpret` runs a program."""
 
-    def __init__(self, folder: Path, entry: dict[str, Any], library: LayerLibrary) -> None:
+    def __init__(self, folder: Path, entry: dict[str, Any], *, library: LayerLibrary) -> None:
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         self.session = ort.InferenceSession(
@@ -59,6 +59,7 @@ class Session:
         self,
         ids: Tensor,
         positions: Tensor,
+        *,
         logits_at: Tensor,
         slots: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
@@ -72,7 +73,7 @@ class Session:
         return torch.from_numpy(logits)
 
     def run_in_place(
-        self, ids: Tensor, positions: Tensor, logits_at: Tensor, slots: Sequence[Any]
+        self, ids: Tensor, positions: Tensor, *, logits_at: Tensor, slots: Sequence[Any]
     ) -> Tensor:
         """The same with past and present in the same memory."""
         binding = self.session.io_binding()
@@ -93,11 +94,14 @@ class Session:
         self,
         program: Program,
         ids: Tensor,
+        *,
         positions: Tensor,
         index: Tensor,
         slots: Sequence[tuple[Tensor, Tensor]],
     ) -> Tensor:
-        return self.run(ids, positions, torch.arange(ids.shape[1]).expand(len(ids), -1), slots)
+        return self.run(
+            ids, positions, logits_at=torch.arange(ids.shape[1]).expand(len(ids), -1), slots=slots
+        )
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -106,7 +110,7 @@ def exported(
 ) -> tuple[str, CompiledModel, Path]:
     compiled = compile(make(request.param), "eager", max_length=31, cache=False)
     folder = tmp_path_factory.mktemp("onnx") / request.param
-    export_onnx(compiled, folder, PROGRAMS[compiled.depth])
+    export_onnx(compiled, folder, programs=PROGRAMS[compiled.depth])
     return request.param, compiled, folder
 
 
@@ -126,9 +130,12 @@ def test_logits_and_tokens_are_those_of_the_model(
     ]
     rows = prompts(13, 7, 10)  # longer than the window
     for entry in entries:
-        program, session = Program.parse(entry["program"]), Session(folder, entry, compiled.library)
-        got = run_rows(session, program, rows, prefill=[11, 5, 10])  # type: ignore[arg-type]
-        want = run_rows(compiled.library, program, rows, prefill=[11, 5, 10])
+        program, session = (
+            Program.parse(entry["program"]),
+            Session(folder, entry, library=compiled.library),
+        )
+        got = run_rows(session, program, rows=rows, prefill=[11, 5, 10])  # type: ignore[arg-type]
+        want = run_rows(compiled.library, program, rows=rows, prefill=[11, 5, 10])
         for one, two in zip(got, want, strict=True):
             assert (one - two).abs().max() < 1e-4
         if program == Program.identity(compiled.depth):
@@ -137,11 +144,11 @@ def test_logits_and_tokens_are_those_of_the_model(
         tokens = compiled.generate(
             rows[0][None], program=program, max_new_tokens=6, do_sample=False, eos_token_id=None
         )
-        assert _greedy(session, rows[0], entry["slots"], 6) == tokens[0].tolist()
+        assert _greedy(session, rows[0], slots=entry["slots"], new_tokens=6) == tokens[0].tolist()
 
 
 def _greedy(
-    session: Session, prompt: Tensor, slots: list[dict[str, int]], new_tokens: int
+    session: Session, prompt: Tensor, *, slots: list[dict[str, int]], new_tokens: int
 ) -> list[int]:
     sizes = [(1, s["heads"], 24, s[part]) for s in slots for part in ("key_size", "value_size")]
     past = [ort.OrtValue.ortvalue_from_numpy(torch.zeros(size).numpy()) for size in sizes]
@@ -149,7 +156,9 @@ def _greedy(
     for _ in range(new_tokens):
         ids = torch.tensor([tokens[done:]])
         positions = torch.arange(done, len(tokens))[None]
-        logits = session.run_in_place(ids, positions, torch.tensor([[ids.shape[1] - 1]]), past)
+        logits = session.run_in_place(
+            ids, positions, logits_at=torch.tensor([[ids.shape[1] - 1]]), slots=past
+        )
         assert logits.shape[:2] == (1, 1)
         done = len(tokens)
         tokens.append(int(logits[0, 0].argmax()))
@@ -209,7 +218,7 @@ def no_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(onnx_graphs, "export_functions", lambda library: {})
     monkeypatch.setattr(
-        onnx_graphs, "program_graph", lambda library, program, *rest: str(program).encode()
+        onnx_graphs, "program_graph", lambda library, program, **rest: str(program).encode()
     )
 
 
@@ -280,8 +289,8 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
 def test_what_was_written_is_replaced_if_that_is_asked_for(
     compiled: CompiledModel, tmp_path: Path
 ) -> None:
-    export_onnx(compiled, tmp_path / "new", ["identity", "skip 1"])
-    export_onnx(compiled, tmp_path / "new", ["skip 2"], overwrite=True)
+    export_onnx(compiled, tmp_path / "new", programs=["identity", "skip 1"])
+    export_onnx(compiled, tmp_path / "new", programs=["skip 2"], overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["new"]
     assert [e["program"] for e in _about(tmp_path / "new")["programs"]] == ["0-1 3 /4"]
     assert (tmp_path / "new" / "program_0.onnx").read_text() == "0-1 3 /4" and not (

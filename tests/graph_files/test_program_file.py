@@ -30,7 +30,9 @@ def compiled() -> CompiledModel:
 
 @pytest.fixture(scope="module")
 def path(compiled: CompiledModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return export_program(compiled, PROGRAM, tmp_path_factory.mktemp("portable") / "program.pt2")
+    return export_program(
+        compiled, PROGRAM, path=tmp_path_factory.mktemp("portable") / "program.pt2"
+    )
 
 
 @torch.no_grad()
@@ -50,7 +52,7 @@ def test_it_computes_what_the_interpreter_does(
         and described["fingerprint"] == library.model_fingerprint
     )
     assert described["slots"] == [{"heads": 2, "key_size": 16, "value_size": 16}] * 6
-    mine, theirs = (make_slots(library, program, batch, length) for _ in range(2))
+    mine, theirs = (make_slots(library, program, batch=batch, length=length) for _ in range(2))
     ids = torch.stack(prompts(*[tokens + 1] * batch))
     index, positions = torch.arange(length), torch.arange(tokens + 1).expand(batch, -1).contiguous()
     for part in (slice(0, tokens), slice(tokens, tokens + 1)):
@@ -120,7 +122,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
         ),
     ):
         with pytest.raises(error, match=reason):
-            export_program(compiled, given[0], tmp_path / given[1])
+            export_program(compiled, given[0], path=tmp_path / given[1])
 
     for place, error in (
         ("os.replace", OSError(28, "No space left")),
@@ -135,7 +137,7 @@ def test_what_cannot_be_written_is_refused_and_leaves_nothing(
             with pytest.raises(
                 BundleError, match=r"\.pt2: cannot be written: No space left; free some space"
             ):
-                export_program(compiled, "skip 1", tmp_path / "there.pt2", overwrite=True)
+                export_program(compiled, "skip 1", path=tmp_path / "there.pt2", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["there.pt2"] and (
         tmp_path / "there.pt2"
     ).read_text() == "mine"

@@ -78,5 +78,7 @@ def test_rows_are_as_long_as_the_longest(limit: int | None, generated: bool, tok
         EncodedQuestion("b", (1, 1), (2,), ((3,),)),
     ]
     questions = [Question(id=name, task="odd", question="?", answers=("1",)) for name in "ab"]
-    found = row_tokens(encoded, questions, {"odd": template}, limit=limit, generated=generated)
+    found = row_tokens(
+        encoded, questions, templates={"odd": template}, limit=limit, generated=generated
+    )
     assert found == tokens

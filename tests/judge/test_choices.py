@@ -41,7 +41,9 @@ def asked(count: int = 9) -> list[EncodedQuestion]:
     return found
 
 
-def expected(compiled: CompiledModel, question: EncodedQuestion, program: Program) -> list[float]:
+def expected(
+    compiled: CompiledModel, question: EncodedQuestion, *, program: Program
+) -> list[float]:
     """Scores from one plain forward pass a choice."""
     assert question.choice is not None
     found = []
@@ -64,7 +66,7 @@ def test_scores_are_those_of_plain_passes(compiled: CompiledModel, deterministic
     assert forcing.steps_run < forcing.steps_asked
     right = 0
     for (question, program), verdict, found in zip(pairs, verdicts, scores, strict=True):
-        plain = expected(compiled, question, program)
+        plain = expected(compiled, question, program=program)
         assert found == pytest.approx(plain, abs=1e-3)
         assert question.choice is not None
         assert verdict == choice_verdict(found, question.choice.right)

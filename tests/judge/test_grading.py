@@ -59,7 +59,7 @@ def test_the_first_box_counts(text: str, answer: str, boxed: bool) -> None:
 def test_what_follows_a_stop_does_not_count() -> None:
     assert extract(" 42\n\\boxed{43}\n", ("\n",)) == Extracted("42", False)
     assert extract("4;2\n3", ["\n", ";"]) == Extracted("4", False)
-    assert grade(" 19\nQ: 3 + 4", _question("19"), ("\n",)) and not grade(
+    assert grade(" 19\nQ: 3 + 4", _question("19"), stops=("\n",)) and not grade(
         " 19\nQ: 3 + 4", _question("19")
     )
 

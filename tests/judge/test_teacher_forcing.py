@@ -33,7 +33,7 @@ def pairs(compiled: CompiledModel) -> list[tuple[EncodedQuestion, Program]]:
 
 
 def scores(
-    compiled: CompiledModel, question: EncodedQuestion, program: Program
+    compiled: CompiledModel, question: EncodedQuestion, *, program: Program
 ) -> tuple[float, float]:
     """Log-likelihood and margin of the answer given or else the likeliest, from plain forward
     passes.
@@ -57,12 +57,14 @@ def test_a_verdict_is_what_generation_gives(
     verdicts = TeacherForcing(compiled, deterministic=deterministic).evaluate(pairs)
     right = 0
     for (question, program), verdict in zip(pairs, verdicts, strict=True):
-        tokens = generated(compiled, question, program, max(map(len, question.targets)))
+        tokens = generated(
+            compiled, question, program=program, tokens=max(map(len, question.targets))
+        )
         assert verdict.correct == any(tokens[: len(t)] == t for t in question.targets), (
             question.id,
             str(program),
         )
-        log_likelihood, margin = scores(compiled, question, program)
+        log_likelihood, margin = scores(compiled, question, program=program)
         assert verdict.log_likelihood == pytest.approx(log_likelihood, abs=1e-3)
         assert verdict.margin == pytest.approx(margin, abs=1e-3)
         right += verdict.correct
@@ -75,12 +77,12 @@ def test_positions_windows_and_experts_of_other_families(family: str) -> None:
     compiled = polar_fx.compile(
         peaked(family, DEPTH, **options), "eager", max_length=47, cache=False
     )
-    asked = questions(compiled, PROGRAMS, 3)
+    asked = questions(compiled, PROGRAMS, count=3)
     pairs = [(q, p) for q in asked for p in PROGRAMS[:12]]
     for (question, program), verdict in zip(
         pairs, TeacherForcing(compiled).evaluate(pairs), strict=True
     ):
-        log_likelihood, _ = scores(compiled, question, program)
+        log_likelihood, _ = scores(compiled, question, program=program)
         assert verdict.log_likelihood == pytest.approx(log_likelihood, abs=2e-3), str(program)
 
 
@@ -156,7 +158,7 @@ def test_a_question_may_change_under_its_id(compiled: CompiledModel) -> None:
         question = EncodedQuestion("same", (5, 6), prompt, ((7, 8),))
         (verdict,) = forcing.evaluate([(question, identity)])
         assert verdict.log_likelihood == pytest.approx(
-            scores(compiled, question, identity)[0], abs=1e-3
+            scores(compiled, question, program=identity)[0], abs=1e-3
         )
 
 
@@ -173,7 +175,9 @@ def test_a_nan_of_one_row_does_not_reach_another() -> None:
     (sick,) = forcing.evaluate([(ill, identity)])
     assert not sick.correct
     first, second = forcing.evaluate([(healthy, identity), (ill, identity)])
-    assert first.log_likelihood == pytest.approx(scores(compiled, healthy, identity)[0], abs=1e-3)
+    assert first.log_likelihood == pytest.approx(
+        scores(compiled, healthy, program=identity)[0], abs=1e-3
+    )
     assert not second.correct
 
 
@@ -232,7 +236,7 @@ def test_the_default_model_answers_as_it_generates(smollm2: tuple[Any, Any]) -> 
         pairs = [(e, p) for e in template.encode_all(tokenizer, rows) for p in programs]
         found += TeacherForcing(compiled).evaluate(pairs)
         graded = Generation(
-            compiled, tokenizer, {q.id: q for q in rows}, {task: template}
+            compiled, tokenizer, questions={q.id: q for q in rows}, templates={task: template}
         ).evaluate(pairs)
         assert [v.correct for v in found[-len(pairs) :]] == [g.correct for g in graded]
     assert {v.correct for v in found} == {True, False}

@@ -94,7 +94,7 @@ def test_a_changed_model_is_traced_and_computes_what_it_computes_now(
     assert not traces(small(model.config.model_type), known), "undone, the first table serves again"
 
 
-def _patched(owner: Any, name: str, value: Any) -> Callable[[Patch], PreTrainedModel]:
+def _patched(owner: Any, name: str, *, value: Any) -> Callable[[Patch], PreTrainedModel]:
     def variant(patch: Patch) -> PreTrainedModel:
         patch.setattr(owner, name, value, raising=False)
         return small()
@@ -179,24 +179,24 @@ def _laid_out(model: PreTrainedModel) -> None:
 # name -> two models that differ in one thing only
 PAIRS: dict[str, tuple[Callable[[Patch], PreTrainedModel], Callable[[Patch], PreTrainedModel]]] = {
     "a number that a patch closes over": (
-        _patched(MLP, "forward", _times(2.0)),
-        _patched(MLP, "forward", _times(3.0)),
+        _patched(MLP, "forward", value=_times(2.0)),
+        _patched(MLP, "forward", value=_times(3.0)),
     ),
     "a number in what a patch wraps": (
-        _patched(MLP, "forward", _wrapped(lambda s, x: 2.0 * s.down_proj(x))),
-        _patched(MLP, "forward", _wrapped(lambda s, x: 3.0 * s.down_proj(x))),
+        _patched(MLP, "forward", value=_wrapped(lambda s, x: 2.0 * s.down_proj(x))),
+        _patched(MLP, "forward", value=_wrapped(lambda s, x: 3.0 * s.down_proj(x))),
     ),
     "a function in what a patch wraps": (
-        _patched(MLP, "forward", _wrapped(lambda s, x: s.down_proj(x).sin())),
-        _patched(MLP, "forward", _wrapped(lambda s, x: s.down_proj(x).cos())),
+        _patched(MLP, "forward", value=_wrapped(lambda s, x: s.down_proj(x).sin())),
+        _patched(MLP, "forward", value=_wrapped(lambda s, x: s.down_proj(x).cos())),
     ),
     "a default": (
-        _patched(MLP, "forward", lambda s, x, by=2.0: x),
-        _patched(MLP, "forward", lambda s, x, by=3.0: x),
+        _patched(MLP, "forward", value=lambda s, x, by=2.0: x),
+        _patched(MLP, "forward", value=lambda s, x, by=3.0: x),
     ),
     "a keyword's default": (
-        _patched(MLP, "forward", _keyword(2.0)),
-        _patched(MLP, "forward", _keyword(3.0)),
+        _patched(MLP, "forward", value=_keyword(2.0)),
+        _patched(MLP, "forward", value=_keyword(3.0)),
     ),
     "a global that a patch reads": (_with_global("GAIN", 1.0), _with_global("GAIN", 2.0)),
     "a function that a patch calls": (
@@ -204,17 +204,17 @@ PAIRS: dict[str, tuple[Callable[[Patch], PreTrainedModel], Callable[[Patch], Pre
         _with_global("_helper", lambda x: -x),
     ),
     "a set in the code": (
-        _patched(MLP, "forward", lambda s, x: x if "a" in {"a", "b"} else -x),
-        _patched(MLP, "forward", lambda s, x: x if "a" in {"b", "c"} else -x),
+        _patched(MLP, "forward", value=lambda s, x: x if "a" in {"a", "b"} else -x),
+        _patched(MLP, "forward", value=lambda s, x: x if "a" in {"b", "c"} else -x),
     ),
-    "a constant of a class": (_patched(MLP, "gain", 1.0), _patched(MLP, "gain", 2.0)),
+    "a constant of a class": (_patched(MLP, "gain", value=1.0), _patched(MLP, "gain", value=2.0)),
     "a constant of a modeling file": (
-        _patched(modeling_llama, "GAIN", 1.0),
-        _patched(modeling_llama, "GAIN", 2.0),
+        _patched(modeling_llama, "GAIN", value=1.0),
+        _patched(modeling_llama, "GAIN", value=2.0),
     ),
     "what a jit or cache wraps": (
-        _patched(modeling_llama, "rotate_half", functools.lru_cache(lambda x: x)),
-        _patched(modeling_llama, "rotate_half", functools.lru_cache(lambda x: -x)),
+        _patched(modeling_llama, "rotate_half", value=functools.lru_cache(lambda x: x)),
+        _patched(modeling_llama, "rotate_half", value=functools.lru_cache(lambda x: -x)),
     ),
     "which attention": (
         _changed(lambda m: None),

@@ -232,7 +232,7 @@ class _Capture:
 def _by_table(family: str, capture: _Capture) -> LayerLibrary:
     known = tiny(family).library
     table = SymbolTable.from_json(known.table.to_json())
-    return LayerLibrary.from_table(table, known.tensors, capture)
+    return LayerLibrary.from_table(table, known.tensors, capture=capture)
 
 
 @each_family
@@ -266,7 +266,7 @@ def test_a_library_by_its_table_computes_the_same_bits(family: str) -> None:
     program, ids = Program.from_path((0, 2, 2, 3), 4), torch.stack(prompts(5, 5))
     results = []
     for library in (known, _by_table(family, capture)):
-        slots = make_slots(library, program, 2, 16)
+        slots = make_slots(library, program, batch=2, length=16)
         logits = library.interpret(
             program, ids, torch.arange(5).expand(2, -1), torch.arange(16), slots
         )
@@ -280,7 +280,7 @@ def test_a_table_of_another_graph_is_an_error_once_the_graphs_are_there() -> Non
     name = known.layers[0].target
     body = dataclasses.replace(known.table.bodies[name], fingerprint="0" * 64)
     table = dataclasses.replace(known.table, bodies={**known.table.bodies, name: body})
-    library = LayerLibrary.from_table(table, known.tensors, _Capture("llama"))
+    library = LayerLibrary.from_table(table, known.tensors, capture=_Capture("llama"))
     for _ in range(2):
         with pytest.raises(
             CaptureError,
@@ -295,5 +295,5 @@ def test_a_table_that_names_tensors_the_model_lacks_is_a_key_error() -> None:
         LayerLibrary.from_table(
             known.table,
             {n: t for n, t in known.tensors.items() if "lm_head" not in n},
-            _Capture("llama"),
+            capture=_Capture("llama"),
         )

@@ -77,7 +77,7 @@ def said(reference: Any, tokenizer: Any) -> tuple[str, str]:
 
 @torch.no_grad()
 def _plain(
-    forward: Callable[[Tensor], Tensor], context: list[int], continuation: list[int]
+    forward: Callable[[Tensor], Tensor], context: list[int], *, continuation: list[int]
 ) -> tuple[float, bool]:
     """What one plain pass of `forward`, token ids -> logits, says of a continuation."""
     logits = forward(torch.tensor([context + continuation[:-1]]))[0, -len(continuation) :]
@@ -113,7 +113,7 @@ def test_likelihoods_are_the_models_own(
         wanted = _plain(
             lambda ids: reference(ids).logits,
             tokenizer.encode(bare) or [tokenizer.eos_token_id],
-            behind,
+            continuation=behind,
         )
         assert value == pytest.approx(wanted[0], abs=1e-4) and is_greedy == wanted[1], (
             context,
@@ -165,7 +165,7 @@ def test_programs_are_chosen_by_contexts_alone(compiled: Any, tokenizer: Any) ->
         wanted = _plain(
             partial(compiled.forward, program=program),
             tokenizer.encode(context),
-            tokenizer.encode(answer),
+            continuation=tokenizer.encode(answer),
         )
         assert value == pytest.approx(wanted[0], abs=1e-4) and is_greedy == wanted[1]
     found = lm.report()["tasks"]["t"]
@@ -213,7 +213,9 @@ def test_a_named_program_runs_in_place_of_the_dispatcher(compiled: Any, tokenize
     compiled.dispatch_by(predictor := ByFirstToken(compiled))
     lm = PolarLM(compiled, tokenizer, program="skip 2-3")
     wanted, _ = _plain(
-        partial(compiled.forward, program="skip 2-3"), tokenizer.encode("a"), tokenizer.encode("b")
+        partial(compiled.forward, program="skip 2-3"),
+        tokenizer.encode("a"),
+        continuation=tokenizer.encode("b"),
     )
     assert scores_of(lm, [("a", "b")])[0][0] == pytest.approx(wanted, abs=1e-4)
     assert (

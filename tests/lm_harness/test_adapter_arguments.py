@@ -48,10 +48,13 @@ def test_a_saved_predictor_and_policy_from_arguments(
 ) -> None:
     torch.manual_seed(0)
     selector = Selector(
-        Menu.of(PROGRAMS), Features(2, 8), SelectorNetwork(64, len(PROGRAMS) + 1, 0)
+        Menu.of(PROGRAMS), Features(2, 8), network=SelectorNetwork(64, len(PROGRAMS) + 1, width=0)
     )
     save_selector(
-        selector, tmp_path, made.library.model_fingerprint, Policy.parse("steps<=1", DEPTH)
+        selector,
+        tmp_path,
+        model=made.library.model_fingerprint,
+        policy=Policy.parse("steps<=1", DEPTH),
     )
     lm = PolarLM(
         str(folder), backend="eager", max_length=LENGTH, predictor=str(tmp_path), batch_size=4

@@ -37,7 +37,7 @@ def _traced(
         def forward(self, *values: Tensor) -> Any:
             return function(*values)
 
-    return graph_of(specialize(Body(), operands, dynamic or [{}] * len(operands)))
+    return graph_of(specialize(Body(), operands, dynamic=dynamic or [{}] * len(operands)))
 
 
 def _count(gm: GraphModule, *targets: Any) -> int:
@@ -54,7 +54,7 @@ def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> T
 
 
 def _attention(
-    heads: int = 2, groups: int = 1, length: int = 7, value_size: int = 8, **options: Any
+    heads: int = 2, groups: int = 1, *, length: int = 7, value_size: int = 8, **options: Any
 ) -> tuple[Any, list[Tensor]]:
     """A function of q, k, v and maybe a mask, and operands for it."""
     mask = options.pop("mask", None)

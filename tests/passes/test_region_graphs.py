@@ -75,8 +75,8 @@ def test_exported_bodies_of_a_real_layer_are_regions() -> None:
     for name, body in library.bodies.items():
         table = RegionTable(library, InductorBackend(), 15, None)
         shape = ShapeClass(None, None, 16)
-        source, _ = table._source(RegionName(name, shape))
-        exported = specialize(*source)
+        (graph, example, dynamic), _ = table._source(RegionName(name, shape))
+        exported = specialize(graph, example, dynamic=dynamic)
         verify_region(exported.graph_module, values(exported.graph_module))
         assert len(values(body)) == len(values(exported.graph_module))
 
@@ -199,8 +199,8 @@ def test_a_backends_pass_at_fault_is_named() -> None:
 def test_passes_of_a_backend_keep_operands_of_exported_graphs() -> None:
     table = RegionTable(tiny("llama").library, InductorBackend(), 15, None)
     name = RegionName("epilogue", ShapeClass(1, 1, 16))
-    source, _ = table._source(name)
-    exported = specialize(*source)
+    (graph, example, dynamic), _ = table._source(name)
+    exported = specialize(graph, example, dynamic=dynamic)
     assert graph_of(exported, InductorBackend().passes) is not exported.graph_module
 
 

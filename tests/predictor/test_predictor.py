@@ -31,7 +31,9 @@ def proposal(*chances: float) -> Proposal:
 
 def choose(policy: str, *chances: float, **settings: Any) -> str:
     costs = settings.pop("costs", None)
-    found = Policy.parse(policy, DEPTH).choose(proposal(*chances), Calibration(**settings), costs)
+    found = Policy.parse(policy, DEPTH).choose(
+        proposal(*chances), Calibration(**settings), costs_ms=costs
+    )
     return str(MENU.programs[found]).removesuffix(" /6")
 
 
@@ -145,14 +147,16 @@ def test_choosing_for_all_rows_at_once_is_choosing_one_by_one(
     one = Policy.parse(policy, DEPTH).choose(proposal(*chances), calibration)
     row = np.array([chances])
     if policy == "accuracy":
-        every = choose_all(row, MENU.steps, DEPTH, threshold)
+        every = choose_all(row, MENU.steps, depth=DEPTH, threshold=threshold)
         best = max(chances)
         assert one == 0 or (chances[one] == best and best - chances[0] >= threshold)
     elif policy == "steps<=0.8":
-        every = choose_all(np.where(MENU.steps <= 4.8, row, -1.0), MENU.steps, DEPTH, -np.inf)
+        every = choose_all(
+            np.where(MENU.steps <= 4.8, row, -1.0), MENU.steps, depth=DEPTH, threshold=-np.inf
+        )
         assert MENU.steps[one] <= 4.8
     else:
-        every = choose_all(row, MENU.steps, DEPTH, -np.inf, price)
+        every = choose_all(row, MENU.steps, depth=DEPTH, threshold=-np.inf, price=price)
         worth = row[0] - price * MENU.steps / DEPTH
         assert worth[one] == worth.max()
     assert every.tolist() == [one]
@@ -174,11 +178,16 @@ def test_features_look_at_the_end_of_a_prompt() -> None:
 
 def selector(width: int = 3, seed: int = 0) -> Selector:
     torch.manual_seed(seed)
-    network = SelectorNetwork(4, len(MENU), width)
+    network = SelectorNetwork(4, len(MENU), width=width)
     network.start_from(torch.randn(20, 4), torch.linspace(0.1, 0.9, len(MENU)))
     slopes, shifts = torch.full((5,), 1.5), torch.full((5,), -0.25)
     return Selector(
-        MENU, Features(1, 8), network, Calibration(0.05, {0.9: 0.2, 0.8: 0.4}), slopes, shifts
+        MENU,
+        Features(1, 8),
+        network=network,
+        calibration=Calibration(0.05, {0.9: 0.2, 0.8: 0.4}),
+        slopes=slopes,
+        shifts=shifts,
     )
 
 
@@ -197,7 +206,7 @@ def test_probabilities_are_calibrated_logits(width: int) -> None:
 
 
 def test_a_network_that_learned_nothing_says_the_base_rates() -> None:
-    network = SelectorNetwork(4, 5, 3)
+    network = SelectorNetwork(4, 5, width=3)
     rates = torch.tensor([0.0, 0.2, 0.5, 0.8, 1.0])
     network.start_from(torch.randn(50, 4), rates)
     with torch.no_grad():
@@ -208,7 +217,7 @@ def test_a_network_that_learned_nothing_says_the_base_rates() -> None:
 
 def test_a_selector_fits_its_menu() -> None:
     with pytest.raises(InputError, match="scores 4 programs but the menu has 5"):
-        Selector(MENU, Features(), SelectorNetwork(4, 4))
+        Selector(MENU, Features(), network=SelectorNetwork(4, 4))
     with pytest.raises(InputError, match="cannot be made"):
         SelectorNetwork(0, 4)
 
@@ -219,9 +228,9 @@ def test_saved_and_loaded(width: int, tmp_path: Path) -> None:
     folder = save_selector(
         made,
         tmp_path / "a" / "b",
-        "model x",
-        Policy.parse("mean_steps<=0.9", DEPTH),
-        {"tasks": ["t"]},
+        model="model x",
+        policy=Policy.parse("mean_steps<=0.9", DEPTH),
+        notes={"tasks": ["t"]},
     )
     loaded, policy = load_selector(folder, "model x")
     assert (loaded.menu, loaded.features, loaded.calibration, str(policy)) == (
@@ -238,7 +247,7 @@ def test_saved_and_loaded(width: int, tmp_path: Path) -> None:
     ]
     never = selector(width)
     never.calibration = Calibration()
-    save_selector(never, folder, "model x")
+    save_selector(never, folder, model="model x")
     assert load_selector(folder)[0].calibration.threshold == math.inf
 
 
@@ -274,7 +283,7 @@ def _spoil(folder: Path, name: str) -> None:
     ],
 )
 def test_damaged_folders_are_refused(damage: Any, match: str, tmp_path: Path) -> None:
-    folder = save_selector(selector(), tmp_path / "p", "model x")
+    folder = save_selector(selector(), tmp_path / "p", model="model x")
     damage(folder)
     with pytest.raises(InputError, match=match):
         load_selector(folder, "model x")
@@ -285,13 +294,13 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     with torch.no_grad():
         made.network.outer.bias[0] = math.nan
     with pytest.raises(InputError, match="not finite"):
-        load_selector(save_selector(made, tmp_path, "x"))
+        load_selector(save_selector(made, tmp_path, model="x"))
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
-        save_selector(selector(), tmp_path / "file", "x")
+        save_selector(selector(), tmp_path / "file", model="x")
 
 
 def test_a_policy_is_a_text() -> None:

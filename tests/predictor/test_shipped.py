@@ -36,10 +36,12 @@ def made(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for parameter in network.parameters():
             parameter.zero_()
         network.outer.bias.copy_(torch.tensor([-2.0, 2.0, -2.0]))
-    selector = Selector(MENU, Features(1, 4), network, Calibration(0.0, {}))
+    selector = Selector(MENU, Features(1, 4), network=network, calibration=Calibration(0.0, {}))
     notes = {"weights": library.weights_fingerprint}
     target = tmp_path_factory.mktemp("box")
-    return save_selector(selector, target, "another fingerprint", Policy("accuracy"), notes)
+    return save_selector(
+        selector, target, model="another fingerprint", policy=Policy("accuracy"), notes=notes
+    )
 
 
 @pytest.fixture

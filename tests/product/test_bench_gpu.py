@@ -126,22 +126,24 @@ def test_killed_workers_leave_results_readable(tmp_path: Path) -> None:
     scratch.mkdir()
     results = out / "results.jsonl"
     half = f"import os, signal; open({str(results)!r}, 'a').write('{{\"stage\": \"sp'); "
-    team = Team(out, scratch, time.time())
+    team = Team(out, scratch, started=time.time())
     team.say("before")
     team.start(
         "dies",
         [sys.executable, "-c", half + "os.kill(os.getpid(), signal.SIGKILL)"],
-        time.time() + 60,
+        limit=time.time() + 60,
     )
     team.wait_until(lambda: not team.is_running("dies"), time.time() + 60)
     team.stop("dies")
     team.start(
-        "hangs", [sys.executable, "-c", half + "import time; time.sleep(600)"], time.time() - 1.5
+        "hangs",
+        [sys.executable, "-c", half + "import time; time.sleep(600)"],
+        limit=time.time() - 1.5,
     )
     # ended by its own limit
     team.wait_until(lambda: "hangs" not in team._running, time.time() + 60)
     team.start(
-        "fails", [sys.executable, "-c", "raise SystemExit('no such thing')"], time.time() + 60
+        "fails", [sys.executable, "-c", "raise SystemExit('no such thing')"], limit=time.time() + 60
     )
     team.wait_until(lambda: not team.is_running("fails"), time.time() + 60)
     team.stop_all()
@@ -179,12 +181,12 @@ def test_a_run_that_is_too_short_says_who_was_stopped(tmp_path: Path) -> None:
 def test_decode_bytes_counts_weights_once_a_step_and_whole_slots() -> None:
     compiled = polar_fx.compile(make("llama"), "eager", max_length=31, cache=False)
     library, identity = compiled.library, Program.identity(4)
-    weights, kv = decode_bytes(library, identity, 32)
+    weights, kv = decode_bytes(library, identity, columns=32)
     layer = sum(w.nbytes for w in library.layers[0].weights)
     head = sum(w.nbytes for w in library.epilogue.weights)
     assert weights == 4 * layer + head
     assert kv == 4 * 32 * 2 * 2 * 8 * 4  # steps, columns, keys and values, heads, size, bytes
-    assert decode_bytes(library, identity.skip(1, 1), 32, batch=3) == (
+    assert decode_bytes(library, identity.skip(1, 1), columns=32, batch=3) == (
         3 * layer + head,
         3 * kv * 3 // 4,
     )
@@ -193,7 +195,7 @@ def test_decode_bytes_counts_weights_once_a_step_and_whole_slots() -> None:
 def test_decode_bytes_counts_the_experts_a_token_is_sent_to() -> None:
     compiled = polar_fx.compile(make("qwen2_moe"), "eager", max_length=31, cache=False)
     all_of_them, half = (
-        decode_bytes(compiled.library, compiled.default_program, 32, experts=e)[0]
+        decode_bytes(compiled.library, compiled.default_program, columns=32, experts=e)[0]
         for e in (1.0, 0.5)
     )
     experts = sum(
@@ -206,7 +208,7 @@ def test_ways_of_attention_agree() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, heads, tokens, 16) for heads, tokens in ((6, 1), (2, 24), (2, 24)))
     mask = (torch.arange(24) < 20)[None, None, None].expand(2, 1, 1, 24)
-    want, *others = (way() for way in attention_ways(q, k, v, mask).values())
+    want, *others = (way() for way in attention_ways(q, k, v=v, mask=mask).values())
     for got in others:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
@@ -325,9 +327,9 @@ def test_results_of_another_run_are_not_written_over(
     with pytest.raises(SystemExit):
         gpu.parse_arguments(["--tiny", "--device", "cpu", "--out", str(tmp_path)])
     assert "holds the results of another run" in capsys.readouterr().err
-    first = gpu.results_folder(tmp_path, "2026-01-02", "h200")
+    first = gpu.results_folder(tmp_path, "2026-01-02", card="h200")
     first.mkdir()
-    assert (first.name, gpu.results_folder(tmp_path, "2026-01-02", "h200").name) == (
+    assert (first.name, gpu.results_folder(tmp_path, "2026-01-02", card="h200").name) == (
         "2026-01-02-h200",
         "2026-01-02-h200-2",
     )

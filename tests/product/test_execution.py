@@ -38,6 +38,7 @@ def _compiled(family: str, backend: str = "eager") -> CompiledModel:
 def _plain_loop(
     model: PreTrainedModel,
     path: tuple[int, ...],
+    *,
     ids: Tensor,
     blends: tuple[tuple[int, int, float], ...] = (),
 ) -> Tensor:
@@ -86,11 +87,11 @@ def _random_program(seed: int) -> Program:
             if not program.blends:
                 program = program.skip(start, length)
         elif program.num_steps <= 12:
-            program = _try_repeat(program, start, length, pick)
+            program = _try_repeat(program, start, length=length, pick=pick)
     return program
 
 
-def _try_repeat(program: Program, start: int, length: int, pick: random.Random) -> Program:
+def _try_repeat(program: Program, start: int, *, length: int, pick: random.Random) -> Program:
     damping = pick.choice([1.0, 1.0, 0.5, 0.25])
     crosses = any(
         a < start < b or a < start + length < b
@@ -106,7 +107,7 @@ def test_the_reference_is_the_model_for_identity() -> None:
         with torch.no_grad():
             want = _model(family)(ids[None]).logits[0]
         torch.testing.assert_close(
-            _plain_loop(_model(family), tuple(range(DEPTH)), ids), want, rtol=0, atol=5e-5
+            _plain_loop(_model(family), tuple(range(DEPTH)), ids=ids), want, rtol=0, atol=5e-5
         )
 
 
@@ -119,7 +120,7 @@ def test_two_hundred_programs_equal_a_plain_loop_over_the_layers() -> None:
         family = FAMILIES[i % len(FAMILIES)]
         got = _compiled(family).forward(ids[None], program=program)[0]
         blends = tuple((b.start, b.stop, b.damping) for b in program.blends)
-        want = _plain_loop(_model(family), program.path, ids, blends)
+        want = _plain_loop(_model(family), program.path, ids=ids, blends=blends)
         torch.testing.assert_close(
             got, want, rtol=0, atol=1e-4, msg=lambda m, p=program, f=family: f"{f} {p}: {m}"
         )
@@ -239,14 +240,14 @@ def test_deterministic_rows_have_the_same_bits_alone_and_in_any_batch(
     compiled = compile(model, backend, max_length=63, deterministic=True)
     program = "0 (1-2)*2 3 /4"
     rows = prompts(21, 9, 9, 2)
-    want = [_last_and_next(compiled, program, [row])[0] for row in rows]
+    want = [_last_and_next(compiled, program, rows=[row])[0] for row in rows]
     for batch in ([0, 1], [3, 2, 1, 0], [1, 1, 1]):
-        got = _last_and_next(compiled, program, [rows[i] for i in batch])
+        got = _last_and_next(compiled, program, rows=[rows[i] for i in batch])
         for i, mine in zip(batch, got, strict=True):
             assert torch.equal(mine, want[i])
 
 
-def _last_and_next(compiled: CompiledModel, text: str, rows: list[Tensor]) -> Tensor:
+def _last_and_next(compiled: CompiledModel, text: str, *, rows: list[Tensor]) -> Tensor:
     """[B, 2, V]: logits of each row's last token and of one decoded token."""
     program = compiled.resolve(text)
     with torch.no_grad(), compiled.session(program, len(rows)) as session:

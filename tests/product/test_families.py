@@ -42,7 +42,7 @@ def test_identity_is_the_model(family: str) -> None:
     """
     model, library = tiny(family).model, tiny(family).library
     rows = prompts(14, 9)
-    got = run_rows(library, Program.identity(library.depth), rows, prefill=(11, 6))
+    got = run_rows(library, Program.identity(library.depth), rows=rows, prefill=(11, 6))
     for mine, want in zip(got, reference(model, rows), strict=True):
         assert want.abs().max() > 0.1, "logits too small to tell anything"
         torch.testing.assert_close(mine, want, rtol=0, atol=1e-4)
@@ -142,7 +142,7 @@ def _worst(model: PreTrainedModel, tokens: int) -> float:
 
     library = LayerLibrary(capture(model))
     rows = prompts(tokens)
-    got = run_rows(library, Program.identity(library.depth), rows, prefill=[tokens])
+    got = run_rows(library, Program.identity(library.depth), rows=rows, prefill=[tokens])
     return float((got[0] - reference(model, rows)[0]).abs().max())
 
 

@@ -31,11 +31,11 @@ from tiny_models import make, prompts, reference
 def test_the_plain_loop_runs_the_program(family: str) -> None:
     model, row = make(family, num_hidden_layers=3), prompts(9)[0]
     before = list(model.modules())
-    identity = plain_logits(model, Program.identity(3), row)
+    identity = plain_logits(model, Program.identity(3), row=row)
     torch.testing.assert_close(identity, reference(model, [row])[0], rtol=0, atol=1e-5)
     compiled = compile(model, "eager", max_length=31, cache=False)
     for text in ("0 2", "0 1 1 2", "(0-1)*2@0.5 2", "0 [(1)*2@0.25 2]@0.5"):
-        want = plain_logits(model, Program.parse(text, 3), row)
+        want = plain_logits(model, Program.parse(text, 3), row=row)
         got = compiled.forward(row[None], program=text)[0]
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
         assert not torch.allclose(want, identity, atol=1e-2)
@@ -46,13 +46,15 @@ def test_the_plain_loop_runs_the_program(family: str) -> None:
 def test_a_wrong_result_is_beyond_the_limit(dtype: torch.dtype) -> None:
     model, row = make("llama", num_hidden_layers=3).to(dtype), prompts(9)[0]
     judge, program = Judge(model), Program.parse("0 1 1 2", 3)
-    right = plain_logits(model, program, row)
-    assert judge.of_logits(program, row, right) < 1
-    wrong = plain_logits(model, Program.parse("0 1 2", 3), row)
-    assert judge.of_logits(program, row, wrong) > 1
-    assert judge.of_logits(program, row, torch.full_like(right, torch.nan)) > 1
+    right = plain_logits(model, program, row=row)
+    assert judge.of_logits(program, row, got=right) < 1
+    wrong = plain_logits(model, Program.parse("0 1 2", 3), row=row)
+    assert judge.of_logits(program, row, got=wrong) > 1
+    assert judge.of_logits(program, row, got=torch.full_like(right, torch.nan)) > 1
     best, worst = (int(f(right[-1])) for f in (torch.argmax, torch.argmin))
-    assert judge.of_tokens(program, row, [best]) < 1 < judge.of_tokens(program, row, [worst])
+    assert (
+        judge.of_tokens(program, row, new=[best]) < 1 < judge.of_tokens(program, row, new=[worst])
+    )
 
 
 def test_tokens_are_judged_at_the_length_they_were_chosen_at() -> None:
@@ -61,17 +63,17 @@ def test_tokens_are_judged_at_the_length_they_were_chosen_at() -> None:
     compiled, program = compile(model, "eager", max_length=31, cache=False), Program.identity(3)
     row = prompts(12)[0]
     new = compiled.generate(row[None], max_new_tokens=8, do_sample=False, eos_token_id=None)
-    assert Judge(model).of_tokens(program, row, new[0, 12:].tolist()) < 1
+    assert Judge(model).of_tokens(program, row, new=new[0, 12:].tolist()) < 1
 
 
 def test_a_score_is_that_of_the_tokens() -> None:
     model, row = make("llama", num_hidden_layers=3), prompts(9)[0]
     judge, program = Judge(model), Program.parse("0 1 1 2", 3)
-    logits = plain_logits(model, program, torch.cat((row, torch.tensor([5]))))
+    logits = plain_logits(model, program, row=torch.cat((row, torch.tensor([5]))))
     score = sum(float(logits[8 + i].log_softmax(-1)[t]) for i, t in enumerate((5, 7)))
-    assert judge.of_score(program, row, (5, 7), score) < 1
+    assert judge.of_score(program, row, new=(5, 7), score=score) < 1
     for other in (score + 0.1, float("nan")):
-        assert judge.of_score(program, row, (5, 7), other) > 1
+        assert judge.of_score(program, row, new=(5, 7), score=other) > 1
 
 
 @pytest.fixture(scope="module", params=["blocks", "slots"])

@@ -108,7 +108,7 @@ def test_the_programs_are_nested_and_damped(program: Program) -> None:
 
 @each_program
 def test_the_interpreted_step_graph(program: Program) -> None:
-    (got,) = run_rows(_compiled().library, program, [IDS], prefill=[5])
+    (got,) = run_rows(_compiled().library, program, rows=[IDS], prefill=[5])
     same(got, _wanted(program))
 
 
@@ -154,13 +154,13 @@ def _weights(program: Program) -> list[str]:
     return list(dict.fromkeys(name for call in calls for name in call.weights))
 
 
-def _plan(program: Program, shape: ShapeClass, folder: Path) -> WholePlan:
+def _plan(program: Program, shape: ShapeClass, *, folder: Path) -> WholePlan:
     """As `Tiers` plans it, the graphs of regions written into the folder."""
     library = _compiled().library
     table = RegionTable(library, AotInductorBackend(passes=()), 15, None)
     numbers = {name: i for i, name in enumerate(_weights(program))}
 
-    def step(symbol: Symbol, opens: int = 0, closes: tuple[float, ...] = ()) -> WholeStep:
+    def step(symbol: Symbol, opens: int = 0, *, closes: tuple[float, ...] = ()) -> WholeStep:
         weights = tuple(numbers[name] for name in symbol.weights)
         return WholeStep(symbol.target, symbol.sides, weights, opens, closes)
 
@@ -172,7 +172,7 @@ def _plan(program: Program, shape: ShapeClass, folder: Path) -> WholePlan:
         AotInductorBackend().export(*source, place)
         bodies[name] = str(place / GRAPH)
     layers = library.table.layers
-    steps = tuple(step(layers[s.layer], s.opens, s.closes) for s in program.schedule())
+    steps = tuple(step(layers[s.layer], s.opens, closes=s.closes) for s in program.schedule())
     start, head = step(library.table.prologue), step(library.table.epilogue)
     return WholePlan(shape, bodies, len(numbers), start, steps, head)
 
@@ -182,13 +182,13 @@ def _plan(program: Program, shape: ShapeClass, folder: Path) -> WholePlan:
 def test_whole_programs(program: Program, prefill: bool, tmp_path: Path) -> None:
     """The graph that a worker would compile, made of exported regions."""
     library = _compiled().library
-    plan = _plan(program, ShapeClass(1, None if prefill else 1, 16), tmp_path)
+    plan = _plan(program, ShapeClass(1, None if prefill else 1, 16), folder=tmp_path)
     plain = json.loads(json.dumps(plan.to_dict()))
     assert WholePlan.from_dict(plain).bodies == plan.bodies
-    compose(AotInductorBackend(), plain, tmp_path)
+    compose(AotInductorBackend(), plain, folder=tmp_path)
     whole = graph_of(torch.export.load(tmp_path / GRAPH))
 
-    slots = make_slots(library, program, 1, 16)
+    slots = make_slots(library, program, batch=1, length=16)
     given = [t for pair in slots for t in pair] + [library.tensors[n] for n in _weights(program)]
     index, got = torch.arange(16), []
     with torch.no_grad():
@@ -224,13 +224,13 @@ def test_onnx_files(tmp_path: Path) -> None:
     for extra in ("onnx", "onnxscript"):
         pytest.importorskip(extra, reason="the extra `onnx` is not installed")
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    export_onnx(_compiled(), tmp_path / "files", PROGRAMS[:2])
+    export_onnx(_compiled(), tmp_path / "files", programs=PROGRAMS[:2])
     for number, program in enumerate(PROGRAMS[:2]):
         (path,) = (tmp_path / "files").glob(f"*{number}*.onnx")
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         tokens = torch.arange(len(IDS))[None]
         given = {"input_ids": IDS[None], "positions": tokens, "logits_at": tokens}
-        slots = make_slots(_compiled().library, program, 1, 16)
+        slots = make_slots(_compiled().library, program, batch=1, length=16)
         names = [i.name for i in session.get_inputs()][3:]
         given |= dict(zip(names, [t for pair in slots for t in pair], strict=True))
         logits, *_ = session.run(None, {name: t.numpy() for name, t in given.items()})

@@ -37,7 +37,7 @@ ROWS = {"longer than the window": (2 * WINDOW,), "ragged": (13, 5, 1)}
 
 
 @functools.cache
-def _compiled(family: str, prefill_chunk: int, deterministic: bool = False) -> CompiledModel:
+def _compiled(family: str, prefill_chunk: int, *, deterministic: bool = False) -> CompiledModel:
     return compile(
         make(family),
         "eager",
@@ -49,7 +49,7 @@ def _compiled(family: str, prefill_chunk: int, deterministic: bool = False) -> C
     )
 
 
-def _agree(compiled: CompiledModel, program: Program, rows: list[Tensor]) -> None:
+def _agree(compiled: CompiledModel, program: Program, *, rows: list[Tensor]) -> None:
     """Prefill for the last tokens, and for every token, in sessions side by side; then decode in
     both.
     """
@@ -96,26 +96,26 @@ def _same_slots(one: KvSession, two: KvSession) -> None:
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_last_tokens_alone_get_what_every_token_gets(name: str, rows: str) -> None:
-    _agree(_compiled("gemma2", 512), Program.parse(PROGRAMS[name], 4), prompts(*ROWS[rows]))
+    _agree(_compiled("gemma2", 512), Program.parse(PROGRAMS[name], 4), rows=prompts(*ROWS[rows]))
 
 
 @pytest.mark.parametrize("lengths", [(1,), (6, 6), (9, 2)], ids=str)
 def test_prompts_of_one_token_and_of_equal_length_get_the_same(lengths: tuple[int, ...]) -> None:
-    _agree(_compiled("llama", 512), Program.parse(PROGRAMS[HARDEST], 4), prompts(*lengths))
+    _agree(_compiled("llama", 512), Program.parse(PROGRAMS[HARDEST], 4), rows=prompts(*lengths))
 
 
 @pytest.mark.parametrize("chunk", [1, 4])
 @pytest.mark.parametrize("name", ["skip", "one step", HARDEST])
 def test_prompts_in_chunks_get_the_same(name: str, chunk: int) -> None:
     """Rows end in different chunks, on a chunk's edge too; some chunks end no row."""
-    _agree(_compiled("gemma2", chunk), Program.parse(PROGRAMS[name], 4), prompts(13, 5, 1, 8))
+    _agree(_compiled("gemma2", chunk), Program.parse(PROGRAMS[name], 4), rows=prompts(13, 5, 1, 8))
 
 
 def test_rows_run_one_by_one_get_the_same() -> None:
     _agree(
         _compiled("llama", 4, deterministic=True),
         Program.parse(PROGRAMS[HARDEST], 4),
-        prompts(9, 5),
+        rows=prompts(9, 5),
     )
 
 

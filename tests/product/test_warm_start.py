@@ -143,7 +143,7 @@ def test_a_hundred_programs_need_nothing_more(first: CompiledModel, store: Artif
     pick = random.Random(0)
     for _ in range(100):
         path = tuple(pick.randrange(4) for _ in range(pick.randint(1, 8)))
-        answer_of(warm, str(Program.from_path(path, 4)), pick.randint(1, 20))
+        answer_of(warm, str(Program.from_path(path, 4)), tokens=pick.randint(1, 20))
     assert (
         not warm.library.is_traced
         and sources_of(warm) == ["loaded"] * 6

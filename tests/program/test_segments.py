@@ -114,7 +114,7 @@ def test_segments_round_trip(pair: tuple[list[Segment], int], max_length: int | 
 
 
 def all_segmentations(
-    depth: int, times: range, dampings: Sequence[float]
+    depth: int, times: range, *, dampings: Sequence[float]
 ) -> list[tuple[Segment, ...]]:
     ops: list[tuple[Op, int, float]] = [(SKIP, 1, 1.0), (KEEP, 1, 1.0)]
     ops += [(REPEAT, n, damping) for n in times for damping in dampings]
@@ -138,7 +138,7 @@ def test_segments_are_minimal_by_brute_force(max_length: int | None, max_times: 
     def rank(segments: tuple[Segment, ...]) -> tuple[int, list[int]]:
         return len(segments), [-s.num_layers for s in segments]  # fewest, then longest first
 
-    for segments in all_segmentations(4, range(2, 4), [1.0, 0.5]):
+    for segments in all_segmentations(4, range(2, 4), dampings=[1.0, 0.5]):
         allowed = all(
             s.num_layers <= (max_length or 4) and s.times <= (max_times or 3) for s in segments
         )
@@ -151,7 +151,9 @@ def test_segments_are_minimal_by_brute_force(max_length: int | None, max_times: 
 
 
 def test_not_segmentable_by_brute_force() -> None:
-    expressible = {Program.from_segments(s, 3) for s in all_segmentations(3, range(2, 6), [1.0])}
+    expressible = {
+        Program.from_segments(s, 3) for s in all_segmentations(3, range(2, 6), dampings=[1.0])
+    }
     num_not = 0
     for length in range(1, 6):
         for path in itertools.product(range(3), repeat=length):

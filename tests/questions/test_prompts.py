@@ -75,7 +75,7 @@ OTHERS = {
 }
 
 
-def _check(tokenizer: Any, template: PromptTemplate, questions: list[Question]) -> None:
+def _check(tokenizer: Any, template: PromptTemplate, *, questions: list[Question]) -> None:
     encoded = template.encode_all(tokenizer, questions)
     assert len({e.prefix for e in encoded}) == 1
     in_chat = template.chat and tokenizer.chat_template is not None
@@ -120,7 +120,7 @@ def _templates(task: str) -> list[PromptTemplate]:
 @pytest.mark.parametrize("task", sorted(TASKS))
 def test_tokens_of_the_default_model(task: str, smollm2: tuple[Any, Any]) -> None:
     for template in _templates(task):
-        _check(smollm2[1], template, generate(task, 40, 1))
+        _check(smollm2[1], template, questions=generate(task, 40, 1))
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
@@ -128,7 +128,7 @@ def test_tokens_of_the_default_model(task: str, smollm2: tuple[Any, Any]) -> Non
 def test_tokens_of_other_tokenizers(name: str, task: str) -> None:
     for template in _templates(task):
         wide = PromptTemplate(**{**vars(template), "max_new_tokens": 50})  # bytes are many
-        _check(OTHERS[name](), wide, generate(task, 20, 1))
+        _check(OTHERS[name](), wide, questions=generate(task, 20, 1))
 
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]), max_size=20).filter(
@@ -189,7 +189,7 @@ def test_an_answer_merged_into_the_prompt_is_refused() -> None:
     with pytest.raises(InputError, match=message):
         template.encode(_tokenizer((" 1",)), _row())
     moved = PromptTemplate("mine", 4, "{question} =")
-    _check(_tokenizer((" 1",)), moved, [_row()])
+    _check(_tokenizer((" 1",)), moved, questions=[_row()])
 
 
 def test_a_question_merged_into_the_prefix_is_refused() -> None:
@@ -288,7 +288,9 @@ def test_braces_and_marks_in_a_question_are_text() -> None:
         _check(
             _tokenizer(),
             wide,
-            [_row(r"\frac{a}{b} {question} {answer} {} %s", r"\frac{1}{2}", "{question}")],
+            questions=[
+                _row(r"\frac{a}{b} {question} {answer} {} %s", r"\frac{1}{2}", "{question}")
+            ],
         )
 
 
@@ -320,5 +322,6 @@ def test_generated_text_is_graded_as_the_target(smollm2: tuple[Any, Any]) -> Non
             )[0, prompt.shape[1] :].tolist()
         exact = tuple(out) in encoded.targets
         assert (
-            grade(tokenizer.decode(out, skip_special_tokens=True), question, stop.strings) == exact
+            grade(tokenizer.decode(out, skip_special_tokens=True), question, stops=stop.strings)
+            == exact
         )

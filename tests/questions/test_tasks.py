@@ -29,7 +29,7 @@ from polar_fx.questions import (
 task_names = st.sampled_from(sorted(TASKS))
 
 
-def _ids(task: str, n: int, seed: int = 0, **options: Any) -> list[str]:
+def _ids(task: str, n: int, *, seed: int = 0, **options: Any) -> list[str]:
     return [q.id for q in generate(task, n, seed, **options)]
 
 
@@ -155,7 +155,7 @@ def test_a_question_is_in_one_split_whatever_the_seed(
         st.lists(st.sampled_from([c.name for c in TASKS[task].cells]), min_size=1, unique=True)
     )
     # small cells hold fewer
-    rows = [q for cell in cells for q in cell_sample(task, cell, 8, a, split)]
+    rows = [q for cell in cells for q in cell_sample(task, cell, n=8, seed=a, split=split)]
     rows += generate(task, 8, a, split=split)
     assert {split_of(q.id) for q in rows} == {split} and {q.cell for q in rows} >= set(cells)
     known = {q.id: q for q in generate(task, 200, b)}
@@ -289,7 +289,7 @@ def test_examples_of_prompts_are_never_asked(task: str, seed: int) -> None:
 
 def test_all_rows_of_a_cell_can_be_had_and_no_more() -> None:
     assert sorted(_ids("multiplication", 62, cells=["1x1 digits"])) == sorted(
-        _ids("multiplication", 62, 8, cells=["1x1 digits"])
+        _ids("multiplication", 62, seed=8, cells=["1x1 digits"])
     )
     message = (
         "63 questions asked of multiplication with the cells 1x1 digits, but 62 exist; ask "

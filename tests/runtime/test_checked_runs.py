@@ -166,7 +166,7 @@ def test_a_part_may_have_another_dtype(parts: str, dtype: torch.dtype) -> None:
     programs = ["1", "0 1 (0)*2@0.5"]
     both = compiled.forward(torch.stack((ids, ids)), program=programs)
     for own, text in zip(both, programs, strict=True):
-        want = plain_logits(model, Program.parse(text, 2), ids)
+        want = plain_logits(model, Program.parse(text, 2), row=ids)
         assert float((own - want).abs().max()) <= 0.1 * float(want.abs().max())
 
 

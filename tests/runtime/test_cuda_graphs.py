@@ -48,7 +48,7 @@ def test_captureddecodes_have_the_bits_of_linked_ones(pair: Pair, program: str, 
     api = FakeApi()
     graphs = CudaGraphs(api)
     for _ in range(2):
-        pair.check(graphs, program, batch)
+        pair.check(graphs, program, batch=batch)
     assert api.count("capture") == 1, "the second session met the same slots"
     assert api.count("replay") == 7, "all but the first run"
 
@@ -56,9 +56,9 @@ def test_captureddecodes_have_the_bits_of_linked_ones(pair: Pair, program: str, 
 def test_sessions_side_by_side_have_graphs_of_their_own(pair: Pair) -> None:
     api = FakeApi()
     graphs = CudaGraphs(api)
-    want = decode(pair.plain, LinkedProgram.run, "identity")
+    want = decode(pair.plain, LinkedProgram.run, program="identity")
     for _ in range(2):
-        taking_turns = [steps(pair.model, graphs.run, "identity") for _ in range(3)]
+        taking_turns = [steps(pair.model, graphs.run, program="identity") for _ in range(3)]
         for i, tokens in enumerate(zip(*taking_turns, strict=True)):
             assert all(torch.equal(logits, want[i]) for logits in tokens)
     assert api.count("capture") == len(graphs) == 3, (
@@ -74,10 +74,19 @@ def test_a_row_of_a_session_has_its_own_graph(pair: Pair) -> None:
         pair.plain.runner.open_slots(identity, 1) as reference,
     ):
         for _ in range(3):
-            want = step(pair.plain, LinkedProgram.run, identity, reference, token)
+            want = step(
+                pair.plain, LinkedProgram.run, program=identity, session=reference, tokens=token
+            )
             for i in range(2):
                 assert torch.equal(
-                    step(pair.model, graphs.run, identity, session.row(i), token), want
+                    step(
+                        pair.model,
+                        graphs.run,
+                        program=identity,
+                        session=session.row(i),
+                        tokens=token,
+                    ),
+                    want,
                 )
     assert len(graphs.records) == len(graphs) == 2
 
@@ -85,7 +94,7 @@ def test_a_row_of_a_session_has_its_own_graph(pair: Pair) -> None:
 def test_results_are_not_overwritten_by_the_next_replay(pair: Pair) -> None:
     results = [
         (r, r.clone())
-        for r in steps(pair.model, CudaGraphs(FakeApi()).run, "identity", num_tokens=7)
+        for r in steps(pair.model, CudaGraphs(FakeApi()).run, program="identity", num_tokens=7)
     ]
     assert all(torch.equal(a, b) for a, b in results)
     assert len({r.data_ptr() for r, _ in results}) == len(results)
@@ -94,7 +103,7 @@ def test_results_are_not_overwritten_by_the_next_replay(pair: Pair) -> None:
 def test_inference_mode_may_come_and_go(pair: Pair) -> None:
     for model in (pair.model, pair.plain):
         # allocates the slots, which must not be inference tensors
-        decode(model, LinkedProgram.run, "identity")
+        decode(model, LinkedProgram.run, program="identity")
     graphs = CudaGraphs(FakeApi())
     with torch.inference_mode():
         pair.check(graphs, "identity")
@@ -104,9 +113,11 @@ def test_inference_mode_may_come_and_go(pair: Pair) -> None:
 
 def test_threads_share_buffers_one_at_a_time(pair: Pair) -> None:
     graphs = CudaGraphs(FakeApi())
-    wants = {p: decode(pair.plain, LinkedProgram.run, p) for p in PROGRAMS}
+    wants = {p: decode(pair.plain, LinkedProgram.run, program=p) for p in PROGRAMS}
     with ThreadPoolExecutor(len(PROGRAMS)) as threads:
-        got = list(threads.map(lambda p: (p, decode(pair.model, graphs.run, p)), PROGRAMS * 5))
+        got = list(
+            threads.map(lambda p: (p, decode(pair.model, graphs.run, program=p)), PROGRAMS * 5)
+        )
     assert all(torch.equal(logits, wants[p]) for p, logits in got)
 
 
@@ -115,7 +126,7 @@ def test_each_program_and_batch_is_captured_once_from_one_pool(pair: Pair) -> No
     graphs = CudaGraphs(api)
     cases = list(itertools.product(PROGRAMS, (3, 2, 1)))  # the slots of three rows serve fewer, too
     for program, batch in cases:
-        pair.check(graphs, program, batch)
+        pair.check(graphs, program, batch=batch)
     assert api.count("pool") == len(set(map(id, api.pools))) == 1
     assert {(r.program, r.batch) for r in graphs.records} == {
         (pair.model.resolve(p), b) for p, b in cases
@@ -129,14 +140,14 @@ def test_a_replay_waits_for_the_last_user_of_the_buffers_and_limit_zero_makes_no
     pair: Pair,
 ) -> None:
     api = FakeApi()
-    decode(pair.model, CudaGraphs(api).run, "identity")
+    decode(pair.model, CudaGraphs(api).run, program="identity")
     assert [entry.split()[0] for entry in api.log] == [
         "pool",
         "wait",
         "capture",
         *["wait", "replay"] * 3,
     ]
-    decode(pair.model, CudaGraphs(none := FakeApi(), limit=0).run, "identity")
+    decode(pair.model, CudaGraphs(none := FakeApi(), limit=0).run, program="identity")
     assert none.log == ["pool"]
 
 
@@ -145,7 +156,7 @@ def test_the_least_recently_used_graph_is_dropped_but_none_in_use(pair: Pair) ->
     graphs = CudaGraphs(api, limit=2)
     pair.use(graphs, "skip 0")  # capture 0
     pair.use(graphs, "skip 1")  # capture 1
-    pair.use(graphs, "skip 0", 10)  # nobody has used graph 1 for ten runs
+    pair.use(graphs, "skip 0", times=10)  # nobody has used graph 1 for ten runs
     pair.use(graphs, "skip 2")
     assert api.log[-5:] == ["capture 2", "synchronize", "reset 1", "wait", "replay 2"], (
         "its code has run: it is replayed at once"
@@ -162,7 +173,7 @@ def test_the_least_recently_used_graph_is_dropped_but_none_in_use(pair: Pair) ->
 def test_a_graph_does_not_keep_slots_that_the_pool_gave_up(pair: Pair) -> None:
     graphs, identity = CudaGraphs(FakeApi(keep=False)), Program.identity(DEPTH)
     with pair.model.runner.open_slots(identity, 1) as session:
-        step(pair.model, graphs.run, identity, session, torch.tensor([5]))
+        step(pair.model, graphs.run, program=identity, session=session, tokens=torch.tensor([5]))
         slot = weakref.ref(session.slots[0][0].untyped_storage())
     with pair.model.runner.open_slots(identity, 2):  # the slots of one row are too small
         del session
@@ -180,7 +191,7 @@ def test_a_graph_keeps_its_linked_program(pair: Pair) -> None:
         made.append(id(copy))
         return graphs.run(copy, *args)
 
-    decode(pair.model, run, "identity")
+    decode(pair.model, run, program="identity")
     assert len(set(made)) == len(graphs) == 4, "linked anew, captured anew"
     gc.collect()
     assert set(made) <= {id(o) for o in gc.get_objects() if type(o) is LinkedProgram}
@@ -200,7 +211,7 @@ def test_a_program_whose_code_has_run_is_captured_without_an_ordinary_run(
     def first(program: str, batch: int = 1) -> list[str]:
         """What ran by itself, not from within a replay, in one decode."""
         before = len(ordinary)
-        decode(pair.model, graphs.run, program, batch, num_tokens=1)
+        decode(pair.model, graphs.run, program=program, batch=batch, num_tokens=1)
         replays = api.log[-1].startswith("replay")
         return ordinary[before + replays :]
 

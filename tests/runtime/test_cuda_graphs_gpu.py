@@ -51,7 +51,7 @@ def _all_captured(graphs: CudaGraphs) -> bool:
 def test_cuda_decodes_equal_eager_ones(gpu: Pair, program: str, batch: int) -> None:
     graphs = _real()
     for _ in range(2):
-        gpu.check(graphs, program, batch)
+        gpu.check(graphs, program, batch=batch)
     assert _all_captured(graphs)
 
 
@@ -64,11 +64,11 @@ def test_cuda_programs_capture_fast_and_share_memory(gpu: Pair) -> None:
 
     graphs, pick = _real(), random.Random(0)
     # allocates slots, workspace and what the longest program needs
-    decode(gpu.model, graphs.run, "repeat 0-3 x2")
+    decode(gpu.model, graphs.run, program="repeat 0-3 x2")
     before = reserved()
     while len(graphs) < 101:
         path = tuple(pick.randrange(DEPTH) for _ in range(pick.randint(1, 8)))
-        decode(gpu.model, graphs.run, Program.from_path(path, DEPTH), num_tokens=2)
+        decode(gpu.model, graphs.run, program=Program.from_path(path, DEPTH), num_tokens=2)
     grown = reserved() - before
     assert _all_captured(graphs)
     times = sorted(r.capture_ms for r in graphs.records[1:])
@@ -83,9 +83,9 @@ def test_cuda_programs_capture_fast_and_share_memory(gpu: Pair) -> None:
 def test_cuda_graphs_outlive_those_that_are_dropped(gpu: Pair) -> None:
     """Resetting a graph drops the cuBLAS workspace that others were captured with."""
     graphs, longest = _real(limit=2), "repeat 0-3 x2"
-    want = decode(gpu.plain, LinkedProgram.run, longest, num_tokens=20)
+    want = decode(gpu.plain, LinkedProgram.run, program=longest, num_tokens=20)
     # one session, so that its graph stays in use
-    running = steps(gpu.model, graphs.run, longest, num_tokens=20)
+    running = steps(gpu.model, graphs.run, program=longest, num_tokens=20)
     for i, program in enumerate(p for p in PROGRAMS for _ in range(3)):
         torch.testing.assert_close(next(running).cpu(), want[i], rtol=0, atol=gpu.tolerance)
         gpu.check(graphs, program)
@@ -99,10 +99,10 @@ def test_cuda_graphs_outlive_those_that_are_dropped(gpu: Pair) -> None:
 @needs_cuda
 def test_cuda_replays_on_several_streams_keep_out_of_each_others_way(gpu: Pair) -> None:
     graphs, streams = _real(), [torch.cuda.Stream() for _ in PROGRAMS]
-    wants = [decode(gpu.plain, LinkedProgram.run, p, num_tokens=12) for p in PROGRAMS]
+    wants = [decode(gpu.plain, LinkedProgram.run, program=p, num_tokens=12) for p in PROGRAMS]
     for program in PROGRAMS:
-        decode(gpu.model, LinkedProgram.run, program)  # compiles
-    sessions = [steps(gpu.model, graphs.run, p, num_tokens=12) for p in PROGRAMS]
+        decode(gpu.model, LinkedProgram.run, program=program)  # compiles
+    sessions = [steps(gpu.model, graphs.run, program=p, num_tokens=12) for p in PROGRAMS]
     got: list[list[Tensor]] = [[] for _ in PROGRAMS]
     torch.cuda.synchronize()
     for _, i in itertools.product(range(12), range(len(PROGRAMS))):
@@ -133,7 +133,10 @@ def test_cuda_capture_that_fails_leaves_all_in_order(gpu: Pair) -> None:
         spoiled.append(replace(linked, chain=chain))
         return graphs.run(spoiled[0], *args)
 
-    got, want = decode(gpu.model, run, "skip 1"), decode(gpu.plain, LinkedProgram.run, "skip 1")
+    got, want = (
+        decode(gpu.model, run, program="skip 1"),
+        decode(gpu.plain, LinkedProgram.run, program="skip 1"),
+    )
     torch.testing.assert_close(got, want, rtol=0, atol=gpu.tolerance)
     assert torch.cuda.current_stream() == stream and not torch.cuda.is_current_stream_capturing()
     assert len(graphs.records) == 1 and "captur" in (graphs.records[0].reason or "")

@@ -45,7 +45,7 @@ class ByFirstToken:
     calibration = Calibration(threshold=0.5)
 
     def __init__(
-        self, model: CompiledModel, num_steps: int = 2, programs: Sequence[Program] = PROGRAMS
+        self, model: CompiledModel, num_steps: int = 2, *, programs: Sequence[Program] = PROGRAMS
     ) -> None:
         self.features, self.menu = Features(num_steps, 64), Menu.of(programs)
         self.model, self.asked = model, 0
@@ -67,7 +67,7 @@ class ByFirstToken:
         return self.menu.programs[token % len(self.menu)]
 
 
-def _batch(rng: torch.Generator, rows: int, longest: int) -> tuple[Tensor, Tensor]:
+def _batch(rng: torch.Generator, rows: int, *, longest: int) -> tuple[Tensor, Tensor]:
     lengths = torch.randint(1, longest + 1, (rows,), generator=rng)
     lengths[0] = longest
     ids = torch.randint(0, 40, (rows, longest), generator=rng)
@@ -108,7 +108,7 @@ def test_rows_run_the_programs_chosen_for_them_in_order(model: CompiledModel) ->
     dispatcher.warmup()
     rng = torch.Generator().manual_seed(1)
     for rows, longest in ((1, 5), (6, 9), (7, 1)):
-        ids, mask = _batch(rng, rows, longest)
+        ids, mask = _batch(rng, rows, longest=longest)
         options: dict[str, Any] = dict(
             max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0
         )
@@ -286,7 +286,7 @@ def test_a_smaller_menu_is_what_the_policy_chooses_from(model: CompiledModel) ->
 
 def test_refusals_name_value_and_remedy(model: CompiledModel) -> None:
     with pytest.raises(ProgramError, match="does not begin with the 2 steps"):
-        model.dispatch_by(ByFirstToken(model, 2, PROGRAMS), menu=["skip 0"])
+        model.dispatch_by(ByFirstToken(model, 2, programs=PROGRAMS), menu=["skip 0"])
     with pytest.raises(InputError, match="needs a predictor"):
         model.dispatch_by(policy="accuracy")
     with pytest.raises(InputError, match="unprepared is 'compile'"):

@@ -31,7 +31,7 @@ def _compiled() -> CompiledModel:
     return compile(_model(), "eager", max_length=63)
 
 
-def _plain_greedy(ids: Tensor, program: str, new: int) -> list[int]:
+def _plain_greedy(ids: Tensor, program: str, *, new: int) -> list[int]:
     """Greedy decoding by whole forward passes: no KV, no generation utilities."""
     row = ids.tolist()
     for _ in range(new):
@@ -65,8 +65,8 @@ def test_a_program_generates_what_repeated_forward_passes_generate() -> None:
     got = _compiled().generate(
         ids[None], program=PROGRAM, max_new_tokens=12, eos_token_id=None, do_sample=False
     )
-    assert got[0].tolist() == _plain_greedy(ids, PROGRAM, 12)
-    assert got[0].tolist() != _plain_greedy(ids, "identity", 12), (
+    assert got[0].tolist() == _plain_greedy(ids, PROGRAM, new=12)
+    assert got[0].tolist() != _plain_greedy(ids, "identity", new=12), (
         "a program that changes nothing tests nothing"
     )
 
@@ -87,12 +87,12 @@ def test_padded_prompts_generate_what_each_generates_alone(side: str) -> None:
         do_sample=False,
     )
     for row, out in zip(rows, got, strict=True):
-        assert out[9:].tolist() == _plain_greedy(row, PROGRAM, 10)[len(row) :]
+        assert out[9:].tolist() == _plain_greedy(row, PROGRAM, new=10)[len(row) :]
 
 
 def test_generation_stops_at_a_stop_token() -> None:
     ids = prompts(9)[0]
-    full = _plain_greedy(ids, PROGRAM, 12)[9:]
+    full = _plain_greedy(ids, PROGRAM, new=12)[9:]
     got = _compiled().generate(
         ids[None],
         program=PROGRAM,
@@ -106,7 +106,7 @@ def test_generation_stops_at_a_stop_token() -> None:
 
 def test_rows_that_stop_early_are_padded_while_others_go_on() -> None:
     rows = torch.stack(prompts(9, 9))
-    free = [_plain_greedy(r, PROGRAM, 12)[9:] for r in rows]
+    free = [_plain_greedy(r, PROGRAM, new=12)[9:] for r in rows]
     stop = next(t for t in free[0] if t not in free[1])
     at = free[0].index(stop)
     got = _compiled().generate(
@@ -138,7 +138,7 @@ def test_tokens_stream_in_order() -> None:
         do_sample=False,
         streamer=streamer,
     )
-    assert streamer.ended and streamer.seen == _plain_greedy(ids, PROGRAM, 6)
+    assert streamer.ended and streamer.seen == _plain_greedy(ids, PROGRAM, new=6)
 
 
 def test_a_generation_config_and_a_full_output_work() -> None:

@@ -76,7 +76,7 @@ def compiled(family: str, **options: Any) -> CompiledModel:
     return compile(make(family), "eager", **options)
 
 
-def some_programs(depth: int, pick: torch.Generator, count: int) -> list[Program]:
+def some_programs(depth: int, pick: torch.Generator, *, count: int) -> list[Program]:
     """Skips, repeats, damped and nested ones, and layers in any order."""
 
     def number(low: int, high: int) -> int:
@@ -100,13 +100,13 @@ def some_programs(depth: int, pick: torch.Generator, count: int) -> list[Program
     return found
 
 
-def some_rows(pick: torch.Generator, count: int, longest: int = 40) -> list[Tensor]:
+def some_rows(pick: torch.Generator, count: int, *, longest: int = 40) -> list[Tensor]:
     lengths = torch.randint(1, longest, (count,), generator=pick).tolist()
     return [torch.randint(1, 90, (n,), generator=pick) for n in lengths]
 
 
 @torch.no_grad()
-def alone(model: CompiledModel, program: Program, row: Tensor, tokens: Tensor) -> Tensor:
+def alone(model: CompiledModel, program: Program, *, row: Tensor, tokens: Tensor) -> Tensor:
     """Logits [1 + N, V] after the prompt and after each of `tokens` i64[N], of keys and values in
     slots.
     """
@@ -122,7 +122,7 @@ def alone(model: CompiledModel, program: Program, row: Tensor, tokens: Tensor) -
 def test_each_row_gets_the_logits_it_gets_alone(family: str, seed: int) -> None:
     model, pick = compiled(family), torch.Generator().manual_seed(seed)
     count = 2 + seed
-    programs, rows = some_programs(model.depth, pick, count), some_rows(pick, count)
+    programs, rows = some_programs(model.depth, pick, count=count), some_rows(pick, count)
     tokens = torch.randint(1, 90, (count, 20), generator=pick)  # past a block and a window
     runner = model.runner
     with runner.open_rows(programs) as session:
@@ -131,7 +131,7 @@ def test_each_row_gets_the_logits_it_gets_alone(family: str, seed: int) -> None:
     together = torch.stack(logits, 1)
     for i, (program, row) in enumerate(zip(programs, rows, strict=True)):
         torch.testing.assert_close(
-            together[i], alone(model, program, row, tokens[i]), atol=1e-4, rtol=1e-4
+            together[i], alone(model, program, row=row, tokens=tokens[i]), atol=1e-4, rtol=1e-4
         )
     assert runner.lockstep.store.num_blocks == 0
 
@@ -163,7 +163,10 @@ def test_rows_equal_a_plain_loop_over_the_layers_of_the_model() -> None:
 def test_forward_of_random_batches(seed: int) -> None:
     model, pick = compiled("llama"), torch.Generator().manual_seed(seed)
     count = 1 + seed % 6
-    programs, rows = some_programs(model.depth, pick, count), some_rows(pick, count, 30)
+    programs, rows = (
+        some_programs(model.depth, pick, count=count),
+        some_rows(pick, count, longest=30),
+    )
     ids, mask = padded_rows([r.tolist() for r in rows], side=("left", "right")[seed % 2])
     together = model.forward(ids, mask, program=programs)
     for i, (program, row) in enumerate(zip(programs, rows, strict=True)):
@@ -176,7 +179,7 @@ def test_forward_of_random_batches(seed: int) -> None:
 
 def batch(model: CompiledModel) -> tuple[list[Program], list[Tensor], dict[str, Any]]:
     pick = torch.Generator().manual_seed(3)
-    programs, rows = some_programs(model.depth, pick, 4), some_rows(pick, 4)
+    programs, rows = some_programs(model.depth, pick, count=4), some_rows(pick, 4)
     assert len(set(programs)) > 2
     ids, mask = padded_rows([r.tolist() for r in rows])
     return programs, rows, {"input_ids": ids, "attention_mask": mask}
@@ -284,5 +287,5 @@ def test_compiled_regions_serve_rows_together(family: str) -> None:
         logits = [torch.stack(runner.prefill(session, rows))]
         logits += [runner.decode(session, tokens[:, i]) for i in range(4)]
     for i, (program, row) in enumerate(zip(programs, rows, strict=True)):
-        wanted = alone(reference, program, row, tokens[i])
+        wanted = alone(reference, program, row=row, tokens=tokens[i])
         torch.testing.assert_close(torch.stack(logits, 1)[i], wanted, atol=1e-4, rtol=1e-4)

@@ -49,7 +49,7 @@ def test_what_other_processes_keep_removing_is_an_error_that_names_the_limit(
     )
 
     def elsewhere(key: str, facts: Any, make: Any) -> tuple[dict[str, Path], bool]:
-        files, _ = get_or_make(key, facts, lambda folder: (folder / "region.pt2").touch())
+        files, _ = get_or_make(key, facts, make=lambda folder: (folder / "region.pt2").touch())
         store.clear()
         keys.append(key)
         return files, False
@@ -113,7 +113,8 @@ def test_rows_whose_heads_are_folded_into_them_may_vary() -> None:
     """Whatever the number of rows in the example, the graph serves any."""
     regions = RegionTable(tiny("bloom").library, AotInductorBackend(), 31, None, 0)
     source, _ = regions._source(RegionName("layer_kind_0", ShapeClass.of(3, 3, 32)))
-    exported = specialize(*source)
+    graph, example, dynamic = source
+    exported = specialize(graph, example, dynamic=dynamic)
     rows = [v.meta["val"].shape[0] for v in exported.graph.find_nodes(op="placeholder")]
     assert {str(n) for n in rows if isinstance(n, torch.SymInt)} >= {str(rows[0]), f"4*{rows[0]}"}
 

@@ -176,7 +176,7 @@ def test_the_first_part_of_a_prompt_shows_its_length() -> None:
 def test_what_cannot_compute_a_row_anew_is_refused(tmp_path: Path) -> None:
     compiled = _compiled("longrope")
     with pytest.raises(InputError, match=f"past {SWITCH} tokens.*an exported program cannot"):
-        export_program(compiled, None, tmp_path / "p.pt2")
+        export_program(compiled, None, path=tmp_path / "p.pt2")
     judge, identity = TeacherForcing(compiled), compiled.resolve(None)
     tokens = tuple(prompts(SWITCH)[0].tolist())
     assert judge.evaluate([(EncodedQuestion("fits", (), tokens, ((5,),)), identity)])

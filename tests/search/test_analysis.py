@@ -120,13 +120,14 @@ def test_scores_without_a_number_are_left_out() -> None:
     }
     found = summary(
         [
-            record("a", Verdict(False, -2.0), verdicts),
-            record("b", Verdict(False, math.nan), verdicts),
+            record("a", Verdict(False, -2.0), explored=verdicts),
+            record("b", Verdict(False, math.nan), explored=verdicts),
         ]
     )
     assert found["likelihood"] == {"pairs": 2, "questions": 1, "pooled": 1, "mean": 1, "n_mean": 1}
     assert [
-        e.n_log_likelihood for e in edit_effects([record("a", Verdict(False, -2.0), verdicts)])
+        e.n_log_likelihood
+        for e in edit_effects([record("a", Verdict(False, -2.0), explored=verdicts)])
     ] == [0, 0]
 
 

@@ -26,9 +26,9 @@ TREES = GOLDEN / "search"
 
 
 def grown(
-    depth: int, reward: Callable[[Program], float] = constant, seed: int = 0, **settings
+    depth: int, reward: Callable[[Program], float] = constant, *, seed: int = 0, **settings
 ) -> Tree:
-    tree = Tree(depth, SearchConfig(**settings), random.Random(seed))
+    tree = Tree(depth, SearchConfig(**settings), rng=random.Random(seed))
     drive(tree.search(), reward)
     return tree
 
@@ -61,18 +61,18 @@ def test_golden(name: str) -> None:
 
 
 def test_score_by_hand() -> None:
-    tree = Tree(4, SearchConfig(), random.Random(0))
+    tree = Tree(4, SearchConfig(), rng=random.Random(0))
     node = Node(Program.from_path([0, 1, 3], 4), visits=4, total=2.0)
     # 2/4 + sqrt(2) * sqrt(2.302585 / 4) - 5 * 3/4
     assert tree.score(node, math.log(10)) == pytest.approx(0.5 + 1.072983 - 3.75, abs=1e-6)
     assert tree.score(Node(Program.identity(4)), 0.0) == math.inf
-    plain = Tree(4, SearchConfig(exploration=1.8, length_penalty=3.0), random.Random(0))
+    plain = Tree(4, SearchConfig(exploration=1.8, length_penalty=3.0), rng=random.Random(0))
     assert plain.score(node, math.log(10)) == pytest.approx(0.5 + 1.365684 - 2.25, abs=1e-6)
 
 
 def two_children(**settings) -> tuple[Tree, Node, list[Node]]:
     """A node of 4 visits in a search of 100: its first child is better, its second less visited."""
-    tree = Tree(4, SearchConfig(**settings), random.Random(0))
+    tree = Tree(4, SearchConfig(**settings), rng=random.Random(0))
     tree.root.visits = 100
     children = [
         Node(Program.from_path([0, 1, 2], 4), visits=3, total=3.0),
@@ -111,7 +111,7 @@ def test_random_child() -> None:
 @pytest.mark.parametrize("visits, children", [(0, 1), (1, 2), (2, 3), (4, 4), (5, 5), (200, 29)])
 def test_widening_by_hand(visits: int, children: int) -> None:
     """max(1, ceil(2 * sqrt(visits)))."""
-    tree = Tree(4, SearchConfig(), random.Random(0))
+    tree = Tree(4, SearchConfig(), rng=random.Random(0))
     assert tree.max_children(Node(Program.identity(4), visits=visits)) == children
 
 
@@ -139,7 +139,7 @@ def test_edits_in_any_order_meet() -> None:
     config = SearchConfig(
         max_length=1, max_extra=1, length_penalty=0.0, simulations=2000, widening_factor=9.0
     )
-    tree = Tree(3, config, random.Random(0))
+    tree = Tree(3, config, rng=random.Random(0))
     assert len(drive(tree.search(), constant)) == len(tree.nodes) == 3**3 - 1
     both = tree.nodes[(1,)]  # skip 0, skip 2
     assert {node.program.path for node in parents(tree, both)} == {(1, 2), (0, 1)}
@@ -205,7 +205,7 @@ def test_visits_and_rewards_add_up() -> None:
 
 
 def test_a_walk_that_finds_nothing_new_counts() -> None:
-    tree = Tree(4, SearchConfig(simulations=500), random.Random(0))
+    tree = Tree(4, SearchConfig(simulations=500), rng=random.Random(0))
     programs = drive(tree.search(), constant)
     assert tree.num_simulations == 500 and len(programs) < 501 and tree.root.visits == 501
 

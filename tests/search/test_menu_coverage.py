@@ -44,8 +44,8 @@ def test_a_menu_by_hand() -> None:
         simple("2", {A, C}),
         simple("3", {A, D}, baseline=True),
         simple("4", {B}),
-        simple("5", {D}, {A}),
-        simple("6", set(), {A}),
+        simple("5", {D}, wrong={A}),
+        simple("6", set(), wrong={A}),
     ]
     alone = greedy_menu(records, 9, with_identity=False)
     # B and D cover one more each, and are alike but for their text
@@ -72,9 +72,9 @@ def test_of_equals_the_one_valid_for_more_comes_first_then_the_shorter() -> None
 
 def test_no_questions_have_no_menu() -> None:
     assert (
-        greedy_menu([], 5, True).programs
+        greedy_menu([], 5, with_identity=True).programs
         == ()
-        == greedy_menu([simple("1", set(), {A})], 5, False).programs
+        == greedy_menu([simple("1", set(), wrong={A})], 5, with_identity=False).programs
     )
     assert coverage(RankedMenu((A,), (1,), True), []).at(1) == {**share(0, 0), "undecided": 0}
 
@@ -88,8 +88,8 @@ def _random_records(seed: int, n: int) -> list[SearchRecord]:
         simple(
             str(i),
             set(drawn.sample(POOL, drawn.randrange(4))),
-            set(drawn.sample(POOL, 2)),
-            drawn.random() < 0.3,
+            wrong=set(drawn.sample(POOL, 2)),
+            baseline=drawn.random() < 0.3,
         )
         for i in range(n)
     ]
@@ -99,7 +99,7 @@ def _random_records(seed: int, n: int) -> list[SearchRecord]:
 @settings(max_examples=60, deadline=None)
 def test_menus_against_brute_force(seed: int, n: int, with_identity: bool) -> None:
     records = _random_records(seed, n)
-    menu = greedy_menu(records, len(POOL), with_identity)
+    menu = greedy_menu(records, len(POOL), with_identity=with_identity)
     curve = coverage(menu, records)
     start = {r.question.id for r in records if with_identity and r.baseline.correct}
     covers = {p: {r.question.id for r in records if p in r.valid} for p in POOL}
@@ -131,7 +131,7 @@ def test_menus_against_brute_force(seed: int, n: int, with_identity: bool) -> No
 
 
 def test_merged_files_keep_first_verdicts() -> None:
-    first, second = simple("1", {A}, {B}), simple("1", {B, C}, {D}, baseline=True)
+    first, second = simple("1", {A}, wrong={B}), simple("1", {B, C}, wrong={D}, baseline=True)
     second = replace(second, verified={C: Verdict(False), B: Verdict(False)})
     (merged,) = merge([first, second])
     assert merged.valid == (A,) and merged.verified == {C: Verdict(False)}
@@ -167,14 +167,14 @@ def test_splits() -> None:
 
 
 def test_a_menu_report() -> None:
-    train = [simple("1", {A}, {B}), simple("2", {A}, {B}), simple("3", {B}, {A})]
+    train = [simple("1", {A}, wrong={B}), simple("2", {A}, wrong={B}), simple("3", {B}, wrong={A})]
     held_out = [
-        simple("4", {A}, {B}),
-        simple("5", {C}, {A, B}),
+        simple("4", {A}, wrong={B}),
+        simple("5", {C}, wrong={A, B}),
         simple("6", {B}),
-        simple("7", set(), {A}, baseline=True),
+        simple("7", set(), wrong={A}, baseline=True),
     ]
-    found = menu_report(train, held_out, [1, 2, 50])
+    found = menu_report(train, held_out, ks=[1, 2, 50])
     alone, beside = found["without_identity"], found["with_identity"]
     assert [p["program"] for p in alone["programs"]] == [str(A), str(B)] and [
         p["gain"] for p in alone["programs"]
@@ -197,7 +197,7 @@ def test_menus_are_made_a_model() -> None:
         SearchFile("c", replace(HEADER, model="e" * 32), tuple(SAMPLES[:1])),
     ]
     held_out = SearchFile("d", HEADER, tuple(SAMPLES[3:]))
-    found = analyze(files, [held_out], [1])
+    found = analyze(files, [held_out], menu_sizes=[1])
     assert [(m["files"], m["held_out_files"], m["split"]) for m in found["menus"]] == [
         (["a", "b"], ["d"], "files"),
         (["c"], [], "halves"),

@@ -33,7 +33,9 @@ configs = st.builds(
 )
 
 
-def find(name: str, depth: int, config: SearchConfig, seed: int, reward=constant) -> list[Program]:
+def find(
+    name: str, depth: int, *, config: SearchConfig, seed: int, reward=constant
+) -> list[Program]:
     return drive(get_method(name)(depth, config, random.Random(seed)), reward)
 
 
@@ -46,7 +48,7 @@ def test_each_program_once_within_the_budget(
     name: str, depth: int, config: SearchConfig, seed: int
 ) -> None:
     draw = random.Random(seed)
-    programs = find(name, depth, config, seed, lambda program: draw.random())
+    programs = find(name, depth, config=config, seed=seed, reward=lambda program: draw.random())
     assert programs[0] == Program.identity(depth)
     assert len(set(programs)) == len(programs) <= 1 + config.simulations
     assert all(
@@ -64,12 +66,12 @@ def test_the_identity_comes_first_and_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_budget_is_used(name: str) -> None:
-    assert len(find(name, 30, SearchConfig(simulations=150), 0)) == 151
+    assert len(find(name, 30, config=SearchConfig(simulations=150), seed=0)) == 151
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_seed_gives_one_search(name: str) -> None:
-    runs = [find(name, 12, SearchConfig(), seed, likeness) for seed in (1, 1, 2)]
+    runs = [find(name, 12, config=SearchConfig(), seed=seed, reward=likeness) for seed in (1, 1, 2)]
     assert runs[0] == runs[1]
     assert name == "scan" or runs[0] != runs[2]
 
@@ -77,12 +79,15 @@ def test_a_seed_gives_one_search(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_one_layer_has_no_endless_search(name: str) -> None:
     """Of one layer there are two programs within twice the depth."""
-    assert find(name, 1, SearchConfig(), 0) == [Program.identity(1), Program.from_path([0, 0], 1)]
+    assert find(name, 1, config=SearchConfig(), seed=0) == [
+        Program.identity(1),
+        Program.from_path([0, 0], 1),
+    ]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_nothing_to_look_at(name: str) -> None:
-    assert find(name, 1, SearchConfig(max_steps_ratio=1), 0) == [Program.identity(1)]
+    assert find(name, 1, config=SearchConfig(max_steps_ratio=1), seed=0) == [Program.identity(1)]
 
 
 @pytest.mark.parametrize("name", ["mcts", "beam", "evolution"])
@@ -110,14 +115,17 @@ def test_a_hidden_program_is_found_by_likeness(name: str, seed: int) -> None:
         length_penalty=0,
         widening_factor=4.0,
     )
-    assert HIDDEN in find(name, 12, config, seed, likeness)
+    assert HIDDEN in find(name, 12, config=config, seed=seed, reward=likeness)
 
 
 @pytest.mark.parametrize("penalty", [0.0, 5.0])
 @pytest.mark.parametrize("name", ["mcts", "beam", "evolution"])
 def test_sparse_rewards_are_found(name: str, penalty: float) -> None:
     config = SearchConfig(simulations=400, length_penalty=penalty)
-    solved = [any(map(sparse, find(name, 12, config, seed, sparse))) for seed in range(10)]
+    solved = [
+        any(map(sparse, find(name, 12, config=config, seed=seed, reward=sparse)))
+        for seed in range(10)
+    ]
     assert sum(solved) >= 8
 
 
@@ -128,7 +136,7 @@ def test_edits_have_no_position_bias(name: str) -> None:
     """
     thirds = [0, 0, 0]
     for seed in range(20):
-        for program in find(name, 30, SearchConfig(length_penalty=0), seed):
+        for program in find(name, 30, config=SearchConfig(length_penalty=0), seed=seed):
             for layer in range(30):
                 thirds[layer // 10] += program.path.count(layer) != 1
     # Blocks of up to 4 layers cover the first and the last layers a little less often than others.
@@ -161,14 +169,14 @@ def test_question_seeds() -> None:
 
 
 def test_single_edits() -> None:
-    edits = single_edits(30, 4, 4)
+    edits = single_edits(30, 4, max_extra=4)
     assert len(edits) == len(set(edits)) == 5 * (30 + 29 + 28 + 27)
     assert edits[:2] == (Edit(0, 1, Op.SKIP), Edit(1, 1, Op.SKIP)) and edits[-1] == Edit(
         26, 4, Op.REPEAT, 5
     )
     assert len({Program.from_edits([edit], 30) for edit in edits}) == len(edits)
-    assert single_edits(30, 4, 4) is edits  # shared by all searches
-    assert len(single_edits(2, 4, 1)) == 2 * (2 + 1)
+    assert single_edits(30, 4, max_extra=4) is edits  # shared by all searches
+    assert len(single_edits(2, 4, max_extra=1)) == 2 * (2 + 1)
 
 
 def test_masks() -> None:
@@ -187,17 +195,19 @@ def test_longest_path() -> None:
 
 def test_scan_is_every_single_edit() -> None:
     config = SearchConfig(simulations=1000)
-    assert find("scan", 30, config, 0)[1:] == [
-        Program.from_edits([edit], 30) for edit in single_edits(30, 4, 4)
+    assert find("scan", 30, config=config, seed=0)[1:] == [
+        Program.from_edits([edit], 30) for edit in single_edits(30, 4, max_extra=4)
     ]
     # Of 4 layers, skipping all is no program, and 4 more runs of 2 layers are too long.
-    assert len(find("scan", 4, config, 0)) == 1 + (4 + 3 + 2) + (4 * 4 + 2 * 3 + 1 * 2 + 1)
+    assert len(find("scan", 4, config=config, seed=0)) == 1 + (4 + 3 + 2) + (
+        4 * 4 + 2 * 3 + 1 * 2 + 1
+    )
 
 
 @pytest.mark.parametrize("simulations", [20, 57, 114, 200, 400])
 def test_a_small_scan_is_spread_evenly(simulations: int) -> None:
-    programs = find("scan", 30, SearchConfig(simulations=simulations), 0)[1:]
-    every = [Program.from_edits([edit], 30) for edit in single_edits(30, 4, 4)]
+    programs = find("scan", 30, config=SearchConfig(simulations=simulations), seed=0)[1:]
+    every = [Program.from_edits([edit], 30) for edit in single_edits(30, 4, max_extra=4)]
     places = [every.index(program) for program in programs]
     gaps = {after - before for before, after in pairwise(places)}
     assert len(places) == simulations and max(gaps) - min(gaps) <= 1
@@ -205,7 +215,7 @@ def test_a_small_scan_is_spread_evenly(simulations: int) -> None:
 
 
 def test_random_programs_have_any_number_of_edits() -> None:
-    sampler = Sampler(30, SearchConfig(), random.Random(0))
+    sampler = Sampler(30, SearchConfig(), rng=random.Random(0))
     drawn = [sampler.random_edits() for _ in range(2000)]
     counts = [sum(len(edits) == size for edits in drawn) for size in (1, 2, 3, 4)]
     assert sum(counts) == 2000 and all(430 < count < 570 for count in counts)
@@ -218,7 +228,9 @@ def test_random_programs_have_any_number_of_edits() -> None:
 def test_beam_goes_on_from_the_best() -> None:
     """One right edit is worth 1: from the second round on, nearly all programs have it."""
     config = SearchConfig(beam_width=1, max_edits=2, simulations=120, max_length=1, max_extra=1)
-    programs = find("beam", 30, config, 0, lambda program: float(3 not in program.path))
+    programs = find(
+        "beam", 30, config=config, seed=0, reward=lambda program: float(3 not in program.path)
+    )
     first, second = programs[1:61], programs[61:]
     assert sum(3 not in program.path for program in first) == 1
     assert all(3 not in program.path for program in second)
@@ -226,13 +238,16 @@ def test_beam_goes_on_from_the_best() -> None:
 
 def test_mutation_changes_one_edit() -> None:
     rng = random.Random(0)
-    sampler, edits = Sampler(30, SearchConfig(), rng), (Edit(3, 1, Op.SKIP), Edit(9, 2, Op.REPEAT))
+    sampler, edits = (
+        Sampler(30, SearchConfig(), rng=rng),
+        (Edit(3, 1, Op.SKIP), Edit(9, 2, Op.REPEAT)),
+    )
     sizes = set()
     for _ in range(100):
-        child = mutate(edits, sampler, rng)
+        child = mutate(edits, sampler, rng=rng)
         sizes.add(len(child))
         assert len(set(child) ^ set(edits)) <= 2 and set(child) & set(edits)
-        assert len(mutate((), sampler, rng)) == 1
+        assert len(mutate((), sampler, rng=rng)) == 1
     assert sizes == {1, 2, 3}
 
 
@@ -242,7 +257,7 @@ def test_crossing_takes_edits_of_both() -> None:
         (Edit(10, 1, Op.SKIP), Edit(20, 1, Op.REPEAT)),
     )
     rng = random.Random(0)
-    children = [cross(one, other, 3, rng) for _ in range(200)]
+    children = [cross(one, other, max_edits=3, rng=rng) for _ in range(200)]
     assert any(set(child) & set(one) and set(child) & set(other) for child in children)
     assert all(set(child) <= {*one, *other} and len(child) <= 3 for child in children)
     assert not any({one[1], other[0]} <= set(child) for child in children)  # both edit layer 10

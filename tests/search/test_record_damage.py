@@ -75,7 +75,7 @@ def test_a_last_line_of_zeros_or_with_a_wrong_sum_is_cut_off(path: Path) -> None
 def test_a_damaged_line_in_the_middle_is_named_and_nothing_is_lost(
     change: Callable[[bytes], bytes], reason: str, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    replace_line(filled(path, 1, 2, 3), 3, change)
+    replace_line(filled(path, 1, 2, 3), 3, change=change)
     before = path.read_bytes()
     for use in (lambda: RecordStore.open(path, HEADER), lambda: ids_of(path)):
         with pytest.raises(
@@ -124,7 +124,7 @@ def test_a_line_of_another_program_is_checked(
 ) -> None:
     """Its sha256 is right, its fields are not."""
     filled(path, 1, 2)
-    replace_line(path, 2, lambda _: encode_line({**record_to_fields(record(1)), **changes}))
+    replace_line(path, 2, change=lambda _: encode_line({**record_to_fields(record(1)), **changes}))
     with pytest.raises(RecordFileError, match=f"line 2 is damaged: {reason}"):
         ids_of(path)
     assert ids_of(path, strict=False) == ["q2"]
@@ -132,7 +132,9 @@ def test_a_line_of_another_program_is_checked(
 
 def test_fields_of_later_versions_are_passed_over(path: Path) -> None:
     filled(path, 1)
-    replace_line(path, 2, lambda _: encode_line({**record_to_fields(record(1)), "tree": [1, 2]}))
+    replace_line(
+        path, 2, change=lambda _: encode_line({**record_to_fields(record(1)), "tree": [1, 2]})
+    )
     assert list(RecordReader(path)) == [record(1)]
 
 

@@ -121,7 +121,7 @@ def test_other_files_are_refused_and_left(header: bytes, message: str, path: Pat
 
 
 def test_an_edited_header_is_refused(path: Path) -> None:
-    replace_line(filled(path, 1), 1, lambda line: line.replace(b'"depth":6', b'"depth":7'))
+    replace_line(filled(path, 1), 1, change=lambda line: line.replace(b'"depth":6', b'"depth":7'))
     with pytest.raises(RecordFileError, match="line 1 .* changed since it was written"):
         RecordStore.open(path, dataclasses.replace(HEADER, depth=7))
 
@@ -131,7 +131,7 @@ def test_a_setting_of_a_later_version_is_named(path: Path) -> None:
     later = json.loads(lines_of(path)[0])
     later["config"]["new"] = 1
     del later["sha256"]
-    replace_line(path, 1, lambda _: encode_line(later))
+    replace_line(path, 1, change=lambda _: encode_line(later))
     with pytest.raises(RecordFileError, match="config.new is 1 in the file and absent here"):
         RecordStore.open(path, HEADER)
     with pytest.raises(RecordFileError, match="unknown search setting 'new'"):

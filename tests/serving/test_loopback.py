@@ -110,7 +110,7 @@ def test_completions_are_those_of_the_bundle(client: Any, folder: Path) -> None:
             extra_body={"program": program},
         )
         assert (
-            found.choices[0].text == alone(service, [5, 6, 7], program, 6)
+            found.choices[0].text == alone(service, [5, 6, 7], program=program, tokens=6)
             and found.choices[0].finish_reason == "length"
         )
         assert found.usage.total_tokens == 9
@@ -127,7 +127,9 @@ def test_completions_are_those_of_the_bundle(client: Any, folder: Path) -> None:
         max_completion_tokens=6,
         temperature=0,
     )
-    assert chat.choices[0].message.content == alone(service, [5, 6, 7], "identity", 6)
+    assert chat.choices[0].message.content == alone(
+        service, [5, 6, 7], program="identity", tokens=6
+    )
     (model,) = client.models.list().data
     assert model.id == "tiny" and model.polar_fx["programs"] == [
         "0-3 /4",

@@ -59,7 +59,7 @@ def test_prompts_of_all_programs_run_together(service: Service) -> None:
     for i in range(12):
         prompt, program, tokens = list(range(3, 5 + i)), PROGRAMS[i % 3], 2 + i % 4
         given += asks(service, prompt=prompt, program=program, max_tokens=tokens)
-        wanted.append(alone(service, prompt, program, tokens))
+        wanted.append(alone(service, prompt, program=program, tokens=tokens))
     found = answers(service, *given)
     assert [a.text for a in found] == wanted, "each row stops at its own limit"
     assert [(a.prompt_tokens, a.new_tokens, a.reason) for a in found] == [
@@ -96,17 +96,17 @@ def test_a_long_row_and_sampled_ones_run_beside_others(service: Service) -> None
 
 
 def test_generation_defaults_hold_beside_what_a_request_says(service: Service) -> None:
-    text = alone(service, [5, 6, 7], "identity", 12)
+    text = alone(service, [5, 6, 7], program="identity", tokens=12)
     first = int(text.split()[0][1:])
     service.bundle.generation_config.suppress_tokens = [first]
     service.bundle.generation_config.repetition_penalty = 1.3
-    wanted = alone(service, [5, 6, 7], "identity", 12)
+    wanted = alone(service, [5, 6, 7], program="identity", tokens=12)
     (found,) = answers(service, *asks(service, max_tokens=12))
     assert found.text == wanted != text
 
 
 def test_an_answer_ends_at_a_stop_text_an_end_token_or_when_nobody_waits(service: Service) -> None:
-    text = alone(service, [5, 6, 7], "identity", 12)
+    text = alone(service, [5, 6, 7], program="identity", tokens=12)
     stop = text.split()[3]
     (whole,) = answers(service, *asks(service, max_tokens=12))
     (cut,) = answers(service, *asks(service, max_tokens=12, stop=["nothing", stop]))
@@ -131,7 +131,7 @@ def test_an_answer_ends_at_a_stop_text_an_end_token_or_when_nobody_waits(service
 
 
 def test_text_is_told_as_far_as_it_is_certain(service: Service) -> None:
-    text = alone(service, [5, 6, 7], "identity", 12)
+    text = alone(service, [5, 6, 7], program="identity", tokens=12)
     stop = " ".join(text.split()[6:8])
     told: dict[str, list[str]] = {"plain": [], "stopped": []}
 
@@ -155,9 +155,9 @@ def test_text_is_told_as_far_as_it_is_certain(service: Service) -> None:
 def test_a_dispatcher_chooses_where_no_program_is_named(service: Service) -> None:
     model = service.bundle
     menu = Menu.of([Program.parse(text, 4) for text in ("skip 2", "repeat 3")])
-    network = SelectorNetwork(2 * model.config.hidden_size, len(menu), 4)
+    network = SelectorNetwork(2 * model.config.hidden_size, len(menu), width=4)
     model.dispatch_by(
-        Selector(menu, Features(1, 8), network, Calibration(0.0, {0.9: 0.1})),
+        Selector(menu, Features(1, 8), network=network, calibration=Calibration(0.0, {0.9: 0.1})),
         policy="mean_steps<=0.9",
     ).admit()
     service = Service(model, "tiny")

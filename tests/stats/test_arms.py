@@ -60,7 +60,7 @@ def test_from_dict_refuses(change: dict[str, Any], words: str) -> None:
 
 
 def test_arrays_of_an_arm_are_its_own() -> None:
-    right, identity = pairs(1, 1, 1, 1)
+    right, identity = pairs(1, 1, both=1, neither=1)
     made = ArmResult("menu", "addition", right, identity, np.ones(4), np.ones(4))
     right[0] = False
     assert made.right[0]
@@ -75,7 +75,10 @@ def test_arms_are_compared_by_task_and_together() -> None:
         arm("random", cells=(2, 6, 6, 6)),
         arm("best", oracle=True),
     ]
-    results += [arm(IDENTITY, "sequences", (0, 0, 5, 5)), arm("menu", "sequences", (5, 0, 5, 0))]
+    results += [
+        arm(IDENTITY, "sequences", cells=(0, 0, 5, 5)),
+        arm("menu", "sequences", cells=(5, 0, 5, 0)),
+    ]
     rows = compare_arms(results, resamples=100)
     assert [(row.arm.task, row.arm.name) for row in rows[:2]] == [
         (OVERALL, IDENTITY),

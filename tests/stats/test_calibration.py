@@ -111,7 +111,7 @@ def test_binnings_are_refused() -> None:
 # Scaling
 
 
-def _drawn(slope: float, intercept: float, n: int = 40_000) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(slope: float, intercept: float, *, n: int = 40_000) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(1)
     logits = rng.normal(0, 2, n)
     return logits, rng.random(n) < 1 / (1 + np.exp(-(slope * logits + intercept)))
@@ -190,35 +190,37 @@ def test_binomial_cdf_by_hand() -> None:
     for n, p in ((1, 0.3), (7, 0.5), (30, 0.9)):
         for k in range(n + 1):
             exact = sum(math.comb(n, i) * p**i * (1 - p) ** (n - i) for i in range(k + 1))
-            assert binomial_cdf(k, n, p) == pytest.approx(exact, rel=1e-10)
+            assert binomial_cdf(k, n, p=p) == pytest.approx(exact, rel=1e-10)
     assert (
-        binomial_cdf(0, 0, 0.5),
-        binomial_cdf(-1, 5, 0.5),
-        binomial_cdf(2, 5, 1.0),
-        binomial_cdf(0, 5, 0.0),
+        binomial_cdf(0, 0, p=0.5),
+        binomial_cdf(-1, 5, p=0.5),
+        binomial_cdf(2, 5, p=1.0),
+        binomial_cdf(0, 5, p=0.0),
     ) == (1, 0, 0, 1)
 
 
 def test_risk_p_value_by_hand() -> None:
-    assert risk_p_value(6, 1, 100, 0, slack=0.01) == pytest.approx(8 / 128)  # the sign test
-    assert risk_p_value(0, 0, 100, 0, slack=0.01) == 1
+    assert risk_p_value(6, 1, n=100, epsilon=0, slack=0.01) == pytest.approx(
+        8 / 128
+    )  # the sign test
+    assert risk_p_value(0, 0, n=100, epsilon=0, slack=0.01) == 1
     # none discordant: P(gained or lost) <= 1 - 0.01^(1/n), 4.5 % of 100 and 0.46 % of 1000
-    assert risk_p_value(0, 0, 100, 0.01, slack=0.01) == 1
-    assert risk_p_value(0, 0, 1_000, 0.01, slack=0.01) == 0.01
+    assert risk_p_value(0, 0, n=100, epsilon=0.01, slack=0.01) == 1
+    assert risk_p_value(0, 0, n=1_000, epsilon=0.01, slack=0.01) == 0.01
     # one of one: its share is bounded by 1, so that q >= (1 + 0.2) / 2
-    assert risk_p_value(1, 0, 1, 0.2, slack=0.01) == pytest.approx(0.01 + 0.4)
+    assert risk_p_value(1, 0, n=1, epsilon=0.2, slack=0.01) == pytest.approx(0.01 + 0.4)
     assert (
-        risk_p_value(30, 10, 1_000, 0.01, 0.01)
-        < risk_p_value(30, 20, 1_000, 0.01, 0.01)
-        < risk_p_value(30, 20, 1_000, 0.005, 0.01)
+        risk_p_value(30, 10, n=1_000, epsilon=0.01, slack=0.01)
+        < risk_p_value(30, 20, n=1_000, epsilon=0.01, slack=0.01)
+        < risk_p_value(30, 20, n=1_000, epsilon=0.005, slack=0.01)
     )
-    for counts, slack, words in (
-        ((3, 3, 5), 0.1, "3 gained and 3 lost of 5"),
-        ((0, 0, 0), 0.1, "of 0"),
-        ((1, 1, 5), 0.0, "slack of 0"),
+    for gained, lost, n, slack, words in (
+        (3, 3, 5, 0.1, "3 gained and 3 lost of 5"),
+        (0, 0, 0, 0.1, "of 0"),
+        (1, 1, 5, 0.0, "slack of 0"),
     ):
         with pytest.raises(InputError, match=words):
-            risk_p_value(*counts, 0.01, slack)
+            risk_p_value(gained, lost, n=n, epsilon=0.01, slack=slack)
 
 
 @pytest.mark.parametrize(
@@ -234,7 +236,7 @@ def test_the_p_value_is_valid_at_the_border(discordance: float, epsilon: float, 
     outcomes, times = np.unique(rng.multinomial(n, shares, size=20_000), axis=0, return_counts=True)
     p = np.array(
         [
-            risk_p_value(int(gained), int(lost), n, epsilon, slack=0.025)
+            risk_p_value(int(gained), int(lost), n=n, epsilon=epsilon, slack=0.025)
             for gained, lost, _ in outcomes
         ]
     )
@@ -242,7 +244,7 @@ def test_the_p_value_is_valid_at_the_border(discordance: float, epsilon: float, 
 
 
 def _questions(
-    rng: np.random.Generator, n: int, risk: float
+    rng: np.random.Generator, n: int, *, risk: float
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Predicted gains that say nothing, and deviations that lose `risk` more questions than they
     gain at threshold 0.
@@ -266,7 +268,13 @@ def test_the_guarantee_holds(starts: int) -> None:
     for _ in range(repeats):
         gains, method, identity = _questions(rng, 1_000, risk=0.03)
         chosen = risk_controlled_threshold(
-            gains, method, identity, epsilon=0.01, delta=0.1, grid=grid, starts=starts
+            gains,
+            method,
+            identity_right=identity,
+            epsilon=0.01,
+            delta=0.1,
+            grid=grid,
+            starts=starts,
         )
         wrong += 0.06 * max(0.0, 0.5 - max(chosen.tau, 0.0)) > 0.01 + 1e-9
         found += math.isfinite(chosen.tau)
@@ -281,7 +289,7 @@ def test_a_good_predictor_is_let_loose_and_a_bad_one_is_not() -> None:
     method = np.where(
         gains > 0, identity | (rng.random(2_000) < gains), identity & (rng.random(2_000) > -gains)
     )
-    good = risk_controlled_threshold(gains, method, identity)
+    good = risk_controlled_threshold(gains, method, identity_right=identity)
     assert (
         good.tau == 0
         and all(each.certified for each in good.tested)
@@ -289,7 +297,7 @@ def test_a_good_predictor_is_let_loose_and_a_bad_one_is_not() -> None:
     )
     assert good.tau == 0.0
     bad = risk_controlled_threshold(
-        gains, identity & (rng.random(2_000) < 0.3), identity, grid=[0.0]
+        gains, identity & (rng.random(2_000) < 0.3), identity_right=identity, grid=[0.0]
     )
     assert bad.tau == math.inf
     assert json.loads(json.dumps(bad.to_dict()))["tau"] is None
@@ -303,12 +311,16 @@ def test_testing_stops_at_the_first_failure() -> None:
     """Above 0.3 lost, below gained: overall a gain, but the large ones come first."""
     gains = np.repeat([0.4, 0.2], [500, 1_500])
     identity = gains > 0.3
-    found = risk_controlled_threshold(gains, ~identity, identity, grid=[0.1, 0.3, 0.6])
+    found = risk_controlled_threshold(
+        gains, ~identity, identity_right=identity, grid=[0.1, 0.3, 0.6]
+    )
     assert [(each.tau, each.certified) for each in found.tested] == [
         (0.6, True),
         (0.3, False),
     ] and found.tau == 0.6
-    again = risk_controlled_threshold(gains, ~identity, identity, grid=[0.1, 0.3, 0.6], starts=3)
+    again = risk_controlled_threshold(
+        gains, ~identity, identity_right=identity, grid=[0.1, 0.3, 0.6], starts=3
+    )
     assert again.tau == 0.1 and [each.tau for each in again.tested] == [0.6, 0.3, 0.1]
 
 
@@ -316,12 +328,14 @@ def test_no_loss_at_all_takes_gains_and_a_second_start() -> None:
     gains = np.full(200, 0.2)
     identity = np.zeros(200, bool)
     assert (
-        risk_controlled_threshold(gains, ~identity, identity, epsilon=0, grid=[0.5, 0.1]).tau
+        risk_controlled_threshold(
+            gains, ~identity, identity_right=identity, epsilon=0, grid=[0.5, 0.1]
+        ).tau
         == math.inf
     )
     assert (
         risk_controlled_threshold(
-            gains, ~identity, identity, epsilon=0, grid=[0.5, 0.1], starts=2
+            gains, ~identity, identity_right=identity, epsilon=0, grid=[0.5, 0.1], starts=2
         ).tau
         == 0.1
     )
@@ -336,7 +350,7 @@ def test_starts_share_the_level() -> None:
         grid = [0.1, 0.05][:starts]
         assert (
             risk_controlled_threshold(
-                [0.2] * 5, ~identity, identity, epsilon=0, grid=grid, starts=starts
+                [0.2] * 5, ~identity, identity_right=identity, epsilon=0, grid=grid, starts=starts
             ).tau
             == tau
         )
@@ -369,11 +383,11 @@ def test_the_threshold_refuses(change: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("starts", [1, 4])
 def test_so_many_questions_are_needed_to_certify_anything(starts: int) -> None:
-    least = least_questions(0.01, 0.05, starts)
+    least = least_questions(0.01, 0.05, starts=starts)
 
     def certified(n: int) -> bool:
         gains, right = np.linspace(0, 0.6, n), np.ones(n, bool)
-        found = risk_controlled_threshold(gains, right, right, starts=starts)
+        found = risk_controlled_threshold(gains, right, identity_right=right, starts=starts)
         return bool(np.isfinite(found.tau))
 
     assert certified(least) and not certified(least - 1)

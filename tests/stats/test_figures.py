@@ -34,7 +34,7 @@ from polar_fx.stats import figures  # noqa: E402
 TASKS = ("addition", "multiplication", "sequences")
 
 
-def results(arms: int = 4, tasks: tuple[str, ...] = TASKS, n: int = 120) -> list[ArmResult]:
+def results(arms: int = 4, tasks: tuple[str, ...] = TASKS, *, n: int = 120) -> list[ArmResult]:
     """The identity, arms that get better and slower by number, and an oracle that is the last."""
     found: list[ArmResult] = []
     for at, task in enumerate(tasks):
@@ -109,7 +109,7 @@ def test_pareto_has_a_point_an_arm_and_hollow_oracles() -> None:
 def test_the_front_leaves_out_oracles_and_beaten_arms() -> None:
     n = 10
 
-    def one(name: str, right: int, steps: int, oracle: bool = False) -> ArmResult:
+    def one(name: str, right: int, *, steps: int, oracle: bool = False) -> ArmResult:
         return ArmResult(
             name,
             "addition",
@@ -122,11 +122,11 @@ def test_the_front_leaves_out_oracles_and_beaten_arms() -> None:
 
     rows = compare_arms(
         [
-            one(IDENTITY, 5, 30),
-            one("beaten", 4, 20),
-            one("short", 4, 15),
-            one("best", 7, 25),
-            one("key", 9, 5, True),
+            one(IDENTITY, 5, steps=30),
+            one("beaten", 4, steps=20),
+            one("short", 4, steps=15),
+            one("best", 7, steps=25),
+            one("key", 9, steps=5, oracle=True),
         ]
     )
     assert figures._front([row for row in rows if not row.arm.oracle]) == [

@@ -51,7 +51,7 @@ def test_holm_by_hand() -> None:
 
 
 def test_compare_counts() -> None:
-    paired = compare(*pairs(6, 2, 10, 2))
+    paired = compare(*pairs(6, 2, both=10, neither=2))
     assert (paired.n, paired.gained, paired.lost, paired.discordance) == (20, 6, 2, 0.4)
     assert (paired.method, paired.identity) == (Share(16, 20), Share(12, 20))
     assert paired.gain.value == paired.score.value == pytest.approx(20.0)
@@ -65,7 +65,7 @@ def test_compare_counts() -> None:
 
 def test_the_bootstrap_interval_has_the_quantiles_of_the_exact_distribution() -> None:
     """All 3^4 multinomial outcomes of 4 questions: one gained, one lost, two neither."""
-    right, identity = pairs(1, 1, 1, 1)
+    right, identity = pairs(1, 1, both=1, neither=1)
     exact = sorted(25.0 * sum(draw) for draw in itertools.product([1, -1, 0, 0], repeat=4))
     cut = len(exact) * 25 // 1000  # 2.5 %
     paired = compare(right, identity)
@@ -95,7 +95,7 @@ def test_the_bootstrap_agrees_with_drawing_questions() -> None:
 
 def test_the_ratio_of_steps_is_resampled_in_pairs() -> None:
     paired = compare(
-        *pairs(5, 5, 5, 5), steps=np.arange(1, 21), identity_steps=2 * np.arange(1, 21)
+        *pairs(5, 5, both=5, neither=5), steps=np.arange(1, 21), identity_steps=2 * np.arange(1, 21)
     )
     assert paired.step_ratio == Estimate(0.5, 0.5, 0.5)
     assert paired.steps is not None and paired.steps.low < 10 < 11 < paired.steps.high
@@ -123,7 +123,7 @@ def test_the_seed_decides_and_steps_do_not() -> None:
     assert compare(right, identity, seed=2, resamples=300).gain != plain.gain
 
 
-def _likelihood_score(gained: int, lost: int, n: int, delta: float) -> float:
+def _likelihood_score(gained: int, lost: int, *, n: int, delta: float) -> float:
     """Tango's score, with the share of lost pairs found by trying many."""
     lost_share = np.linspace(max(0, -delta), (1 - delta) / 2, 400_001)[1:-1]
     won_share, same = lost_share + delta, 1 - 2 * lost_share - delta
@@ -138,18 +138,20 @@ def _likelihood_score(gained: int, lost: int, n: int, delta: float) -> float:
     ("gained", "lost", "n"), [(12, 2, 50), (9, 1, 44), (3, 40, 100), (0, 4, 30)]
 )
 def test_the_score_interval_ends_where_the_score_does(gained: int, lost: int, n: int) -> None:
-    score = compare(*pairs(gained, lost, n - gained - lost, 0), resamples=1).score
-    ends = [_likelihood_score(gained, lost, n, end / 100) for end in (score.low, score.high)]
+    score = compare(*pairs(gained, lost, both=n - gained - lost, neither=0), resamples=1).score
+    ends = [
+        _likelihood_score(gained, lost, n=n, delta=end / 100) for end in (score.low, score.high)
+    ]
     assert ends == pytest.approx([1.95996, -1.95996], abs=2e-3)
 
 
 def test_the_score_interval_without_discordant_pairs_is_wilsons() -> None:
-    score = compare(*pairs(0, 0, 60, 40), resamples=10).score
+    score = compare(*pairs(0, 0, both=60, neither=40), resamples=10).score
     assert score.high == pytest.approx(100 * wilson(0, 100)[1]) and score.low == pytest.approx(
         -score.high
     )
-    assert compare(*pairs(5, 0, 0, 0), resamples=10).score.high == 100
-    assert compare(*pairs(0, 5, 0, 0), resamples=10).score.low == -100
+    assert compare(*pairs(5, 0, both=0, neither=0), resamples=10).score.high == 100
+    assert compare(*pairs(0, 5, both=0, neither=0), resamples=10).score.low == -100
 
 
 @pytest.mark.parametrize(

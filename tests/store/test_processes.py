@@ -56,14 +56,14 @@ def test_what_make_raises_goes_through_and_leaves_nothing(store: ArtifactStore) 
         raise OSError(errno.ENOSPC, "the compiler's own folder is full")
 
     with pytest.raises(OSError, match="the compiler's own"):
-        store.get_or_make(key(1), facts(1), make)
+        store.get_or_make(key(1), facts(1), make=make)
     assert _files(store) == set() and list((store.root / "tmp").iterdir()) == []
     assert read(put(store, 1)) == contents(1)
 
 
 def test_only_plain_files_are_stored(store: ArtifactStore) -> None:
     with pytest.raises(InputError, match="only plain files"):
-        store.get_or_make(key(1), facts(1), lambda folder: (folder / "inner").mkdir())
+        store.get_or_make(key(1), facts(1), make=lambda folder: (folder / "inner").mkdir())
     assert store.entries() == []
 
 
@@ -104,7 +104,7 @@ def test_an_unusable_folder_is_named_before_anything_is_made(tmp_path: Path) -> 
         match=f"cannot keep artifacts in {tmp_path}/file/artifacts: .*; make it a folder you",
     ):
         ArtifactStore(tmp_path / "file" / "artifacts").get_or_make(
-            key(1), facts(1), lambda _: pytest.fail("made")
+            key(1), facts(1), make=lambda _: pytest.fail("made")
         )
 
 
@@ -146,7 +146,9 @@ def test_threads_make_an_artifact_once(store: ArtifactStore) -> None:
         maker(1)(folder)
 
     with ThreadPoolExecutor(4) as threads:
-        found = list(threads.map(lambda _: store.get_or_make(key(1), facts(1), make)[0], range(8)))
+        found = list(
+            threads.map(lambda _: store.get_or_make(key(1), facts(1), make=make)[0], range(8))
+        )
     assert len(made) == 1 and all(read(paths) == contents(1) for paths in found)
 
 

@@ -41,18 +41,18 @@ def _add(store: ArtifactStore, facts: dict[str, Any], **files: bytes) -> str:
         for name, content in files.items():
             (folder / name).write_bytes(content)
 
-    store.get_or_make(digest(facts), facts, make)
+    store.get_or_make(digest(facts), facts, make=make)
     return digest(facts)
 
 
 def test_round_trip(store: ArtifactStore) -> None:
     assert store.get(key(1), facts(1)) is None
-    paths, made = store.get_or_make(key(1), facts(1), maker(1))
+    paths, made = store.get_or_make(key(1), facts(1), make=maker(1))
     assert made and read(paths) == contents(1)
     assert paths["code.pt2"].suffix == ".pt2"  # what loads it may go by the suffix
     again = ArtifactStore(store.root)
     assert again.get(key(1), facts(1)) == paths
-    assert again.get_or_make(key(1), facts(1), lambda _: pytest.fail("made twice")) == (
+    assert again.get_or_make(key(1), facts(1), make=lambda _: pytest.fail("made twice")) == (
         paths,
         False,
     )
@@ -81,7 +81,7 @@ def test_digests_depend_on_values_and_types_not_on_order_or_process() -> None:
 @pytest.mark.parametrize("bad", ["", "../" * 20 + "etc", "A" * 64, "0" * 63, "0" * 64 + "\n"])
 def test_keys_are_digests(store: ArtifactStore, bad: str) -> None:
     with pytest.raises(InputError, match="64 lowercase hex digits"):
-        store.get_or_make(bad, {}, maker(1))
+        store.get_or_make(bad, {}, make=maker(1))
 
 
 # Refusals. Each function damages artifact 1 and names the object that goes, if one does.
@@ -195,12 +195,14 @@ DAMAGES: dict[str, tuple[Callable[[ArtifactStore], object], bool, str]] = {
 }
 
 
-def _assert_refused_and_made_again(store: ArtifactStore, reason: str, culprit: Path | None) -> None:
+def _assert_refused_and_made_again(
+    store: ArtifactStore, reason: str, *, culprit: Path | None
+) -> None:
     (refusal,) = store.refusals
     assert refusal.key == key(1) and reason in refusal.reason
     assert not os.path.lexists(_entry(store, 1))
     assert culprit is None or not os.path.lexists(culprit)
-    paths, made = store.get_or_make(key(1), facts(1), maker(1))
+    paths, made = store.get_or_make(key(1), facts(1), make=maker(1))
     assert made and read(paths) == contents(1)
     assert store.get(key(1), facts(1)) == paths and len(store.refusals) == 1
     assert read(store.get(key(4), facts(4))) == contents(4)  # shares a file with artifact 1
@@ -220,7 +222,7 @@ def test_damage_is_refused_removed_and_made_again(
     assert [reason in message and key(1)[:12] in message for message in caplog.messages] == [True]
     outside = store.root.parent / "outside.pt2"
     kept = outside.read_bytes() if outside.exists() else b""
-    _assert_refused_and_made_again(store, reason, _object(store) if object_goes else None)
+    _assert_refused_and_made_again(store, reason, culprit=_object(store) if object_goes else None)
     assert not kept or outside.read_bytes() == kept
 
 
@@ -243,7 +245,7 @@ def test_files_of_another_user_are_refused(
     monkeypatch.setattr(Path, "lstat", lstat)
     assert store.get(key(1), facts(1)) is None
     monkeypatch.undo()
-    _assert_refused_and_made_again(store, "belongs to another user", theirs)
+    _assert_refused_and_made_again(store, "belongs to another user", culprit=theirs)
 
 
 def test_the_caller_decides_which_facts_are_right(store: ArtifactStore) -> None:
@@ -326,7 +328,7 @@ def test_leftovers_go_and_work_in_progress_stays(store: ArtifactStore) -> None:
         assert ArtifactStore(store.root).clear() == (1, store_bytes)
 
     store_bytes = total_bytes(store.entries())
-    paths, _ = store.get_or_make(key(2), facts(2), make)
+    paths, _ = store.get_or_make(key(2), facts(2), make=make)
     assert read(paths) == contents(2) and [e.key for e in store.entries()] == [key(2)]
 
 

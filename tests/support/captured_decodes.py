@@ -88,7 +88,9 @@ class FakeApi:
 
 
 @torch.no_grad()
-def step(model: CompiledModel, run: Run, program: Program, session: Any, tokens: Tensor) -> Tensor:
+def step(
+    model: CompiledModel, run: Run, *, program: Program, session: Any, tokens: Tensor
+) -> Tensor:
     """Logits [B, V] of one more token a row, as CompiledModel decodes."""
     batch = len(tokens)
     linked = model.linker.link(program, ShapeClass.of(batch, 1, model.pool.length))
@@ -99,21 +101,29 @@ def step(model: CompiledModel, run: Run, program: Program, session: Any, tokens:
 
 
 def steps(
-    model: CompiledModel, run: Run, program: str | Program, batch: int = 1, num_tokens: int = 4
+    model: CompiledModel, run: Run, *, program: str | Program, batch: int = 1, num_tokens: int = 4
 ) -> Generator[Tensor, None, None]:
     """Logits [B, V] of each token of a session, after a ragged prefill."""
     chosen = model.resolve(program)
     with model.runner.open_slots(chosen, batch) as session:
         model.prefill(chosen, session, prompts(*(3 + 2 * i for i in range(batch))))
         for i in range(num_tokens):
-            yield step(model, run, chosen, session, (torch.arange(batch) + 7 * i + 3) % 100)
+            yield step(
+                model,
+                run,
+                program=chosen,
+                session=session,
+                tokens=(torch.arange(batch) + 7 * i + 3) % 100,
+            )
 
 
 def decode(
-    model: CompiledModel, run: Run, program: str | Program, batch: int = 1, num_tokens: int = 4
+    model: CompiledModel, run: Run, *, program: str | Program, batch: int = 1, num_tokens: int = 4
 ) -> Tensor:
     """Logits [n, B, V] of the tokens of one session."""
-    return torch.stack(list(steps(model, run, program, batch, num_tokens))).cpu()
+    return torch.stack(
+        list(steps(model, run, program=program, batch=batch, num_tokens=num_tokens))
+    ).cpu()
 
 
 @dataclass
@@ -124,14 +134,14 @@ class Pair:
     plain: CompiledModel
     tolerance: float = 0
 
-    def check(self, graphs: CudaGraphs, program: str | Program, batch: int = 1) -> None:
+    def check(self, graphs: CudaGraphs, program: str | Program, *, batch: int = 1) -> None:
         """A session of captured decodes equals one of linked decodes."""
         got, want = (
-            decode(self.model, graphs.run, program, batch),
-            decode(self.plain, LinkedProgram.run, program, batch),
+            decode(self.model, graphs.run, program=program, batch=batch),
+            decode(self.plain, LinkedProgram.run, program=program, batch=batch),
         )
         torch.testing.assert_close(got, want, rtol=0, atol=self.tolerance)
 
-    def use(self, graphs: CudaGraphs, program: str, times: int = 1) -> None:
+    def use(self, graphs: CudaGraphs, program: str, *, times: int = 1) -> None:
         for _ in range(times):
-            decode(self.model, graphs.run, program, num_tokens=1)
+            decode(self.model, graphs.run, program=program, num_tokens=1)

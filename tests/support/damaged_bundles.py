@@ -115,13 +115,13 @@ def sparse(path: str, num_bytes: int) -> Mutation:
 
 
 def check_refused(
-    mutate: Mutation, reason: str, bundle: Mutable, monkeypatch: pytest.MonkeyPatch
+    mutate: Mutation, reason: str, *, bundle: Mutable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bundle mutated so is refused for that reason, and nothing of it is loaded."""
     mutate(bundle)
     loaded: list[Any] = []
-    monkeypatch.setattr(AotInductorBackend, "load", lambda *a: loaded.append(a))
-    monkeypatch.setattr("polar_fx.bundle.loader.BundledModel", lambda *a: loaded.append(a))
+    monkeypatch.setattr(AotInductorBackend, "load", lambda *a, **k: loaded.append(a))
+    monkeypatch.setattr("polar_fx.bundle.loader.BundledModel", lambda *a, **k: loaded.append(a))
     with pytest.raises(BundleError, match=reason) as caught:
         load_bundle(bundle.folder, any_program=True)
     assert not loaded, "refused before anything was loaded"

@@ -46,4 +46,11 @@ ROWS = [(q, EncodedQuestion(q.id, (), (1, 2), ((3,),))) for q in QUESTIONS]
 def selector(calibration: Calibration | None = None) -> Selector:
     """A selector over the menu; its network is of no interest, since `CHANCES` are given."""
     network = SelectorNetwork(2, len(MENU), width=0)
-    return Selector(MENU, Features(2, 4), network, calibration, torch.ones(3), torch.zeros(3))
+    return Selector(
+        MENU,
+        Features(2, 4),
+        network=network,
+        calibration=calibration,
+        slopes=torch.ones(3),
+        shifts=torch.zeros(3),
+    )

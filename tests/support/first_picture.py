@@ -29,22 +29,22 @@ def picture(answers: Sequence[tuple[str, str]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" {font}>',
         f"<title>Programs of a model of {DEPTH} layers on {html.escape(QUESTION)}</title>",
-        _text(0, 18, "program", size=12),
-        _text(_LEFT, 18, f"layers 0 to {DEPTH - 1}", size=12),
-        _text(_LEFT + _STRIP + 10, 18, QUESTION, size=12),
+        _text(0, 18, text="program", size=12),
+        _text(_LEFT, 18, text=f"layers 0 to {DEPTH - 1}", size=12),
+        _text(_LEFT + _STRIP + 10, 18, text=QUESTION, size=12),
     ]
     for row, (program, answer) in enumerate(answers):
         y = _TOP + row * _ROW
         right = answer == RIGHT
         parts += [
-            _text(0, y + 15, program),
+            _text(0, y + 15, text=program),
             f'<g transform="translate({_LEFT} {y})">',
             Program.parse(program, DEPTH).strip().svg(),
             "</g>",
             _text(
                 _LEFT + _STRIP + 10,
                 y + 17,
-                f"{answer} {'✓' if right else '✗'}",
+                text=f"{answer} {'✓' if right else '✗'}",
                 size=18,
                 color=_GREEN if right else _RED,
             ),
@@ -54,7 +54,7 @@ def picture(answers: Sequence[tuple[str, str]]) -> str:
     return "\n".join(parts)
 
 
-def _text(x: int, y: int, text: str, *, size: int = 13, color: str = _INK) -> str:
+def _text(x: int, y: int, *, text: str, size: int = 13, color: str = _INK) -> str:
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{color}">{html.escape(text)}</text>'
 
 

@@ -58,7 +58,7 @@ class Builder:
 
 
 def flat(
-    scales: tuple[float, ...] = (0.5, 0.5, 0.5), noise: bool = False, head_constant: bool = False
+    scales: tuple[float, ...] = (0.5, 0.5, 0.5), noise: bool = False, *, head_constant: bool = False
 ) -> GraphModule:
     """One attention layer per entry of `scales`, a literal in its graph.
 
@@ -87,7 +87,17 @@ def flat(
         norm = b.call(aten.add.Tensor, norm, 1.0)
     for i, scale in enumerate(scales):
         b.layer = i
-        hidden = _layer(b, i, scale, hidden, rows, positions, mask, slots[i], noise)
+        hidden = _layer(
+            b,
+            i,
+            scale=scale,
+            hidden=hidden,
+            rows=rows,
+            positions=positions,
+            mask=mask,
+            slots=slots[i],
+            noise=noise,
+        )
     b.layer = None
     return b.build(b.call(aten.linear.default, b.call(aten.mul.Tensor, hidden, norm), table))
 
@@ -95,6 +105,7 @@ def flat(
 def _layer(
     b: Builder,
     i: int,
+    *,
     scale: float,
     hidden: Node,
     rows: Node,

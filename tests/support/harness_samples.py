@@ -10,7 +10,7 @@ DEPTH, LENGTH = 6, 63
 PROGRAMS = [Program.parse(text, DEPTH) for text in ("skip 3", "repeat 4", "0-1 (2-3)*2@0.5 4-5")]
 
 
-def requests_of(kind: str, arguments: list[tuple[Any, ...]], task: str = "t") -> list[Any]:
+def requests_of(kind: str, arguments: list[tuple[Any, ...]], *, task: str = "t") -> list[Any]:
     from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 
     return [Instance(kind, {}, args, 0, (task, i, 1)) for i, args in enumerate(arguments)]  # type: ignore[arg-type]

@@ -168,7 +168,7 @@ def counts(report: str) -> dict[str, Any]:
     return outcomes
 
 
-def measure(pair: Pair, folder: Path, jobs: int, minutes: float) -> dict[str, Any]:
+def measure(pair: Pair, folder: Path, *, jobs: int, minutes: float) -> dict[str, Any]:
     """Build the environment and run the tests; what goes wrong on the way is part of the result."""
     result: dict[str, Any] = {
         "torch": pair[0],
@@ -325,7 +325,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for pair in pairs if chosen.again else still_to_do(pairs, results):
         print(f"torch {pair[0]}, transformers {pair[1]}", flush=True)
         folder = chosen.folder / "-".join(pair)
-        result = measure(pair, folder, chosen.jobs, chosen.minutes)
+        result = measure(pair, folder, jobs=chosen.jobs, minutes=chosen.minutes)
         print(_cell(result), result.get("error", ""), flush=True)
         results = with_result(load(RESULTS), result)  # read anew: another run may have added to it
         RESULTS.write_text(json.dumps({"pairs": results}, indent=1) + "\n", encoding="utf-8")

@@ -30,7 +30,7 @@ def lines_of(path: Path) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
-def replace_line(path: Path, number: int, change: Callable[[bytes], bytes]) -> None:
+def replace_line(path: Path, number: int, *, change: Callable[[bytes], bytes]) -> None:
     lines = lines_of(path)
     lines[number - 1] = change(lines[number - 1])
     path.write_bytes(b"".join(lines))

@@ -23,6 +23,7 @@ HEADER = SearchHeader("f" * 32, DEPTH, SearchConfig(simulations=2))
 def record(
     name: str,
     baseline: Verdict,
+    *,
     explored: dict[Program, Verdict],
     verified: dict[Program, bool] | None = None,
     seconds: float | None = None,
@@ -39,50 +40,50 @@ def record(
 
 
 def simple(
-    name: str, right: set[Program], wrong: set[Program] | None = None, baseline: bool = False
+    name: str, right: set[Program], *, wrong: set[Program] | None = None, baseline: bool = False
 ) -> SearchRecord:
     """A record of right and wrong programs."""
     verdicts = {
         program: Verdict(program in right) for program in sorted(right | (wrong or set()), key=str)
     }
-    return record(name, Verdict(baseline), verdicts)
+    return record(name, Verdict(baseline), explored=verdicts)
 
 
 SAMPLES = [
     record(
         "q1",
         Verdict(False, -2.0),
-        {SKIP: Verdict(True, -1.0), REPEAT: Verdict(False, -3.0)},
-        {SKIP: True},
-        1.0,
+        explored={SKIP: Verdict(True, -1.0), REPEAT: Verdict(False, -3.0)},
+        verified={SKIP: True},
+        seconds=1.0,
         difficulty=1,
         cell="a",
     ),
     record(
         "q2",
         Verdict(True, -0.5),
-        {SKIP: Verdict(False, -2.5), REPEAT: Verdict(True, -0.25)},
-        {REPEAT: True, IDENTITY: False},
-        2.0,
+        explored={SKIP: Verdict(False, -2.5), REPEAT: Verdict(True, -0.25)},
+        verified={REPEAT: True, IDENTITY: False},
+        seconds=2.0,
         difficulty=1,
         cell="b",
     ),
     record(
         "q3",
         Verdict(False, -3.0),
-        {MIXED: Verdict(True, -1.0), MOVED: Verdict(True, -1.5)},
-        {MIXED: False, MOVED: False},
-        1.0,
+        explored={MIXED: Verdict(True, -1.0), MOVED: Verdict(True, -1.5)},
+        verified={MIXED: False, MOVED: False},
+        seconds=1.0,
         difficulty=2,
         cell="a",
     ),
-    record("q4", Verdict(True), {SKIP_TWO: Verdict(True)}, task="mul"),
-    record("q5", Verdict(False), {DAMPED: Verdict(True)}, task="mul"),
-    record("q6", Verdict(False), {}, task="mul"),
+    record("q4", Verdict(True), explored={SKIP_TWO: Verdict(True)}, task="mul"),
+    record("q5", Verdict(False), explored={DAMPED: Verdict(True)}, task="mul"),
+    record("q6", Verdict(False), explored={}, task="mul"),
 ]
 
 
-def write(path: Path, records: list[SearchRecord], header: SearchHeader = HEADER) -> Path:
+def write(path: Path, records: list[SearchRecord], *, header: SearchHeader = HEADER) -> Path:
     """Write them as a search does."""
     with RecordStore.open(path, header) as store:
         for each in records:

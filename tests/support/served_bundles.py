@@ -10,7 +10,7 @@ TEMPLATE = (
 )
 
 
-def alone(service: Service, prompt: list[int], program: str, tokens: int) -> str:
+def alone(service: Service, prompt: list[int], *, program: str, tokens: int) -> str:
     ids = torch.tensor([prompt])
     new = service.bundle.generate(
         ids, program=program, max_new_tokens=tokens, do_sample=False, pad_token_id=0

@@ -44,7 +44,7 @@ def maker(number: int) -> Callable[[Path], None]:
 
 
 def put(store: ArtifactStore, number: int) -> dict[str, Path]:
-    return store.get_or_make(key(number), facts(number), maker(number))[0]
+    return store.get_or_make(key(number), facts(number), make=maker(number))[0]
 
 
 def read(paths: dict[str, Path] | None) -> dict[str, bytes] | None:
@@ -62,7 +62,7 @@ def race(root: Path, log: Path) -> None:
 
     print("ready", flush=True)
     sys.stdin.readline()
-    paths, made = ArtifactStore(root, 0).get_or_make(key(1), facts(1), make)
+    paths, made = ArtifactStore(root, 0).get_or_make(key(1), facts(1), make=make)
     print(json.dumps([made, read(paths) == contents(1)]))
 
 
@@ -106,7 +106,7 @@ def kill_often(root: Path, kills: int) -> None:
         print(json.dumps([stored, [r.reason for r in ArtifactStore(root, 0).verify()]]), flush=True)
 
 
-def kill_everywhere(template: Path, roots: Path, limit_bytes: int) -> None:
+def kill_everywhere(template: Path, roots: Path, *, limit_bytes: int) -> None:
     """On a copy each, refuse artifact 0, store artifact 9 and evict, killed before the first, the
     second, ... file operation.
 
@@ -141,6 +141,6 @@ if __name__ == "__main__":
         "churn": lambda root, seed: churn(Path(root), int(seed)),
         "kill_often": lambda root, kills: kill_often(Path(root), int(kills)),
         "kill_everywhere": lambda template, roots, limit: kill_everywhere(
-            Path(template), Path(roots), int(limit)
+            Path(template), Path(roots), limit_bytes=int(limit)
         ),
     }[mode](*arguments)

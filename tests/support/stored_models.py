@@ -36,7 +36,7 @@ def compile_for(
 
 
 @torch.no_grad()
-def answer_of(compiled: CompiledModel, program: str = PROGRAM, tokens: int = 9) -> Tensor:
+def answer_of(compiled: CompiledModel, program: str = PROGRAM, *, tokens: int = 9) -> Tensor:
     """[3, V]: logits of a prompt's last token and of two decoded ones."""
     chosen = compiled.resolve(program)
     with compiled.session(chosen, 1) as session:

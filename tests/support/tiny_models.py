@@ -190,7 +190,7 @@ def prompts(*lengths: int, vocab: int = 100) -> list[Tensor]:
 
 
 def make_slots(
-    library: LayerLibrary, program: Program, batch: int, length: int
+    library: LayerLibrary, program: Program, *, batch: int, length: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Empty KV slots of a program's steps."""
     return [
@@ -202,6 +202,7 @@ def make_slots(
 def run_rows(
     library: LayerLibrary,
     program: Program,
+    *,
     rows: Sequence[Tensor],
     prefill: Sequence[int],
     length: int = 32,
@@ -209,7 +210,7 @@ def run_rows(
     """Logits [T, V] of each row: one ragged batch by the interpreter, first prefill[b] tokens a
     row, then one at a time.
     """
-    slots = make_slots(library, program, len(rows), length)
+    slots = make_slots(library, program, batch=len(rows), length=length)
     index = torch.arange(length)
     got: list[list[Tensor]] = [[] for _ in rows]
     done, chunk = [0] * len(rows), list(prefill)

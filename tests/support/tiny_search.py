@@ -20,7 +20,7 @@ def peaked(family: str = "llama", depth: int = 6, **options: Any) -> Any:
     return make(family, **options)
 
 
-def random_programs(depth: int, count: int, seed: int = 0) -> list[Program]:
+def random_programs(depth: int, count: int, *, seed: int = 0) -> list[Program]:
     """Paths of all kinds: edits of the identity, nested ones, damped ones, and layers in any
     order.
     """
@@ -46,7 +46,7 @@ def random_programs(depth: int, count: int, seed: int = 0) -> list[Program]:
 
 
 def generated(
-    compiled: CompiledModel, question: EncodedQuestion, program: Program, tokens: int
+    compiled: CompiledModel, question: EncodedQuestion, *, program: Program, tokens: int
 ) -> tuple[int, ...]:
     """The first tokens of greedy decoding."""
     ids = torch.tensor([question.prefix + question.prompt])
@@ -63,7 +63,7 @@ def generated(
 
 
 def questions(
-    compiled: CompiledModel, programs: list[Program], count: int = 8, seed: int = 0
+    compiled: CompiledModel, programs: list[Program], *, count: int = 8, seed: int = 0
 ) -> list[EncodedQuestion]:
     """Questions with shared and without any prefix, of one token and more, whose answers some
     program gives.
@@ -76,7 +76,7 @@ def questions(
         prompt = tuple(rng.randrange(40) for _ in range(rng.randint(1, 5)))
         asked = EncodedQuestion(f"q{i}", prefix, prompt, ((0,),))
         answers = tuple(
-            generated(compiled, asked, program, rng.randint(1, 3))
+            generated(compiled, asked, program=program, tokens=rng.randint(1, 3))
             for program in rng.sample(programs, 1 + i % 2)
         )
         found.append(EncodedQuestion(asked.id, prefix, prompt, answers))

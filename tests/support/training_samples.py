@@ -17,13 +17,14 @@ IDENTITY = Program.identity(DEPTH)
 A, B, C, D = (Program.parse(t, DEPTH) for t in ("skip 3", "skip 4-5", "repeat 6", "skip 0"))
 
 
-def question(name: str, task: str = "t", cell: str = "c") -> Question:
+def question(name: str, task: str = "t", *, cell: str = "c") -> Question:
     return Question(name, task, f"what is {name}?", ("1",), None, cell)
 
 
 def record(
     name: str,
     baseline: bool,
+    *,
     right: dict[Program, bool],
     task: str = "t",
     cell: str = "c",
@@ -33,7 +34,7 @@ def record(
         return Verdict(correct, -0.1 if correct else -3.0, 1.0 if correct else -1.0)
 
     explored = tuple(Explored(p, verdict(r), float(r)) for p, r in right.items())
-    return SearchRecord(question(name, task, cell), DEPTH, verdict(baseline), explored, **more)
+    return SearchRecord(question(name, task, cell=cell), DEPTH, verdict(baseline), explored, **more)
 
 
 def table(
@@ -41,5 +42,5 @@ def table(
 ) -> VerdictTable:
     names = cells or ["c"] * len(rows)
     return VerdictTable.of(
-        [record(f"q{i}", base, right, cell=names[i]) for i, (base, right) in enumerate(rows)]
+        [record(f"q{i}", base, right=right, cell=names[i]) for i, (base, right) in enumerate(rows)]
     )

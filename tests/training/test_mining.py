@@ -21,13 +21,15 @@ from training_samples import DEPTH, IDENTITY, A, B, C, D, record, table
 
 def test_candidates_are_valid_share_the_trunk_and_were_not_overturned() -> None:
     records = [
-        record("a", False, {A: True, B: False, D: True}),
-        record("b", True, {A: True, C: True}, verified={C: Verdict(False)}),
-        record("c", True, {B: True}),
+        record("a", False, right={A: True, B: False, D: True}),
+        record("b", True, right={A: True, C: True}, verified={C: Verdict(False)}),
+        record("c", True, right={B: True}),
     ]
-    assert set(candidates(records, 1, 10)) == {A, B}, "D skips the trunk, C was found wrong again"
-    assert set(candidates(records, 0, 10)) == {A, B, D}
-    assert candidates(records, 1, 1) == [A]
+    assert set(candidates(records, 1, count=10)) == {A, B}, (
+        "D skips the trunk, C was found wrong again"
+    )
+    assert set(candidates(records, 0, count=10)) == {A, B, D}
+    assert candidates(records, 1, count=1) == [A]
     found = edits_as_programs(DEPTH, 3)
     assert all(shares_trunk(p, 3) for p in found) and len(set(found)) == len(found)
     assert {A, B, C, Program.parse("repeat 5-6 @0.5", DEPTH)} <= set(found) and D not in found
@@ -75,11 +77,11 @@ def test_mining_takes_what_adds_most() -> None:
 
 def test_variations_join_what_touches_different_layers() -> None:
     rows = [(False, {A: True, B: True, C: True}) for _ in range(3)]
-    found = variations(table(rows), 1, 20)
+    found = variations(table(rows), 1, count=20)
     assert (
         Program.parse("skip 3-5", DEPTH) in found
         and Program.parse("skip 3, repeat 6", DEPTH) in found
     )
     assert Program.parse("0-5 (6)*2@0.5 7", DEPTH) in found, "the repeat, damped"
-    assert not {A, B, C, IDENTITY} & set(found) and len(variations(table(rows), 1, 2)) == 2
-    assert all(shares_trunk(p, 4) for p in variations(table(rows), 4, 20))
+    assert not {A, B, C, IDENTITY} & set(found) and len(variations(table(rows), 1, count=2)) == 2
+    assert all(shares_trunk(p, 4) for p in variations(table(rows), 4, count=20))

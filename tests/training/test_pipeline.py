@@ -65,7 +65,10 @@ class World:
         self.drawn.append([q for q, _ in part])
         listed = [p for p in programs if p != IDENTITY]
         return VerdictTable.of(
-            [record(q.id, right(q, IDENTITY), {p: right(q, p) for p in listed}) for q, _ in part]
+            [
+                record(q.id, right(q, IDENTITY), right={p: right(q, p) for p in listed})
+                for q, _ in part
+            ]
         )
 
 
@@ -82,12 +85,14 @@ def given(world: World) -> dict[str, Any]:
     }
 
 
-SEARCHED = [record(f"q{i}", False, {A: bool(i % 2), C: False}) for i in range(1000, 1010)]
+SEARCHED = [record(f"q{i}", False, right={A: bool(i % 2), C: False}) for i in range(1000, 1010)]
 
 
 def test_from_records_to_a_predictor() -> None:
     world = World()
-    selector, results = train_predictor(SEARCHED, rows(0, 200), rows(500, 100), **given(world))
+    selector, results = train_predictor(
+        SEARCHED, rows(0, 200), validation=rows(500, 100), **given(world)
+    )
     assert {A, B} <= set(selector.menu.programs) and len(selector.menu) <= 4
     measured = results["validation"]
     assert measured["accuracy"]["accuracy"] == 1.0
@@ -102,29 +107,31 @@ def test_from_records_to_a_predictor() -> None:
 def test_a_menu_is_mined_from_questions_of_every_task() -> None:
     world = World()
     with_tasks = [(replace(q, task=f"t{i // 50}"), e) for i, (q, e) in enumerate(rows(0, 200))]
-    screened = mine_menu([], with_tasks, world.dense, DEPTH, CONFIG)
+    screened = mine_menu([], with_tasks, dense=world.dense, depth=DEPTH, config=CONFIG)
     assert len({q.task for q in world.drawn[-1]}) == 4, "wherever they stand"
     assert screened.programs[0] == IDENTITY and all(shares_trunk(p, 1) for p in screened.programs)
     with pytest.raises(InputError, match="no program to screen"):
-        mine_menu([], with_tasks, world.dense, DEPTH, replace(CONFIG, num_edits=0))
+        mine_menu(
+            [], with_tasks, dense=world.dense, depth=DEPTH, config=replace(CONFIG, num_edits=0)
+        )
 
 
 def test_without_validation_questions_nothing_is_trained() -> None:
     with pytest.raises(InputError, match="0 validation questions"):
-        train_predictor(SEARCHED, rows(0, 200), [], **given(World()))
+        train_predictor(SEARCHED, rows(0, 200), validation=[], **given(World()))
 
 
 def test_programs_may_be_given_instead_of_mined() -> None:
     world = World()
     selector, results = train_predictor(
-        [], rows(0, 40), rows(100, 20), **given(world), programs=[A, B]
+        [], rows(0, 40), validation=rows(100, 20), **given(world), programs=[A, B]
     )
     assert selector.menu.programs == (IDENTITY, A, B)
     assert set(world.asked) == {"train", "validation"}
     assert results["questions"]["screened"] == results["finalists"] == 0
     off_trunk = Program.parse("skip 0", DEPTH)
     with pytest.raises(ProgramError, match="does not begin with layers 0"):
-        train_predictor([], rows(0, 4), rows(9, 4), **given(world), programs=[off_trunk])
+        train_predictor([], rows(0, 4), validation=rows(9, 4), **given(world), programs=[off_trunk])
 
 
 def test_too_few_questions_to_certify_are_said() -> None:

@@ -24,7 +24,7 @@ from polar_fx.training.selector_training import (
 from training_samples import DEPTH, A, B
 
 
-def planted(n: int, seed: int, flip: float = 0.1) -> Labels:
+def planted(n: int, seed: int, *, flip: float = 0.1) -> Labels:
     """Which program is right is written in the first feature: A where it is high, B where it is
     low; the identity seldom.
     """
@@ -46,10 +46,10 @@ CONFIG = TrainingConfig(
 
 def test_a_planted_signal_is_learned_and_calibrated() -> None:
     menu = Menu.of([A, B])
-    selector, measured = fit(menu, planted(600, 0), planted(600, 1), CONFIG)
+    selector, measured = fit(menu, planted(600, 0), validation=planted(600, 1), config=CONFIG)
     test = planted(1000, 2)
     chances = selector.probabilities(test.features)
-    chosen = choose_all(chances, menu.steps, DEPTH, selector.calibration.threshold)
+    chosen = choose_all(chances, menu.steps, depth=DEPTH, threshold=selector.calibration.threshold)
     accuracy = test.right[np.arange(1000), chosen].mean()
     assert accuracy > 0.8 > test.right.mean(0).max() + 0.2, "better than any one program"
     assert (
@@ -62,11 +62,15 @@ def test_a_planted_signal_is_learned_and_calibrated() -> None:
     )
     mean = menu.steps[
         choose_all(
-            planted_chances(selector), menu.steps, DEPTH, -np.inf, selector.calibration.prices[0.8]
+            planted_chances(selector),
+            menu.steps,
+            depth=DEPTH,
+            threshold=-np.inf,
+            price=selector.calibration.prices[0.8],
         )
     ].mean()
     assert mean <= 0.8 * DEPTH
-    again, same = fit(menu, planted(600, 0), planted(600, 1), CONFIG)
+    again, same = fit(menu, planted(600, 0), validation=planted(600, 1), config=CONFIG)
     assert np.array_equal(again.probabilities(test.features), chances) and same == measured
 
 
@@ -74,15 +78,17 @@ def test_a_planted_signal_is_learned_and_calibrated() -> None:
 def test_the_mean_of_networks_is_one_network(width: int) -> None:
     config = SelectorConfig(width=width, epochs=3, learning_rate=0.01)
     parts = [
-        train_selector(planted(200, 0), planted(200, 1), replace(config, networks=1, seed=s))[0]
+        train_selector(
+            planted(200, 0), planted(200, 1), config=replace(config, networks=1, seed=s)
+        )[0]
         for s in (5, 1005, 2005)
     ]
     epochs: list[int] = []
     whole, told = train_selector(
         planted(200, 0),
         planted(200, 1),
-        replace(config, networks=3, seed=5),
-        lambda epoch, _: epochs.append(epoch),
+        config=replace(config, networks=3, seed=5),
+        progress=lambda epoch, _: epochs.append(epoch),
     )
     features = planted(50, 2).features
     with torch.no_grad():
@@ -115,13 +121,13 @@ def test_without_a_signal_the_identity_stays() -> None:
             torch.tensor(rng.normal(size=(n, 6)), dtype=torch.float32), right, np.zeros((n, 3))
         )
 
-    selector, measured = fit(Menu.of([A, B]), noise(400), noise(400), CONFIG)
+    selector, measured = fit(Menu.of([A, B]), noise(400), validation=noise(400), config=CONFIG)
     test = noise(2000)
     chosen = choose_all(
         selector.probabilities(test.features),
         selector.menu.steps,
-        DEPTH,
-        selector.calibration.threshold,
+        depth=DEPTH,
+        threshold=selector.calibration.threshold,
     )
     lost = test.right[:, 0].mean() - test.right[np.arange(2000), chosen].mean()
     assert (
@@ -149,17 +155,18 @@ def test_prices_meet_their_budget_and_no_lower_one_does() -> None:
     chances, steps = rng.random((300, 4)), np.array([8.0, 6.0, 4.0, 10.0])
     last = -1.0
     assert (
-        price_of(chances, steps, DEPTH, 0.5) is None
-        and price_of(chances, steps, DEPTH, 0.4) is None
+        price_of(chances, steps, depth=DEPTH, budget=0.5) is None
+        and price_of(chances, steps, depth=DEPTH, budget=0.4) is None
     ), "out of reach"
     for budget in (1.2, 1.0, 0.8, 0.6, 0.55):
-        price = price_of(chances, steps, DEPTH, budget)
+        price = price_of(chances, steps, depth=DEPTH, budget=budget)
         assert price is not None and price >= last
         assert (
-            steps[choose_all(chances, steps, DEPTH, -np.inf, price)].mean() <= budget * DEPTH + 1e-9
+            steps[choose_all(chances, steps, depth=DEPTH, threshold=-np.inf, price=price)].mean()
+            <= budget * DEPTH + 1e-9
         )
         if price > 1e-6:
-            lower = choose_all(chances, steps, DEPTH, -np.inf, price - 1e-6)
+            lower = choose_all(chances, steps, depth=DEPTH, threshold=-np.inf, price=price - 1e-6)
             assert steps[lower].mean() > budget * DEPTH
         last = price
 

@@ -46,7 +46,7 @@ class Runs:
     def __call__(self, rows: Any, programs: Any) -> Any:
         for q, _ in rows:
             self.asked.append(q.id)
-            yield record(q.id, False, {p: p == A for p in programs[q.id]})
+            yield record(q.id, False, right={p: p == A for p in programs[q.id]})
 
 
 def test_listed_records_go_on_where_they_ended(tmp_path: Path) -> None:
@@ -60,11 +60,11 @@ def test_listed_records_go_on_where_they_ended(tmp_path: Path) -> None:
             next(stopped)
             yield each
 
-    def listed(programs: Any, run: Any, model: str = "m", **more: Any) -> Any:
+    def listed(programs: Any, run: Any, *, model: str = "m", **more: Any) -> Any:
         return listed_records(
             tmp_path / "a.jsonl",
             rows,
-            programs,
+            programs=programs,
             model=model,
             depth=DEPTH,
             prompt={},
@@ -84,4 +84,4 @@ def test_listed_records_go_on_where_they_ended(tmp_path: Path) -> None:
     assert listed(programs, runs) == found and len(runs.asked) == 6
     for other, model in (({**programs, "q0": (A,)}, "m"), (programs, "n")):
         with pytest.raises(RecordFileError, match="another search"):
-            listed(other, runs, model)
+            listed(other, runs, model=model)

@@ -87,7 +87,7 @@ class TensorRTBackend(PersistentBackend):
         self, body: GraphModule, example: Sequence[Tensor], dynamic: Dynamic, folder: Path
     ) -> None:
         _check_device(example[0].device)
-        save(specialize(body, example, dynamic, self._largest), folder / GRAPH)
+        save(specialize(body, example, dynamic=dynamic, largest=self._largest), folder / GRAPH)
 
     def build(self, folder: Path) -> None:
         bindings = {}
@@ -189,7 +189,9 @@ def export_engines(
             {i: names[str(s)] for i, s in enumerate(v.shape) if isinstance(s, torch.SymInt)}
             for v in values
         ]
-        found[name] = specialize(engine, [like(v) for v in values], dynamic, largest)
+        found[name] = specialize(
+            engine, [like(v) for v in values], dynamic=dynamic, largest=largest
+        )
     return found
 
 

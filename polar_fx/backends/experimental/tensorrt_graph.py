@@ -135,7 +135,7 @@ def _assign(graph: Graph, keep: Collection[str]) -> dict[Node, int]:
         ):
             engine.add(node)
     while True:
-        levels = _levels(nodes, engine, written)
+        levels = _levels(nodes, engine, written=written)
         groups = [
             {n for n in engine if levels[n] == level}
             for level in set(map(levels.__getitem__, engine))
@@ -193,7 +193,7 @@ def _as_long_as_kv(nodes: list[Node]) -> set[Node]:
     return found
 
 
-def _levels(nodes: list[Node], engine: set[Node], written: set[Node]) -> dict[Node, int]:
+def _levels(nodes: list[Node], engine: set[Node], *, written: set[Node]) -> dict[Node, int]:
     levels: dict[Node, int] = {}
     seen: dict[Node, int] = {}  # the last level that touched memory which is written at some time
     for node in nodes:

@@ -53,12 +53,12 @@ def question_programs(record: SearchRecord, num_steps: int) -> QuestionPrograms:
 def train_polar_arm(
     records_train: Sequence[SearchRecord],
     records_validation: Sequence[SearchRecord],
+    *,
     token_features_by_id: Mapping[str, Tensor],
     depth: int,
     num_steps: int,
     network: NetworkConfig | None = None,
     training: NetworkTraining | None = None,
-    *,
     max_paths: int = 50,
     identity_weight: float = 0.3,
     seed: int = 0,
@@ -103,7 +103,11 @@ def train_polar_arm(
             questions, [token_features_by_id[q] for q in questions], labels.rows
         )
     return train_network(
-        parts["train"], parts["validation"], network, training, progress=progress
+        parts["train"],
+        parts["validation"],
+        network_config=network,
+        config=training,
+        progress=progress,
     ), counts
 
 
@@ -164,10 +168,10 @@ class PolarArm:
             )
 
         def at_most(boundary: Tensor, op: Tensor) -> list[Decoded]:
-            return [decode_budget(boundary, op, steps, exact=False)]
+            return [decode_budget(boundary, op, budget=steps, exact=False)]
 
         def exactly(boundary: Tensor, op: Tensor) -> list[Decoded]:
-            return [decode_budget(boundary, op, steps)]
+            return [decode_budget(boundary, op, budget=steps)]
 
         # Of at most so many steps the trunk alone may be likeliest; of exactly so many, some come
         # after it.
@@ -175,11 +179,12 @@ class PolarArm:
 
     def _decode(self, features: Sequence[Tensor], *decoders: Decoder) -> list[list[Program]]:
         return [
-            self._after_trunk(boundary, op, decoders) for boundary, op in self._logits(features)
+            self._after_trunk(boundary, op, decoders=decoders)
+            for boundary, op in self._logits(features)
         ]
 
     def _after_trunk(
-        self, boundary: Tensor, op: Tensor, decoders: Sequence[Decoder]
+        self, boundary: Tensor, op: Tensor, *, decoders: Sequence[Decoder]
     ) -> list[Program]:
         kept = op.clone()
         kept[: self.num_steps, 0] = _NEVER

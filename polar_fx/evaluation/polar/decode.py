@@ -41,7 +41,7 @@ def segment_starts(
     after the start before. Raises InputError.
     """
     _check_positive("max_length", max_length)
-    probabilities = _floating("boundary_logits", boundary_logits, 1).sigmoid().tolist()
+    probabilities = _floating("boundary_logits", boundary_logits, dims=1).sigmoid().tolist()
     starts = [0]
     for layer in range(1, len(probabilities)):
         if probabilities[layer] >= threshold or layer - starts[-1] == max_length:
@@ -68,12 +68,12 @@ def decode_beam(
     """
     _check_positive("beam", beam)
     _check_positive("top_ops", top_ops)
-    scores = _Scores(boundary_logits, op_logits, max_length)
+    scores = _Scores(boundary_logits, op_logits, max_length=max_length)
     starts = segment_starts(boundary_logits, threshold=threshold, max_length=max_length)
     beams: list[tuple[float, tuple[int, ...]]] = [(0.0, ())]
     for start, stop in zip(starts, (*starts[1:], scores.depth), strict=True):
         segments = [
-            (scores.segment(start, stop, op), tuple(range(start, stop)) * op)
+            (scores.segment(start, stop, op=op), tuple(range(start, stop)) * op)
             for op in range(scores.ops)
         ]
         # Of one segment all ops share the boundary bits, so the best segments have the most
@@ -97,7 +97,7 @@ def decode_joint(
     InputError.
     """
     _check_positive("count", count)
-    scores = _Scores(boundary_logits, op_logits, max_length)
+    scores = _Scores(boundary_logits, op_logits, max_length=max_length)
     # One more than asked for, because the empty program may be among the best and then falls to the
     # identity.
     keep = count + 1
@@ -109,7 +109,7 @@ def decode_joint(
         found: dict[tuple[int, ...], float] = {}
         for start in range(max(0, stop - max_length), stop):
             for op in range(scores.ops):
-                part, score = tuple(range(start, stop)) * op, scores.segment(start, stop, op)
+                part, score = tuple(range(start, stop)) * op, scores.segment(start, stop, op=op)
                 for before, path in best[start]:
                     whole = path + part
                     found[whole] = max(found.get(whole, -math.inf), before + score)
@@ -122,8 +122,8 @@ def decode_joint(
 def decode_budget(
     boundary_logits: Tensor,
     op_logits: Tensor,
-    budget: int,
     *,
+    budget: int,
     exact: bool = True,
     max_length: int = MAX_LENGTH,
 ) -> Decoded:
@@ -134,7 +134,7 @@ def decode_budget(
     segmentations and ops. The empty program is never the answer. Raises InputError if `budget` is
     not 1 to D times the largest class.
     """
-    scores = _Scores(boundary_logits, op_logits, max_length)
+    scores = _Scores(boundary_logits, op_logits, max_length=max_length)
     _check_positive("budget", budget)
     most = scores.depth * (scores.ops - 1)
     if budget > most and exact:
@@ -150,7 +150,7 @@ def decode_budget(
         row: dict[int, tuple[float, int, int]] = {}
         for start in range(max(0, stop - max_length), stop):
             for op in range(scores.ops):
-                score, added = scores.segment(start, stop, op), op * (stop - start)
+                score, added = scores.segment(start, stop, op=op), op * (stop - start)
                 for used, (before, _, _) in best[start].items():
                     if (
                         used + added <= limit
@@ -172,11 +172,11 @@ def decode_budget(
 class _Scores:
     """Log-probabilities of segments: boundary bits and op together."""
 
-    def __init__(self, boundary_logits: Tensor, op_logits: Tensor, max_length: int) -> None:
+    def __init__(self, boundary_logits: Tensor, op_logits: Tensor, *, max_length: int) -> None:
         _check_positive("max_length", max_length)
         boundaries, ops = (
-            _floating("boundary_logits", boundary_logits, 1),
-            _floating("op_logits", op_logits, 2),
+            _floating("boundary_logits", boundary_logits, dims=1),
+            _floating("op_logits", op_logits, dims=2),
         )
         if len(ops) != len(boundaries) or ops.shape[1] < 2:
             raise InputError(
@@ -190,7 +190,7 @@ class _Scores:
         inside = [0.0, *torch.nn.functional.logsigmoid(-boundaries[1:]).tolist()]
         self._inside = list(accumulate(inside, initial=0.0))  # [i]: of layers before i
 
-    def segment(self, start: int, stop: int, op: int) -> float:
+    def segment(self, start: int, stop: int, *, op: int) -> float:
         """Of layers start..stop-1 as one segment with `op`."""
         return (
             self._is_start[start]
@@ -216,7 +216,7 @@ def _score(item: tuple[float, Sequence[int]]) -> float:
     return item[0]
 
 
-def _floating(name: str, logits: Tensor, dims: int) -> Tensor:
+def _floating(name: str, logits: Tensor, *, dims: int) -> Tensor:
     """The logits as float64 on the CPU, checked."""
     if logits.dim() != dims or not len(logits):
         shape = "[depth]" if dims == 1 else "[depth, classes]"

@@ -165,7 +165,7 @@ def label_rows(
                 unparsable += 1
         unanswered += not programs
         unlabelled += bool(programs) and not labels
-        chosen = _choose(each.question, list(labels), identity, max_paths, seed)
+        chosen = _choose(each.question, list(labels), identity=identity, limit=max_paths, seed=seed)
         left_out += len(labels) - len(chosen)
         is_shorter = any(program.num_steps < depth for program in programs)
         weights = [
@@ -194,7 +194,7 @@ def label_tensors(rows: Sequence[LabelRow]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def label_losses(
-    boundary_logits: Tensor, op_logits: Tensor, boundaries: Tensor, ops: Tensor
+    boundary_logits: Tensor, op_logits: Tensor, *, boundaries: Tensor, ops: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return boundary loss [N] and op loss [N] of each row; their sum is the loss of PoLar, section
     3.
@@ -234,7 +234,7 @@ def _valid_programs(question: QuestionPrograms, identity: Program) -> list[Progr
 
 
 def _choose(
-    question: str, programs: list[Program], identity: Program, limit: int, seed: int
+    question: str, programs: list[Program], *, identity: Program, limit: int, seed: int
 ) -> list[Program]:
     """At most `limit` of the programs, in their order."""
     if len(programs) <= limit:

@@ -54,7 +54,7 @@ class TextEncoder:
 
         Raises ModelNotFoundError naming the remedy.
         """
-        return cls(*load_pretrained(AutoModel, source, torch.float32, "a text encoder"))
+        return cls(*load_pretrained(AutoModel, source, dtype=torch.float32, what="a text encoder"))
 
     @property
     def size(self) -> int:

@@ -151,9 +151,9 @@ class TrainedNetwork:
 def train_network(
     train: LabelledQuestions,
     validation: LabelledQuestions,
+    *,
     network_config: NetworkConfig,
     config: NetworkTraining | None = None,
-    *,
     state_file: str | Path | None = None,
     progress: Callable[[dict[str, float]], None] | None = None,
     writer: ScalarWriter | None = None,
@@ -171,7 +171,9 @@ def train_network(
     training, naming what differs, and if the loss stops being finite.
     """
     config = config or NetworkTraining()
-    run = _Run(train, validation, network_config, config, torch.device(device))
+    run = _Run(
+        train, validation, network_config=network_config, config=config, device=torch.device(device)
+    )
     settings = {
         "network": asdict(network_config),
         "training": asdict(config),
@@ -181,7 +183,7 @@ def train_network(
     state = (
         TrainingState()
         if path is None or not path.exists()
-        else load_state(path, settings, run.network, run.optimizer)
+        else load_state(path, settings, network=run.network, optimizer=run.optimizer)
     )
     while state.epoch < config.epochs and not _is_stale(state, config):
         losses = {"epoch": state.epoch + 1, **run.train_epoch(state.epoch), **run.validate()}
@@ -196,7 +198,7 @@ def train_network(
             for name in (name for name in losses if name != "epoch"):
                 writer.add_scalar(f"network/{name}", losses[name], state.epoch)
         if path is not None:
-            save_state(path, settings, state, run.network, run.optimizer)
+            save_state(path, settings, state=state, network=run.network, optimizer=run.optimizer)
         if progress is not None:
             progress(dict(losses))
     run.network.load_state_dict(state.best)
@@ -217,17 +219,18 @@ class _Run:
         self,
         train: LabelledQuestions,
         validation: LabelledQuestions,
+        *,
         network_config: NetworkConfig,
         config: NetworkTraining,
         device: torch.device,
     ) -> None:
         for name, data in (("train", train), ("validation", validation)):
-            _check_fits(name, data, network_config)
+            _check_fits(name, data, config=network_config)
         self.config, self.device = config, device
         self.train, self.validation = train, validation
         self.targets = {id(data): label_tensors(data.rows) for data in (train, validation)}
         self.steps_per_epoch = math.ceil(len(train.rows) / config.batch_size)
-        with _seeded(config.seed, "weights", device):
+        with _seeded(config.seed, "weights", device=device):
             self.network = PolarNetwork(network_config).to(device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -241,7 +244,7 @@ class _Run:
         # batch is light, and questions would not weigh the same.
         weight = self.targets[id(self.train)][2].mean().item()
         sums, rate = torch.zeros(3, dtype=torch.float64), 0.0
-        with _seeded(self.config.seed, f"epoch {epoch}", self.device):
+        with _seeded(self.config.seed, f"epoch {epoch}", device=self.device):
             order = torch.randperm(len(self.train.rows))
             for index, rows in enumerate(order.split(self.config.batch_size)):
                 rate = self.config.learning_rate_at(epoch * self.steps_per_epoch + index, num_steps)
@@ -258,7 +261,7 @@ class _Run:
                 loss.backward()
                 self.optimizer.step()
                 sums += torch.stack([boundary + op, boundary, op]).detach().cpu()
-        return {"learning_rate": rate, **self._means("train", sums, self.train)}
+        return {"learning_rate": rate, **self._means("train", sums, data=self.train)}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -273,7 +276,7 @@ class _Run:
                 "the validation loss is not finite; lower the learning rate "
                 f"({self.config.learning_rate})"
             )
-        return self._means("validation", sums, self.validation)
+        return self._means("validation", sums, data=self.validation)
 
     def _losses(self, data: LabelledQuestions, rows: list[int]) -> tuple[Tensor, Tensor]:
         """Weighted boundary and op loss, summed over the rows."""
@@ -285,10 +288,12 @@ class _Run:
         boundary_logits, op_logits = self.network(features.to(self.device), mask.to(self.device))
         pick = torch.tensor([place[question] for question in questions], device=self.device)
         boundaries, ops, weights = (each[rows].to(self.device) for each in self.targets[id(data)])
-        boundary, op = label_losses(boundary_logits[pick], op_logits[pick], boundaries, ops)
+        boundary, op = label_losses(
+            boundary_logits[pick], op_logits[pick], boundaries=boundaries, ops=ops
+        )
         return (weights * boundary).sum(), (weights * op).sum()
 
-    def _means(self, name: str, sums: Tensor, data: LabelledQuestions) -> dict[str, float]:
+    def _means(self, name: str, sums: Tensor, *, data: LabelledQuestions) -> dict[str, float]:
         total, boundary, op = (sums / self.targets[id(data)][2].double().sum()).tolist()
         return {f"{name}_loss": total, f"{name}_boundary_loss": boundary, f"{name}_op_loss": op}
 
@@ -297,7 +302,7 @@ def _is_stale(state: TrainingState, config: NetworkTraining) -> bool:
     return config.patience is not None and state.epoch - state.best_epoch >= config.patience
 
 
-def _check_fits(name: str, data: LabelledQuestions, config: NetworkConfig) -> None:
+def _check_fits(name: str, data: LabelledQuestions, *, config: NetworkConfig) -> None:
     for row in data.rows:
         if row.program.depth != config.depth:
             raise InputError(
@@ -318,7 +323,7 @@ def _check_fits(name: str, data: LabelledQuestions, config: NetworkConfig) -> No
             )
 
 
-def _seeded(seed: int, purpose: str, device: torch.device) -> "_Seeded":
+def _seeded(seed: int, purpose: str, *, device: torch.device) -> "_Seeded":
     return _Seeded(
         int.from_bytes(hashlib.sha256(f"{seed}\n{purpose}".encode()).digest()[:7]), device
     )

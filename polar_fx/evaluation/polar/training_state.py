@@ -34,6 +34,7 @@ class TrainingState:
 def save_state(
     path: Path,
     settings: Mapping[str, Any],
+    *,
     state: TrainingState,
     network: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -63,7 +64,7 @@ def save_state(
 
 
 def load_state(
-    path: Path, settings: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path, settings: Mapping[str, Any], *, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> TrainingState:
     """Read a state and put weights and moments in place.
 
@@ -117,11 +118,13 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _first_difference(theirs: Mapping[str, Any], ours: Mapping[str, Any], where: str = "") -> str:
+def _first_difference(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], *, where: str = ""
+) -> str:
     for name in sorted({*theirs, *ours}):
         a, b = theirs.get(name), ours.get(name)
         if isinstance(a, dict) and isinstance(b, dict):
-            if found := _first_difference(a, b, f"{where}{name}."):
+            if found := _first_difference(a, b, where=f"{where}{name}."):
                 return found
         elif a != b:
             return f"{where}{name} is {a!r} there and {b!r} here"

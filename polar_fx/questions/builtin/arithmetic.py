@@ -26,7 +26,7 @@ def _divide(a: int, b: int) -> Row | None:
 
 
 def _cells(
-    sign: str, make: Callable[[int, int], Row | None], digits: str, least: int = 1
+    sign: str, make: Callable[[int, int], Row | None], *, digits: str, least: int = 1
 ) -> tuple[Cell, ...]:
     pairs = [(int(d[0]), int(d[1])) for d in digits.split()]
     return tuple(
@@ -41,22 +41,22 @@ def _examples(make: Callable[[int, int], Row | None], *pairs: tuple[int, int]) -
 
 ADDITION = Task(
     "addition",
-    _cells("+", _add, "11 21 22 32 33"),
+    _cells("+", _add, digits="11 21 22 32 33"),
     _examples(_add, (6, 3), (57, 8), (24, 35), (418, 67)),
 )
 SUBTRACTION = Task(
     "subtraction",
-    _cells("-", _subtract, "11 21 22 32 33"),
+    _cells("-", _subtract, digits="11 21 22 32 33"),
     _examples(_subtract, (9, 4), (62, 7), (85, 31), (346, 58)),
 )
 # a factor of 1 asks for nothing
 MULTIPLICATION = Task(
     "multiplication",
-    _cells("x", _multiply, "11 21 31 22", least=2),
+    _cells("x", _multiply, digits="11 21 31 22", least=2),
     _examples(_multiply, (3, 4), (8, 5), (21, 6), (13, 12)),
 )
 DIVISION = Task(
     "division",
-    _cells("/", _divide, "21 22 31 32", least=2),
+    _cells("/", _divide, digits="21 22 31 32", least=2),
     _examples(_divide, (8, 2), (54, 6), (84, 21), (135, 5)),
 )

@@ -33,6 +33,7 @@ def measures_of(effects: Sequence[Mapping[str, Any]]) -> list[str]:
 def draw_effects(
     axes: np.ndarray,
     effects: Sequence[Mapping[str, Any]],
+    *,
     depth: int,
     kinds: Sequence[EditKind],
     measures: Sequence[str],
@@ -50,20 +51,20 @@ def draw_effects(
         for here, kind in zip(axes[:, column], kinds, strict=True):
             lengths = max((e["length"] for e in effects if e["op"] == kind[0]), default=1)
             cells = [e for e in known if (e["op"], e["times"], e["damping"]) == kind]
-            mesh = _draw_map(here, cells, measure, shape=(lengths, depth), limit=limit)
-            _label_map(here, cells, kind, measure)
+            mesh = _draw_map(here, cells, measure=measure, shape=(lengths, depth), limit=limit)
+            _label_map(here, cells, kind=kind, measure=measure)
         if mesh is not None:
             axes[-1, column].set_xlabel(
                 f"first layer of the edit (gray: not explored; dot: fewer than {FEW} questions)"
             )
-            _draw_bar(axes[:, column], mesh, measure)
+            _draw_bar(axes[:, column], mesh, measure=measure)
 
 
 def _draw_map(
     axes: Axes,
     cells: Sequence[Mapping[str, Any]],
-    measure: str,
     *,
+    measure: str,
     shape: tuple[int, int],
     limit: float,
 ) -> QuadMesh:
@@ -93,7 +94,7 @@ def _draw_map(
 
 
 def _label_map(
-    axes: Axes, cells: Sequence[Mapping[str, Any]], kind: EditKind, measure: str
+    axes: Axes, cells: Sequence[Mapping[str, Any]], *, kind: EditKind, measure: str
 ) -> None:
     n_name, label = MEASURES[measure]
     axes.set_facecolor("#DDDDDD")
@@ -106,7 +107,7 @@ def _label_map(
     axes.set_ylabel("length")
 
 
-def _draw_bar(column: np.ndarray, mesh: QuadMesh, measure: str) -> None:
+def _draw_bar(column: np.ndarray, mesh: QuadMesh, *, measure: str) -> None:
     """The colors of a column of maps."""
     bar = column[0].figure.colorbar(
         mesh,

@@ -31,7 +31,9 @@ ACCURACIES = {
 _MOST_GROUPS = 12  # bars beyond are too thin to read; the tables have all
 
 
-def write_figures(report: Mapping[str, Any], folder: str | Path, format: str = "svg") -> list[Path]:
+def write_figures(
+    report: Mapping[str, Any], folder: str | Path, *, format: str = "svg"
+) -> list[Path]:
     """Draw a report of `analyze` into a folder, which is made; returns the files, `<name of the
     record file>-<figure>.<format>`.
 
@@ -92,9 +94,9 @@ def figures(report: Mapping[str, Any]) -> Iterator[tuple[str, Figure]]:
             width = 0.9 + min(max(4.6, 0.17 * file["depth"]), 8.0)  # of a column
             figure = Figure(figsize=(width * len(measures), 0.5 + MAP_HEIGHT * len(kinds)))
             axes = figure.subplots(len(kinds), len(measures), squeeze=False)
-            draw_effects(axes, file["effects"], file["depth"], kinds, measures)
+            draw_effects(axes, file["effects"], depth=file["depth"], kinds=kinds, measures=measures)
             yield f"{name}-effects", figure
-        yield f"{name}-overview", _overview(file, menu, groups)
+        yield f"{name}-overview", _overview(file, menu, groups=groups)
 
 
 def _single(draw: Any, *data: Any, size: tuple[float, float]) -> Figure:
@@ -104,7 +106,7 @@ def _single(draw: Any, *data: Any, size: tuple[float, float]) -> Figure:
 
 
 def _overview(
-    file: Mapping[str, Any], menu: Mapping[str, Any], groups: Sequence[tuple[str, Any]]
+    file: Mapping[str, Any], menu: Mapping[str, Any], *, groups: Sequence[tuple[str, Any]]
 ) -> Figure:
     found = file["summary"]
     kinds = [
@@ -128,9 +130,9 @@ def _overview(
         draw_effects(
             parts[1].subplots(len(kinds), len(measures), squeeze=False),
             file["effects"],
-            file["depth"],
-            kinds,
-            measures,
+            depth=file["depth"],
+            kinds=kinds,
+            measures=measures,
         )
     budget = f"{file['method']}, {file['simulations']} programs a question, reward {file['reward']}"
     title = (
@@ -278,7 +280,7 @@ def draw_menu(axes: Axes, menu: Mapping[str, Any]) -> None:
         size = len(menu["menus"][name]["curve"]["held_out"]["covered"]) - 1
         most = max(most, size)
         if size and n:
-            _draw_coverage(axes, menu, name, color)
+            _draw_coverage(axes, menu, name=name, color=color)
     if n:
         _draw_bounds(axes, menu)
     axes.set_xscale("log")
@@ -303,7 +305,7 @@ def draw_menu(axes: Axes, menu: Mapping[str, Any]) -> None:
     )
 
 
-def _draw_coverage(axes: Axes, menu: Mapping[str, Any], name: str, color: str) -> None:
+def _draw_coverage(axes: Axes, menu: Mapping[str, Any], *, name: str, color: str) -> None:
     """One way of choosing the menu: covered questions by its size, held out and in sample."""
     label = "identity + K" if name == "with_identity" else "K alone"
     n, curve = menu["held_out"], menu["menus"][name]["curve"]

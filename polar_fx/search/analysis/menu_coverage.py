@@ -54,7 +54,7 @@ class Coverage:
         return {**Share(self.covered[k], self.n).to_dict(), "undecided": self.undecided[k]}
 
 
-def greedy_menu(records: Sequence[SearchRecord], size: int, with_identity: bool) -> RankedMenu:
+def greedy_menu(records: Sequence[SearchRecord], size: int, *, with_identity: bool) -> RankedMenu:
     """Up to `size` programs, each the one that covers most questions that those before it do not
     (greedy maximum coverage).
 
@@ -166,7 +166,7 @@ def _in_first_half(question_id: str) -> bool:
 
 
 def menu_report(
-    train: Sequence[SearchRecord], held_out: Sequence[SearchRecord], ks: Sequence[int]
+    train: Sequence[SearchRecord], held_out: Sequence[SearchRecord], *, ks: Sequence[int]
 ) -> dict[str, Any]:
     """Menus of up to max(ks) programs ranked on `train`, with and without the identity, tried on
     both.
@@ -178,7 +178,7 @@ def menu_report(
     """
     made: dict[str, Any] = {}
     for with_identity, name in ((True, "with_identity"), (False, "without_identity")):
-        menu = greedy_menu(train, max(ks), with_identity)
+        menu = greedy_menu(train, max(ks), with_identity=with_identity)
         parts = {"in_sample": train, "held_out": held_out}
         curves = {part: coverage(menu, records) for part, records in parts.items()}
         made[name] = {

@@ -245,6 +245,7 @@ class SearchFile:
 def analyze(
     files: Sequence[SearchFile],
     held_out: Sequence[SearchFile] = (),
+    *,
     menu_sizes: Sequence[int] = MENU_SIZES,
 ) -> dict[str, Any]:
     """All there is to say about some files, as JSON values.
@@ -275,7 +276,7 @@ def analyze(
             _menus(
                 [f for f in files if _model(f) == model],
                 [f for f in held_out if _model(f) == model],
-                menu_sizes,
+                sizes=menu_sizes,
             )
             for model in models
         ],
@@ -307,7 +308,7 @@ def _model(file: SearchFile) -> tuple[str, int, str]:
 
 
 def _menus(
-    files: Sequence[SearchFile], held_out_files: Sequence[SearchFile], sizes: Sequence[int]
+    files: Sequence[SearchFile], held_out_files: Sequence[SearchFile], *, sizes: Sequence[int]
 ) -> dict[str, Any]:
     train, left_out = merge(_all_records(files)), 0
     if held_out_files:
@@ -325,7 +326,7 @@ def _menus(
         "train": len(train),
         "held_out": len(held_out),
         "left_out": left_out,
-        "menus": menu_report(train, held_out, sorted(set(sizes))),
+        "menus": menu_report(train, held_out, ks=sorted(set(sizes))),
     }
 
 

@@ -16,7 +16,7 @@ def beam(depth: int, config: SearchConfig, rng: random.Random) -> Search:
     """
     kept = [Candidate((), Program.identity(depth))]
     yield from reward_all(kept)
-    sampler = Sampler(depth, config, rng)
+    sampler = Sampler(depth, config, rng=rng)
     share = math.ceil(config.simulations / config.max_edits)
     while growing := [
         candidate.edits for candidate in kept if len(candidate.edits) < config.max_edits

@@ -22,7 +22,7 @@ _MAX_DRAWS = 100  # fruitless draws in a row after which what can be reached is 
 
 
 @lru_cache(maxsize=16)
-def single_edits(depth: int, max_length: int, max_extra: int) -> Edits:
+def single_edits(depth: int, max_length: int, *, max_extra: int) -> Edits:
     """Every single edit of `depth` layers: skips first, then repeats by their runs, each by length
     and start.
 
@@ -85,9 +85,9 @@ class Candidate:
 class Sampler:
     """Draws random programs, none twice and never the identity."""
 
-    def __init__(self, depth: int, config: SearchConfig, rng: random.Random) -> None:
+    def __init__(self, depth: int, config: SearchConfig, *, rng: random.Random) -> None:
         self._depth, self._config, self._rng = depth, config, rng
-        self._edits = single_edits(depth, config.max_length, config.max_extra)
+        self._edits = single_edits(depth, config.max_length, max_extra=config.max_extra)
         self._max_steps = max_steps(depth, config)
         self._seen = {Program.identity(depth)}
 

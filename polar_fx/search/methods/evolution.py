@@ -13,14 +13,18 @@ def evolution(depth: int, config: SearchConfig, rng: random.Random) -> Search:
     """
     alive = [Candidate((), Program.identity(depth))]
     yield from reward_all(alive)
-    sampler = Sampler(depth, config, rng)
+    sampler = Sampler(depth, config, rng=rng)
 
     def parent() -> Edits:
         return min(rng.choices(alive, k=2), key=lambda candidate: candidate.rank).edits
 
     def child() -> Edits:
-        edits = cross(parent(), parent(), config.max_edits, rng) if rng.random() < 0.5 else parent()
-        return mutate(edits, sampler, rng)
+        edits = (
+            cross(parent(), parent(), max_edits=config.max_edits, rng=rng)
+            if rng.random() < 0.5
+            else parent()
+        )
+        return mutate(edits, sampler, rng=rng)
 
     candidates = sampler.batch(config.population, sampler.random_edits)
     while candidates:
@@ -31,7 +35,7 @@ def evolution(depth: int, config: SearchConfig, rng: random.Random) -> Search:
         candidates = sampler.batch(config.population, child)
 
 
-def mutate(edits: Edits, sampler: Sampler, rng: random.Random) -> Edits:
+def mutate(edits: Edits, sampler: Sampler, *, rng: random.Random) -> Edits:
     """Add, remove or replace a random edit."""
     change = rng.choice(("add", "remove", "replace")) if edits else "add"
     if change != "add":
@@ -40,7 +44,7 @@ def mutate(edits: Edits, sampler: Sampler, rng: random.Random) -> Edits:
     return edits if change == "remove" else sampler.grow(edits)
 
 
-def cross(one: Edits, other: Edits, max_edits: int, rng: random.Random) -> Edits:
+def cross(one: Edits, other: Edits, *, max_edits: int, rng: random.Random) -> Edits:
     """Each edit of either parent with even odds, in random order; one that overlaps an earlier one
     is left out.
     """

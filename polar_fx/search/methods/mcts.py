@@ -49,13 +49,15 @@ class Node:
 class Tree:
     """The search of one question. `search` runs it; `format_tree` shows what it found."""
 
-    def __init__(self, depth: int, config: SearchConfig, rng: random.Random) -> None:
+    def __init__(self, depth: int, config: SearchConfig, *, rng: random.Random) -> None:
         self.depth, self.config, self.rng = depth, config, rng
         self.max_steps = max_steps(depth, config)
         # Nested actions address positions of the current path (PoLar, App. B.3), others original
         # layers (RE-PoLar).
         self.actions = single_edits(
-            self.max_steps if config.nested else depth, config.max_length, config.max_extra
+            self.max_steps if config.nested else depth,
+            config.max_length,
+            max_extra=config.max_extra,
         )
         self.root = Node(Program.identity(depth))
         self.nodes = {self.root.program.path: self.root}
@@ -190,7 +192,7 @@ class Tree:
 
 def mcts(depth: int, config: SearchConfig, rng: random.Random) -> Search:
     """Search by Monte Carlo tree search; see `Tree`."""
-    return Tree(depth, config, rng).search()
+    return Tree(depth, config, rng=rng).search()
 
 
 def format_tree(tree: Tree) -> str:

@@ -15,7 +15,7 @@ def scan(depth: int, config: SearchConfig, rng: random.Random) -> Search:
     runs keeps its share.
     """
     yield [Program.identity(depth)]
-    every = single_edits(depth, config.max_length, config.max_extra)
+    every = single_edits(depth, config.max_length, max_extra=config.max_extra)
     edits = [edit for edit in every if 0 < num_steps((edit,), depth) <= max_steps(depth, config)]
     if len(edits) > config.simulations:
         edits = [edits[i * len(edits) // config.simulations] for i in range(config.simulations)]
@@ -26,7 +26,7 @@ def scan(depth: int, config: SearchConfig, rng: random.Random) -> Search:
 def random_search(depth: int, config: SearchConfig, rng: random.Random) -> Search:
     """Random programs of 1 to `max_edits` edits, in one list."""
     yield [Program.identity(depth)]
-    sampler = Sampler(depth, config, rng)
+    sampler = Sampler(depth, config, rng=rng)
     if candidates := sampler.batch(config.simulations, sampler.random_edits):
         yield [candidate.program for candidate in candidates]
 

@@ -65,7 +65,7 @@ def export_official(records: Iterable[SearchRecord], file: str | Path) -> None:
         level = difficulties.pop() if len(difficulties) == 1 else None
         return {} if level is None else {"DIFFICULTY_LEVEL": level}
 
-    _write(Path(file), records, row, rest)
+    _write(Path(file), records, convert=row, rest=rest)
 
 
 def import_official(
@@ -81,7 +81,7 @@ def import_official(
     """
 
     def record(row: Row, index: int, depth: int, level: int | None) -> SearchRecord:
-        info = get(row, "sample_info", dict) if row.get("sample_info") else {}
+        info = get(row, "sample_info", kind=dict) if row.get("sample_info") else {}
         text = _first(row.get("question"), info.get("question"))
         answer = _first(
             row.get("gt_ans"),
@@ -100,9 +100,10 @@ def import_official(
         nested = inner.get("initial_score") if isinstance(inner, Mapping) else None
         score = _first(row.get("initial_transition_metric"), row.get("initial_score"), nested)
         verdicts = _listed(row)
-        return _record(question, depth, _baseline(score, verdicts, depth), verdicts, list(verdicts))
+        right = _baseline(score, verdicts, depth=depth)
+        return _record(question, depth, baseline=right, verdicts=verdicts, order=list(verdicts))
 
-    return _records(Path(file), depth, record)
+    return _records(Path(file), depth, convert=record)
 
 
 def export_re_polar(records: Iterable[SearchRecord], file: str | Path) -> None:
@@ -143,7 +144,7 @@ def export_re_polar(records: Iterable[SearchRecord], file: str | Path) -> None:
             ],
         }
 
-    _write(Path(file), records, row, dict)
+    _write(Path(file), records, convert=row, rest=dict)
 
 
 def import_re_polar(
@@ -165,21 +166,23 @@ def import_re_polar(
     """
 
     def record(row: Row, index: int, depth: int, _: int | None) -> SearchRecord:
-        info = get(row, "sample_info", dict)
-        name = get(info, "query_id", str)
+        info = get(row, "sample_info", kind=dict)
+        name = get(info, "query_id", kind=str)
         verdicts = _listed(row)
         order = list(_visited(row, verdicts)) if row.get("search_trajectory") is not None else []
         # The lists also hold what was evaluated before the search, and all there is in files
         # without a trajectory.
         visited = set(order)
         order += [path for path in verdicts if path not in visited]
-        score = _baseline(row.get("initial_transition_metric"), verdicts, depth)
-        return _record(_question(row, info, name), depth, score, verdicts, order)
+        score = _baseline(row.get("initial_transition_metric"), verdicts, depth=depth)
+        return _record(
+            _question(row, info, name=name), depth, baseline=score, verdicts=verdicts, order=order
+        )
 
-    def _question(row: Row, info: Row, name: str) -> Question:
+    def _question(row: Row, info: Row, *, name: str) -> Question:
         if questions is not None and name in questions:
             return questions[name]
-        level = None if info.get("difficulty") is None else get(info, "difficulty", int)
+        level = None if info.get("difficulty") is None else get(info, "difficulty", kind=int)
         if row.get("question") is None:
             if not without_text:
                 raise InputError(
@@ -187,14 +190,14 @@ def import_re_polar(
                 )
             text, answers = "", ()
         else:
-            text, answers = get(row, "question", str), _answers(row.get("gt_ans"))
+            text, answers = get(row, "question", kind=str), _answers(row.get("gt_ans"))
         own = info.get("answers")
         if isinstance(own, list) and all(isinstance(each, str) for each in own):
             answers = tuple(own)
         cell = _first(info.get("cell"), info.get("domain"), "")
         return Question(name, str(_first(info.get("task"), task)), text, answers, level, str(cell))
 
-    return _records(Path(file), depth, record)
+    return _records(Path(file), depth, convert=record)
 
 
 # Rows to records
@@ -207,7 +210,7 @@ def _listed(row: Row) -> dict[tuple[int, ...], bool]:
         # the official reader asks for the valid ones only
         if not correct and row.get(name) is None:
             continue
-        for i, each in enumerate(get(row, name, list)):
+        for i, each in enumerate(get(row, name, kind=list)):
             path = _path(each, f"{name}[{i}]")
             if found.setdefault(path, correct) is not correct:
                 raise InputError(f"{name}[{i}] is among the valid paths as well")
@@ -220,7 +223,7 @@ def _visited(row: Row, verdicts: dict[tuple[int, ...], bool]) -> Iterator[tuple[
     Raises InputError.
     """
     seen = set()
-    for i, visit in enumerate(get(row, "search_trajectory", list)):
+    for i, visit in enumerate(get(row, "search_trajectory", kind=list)):
         where = f"search_trajectory[{i}]"
         if not isinstance(visit, Mapping):
             raise InputError(f"{where} is {shorten(visit)}, not an object")
@@ -235,7 +238,7 @@ def _visited(row: Row, verdicts: dict[tuple[int, ...], bool]) -> Iterator[tuple[
             yield path
 
 
-def _baseline(score: object, verdicts: Mapping[tuple[int, ...], bool], depth: int) -> bool:
+def _baseline(score: object, verdicts: Mapping[tuple[int, ...], bool], *, depth: int) -> bool:
     """Whether the identity answers right, as the row's score says, or else the list it is in.
 
     Raises InputError.
@@ -252,6 +255,7 @@ def _baseline(score: object, verdicts: Mapping[tuple[int, ...], bool], depth: in
 def _record(
     question: Question,
     depth: int,
+    *,
     baseline: bool,
     verdicts: Mapping[tuple[int, ...], bool],
     order: Iterable[tuple[int, ...]],
@@ -297,7 +301,7 @@ def _first(*values: Any) -> Any:
 
 
 def _records(
-    file: Path, depth: int | None, convert: Callable[[Row, int, int, int | None], SearchRecord]
+    file: Path, depth: int | None, *, convert: Callable[[Row, int, int, int | None], SearchRecord]
 ) -> Iterator[SearchRecord]:
     data = _read(file)
     rows = data.get("samples", list(data.values())) if isinstance(data, dict) else data
@@ -374,6 +378,7 @@ def _gt_ans(question: Question) -> str | None:
 def _write(
     file: Path,
     records: Iterable[SearchRecord],
+    *,
     convert: Callable[[int, SearchRecord], Row],
     rest: Callable[[], Row],
 ) -> None:
@@ -400,7 +405,7 @@ def _write(
         replace_file(file, _compress(parts()) if file.suffix == ".gz" else parts())
     except OSError as error:
         raise RecordFileError(
-            str(file), error.strerror or str(error), "name a file that can be written"
+            str(file), error.strerror or str(error), remedy="name a file that can be written"
         ) from error
 
 
@@ -432,7 +437,7 @@ def _read(file: Path) -> Any:
         raise InputError(f"{file} is not a whole gzip file: {error}") from error
     except OSError as error:
         raise RecordFileError(
-            str(file), error.strerror or str(error), "name a file that can be read"
+            str(file), error.strerror or str(error), remedy="name a file that can be read"
         ) from error
     try:
         data = json.loads(content.decode())

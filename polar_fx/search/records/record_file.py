@@ -125,8 +125,8 @@ class RecordReader:
             raise RecordFileError(
                 str(self.path),
                 f"line {damage.line} is damaged: {damage.reason}; the file was left as it is",
-                "bring back a copy of it, or delete that line and its question is searched again; "
-                "RecordReader(path, strict=False) reads all others",
+                remedy="bring back a copy of it, or delete that line and its question is searched "
+                "again; RecordReader(path, strict=False) reads all others",
             )
         self.damage.append(damage)
         _log.warning("%s: line %d is skipped: %s", self.path, damage.line, damage.reason)
@@ -143,6 +143,7 @@ class RecordStore:
         self,
         path: Path,
         header: SearchHeader,
+        *,
         lock: FileLock,
         file: BinaryIO,
         done: set[str],
@@ -171,7 +172,7 @@ class RecordStore:
                 raise RecordFileError(
                     str(path),
                     "another process is writing to it",
-                    "wait until that ends, or name another file",
+                    remedy="wait until that ends, or name another file",
                 ) from None
         try:
             with _os_errors(path):
@@ -182,15 +183,15 @@ class RecordStore:
                         header, created=datetime.now(UTC).isoformat(timespec="seconds")
                     )
                     replace_file(path, [encode_line(_as_json(header))])
-                return cls._resume(path, header, lock)
+                return cls._resume(path, header, lock=lock)
         except BaseException:
             lock.release()
             raise
 
     @classmethod
-    def _resume(cls, path: Path, header: SearchHeader, lock: FileLock) -> "RecordStore":
+    def _resume(cls, path: Path, header: SearchHeader, *, lock: FileLock) -> "RecordStore":
         reader = RecordReader(path)
-        _check_same(path, reader.header_fields, _as_json(header))
+        _check_same(path, reader.header_fields, here=_as_json(header))
         # Unbuffered, so that a record is one write.
         file = path.open("ab+", buffering=0)
         try:
@@ -206,7 +207,7 @@ class RecordStore:
                 )
                 file.truncate(reader.end)
                 os.fsync(file.fileno())
-            return cls(path, reader.header, lock, file, done, reader.end)
+            return cls(path, reader.header, lock=lock, file=file, done=done, end=reader.end)
         except BaseException:
             file.close()
             raise
@@ -257,8 +258,8 @@ class RecordStore:
                 str(self.path),
                 f"the record of question {record.question.id!r} cannot be written: "
                 f"{error.strerror or error}; the {len(self)} before it are {kept}",
-                f"{'free some space' if full else 'make it a file that can be written'}, then "
-                f"{_RESUME}",
+                remedy=f"{'free some space' if full else 'make it a file that can be written'}, "
+                f"then {_RESUME}",
             ) from error
         self._end += len(line)
         self._done.add(record.question.id)
@@ -296,7 +297,7 @@ class RecordStore:
             reason = f"it has {opened.st_size} bytes instead of {self._end}"
         if reason:
             raise RecordFileError(
-                str(self.path), f"{reason} while this search wrote to it", _RESUME
+                str(self.path), f"{reason} while this search wrote to it", remedy=_RESUME
             )
 
     def _take_back(self) -> bool:
@@ -334,7 +335,7 @@ def _read_header(path: Path, line: bytes) -> dict[str, Any]:
             str(path),
             f"version is {shorten(fields.get('version'))} in the file, and {VERSION} is what this "
             "polar_fx reads",
-            "use the polar_fx that wrote it, or name another file",
+            remedy="use the polar_fx that wrote it, or name another file",
         )
     try:
         return decode_line(line)
@@ -344,11 +345,11 @@ def _read_header(path: Path, line: bytes) -> dict[str, Any]:
 
 def _not_ours(path: Path, reason: str) -> RecordFileError:
     return RecordFileError(
-        str(path), f"line 1 is not a header of search records: {reason}", "name another file"
+        str(path), f"line 1 is not a header of search records: {reason}", remedy="name another file"
     )
 
 
-def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+def _check_same(path: Path, there: Mapping[str, Any], *, here: Mapping[str, Any]) -> None:
     old, new = (
         dict(_flat({name: fields.get(name) for name in _COMPARED})) for fields in (there, here)
     )
@@ -362,7 +363,7 @@ def _check_same(path: Path, there: Mapping[str, Any], here: Mapping[str, Any]) -
         raise RecordFileError(
             str(path),
             f"it is of another search: {', '.join(different)}",
-            "name another file, or begin anew with restart",
+            remedy="name another file, or begin anew with restart",
         )
 
 
@@ -381,5 +382,5 @@ def _os_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RecordFileError(
-            str(path), error.strerror or str(error), "name a file that can be used"
+            str(path), error.strerror or str(error), remedy="name a file that can be used"
         ) from error

@@ -195,17 +195,17 @@ def header_from_fields(fields: Mapping[str, Any]) -> SearchHeader:
 
     Raises InputError naming what is missing or of another type.
     """
-    columns = get(fields, "columns", list)
+    columns = get(fields, "columns", kind=list)
     if tuple(columns) != COLUMNS:
         raise InputError(f"columns is {columns}, not {list(COLUMNS)}")
     return SearchHeader(
-        get(fields, "model", str),
-        get(fields, "depth", int),
-        SearchConfig.from_dict(get(fields, "config", dict)),
-        get(fields, "task", dict),
-        get(fields, "prompt", dict),
-        get(fields, "software", dict),
-        get(fields, "created", str),
+        get(fields, "model", kind=str),
+        get(fields, "depth", kind=int),
+        SearchConfig.from_dict(get(fields, "config", kind=dict)),
+        get(fields, "task", kind=dict),
+        get(fields, "prompt", kind=dict),
+        get(fields, "software", kind=dict),
+        get(fields, "created", kind=str),
     )
 
 
@@ -246,35 +246,37 @@ def record_from_fields(fields: Mapping[str, Any], depth: int) -> SearchRecord:
 
     Raises InputError naming what is missing, of another type, or no program.
     """
-    answers = get(fields, "answers", list)
-    choices = get(fields, "choices", list) if "choices" in fields else []
+    answers = get(fields, "answers", kind=list)
+    choices = get(fields, "choices", kind=list) if "choices" in fields else []
     for name, texts in {"answers": answers, "choices": choices}.items():
         if not all(isinstance(text, str) for text in texts):
             raise InputError(f"{name} is {texts!r}, not a list of texts")
-    difficulty = None if fields.get("difficulty") is None else get(fields, "difficulty", int)
-    id, task, text, cell = (get(fields, name, str) for name in ("id", "task", "question", "cell"))
+    difficulty = None if fields.get("difficulty") is None else get(fields, "difficulty", kind=int)
+    id, task, text, cell = (
+        get(fields, name, kind=str) for name in ("id", "task", "question", "cell")
+    )
     question = Question(id, task, text, tuple(answers), difficulty, cell, tuple(choices))
     explored = []
-    for i, row in enumerate(get(fields, "explored", list)):
+    for i, row in enumerate(get(fields, "explored", kind=list)):
         if not isinstance(row, list) or len(row) != len(COLUMNS):
             raise InputError(f"explored[{i}] is {row!r}, not a list of {', '.join(COLUMNS)}")
         named: dict[str, Any] = dict(zip(COLUMNS, row, strict=True))
         explored.append(
             Explored(_parse(row[0], depth), _verdict_from_fields(named), to_float(named, "reward"))
         )
-    verified = get(fields, "verified", dict) if "verified" in fields else {}
+    verified = get(fields, "verified", kind=dict) if "verified" in fields else {}
     return SearchRecord(
         question,
         depth,
-        _verdict_from_fields(get(fields, "baseline", dict)),
+        _verdict_from_fields(get(fields, "baseline", kind=dict)),
         tuple(explored),
-        None if fields.get("seed") is None else get(fields, "seed", int),
+        None if fields.get("seed") is None else get(fields, "seed", kind=int),
         None if fields.get("seconds") is None else to_float(fields, "seconds"),
         {_parse(text, depth): _verdict_from_fields(each) for text, each in verified.items()},
     )
 
 
-def get(fields: Mapping[str, Any], name: str, kind: type) -> Any:
+def get(fields: Mapping[str, Any], name: str, *, kind: type) -> Any:
     """A field of a known type. Raises InputError."""
     if name not in fields:
         raise InputError(f"{name} is missing")
@@ -330,7 +332,7 @@ def _verdict_from_fields(fields: Mapping[str, Any]) -> Verdict:
         None if fields.get(name) is None else to_float(fields, name)
         for name in ("log_likelihood", "margin")
     )
-    return Verdict(get(fields, "correct", bool), *scores)
+    return Verdict(get(fields, "correct", kind=bool), *scores)
 
 
 def _program_text(program: Program) -> str:

@@ -28,17 +28,21 @@ def test_question_programs_count_verified_verdicts_and_the_trunk() -> None:
     found = record(
         "q",
         Verdict(True),
-        {early: Verdict(True), late: Verdict(True), other: Verdict(True)},
-        {late: False},
+        explored={early: Verdict(True), late: Verdict(True), other: Verdict(True)},
+        verified={late: False},
     )
     assert (
         question_programs(found, 2).valid == (other,)
         and question_programs(found, 2).identity_correct
     )
     assert question_programs(found, 0).valid == (early, other)
-    overturned = record("q", Verdict(True), {other: Verdict(True)}, {IDENTITY: False, other: True})
+    overturned = record(
+        "q", Verdict(True), explored={other: Verdict(True)}, verified={IDENTITY: False, other: True}
+    )
     assert not question_programs(overturned, 2).identity_correct
-    confirmed = record("q", Verdict(False), {late: Verdict(False)}, {IDENTITY: True})
+    confirmed = record(
+        "q", Verdict(False), explored={late: Verdict(False)}, verified={IDENTITY: True}
+    )
     assert question_programs(confirmed, 2).identity_correct
 
 
@@ -50,7 +54,7 @@ def _searched(name: str, count: int) -> tuple[list[SearchRecord], dict[str, Tens
     records, features = [], {}
     for i in range(count):
         program = parse("repeat 4") if i % 2 else parse("skip 3")
-        records.append(simple(f"{name}{i}", {program, parse("skip 0")}, {parse("skip 5")}))
+        records.append(simple(f"{name}{i}", {program, parse("skip 0")}, wrong={parse("skip 5")}))
         states = torch.randn(4, 3, generator=generator) * 0.1
         states[:, 0] += 2.0 * (-1) ** i
         features[f"{name}{i}"] = states
@@ -62,16 +66,22 @@ NETWORK = NetworkConfig(DEPTH, 3, width=16, heads=2, blocks=1, dropout=0.0, resi
 
 def test_the_arm_learns_what_is_planted() -> None:
     (train, features), (validation, held_out) = _searched("train", 32), _searched("validation", 8)
-    unanswered = simple("none", set(), {parse("skip 5")})
+    unanswered = simple("none", set(), wrong={parse("skip 5")})
     off = record(
         "off",
         Verdict(True),
-        {parse("skip 0"): Verdict(True)},
-        {IDENTITY: False, parse("skip 0"): False},
+        explored={parse("skip 0"): Verdict(True)},
+        verified={IDENTITY: False, parse("skip 0"): False},
     )
     config = NetworkTraining(learning_rate=5e-3, batch_size=8, epochs=25, seed=1)
     trained, counts = train_polar_arm(
-        [*train, unanswered, off], validation, features | held_out, DEPTH, 2, NETWORK, config
+        [*train, unanswered, off],
+        validation,
+        token_features_by_id=features | held_out,
+        depth=DEPTH,
+        num_steps=2,
+        network=NETWORK,
+        training=config,
     )
     assert counts["train"].labels.questions == 34 and counts["train"].labels.unanswered == 2
     assert (
@@ -91,7 +101,13 @@ def test_the_arm_learns_what_is_planted() -> None:
     for programs in arm.beam(asked):
         assert 1 <= len(programs) <= 5 and len(set(programs)) == len(programs)
     again, _ = train_polar_arm(
-        [*train, unanswered, off], validation, features | held_out, DEPTH, 2, NETWORK, config
+        [*train, unanswered, off],
+        validation,
+        token_features_by_id=features | held_out,
+        depth=DEPTH,
+        num_steps=2,
+        network=NETWORK,
+        training=config,
     )
     assert again.history == trained.history
 
@@ -99,13 +115,32 @@ def test_the_arm_learns_what_is_planted() -> None:
 def test_records_and_features_that_do_not_fit_are_refused() -> None:
     train, features = _searched("train", 4)
     with pytest.raises(InputError, match="question 'train0' is in train and in validation"):
-        train_polar_arm(train, train[:1], features, DEPTH, 2, NETWORK)
+        train_polar_arm(
+            train,
+            train[:1],
+            token_features_by_id=features,
+            depth=DEPTH,
+            num_steps=2,
+            network=NETWORK,
+        )
     with pytest.raises(InputError, match="validation question 'train2' has no token features"):
         train_polar_arm(
-            train[:2], train[2:], {q: features[q] for q in ("train0", "train1")}, DEPTH, 2, NETWORK
+            train[:2],
+            train[2:],
+            token_features_by_id={q: features[q] for q in ("train0", "train1")},
+            depth=DEPTH,
+            num_steps=2,
+            network=NETWORK,
         )
     with pytest.raises(InputError, match="no label rows"):
-        train_polar_arm(train, [simple("x", set())], features, DEPTH, 2, NETWORK)
+        train_polar_arm(
+            train,
+            [simple("x", set())],
+            token_features_by_id=features,
+            depth=DEPTH,
+            num_steps=2,
+            network=NETWORK,
+        )
 
 
 class Said(PolarNetwork):
@@ -157,4 +192,4 @@ def test_budget_takes_the_likeliest_that_fits() -> None:
     for features, program in zip(asked, arm.budget(asked, 0.75), strict=True):
         with torch.no_grad():
             boundary, op = network(features[None], torch.ones(1, len(features), dtype=torch.bool))
-        assert program == decode_budget(boundary[0], op[0], 4, exact=False).program
+        assert program == decode_budget(boundary[0], op[0], budget=4, exact=False).program

@@ -27,14 +27,16 @@ def logit(probability: float) -> float:
     return math.log(probability / (1 - probability))
 
 
-def random_logits(seed: int, depth: int, ops: int = 3) -> tuple[Tensor, Tensor]:
+def random_logits(seed: int, depth: int, *, ops: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return 2 * torch.randn(depth, generator=generator), 2 * torch.randn(
         depth, ops, generator=generator
     )
 
 
-def everything(boundary_logits: Tensor, op_logits: Tensor, max_length: int) -> Iterator[Derivation]:
+def everything(
+    boundary_logits: Tensor, op_logits: Tensor, *, max_length: int
+) -> Iterator[Derivation]:
     """Every segmentation with all ops, straight from the definition."""
     depth = len(boundary_logits)
     probabilities, op_probabilities = (
@@ -124,7 +126,7 @@ def test_beam_is_the_best_of_one_segmentation(seed: int) -> None:
 
     found = (
         each
-        for each in everything(boundary_logits, op_logits, 2)
+        for each in everything(boundary_logits, op_logits, max_length=2)
         if each[0] == starts and allowed(each[1])
     )
     best = sorted(found, key=lambda each: -each[2])[:5]
@@ -153,8 +155,8 @@ def test_skipping_everything_is_the_identity() -> None:
 )
 @pytest.mark.parametrize("seed", range(4))
 def test_joint_is_exact(depth: int, ops: int, max_length: int, seed: int) -> None:
-    logits = random_logits(seed, depth, ops)
-    want = ranked(everything(*logits, max_length), depth)
+    logits = random_logits(seed, depth, ops=ops)
+    want = ranked(everything(*logits, max_length=max_length), depth)
     for count in (1, 5, 30):
         assert_same(decode_joint(*logits, count=count, max_length=max_length), want[:count])
 
@@ -167,7 +169,7 @@ def test_joint_counts_a_program_once() -> None:
     assert (
         len({each.program for each in got})
         == len(got)
-        == len(ranked(everything(torch.zeros(4), torch.zeros(4, 3), 4), 4))
+        == len(ranked(everything(torch.zeros(4), torch.zeros(4, 3), max_length=4), 4))
     )
 
 
@@ -203,8 +205,8 @@ def test_joint_finds_what_thresholding_averages_away() -> None:
 @pytest.mark.parametrize("depth, ops, max_length", [(1, 3, 4), (4, 3, 4), (5, 3, 2), (4, 4, 3)])
 @pytest.mark.parametrize("seed", range(3))
 def test_budget_is_exact(depth: int, ops: int, max_length: int, seed: int) -> None:
-    logits = random_logits(seed, depth, ops)
-    found = [each for each in everything(*logits, max_length) if each[1]]
+    logits = random_logits(seed, depth, ops=ops)
+    found = [each for each in everything(*logits, max_length=max_length) if each[1]]
     got = None
     for budget in range(1, depth * (ops - 1) + 1):
         for exact in (True, False):
@@ -213,9 +215,9 @@ def test_budget_is_exact(depth: int, ops: int, max_length: int, seed: int) -> No
                 for each in found
                 if len(each[1]) == budget or (not exact and len(each[1]) < budget)
             ]
-            got = decode_budget(*logits, budget, exact=exact, max_length=max_length)
+            got = decode_budget(*logits, budget=budget, exact=exact, max_length=max_length)
             assert_same([got], ranked(iter(fits), depth)[:1])
-    assert decode_budget(*logits, 99, exact=False, max_length=max_length) == got
+    assert decode_budget(*logits, budget=99, exact=False, max_length=max_length) == got
 
 
 def test_budget_by_hand() -> None:
@@ -224,15 +226,17 @@ def test_budget_by_hand() -> None:
     """
     op_logits = torch.tensor([[0.2, 0.7, 0.1], [0.4, 0.5, 0.1], [0.3, 0.4, 0.3]]).log()
     logits = torch.full((3,), 30.0), op_logits
-    paths = [decode_budget(*logits, budget).program.path for budget in range(1, 7)]
+    paths = [decode_budget(*logits, budget=budget).program.path for budget in range(1, 7)]
     assert paths == [(0,), (0, 2), (0, 1, 2), (0, 1, 2, 2), (0, 1, 1, 2, 2), (0, 0, 1, 1, 2, 2)]
-    assert math.exp(decode_budget(*logits, 2).log_probability) == pytest.approx(0.7 * 0.4 * 0.4)
-    assert decode_budget(*logits, 6, exact=False).program.is_identity
+    assert math.exp(decode_budget(*logits, budget=2).log_probability) == pytest.approx(
+        0.7 * 0.4 * 0.4
+    )
+    assert decode_budget(*logits, budget=6, exact=False).program.is_identity
 
 
 def test_budget_never_gives_the_empty_program() -> None:
     logits = torch.full((3,), 4.0), torch.tensor([9.0, 1.0, -9.0]).expand(3, -1)
-    assert decode_budget(*logits, 2, exact=False).program.num_steps == 1
+    assert decode_budget(*logits, budget=2, exact=False).program.num_steps == 1
 
 
 # Inputs
@@ -255,8 +259,8 @@ def test_logits_of_a_network_in_half_precision() -> None:
         (lambda b, o: decode_beam(b, o, beam=0), "beam is 0"),
         (lambda b, o: decode_beam(b, o, top_ops=0), "top_ops is 0"),
         (lambda b, o: segment_starts(b, max_length=0), "max_length is 0"),
-        (lambda b, o: decode_budget(b, o, 0), "budget is 0"),
-        (lambda b, o: decode_budget(b, o, 9), "budget is 9"),
+        (lambda b, o: decode_budget(b, o, budget=0), "budget is 0"),
+        (lambda b, o: decode_budget(b, o, budget=9), "budget is 9"),
     ],
 )
 def test_refused(call, message: str) -> None:

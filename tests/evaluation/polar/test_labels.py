@@ -23,7 +23,7 @@ def starts(program: Program) -> list[int]:
     return [layer for layer, bit in enumerate(parse_labels(program).boundaries) if bit]
 
 
-def best_parse(path: tuple[int, ...], depth: int, max_length: int = 4, repeat_times: int = 2):
+def best_parse(path: tuple[int, ...], depth: int, *, max_length: int = 4, repeat_times: int = 2):
     """The rules of PoLar's parser, word by word, as a dynamic program over every move: (size,
     class) of the segments, or None.
     """
@@ -71,7 +71,7 @@ def test_labels_are_the_best_parse(limits: tuple[int, int]) -> None:
     rng, parsed = random.Random(0), 0
     for _ in range(300):
         program = random_program(rng, rng.randint(1, 14))
-        want = best_parse(program.path, program.depth, *limits)
+        want = best_parse(program.path, program.depth, max_length=limits[0], repeat_times=limits[1])
         if want is None:
             with pytest.raises(NotSegmentableError):
                 parse_labels(program, max_length=limits[0], repeat_times=limits[1])
@@ -235,7 +235,7 @@ def test_losses_by_hand() -> None:
         torch.tensor([[1.0, 0.0, 1.0], [1.0, 0.0, 0.0]]),
         torch.tensor([[1, 1, 0], [0, 0, 0]]),
     )
-    boundary, op = label_losses(boundary_logits, op_logits, boundaries, ops)
+    boundary, op = label_losses(boundary_logits, op_logits, boundaries=boundaries, ops=ops)
     assert boundary.tolist() == pytest.approx(
         [(math.log(4) + math.log(4 / 3)) / 2, (math.log(2) + math.log(4)) / 2]
     )
@@ -246,7 +246,7 @@ def test_losses_of_one_layer() -> None:
     boundary, op = label_losses(
         torch.zeros(1, 1),
         torch.zeros(1, 1, 3),
-        torch.ones(1, 1),
-        torch.ones(1, 1, dtype=torch.int64),
+        boundaries=torch.ones(1, 1),
+        ops=torch.ones(1, 1, dtype=torch.int64),
     )
     assert boundary.tolist() == [0.0] and op.tolist() == pytest.approx([math.log(3)])

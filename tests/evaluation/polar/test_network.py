@@ -20,7 +20,12 @@ from polar_fx.evaluation.polar.labels import (
     parse_labels,
 )
 from polar_fx.evaluation.polar.network import NetworkConfig, PolarNetwork, pad_features
-from polar_fx.evaluation.polar.training import LabelledQuestions, NetworkTraining, train_network
+from polar_fx.evaluation.polar.training import (
+    LabelledQuestions,
+    NetworkTraining,
+    TrainedNetwork,
+    train_network,
+)
 from polar_fx.program import Program
 
 SIZES: dict[str, Any] = dict(depth=5, feature_size=6, width=8, heads=2, blocks=1, dropout=0.1)
@@ -60,7 +65,7 @@ def test_forward_by_hand() -> None:
     net, (question,) = network(blocks=2), tokens(3)
     weights = dict(net.named_parameters())
 
-    def attend(name: str, queries: Tensor, keys: Tensor) -> Tensor:
+    def attend(name: str, queries: Tensor, *, keys: Tensor) -> Tensor:
         w, b = weights[f"{name}.in_proj_weight"].chunk(3), weights[f"{name}.in_proj_bias"].chunk(3)
         q, k, v = (
             (x @ w[i].T + b[i]).unflatten(-1, (2, 4)).transpose(0, 1)
@@ -78,9 +83,11 @@ def test_forward_by_hand() -> None:
         ).sqrt()
         return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
 
-    x = attend("cross_attention", weights["layer_queries"], linear("token_projection", question))
+    x = attend(
+        "cross_attention", weights["layer_queries"], keys=linear("token_projection", question)
+    )
     for i in range(2):
-        x = norm(f"blocks.{i}.norm1", x + attend(f"blocks.{i}.self_attn", x, x))
+        x = norm(f"blocks.{i}.norm1", x + attend(f"blocks.{i}.self_attn", x, keys=x))
         x = norm(
             f"blocks.{i}.norm2",
             x + linear(f"blocks.{i}.linear2", linear(f"blocks.{i}.linear1", x).relu()),
@@ -162,7 +169,7 @@ def test_bad_sizes(settings: dict) -> None:
 # Training
 
 
-def labelled(count: int, first: int = 0, size: int = 6) -> LabelledQuestions:
+def labelled(count: int, first: int = 0, *, size: int = 6) -> LabelledQuestions:
     """Questions of four kinds, each with its program; the kind shows in which feature is large."""
     features = tokens(*([2, 3] * count), size=size)[:count]
     found = []
@@ -178,6 +185,10 @@ NETWORK = NetworkConfig(**{**SIZES, "residual": True})
 QUICK = NetworkTraining(learning_rate=3e-3, batch_size=8, epochs=4)
 
 
+def toy_training(config: NetworkTraining, **more: Any) -> TrainedNetwork:
+    return train_network(TRAIN, VALIDATION, network_config=NETWORK, config=config, **more)
+
+
 def same_weights(a: PolarNetwork, b: PolarNetwork) -> bool:
     return all(
         torch.equal(x, y)
@@ -186,8 +197,8 @@ def same_weights(a: PolarNetwork, b: PolarNetwork) -> bool:
 
 
 def test_training_learns_which_program_a_question_takes() -> None:
-    trained = train_network(
-        TRAIN, VALIDATION, NETWORK, NetworkTraining(learning_rate=2e-2, batch_size=8, epochs=40)
+    trained = toy_training(
+        NetworkTraining(learning_rate=2e-2, batch_size=8, epochs=40),
     )
     losses = [each["validation_loss"] for each in trained.history["epochs"]]
     assert min(losses) < 0.3 < losses[0] and trained.history["best_validation_loss"] == min(losses)
@@ -204,15 +215,15 @@ def test_training_learns_which_program_a_question_takes() -> None:
 
 
 def test_the_network_returned_is_the_best_one() -> None:
-    trained = train_network(
-        TRAIN, VALIDATION, NETWORK, NetworkTraining(learning_rate=0.3, batch_size=8, epochs=6)
+    trained = toy_training(
+        NetworkTraining(learning_rate=0.3, batch_size=8, epochs=6),
     )
     assert trained.history["best_epoch"] < 6
     with torch.no_grad():
         index = [VALIDATION.index[row.question] for row in VALIDATION.rows]
         boundary, op = trained.network(*pad_features([VALIDATION.features[i] for i in index]))
     boundaries, ops, weights = label_tensors(VALIDATION.rows)
-    losses = label_losses(boundary, op, boundaries, ops)
+    losses = label_losses(boundary, op, boundaries=boundaries, ops=ops)
     loss = (weights * sum(losses)).sum() / weights.sum()
     assert loss.item() == pytest.approx(trained.history["best_validation_loss"], rel=1e-4)
 
@@ -221,11 +232,13 @@ def test_a_seed_gives_the_same_network_and_leaves_the_callers_numbers() -> None:
     torch.manual_seed(5)
     want = torch.rand(1)
     torch.manual_seed(5)
-    first = train_network(TRAIN, VALIDATION, NETWORK, QUICK)
+    first = toy_training(QUICK)
     assert torch.rand(1) == want
-    again = train_network(TRAIN, VALIDATION, NETWORK, QUICK)
+    again = toy_training(QUICK)
     assert same_weights(first.network, again.network) and first.history == again.history
-    other = train_network(TRAIN, VALIDATION, NETWORK, NetworkTraining(**{**vars(QUICK), "seed": 1}))
+    other = toy_training(
+        NetworkTraining(**{**vars(QUICK), "seed": 1}),
+    )
     assert not same_weights(first.network, other.network)
 
 
@@ -242,7 +255,9 @@ def test_each_epoch_sees_every_row_in_another_order(monkeypatch: pytest.MonkeyPa
         TRAIN.questions, TRAIN.features, [row for row in TRAIN.rows if not row.program.is_identity]
     )
     monkeypatch.setattr("polar_fx.evaluation.polar.training.pad_features", spy)
-    train_network(data, data, NETWORK, NetworkTraining(batch_size=8, epochs=3))
+    train_network(
+        data, data, network_config=NETWORK, config=NetworkTraining(batch_size=8, epochs=3)
+    )
     # training, validation, training ...
     passes = [seen[i : i + 16] for i in range(0, len(seen), 16)]
     assert len(passes) == 6 and all(sorted(each) == list(range(16)) for each in passes)
@@ -263,10 +278,14 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, after: int) -> No
         if seen == [*range(1, after + 1)]:
             raise Stop
 
-    whole = train_network(TRAIN, VALIDATION, NETWORK, QUICK)
+    whole = toy_training(QUICK)
     with pytest.raises(Stop):
-        train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file, progress=progress)
-    resumed = train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file, progress=progress)
+        toy_training(
+            QUICK,
+            state_file=file,
+            progress=progress,
+        )
+    resumed = toy_training(QUICK, state_file=file, progress=progress)
     assert seen == [1, 2, 3, 4]
     assert same_weights(whole.network, resumed.network) and whole.history == resumed.history
     assert [each.name for each in file.parent.iterdir()] == ["state.safetensors"]
@@ -274,28 +293,27 @@ def test_training_goes_on_where_it_was_stopped(tmp_path: Path, after: int) -> No
 
 def test_a_state_file_that_does_not_fit(tmp_path: Path) -> None:
     file = tmp_path / "state"
-    train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file)
+    toy_training(QUICK, state_file=file)
     good = file.read_bytes()
     with pytest.raises(InputError, match=r"training\.epochs is 4 there and 5 here"):
-        train_network(
-            TRAIN,
-            VALIDATION,
-            NETWORK,
+        toy_training(
             NetworkTraining(**{**vars(QUICK), "epochs": 5}),
             state_file=file,
         )
     with pytest.raises(InputError, match=r"network\.residual"):
-        train_network(TRAIN, VALIDATION, NetworkConfig(**SIZES), QUICK, state_file=file)
+        train_network(
+            TRAIN, VALIDATION, network_config=NetworkConfig(**SIZES), config=QUICK, state_file=file
+        )
     with pytest.raises(InputError, match="data is"):
-        train_network(VALIDATION, TRAIN, NETWORK, QUICK, state_file=file)
+        train_network(VALIDATION, TRAIN, network_config=NETWORK, config=QUICK, state_file=file)
     assert file.read_bytes() == good
     file.write_bytes(good[: len(good) // 2])
     with pytest.raises(InputError, match="cannot be read"):
-        train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file)
+        toy_training(QUICK, state_file=file)
     file.write_bytes(good)
     save_file(load_file(file), file)  # without what the header tells
     with pytest.raises(InputError, match="not a training state"):
-        train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file)
+        toy_training(QUICK, state_file=file)
 
 
 def test_a_write_that_fails_leaves_the_state_before(
@@ -311,13 +329,17 @@ def test_a_write_that_fails_leaves_the_state_before(
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        train_network(TRAIN, VALIDATION, NETWORK, QUICK, state_file=file, progress=progress)
+        toy_training(
+            QUICK,
+            state_file=file,
+            progress=progress,
+        )
     assert [file.read_bytes()] == before and list(tmp_path.iterdir()) == [file]
 
 
 def test_early_stopping() -> None:
     config = NetworkTraining(learning_rate=1.0, batch_size=8, epochs=50, patience=2)
-    history = train_network(TRAIN, VALIDATION, NETWORK, config).history
+    history = toy_training(config).history
     assert history["stopped_early"] and len(history["epochs"]) == history["best_epoch"] + 2 < 50
 
 
@@ -328,7 +350,7 @@ def test_learning_rates_by_hand() -> None:
     assert rates[10] == 1.0 and rates[20] == pytest.approx(0.5) and 0 < rates[29] < 0.01
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert NetworkTraining(warmup_steps=0).learning_rate_at(0, 1) == 1e-3
-    history = train_network(TRAIN, VALIDATION, NETWORK, QUICK).history
+    history = toy_training(QUICK).history
     # 18 rows are 3 steps
     assert history["epochs"][0]["learning_rate"] == pytest.approx(QUICK.learning_rate * 0.3)
 
@@ -342,7 +364,7 @@ def test_the_writer_gets_every_loss() -> None:
             self.seen[tag, global_step] = scalar_value
 
     writer = Writer()
-    history = train_network(TRAIN, VALIDATION, NETWORK, QUICK, writer=writer).history
+    history = toy_training(QUICK, writer=writer).history
     for each in history["epochs"]:
         epoch = each.pop("epoch")
         assert each == {
@@ -366,7 +388,10 @@ def test_rows_count_by_their_weight() -> None:
     ]
     data = LabelledQuestions(TRAIN.questions, TRAIN.features, rows)
     trained = train_network(
-        data, data, NETWORK, NetworkTraining(learning_rate=1e-2, batch_size=8, epochs=15)
+        data,
+        data,
+        network_config=NETWORK,
+        config=NetworkTraining(learning_rate=1e-2, batch_size=8, epochs=15),
     )
     with torch.no_grad():
         boundary_logits, op_logits = trained.network(*pad_features(TRAIN.features[:1]))
@@ -384,15 +409,19 @@ def test_rows_count_by_their_weight() -> None:
         (lambda: LabelledQuestions(["a"], tokens(1), TRAIN.rows), "'q0', which has no features"),
         (lambda: LabelledQuestions(["a"], tokens(1), ()), "no label rows"),
         (
-            lambda: train_network(TRAIN, VALIDATION, NetworkConfig(**{**SIZES, "depth": 4})),
+            lambda: train_network(
+                TRAIN, VALIDATION, network_config=NetworkConfig(**{**SIZES, "depth": 4})
+            ),
             "of 5 layers, the network of 4",
         ),
         (
-            lambda: train_network(TRAIN, labelled(4, size=7), NETWORK),
+            lambda: train_network(TRAIN, labelled(4, size=7), network_config=NETWORK),
             r"validation features of question 'q0'.*\[2, 7\]",
         ),
         (
-            lambda: train_network(TRAIN, VALIDATION, NETWORK, NetworkTraining(learning_rate=1e30)),
+            lambda: toy_training(
+                NetworkTraining(learning_rate=1e30),
+            ),
             "lower the learning rate",
         ),
         (lambda: NetworkTraining(learning_rate=0.0), "learning_rate is 0.0"),
@@ -410,6 +439,8 @@ def test_more_repeats_than_the_network_has_classes_for() -> None:
     rows = label_rows([QuestionPrograms("q", False, (thrice,))], 5, repeat_times=3).rows
     data = LabelledQuestions(["q"], tokens(2), rows)
     with pytest.raises(InputError, match="runs a segment 3 times"):
-        train_network(data, data, NETWORK, QUICK)
-    trained = train_network(data, data, NetworkConfig(**{**SIZES, "repeat_times": 3}), QUICK)
+        train_network(data, data, network_config=NETWORK, config=QUICK)
+    trained = train_network(
+        data, data, network_config=NetworkConfig(**{**SIZES, "repeat_times": 3}), config=QUICK
+    )
     assert trained.network(*pad_features(tokens(2)))[1].shape == (1, 5, 4)
