@@ -320,14 +320,14 @@ KINDS: tuple[Callable[[Setting], Found], ...] = (
     generate,
     beams,
     dispatch,
-    conversation,
     engine,
+    conversation,  # in blocks alone
 )
 
 
 def call(setting: Setting) -> dict[str, Any]:
     """One random call as JSON values, and how it was judged."""
-    kinds = KINDS if setting.compiled.runner.together else KINDS[:-2]
+    kinds = KINDS if setting.compiled.runner.together else KINDS[:-1]
     kind = setting.rng.choice(kinds)
     found = kind(setting)
     return {"kind": kind.__name__, "worst": found.worst, **found.asked}

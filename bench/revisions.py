@@ -90,7 +90,7 @@ def compare(
 
 def main() -> None:
     """Measure and write the JSON file."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("checkouts", nargs="+", metavar="NAME=FOLDER")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--prompt-tokens", type=int, default=128)

@@ -67,9 +67,9 @@ def test_an_untraced_model_says_so(untraced: CompiledModel) -> None:
         "from the symbol table on disk; nothing was traced" in report.text()
         and "what it did" not in report.text()
     )
-    assert explanation.would_trace and len(explanation.missing) == 5
+    assert explanation.would_trace and len(explanation.missing) == 6
     assert {r.state for r in (*explanation.prefill, *explanation.decode)} == {TO_COMPILE}
-    assert "the first call will trace the model and compile 5 regions" in explanation.text()
+    assert "the first call will trace the model and compile 6 regions" in explanation.text()
 
 
 def test_a_traced_model_says_how(store: ArtifactStore) -> None:

@@ -94,7 +94,6 @@ class Session:
         self,
         program: Program,
         ids: Tensor,
-        *,
         positions: Tensor,
         index: Tensor,
         slots: Sequence[tuple[Tensor, Tensor]],

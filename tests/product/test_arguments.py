@@ -48,6 +48,9 @@ BY_POSITION = {
     ("polar_fx/graph_files/onnx_graphs.py", "_Links.lerp"): CALLED,
     ("polar_fx/search/records/formats.py", "import_official.record"): CALLED,
     ("polar_fx/search/records/formats.py", "import_re_polar.record"): CALLED,
+    ("tests/graph_files/test_onnx_files.py", "Session.interpret"): CALLED,
+    ("tests/support/plain_loop.py", "_Blends.after"): CALLED,
+    ("tests/support/plain_loop.py", "_Blends.before"): CALLED,
     ("tests/training/test_pipeline.py", "World.dense"): CALLED,
 }
 

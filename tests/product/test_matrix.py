@@ -122,11 +122,11 @@ def test_a_pair_that_was_measured_needs_no_environment(
 ) -> None:
     monkeypatch.setattr(matrix, "RESULTS", tmp_path / "results.json")
     monkeypatch.setattr(matrix, "TABLE", tmp_path / "versions.md")
-    monkeypatch.setattr(matrix, "measure", lambda pair, *_: _result(*pair))
+    monkeypatch.setattr(matrix, "measure", lambda pair, *_, **__: _result(*pair))
     arguments = ["--folder", str(tmp_path / "environments"), "--pair", "2.13.0:5.24.0"]
     matrix.main(arguments)
     assert matrix.load(matrix.RESULTS) == [_result("2.13.0", "5.24.0")] and matrix.TABLE.exists()
-    monkeypatch.setattr(matrix, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(matrix, "measure", lambda *_, **__: pytest.fail("measured again"))
     matrix.main(arguments)
 
 

@@ -69,10 +69,12 @@ def copied(store: ArtifactStore, first: CompiledModel, tmp_path: Path) -> Artifa
 def test_the_first_start_traces_the_model_and_compiles_six_regions(
     first: CompiledModel, store: ArtifactStore
 ) -> None:
-    # prologue and layer for a prompt and for one token, the head for one token
+    # prologue and layer for a prompt and for one token, the layer's keys and values for a prompt's
+    # last step, the head for one token
     wanted = {
         ("prologue", "T=2+"),
         ("layer_kind_0", "T=2+"),
+        ("layer_kind_0.kv", "T=2+"),
         ("prologue", "T=1"),
         ("layer_kind_0", "T=1"),
         ("epilogue", "T=1"),
@@ -147,7 +149,7 @@ def test_a_hundred_programs_need_nothing_more(first: CompiledModel, store: Artif
     assert (
         not warm.library.is_traced
         and sources_of(warm) == ["loaded"] * 6
-        and len(store.entries()) == 6
+        and len(store.entries()) == 7
     )
 
 

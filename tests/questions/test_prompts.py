@@ -237,7 +237,8 @@ def test_fields_of_a_template(fields: dict[str, Any], message: str) -> None:
 def test_unknown_prompts() -> None:
     with pytest.raises(
         InputError,
-        match="unknown prompt 'cot'; use one of few-shot, direct, plain, or make a PromptTemplate",
+        match="unknown prompt 'cot'; use one of few-shot, direct, plain, choices, choices-norm, or "
+        "make a PromptTemplate",
     ):
         get_template("cot")
     with pytest.raises(

@@ -44,7 +44,7 @@ def test_svg_figures_are_whole_and_the_same_each_time(tmp_path: Path) -> None:
 
 def test_png_figures_of_several_files(tmp_path: Path) -> None:
     write_figures = pytest.importorskip("polar_fx.search.analysis.figures").write_figures
-    drawn = write_figures(_report(SAMPLES, "a/run.jsonl", "b/run.jsonl"), tmp_path, "png")
+    drawn = write_figures(_report(SAMPLES, "a/run.jsonl", "b/run.jsonl"), tmp_path, format="png")
     assert [path.name for path in drawn if "overview" in path.name] == [
         "run-overview.png",
         "run-2-overview.png",
@@ -98,7 +98,7 @@ def test_figures_say_how_many(tmp_path: Path) -> None:
 def test_bad_figure_arguments(tmp_path: Path) -> None:
     write_figures = pytest.importorskip("polar_fx.search.analysis.figures").write_figures
     with pytest.raises(InputError, match="unknown figure format 'gif'; use one of svg, png"):
-        write_figures(_report(SAMPLES), tmp_path, "gif")
+        write_figures(_report(SAMPLES), tmp_path, format="gif")
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"cannot make the folder .*file"):
         write_figures(_report(SAMPLES), tmp_path / "file")

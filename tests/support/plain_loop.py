@@ -23,12 +23,12 @@ class _Blends:
         self.steps, self.saved = program.schedule(), []
         self.opened = self.closed = 0
 
-    def before(self, layer: nn.Module, args: Any, *, kwargs: Any) -> None:
+    def before(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         self.saved += [hidden] * self.steps[self.opened].opens
         self.opened += 1
 
-    def after(self, layer: nn.Module, args: Any, *, result: Any) -> Any:
+    def after(self, layer: nn.Module, args: Any, result: Any) -> Any:
         hidden = result[0] if isinstance(result, tuple) else result
         for damping in self.steps[self.closed].closes:
             before = self.saved.pop()
