@@ -6,6 +6,7 @@ import argparse
 import random
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -38,7 +39,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     seed = random.SystemRandom().randrange(10**6) if options.seed is None else options.seed
     model, tokenizer = load_model(options)
     asked = _asked(tokenizer, notes["tasks"], count=options.questions, seed=seed)
-    longest = max(len(each["ids"]) for each in asked) + NEW_TOKENS
+    encoded = [each["encoded"] for each in asked]
+    longest = max(len(e.prefix) + len(e.prompt) for e in encoded) + NEW_TOKENS
     compiled = compile_model(model, options, max_length=row_length(model, longest))
     compiled.dispatch_by(DEFAULT)
     compile_s = warm_up(compiled, None)
@@ -76,7 +78,7 @@ def _asked(tokenizer: Any, tasks: list[str], *, count: int, seed: int) -> list[d
                 "task": question.task,
                 "question": question.question,
                 "right": list(question.answers),
-                "ids": [*encoded.prefix, *encoded.prompt],
+                "encoded": encoded,
                 "stop": template.decode_stop(tokenizer),
             }
         )
@@ -87,23 +89,12 @@ def _answer(
     generate: Callable[..., Any], tokenizer: Any, *, asked: dict[str, Any]
 ) -> dict[str, Any]:
     """The greedy answer up to its stop, how long it took, and what was run, if that was chosen."""
-    import torch
-
+    from ..judge.by_generation import generate_arguments
     from .stopwatch import Stopwatch
 
-    watch, ids = Stopwatch(), torch.tensor([asked["ids"]])
-    stop = asked["stop"]
-    out = generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW_TOKENS,
-        do_sample=False,
-        eos_token_id=list(stop.token_ids),
-        pad_token_id=stop.token_ids[0],
-        stop_strings=list(stop.strings),
-        tokenizer=tokenizer,
-        streamer=watch,
-    )
+    watch, stop = Stopwatch(), replace(asked["stop"], max_new_tokens=NEW_TOKENS)
+    ids, arguments = generate_arguments([asked["encoded"]], tokenizer, stop=stop)
+    out = generate(ids, do_sample=False, streamer=watch, **arguments)
     decision = None
     if isinstance(out, tuple):
         out, told = out

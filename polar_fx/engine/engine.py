@@ -25,7 +25,7 @@ from ..runtime.uncopied import Uncopied
 from .request import Finish, Generated, Request
 from .rows import Row, RowRunner
 from .sampling import Sampling
-from .stable_text import StableText
+from .stable_text import StableText, first_stop
 
 log = logging.getLogger("polar_fx.engine")
 
@@ -344,9 +344,7 @@ class Engine(Uncopied):
         """Where in its text the first stop text begins."""
         if not request.sampling.stop or self._text is None:
             return None
-        text = self._text.whole(request.tokens)
-        found = [at for at in (text.find(stop) for stop in request.sampling.stop) if at >= 0]
-        return min(found, default=None)
+        return first_stop(self._text.whole(request.tokens), request.sampling.stop)
 
     def _end(self, row: Row, finish: Finish = "stop", error: BaseException | None = None) -> None:
         with self._news:

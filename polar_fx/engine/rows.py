@@ -18,7 +18,7 @@ from ..runtime.lockstep import RowBatch
 from ..runtime.lockstep_session import After, LockstepSession
 from ..runtime.runner import Runner, Session
 from ..runtime.token_rows import padded_tokens
-from ..runtime.trunk import check_trunk, run_trunk, session_after
+from ..runtime.trunk import check_trunk, go_on, run_trunk, session_after, trunk_program
 from .request import Request
 
 log = logging.getLogger("polar_fx.engine")
@@ -113,23 +113,22 @@ class RowRunner:
 
     def _chosen_together(self, request: Request, by: Dispatcher) -> Row:
         runner, num_steps, prompt = self.runner, by.num_steps, request.prompt
-        first = Program.from_path(range(max(1, num_steps)), runner.depth)
+        first = trunk_program(num_steps, runner.depth)
         with ExitStack() as held:
-            session = LockstepSession(RowBatch([runner.lockstep.row(first)]), runner.max_length)
-            held.enter_context(session)
-            (row,), hidden = session.rows.rows, []
+            row, hidden = runner.lockstep.row(first), list[Tensor]()
+            held.callback(row.close)
             found = self.kept.find(first, prompt[:-1]) if num_steps else None
             if found is not None and found.hidden is not None:
                 row.adopt(found.blocks)
                 hidden.append(found.hidden)
+            session = LockstepSession(RowBatch([row]), runner.max_length)
             hidden += runner.hidden(session, [torch.tensor(prompt[row.length :])], num_steps)
             states = torch.cat(hidden)
             if num_steps:
                 self.kept.keep(first, prompt, row.table, states)
             program = self._choose(request, by, states)
             check_trunk(program, num_steps)
-            row.switch(program, num_steps)
-            row.length = 0  # the tokens have not gone through the other steps
+            go_on(row, program, num_steps)
             if (found := self.kept.find(program, prompt[:-1])) is not None:
                 row.adopt(found.blocks, num_steps)
             after = After(num_steps, [states])
@@ -146,7 +145,7 @@ class RowRunner:
 
     def keep(self, row: Row) -> None:
         """Keep what a row holds for rows with the same beginning."""
-        if self.kept.max_bytes and isinstance(row.session, LockstepSession) and row.is_prefilled:
+        if isinstance(row.session, LockstepSession) and row.is_prefilled:
             (held,) = row.session.rows.rows
             tokens = [*row.request.prompt, *row.request.tokens][: held.length]
             self.kept.keep(held.program, tokens, held.table)

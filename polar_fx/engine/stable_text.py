@@ -35,6 +35,11 @@ class StableText:
         return text
 
 
+def first_stop(text: str, stops: Sequence[str]) -> int | None:
+    """Where in a text the first of some stop texts begins."""
+    return min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=None)
+
+
 def _rejoins_words(tokenizer: Any) -> bool:
     """Whether decoding takes out spaces that stood before a word."""
     if not getattr(tokenizer, "clean_up_tokenization_spaces", False):

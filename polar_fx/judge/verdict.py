@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
+from ..questions.choices import best_choice
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +32,11 @@ def choice_verdict(scores: Sequence[float], right: int) -> Verdict:
     """
     known = [-math.inf if math.isnan(s) else s for s in scores]
     highest = max(known)
-    best = known.index(highest)
     if math.isinf(highest):
         return Verdict(False, math.nan, math.nan)  # no choice can be told from another
     total = highest + math.log(sum(math.exp(s - highest) for s in known))
     others = max(s for i, s in enumerate(known) if i != right)
-    return Verdict(best == right, known[right] - total, known[right] - others)
+    return Verdict(best_choice(scores) == right, known[right] - total, known[right] - others)
 
 
 # A number in 0..1, as UCB asks for.

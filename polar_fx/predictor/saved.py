@@ -138,15 +138,7 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
 
 def _described(path: Path) -> dict[str, Any]:
     """What a predictor's folder says of it, with the tensors that it says; raises InputError."""
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        data = path.with_name(_TENSORS).read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"{path.parent} holds no predictor: {error}; train one with `python -m polar_fx train`"
-        ) from error
-    except ValueError as error:
-        raise _damaged(path, f"it is not JSON: {error}") from error
+    fields, data = _read(path), _bytes(path.with_name(_TENSORS))
     if not isinstance(fields, dict) or fields.get("format") != FORMAT:
         raise _damaged(path, "it describes no predictor")
     if fields.get("version") != VERSION:
@@ -160,6 +152,23 @@ def _described(path: Path) -> dict[str, Any]:
     return fields
 
 
+def _read(path: Path) -> Any:
+    """The JSON value of a file. Raises InputError."""
+    try:
+        return json.loads(_bytes(path).decode())
+    except ValueError as error:
+        raise _damaged(path, f"it is not JSON: {error}") from error
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path.parent} holds no predictor: {error}; train one with `python -m polar_fx train`"
+        ) from error
+
+
 def _damaged(path: Path, reason: str) -> InputError:
     return InputError(f"{path} is damaged: {reason}; bring back a copy of it, or train again")
 
@@ -170,14 +179,7 @@ def read_notes(folder: str | Path) -> dict[str, Any]:
     Raises InputError.
     """
     path = Path(folder) / _JSON
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(
-            f"{folder} holds no predictor: {error}; train one with `python -m polar_fx train`"
-        ) from error
-    except ValueError as error:
-        raise _damaged(path, f"it is not JSON: {error}") from error
+    fields = _read(path)
     if not isinstance(fields, dict) or not isinstance(fields.get("notes"), dict):
         raise _damaged(path, "it has no notes")
     return fields["notes"]

@@ -82,7 +82,7 @@ def _check_after(
     """The same of the tokens that follow `held` others, whose keys and values are random."""
     identity = Program.identity(runner.depth)
     specs = runner.library.kv_specs(identity)
-    if sum(_num_bytes(spec) for spec in specs) * held > _MOST_BYTES:
+    if sum(spec.bytes_per_token() for spec in specs) * held > _MOST_BYTES:
         return
     generator = torch.Generator().manual_seed(0)
     before = [_made_up(spec, held, generator, runner.device) for spec in specs]
@@ -97,11 +97,6 @@ def _check_after(
             first = runner.prefill(session, [tail[:-1]], every=True)[0]
             last = runner.decode(session, tail[-1:])
         _compare(model, f"{_AFTER} tokens after {held}", [torch.cat((first, last))], [wanted])
-
-
-def _num_bytes(spec: KvSpec) -> int:
-    """Of one token at one layer."""
-    return spec.heads * (spec.key_size + spec.value_size) * spec.dtype.itemsize
 
 
 def _made_up(

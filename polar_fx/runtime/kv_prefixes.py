@@ -96,6 +96,8 @@ class KvPrefixes:
         """Keep the whole blocks of a row that holds these tokens, `table` i64[S, >= n], and hidden
         states [>= n * C, d].
         """
+        if not self.max_bytes:
+            return
         nodes = self._walk(program, tokens)
         below = nodes[-1].children if nodes else self._roots.setdefault(program, {})
         for index in range(len(nodes), len(tokens) // BLOCK):
@@ -146,7 +148,5 @@ class KvPrefixes:
 
     def _bytes_of(self, node: _Node) -> int:
         states = 0 if node.hidden is None else node.hidden.nbytes
-        return states + sum(
-            BLOCK * spec.heads * (spec.key_size + spec.value_size) * spec.dtype.itemsize
-            for spec in (self.specs[layer] for layer in node.program.path)
-        )
+        path = node.program.path
+        return states + BLOCK * sum(self.specs[layer].bytes_per_token() for layer in path)

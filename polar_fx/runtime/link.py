@@ -69,7 +69,7 @@ class LinkedProgram:
         Raises ProgramError for the inputs of another program.
         """
         self.check(inputs)
-        pick = None if inputs.logits_at is None else _tokens_at(inputs.logits_at)
+        pick = None if inputs.logits_at is None else tokens_at(inputs.logits_at)
         return self.chain.run(
             self._graph_inputs(inputs), inputs.slots, pick=pick, resume=_begun(inputs)
         )
@@ -107,7 +107,7 @@ class LinkedProgram:
         return [inputs.ids, inputs.positions, self.kv_index]
 
 
-def _tokens_at(where: Tensor) -> Callable[[Tensor], Tensor]:
+def tokens_at(where: Tensor) -> Callable[[Tensor], Tensor]:
     """Takes token where[b] of each row out of a value [B, T, ...]: [B, 1, ...]."""
     rows = torch.arange(len(where), device=where.device)
     return lambda value: value[rows, where][:, None]

@@ -23,8 +23,10 @@ from ..passes.address_kv import BLOCK
 from ..program import Program
 from .kv_rows import KvRow
 from .kv_store import EMPTY, KvStore
+from .link import tokens_at
 from .lockstep_plan import Part, Plan, PlannedCall, Planner
 from .regions import RegionTable
+from .row_length import takes_blocks
 
 # What of a pass is wanted: logits of each row's last token or of every token, or the hidden states
 # after the last step.
@@ -87,8 +89,8 @@ class Lockstep:
     def __init__(self, library: LayerLibrary, regions: RegionTable) -> None:
         self.library = library
         self.store = KvStore(library.device)
-        axes = library.table.batch_axes()
-        self.possible, self._axes = axes is not None, axes or {}
+        self.possible = takes_blocks(library, regions.backend)
+        self._axes = library.table.batch_axes() or {}
         self.plans = Planner(library, regions)
 
     def row(self, program: Program) -> KvRow:
@@ -151,7 +153,7 @@ class Lockstep:
                 store = self.store.tensors(plan.last.spec)
                 plan.kv_writes.run(hidden, values, slot=(*store, tables[-1]))
             if wants == "last" and tokens > 1:
-                pick = _last_tokens(counts, ids.device)
+                pick = tokens_at(torch.tensor(counts, device=ids.device).clamp(min=1) - 1)
                 hidden = pick(hidden)
                 blends = [b.each(_last_of(n)) for b, n in zip(blends, counts, strict=True)]
                 values = self._start(plan.start_last, [*map(pick, inputs[:2]), inputs[2]])
@@ -246,13 +248,6 @@ class Lockstep:
             if axis is not None:
                 found[number] = values[number].index_select(axis, index)
         return found
-
-
-def _last_tokens(counts: Sequence[int], device: torch.device) -> Callable[[Tensor], Tensor]:
-    """Takes the last of counts[b] tokens of each row out of a value [B, T, ...]: [B, 1, ...]."""
-    rows = torch.arange(len(counts), device=device)
-    last = torch.tensor(counts, device=device).clamp(min=1) - 1
-    return lambda value: value[rows, last][:, None]
 
 
 def _last_of(count: int) -> Callable[[Tensor], Tensor]:

@@ -1,4 +1,4 @@
-"""How long a row may be unless the user says so."""
+"""Where keys and values lie in blocks, and how long a row may be unless the user says so."""
 
 from typing import Any
 
@@ -11,6 +11,16 @@ from .tiers import Tier
 IN_SLOTS = 1024  # tokens; slots cost memory and time for all that they may hold
 
 
+def takes_blocks(library: LayerLibrary, backend: Backend) -> bool:
+    """Whether regions can take keys and values by address, in blocks, in a call of any rows.
+
+    They do on the CPU, but not by TensorRT, in a bundle whose regions are compiled for slots, and
+    for models that fold rows into another axis.
+    """
+    by_address = library.device.type == "cpu" and backend.by_address
+    return by_address and library.table.batch_axes() is not None
+
+
 def default_row_length(config: Any, library: LayerLibrary, backend: Backend, tier: Tier) -> int:
     """The model's own limit where keys and values lie in blocks, which cost what is there; up to
     where it would compute rows with other rotary frequencies, which takes slots.
@@ -18,12 +28,6 @@ def default_row_length(config: Any, library: LayerLibrary, backend: Backend, tie
     In slots, or without a limit, at most 1,024.
     """
     limit, switch = position_limit(config), frequency_switch(config)
-    in_blocks = (
-        library.device.type == "cpu"
-        and backend.by_address
-        and library.table.batch_axes() is not None
-        and tier == "linked"
-    )
-    if limit is None or not in_blocks:
+    if limit is None or tier != "linked" or not takes_blocks(library, backend):
         return min(IN_SLOTS, limit or IN_SLOTS)
     return limit if switch is None else min(limit, switch)

@@ -150,17 +150,10 @@ class Runner(Uncopied):
 
     @property
     def addresses(self) -> bool:
-        """Whether regions can take keys and values by address here.
-
-        They do on the CPU, but not by TensorRT, in a bundle whose regions are compiled for slots,
-        and for models that fold rows into another axis or compute a row by its length.
+        """Whether regions can take keys and values by address here: where they take blocks, but for
+        models that compute a row by its length.
         """
-        return (
-            self.device.type == "cpu"
-            and self.backend.by_address
-            and self.lockstep.possible
-            and self.switch is None
-        )
+        return self.lockstep.possible and self.switch is None
 
     @property
     def together(self) -> bool:

@@ -71,6 +71,17 @@ def check_trunk(program: Program, num_steps: int) -> None:
         )
 
 
+def trunk_program(num_steps: int, depth: int) -> Program:
+    """The shared steps as a program; of none, the first one: a row has at least one step."""
+    return Program.from_path(range(max(1, num_steps)), depth)
+
+
+def go_on(row: KvRow, program: Program, num_steps: int) -> None:
+    """Let a row that ran the trunk take the program that was chosen for it, which shares it."""
+    row.switch(program, num_steps)
+    row.length = 0  # the tokens have not gone through the other steps
+
+
 @contextmanager
 def run_trunk(runner: Runner, rows: list[Tensor], num_steps: int) -> Iterator[Trunk]:
     """The trunk of rows of token ids i64[T], whose keys and values are held until the end of the
@@ -84,7 +95,7 @@ def run_trunk(runner: Runner, rows: list[Tensor], num_steps: int) -> Iterator[Tr
     numbers = tuple(range(len(rows)))
     if runner.together:
         runner.check_weights()
-        first = Program.from_path(range(max(1, num_steps)), runner.depth)
+        first = trunk_program(num_steps, runner.depth)
         batch = RowBatch([runner.lockstep.row(first) for _ in rows])
         with LockstepSession(batch, runner.max_length) as session:
             session.require([len(r) for r in rows])
@@ -148,8 +159,7 @@ def _rows_after(
     try:
         for number, program in zip(trunk.rows, programs, strict=True):
             rows.append(held.rows[number].branch())
-            rows[-1].switch(program, trunk.num_steps)
-            rows[-1].length = 0  # the tokens have not gone through the other steps
+            go_on(rows[-1], program, trunk.num_steps)
     except BaseException:
         for row in rows:
             row.close()

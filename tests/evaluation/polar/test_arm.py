@@ -1,5 +1,7 @@
 """PoLar's network as a method: what it learns from records, and what its decoders may choose."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,7 +76,8 @@ def test_the_arm_learns_what_is_planted() -> None:
         verified={IDENTITY: False, parse("skip 0"): False},
     )
     config = NetworkTraining(learning_rate=5e-3, batch_size=8, epochs=25, seed=1)
-    trained, counts = train_polar_arm(
+    train_again = functools.partial(
+        train_polar_arm,
         [*train, unanswered, off],
         validation,
         token_features_by_id=features | held_out,
@@ -83,6 +86,7 @@ def test_the_arm_learns_what_is_planted() -> None:
         network=NETWORK,
         training=config,
     )
+    trained, counts = train_again()
     assert counts["train"].labels.questions == 34 and counts["train"].labels.unanswered == 2
     assert (
         counts["train"].labels.rows == 32
@@ -100,15 +104,7 @@ def test_the_arm_learns_what_is_planted() -> None:
     assert arm.budget(asked, 5 / 6)[::2] == expected[::2]
     for programs in arm.beam(asked):
         assert 1 <= len(programs) <= 5 and len(set(programs)) == len(programs)
-    again, _ = train_polar_arm(
-        [*train, unanswered, off],
-        validation,
-        token_features_by_id=features | held_out,
-        depth=DEPTH,
-        num_steps=2,
-        network=NETWORK,
-        training=config,
-    )
+    again, _ = train_again()
     assert again.history == trained.history
 
 
