@@ -98,21 +98,19 @@ class Server:
         self.service.__enter__()
 
     async def _answers(
-        self, asks: Sequence[Ask], told: Callable[[Running], None] | None = None
+        self, asks: Sequence[Ask], told: Callable[[tuple[Running, int]], None] | None = None
     ) -> list[Reply]:
-        """An answer each; `told` is called in the event loop when one has more tokens."""
+        """An answer each; `told` is called in the event loop at each token, with how many there
+        were then: the engine may be ahead by some.
+        """
         loop, running = asyncio.get_running_loop(), list[Running]()
         ended = asyncio.Semaphore(0)
 
-        def hear(request: Running) -> None:
-            if told is not None:
-                told(request)
-            if request.is_done:
-                ended.release()
-
         def news(request: Running) -> None:
-            if told is not None or request.is_done:
-                loop.call_soon_threadsafe(hear, request)
+            if request.is_done:
+                loop.call_soon_threadsafe(ended.release)
+            elif told is not None:
+                loop.call_soon_threadsafe(told, (request, len(request.tokens)))
 
         with self._waiting.holding(len(asks)):
             try:
@@ -151,14 +149,14 @@ class Server:
         self, asked: Settings, ask: Ask, form: Form, count: "_Count"
     ) -> AsyncIterator[str]:
         """Server-sent events: text as it is certain, then how it ended."""
-        news: asyncio.Queue[Running | None] = asyncio.Queue()
+        news: asyncio.Queue[tuple[Running, int] | None] = asyncio.Queue()
         status = _LEFT
         running = asyncio.ensure_future(self._answers([ask], news.put_nowait))
         running.add_done_callback(lambda _: news.put_nowait(None))
         head, sent = form.head(self.service.name), ""
         try:
-            while (request := await news.get()) is not None:
-                text = self.service.known_text(request)
+            while (told := await news.get()) is not None:
+                text = self.service.known_text(*told)
                 if len(text) > len(sent) and text.startswith(sent):
                     yield _event(form.event(head, text[len(sent) :]))
                     sent = text

@@ -14,7 +14,7 @@ import torch
 from ..bundle import BundledModel
 from ..engine import EngineSettings, Generated, Request, Sampling
 from ..engine.defaults import sampling_by_defaults
-from ..engine.stable_text import StableText
+from ..engine.stable_text import StableText, first_stop
 from ..errors import EngineFullError, InputError, ProgramError
 from ..output.plain_text import count
 from ..program import Program
@@ -36,11 +36,6 @@ class Ask:
     ids: list[int]
     program: Program | None
     sampling: Sampling
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that its row must hold; the last new one is never fed back."""
-        return len(self.ids) + self.sampling.max_new_tokens - 1
 
 
 class Service:
@@ -105,25 +100,25 @@ class Service:
             raise RequestError(
                 f"{field} holds a token id outside 0..{self.bundle.vocab_size - 1}", field
             )
-        sampling = sampling_by_defaults(
-            self.bundle.generator,
-            ids,
-            max_new_tokens=new_tokens,
-            temperature=asked.temperature,
-            top_p=asked.top_p,
-            stop=asked.stops,
-            seed=asked.seed,
-        )
-        ask = Ask(ids, self._program(asked), sampling)
+        program, stops = self._program(asked), asked.stops
         longest = self.bundle.pool.max_length
-        if ask.num_tokens > longest:
+        if len(ids) + new_tokens - 1 > longest:  # the last one is never fed back
             raise RequestError(
                 f"{field} of {count(len(ids), 'token')} and max_tokens={new_tokens} exceed the "
                 f"{longest} tokens that a row of this bundle holds; shorten one of them",
                 field,
                 "context_length_exceeded",
             )
-        return ask
+        sampling = sampling_by_defaults(
+            self.bundle.generator,
+            ids,
+            max_new_tokens=new_tokens,
+            temperature=asked.temperature,
+            top_p=asked.top_p,
+            stop=stops,
+            seed=asked.seed,
+        )
+        return Ask(ids, program, sampling)
 
     def _program(self, asked: Settings) -> Program | None:
         if asked.program is None:
@@ -211,14 +206,13 @@ class Service:
             found.rows,
         )
 
-    def known_text(self, request: Request) -> str:
-        """As much of the answer so far as will not change any more."""
-        text = self._text.known(list(request.tokens))
-        stops = request.sampling.stop
-        ends = [at for at in (text.find(stop) for stop in stops) if at >= 0]
-        # a stop text may have begun
-        longest = max(map(len, stops), default=1)
-        return text[: min(ends, default=max(0, len(text) - longest + 1))]
+    def known_text(self, request: Request, num_tokens: int | None = None) -> str:
+        """As much of the answer's first tokens, or of all so far, as will not change any more."""
+        text = self._text.known(request.tokens[:num_tokens])
+        if (end := first_stop(text, stops := request.sampling.stop)) is None:
+            # one may have begun
+            end = max(0, len(text) - max(map(len, stops), default=1) + 1)
+        return text[:end]
 
     def _count(self, request: Request, found: Generated) -> None:
         counts, program = self.measures, str(found.program)
