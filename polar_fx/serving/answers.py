@@ -39,7 +39,8 @@ class Form:
         """An answer a choice, whole."""
         said = [self._said(a.text, "message") for a in answers]
         choices = [
-            _choice(i, what, a) for i, (a, what) in enumerate(zip(answers, said, strict=True))
+            _choice(i, what, answer=a)
+            for i, (a, what) in enumerate(zip(answers, said, strict=True))
         ]
         return {**self.head(model, self.whole), "choices": choices, "usage": _usage(answers)}
 
@@ -48,9 +49,11 @@ class Form:
         name, now = f"{self.prefix}-{uuid.uuid4().hex}", int(time.time())
         return {"id": name, "object": kind or self.part, "created": now, "model": model}
 
-    def event(self, head: dict[str, Any], text: str, answer: Reply | None = None) -> dict[str, Any]:
+    def event(
+        self, head: dict[str, Any], text: str, *, answer: Reply | None = None
+    ) -> dict[str, Any]:
         """Some more text; with `answer` the last, which tells how it ended."""
-        return {**head, "choices": [_choice(0, self._said(text, "delta"), answer)]}
+        return {**head, "choices": [_choice(0, self._said(text, "delta"), answer=answer)]}
 
     def _said(self, text: str, key: str) -> dict[str, Any]:
         return {key: {"role": "assistant", "content": text}} if self.is_chat else {"text": text}
@@ -77,7 +80,7 @@ def models(name: str, created: int, **about: Any) -> dict[str, Any]:
     return {"object": "list", "data": [model]}
 
 
-def _choice(index: int, said: dict[str, Any], answer: Reply | None) -> dict[str, Any]:
+def _choice(index: int, said: dict[str, Any], *, answer: Reply | None) -> dict[str, Any]:
     choice = {"index": index, **said, "finish_reason": answer and answer.reason, "logprobs": None}
     if answer is not None:
         ran = {

@@ -83,6 +83,7 @@ class Server:
         self,
         bundle: str,
         name: str,
+        *,
         fingerprint: str | None,
         threads: int,
         max_batch: int,
@@ -125,7 +126,7 @@ class Server:
                 raise
         return [self.service.reply(request) for request in running]
 
-    async def _respond(self, request: Request, kind: type[Settings], form: Form) -> Response:
+    async def _respond(self, request: Request, kind: type[Settings], *, form: Form) -> Response:
         count = _Count(self.service.measures, request.url.path)
         try:
             asked = read(kind, await _body(request))
@@ -133,7 +134,8 @@ class Server:
             asks = self.service.read(asked)  # type: ignore[arg-type]
             if asked.stream:
                 return StreamingResponse(
-                    self._stream(asked, asks[0], form, count), media_type="text/event-stream"
+                    self._stream(asked, asks[0], form=form, count=count),
+                    media_type="text/event-stream",
                 )
             response = form.response(self.service.name, await self._answers(asks))
         except RequestError as error:
@@ -146,7 +148,7 @@ class Server:
         return JSONResponse(response)
 
     async def _stream(
-        self, asked: Settings, ask: Ask, form: Form, count: "_Count"
+        self, asked: Settings, ask: Ask, *, form: Form, count: "_Count"
     ) -> AsyncIterator[str]:
         """Server-sent events: text as it is certain, then how it ended."""
         news: asyncio.Queue[tuple[Running, int] | None] = asyncio.Queue()
@@ -162,7 +164,7 @@ class Server:
                     sent = text
             (answer,) = await running
             status = 200
-            yield _event(form.event(head, answer.text[len(sent) :], answer))
+            yield _event(form.event(head, answer.text[len(sent) :], answer=answer))
             if asked.stream_options is not None and asked.stream_options.include_usage:
                 yield _event(usage_event(head, answer))
             yield "data: [DONE]\n\n"
@@ -175,11 +177,11 @@ class Server:
 
     @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:
-        return await self._respond(request, Completion, COMPLETION)
+        return await self._respond(request, Completion, form=COMPLETION)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(self, request: Request) -> Response:
-        return await self._respond(request, Chat, CHAT)
+        return await self._respond(request, Chat, form=CHAT)
 
     @app.get("/v1/models")
     async def models(self) -> dict[str, Any]:
@@ -224,8 +226,8 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     return options.bind(
         str(bundle),
         given.pop("name", bundle.name),
-        given.pop("fingerprint", None),
-        int(given.pop("threads", 1)),
-        max_batch,
+        fingerprint=given.pop("fingerprint", None),
+        threads=int(given.pop("threads", 1)),
+        max_batch=max_batch,
         **given,
     )

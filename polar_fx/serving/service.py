@@ -50,6 +50,7 @@ class Service:
         self,
         bundle: BundledModel,
         name: str,
+        *,
         measures: Measures | None = None,
         **settings: int,
     ) -> None:
@@ -83,7 +84,8 @@ class Service:
                 )
             new = asked.max_tokens or _NEW_TOKENS
             return [
-                self._ask(asked, self._encoded(prompt), new, "prompt") for prompt in asked.prompts
+                self._ask(asked, self._encoded(prompt), new_tokens=new, field="prompt")
+                for prompt in asked.prompts
             ]
         ids = self._templated(asked)
         new = (
@@ -91,9 +93,9 @@ class Service:
             or asked.max_tokens
             or max(1, self.bundle.pool.max_length + 1 - len(ids))
         )
-        return [self._ask(asked, ids, new, "messages")]
+        return [self._ask(asked, ids, new_tokens=new, field="messages")]
 
-    def _ask(self, asked: Settings, ids: list[int], new_tokens: int, field: str) -> Ask:
+    def _ask(self, asked: Settings, ids: list[int], *, new_tokens: int, field: str) -> Ask:
         if not ids:
             raise RequestError(f"{field} is empty; a prompt needs at least one token", field)
         if min(ids) < 0 or max(ids) >= self.bundle.vocab_size:

@@ -10,7 +10,7 @@ import pytest
 from places import ROOT
 
 # Rooms whose functions still take more by position; to be emptied.
-STILL_BY_POSITION = {("polar_fx", "runtime"), ("polar_fx", "engine"), ("polar_fx", "serving")}
+STILL_BY_POSITION = {("polar_fx", "runtime"), ("polar_fx", "engine")}
 
 SOURCES = sorted(
     p
