@@ -114,7 +114,9 @@ class Engine(Uncopied):
         with self._news:
             if self._closing:
                 raise InputError("the engine is closed; open another")
-            request = Request(row, program, sampling, next(self._numbers), on_news)
+            request = Request(
+                row, program, sampling=sampling, number=next(self._numbers), on_news=on_news
+            )
             self._require_room(request)
             if len(self._waiting) >= self.settings.max_waiting:
                 raise EngineFullError(
@@ -325,9 +327,9 @@ class Engine(Uncopied):
             for i, (row, token, finite) in enumerate(likeliest):
                 if row.is_prefilled:
                     sure = token if finite and row.request.sampler.is_argmax else None
-                    self._sample(row, logits[i], sure)
+                    self._sample(row, logits[i], sure=sure)
 
-    def _sample(self, row: Row, logits: Tensor, sure: int | None = None) -> None:
+    def _sample(self, row: Row, logits: Tensor, *, sure: int | None = None) -> None:
         """The next token of a row, and whether it was the last one; `sure` needs no scores."""
         request, how = row.request, row.request.sampling
         try:
@@ -346,7 +348,9 @@ class Engine(Uncopied):
             return None
         return first_stop(self._text.whole(request.tokens), request.sampling.stop)
 
-    def _end(self, row: Row, finish: Finish = "stop", error: BaseException | None = None) -> None:
+    def _end(
+        self, row: Row, finish: Finish = "stop", *, error: BaseException | None = None
+    ) -> None:
         with self._news:
             self._running.remove(row)
         if error is None:
@@ -361,11 +365,11 @@ class Engine(Uncopied):
         """Say what came of it; of a text that cannot be decoded, that error."""
         try:
             program = request.program or self.default_program
-            request.finish(self._generated(request, finish, program))
+            request.finish(self._generated(request, finish, program=program))
         except Exception as error:
             request.finish(None, error)
 
-    def _generated(self, request: Request, finish: Finish, program: Program) -> Generated:
+    def _generated(self, request: Request, finish: Finish, *, program: Program) -> Generated:
         text = None
         if self._text is not None:
             ended = request.tokens and request.tokens[-1] in request.sampling.stop_tokens

@@ -48,6 +48,7 @@ class Request:
         self,
         prompt: Sequence[int],
         program: Program | None,
+        *,
         sampling: Sampling,
         number: int,
         on_news: "Callable[[Request], None] | None" = None,

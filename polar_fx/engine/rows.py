@@ -83,7 +83,7 @@ class RowRunner:
         Raises WeightsReplacedError.
         """
         self._check_weights()
-        row = self._row(request, ExitStack(), self.runner.open(program, 1))
+        row = self._row(request, ExitStack(), opened=self.runner.open(program, 1))
         if isinstance(row.session, LockstepSession):
             # the last token runs in any case: its logits are wanted
             found = self.kept.find(program, request.prompt[:-1])
@@ -102,11 +102,13 @@ class RowRunner:
         with ExitStack() as held:
             prompt = [torch.tensor(request.prompt)]
             trunk = held.enter_context(run_trunk(self.runner, prompt, by.num_steps))
-            program = self._choose(request, by, trunk.hidden[0])
+            program = self._choose(request, by, hidden=trunk.hidden[0])
             # the row goes on in the slots of the trunk
-            return self._row(request, held.pop_all(), session_after(self.runner, [program], trunk))
+            return self._row(
+                request, held.pop_all(), opened=session_after(self.runner, [program], trunk)
+            )
 
-    def _choose(self, request: Request, by: Dispatcher, hidden: Tensor) -> Program:
+    def _choose(self, request: Request, by: Dispatcher, *, hidden: Tensor) -> Program:
         (decision,) = by.decide([hidden])
         request.program, request.probability = decision.program, decision.probability
         return decision.program
@@ -126,7 +128,7 @@ class RowRunner:
             states = torch.cat(hidden)
             if num_steps:
                 self.kept.keep(first, prompt, row.table, states)
-            program = self._choose(request, by, states)
+            program = self._choose(request, by, hidden=states)
             check_trunk(program, num_steps)
             go_on(row, program, num_steps)
             if (found := self.kept.find(program, prompt[:-1])) is not None:
@@ -151,7 +153,7 @@ class RowRunner:
             self.kept.keep(held.program, tokens, held.table)
 
     def _row(
-        self, request: Request, held: ExitStack, opened: AbstractContextManager[Session]
+        self, request: Request, held: ExitStack, *, opened: AbstractContextManager[Session]
     ) -> Row:
         with held:
             session = held.enter_context(opened)
@@ -163,10 +165,10 @@ class RowRunner:
         for row, count in parts:
             own.append(torch.tensor(row.request.prompt[row.prefilled :][:count]))
         if self.runner.together:
-            yield self._attempt([row for row, _ in parts], own, self._prefill_together)
+            yield self._attempt([row for row, _ in parts], own, run=self._prefill_together)
         else:
             for (row, _), tokens in zip(parts, own, strict=True):
-                yield self._attempt([row], [tokens], self._prefill_alone)
+                yield self._attempt([row], [tokens], run=self._prefill_alone)
 
     def decode(self, rows: Sequence[Row]) -> Iterator[Outcome]:
         """Run the last token of each row."""
@@ -178,12 +180,13 @@ class RowRunner:
             groups = [[row] for row in rows]
         for group in groups:
             last = [torch.tensor(row.request.tokens[-1:]) for row in group]
-            yield self._attempt(group, last, self._decode)
+            yield self._attempt(group, last, run=self._decode)
 
     def _attempt(
         self,
         rows: Sequence[Row],
         tokens: list[Tensor],
+        *,
         run: Callable[[Sequence[Row], list[Tensor]], Tensor | None],
     ) -> Outcome:
         try:

@@ -259,7 +259,9 @@ def test_threads_add_and_read() -> None:
 
 
 def _asked(number: int) -> Request:
-    return Request([number + 1] * (number + 1), None, Sampling(max_new_tokens=7), number)
+    return Request(
+        [number + 1] * (number + 1), None, sampling=Sampling(max_new_tokens=7), number=number
+    )
 
 
 @pytest.mark.parametrize(
