@@ -30,10 +30,7 @@ class AssignKvSlots(Pass):
             raise PassError(
                 self.name, "the graph has no outlined layer calls", "run outline-layers first"
             )
-        slots = [
-            [a.meta["slot"] for a in c.args if isinstance(a, Node) and role(a) == "kv"]
-            for c in calls
-        ]
+        slots = list(map(_slots, calls))
         existing = {
             n.meta["slot"] for n in gm.graph.nodes if n.op == "placeholder" and role(n) == "kv"
         }
@@ -69,3 +66,8 @@ class AssignKvSlots(Pass):
         return PassResult(
             GraphModule(gm, graph), True, {"kv slots": f"{len(existing)} -> {len(calls)}"}
         )
+
+
+def _slots(call: Node) -> list[int]:
+    """The slots whose keys and values a call takes."""
+    return [a.meta["slot"] for a in call.args if isinstance(a, Node) and role(a) == "kv"]

@@ -138,10 +138,8 @@ def _verify_slots(gm: GraphModule) -> None:
     slots = [(n.meta["slot"], n.meta["part"]) for n in gm.graph.nodes if role(n) == "kv"]
     _require(len(set(slots)) == len(slots), f"KV slots are repeated: {slots}")
     calls = [c for c in layer_calls(gm) if "step" in c.meta]
-    _require(
-        [c.meta["step"] for c in calls] in ([], list(range(len(calls)))),
-        f"steps {[c.meta['step'] for c in calls]} are out of order",
-    )
+    steps = [c.meta["step"] for c in calls]
+    _require(steps == list(range(len(calls))), f"steps {steps} are out of order")
     for call in calls:
         for argument in call.all_input_nodes:
             if role(argument) == "kv":

@@ -58,7 +58,10 @@ def specialize(
         times, _, name = name.rpartition("*")
         return int(times) * dims[name] if times else dims[name]
 
-    shapes = tuple({axis: dim(name) for axis, name in axes.items()} or None for axes in dynamic)
+    def dims_of(axes: Mapping[int, str]) -> dict[int, Any] | None:
+        return {axis: dim(name) for axis, name in axes.items()} or None
+
+    shapes = tuple(map(dims_of, dynamic))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
         exported = torch.export.export(
@@ -127,10 +130,8 @@ def like(value: Tensor) -> Tensor:
     """A real tensor of a traced value's layout, with the example sizes of its symbols; its contents
     are arbitrary.
     """
-    sizes, strides = (
-        [example_size(s) for s in value.shape],
-        [example_size(s) for s in value.stride()],
-    )
+    sizes = [example_size(s) for s in value.shape]
+    strides = [example_size(s) for s in value.stride()]
     return torch.empty_strided(sizes, strides, dtype=value.dtype, device=value.device)
 
 

@@ -70,15 +70,16 @@ class WholePlan:
             "bodies": {str(name): path for name, path in self.bodies.items()},
             "num_weights": self.num_weights,
             "prologue": asdict(self.prologue),
-            "steps": [asdict(step) for step in self.steps],
+            "steps": list(map(asdict, self.steps)),
             "epilogue": asdict(self.epilogue),
         }
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "WholePlan":
+        bodies = {RegionName.parse(name): path for name, path in plain["bodies"].items()}
         return cls(
             ShapeClass.parse(plain["shape"]),
-            {RegionName.parse(name): path for name, path in plain["bodies"].items()},
+            bodies,
             plain["num_weights"],
             WholeStep(**plain["prologue"]),
             tuple(WholeStep(**step) for step in plain["steps"]),

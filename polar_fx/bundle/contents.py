@@ -80,7 +80,9 @@ def layout(operand: Operand) -> tuple[tuple[int, ...], tuple[int, ...], torch.dt
 def num_elements(size: Iterable[int], stride: Iterable[int]) -> int:
     """Elements of memory from a tensor's first to its last one; 0 if it is empty."""
     pairs = list(zip(size, stride, strict=True))
-    return 0 if any(s == 0 for s, _ in pairs) else 1 + sum((s - 1) * step for s, step in pairs)
+    if any(s == 0 for s, _ in pairs):
+        return 0
+    return 1 + sum((s - 1) * step for s, step in pairs)
 
 
 # ------------------------------------------------------------------------------------- symbol table

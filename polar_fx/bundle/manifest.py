@@ -175,17 +175,9 @@ class Manifest:
                 **({} if (switch := self.frequency_switch) is None else {_SWITCH: switch}),
             },
             "fingerprints": {"graphs": self.graphs, "weights": self.weights},
-            "programs": [str(p) for p in self.programs],
+            "programs": list(map(str, self.programs)),
             "ties": self.ties,
-            "files": [
-                {
-                    "path": f.path,
-                    "bytes": f.num_bytes,
-                    "sha256": f.sha256,
-                    **(_region_fields(f.region) if f.region else {}),
-                }
-                for f in self.files
-            ],
+            "files": list(map(_file_fields, self.files)),
         }
         return fields | {"checksum": digest(fields)}
 
@@ -322,8 +314,11 @@ def _files(fields: Fields) -> tuple[BundledFile, ...]:
     return tuple(found.values())
 
 
-def _region_fields(name: RegionName) -> dict[str, str]:
-    return {"region": name.graph, "shapes": str(name.shape)}
+def _file_fields(file: BundledFile) -> dict[str, Any]:
+    fields = {"path": file.path, "bytes": file.num_bytes, "sha256": file.sha256}
+    if file.region is not None:
+        fields |= {"region": file.region.graph, "shapes": str(file.region.shape)}
+    return fields
 
 
 def _region(file: Fields) -> RegionName:

@@ -108,11 +108,9 @@ def export(
             compiled, region_names(compiled.library.table, draft.shapes), spare=Path(spare)
         )
         weights, ties = stored_weights(compiled.library.tensors, compiled.library.table)
-        require_room(
-            target.parent,
-            sum(t.nbytes for t in weights.values())
-            + sum(p.stat().st_size for p in packages.values()),
-        )
+        num_bytes = sum(t.nbytes for t in weights.values())
+        num_bytes += sum(p.stat().st_size for p in packages.values())
+        require_room(target.parent, num_bytes)
         with new_folder(target, overwrite) as work:
             save_weights(weights, work / WEIGHTS)
             manifest = _write(

@@ -107,7 +107,8 @@ def find_stack(model: PreTrainedModel) -> str:
     lists = {
         name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0
     }
-    outermost = {n: m for n, m in lists.items() if not any(n.startswith(f"{o}.") for o in lists)}
+    inside_one = tuple(f"{name}." for name in lists)
+    outermost = {n: m for n, m in lists.items() if not n.startswith(inside_one)}
     fits = [n for n, m in outermost.items() if len(m) == depth] or list(outermost)
     # of a model that also sees or hears, the text model's own layers, whatever else is as deep
     own = (

@@ -83,9 +83,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     from ..search.analysis.summary import MENU_SIZES, SearchFile, analyze  # numpy takes a while
 
     with status().status("reading ..."):
-        files, held_out = (
-            [SearchFile.read(path) for path in paths] for paths in (options.files, options.held_out)
-        )
+        files = list(map(SearchFile.read, options.files))
+        held_out = list(map(SearchFile.read, options.held_out))
         report = analyze(files, held_out, menu_sizes=options.menu or MENU_SIZES)
     figures: list[Path] = []
     if options.figures:
@@ -236,11 +235,8 @@ def _counts_table(found: Mapping[str, Any]) -> Table:
         ("layers of a repeat", found["edits"]["repeat"]),
         ("runs of a repeat", found["edits"]["times"]),
     ):
-        table.add_row(
-            label,
-            f"{sum(n for _, n in counts):,}",
-            " ".join(f"{value}:{n}" for value, n in counts) or "-",
-        )
+        total = sum(n for _, n in counts)
+        table.add_row(label, f"{total:,}", " ".join(f"{value}:{n}" for value, n in counts) or "-")
     return table
 
 

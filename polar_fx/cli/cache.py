@@ -9,6 +9,7 @@ Examples:
 
 import argparse
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -74,22 +75,23 @@ def _list(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
             Text(f"{count(len(entries), 'artifact')}, {size(total)} {limit}, in {store.root}"),
             soft_wrap=True,
         )
-    artifacts = [
-        {
-            "key": e.key,
-            "facts": e.facts,
-            "bytes": e.num_bytes,
-            "files": {f.name: f.num_bytes for f in e.files.values()},
-            "created": e.created.isoformat(),
-            "used": e.used.isoformat(),
-        }
-        for e in entries
-    ]
     return {
         "folder": str(store.root),
         "limit_bytes": store.limit_bytes,
         "bytes": total,
-        "artifacts": artifacts,
+        "artifacts": list(map(_artifact, entries)),
+    }
+
+
+def _artifact(entry: Entry) -> dict[str, Any]:
+    """JSON values."""
+    return {
+        "key": entry.key,
+        "facts": entry.facts,
+        "bytes": entry.num_bytes,
+        "files": {file.name: file.num_bytes for file in entry.files.values()},
+        "created": entry.created.isoformat(),
+        "used": entry.used.isoformat(),
     }
 
 
@@ -138,19 +140,22 @@ def _table(entries: list[Entry]) -> Table:
     for column in ("size", "age", "unused"):
         table.add_column(column, justify="right")
     for entry in entries:
-        shown = [
-            " ".join(str(entry.facts[n]) for n in names if entry.facts.get(n) is not None)
-            for names in _COLUMNS
-        ]
-        # as Text: shapes have brackets, which are markup to rich
         table.add_row(
             entry.key[:12],
-            *map(Text, shown),
+            *(_facts_cell(entry, names) for names in _COLUMNS),
             size(entry.num_bytes),
             _age(entry.created),
             _age(entry.used),
         )
     return table
+
+
+def _facts_cell(entry: Entry, names: Sequence[str]) -> Text:
+    """Those of these facts that the artifact has; as Text, since shapes have brackets, which are
+    markup to rich.
+    """
+    facts = map(entry.facts.get, names)
+    return Text(" ".join(str(fact) for fact in facts if fact is not None))
 
 
 def _age(moment: datetime) -> str:

@@ -98,7 +98,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "report": report.to_dict(),
         "programs": [e.to_dict() for e in explanations],
         "compile_s": seconds,
-        "graphs": [str(path) for path in graphs],
+        "graphs": list(map(str, graphs)),
     }
 
 

@@ -209,9 +209,8 @@ def _show(report: dict[str, Any]) -> None:
             f"{run['program']}: {run['right']} of {total} right, {changed} answers changed, "
             f"{rescued} of them from wrong to right"
         )
-    solved = sum(
-        any(run["answers"][i] == t for run in report["runs"]) for i, t in enumerate(report["truth"])
-    )
+    by_question = zip(*(run["answers"] for run in report["runs"]), strict=True)
+    solved = sum(t in answers for t, answers in zip(report["truth"], by_question, strict=True))
     console.print(
         f"Identity is right on {identity['right']} of {total} questions; on {solved} at least one "
         "of these programs is. Choosing it in advance is the predictor's job. "

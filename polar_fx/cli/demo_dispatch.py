@@ -118,20 +118,27 @@ def _report(asked: list[dict[str, Any]], facts: dict[str, Any]) -> dict[str, Any
     ways = {}
     for name in (_HF, _IDENTITY, _DISPATCH):
         answers = [each["answers"][name] for each in asked]
-        times = {
-            key: [a[key] for a in answers if a[key] is not None]
-            for key in ("prefill_ms", "token_ms")
-        }
         ways[name] = {
             "right": sum(a["right"] for a in answers),
-            **{key: statistics.median(each) if each else None for key, each in times.items()},
+            "prefill_ms": _median(answers, "prefill_ms"),
+            "token_ms": _median(answers, "token_ms"),
         }
-    told = ("task", "question", "right", "answers")
-    return {
-        **facts,
-        "questions": [{key: each[key] for key in told} for each in asked],
-        "ways": ways,
-    }
+    questions = [
+        {
+            "task": each["task"],
+            "question": each["question"],
+            "right": each["right"],
+            "answers": each["answers"],
+        }
+        for each in asked
+    ]
+    return {**facts, "questions": questions, "ways": ways}
+
+
+def _median(answers: list[dict[str, Any]], key: str) -> float | None:
+    """Of the answers that have it."""
+    known = [answer[key] for answer in answers if answer[key] is not None]
+    return statistics.median(known) if known else None
 
 
 def _show(report: dict[str, Any]) -> None:

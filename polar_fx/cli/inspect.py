@@ -86,17 +86,23 @@ def _summary(compiled: "CompiledModel", programs: list["Program"]) -> dict[str, 
     calls = {call.target: call for call in (library.prologue, *library.layers, library.epilogue)}
     for name, graph in library.bodies.items():
         layers = [i for i, call in enumerate(library.layers) if call.target == name]
-        weights = calls[name].weights
+        num_parameters = sum(w.numel() for w in calls[name].weights)
+        num_bytes = sum(w.nbytes for w in calls[name].weights)
         parts.append(
             {
                 "graph": name,
                 "calls": counted.get(name, 1),
                 "layers": layers,
                 "nodes": len(graph.graph.nodes),
-                "parameters_each": sum(w.numel() for w in weights),
-                "bytes_each": sum(w.numel() * w.element_size() for w in weights),
+                "parameters_each": num_parameters,
+                "bytes_each": num_bytes,
             }
         )
+    kv_bytes = {spec.bytes_per_token() for spec in library.captured.kv_specs}
+    passes = [
+        {"name": r.name, "modified": r.modified, "counts": r.counts, "time_ms": r.time_ms}
+        for r in library.records
+    ]
     return {
         "model": type(compiled.config).__name__,
         "depth": compiled.depth,
@@ -104,23 +110,20 @@ def _summary(compiled: "CompiledModel", programs: list["Program"]) -> dict[str, 
         "capture_s": library.captured.seconds,
         "fingerprint": library.fingerprint,
         "graphs": parts,
-        "kv_bytes_per_token_and_step": sorted(
-            {s.bytes_per_token() for s in library.captured.kv_specs}
-        ),
-        "passes": [
-            {"name": r.name, "modified": r.modified, "counts": r.counts, "time_ms": r.time_ms}
-            for r in library.records
-        ],
-        "programs": [
-            {
-                "program": str(p),
-                "steps": p.num_steps,
-                "unique_layers": p.num_unique_layers,
-                "fingerprint": p.fingerprint,
-                "parameters": sum(w.numel() for i in p.path for w in library.layers[i].weights),
-            }
-            for p in programs
-        ],
+        "kv_bytes_per_token_and_step": sorted(kv_bytes),
+        "passes": passes,
+        "programs": [_program_summary(compiled, program) for program in programs],
+    }
+
+
+def _program_summary(compiled: "CompiledModel", program: "Program") -> dict[str, Any]:
+    layers = [compiled.library.layers[i] for i in program.path]
+    return {
+        "program": str(program),
+        "steps": program.num_steps,
+        "unique_layers": program.num_unique_layers,
+        "fingerprint": program.fingerprint,
+        "parameters": sum(w.numel() for layer in layers for w in layer.weights),
     }
 
 

@@ -37,7 +37,7 @@ class StableText:
 
 def first_stop(text: str, stops: Sequence[str]) -> int | None:
     """Where in a text the first of some stop texts begins."""
-    return min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=None)
+    return min((at for at in map(text.find, stops) if at >= 0), default=None)
 
 
 def _rejoins_words(tokenizer: Any) -> bool:

@@ -216,9 +216,10 @@ class Rescues:
         graded: Sequence[bool],
     ) -> "Rescues":
         """From four flags a question."""
-        rows = list(zip(identity_exact, identity_graded, exact, graded, strict=True))
-        return cls(
-            sum(g and not before for _, before, _, g in rows),
-            sum(e and not was_exact and before for was_exact, before, e, _ in rows),
-            sum(before and not g for _, before, _, g in rows),
-        )
+        reasoning = format_alone = lost = 0
+        rows = zip(identity_exact, identity_graded, exact, graded, strict=True)
+        for was_exact, was_graded, is_exact, is_graded in rows:
+            reasoning += is_graded and not was_graded
+            format_alone += is_exact and not was_exact and was_graded
+            lost += was_graded and not is_graded
+        return cls(reasoning, format_alone, lost)

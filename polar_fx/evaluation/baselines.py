@@ -135,10 +135,8 @@ def static_choices(
     """
     table = VerdictTable.of(known.dense, selector.menu.programs)
     n = len(questions)
-    by_task = {
-        task: best_static(table.rows(np.array(places)))
-        for task, places in places_of([q.task for q in table.questions]).items()
-    }
+    of_tasks = places_of([q.task for q in table.questions])
+    by_task = {task: best_static(table.rows(np.array(places))) for task, places in of_tasks.items()}
     within = best_static(table, _BUDGET * table.depth)
     return [
         static(BEST_STATIC, best_static(table), n=n),
@@ -271,17 +269,20 @@ def polar_choices(
     )
     arm = PolarArm(trained.network, setting.trunk)
     ranked = arm.beam(seen)
+    first = [found[0] for found in ranked]
+    jointly = [found[0] for found in arm.joint(seen)]
     choices = [
-        Choice.single(f"{name}, first of beam", [found[0] for found in ranked]),
-        Choice.single(f"{name}, joint decode", [found[0] for found in arm.joint(seen)]),
+        Choice.single(f"{name}, first of beam", first),
+        Choice.single(f"{name}, joint decode", jointly),
         Choice.single(f"{name}, budget {_BUDGET:g}", arm.budget(seen, _BUDGET)),
-        Choice(f"{name}, pass@5", tuple(tuple(found) for found in ranked), True),
+        Choice(f"{name}, pass@5", tuple(map(tuple, ranked)), True),
     ]
+    num_identity = sum(program.is_identity for program in first)
     return choices, {
         "best_epoch": trained.history["best_epoch"],
         "validation_loss": trained.history["best_validation_loss"],
         "labels": {split: str(found) for split, found in counts.items()},
-        "identity_first": sum(found[0].is_identity for found in ranked) / len(ranked),
+        "identity_first": num_identity / len(ranked),
     }
 
 

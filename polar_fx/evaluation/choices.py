@@ -132,8 +132,10 @@ def oracle(name: str, menu: Menu, *, n: int) -> Choice:
 
 def top_k(name: str, menu: Menu, *, chances: np.ndarray, k: int) -> Choice:
     """The k likeliest programs of each question, judged by the answer key (pass@k)."""
-    order = np.argsort(-chances, axis=1, kind="stable")[:, :k]
-    return Choice(name, tuple(tuple(menu.programs[j] for j in row) for row in order), True)
+    programs: list[tuple[Program, ...]] = []
+    for row in np.argsort(-chances, axis=1, kind="stable")[:, :k]:
+        programs.append(tuple(menu.programs[j] for j in row))
+    return Choice(name, tuple(programs), True)
 
 
 def wanted_programs(
@@ -164,16 +166,12 @@ def arm_results(
     program.
     """
     members = places_of([r.question.task for r in records])
-    return [
-        _arm(
-            choice,
-            [choice.programs[i] for i in places],
-            records=[records[i] for i in places],
-            unseen=unseen,
-        )
-        for choice in choices
-        for places in members.values()
-    ]
+    arms: list[ArmResult] = []
+    for choice in choices:
+        for places in members.values():
+            of_task = [records[i] for i in places]
+            arms.append(_arm(choice.at(places), of_task, unseen=unseen))
+    return arms
 
 
 def places_of(tasks: Sequence[str]) -> dict[str, list[int]]:
@@ -186,19 +184,11 @@ def places_of(tasks: Sequence[str]) -> dict[str, list[int]]:
     return found
 
 
-def _arm(
-    choice: Choice,
-    programs: Sequence[tuple[Program, ...]],
-    *,
-    records: Sequence[SearchRecord],
-    unseen: Collection[str],
-) -> ArmResult:
-    """Of a method that ran these programs on the questions of these records, which are of one
-    task.
-    """
+def _arm(choice: Choice, records: Sequence[SearchRecord], *, unseen: Collection[str]) -> ArmResult:
+    """Of a method on the questions of these records, which are of one task."""
     task = records[0].question.task
     right, steps, unique = [], [], []
-    for record, ran in zip(records, programs, strict=True):
+    for record, ran in zip(records, choice.programs, strict=True):
         verdicts = record.verdicts
         if missing := [p for p in ran if p not in verdicts]:
             raise InputError(

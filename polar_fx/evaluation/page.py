@@ -88,22 +88,6 @@ class Page:
         """What the page's script reads, as JSON values; programs are numbers, their places on the
         menu.
         """
-        places = {program: k for k, program in enumerate(self.menu.programs)}
-        rows = [
-            {
-                "task": question.task,
-                "question": question.question,
-                "accepted": question.answers[0],
-                "chances": [round(float(p), 3) for p in self.chances[i]],
-                "right": [int(r) for r in self.right[i]],
-                "answers": {
-                    places[program]: text
-                    for program, text in self.answers.get(i, {}).items()
-                    if program in places
-                },
-            }
-            for i, question in enumerate(self.questions)
-        ]
         best = Share.of(map(any, self.right))
         return {
             "depth": self.menu.depth,
@@ -112,7 +96,21 @@ class Page:
             ],
             "policies": self.policies(),
             "best": best.value,
-            "questions": rows,
+            "questions": list(map(self._row, range(len(self.questions)))),
+        }
+
+    def _row(self, place: int) -> dict[str, Any]:
+        """A question, with what the selector and the programs said to it."""
+        question, said = self.questions[place], self.answers.get(place, {})
+        number = {program: k for k, program in enumerate(self.menu.programs)}
+        answers = {number[program]: text for program, text in said.items() if program in number}
+        return {
+            "task": question.task,
+            "question": question.question,
+            "accepted": question.answers[0],
+            "chances": [round(float(p), 3) for p in self.chances[place]],
+            "right": list(map(int, self.right[place])),
+            "answers": answers,
         }
 
     def policies(self) -> list[dict[str, Any]]:

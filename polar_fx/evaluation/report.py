@@ -55,13 +55,14 @@ def selector_report(
     `chances` f64[N, K] are its probabilities, `right` bool[N, K] what came true.
     """
     counts = Counter(program for (program,) in choices[0].programs)
+    programs_used = [
+        {"program": str(p), "steps": p.num_steps, "share": c / len(records)}
+        for p, c in counts.most_common()
+    ]
     return {
         "questions": len(records),
         "calibration": calibration_report(chances, right),
-        "programs_used": [
-            {"program": str(p), "steps": p.num_steps, "share": c / len(records)}
-            for p, c in counts.most_common()
-        ],
+        "programs_used": programs_used,
         "difficulty": [row for choice in choices for row in by_difficulty(choice, records)],
     }
 
@@ -93,13 +94,12 @@ def by_difficulty(choice: Choice, records: Sequence[SearchRecord]) -> list[dict[
 
 def against(arms: Sequence[ArmResult], method: str, *, other: str) -> list[dict[str, Any]]:
     """One method beside another instead of the identity, by task and over all."""
-    by_name = {name: [a for a in arms if a.name == name] for name in (method, other)}
-    pairs = list(zip(*by_name.values(), strict=True))
-    together = pooled_names(by_name[method]).items()
-    pairs[:0] = [
-        tuple(pool([a for a in each if a.task in of], label) for each in by_name.values())
-        for label, of in together
-    ]
+    ours = [arm for arm in arms if arm.name == method]
+    theirs = [arm for arm in arms if arm.name == other]
+    pairs: list[tuple[ArmResult, ArmResult]] = []
+    for label, tasks in pooled_names(ours).items():
+        pairs.append((_pooled(ours, tasks, label=label), _pooled(theirs, tasks, label=label)))
+    pairs += zip(ours, theirs, strict=True)
     return [
         {
             "arm": method,  # `method` and `identity` are shares, of `to_dict`
@@ -111,6 +111,10 @@ def against(arms: Sequence[ArmResult], method: str, *, other: str) -> list[dict[
         }
         for one, two in pairs
     ]
+
+
+def _pooled(arms: Sequence[ArmResult], tasks: Collection[str], *, label: str) -> ArmResult:
+    return pool([arm for arm in arms if arm.task in tasks], label)
 
 
 def write_report(

@@ -36,8 +36,9 @@ class GeneratedArms:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values, without the arms' outcomes."""
+        num_questions = sum(arm.n for arm in self.arms if arm.name == self.arms[0].name)
         return {
-            "n": sum(a.n for a in self.arms if a.name == self.arms[0].name),
+            "n": num_questions,
             "agreement": self.agreement,
             "rescues": {task: asdict(found) for task, found in self.rescues.items()},
         }
@@ -169,10 +170,13 @@ def _of_several(
     pick: Callable[[Sequence[Answer]], int],
 ) -> _Method:
     """Several programs a row, of whose answers `pick` takes one by its place."""
-    given = [[of_row[p] for p in each] for of_row, each in zip(answers, programs, strict=True)]
-    picked = [several[pick(several)] for several in given]
-    steps = [float(sum(p.num_steps for p in each)) for each in programs]
-    return _Method(name, picked, steps, [_tokens(several) for several in given])
+    found = _Method(name, [], [], [])
+    for of_row, each in zip(answers, programs, strict=True):
+        given = [of_row[p] for p in each]
+        found.answers.append(given[pick(given)])
+        found.steps.append(float(sum(p.num_steps for p in each)))
+        found.tokens.append(_tokens(given))
+    return found
 
 
 def _of_samples(name: str, samples: Sequence[Sequence[Answer]], *, depth: int) -> _Method:

@@ -84,14 +84,13 @@ class Report:
         """Regions compiled and the seconds of the slowest (several are compiled at once), regions
         loaded and the seconds of all, their bytes, and the bytes of weights and KV slots.
         """
-        compiled, loaded = (
-            [r for r in self.regions if r.source == source] for source in ("compiled", "loaded")
-        )
+        compiled_s = [region.seconds for region in self.regions if region.source == "compiled"]
+        loaded_s = [region.seconds for region in self.regions if region.source == "loaded"]
         return {
-            "num_compiled": len(compiled),
-            "slowest_compiled_s": max((r.seconds for r in compiled), default=0.0),
-            "num_loaded": len(loaded),
-            "loaded_s": sum(r.seconds for r in loaded),
+            "num_compiled": len(compiled_s),
+            "slowest_compiled_s": max(compiled_s, default=0.0),
+            "num_loaded": len(loaded_s),
+            "loaded_s": sum(loaded_s),
             "region_bytes": sum(r.num_bytes for r in self.regions),
             "held_bytes": self.weight_bytes + self.kv_bytes,
         }

@@ -312,11 +312,13 @@ def _end_bytes(runner: Runner, batch: int) -> int:
     rows.
     """
     start, head = runner.library.prologue, runner.library.epilogue
-    tables = [w for w in start.weights if w.dim() > 1 and w.shape[0] == runner.info.vocab_size]
-    rest = [w for w in start.weights if not any(w is t for t in tables)]
-    return tensor_bytes([*rest, *head.weights]) + sum(
-        batch * t[0].numel() * t.element_size() for t in tables
-    )
+    read_whole, row_bytes = list(head.weights), 0
+    for weight in start.weights:
+        if weight.dim() > 1 and weight.shape[0] == runner.info.vocab_size:
+            row_bytes += weight[0].nbytes
+        else:
+            read_whole.append(weight)
+    return tensor_bytes(read_whole) + batch * row_bytes
 
 
 # --------------------------------------------------------------------------------------------- text
@@ -333,18 +335,8 @@ def _table_lines(e: Explanation) -> Iterator[str]:
         ("steps", "layers", "graph", "KV slots", "blends", "weights"), rows, right=("weights",)
     )
     yield ""
-    phases = [("prefill", r) for r in e.prefill] + [("decode", r) for r in e.decode]
-    rows = [
-        (
-            p,
-            r.region,
-            r.shapes,
-            str(r.calls),
-            r.state,
-            "" if r.num_bytes is None else size(r.num_bytes),
-        )
-        for p, r in phases
-    ]
+    rows = [_use_row("prefill", use) for use in e.prefill]
+    rows += [_use_row("decode", use) for use in e.decode]
     yield from table(
         ("call", "region", "shapes", "times", "state", "size"), rows, right=("times", "size")
     )
@@ -397,12 +389,20 @@ def _groups(steps: Sequence[StepUse]) -> Iterator[list[StepUse]]:
 def _step_row(group: Sequence[StepUse]) -> tuple[str, ...]:
     blends = [f"opens {group[0].opens}"] if group[0].opens else []
     blends += [f"closes @{damping:g}" for damping in group[-1].closes]
-    numbers = [ranges([getattr(s, name) for s in group]) for name in ("index", "layer", "slot")]
+
+    def numbers(name: str) -> str:
+        return ranges([getattr(step, name) for step in group])
+
     return (
-        numbers[0],
-        numbers[1],
+        numbers("index"),
+        numbers("layer"),
         group[0].body,
-        numbers[2],
+        numbers("slot"),
         ", ".join(blends),
-        size(sum(s.weight_bytes for s in group)),
+        size(sum(step.weight_bytes for step in group)),
     )
+
+
+def _use_row(phase: str, use: RegionUse) -> tuple[str, ...]:
+    num_bytes = "" if use.num_bytes is None else size(use.num_bytes)
+    return phase, use.region, use.shapes, str(use.calls), use.state, num_bytes

@@ -49,14 +49,11 @@ class PartitionReport:
 
     def text(self) -> str:
         """A paragraph for each region."""
-        lines = [
-            f"{name}\n" + "".join(f"  {part}\n" for part in parts)
-            for name, parts in self.parts.items()
-        ]
-        return (
-            "".join(lines)
-            + f"{count(self.num_engines, 'engine')} for each shape class, shared by all programs"
-        )
+        lines: list[str] = []
+        for name, parts in self.parts.items():
+            lines += [name, *(f"  {part}" for part in parts)]
+        engines = count(self.num_engines, "engine")
+        return "\n".join([*lines, f"{engines} for each shape class, shared by all programs"])
 
 
 def partition_report(library: LayerLibrary, keep: Collection[str] = ()) -> PartitionReport:

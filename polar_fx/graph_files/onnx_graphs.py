@@ -30,7 +30,7 @@ from ..bundle.files import parse_json
 from ..errors import CaptureError
 from ..library import LayerLibrary
 from ..library.steps import Chain, Step
-from ..library.symbols import Symbol
+from ..library.symbols import KvSpec, Symbol
 from ..passes.base import Caller, copy_graph_module
 from ..program import Program
 from .program_file import SIZES
@@ -219,15 +219,7 @@ def program_graph(
         for name in ("input_ids", "positions")
     )
     logits_at = links.input("logits_at", torch.int64, shape=["batch", "wanted"])
-    slots = [
-        [
-            links.input(
-                f"past.{step}.{part}", spec.dtype, shape=["batch", spec.heads, "length", size]
-            )
-            for part, size in (("key", spec.key_size), ("value", spec.value_size))
-        ]
-        for step, spec in enumerate(library.kv_specs(program))
-    ]
+    slots = [links.slot(step, spec) for step, spec in enumerate(library.kv_specs(program))]
     length = links.add("Squeeze", [links.add("Shape", [slots[0][0]], start=2, end=3)])
     zero, one = links.constant(0), links.constant(1)
     start, head = links.step(table.prologue, "prologue"), links.step(table.epilogue, "epilogue")
@@ -274,6 +266,15 @@ class _Links:
             ir.Value(name=name, type=ir.TensorType(from_torch_dtype(dtype)), shape=ir.Shape(shape))
         )
         return self._inputs[-1]
+
+    def slot(self, step: int, spec: KvSpec) -> list[ir.Value]:
+        """The inputs that are the keys and values of a step."""
+        return [
+            self.input(
+                f"past.{step}.{part}", spec.dtype, shape=["batch", spec.heads, "length", size]
+            )
+            for part, size in (("key", spec.key_size), ("value", spec.value_size))
+        ]
 
     def output(
         self, value: ir.Value, name: str, *, dtype: Any, shape: Any, first: bool = False

@@ -1,6 +1,7 @@
 """Comparing a predictor with the identity and with baselines on test questions."""
 
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -50,7 +51,7 @@ from ..training.verdict_table import Rows, VerdictTable
 from .labeller import Labeller
 from .opening import OtherQuestions
 from .progress import silent_console
-from .questions import Asked
+from .questions import Asked, prompt_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -313,6 +314,7 @@ def _generate(
     )
     if any(question.choices for question in subject.questions):
         answerer = ChoiceAnswerer(labeller.place.forcing)
+    rows = [subject.rows[i] for i in part]
     with console.status("generating answers ..."):
         return generated_arms(
             answerer,
@@ -320,7 +322,7 @@ def _generate(
             chances=subject.chances[part],
             chosen=chosen.at(part),
             records=[records[i] for i in part],
-            rows=[subject.rows[i] for i in part],
+            rows=rows,
             votes=job.votes,
             seed=job.seed,
             unseen=subject.unseen,
@@ -336,11 +338,10 @@ def _write_page(
     generated: GeneratedArms | None,
 ) -> Path:
     """`report.html`, with the answers that were generated to the questions asked for them."""
-    said = [] if generated is None else generated.answers
-    answers = {
-        place: {program: answer.text.strip() for program, answer in of_row.items()}
-        for place, of_row in zip(asked, said, strict=bool(said))
-    }
+    answers: dict[int, dict[Program, str]] = {}
+    if generated is not None:
+        for place, said in zip(asked, generated.answers, strict=True):
+            answers[place] = {program: answer.text.strip() for program, answer in said.items()}
     page = Page.of(
         subject.selector,
         title=f"{job.predictor.name} on {len(subject.rows)} questions",
@@ -354,17 +355,18 @@ def _write_page(
 
 def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
     """What was evaluated, and on what."""
-    labeller, questions = subject.labeller, subject.questions
+    labeller = subject.labeller
+    counts = Counter(question.task for question in subject.questions)
     return {
         "ok": True,
         "predictor": job.predictor.name,
         "model": labeller.model_fingerprint,
         "dtype": labeller.workplace.dtype,
-        "questions": len(questions),
-        "tasks": {task: sum(q.task == task for q in questions) for task in labeller.templates},
+        "questions": len(subject.questions),
+        "tasks": {task: counts[task] for task in labeller.templates},
         "trained_on": subject.notes["tasks"],
         "out_of_distribution": subject.unseen,
-        "prompts": {task: template.key for task, template in labeller.templates.items()},
+        "prompts": prompt_keys(labeller.templates),
         "threshold": subject.selector.calibration.threshold,
     }
 
@@ -381,15 +383,16 @@ def _by_distribution(
     `right` bool[N, K] says which programs of the menu are right.
     """
     singles = [by_name[name] for name in (SELECTOR_ACCURACY, IDENTITY, SELECTOR_LIKELIEST)]
-    return {
-        name: selector_report(
-            [choice.at(places) for choice in singles],
+    found: dict[str, Any] = {}
+    for name, places in distributions(subject.questions, subject.notes["tasks"]).items():
+        choices = [choice.at(places) for choice in singles]
+        found[name] = selector_report(
+            choices,
             [records[i] for i in places],
             chances=subject.chances[places],
             right=right[places],
         )
-        for name, places in distributions(subject.questions, subject.notes["tasks"]).items()
-    }
+    return found
 
 
 def _diagrams(subject: _Subject, right: np.ndarray) -> dict[str, Reliability]:

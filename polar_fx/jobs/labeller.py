@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError, KvOverflowError
 from .opening import OtherQuestions, open_job
 from .progress import progress_bar, silent_console
-from .questions import encode, templates_of
+from .questions import encode, prompt_keys, templates_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -111,8 +111,11 @@ class Labeller:
         from ..training.verdict_table import listed_records
 
         pairs = sum(len(programs[q.id]) + 1 for q, _ in rows)
-        keys: dict[str, Any] = {task: template.key for task, template in self.templates.items()}
-        how = {**keys, "judge": "teacher-forcing", "dtype": self.workplace.dtype}
+        how: dict[str, Any] = {
+            **prompt_keys(self.templates),
+            "judge": "teacher-forcing",
+            "dtype": self.workplace.dtype,
+        }
         began = time.perf_counter()
         with progress_bar(self.console, path.stem) as bar:
             line = bar.add_task("", total=len(rows))

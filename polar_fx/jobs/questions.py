@@ -88,7 +88,13 @@ def templates_of(name: str, questions: "Sequence[Question]") -> "dict[str, Templ
     """The built-in prompt `name` of each task of these questions, by task. Raises InputError."""
     from ..questions import any_template
 
-    return {task: any_template(name, task) for task in sorted({q.task for q in questions})}
+    tasks = sorted({question.task for question in questions})
+    return {task: any_template(name, task) for task in tasks}
+
+
+def prompt_keys(templates: "Mapping[str, Template]") -> dict[str, str]:
+    """What tells the prompt of each task from others, as files of results state it."""
+    return {task: template.key for task, template in templates.items()}
 
 
 def check_same_prompts(

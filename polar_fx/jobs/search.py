@@ -11,7 +11,7 @@ from ..search.config import SearchConfig
 from ..search.workers import Row, Workplace
 from .opening import OpenJob, open_job
 from .progress import progress_bar, silent_console
-from .questions import Asked
+from .questions import Asked, prompt_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -168,7 +168,7 @@ def _header(
     templates: "Mapping[str, Template]",
     opened: OpenJob,
 ) -> "SearchHeader":
-    from ..output.digest import digest
+    from ..questions.question import digest_of
     from ..search.records.records import SearchHeader
 
     place = opened.place
@@ -177,10 +177,10 @@ def _header(
         "questions": len(questions),
         "split": job.asked.split_name,
         "data": [path.name for path in job.asked.data],
-        "sha256": digest({q.id: [q.question, *q.answers, *q.choices] for q in questions}),
+        "sha256": digest_of(questions),
     }
     prompt = {
-        **{task: template.key for task, template in templates.items()},
+        **prompt_keys(templates),
         "judge": place.workplace.evaluator,
         "deterministic": place.workplace.deterministic,
         "verify": place.workplace.verify,

@@ -25,7 +25,7 @@ from ..training.pipeline import (
 )
 from .labeller import Labeller
 from .progress import silent_console
-from .questions import Asked, check_same_prompts
+from .questions import Asked, check_same_prompts, prompt_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..predictor.selector import Selector
     from ..questions import Template
     from ..search.records.records import SearchHeader, SearchRecord
+    from ..training.verdict_table import Rows
 
 _TRAIN_QUESTIONS = 1500
 
@@ -105,13 +106,14 @@ def run(job: TrainJob, console: "Console | None" = None) -> dict[str, Any]:
         console.print(f"{left} records are of validation questions and not used", style="dim")
     selector, measured = _train(job, labeller, questions=questions, records=usable)
     policy.check(selector.calibration, {selector.menu.programs[0]: 0.0})
+    train_ids = {(question.task, question.id) for question in questions.train}
     results = {
         **measured,
         "too_few_to_certify": few,
         "records": [path.name for path in job.records],
-        "train_ids": len({(q.task, q.id) for q in questions.train}),
+        "train_ids": len(train_ids),
         "model": labeller.model_fingerprint,
-        "prompts": {task: template.key for task, template in templates.items()},
+        "prompts": prompt_keys(templates),
         "seconds": time.perf_counter() - began,
         "dtype": labeller.workplace.dtype,
         "ok": True,
@@ -173,13 +175,17 @@ def _train(
     job: TrainJob, labeller: Labeller, *, questions: Questions, records: "Sequence[SearchRecord]"
 ) -> "tuple[Selector, dict[str, Any]]":
     """The selector, and what was measured on the way."""
-    parts, encoded = folder_of(job.out), labeller.encoded
+    parts = folder_of(job.out)
+
+    def with_tokens(questions: Sequence[Question]) -> "Rows":
+        return [(question, labeller.encoded[question.id]) for question in questions]
+
     writer = _LossWriter(job.tensorboard) if job.tensorboard is not None else None
     try:
         return train_predictor(
             records,
-            [(q, encoded[q.id]) for q in questions.train],
-            validation=[(q, encoded[q.id]) for q in questions.validation],
+            with_tokens(questions.train),
+            validation=with_tokens(questions.validation),
             dense=lambda name, rows, programs: labeller.table(
                 parts / f"{name}.jsonl", rows, programs=programs
             ),
@@ -199,7 +205,7 @@ def _notes(job: TrainJob, prompt: str, *, templates: "Mapping[str, Template]") -
     return {
         "tasks": sorted(templates),
         "prompt": prompt,
-        "prompts": {task: template.key for task, template in templates.items()},
+        "prompts": prompt_keys(templates),
         "config": asdict(job.config),
     }
 

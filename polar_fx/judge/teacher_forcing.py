@@ -115,10 +115,10 @@ class TeacherForcing:
         """
         keys = [_choice_of(question) for question, _ in pairs]
         found = self._in_parts(pairs, self._targets)
-        return [
-            key.scores([likelihood for _, likelihood, _ in each])
-            for key, each in zip(keys, found, strict=True)
-        ]
+        scores: list[tuple[float, ...]] = []
+        for key, each in zip(keys, found, strict=True):
+            scores.append(key.scores([likelihood for _, likelihood, _ in each]))
+        return scores
 
     def _in_parts(self, pairs: _Pairs, score: Callable[[_Pairs], list[Any]]) -> list[Any]:
         """What `score` makes of the pairs, in their order; of so many at a time as memory holds."""
@@ -245,7 +245,10 @@ class TeacherForcing:
         scores: dict[_Task, tuple[bool, float, float]] = {}
         for batch in self._batches(tasks, lambda row: len(row.target)):  # type: ignore[arg-type]
             scores |= dict(zip(batch, self._heads(batch), strict=True))
-        return [[scores[row, leaf] for row in rows] for rows, leaf in ends]
+        found = []
+        for rows, leaf in ends:
+            found.append([scores[row, leaf] for row in rows])
+        return found
 
     # -------------------------------------------------------------------------------- running steps
 

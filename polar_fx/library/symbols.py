@@ -151,25 +151,23 @@ class SymbolTable:
         table.
         """
         table: dict[str, Any] = json.loads(text)
-        bodies = {
-            name: BodySymbols(
-                b["fingerprint"],
-                tuple(
-                    Operand(o["role"], o["dtype"], tuple(o["size"]), tuple(o["stride"]))
-                    for o in b["operands"]
-                ),
-            )
-            for name, b in table["bodies"].items()
-        }
         specs = [
             KvSpec(s["heads"], s["key_size"], s["value_size"], getattr(torch, s["dtype"]))
             for s in table["kv_specs"]
         ]
 
+        def body(entry: dict[str, Any]) -> BodySymbols:
+            operands = [
+                Operand(o["role"], o["dtype"], tuple(o["size"]), tuple(o["stride"]))
+                for o in entry["operands"]
+            ]
+            return BodySymbols(entry["fingerprint"], tuple(operands))
+
         def call(entry: dict[str, Any]) -> Symbol:
             return Symbol(entry["target"], tuple(entry["sides"]), tuple(entry["weights"]))
 
-        layers = tuple(call(c) for c in table["layers"])
+        bodies = {name: body(entry) for name, entry in table["bodies"].items()}
+        layers = tuple(map(call, table["layers"]))
         return cls(bodies, call(table["prologue"]), layers, call(table["epilogue"]), tuple(specs))
 
 

@@ -38,10 +38,15 @@ class ProgramsUsed:
 def _summary(questions: list[list[Decision]]) -> dict[str, Any]:
     decisions = [d for question in questions for d in question]
     programs = Counter(d.program for d in decisions).most_common()
+    reasons = Counter(d.reason for d in decisions if d.reason != "policy")
     return {
         "questions": len(questions),
         "requests": len(decisions),
-        "mean_steps": fmean(fmean(d.num_steps for d in question) for question in questions),
+        "mean_steps": fmean(map(_mean_steps, questions)),
         "programs": [{"program": str(p), "steps": p.num_steps, "requests": n} for p, n in programs],
-        "instead": dict(Counter(d.reason for d in decisions if d.reason != "policy")),
+        "instead": dict(reasons),
     }
+
+
+def _mean_steps(decisions: list[Decision]) -> float:
+    return fmean(decision.num_steps for decision in decisions)

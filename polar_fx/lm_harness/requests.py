@@ -29,7 +29,8 @@ class Asked:
         """
         options = dict(arguments)
         until = options.pop("until", None) or ()
-        named = [n for n in (options.pop(name, None) for name in _LENGTHS) if n is not None]
+        lengths = [options.pop(name, None) for name in _LENGTHS]
+        named = [length for length in lengths if length is not None]
         if options.get("do_sample") is None:
             options["do_sample"] = (options.get("temperature") or 0) > 0
         if not options["do_sample"]:
@@ -62,9 +63,10 @@ class StopStrings(StoppingCriteria):
         tails = self.tokenizer.batch_decode(
             input_ids[:, max(self.start, input_ids.shape[1] - self.reach) :]
         )
-        return torch.tensor(
-            [any(s in tail for s in self.strings) for tail in tails], device=input_ids.device
-        )
+        return torch.tensor(list(map(self._has_ended, tails)), device=input_ids.device)
+
+    def _has_ended(self, text: str) -> bool:
+        return any(string in text for string in self.strings)
 
 
 def new_text(

@@ -9,8 +9,8 @@ def table(
     """Lines of a table, two spaces between columns; those named in `right` are aligned to the
     right.
     """
-    cells = [list(head), *(list(row) for row in rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    cells = [list(head), *map(list, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     to_right = [name in set(right) for name in head]
 
     def line(row: Sequence[str]) -> str:
@@ -19,7 +19,8 @@ def table(
         ]
         return "  ".join(parts).rstrip()
 
-    return [line(cells[0]), "  ".join("-" * w for w in widths), *(line(row) for row in cells[1:])]
+    rule = "  ".join("-" * w for w in widths)
+    return [line(cells[0]), rule, *map(line, cells[1:])]
 
 
 def size(num_bytes: float) -> str:

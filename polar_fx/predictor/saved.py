@@ -53,7 +53,7 @@ def save_selector(
         "kind": selector.kind,
         "model": model,
         "depth": selector.depth,
-        "menu": [str(p) for p in selector.menu.programs],
+        "menu": list(map(str, selector.menu.programs)),
         "features": {"num_steps": selector.features.num_steps, "window": selector.features.window},
         "network": {
             "num_features": selector.num_features,

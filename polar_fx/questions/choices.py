@@ -97,17 +97,12 @@ class ChoiceTemplate:
                 f"prompt template {self.key}, question {question.id!r}: {what}; begin the question "
                 "with a text, and give every choice one"
             )
-        lengths = [len(choice) if self._divides else 1 for choice in question.choices]
+        right = question.choices.index(question.right_choice)
+        num_scored = tuple(len(scored) for _, scored in rows)
+        lengths = tuple(float(len(c)) if self._divides else 1.0 for c in question.choices)
+        targets = tuple(before[len(prompt) :] + scored for before, scored in rows)
         return EncodedQuestion(
-            question.id,
-            (),
-            prompt,
-            tuple(before[len(prompt) :] + scored for before, scored in rows),
-            ChoiceKey(
-                question.choices.index(question.right_choice),
-                tuple(len(scored) for _, scored in rows),
-                tuple(float(n) for n in lengths),
-            ),
+            question.id, (), prompt, targets, ChoiceKey(right, num_scored, lengths)
         )
 
     @property

@@ -1,8 +1,10 @@
 """Questions, as text and as tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from ..output.digest import digest
 
 Split = Literal["train", "validation", "test"]
 
@@ -30,6 +32,11 @@ class Question:
     def right_choice(self) -> str:
         """The preferred answer if it is one of the choices; else an empty text."""
         return next((answer for answer in self.answers[:1] if answer in self.choices), "")
+
+
+def digest_of(questions: Iterable[Question]) -> str:
+    """What tells these questions and their answers from others, in whatever order they come."""
+    return digest({q.id: [q.question, *q.answers, *q.choices] for q in questions})
 
 
 @dataclass(frozen=True, slots=True)

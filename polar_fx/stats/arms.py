@@ -173,10 +173,9 @@ def pooled_names(results: Iterable[ArmResult]) -> dict[str, list[str]]:
     """
     unseen = {each.task: each.unseen for each in results}
     seen = OVERALL if not any(unseen.values()) else SEEN
-    found = {
-        name: [task for task, other in unseen.items() if other is kind]
-        for name, kind in ((seen, False), (UNSEEN, True))
-    }
+    found: dict[str, list[str]] = {seen: [], UNSEEN: []}
+    for task, is_unseen in unseen.items():
+        found[UNSEEN if is_unseen else seen].append(task)
     found = {name: tasks for name, tasks in found.items() if len(tasks) > 1}
     if taken := sorted(unseen.keys() & found.keys()):
         raise InputError(
@@ -197,11 +196,12 @@ def compare_arms(
     questions, or one is there twice.
     """
     results = list(results)
-    tasks = list(dict.fromkeys(each.task for each in results))
-    first: dict[str, ArmResult] = {}
+    by_task: dict[str, list[ArmResult]] = {}
     found: dict[tuple[str, str], ArmResult] = {}
     for each in results:
-        same = first.setdefault(each.task, each)
+        of_task = by_task.setdefault(each.task, [])
+        of_task.append(each)
+        same = of_task[0]
         if not all(
             np.array_equal(getattr(each, side), getattr(same, side))
             for side in ("identity_right", "identity_steps")
@@ -215,16 +215,16 @@ def compare_arms(
                 f"two results of {each.name} on {each.task}; give each arm once a task"
             )
         found[each.task, each.name] = each
-    groups = [[each for each in results if each.task == task] for task in tasks]
     names = dict.fromkeys(each.name for each in results)
-    groups[:0] = [
-        [
-            pool([found[task, name] for task in of], label)
-            for name in names
-            if all((task, name) in found for task in of)
-        ]
-        for label, of in pooled_names(results).items()
-    ]
+    groups: list[list[ArmResult]] = []
+    for label, tasks in pooled_names(results).items():
+        together: list[ArmResult] = []
+        for name in names:
+            parts = [found[task, name] for task in tasks if (task, name) in found]
+            if len(parts) == len(tasks):
+                together.append(pool(parts, label))
+        groups.append(together)
+    groups += by_task.values()
     rows: list[ArmComparison] = []
     for group in groups:
         paired = [each.paired(seed=seed, resamples=resamples) for each in group]

@@ -144,11 +144,13 @@ def read_entry(root: Path, path: Path) -> Entry:
 def check_facts(entry: Entry, facts: Mapping[str, Scalar]) -> None:
     """Raises UnfitError if the entry was made with other facts."""
     if canonical(entry.facts) != canonical(facts):
-        one, two = (
-            {n: canonical({n: value}) for n, value in some.items()} for some in (entry.facts, facts)
-        )
+        one, two = _texts(entry.facts), _texts(facts)
         other = sorted(n for n in {*one, *two} if one.get(n) != two.get(n))
         raise UnfitError(f"it was made with other facts: {', '.join(other)}")
+
+
+def _texts(facts: Mapping[str, Scalar]) -> dict[str, str]:
+    return {name: canonical({name: value}) for name, value in facts.items()}
 
 
 def check_file(file: StoredFile) -> None:

@@ -94,9 +94,8 @@ def edits_as_programs(depth: int, num_steps: int) -> list[Program]:
         if n < depth
         for s in range(num_steps, depth - n + 1, stride)
     ]
-    return [
-        p for p in (Program.from_edits([e], depth) for e in edits) if shares_trunk(p, num_steps)
-    ]
+    programs = (Program.from_edits([edit], depth) for edit in edits)
+    return [program for program in programs if shares_trunk(program, num_steps)]
 
 
 def finalists(table: VerdictTable, count: int) -> list[Program]:
@@ -281,18 +280,25 @@ def _damped(program: Program, damping: float) -> Program | None:
 def _joined(one: Program, other: Program) -> Program | None:
     """The identity with the edits of both, if they touch different layers."""
     try:
-        edits = [[s for s in p.segments() if s.op is not Op.KEEP] for p in (one, other)]
+        ours, theirs = _edited(one), _edited(other)
     except ProgramError:
         return None
-    layers: Sequence[set[int]] = [
-        {i for s in each for i in range(s.start, s.stop)} for each in edits
-    ]
-    if layers[0] & layers[1] or len(layers[0] | layers[1]) >= one.depth:
+    layers, others = _layers(ours), _layers(theirs)
+    if layers & others or len(layers | others) >= one.depth:
         return None
     try:
-        return Program.from_edits([_edit(s) for s in (*edits[0], *edits[1])], one.depth)
+        return Program.from_edits(list(map(_edit, ours + theirs)), one.depth)
     except ProgramError:
         return None
+
+
+def _edited(program: Program) -> list[Segment]:
+    """Its segments that are not run just once. Raises ProgramError if it has no segments."""
+    return [segment for segment in program.segments() if segment.op is not Op.KEEP]
+
+
+def _layers(segments: Sequence[Segment]) -> set[int]:
+    return {layer for segment in segments for layer in range(segment.start, segment.stop)}
 
 
 def _edit(segment: Segment) -> Edit:

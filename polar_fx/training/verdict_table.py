@@ -14,7 +14,7 @@ import numpy as np
 from ..errors import InputError
 from ..output.digest import digest
 from ..program import Program
-from ..questions.question import EncodedQuestion, Question
+from ..questions.question import EncodedQuestion, Question, digest_of
 from ..search.config import SearchConfig
 from ..search.records.record_file import RecordReader, RecordStore
 from ..search.records.records import SearchHeader, SearchRecord
@@ -73,6 +73,11 @@ class VerdictTable:
         return cls(tuple(r.question for r in rows), wanted, right, likelihood)
 
     @property
+    def question_ids(self) -> list[str]:
+        """N ids."""
+        return [question.id for question in self.questions]
+
+    @property
     def steps(self) -> np.ndarray:
         """f64[K]."""
         return np.array([p.num_steps for p in self.programs], dtype=np.float64)
@@ -104,7 +109,7 @@ class VerdictTable:
 
         Raises InputError if those differ.
         """
-        if [q.id for q in self.questions] != [q.id for q in other.questions]:
+        if self.question_ids != other.question_ids:
             raise InputError(
                 "two verdict tables are of different questions; ask both the same ones, in one "
                 "order"
@@ -122,7 +127,7 @@ class VerdictTable:
 
         Raises InputError if the other lacks one, or shares a question.
         """
-        if twice := {q.id for q in self.questions} & {q.id for q in other.questions}:
+        if twice := set(self.question_ids) & set(other.question_ids):
             raise InputError(
                 f"question {min(twice)!r} is in both verdict tables; join tables of different "
                 "questions"
@@ -174,10 +179,11 @@ def listed_records(
     programs or another model.
     """
     config = SearchConfig(method="listed", simulations=max(1, *map(len, programs.values())))
+    texts = {name: list(map(str, listed)) for name, listed in programs.items()}
     asked = {
         "questions": len(rows),
-        "sha256": digest({q.id: [q.question, *q.answers, *q.choices] for q, _ in rows}),
-        "programs": digest({name: [str(p) for p in listed] for name, listed in programs.items()}),
+        "sha256": digest_of(question for question, _ in rows),
+        "programs": digest(texts),
     }
     with RecordStore.open(path, SearchHeader(model, depth, config, asked, prompt)) as store:
         left = [row for row in rows if row[0].id not in store.done]

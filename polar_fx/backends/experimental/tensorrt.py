@@ -182,16 +182,17 @@ def export_engines(
     names = dict(
         zip(map(str, example_values(graph_module)[0].shape), ("batch", "tokens"), strict=False)
     )
+
+    def varying(value: Tensor) -> dict[int, str]:
+        """The names of a value's sizes that may vary, by axis."""
+        sizes = enumerate(value.shape)
+        return {axis: names[str(size)] for axis, size in sizes if isinstance(size, torch.SymInt)}
+
     found = {}
     for name, engine in engines(graph_module).items():
         values = example_values(engine)
-        dynamic = [
-            {i: names[str(s)] for i, s in enumerate(v.shape) if isinstance(s, torch.SymInt)}
-            for v in values
-        ]
-        found[name] = specialize(
-            engine, [like(v) for v in values], dynamic=dynamic, largest=largest
-        )
+        example, dynamic = list(map(like, values)), list(map(varying, values))
+        found[name] = specialize(engine, example, dynamic=dynamic, largest=largest)
     return found
 
 
@@ -201,16 +202,16 @@ def profile(exported: ExportedProgram) -> list[dict[str, Any]]:
     """
     found = []
     for value in example_values(exported.graph_module):
-        sizes = [(s, s, s) for s in value.shape]
+        least, best, most = list(value.shape), list(value.shape), list(value.shape)
         for i, size in enumerate(value.shape):
             if isinstance(size, torch.SymInt):
                 allowed = exported.range_constraints[size.node.expr]
-                sizes[i] = (int(allowed.lower), example_size(size), int(allowed.upper))
-        least, best, most = (tuple(s[i] for s in sizes) for i in range(3))
+                least[i], most[i] = int(allowed.lower), int(allowed.upper)
+                best[i] = example_size(size)
         shape = (
-            {"shape": least}
+            {"shape": tuple(least)}
             if least == most
-            else {"min_shape": least, "opt_shape": best, "max_shape": most}
+            else {"min_shape": tuple(least), "opt_shape": tuple(best), "max_shape": tuple(most)}
         )
         found.append({**shape, "dtype": value.dtype})
     return found

@@ -9,6 +9,7 @@ attention.
 Shape legend: B batch, T tokens, L KV length.
 """
 
+from collections import defaultdict
 from collections.abc import Collection
 from operator import getitem
 from typing import Any
@@ -103,7 +104,7 @@ def split_for_engines(graph_module: GraphModule, keep: Collection[str] = ()) -> 
             for node in nodes:
                 copy(node)
             continue
-        results = [n for n in nodes if any(levels.get(u) != level for u in n.users)]
+        results = [n for n in nodes if set(map(levels.get, n.users)) - {level}]
         body = Body(f"engine_{len(root)}", nodes, operand_role=lambda _: "input")
         root[body.name] = body.build(graph_module, results, single=False)
         call = graph.call_module(body.name, tuple(map(copy, body.operands)))
@@ -136,11 +137,10 @@ def _assign(graph: Graph, keep: Collection[str]) -> dict[Node, int]:
             engine.add(node)
     while True:
         levels = _levels(nodes, engine, written=written)
-        groups = [
-            {n for n in engine if levels[n] == level}
-            for level in set(map(levels.__getitem__, engine))
-        ]
-        unfit = [group for group in groups if not _is_worth_it(group)]
+        groups: defaultdict[int, set[Node]] = defaultdict(set)
+        for node in engine:
+            groups[levels[node]].add(node)
+        unfit = [group for group in groups.values() if not _is_worth_it(group)]
         if not unfit:
             return levels
         engine.difference_update(*unfit)

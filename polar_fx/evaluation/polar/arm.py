@@ -71,8 +71,7 @@ def train_polar_arm(
     `label_rows`. Raises InputError if a question is in both parts or has no features, if no program
     answers any question of a part, and what `label_rows` and `train_network` raise.
     """
-    shared = {r.question.id for r in records_train} & {r.question.id for r in records_validation}
-    if shared:
+    if shared := _question_ids(records_train) & _question_ids(records_validation):
         raise InputError(
             f"question {min(shared)!r} is in train and in validation; split questions before "
             "searching"
@@ -109,6 +108,10 @@ def train_polar_arm(
         config=training,
         progress=progress,
     ), counts
+
+
+def _question_ids(records: Iterable[SearchRecord]) -> set[str]:
+    return {record.question.id for record in records}
 
 
 def _lost(records: Iterable[SearchRecord], num_steps: int) -> tuple[int, int]:

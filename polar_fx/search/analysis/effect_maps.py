@@ -1,6 +1,7 @@
 """Heat maps of single edits: what skipping or repeating some layers, and nothing else, changes."""
 
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import matplotlib
@@ -27,7 +28,7 @@ def edit_kinds(effects: Sequence[Mapping[str, Any]]) -> list[EditKind]:
 
 def measures_of(effects: Sequence[Mapping[str, Any]]) -> list[str]:
     """What was measured, a column of maps each."""
-    return [name for name, (n, _) in MEASURES.items() if any(e[n] for e in effects)]
+    return [name for name, (n, _) in MEASURES.items() if any(map(itemgetter(n), effects))]
 
 
 def draw_effects(
@@ -44,9 +45,8 @@ def draw_effects(
     for column, measure in enumerate(measures):
         n_name, _ = MEASURES[measure]
         known = [e for e in effects if (e["op"], e["times"], e["damping"]) in kinds and e[n_name]]
-        limit = _limit(
-            [e[measure] for e in known if e[n_name] >= FEW] or [e[measure] for e in known]
-        )
+        reliable = [e for e in known if e[n_name] >= FEW]
+        limit = _limit([e[measure] for e in reliable or known])
         mesh = None
         for here, kind in zip(axes[:, column], kinds, strict=True):
             lengths = max((e["length"] for e in effects if e["op"] == kind[0]), default=1)
@@ -83,13 +83,8 @@ def _draw_map(
         linewidth=0.4,
     )
     few = [e for e in cells if e[MEASURES[measure][0]] < FEW]
-    axes.scatter(
-        [e["start"] for e in few],
-        [e["length"] for e in few],
-        s=2.5,
-        color="#333333",
-        linewidths=0,
-    )
+    starts = [e["start"] for e in few]
+    axes.scatter(starts, [e["length"] for e in few], s=2.5, color="#333333", linewidths=0)
     return mesh
 
 

@@ -179,14 +179,15 @@ def draw_accuracy(axes: Axes, found: Mapping[str, Any], groups: Sequence[tuple[s
         shares = [group["accuracy"][name] for _, group in groups]
         x = np.arange(len(groups)) + (index - 1.5) * width
         heights = [share["share"] for share in shares]
-        errors = [[s["share"] - s["low"] for s in shares], [s["high"] - s["share"] for s in shares]]
+        below = [share["share"] - share["low"] for share in shares]
+        above = [share["high"] - share["share"] for share in shares]
         axes.bar(
             x,
             heights,
             width * 0.92,
             color=color,
             label=label,
-            yerr=errors,
+            yerr=[below, above],
             error_kw={"lw": 0.9, "capsize": 1.5},
         )
         for at, share in zip(x, shares, strict=True):
@@ -262,13 +263,14 @@ def draw_times(axes: Axes, found: Mapping[str, Any]) -> None:
     """How often repeated layers run."""
     counts = found["edits"]["times"]
     total = sum(n for _, n in counts)
+    times = [value for value, _ in counts]
     if total:
-        axes.bar([times for times, _ in counts], [n / total for _, n in counts], 0.7, color=ORANGE)
+        axes.bar(times, [n / total for _, n in counts], 0.7, color=ORANGE)
     else:
         _empty(axes)
     _percent(axes, "share of the repeats")
     axes.set_xlabel("times the layers run")
-    axes.set_xticks([times for times, _ in counts])
+    axes.set_xticks(times)
     axes.set_title(f"Runs of repeats, n = {total:,}", pad=20)
 
 

@@ -152,11 +152,11 @@ def split_records(
     how = "splits"
     if not (any(is_train) and not all(is_train)):
         is_train, how = [_in_first_half(record.question.id) for record in records], "halves"
-    parts = {
-        side: [r for r, train in zip(records, is_train, strict=True) if train is side]
-        for side in (True, False)
-    }
-    return parts[True], parts[False], how
+    train: list[SearchRecord] = []
+    held_out: list[SearchRecord] = []
+    for record, trains in zip(records, is_train, strict=True):
+        (train if trains else held_out).append(record)
+    return train, held_out, how
 
 
 def _in_first_half(question_id: str) -> bool:
@@ -179,27 +179,22 @@ def menu_report(
     made: dict[str, Any] = {}
     for with_identity, name in ((True, "with_identity"), (False, "without_identity")):
         menu = greedy_menu(train, max(ks), with_identity=with_identity)
-        parts = {"in_sample": train, "held_out": held_out}
-        curves = {part: coverage(menu, records) for part, records in parts.items()}
-        made[name] = {
-            "programs": [
-                {"program": str(p), "gain": g}
-                for p, g in zip(menu.programs, menu.gains, strict=True)
-            ],
-            "at": [{"k": k, **{part: curve.at(k) for part, curve in curves.items()}} for k in ks],
-            "curve": {
-                part: {
-                    "n": curve.n,
-                    "covered": list(curve.covered),
-                    "undecided": list(curve.undecided),
-                }
-                for part, curve in curves.items()
-            },
-            "ceiling": {
-                part: Share.of(
-                    bool(r.valid) or (with_identity and r.identity_correct) for r in records
-                ).to_dict()
-                for part, records in parts.items()
-            },
-        }
+        ranked = [
+            {"program": str(p), "gain": g} for p, g in zip(menu.programs, menu.gains, strict=True)
+        ]
+        at: list[dict[str, Any]] = [{"k": k} for k in ks]
+        curves, ceilings = {}, {}
+        for part, records in (("in_sample", train), ("held_out", held_out)):
+            curve = coverage(menu, records)
+            for row in at:
+                row[part] = curve.at(row["k"])
+            curves[part] = {
+                "n": curve.n,
+                "covered": list(curve.covered),
+                "undecided": list(curve.undecided),
+            }
+            ceilings[part] = Share.of(
+                bool(r.valid) or (with_identity and r.identity_correct) for r in records
+            ).to_dict()
+        made[name] = {"programs": ranked, "at": at, "curve": curves, "ceiling": ceilings}
     return made

@@ -9,7 +9,7 @@ hold for questions drawn independently.
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from .edit_effects import edit_effects, edits_of
 from .menu_coverage import key, menu_report, merge, split_records
 
 MENU_SIZES = (1, 2, 5, 10, 20, 50, 100)
+_Model = tuple[str, int, str]  # fingerprint, depth, prompts
 
 
 def is_skip_only(program: Program) -> bool:
@@ -78,46 +79,57 @@ def summary(records: Iterable[SearchRecord]) -> dict[str, Any]:
         raise InputError(
             f"records of models of {depths[0]} and {depths[1]} layers; summarize each model alone"
         )
-    right, wrong = ([r for r in records if r.identity_correct is side] for side in (True, False))
+    right = [record for record in records if record.identity_correct]
+    wrong = [record for record in records if not record.identity_correct]
+    valid = [program for record in records for program in record.valid]
     shortest = [steps for record in records if (steps := _shortest(record)) is not None]
     timed = [
         (len(record.explored) + 1, record.seconds)
         for record in records
         if record.seconds is not None
     ]
-    evaluations, seconds = sum(n for n, _ in timed), math.fsum(s for _, s in timed)
+    evaluations = sum(n for n, _ in timed)
+    seconds = math.fsum(s for _, s in timed)
+    num_explored = [len(record.explored) for record in records]
+    num_valid = [len(record.valid) for record in records]
+    rescued = Share.of(record.is_rescued for record in wrong)
     return {
         "questions": len(records),
         "depth": depths[0] if depths else None,
         "accuracy": {
             "baseline": Share(len(right), len(records)).to_dict(),
-            "skip_only": Share.of(
-                r.identity_correct or any(map(is_skip_only, r.valid)) for r in records
-            ).to_dict(),
-            "repeat_only": Share.of(
-                r.identity_correct or any(map(is_repeat_only, r.valid)) for r in records
-            ).to_dict(),
-            "both": Share.of(r.identity_correct or bool(r.valid) for r in records).to_dict(),
+            "skip_only": _accuracy(records, is_skip_only),
+            "repeat_only": _accuracy(records, is_repeat_only),
+            "both": _accuracy(records, lambda _: True),
         },
         "shorter": {
             "right": Share.of(map(_has_shorter, right)).to_dict(),
             "wrong": Share.of(map(_has_shorter, wrong)).to_dict(),
-            "corrected": Share.of(r.is_rescued for r in wrong).to_dict(),
+            "corrected": rescued.to_dict(),
         },
         "shortest_steps": {"mean": mean(shortest), "n": len(shortest)},
-        "explored": mean([len(record.explored) for record in records]),
-        "valid": mean([len(record.valid) for record in records]),
+        "explored": mean(num_explored),
+        "valid": mean(num_valid),
         "evaluations": evaluations if timed else None,
         "seconds": seconds if timed else None,
         "evaluations_per_second": evaluations / seconds if seconds > 0 else None,
         "steps": {
-            "valid": _counts(program.num_steps for record in records for program in record.valid),
+            "valid": _counts(program.num_steps for program in valid),
             "shortest": _counts(shortest),
         },
-        "edits": _edits(program for record in records for program in record.valid),
+        "edits": _edits(valid),
         "verification": _verification(records),
         "likelihood": _likelihood(records),
     }
+
+
+def _accuracy(
+    records: Sequence[SearchRecord], is_allowed: Callable[[Program], bool]
+) -> dict[str, Any]:
+    """The share of questions that the identity or any allowed program answers."""
+    return Share.of(
+        record.identity_correct or any(map(is_allowed, record.valid)) for record in records
+    ).to_dict()
 
 
 def _has_shorter(record: SearchRecord) -> bool:
@@ -137,12 +149,15 @@ def _counts(values: Iterable[int]) -> list[list[int]]:
 def _edits(programs: Iterable[Program]) -> dict[str, Any]:
     found = [edits_of(program) for program in programs]
     edits = [edit for each in found if each is not None for edit in each]
+    skips = [edit.num_layers for edit in edits if edit.op is Op.SKIP]
+    repeats = [edit for edit in edits if edit.op is Op.REPEAT]
+    repeated = [edit.num_layers for edit in repeats]
     return {
         "programs": len(found),
         "not_segmentable": found.count(None),
-        "skip": _counts(edit.num_layers for edit in edits if edit.op is Op.SKIP),
-        "repeat": _counts(edit.num_layers for edit in edits if edit.op is Op.REPEAT),
-        "times": _counts(edit.times for edit in edits if edit.op is Op.REPEAT),
+        "skip": _counts(skips),
+        "repeat": _counts(repeated),
+        "times": _counts(edit.times for edit in repeats),
     }
 
 
@@ -270,17 +285,11 @@ def analyze(
             "layers, which no menu is ranked on, or of other prompts; hold out a file of the "
             "same model and prompts"
         )
-    return {
-        "files": [_file_report(file) for file in files],
-        "menus": [
-            _menus(
-                [f for f in files if _model(f) == model],
-                [f for f in held_out if _model(f) == model],
-                sizes=menu_sizes,
-            )
-            for model in models
-        ],
-    }
+    menus = [
+        _menus(_of_model(files, model), _of_model(held_out, model), sizes=menu_sizes)
+        for model in models
+    ]
+    return {"files": list(map(_file_report, files)), "menus": menus}
 
 
 def _file_report(file: SearchFile) -> dict[str, Any]:
@@ -298,13 +307,17 @@ def _file_report(file: SearchFile) -> dict[str, Any]:
     }
 
 
-def _model(file: SearchFile) -> tuple[str, int, str]:
+def _model(file: SearchFile) -> _Model:
     """Of what verdicts may be put together: one model, asked and judged in one way."""
     return (
         file.header.model,
         file.header.depth,
         json.dumps(dict(file.header.prompt), sort_keys=True),
     )
+
+
+def _of_model(files: Sequence[SearchFile], model: _Model) -> list[SearchFile]:
+    return [file for file in files if _model(file) == model]
 
 
 def _menus(
@@ -320,14 +333,18 @@ def _menus(
         train, held_out, how = split_records(train)
     return {
         "model": files[0].header.model,
-        "files": [file.path for file in files],
-        "held_out_files": [file.path for file in held_out_files],
+        "files": _paths(files),
+        "held_out_files": _paths(held_out_files),
         "split": how,
         "train": len(train),
         "held_out": len(held_out),
         "left_out": left_out,
         "menus": menu_report(train, held_out, ks=sorted(set(sizes))),
     }
+
+
+def _paths(files: Sequence[SearchFile]) -> list[str]:
+    return [file.path for file in files]
 
 
 def _all_records(files: Sequence[SearchFile]) -> Iterator[SearchRecord]:

@@ -349,10 +349,12 @@ def _not_ours(path: Path, reason: str) -> RecordFileError:
     )
 
 
+def _compared(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(_flat({name: fields.get(name) for name in _COMPARED}))
+
+
 def _check_same(path: Path, there: Mapping[str, Any], *, here: Mapping[str, Any]) -> None:
-    old, new = (
-        dict(_flat({name: fields.get(name) for name in _COMPARED})) for fields in (there, here)
-    )
+    old, new = _compared(there), _compared(here)
     different = [
         f"{name} is {shorten(old[name]) if name in old else 'absent'} in the file and "
         f"{shorten(new[name]) if name in new else 'absent'} here"
