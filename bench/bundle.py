@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -267,9 +268,7 @@ def make_bundles(
     folders = {n: place / f"bundle-{n}" for n in (1, NUM_PROGRAMS)}
     for number, folder in folders.items():
         polar_fx.export(compiled, folder, programs[:number], tokenizer=tokenizer)
-    sizes = {
-        n: sum(p.stat().st_size for p in f.rglob("*") if p.is_file()) for n, f in folders.items()
-    }
+    sizes = {number: bytes_in(folder) for number, folder in folders.items()}
     with torch.no_grad():
         logits = {p: answer(compiled, torch.tensor([prompt]), p) for p in programs[:NUM_COMPARED]}
     save_file(logits, place / "logits.safetensors")
@@ -284,6 +283,16 @@ def make_bundles(
         "logits_largest": max(float(t.abs().max()) for t in logits.values()),
     }
     return folders, about
+
+
+def bytes_in(folder: Path) -> int:
+    """Of all files below it."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def medians(samples: list[dict[str, float]]) -> dict[str, float]:
+    """Of each figure, over the samples."""
+    return {name: statistics.median(map(itemgetter(name), samples)) for name in samples[0]}
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -301,15 +310,10 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         for name in ("load_s", "first_token_s", "second_prompt_s"):
             about[name] = spread([s[name] for s in samples])
         for name in ("imports_s", "load_stages_s"):
-            about[name] = {
-                n: statistics.median(s[name][n] for s in samples) for n in samples[0][name]
-            }
+            about[name] = medians([s[name] for s in samples])
+        about["memory"] = {}
         for moment in samples[0]["memory"]:
-            values = {
-                n: statistics.median(s["memory"][moment][n] for s in samples)
-                for n in samples[0]["memory"][moment]
-            }
-            about.setdefault("memory", {})[moment] = values
+            about["memory"][moment] = medians([s["memory"][moment] for s in samples])
         weights, pool = samples[0]["weights_bytes"], samples[0]["kv_pool_bytes"]
         base, end = about["memory"]["polar_fx"], about["memory"]["first token"]
         about |= {
@@ -319,11 +323,10 @@ def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "resident_beyond_imports_bytes": end["VmRSS"] - base["VmRSS"],
             "peak_beyond_imports_bytes": end["VmHWM"] - base["VmRSS"],
             "of_weights_and_pool": (end["VmRSS"] - base["VmRSS"]) / (weights + pool),
-            "compiled": sum(s["compiled"] for s in samples),
-            "traced": sum(s["traced"] for s in samples),
-            "graphs": sum(s["graphs"] for s in samples),
-            "started": sorted({c for s in samples for c in s["started"]}),
         }
+        for name in ("compiled", "traced", "graphs"):
+            about[name] = sum(s[name] for s in samples)
+        about["started"] = sorted({c for s in samples for c in s["started"]})
         found[kind] = about
     return found
 

@@ -8,6 +8,7 @@ accuracy, and of a difference from the identity the paired bootstrap's. Nothing 
 import argparse
 import time
 from collections import defaultdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def main() -> None:
         task: templates[task].encode_all(tokenizer, asked) for task, asked in by_task.items()
     }
     length = row_tokens(
-        [e for each in encoded.values() for e in each],
-        [q for each in by_task.values() for q in each],
+        list(chain.from_iterable(encoded.values())),
+        list(chain.from_iterable(by_task.values())),
         templates=templates,
         limit=None,
         generated=False,
@@ -74,9 +75,9 @@ def judge(
     forcing: TeacherForcing, encoded: Any, *, asked: list[Question], programs: list[Program]
 ) -> dict[str, list[list[bool]]]:
     """Whether each program [K] is right on each question [N], by metric."""
-    right: dict[str, list[list[bool]]] = {
-        metric: [[] for _ in programs] for metric in ("acc", "acc_norm")
-    }
+    right: dict[str, list[list[bool]]] = {"acc": [], "acc_norm": []}
+    for flags in right.values():
+        flags += ([] for _ in programs)
     for start in range(0, len(encoded), _PART):
         part = encoded[start : start + _PART]
         scores = forcing.choice_scores([(e, p) for e in part for p in programs])

@@ -89,6 +89,7 @@ def write(
     selector, policy = load_selector(predictor)
     library = polar_fx.compile(dtype=DTYPE, backend="eager").library
     told = machine(library.device)
+    arms = [arm_of(row) for row in tested["arms"] if not row["oracle"]]
     notes = {
         **read_notes(predictor),
         "model_name": DEFAULT_NAME,
@@ -106,7 +107,7 @@ def write(
             "questions": tested["questions"],
             "seed": TEST_SEED,
             "interval": "paired bootstrap, 95 %",
-            "arms": [arm_of(row) for row in tested["arms"] if not row["oracle"]],
+            "arms": arms,
             "rows": rows_of(tested["arms"], f"selector: {policy_name(str(policy))}"),
         },
     }

@@ -131,11 +131,10 @@ def _decodes(
         tokens = sum(r.length * r.program.num_steps for s in (together, same) for r in s.rows.rows)
         memory = held.num_blocks * 16 / tokens
     per_step = steps / (uniform.num_steps * batch)
+    by_uniform = [m / u / per_step for m, u in zip(times["mixed"], times["uniform"], strict=True)]
     return {
         **{f"{name}_ms": spread(own) for name, own in times.items()},
-        "mixed_by_uniform": spread(
-            [m / u / per_step for m, u in zip(times["mixed"], times["uniform"], strict=True)]
-        ),
+        "mixed_by_uniform": spread(by_uniform),
         "groups_by_mixed": paired_ratio(times["groups"], times["mixed"]),
         "kv_columns_by_tokens": memory,
     }
@@ -167,14 +166,10 @@ def arrivals(model: CompiledModel, hf: Any, *, rounds: int) -> dict[str, Any]:
     """Part (c): all requests are there at once; seconds until the first token of each."""
     pick = random.Random(3)
     menu = [*_menu(model.depth, 4, pick=pick), model.default_program]
-    asked = [
-        (
-            [pick.randrange(1000) for _ in range(pick.randint(8, 96))],
-            menu[i % len(menu)],
-            pick.randint(4, 48),
-        )
-        for i in range(_REQUESTS)
-    ]
+    asked: list[tuple[list[int], Program, int]] = []
+    for i in range(_REQUESTS):
+        prompt = [pick.randrange(1000) for _ in range(pick.randint(8, 96))]
+        asked.append((prompt, menu[i % len(menu)], pick.randint(4, 48)))
     ways = {
         "engine": lambda: _by_engine(model, asked),
         "batches by program": lambda: _by_batches(model, asked),
@@ -191,9 +186,10 @@ def arrivals(model: CompiledModel, hf: Any, *, rounds: int) -> dict[str, Any]:
     found = {}
     for name, results in seen.items():
         first = sorted(t for _, times in results for t in times)
+        seconds = [total for total, _ in results]
         found[name] = {
-            "seconds": spread([total for total, _ in results]),
-            "tokens_a_second": new / statistics.median(total for total, _ in results),
+            "seconds": spread(seconds),
+            "tokens_a_second": new / statistics.median(seconds),
             "first_token_p50_s": first[len(first) // 2],
             "first_token_p99_s": first[int(len(first) * 0.99)],
         }

@@ -34,9 +34,12 @@ _LONGROPE = {
     "long_factor": [3.0] * 4,
     "original_max_position_embeddings": 16,
 }
+_PLAIN = (
+    *("llama", "qwen3", "gpt2", "gpt_neox", "opt", "phi", "olmo2", "glm4"),
+    *("mistral", "gemma2", "gemma3_text", "cohere2", "starcoder2", "bloom"),
+)
 FAMILIES: dict[str, dict[str, Any]] = {
-    **{name: {} for name in ("llama", "qwen3", "gpt2", "gpt_neox", "opt", "phi", "olmo2", "glm4")},
-    **{name: {} for name in ("mistral", "gemma2", "gemma3_text", "cohere2", "starcoder2", "bloom")},
+    **{name: {} for name in _PLAIN},
     "phi3": dict(rope_parameters=_LONGROPE, original_max_position_embeddings=16),
     "mixtral": {},
     "qwen3_moe": {},
@@ -128,13 +131,14 @@ def run(case: Case) -> dict[str, Any]:
     except Exception as raised:
         traceback.print_exc()
         error = f"{type(raised).__name__}: {raised}".partition("\n")[0]
+    failed = [c for c in calls if not c["worst"] <= 1]
     return {
         "case": str(case),
         "way": case.way,
         "seconds": time.perf_counter() - start,
         "calls": [c["kind"] for c in calls],
-        "worst": max((c["worst"] for c in calls), default=0.0),
-        "failed": [c for c in calls if not c["worst"] <= 1],
+        "worst": worst_of(calls),
+        "failed": failed,
         "error": error,
     }
 
@@ -165,16 +169,24 @@ def main() -> None:
 
 def summary(found: list[dict[str, Any]]) -> dict[str, Any]:
     """What ran, how often and with what result, as JSON values."""
+    calls = Counter(kind for f in found for kind in f["calls"])
+    ways = Counter(f["way"] for f in found)
+    seconds = sum(f["seconds"] for f in found)
     return {
         "machine": machine(torch.device("cpu")),
         "cases": len(found),
-        "calls": sum(len(f["calls"]) for f in found),
-        "calls_of_kind": Counter(kind for f in found for kind in f["calls"]),
-        "cases_of_way": Counter(f["way"] for f in found),
-        "worst": max((f["worst"] for f in found), default=0.0),
-        "seconds": sum(f["seconds"] for f in found),
+        "calls": calls.total(),
+        "calls_of_kind": calls,
+        "cases_of_way": ways,
+        "worst": worst_of(found),
+        "seconds": seconds,
         "failed": [f for f in found if f["error"] or f["failed"]],
     }
+
+
+def worst_of(found: list[dict[str, Any]]) -> float:
+    """The largest difference of calls or cases, as a multiple of what is allowed."""
+    return max((f["worst"] for f in found), default=0.0)
 
 
 if __name__ == "__main__":

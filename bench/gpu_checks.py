@@ -82,7 +82,8 @@ def _compared(worker: Worker, family: str, *, dtype: torch.dtype, backend: str) 
     compiled = polar_fx.compile(model, backend, max_length=47, cache=False, workers=0)
     depth, pick = compiled.depth, random.Random(0)
     paths = [[*range(depth)], [*range(1, depth)], [0, 1, 1, *range(2, depth)]]
-    paths += [[pick.randrange(depth) for _ in range(pick.randint(2, 2 * depth))] for _ in range(3)]
+    for _ in range(3):
+        paths.append([pick.randrange(depth) for _ in range(pick.randint(2, 2 * depth))])
     ids = torch.randint(3, 90, (1, 21), generator=torch.Generator().manual_seed(1)).to(
         worker.device
     )
@@ -121,16 +122,21 @@ def _compared(worker: Worker, family: str, *, dtype: torch.dtype, backend: str) 
             (compiled.generate(ids, **options) == model.generate(ids, **options)).all()
         )
     limit = max(_TOLERANCE[dtype], 3 * worst["hf_itself"])
-    records = compiled.graphs.records if compiled.graphs is not None else ()
     largest = max(worst["loop"], worst["kv_law"], found["ragged"])
     right = largest < limit and worst["replay_minus_linked"] == 0
     return {
         "ok": right and found.get("same_tokens", True),
         **worst,
         **found,
-        "captured": sum(r.reason is None for r in records),
-        "not_captured": [r.reason for r in records if r.reason][:2],
+        **_captures(compiled),
     }
+
+
+def _captures(compiled: CompiledModel) -> dict[str, Any]:
+    """How many graphs were captured, and why two of the others were not."""
+    records = compiled.graphs.records if compiled.graphs is not None else ()
+    reasons = [record.reason for record in records if record.reason]
+    return {"captured": len(records) - len(reasons), "not_captured": reasons[:2]}
 
 
 def _ragged(compiled: CompiledModel, device: torch.device) -> float:
@@ -230,15 +236,14 @@ def _as_interpreted(
     apart = float(
         (compiled.forward(ids, program=program).float() - want).abs().max() / want.abs().max()
     )
-    records = compiled.graphs.records if compiled.graphs is not None else ()
+    captures = _captures(compiled)
     return {
         "ok": apart < _TOLERANCE[plain.dtype]
         and (same or plain.dtype != torch.float32)
-        and not any(r.reason for r in records),
+        and not captures["not_captured"],
         "apart": apart,
         "same_tokens": same,
-        "captured": sum(r.reason is None for r in records),
-        "not_captured": [r.reason for r in records if r.reason][:2],
+        **captures,
     }
 
 

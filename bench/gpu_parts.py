@@ -48,6 +48,7 @@ def graphs(bench: "ModelBench") -> None:
                 timed(lambda p=program, s=session: compiled.decode(p, s, ids[:, 0]), worker.device)
             )
     records = list(compiled.graphs.records)[known:] if compiled.graphs is not None else []
+    failed = [r.reason for r in records if r.reason]
     worker.say(
         "graphs",
         model=bench.name,
@@ -56,7 +57,7 @@ def graphs(bench: "ModelBench") -> None:
         first_decode_ms=round(statistics.median(first), 2),
         slowest_ms=round(max(first), 2),
         capture_ms=[round(r.capture_ms, 2) for r in records],
-        failed=[r.reason for r in records if r.reason][:3],
+        failed=failed[:3],
         mib=((torch.cuda.memory_reserved() if worker.on_gpu else 0) - reserved) >> 20,
     )
 

@@ -12,7 +12,7 @@ from those found right and half are those whose margin is nearest to a tie. Repl
 
 import argparse
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,24 @@ def judge(forcing: TeacherForcing, pairs: list[Pair], *, seed: int, size: int) -
         part = order[start : start + size]
         found |= dict(zip(part, forcing.evaluate([pairs[i] for i in part]), strict=True))
     return [found[i] for i in range(len(pairs))]
+
+
+def by_generation(
+    model: Any, tokenizer: Any, *, templates: dict[str, Any], asked: list[tuple[str, Pair]]
+) -> list[bool]:
+    """Whether plain generation gets each pair right; `asked` has its question's task with it."""
+    right = [False] * len(asked)
+    for task, template in templates.items():
+        members = [i for i, (of, _) in enumerate(asked) if of == task]
+        plain = Plain(model, tokenizer, template=template)
+        told = plain.evaluate([asked[i][1] for i in members])
+        for i, verdict in zip(members, told, strict=True):
+            right[i] = verdict
+    return right
+
+
+def labels(verdicts: Iterable[Verdict]) -> list[bool]:
+    return [verdict.correct for verdict in verdicts]
 
 
 def chosen(listed: list[tuple[Question, Explored]], count: int) -> list[tuple[Question, Explored]]:
@@ -104,19 +122,16 @@ def main() -> None:
     templates: dict[str, Any] = templates_of("few-shot", list(questions.values()))
     of = {e.id: e for e in encode(tokenizer, list(questions.values()), templates=templates)}
     pairs = [(of[q.id], e.program) for q, e in listed]
-    first = [e.verdict.correct for _, e in listed]
+    first = labels(e.verdict for _, e in listed)
     alone = judge(TeacherForcing(compiled, deterministic=True), pairs, seed=1, size=64)
     again = judge(TeacherForcing(compiled, deterministic=True), pairs, seed=2, size=7)
     batched = judge(TeacherForcing(compiled), pairs, seed=3, size=64)
     sample = random.Random(0).sample(range(len(pairs)), min(options.generated, len(pairs)))
-    generated = [False] * len(sample)
-    for task, template in templates.items():
-        members = [i for i, k in enumerate(sample) if listed[k][0].task == task]
-        asked = [pairs[sample[i]] for i in members]
-        told = Plain(model, tokenizer, template=template).evaluate(asked)
-        for i, verdict in zip(members, told, strict=True):
-            generated[i] = verdict
-    right = [v.correct for v in alone]
+    asked = [(listed[i][0].task, pairs[i]) for i in sample]
+    generated = by_generation(model, tokenizer, templates=templates, asked=asked)
+    right = labels(alone)
+    right_of_sample = [right[i] for i in sample]
+    first_of_sample = [first[i] for i in sample]
     report = {
         "benchmark": "label flips",
         "dtype": options.dtype,
@@ -125,13 +140,13 @@ def main() -> None:
         "questions": len(questions),
         "pairs": len(pairs),
         "deterministic, asked again in another order": {
-            **flips(right, [v.correct for v in again]),
+            **flips(right, labels(again)),
             "same_bits": sum(a == b for a, b in zip(alone, again, strict=True)),
         },
-        "batched, asked again in other batches": flips(first, [v.correct for v in batched]),
+        "batched, asked again in other batches": flips(first, labels(batched)),
         "batched against deterministic": flips(first, right),
-        "deterministic against HF generate": flips([right[i] for i in sample], generated),
-        "batched against HF generate": flips([first[i] for i in sample], generated),
+        "deterministic against HF generate": flips(right_of_sample, generated),
+        "batched against HF generate": flips(first_of_sample, generated),
     }
     name = f"label-flips{'-records' if options.records else ''}-cpu-{options.dtype}.json"
     write_json(options.output or RESULTS / name, report)

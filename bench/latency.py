@@ -129,7 +129,7 @@ def linear_fit(samples: dict[str, Any], linked: list[Ours], *, phase: str) -> di
     (ends, step), *_ = np.linalg.lstsq(relative, np.ones_like(times), rcond=None)
     residuals = (ends + step * steps) / times - 1
     half = {
-        c.name: (t - ends) / (times[0] - ends)
+        c.name: float((t - ends) / (times[0] - ends))
         for c, t in zip(linked, times, strict=True)
         if c.steps * 2 == linked[0].steps
     }
@@ -138,7 +138,7 @@ def linear_fit(samples: dict[str, Any], linked: list[Ours], *, phase: str) -> di
         "step_ms": step,
         "largest_residual": float(np.abs(residuals).max()),
         "residuals": {c.name: float(r) for c, r in zip(linked, residuals, strict=True)},
-        "half_of_the_steps": {name: float(r) for name, r in half.items()},
+        "half_of_the_steps": half,
     }
 
 

@@ -99,15 +99,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--output", type=Path, default=RESULTS / "revisions.json")
     options = parser.parse_args()
-    places = {
-        name: Path(folder).resolve()
-        for name, _, folder in (text.partition("=") for text in options.checkouts)
-    }
+    places: dict[str, Path] = {}
+    for text in options.checkouts:
+        name, _, folder = text.partition("=")
+        places[name] = Path(folder).resolve()
+    settings = {k: v for k, v in vars(options).items() if k not in ("checkouts", "output")}
+    commits = {name: commit_of(folder) for name, folder in places.items()}
     report = {
         "benchmark": "revisions",
         "machine": machine(torch.device("cpu")),
-        "settings": {k: v for k, v in vars(options).items() if k not in ("checkouts", "output")},
-        "commits": {name: commit_of(folder) for name, folder in places.items()},
+        "settings": settings,
+        "commits": commits,
         "results": {
             dtype: compare(places, dtype, options=options) for dtype in ("bfloat16", "float32")
         },

@@ -28,7 +28,7 @@ from rich.progress import track
 from torch import nn
 
 import polar_fx
-from measure import RESULTS, machine, spread, write_json
+from measure import RESULTS, machine, paired_ratio, write_json
 from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion, PromptTemplate, generate, get_template
@@ -127,8 +127,11 @@ def grid(
     questions: Sequence[EncodedQuestion], depth: int, forcing: TeacherForcing, rounds: int
 ) -> list[list[Pair]]:
     """The programs that the search of one question looks at, each on every question."""
-    programs = [pairs[0][1] for pairs in searches(questions[:1], depth, forcing, rounds)]
-    return [[(q, p) for q in questions] for p in programs]
+    found: list[list[Pair]] = []
+    for pairs in searches(questions[:1], depth, forcing, rounds):
+        program = pairs[0][1]
+        found.append([(question, program) for question in questions])
+    return found
 
 
 class Tally:
@@ -194,6 +197,9 @@ def measure(
     seconds = tally.seconds
     forcing: TeacherForcing = contenders["polar_fx"]
     mean = {name: statistics.fmean(s) for name, s in seconds.items()}
+    per_second = {name: 1 / s for name, s in mean.items()}
+    ratio = {name: mean["plain"] / s for name, s in mean.items()}
+    by_round = {name: paired_ratio(seconds["plain"], s) for name, s in seconds.items()}
     return {
         "prompt": template.key,
         "pattern": pattern,
@@ -208,12 +214,9 @@ def measure(
         "max_new_tokens": template.max_new_tokens,
         "steps_run": forcing.steps_run,
         "steps_asked": forcing.steps_asked,
-        "per_second": {name: 1 / s for name, s in mean.items()},
-        "ratio": {name: mean["plain"] / s for name, s in mean.items()},
-        "ratio_by_round": {
-            name: spread([a / b for a, b in zip(seconds["plain"], s, strict=True)])
-            for name, s in seconds.items()
-        },
+        "per_second": per_second,
+        "ratio": ratio,
+        "ratio_by_round": by_round,
         "margins_of_verdicts_that_differ": tally.differing,
         "seconds_a_pair": seconds,
     }

@@ -19,10 +19,11 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -55,6 +56,7 @@ from polar_fx.training.selector_training import (
 from polar_fx.training.verdict_table import Rows, VerdictTable
 
 _FOLDS, _THRESHOLDS, _BUDGETS = 5, (0.0, 0.02, 0.05), (0.95, 0.9)
+T = TypeVar("T")
 
 
 def out_of_fold(
@@ -88,19 +90,23 @@ def polar_out_of_fold(
     by_id = {r.question.id: each for r, each in zip(records, states, strict=True)}
     found: dict[str, tuple[dict[int, tuple[Any, ...]], bool]] = {}
     for learn, stop, held_out in folds(len(records)):
-        known = TrainingRecords([], [records[i] for i in learn], [records[i] for i in stop])
+        known = TrainingRecords([], at(records, learn), at(records, stop))
         setting = Setting(known, depth, trunk)
-        asked = [states[i] for i in held_out]
+        asked = at(states, held_out)
         choices, notes = polar_choices(name, setting, tokens=by_id, seen=asked)
         print(f"{name}: identity first {notes['identity_first']:.3f}", flush=True)
         for choice in choices:
             found.setdefault(choice.name, ({}, choice.oracle))[0].update(
                 zip(held_out.tolist(), choice.programs, strict=True)
             )
-    return [
-        Choice(name, tuple(of[i] for i in range(len(records))), oracle)
-        for name, (of, oracle) in found.items()
-    ]
+    joined: list[Choice] = []
+    for name, (of, oracle) in found.items():
+        joined.append(Choice(name, tuple(of[i] for i in range(len(records))), oracle))
+    return joined
+
+
+def at(values: Sequence[T], places: np.ndarray) -> list[T]:
+    return [values[i] for i in places]
 
 
 def folds(n: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -202,7 +208,8 @@ def hidden_variants(subject: Subject, states: list[torch.Tensor]) -> dict[str, V
     longer = torch.stack([Features(trunk, 64).pooled(each) for each in states])
     order = torch.randperm(len(own), generator=torch.Generator().manual_seed(1))
     tasks = sorted({q.task for q in questions})
-    names = torch.tensor([[float(q.task == task) for task in tasks] for q in questions])
+    task_numbers = torch.tensor([tasks.index(q.task) for q in questions])
+    names = torch.nn.functional.one_hot(task_numbers, len(tasks)).float()
     return {
         "token embeddings": (seen[0], {}),
         "hidden states after 2 steps": (seen[2], {}),
@@ -284,7 +291,7 @@ def polar_networks(
     found = {}
     for choice in choices:
         pooled = pool([arm for arm in arms if arm.name == choice.name])
-        is_identity = [all(p.is_identity for p in each) for each in choice.programs]
+        is_identity = [all(map(attrgetter("is_identity"), each)) for each in choice.programs]
         found[choice.name] = {
             "oracle": choice.oracle,
             "steps": float(pooled.steps.mean()),

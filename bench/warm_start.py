@@ -66,6 +66,10 @@ def run(code: str, *arguments: str) -> dict[str, Any]:
     return json.loads(result.stdout.splitlines()[-1])
 
 
+def first_tokens_s(samples: list[dict[str, Any]]) -> list[float]:
+    return [sample["first_token_s"] for sample in samples]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -85,19 +89,19 @@ def main() -> None:
                 runs[name].append(run(*kinds[name]))
     import torch
 
-    hf, ours = ([r["first_token_s"] for r in runs[name]] for name in kinds)
+    hf, ours = first_tokens_s(runs["HF eager"]), first_tokens_s(runs["polar_fx"])
+    compiled = sum(r["compiled"] for r in runs["polar_fx"])
+    traced = sum(r["traced"] for r in runs["polar_fx"])
     report = {
         "benchmark": "warm start",
         "dtype": options.dtype,
         "machine": machine(torch.device("cpu")),
         "cold": cold,
-        "first_token_s": {
-            name: spread([r["first_token_s"] for r in samples]) for name, samples in runs.items()
-        },
+        "first_token_s": {"HF eager": spread(hf), "polar_fx": spread(ours)},
         "more_than_hf_s": statistics.median(b - a for a, b in zip(hf, ours, strict=True)),
         "ratio": paired_ratio(ours, hf),
-        "compiled_in_warm_processes": sum(r["compiled"] for r in runs["polar_fx"]),
-        "traced_in_warm_processes": sum(r["traced"] for r in runs["polar_fx"]),
+        "compiled_in_warm_processes": compiled,
+        "traced_in_warm_processes": traced,
         "runs": runs,
     }
     write_json(options.output, report)
