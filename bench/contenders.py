@@ -116,7 +116,7 @@ class WithoutLastStep(Ours):
         )
         positions = session.positions([tokens] * batch)
         with torch.no_grad():
-            *_, hidden = linked.states(StepInputs.of(session, ids, positions))
+            *_, hidden = linked.states(StepInputs.of(session, ids, positions=positions))
             one = compiled.linker.link(self.program, ShapeClass.of(batch, 1, compiled.pool.length))
             inputs = [ids[:, -1:].contiguous(), positions[:, -1:].contiguous(), one.kv_index]
             logits = one.chain.head(hidden[:, -1:].contiguous(), one.chain.start(inputs))

@@ -110,12 +110,12 @@ def overheads(
 
     def split() -> None:
         with (
-            run_trunk(compiled.runner, rows, dispatcher.num_steps) as trunk,
-            session_after(compiled.runner, [identity], trunk) as session,
+            run_trunk(compiled.runner, rows, num_steps=dispatcher.num_steps) as trunk,
+            session_after(compiled.runner, [identity], trunk=trunk) as session,
         ):
             compiled.prefill(identity, session, rows)
 
-    with run_trunk(compiled.runner, rows, dispatcher.num_steps) as trunk:
+    with run_trunk(compiled.runner, rows, num_steps=dispatcher.num_steps) as trunk:
         hidden = [trunk.hidden[0].clone()]
     proposal = selector.propose(hidden)[0]
     parts = {

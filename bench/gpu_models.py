@@ -119,7 +119,9 @@ class ModelBench:
         """A compiled model on the library captured once; regions of several tokens are those of
         `like`.
         """
-        regions = RegionTable(self.library, get_backend(backend), length, None, 0)
+        regions = RegionTable(
+            self.library, get_backend(backend), max_length=length, store=None, workers=0
+        )
         made = CompiledModel(Runner.of_model(self.model, regions, prefill_chunk=self.prefill_chunk))
         if like is not None:
             several = {

@@ -85,12 +85,12 @@ def table4(bench: "ModelBench") -> None:
 
     def behind_trunk(program: Program) -> None:
         with (
-            run_trunk(compiled.runner, rows, 4) as trunk,
-            session_after(compiled.runner, [program], trunk) as session,
+            run_trunk(compiled.runner, rows, num_steps=4) as trunk,
+            session_after(compiled.runner, [program], trunk=trunk) as session,
         ):
             compiled.prefill(program, session, rows)
 
-    with run_trunk(compiled.runner, rows, 4) as trunk:
+    with run_trunk(compiled.runner, rows, num_steps=4) as trunk:
         hidden = [trunk.hidden[0].clone()]
     for program in (identity, *shorter):
         run(program)

@@ -131,8 +131,8 @@ def compile(
     examine = functools.partial(check_runs, model, max_length=max_length) if check else None
     library = load_library(model, check, store=store, examine=examine)
     code = get_backend(backend, library.device)
-    max_length = max_length or default_row_length(model.config, library, code, tier)
-    regions = RegionTable(library, code, max_length, store, workers)
+    max_length = max_length or default_row_length(model.config, library, backend=code, tier=tier)
+    regions = RegionTable(library, code, max_length=max_length, store=store, workers=workers)
     runner = Runner.of_model(
         model,
         regions,
@@ -374,7 +374,11 @@ class CompiledModel(Uncopied, AsTransformers):
         if menu is not None and not isinstance(menu, Menu):
             menu = Menu.of([self.resolve(program) for program in menu], self.depth)
         self.dispatcher = Dispatcher(
-            self.runner, predictor, menu, "accuracy" if policy is None else policy, unprepared
+            self.runner,
+            predictor,
+            menu=menu,
+            policy="accuracy" if policy is None else policy,
+            unprepared=unprepared,
         )
         return self.dispatcher
 
@@ -435,7 +439,7 @@ class CompiledModel(Uncopied, AsTransformers):
         runs.
         """
         session.require_program(program)
-        return self.runner.prefill(session, rows, every)
+        return self.runner.prefill(session, rows, every=every)
 
     def decode(self, program: Program, session: Session, tokens: Tensor) -> Tensor:
         """Append one token per row, `tokens` i64[B]; logits [B, V].

@@ -210,11 +210,13 @@ class BundledModel(CompiledModel):
         runner = Runner(
             ModelInfo(contents.config, contents.generation_config, manifest.vocab_size),
             library,
-            regions,
-            pool,
+            regions=regions,
+            pool=pool,
             prefill_chunk=manifest.prefill_chunk,
             deterministic=manifest.deterministic or not manifest.many_rows,
-            tiers=Tiers(library, regions, pool.kv_index, "linked", TierPolicy()),
+            tiers=Tiers(
+                library, regions, kv_index=pool.kv_index, tier="linked", policy=TierPolicy()
+            ),
             graphs=cuda_graphs(library.device),
             bound=None,
         )
@@ -302,7 +304,7 @@ class _BundledRegions(RegionTable):
         self, folder: Path, packages: Path, *, manifest: Manifest, library: LayerLibrary
     ) -> None:
         backend = _Sealed(folder, packages, by_address=manifest.kv_length is None)
-        super().__init__(library, backend, manifest.max_length, None, 0)
+        super().__init__(library, backend, max_length=manifest.max_length, store=None, workers=0)
         self._folder = folder
         self._packages = {
             f.region: packages / f.path for f in manifest.files if f.region is not None

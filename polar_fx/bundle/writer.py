@@ -310,7 +310,11 @@ def _packages(
         store = ArtifactStore(spare / "store", limit_bytes=0)
         take(
             RegionTable(
-                compiled.library, compiled.backend, regions.max_length, store, regions.workers
+                compiled.library,
+                compiled.backend,
+                max_length=regions.max_length,
+                store=store,
+                workers=regions.workers,
             )
         )
     return found

@@ -69,7 +69,7 @@ class RowRunner:
         # where a prompt is cut decides the last bits of what follows
         kept_bytes = 0 if runner.deterministic or not runner.together else kept_bytes
         specs = runner.library.table.kv_specs
-        self.kept = KvPrefixes(runner.lockstep.store, specs, kept_bytes)
+        self.kept = KvPrefixes(runner.lockstep.store, specs, max_bytes=kept_bytes)
         self._version = 0  # of the weights that what is kept was computed with
 
     @property
@@ -101,11 +101,11 @@ class RowRunner:
             return self._chosen_together(request, by)
         with ExitStack() as held:
             prompt = [torch.tensor(request.prompt)]
-            trunk = held.enter_context(run_trunk(self.runner, prompt, by.num_steps))
+            trunk = held.enter_context(run_trunk(self.runner, prompt, num_steps=by.num_steps))
             program = self._choose(request, by, hidden=trunk.hidden[0])
             # the row goes on in the slots of the trunk
             return self._row(
-                request, held.pop_all(), opened=session_after(self.runner, [program], trunk)
+                request, held.pop_all(), opened=session_after(self.runner, [program], trunk=trunk)
             )
 
     def _choose(self, request: Request, by: Dispatcher, *, hidden: Tensor) -> Program:
@@ -124,18 +124,20 @@ class RowRunner:
                 row.adopt(found.blocks)
                 hidden.append(found.hidden)
             session = LockstepSession(RowBatch([row]), runner.max_length)
-            hidden += runner.hidden(session, [torch.tensor(prompt[row.length :])], num_steps)
+            hidden += runner.hidden(
+                session, [torch.tensor(prompt[row.length :])], num_steps=num_steps
+            )
             states = torch.cat(hidden)
             if num_steps:
-                self.kept.keep(first, prompt, row.table, states)
+                self.kept.keep(first, prompt, table=row.table, hidden=states)
             program = self._choose(request, by, hidden=states)
             check_trunk(program, num_steps)
-            go_on(row, program, num_steps)
+            go_on(row, program, num_steps=num_steps)
             if (found := self.kept.find(program, prompt[:-1])) is not None:
                 row.adopt(found.blocks, num_steps)
             after = After(num_steps, [states])
             # a batch knows the programs of its rows
-            session = LockstepSession(RowBatch([row]), runner.max_length, after)
+            session = LockstepSession(RowBatch([row]), runner.max_length, after=after)
             return Row(request, session, row.length, held.pop_all())
 
     def _check_weights(self) -> None:
@@ -150,7 +152,7 @@ class RowRunner:
         if isinstance(row.session, LockstepSession) and row.is_prefilled:
             (held,) = row.session.rows.rows
             tokens = [*row.request.prompt, *row.request.tokens][: held.length]
-            self.kept.keep(held.program, tokens, held.table)
+            self.kept.keep(held.program, tokens, table=held.table)
 
     def _row(
         self, request: Request, held: ExitStack, *, opened: AbstractContextManager[Session]
@@ -197,15 +199,17 @@ class RowRunner:
 
     def _prefill_together(self, rows: Sequence[Row], own: list[Tensor]) -> Tensor | None:
         counts = [len(tokens) for tokens in own]
-        ids, after = padded_tokens(own, own, max(counts)), None
+        ids, after = padded_tokens(own, own, tokens=max(counts)), None
         if rows[0].steps_done is not None:
             chunks = [_after(row).chunk(row.prefilled, max(counts)) for row in rows]
             after = chunks[0][0], torch.cat([hidden for _, hidden in chunks])
         lockstep, batch = self.runner.lockstep, self._batch(rows)
         ends = any(row.tokens_left == count for row, count in zip(rows, counts, strict=True))
-        if not ends:
-            lockstep.write_kv(batch, ids, counts, after)
-        logits = lockstep.run(batch, ids, counts, "last", after)[:, 0] if ends else None
+        logits = None
+        if ends:
+            logits = lockstep.run(batch, ids, counts=counts, after=after)[:, 0]
+        else:
+            lockstep.write_kv(batch, ids, counts=counts, after=after)
         for row, count in zip(rows, counts, strict=True):
             row.prefilled += count
             if row.is_prefilled and isinstance(row.session, LockstepSession):
@@ -222,7 +226,7 @@ class RowRunner:
     def _decode(self, rows: Sequence[Row], own: list[Tensor]) -> Tensor:
         if self.runner.together:
             batch, ids = self._batch(rows), torch.stack(own)
-            return self.runner.lockstep.run(batch, ids, [1] * len(rows))[:, 0]
+            return self.runner.lockstep.run(batch, ids, counts=[1] * len(rows))[:, 0]
         (row,), (token,) = rows, own
         return self.runner.decode(row.session, token)
 

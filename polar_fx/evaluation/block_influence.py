@@ -72,7 +72,7 @@ def _cosine_sums(
     positions = session.positions(counts, ids.shape[1])
     is_token = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
     found = []
-    for before, after in pairwise(linked.states(StepInputs.of(session, ids, positions))):
+    for before, after in pairwise(linked.states(StepInputs.of(session, ids, positions=positions))):
         # in double precision, so that a layer that changes nothing has influence 0
         cosine = torch.nn.functional.cosine_similarity(
             before.cpu().double(), after.cpu().double(), dim=-1

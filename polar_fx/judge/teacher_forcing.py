@@ -370,7 +370,7 @@ class TeacherForcing:
         tokens = max(2, *(len(r.ids) for r in rows))
         if rows not in self._sides:
             own = [r.ids for r in rows]
-            ids = padded_tokens(own, own, tokens)
+            ids = padded_tokens(own, own, tokens=tokens)
             self._sides[rows] = self._prologue(
                 ids, torch.stack([self._positions(r, tokens) for r in rows])
             )

@@ -43,12 +43,12 @@ Opener = Callable[[Program, int], AbstractContextManager[Session]]
 
 
 @torch.no_grad()
-def check_runs(model: PreTrainedModel, library: LayerLibrary, max_length: int | None) -> None:
+def check_runs(model: PreTrainedModel, library: LayerLibrary, *, max_length: int | None) -> None:
     """Raise CaptureError, with what was run and the difference, if the identity does not give the
     model's logits. Without `max_length`, rows are as short as they may be in slots.
     """
     max_length = max_length or min(IN_SLOTS, position_limit(model.config) or IN_SLOTS)
-    regions = RegionTable(library, EagerBackend(), max_length, None, 0)
+    regions = RegionTable(library, EagerBackend(), max_length=max_length, store=None, workers=0)
     runner = Runner.of_model(model, regions, prefill_chunk=_PART)
     reference = shared_view(model, model.config._attn_implementation)
     with without_autocast(library.device):
@@ -62,7 +62,7 @@ def check_runs(model: PreTrainedModel, library: LayerLibrary, max_length: int | 
         for opened in ways:
             with opened(Program.identity(runner.depth), len(rows)) as session:
                 got = runner.prefill(session, rows, every=True)
-            _compare(model, f"prefill of rows of {lengths} tokens", got, wanted)
+            _compare(model, f"prefill of rows of {lengths} tokens", got=got, wanted=wanted)
         if min(map(len, rows)) < 2:
             return
         # alone: with another token, a row may have other rotary frequencies
@@ -70,14 +70,14 @@ def check_runs(model: PreTrainedModel, library: LayerLibrary, max_length: int | 
         ends = [torch.stack((a, b[-1])) for a, b in zip(shorter, wanted, strict=True)]
         for opened in ways:
             with opened(Program.identity(runner.depth), len(rows)) as session:
-                got = _decoded(runner, session, rows)
-            _compare(model, f"decoding of rows of {lengths} tokens", got, ends)
+                got = _decoded(runner, session, rows=rows)
+            _compare(model, f"decoding of rows of {lengths} tokens", got=got, wanted=ends)
         for held in _late(model, max_length):
-            _check_after(model, reference, runner, ways, held)
+            _check_after(model, reference, runner=runner, ways=ways, held=held)
 
 
 def _check_after(
-    model: PreTrainedModel, reference: Any, runner: Runner, ways: Sequence[Opener], held: int
+    model: PreTrainedModel, reference: Any, *, runner: Runner, ways: Sequence[Opener], held: int
 ) -> None:
     """The same of the tokens that follow `held` others, whose keys and values are random."""
     identity = Program.identity(runner.depth)
@@ -85,7 +85,7 @@ def _check_after(
     if sum(spec.bytes_per_token() for spec in specs) * held > _MOST_BYTES:
         return
     generator = torch.Generator().manual_seed(0)
-    before = [_made_up(spec, held, generator, runner.device) for spec in specs]
+    before = [_made_up(spec, held, generator=generator, device=runner.device) for spec in specs]
     tail = torch.randint(embedding_weight(model).shape[0], (_AFTER,), generator=generator)
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(before):
@@ -93,14 +93,16 @@ def _check_after(
     wanted = reference(input_ids=tail[None].to(runner.device), **{CACHE: cache}).logits[0]
     for opened in ways:
         with opened(identity, 1) as session:
-            _fill(session, specs, before, held)
+            _fill(session, specs, before=before, held=held)
             first = runner.prefill(session, [tail[:-1]], every=True)[0]
             last = runner.decode(session, tail[-1:])
-        _compare(model, f"{_AFTER} tokens after {held}", [torch.cat((first, last))], [wanted])
+        _compare(
+            model, f"{_AFTER} tokens after {held}", got=[torch.cat((first, last))], wanted=[wanted]
+        )
 
 
 def _made_up(
-    spec: KvSpec, held: int, generator: torch.Generator, device: torch.device
+    spec: KvSpec, held: int, *, generator: torch.Generator, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Keys and values [1, H, L, E] of a layer. The values of the first tokens, which are the first
     that a window hides, are so large that attending to one of them shows among all others.
@@ -114,7 +116,7 @@ def _made_up(
 
 
 def _fill(
-    session: Session, specs: Sequence[KvSpec], before: Sequence[tuple[Tensor, Tensor]], held: int
+    session: Session, specs: Sequence[KvSpec], *, before: Sequence[tuple[Tensor, Tensor]], held: int
 ) -> None:
     """Let the only row of a session hold these keys and values."""
     if isinstance(session, LockstepSession):
@@ -165,14 +167,14 @@ def _switch(model: PreTrainedModel) -> int:
     return frequency_switch(model.config) or 0
 
 
-def _decoded(runner: Runner, session: Session, rows: list[Tensor]) -> list[Tensor]:
+def _decoded(runner: Runner, session: Session, *, rows: list[Tensor]) -> list[Tensor]:
     """Logits [2, V] of each row's last two tokens, the last one decoded."""
     before = runner.prefill(session, [r[:-1] for r in rows])
     after = runner.decode(session, torch.stack([r[-1] for r in rows]))
     return [torch.stack(pair) for pair in zip(before, after, strict=True)]
 
 
-def _compare(model: PreTrainedModel, what: str, got: list[Tensor], wanted: list[Tensor]) -> None:
+def _compare(model: PreTrainedModel, what: str, *, got: list[Tensor], wanted: list[Tensor]) -> None:
     """Raise CaptureError, naming `what` was run, if rows [T, V] differ from those wanted."""
     worst = scale = 0.0
     for own, want in zip(got, wanted, strict=True):

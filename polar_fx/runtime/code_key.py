@@ -110,6 +110,7 @@ class VariantKey:
         cls,
         kind: str,
         graph: str,
+        *,
         shape: ShapeClass,
         backend: Backend,
         device: torch.device,
@@ -187,7 +188,7 @@ class VariantCache:
             self._held.move_to_end(key)
             return self._held[key][0]
 
-    def put(self, key: VariantKey, region: Region, num_bytes: int) -> list[VariantKey]:
+    def put(self, key: VariantKey, region: Region, *, num_bytes: int) -> list[VariantKey]:
         """Keep a variant; returns the keys dropped for it, never its own."""
         with self._lock:
             self._held[key] = (region, num_bytes)

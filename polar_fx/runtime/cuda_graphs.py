@@ -242,7 +242,7 @@ class CudaGraphs:
                 loaded = worthwhile and self._is_loaded(linked, batch)
                 out = self._outputs.get(batch) if loaded else None
                 if out is not None:
-                    captured = self._capture(key, linked, inputs, out)
+                    captured = self._capture(key, linked, inputs=inputs, out=out)
                 if captured is None:
                     # This loads the kernels as well, which a capture must not do. It need not
                     # happen on the side stream: what is loaded is the device's, and the side stream
@@ -251,7 +251,7 @@ class CudaGraphs:
                     if worthwhile and out is None:
                         out = self._outputs[batch] = logits.shape, logits.dtype
                         self._loaded |= _code(linked, batch)
-                        self._capture(key, linked, inputs, out)
+                        self._capture(key, linked, inputs=inputs, out=out)
                     return logits
             self._graphs.move_to_end(key)
             captured.last_run = self._num_runs
@@ -281,6 +281,7 @@ class CudaGraphs:
         self,
         key: _Key,
         linked: LinkedProgram,
+        *,
         inputs: StepInputs,
         out: _Output,
     ) -> "_Captured | None":
@@ -303,7 +304,7 @@ class CudaGraphs:
         program, batch = linked.program, len(inputs.ids)
         self._records.append(GraphRecord(program, batch, milliseconds, self._pool, reason))
         if graph is None:
-            self._fail(program, batch, reason)
+            self._fail(program, batch, reason=reason)
             return None
         log.info("captured %s for batch %d in %.1f ms", program, batch, milliseconds)
         self._num_captured += 1
@@ -313,7 +314,7 @@ class CudaGraphs:
             self._graphs.popitem(last=False)[1].graph.reset()
         return made
 
-    def _fail(self, program: Program, batch: int, reason: str | None) -> None:
+    def _fail(self, program: Program, batch: int, *, reason: str | None) -> None:
         log.warning("%s runs without a CUDA graph for batch %d: %s", program, batch, reason)
         self._failed[program, batch] = None
         if len(self._failed) > _MAX_REMEMBERED:

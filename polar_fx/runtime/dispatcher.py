@@ -148,6 +148,7 @@ class Dispatcher:
         self,
         runner: Runner,
         predictor: Predictor | None,
+        *,
         menu: Menu | None,
         policy: str | Policy,
         unprepared: Unprepared = "identity",
@@ -217,7 +218,9 @@ class Dispatcher:
         """The same with another policy; what is prepared stays so, and costs that it needs are
         measured.
         """
-        other = Dispatcher(self.runner, self.predictor, self.menu, policy, self.unprepared)
+        other = Dispatcher(
+            self.runner, self.predictor, menu=self.menu, policy=policy, unprepared=self.unprepared
+        )
         other.costs_ms, other._prepared = self.costs_ms, set(self._prepared)
         if (
             other.policy.kind == "latency_ms"
@@ -265,7 +268,7 @@ class Dispatcher:
         rows, _ = self.runner.rows(input_ids, attention_mask)
         if not self.needs_trunk:
             return self.decide([torch.empty(0)] * len(rows))
-        with run_trunk(self.runner, rows, self.num_steps) as trunk:
+        with run_trunk(self.runner, rows, num_steps=self.num_steps) as trunk:
             return self.decide(trunk.hidden)
 
     @property
@@ -298,11 +301,11 @@ class Dispatcher:
             decisions = self.decide([torch.empty(0)] * len(call.rows))
             output = self.generator.run(call, decisions[0].program)
             return output, DispatchReport(tuple(decisions), 0.0, 0.0, time.perf_counter() - start)
-        with run_trunk(self.runner, call.rows, self.num_steps) as trunk:
+        with run_trunk(self.runner, call.rows, num_steps=self.num_steps) as trunk:
             ran = time.perf_counter()
             decisions = self.decide(trunk.hidden)
             decided = time.perf_counter()
-            output = self.generator.run(call, [d.program for d in decisions], trunk)
+            output = self.generator.run(call, [d.program for d in decisions], trunk=trunk)
         report = DispatchReport(
             tuple(decisions), ran - start, decided - ran, time.perf_counter() - start
         )
@@ -310,7 +313,9 @@ class Dispatcher:
         return output, report
 
 
-def measure_costs(runner: Runner, menu: Menu, tokens: int = _COST_TOKENS) -> dict[Program, float]:
+def measure_costs(
+    runner: Runner, menu: Menu, *, tokens: int = _COST_TOKENS
+) -> dict[Program, float]:
     """Milliseconds of a prefill of `tokens` tokens and one decoding step, by program: the median of
     interleaved runs.
     """

@@ -58,7 +58,7 @@ _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
 def padded_rows(
-    rows: Sequence[Sequence[int]], fill: int = 0, side: str = "left"
+    rows: Sequence[Sequence[int]], fill: int = 0, *, side: str = "left"
 ) -> tuple[Tensor, Tensor]:
     """Token rows as `generate` takes them: ids i64[B, T], padded with `fill`, and the mask i64[B,
     T] of real ones.
@@ -83,6 +83,7 @@ class _Running(GenerationMixin):
         self,
         runner: Runner,
         generation_config: GenerationConfig,
+        *,
         prompt: "_Prompt | None" = None,
         unguided: Unguided | None = None,
     ) -> None:
@@ -208,7 +209,7 @@ class Generator:
         self.runner = runner
 
     def run(
-        self, call: Call, program: Program | Sequence[Program], trunk: Trunk | None = None
+        self, call: Call, program: Program | Sequence[Program], *, trunk: Trunk | None = None
     ) -> Any:
         """What transformers' `generate` returns, on the model's device, wherever the prompts were.
 
@@ -222,24 +223,27 @@ class Generator:
             opened = self.runner.open_rows(programs)
         else:
             taken = trunk if call.copies == 1 else trunk.take(copied)
-            opened = session_after(self.runner, programs, taken)
+            opened = session_after(self.runner, programs, trunk=taken)
         prompt = _Prompt(
             call.input_ids.repeat_interleave(call.copies, 0), [call.rows[r] for r in copied]
         )
         kwargs = of_rows(call.kwargs, torch.tensor(copied)) if call.copies > 1 else call.kwargs
         with opened as session, Unguided(self.runner, programs) as unguided:
-            return self.go_on(replace(call, kwargs=kwargs), session, prompt, unguided)
+            return self.go_on(
+                replace(call, kwargs=kwargs), session, prompt=prompt, unguided=unguided
+            )
 
     def go_on(
         self,
         call: Call,
         session: Session,
+        *,
         prompt: "_Prompt | None" = None,
         unguided: Unguided | None = None,
     ) -> Any:
         """The same in a session of the caller's, which may hold the first tokens of its row."""
         own = _without_chunks(self._defaults)
-        running: Any = _Running(self.runner, own, prompt, unguided)
+        running: Any = _Running(self.runner, own, prompt=prompt, unguided=unguided)
         return running.generate(
             call.input_ids,
             attention_mask=call.mask,
@@ -273,7 +277,7 @@ class Generator:
         rows, mask = self.runner.rows(input_ids, given_mask)
         settings = self.config(**kwargs)
         refuse_settings(settings)
-        check_guidance(self.runner, settings, kwargs, len(rows))
+        check_guidance(self.runner, settings, kwargs=kwargs, batch=len(rows))
         if given_mask is None:
             rows, mask = self.runner.rows(input_ids, _inferred_mask(input_ids, settings))
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
@@ -289,8 +293,8 @@ class Generator:
                 f"{most}; shorten the prompt, lower max_new_tokens, or compile with "
                 f"max_length={longest + new}"
             )
-        kwargs |= default_unguided(settings, kwargs, rows)
-        check_room(self.runner, kwargs, new)
+        kwargs |= default_unguided(settings, kwargs, rows=rows)
+        check_room(self.runner, kwargs, new=new)
         for name in ("prefill_chunk_size", "use_cache", "cache_implementation"):
             kwargs.pop(name, None)
         if given is not None:

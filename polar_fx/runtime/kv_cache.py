@@ -91,14 +91,14 @@ class KvPool:
 
     @contextmanager
     def session(
-        self, program: Program, specs: Sequence[KvSpec], batch: int
+        self, program: Program, specs: Sequence[KvSpec], *, batch: int
     ) -> "Iterator[KvSession]":
         """A session of `batch` empty rows of `program`, a slot a spec; the slots return to the pool
         at the end.
         """
         taken = [self._take(spec, batch) for spec in specs]
         slots = [(s.keys[:batch], s.values[:batch]) for s in taken]
-        session = KvSession(self, program, slots, batch)
+        session = KvSession(self, program, slots=slots, batch=batch)
         try:
             yield session
         finally:
@@ -203,6 +203,7 @@ class KvSession(RowCache):
         self,
         pool: KvPool,
         program: Program,
+        *,
         slots: list[tuple[Tensor, Tensor]],
         batch: int,
         next_positions: Tensor | None = None,
@@ -330,7 +331,9 @@ class _Row(KvSession):
     def __init__(self, parent: KvSession, index: int) -> None:
         own = slice(index, index + 1)
         slots = [(k[own], v[own]) for k, v in parent.slots]
-        super().__init__(parent.pool, parent.program, slots, 1, parent._next[own])
+        super().__init__(
+            parent.pool, parent.program, slots=slots, batch=1, next_positions=parent._next[own]
+        )
         self._parent, self._index = parent, index
         if parent.resume is not None:
             self.resume = Resume(parent.resume.num_steps, parent.resume.hidden[own])

@@ -61,7 +61,7 @@ class KvPrefixes:
     kept as a program of these steps alone.
     """
 
-    def __init__(self, store: KvStore, specs: Sequence[KvSpec], max_bytes: int) -> None:
+    def __init__(self, store: KvStore, specs: Sequence[KvSpec], *, max_bytes: int) -> None:
         self.store, self.specs, self.max_bytes = store, specs, max_bytes
         self.num_bytes = 0
         self.tokens_found = 0  # in all, since it was made
@@ -90,6 +90,7 @@ class KvPrefixes:
         self,
         program: Program,
         tokens: Sequence[int],
+        *,
         table: Tensor,
         hidden: Tensor | None = None,
     ) -> None:

@@ -28,7 +28,7 @@ class KvRow:
     """
 
     @_OUTSIDE
-    def __init__(self, store: KvStore, specs: Sequence[KvSpec], program: Program) -> None:
+    def __init__(self, store: KvStore, specs: Sequence[KvSpec], *, program: Program) -> None:
         self.store, self.specs, self.program = store, specs, program
         self.length, self.num_blocks, self.version = 0, 0, 0
         self.table = torch.full((program.num_steps, _FIRST_BLOCKS), EMPTY)
@@ -42,7 +42,7 @@ class KvRow:
         """Take the blocks that `count` more tokens need."""
         needed = _blocks(self.length + count)
         if needed > self.num_blocks:
-            self._take(0, self.num_blocks, needed)
+            self._take(0, self.num_blocks, stop=needed)
             self.num_blocks = needed
 
     def spare(self) -> Tensor:
@@ -72,7 +72,7 @@ class KvRow:
         table = torch.full((program.num_steps, self.table.shape[1]), EMPTY)
         table[:kept] = self.table[:kept]
         self.program, self.table = program, table
-        self._take(kept, 0, self.num_blocks)
+        self._take(kept, 0, stop=self.num_blocks)
 
     @_OUTSIDE
     def adopt(self, blocks: Tensor, first: int = 0) -> None:
@@ -100,7 +100,7 @@ class KvRow:
             self._own(needed - 1)
             for spec, steps in self._steps_of().items():
                 # what is masked is multiplied by zero, and 0 * NaN is NaN
-                self.store.clear(spec, self.table[steps, needed - 1].tolist(), column)
+                self.store.clear(spec, self.table[steps, needed - 1].tolist(), column=column)
         self.version += 1
 
     @_OUTSIDE
@@ -109,7 +109,7 @@ class KvRow:
 
         Whole blocks are shared; the last one, which is still written to, is copied.
         """
-        other = KvRow(self.store, self.specs, self.program)
+        other = KvRow(self.store, self.specs, program=self.program)
         other.table, other.length = self.table.clone(), self.length
         other.num_blocks = _blocks(self.length)
         other.table[:, other.num_blocks :] = EMPTY
@@ -126,7 +126,7 @@ class KvRow:
             if shared:
                 before = self.table[shared, index].tolist()
                 own = self.store.take(spec, len(shared))
-                self.store.copy(spec, before, own)
+                self.store.copy(spec, before, target=own)
                 self.table[shared, index] = torch.tensor(own)
                 self.store.give(spec, before)
 
@@ -158,7 +158,7 @@ class KvRow:
         return found
 
     @_OUTSIDE
-    def _take(self, step: int, first: int, stop: int) -> None:
+    def _take(self, step: int, first: int, *, stop: int) -> None:
         """Take blocks `first` to `stop - 1` of the steps from `step` on."""
         self._widen(stop)
         for spec, own in self._steps_of(step).items():

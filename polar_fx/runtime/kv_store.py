@@ -117,14 +117,14 @@ class KvStore:
         with self.lock:
             self._store(spec).give(blocks)
 
-    def clear(self, spec: KvSpec, blocks: Sequence[int], column: int) -> None:
+    def clear(self, spec: KvSpec, blocks: Sequence[int], *, column: int) -> None:
         """Zero the columns of blocks from one on."""
         with self.lock:
             where = torch.tensor(blocks, device=self.device)
             for tensor in self.tensors(spec):
                 tensor[where, :, column:] = 0
 
-    def copy(self, spec: KvSpec, source: Sequence[int], target: Sequence[int]) -> None:
+    def copy(self, spec: KvSpec, source: Sequence[int], *, target: Sequence[int]) -> None:
         """Copy what blocks hold to others."""
         with self.lock:
             read, write = torch.tensor([source, target], device=self.device)

@@ -46,6 +46,7 @@ class StepInputs:
         cls,
         session: KvSession,
         ids: Tensor,
+        *,
         positions: Tensor,
         logits_at: Tensor | None = None,
         resume: Resume | None = None,
@@ -118,7 +119,7 @@ def _begun(inputs: StepInputs) -> tuple[int, Tensor] | None:
 
 
 def region_calls(
-    table: SymbolTable, program: Program, shape: ShapeClass, every: bool
+    table: SymbolTable, program: Program, *, shape: ShapeClass, every: bool
 ) -> list[RegionName]:
     """The regions that one run of a program calls, in order, for the logits of every token or of
     one token a row; of a prompt in chunks, those of the last one.
@@ -135,7 +136,7 @@ def region_calls(
 class Linker:
     """Links programs out of regions; `regions` makes those that are missing."""
 
-    def __init__(self, library: LayerLibrary, regions: RegionTable, pool: KvPool) -> None:
+    def __init__(self, library: LayerLibrary, regions: RegionTable, *, pool: KvPool) -> None:
         self.library, self.regions, self.pool = library, regions, pool
         self._linked: dict[tuple[Program, ShapeClass | None, bool], LinkedProgram] = {}
         self._lock = threading.RLock()
@@ -145,7 +146,7 @@ class Linker:
         """Those that are linked now, for whatever shapes."""
         return {program for program, *_ in list(self._linked)}
 
-    def link(self, program: Program, shape: ShapeClass, every: bool = True) -> LinkedProgram:
+    def link(self, program: Program, shape: ShapeClass, *, every: bool = True) -> LinkedProgram:
         """The program on the regions of `shape`, for the logits of every token or of one token per
         row.
         """
@@ -155,21 +156,21 @@ class Linker:
         with self._lock:
             if (linked := self._linked.get(key)) is not None:  # another thread was first
                 return linked
-            linked = self._link(program, shape, every)
+            linked = self._link(program, shape, every=every)
             # a search runs millions of programs; linking one again costs little
             if len(self._linked) >= _MAX_LINKED:
                 del self._linked[next(iter(self._linked))]
             self._linked[key] = linked
             return linked
 
-    def calls(self, program: Program, shape: ShapeClass, every: bool = True) -> list[RegionName]:
+    def calls(self, program: Program, shape: ShapeClass, *, every: bool = True) -> list[RegionName]:
         """The regions that one run of the program linked so calls, in order."""
-        return region_calls(self.library.table, program, shape, every)
+        return region_calls(self.library.table, program, shape=shape, every=every)
 
-    def _link(self, program: Program, shape: ShapeClass, every: bool) -> LinkedProgram:
+    def _link(self, program: Program, shape: ShapeClass, *, every: bool) -> LinkedProgram:
         library = self.library
         start, head = library.prologue, library.epilogue
-        wanted = self.calls(program, shape, every)
+        wanted = self.calls(program, shape, every=every)
         # what decoding needs is needed as well: asked for together, it is compiled together
         made = self.regions.get(wanted if every else wanted + self.calls(program, shape.decode))
         steps = []

@@ -95,13 +95,14 @@ class Lockstep:
 
     def row(self, program: Program) -> KvRow:
         """An empty row."""
-        return KvRow(self.store, self.library.table.kv_specs, program)
+        return KvRow(self.store, self.library.table.kv_specs, program=program)
 
     @torch.no_grad()
     def run(
         self,
         batch: RowBatch,
         ids: Tensor,
+        *,
         counts: Sequence[int],
         wants: Wants = "last",
         after: tuple[int, Tensor] | None = None,
@@ -114,24 +115,26 @@ class Lockstep:
         ends each program after so many steps.
         """
         with self.store.lock:  # a store that grows is replaced: no other pass may be writing to it
-            return self._run(batch, ids, counts, wants, after, stop)
+            return self._run(batch, ids, counts=counts, wants=wants, after=after, stop=stop)
 
     @torch.no_grad()
     def write_kv(
         self,
         batch: RowBatch,
         ids: Tensor,
+        *,
         counts: Sequence[int],
         after: tuple[int, Tensor] | None = None,
     ) -> None:
         """The same pass, for nothing but the keys and values that it writes."""
         with self.store.lock:
-            self._run(batch, ids, counts, None, after, None)
+            self._run(batch, ids, counts=counts, wants=None, after=after, stop=None)
 
     def _run(
         self,
         batch: RowBatch,
         ids: Tensor,
+        *,
         counts: Sequence[int],
         wants: Wants | None,
         after: tuple[int, Tensor] | None,
@@ -144,11 +147,11 @@ class Lockstep:
             row.make_room(count)
         plan = self.plans.plan(batch.programs, part)
         blends = [Blends(torch.lerp) for _ in batch.rows]
-        with self._tables(batch, plan, part, counts, tokens) as (blocks, tables):
-            inputs = self._inputs(batch, ids, counts, blocks * BLOCK)
+        with self._tables(batch, plan, part=part, counts=counts, tokens=tokens) as (blocks, tables):
+            inputs = self._inputs(batch, ids, counts=counts, width=blocks * BLOCK)
             values = self._start(plan.start, inputs)
             hidden = values[HIDDEN] if after is None else after[1]
-            hidden = self._steps(plan.calls, tables, values, hidden, blends)
+            hidden = self._steps(plan.calls, tables, values=values, hidden=hidden, blends=blends)
             if plan.kv_writes is not None and plan.last is not None:
                 store = self.store.tensors(plan.last.spec)
                 plan.kv_writes.run(hidden, values, slot=(*store, tables[-1]))
@@ -158,16 +161,18 @@ class Lockstep:
                 blends = [b.each(_last_of(n)) for b, n in zip(blends, counts, strict=True)]
                 values = self._start(plan.start_last, [*map(pick, inputs[:2]), inputs[2]])
                 if plan.last is not None:
-                    hidden = self._steps([plan.last], tables[-1:], values, hidden, blends)
+                    hidden = self._steps(
+                        [plan.last], tables[-1:], values=values, hidden=hidden, blends=blends
+                    )
         for row, count in zip(batch.rows, counts, strict=True):
             row.length += count
         if wants is None or wants == "hidden":
             return hidden
-        return self._head(plan.head, hidden, values)
+        return self._head(plan.head, hidden, values=values)
 
     @contextmanager
     def _tables(
-        self, batch: RowBatch, plan: Plan, part: Part, counts: Sequence[int], tokens: int
+        self, batch: RowBatch, plan: Plan, *, part: Part, counts: Sequence[int], tokens: int
     ) -> Iterator[tuple[int, list[Tensor]]]:
         """How many blocks W, and i64[n, W] for each layer call; the last ones are for padding, if
         there is any.
@@ -192,7 +197,7 @@ class Lockstep:
             return self.plans.programs()
 
     def _inputs(
-        self, batch: RowBatch, ids: Tensor, counts: Sequence[int], width: int
+        self, batch: RowBatch, ids: Tensor, *, counts: Sequence[int], width: int
     ) -> list[Tensor]:
         """Token ids, positions and columns; padding is sent to the last column."""
         device, tokens = ids.device, ids.shape[1]
@@ -208,13 +213,14 @@ class Lockstep:
     def _start(self, region: Region, inputs: list[Tensor]) -> list[Tensor]:
         return side_values(region, inputs, weights=self.library.prologue.weights)
 
-    def _head(self, region: Region, hidden: Tensor, values: Sequence[Tensor]) -> Tensor:
+    def _head(self, region: Region, hidden: Tensor, *, values: Sequence[Tensor]) -> Tensor:
         return self.library.epilogue.step(region).run(hidden, values)
 
     def _steps(
         self,
         calls: Sequence[PlannedCall],
         tables: Sequence[Tensor],
+        *,
         values: list[Tensor],
         hidden: Tensor,
         blends: Sequence[Blends[Tensor]],

@@ -70,7 +70,7 @@ def _union_of(paths: frozenset[Path]) -> Path:
 
 
 def lockstep_calls(
-    programs: Sequence[Program], done: int = 0, stop: int | None = None
+    programs: Sequence[Program], done: int = 0, *, stop: int | None = None
 ) -> tuple[LayerCall, ...]:
     """The layer calls that run steps `done` to `stop - 1` of every row's program (default: all),
     each step at the first call that fits.

@@ -86,7 +86,9 @@ class Planner:
         token each.
         """
         by_address = replace(shape, length=None)
-        return region_calls(self.library.table, program, by_address, every=shape == shape.decode)
+        return region_calls(
+            self.library.table, program, shape=by_address, every=shape == shape.decode
+        )
 
     def programs(self) -> set[Program]:
         """Those of which a plan is kept."""
@@ -104,14 +106,16 @@ class Planner:
         return plan
 
     def _made(self, programs: tuple[Program, ...], part: Part) -> Plan:
-        order = lockstep_calls(programs, part.done, part.stop)
+        order = lockstep_calls(programs, part.done, stop=part.stop)
         names = [self._name(call, part) for call in order]
         start, head, start_last = ends = self._ends(len(programs), part)
         # a call of all rows at the end is the last of each
         is_short = not (part.every or part.one_token) and len(order[-1].rows) == len(programs)
         short = [replace(names[-1], kv_writes=True)] if is_short else []
         wanted = [start, *names[: len(names) - len(short)], *short]
-        found = self.regions.get([*wanted, *self._later(programs, order, part, is_short), *ends])
+        found = self.regions.get(
+            [*wanted, *self._later(programs, order, part=part, is_short=is_short), *ends]
+        )
         of_program = {program: program.schedule() for program in programs}
         schedules = [of_program[program] for program in programs]
         offsets = [0]
@@ -125,12 +129,12 @@ class Planner:
         kv_writes = last = None
         most = len(order) - len(short)
         calls = [
-            self._call(call, schedules, found[name])
+            self._call(call, schedules, region=found[name])
             for call, name in zip(order[:most], names[:most], strict=True)
         ]
         if is_short:
             one = names[-1].shape.decode
-            last = self._call(order[-1], schedules, found[replace(names[-1], shape=one)])
+            last = self._call(order[-1], schedules, region=found[replace(names[-1], shape=one)])
             kv_writes = self.library.layers[order[-1].layer].step(found[short[0]])
         return Plan(
             found[start],
@@ -158,7 +162,7 @@ class Planner:
         ]
 
     def _later(
-        self, programs: Sequence[Program], order: Sequence[LayerCall], part: Part, is_short: bool
+        self, programs: Sequence[Program], order: Sequence[LayerCall], *, part: Part, is_short: bool
     ) -> list[RegionName]:
         """What later passes over these rows may call: asked for together, it is compiled together.
 
@@ -178,7 +182,7 @@ class Planner:
         return later + [name for size in sizes for name in self._ends(size, part)]
 
     def _call(
-        self, call: LayerCall, schedules: Sequence[tuple[ScheduledStep, ...]], region: Region
+        self, call: LayerCall, schedules: Sequence[tuple[ScheduledStep, ...]], *, region: Region
     ) -> PlannedCall:
         opens, closes = [], []
         for row, step in zip(call.rows, call.steps, strict=True):

@@ -43,7 +43,7 @@ class LockstepSession(RowCache):
     clears it.
     """
 
-    def __init__(self, rows: RowBatch, max_length: int, after: After | None = None) -> None:
+    def __init__(self, rows: RowBatch, max_length: int, *, after: After | None = None) -> None:
         self.layers, self.rows, self.max_length, self.after = [], rows, max_length, after
         self._singles: dict[int, RowBatch] = {}
 

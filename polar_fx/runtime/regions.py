@@ -64,6 +64,7 @@ class RegionTable:
         self,
         library: LayerLibrary,
         backend: Backend,
+        *,
         max_length: int,
         store: ArtifactStore | None,
         workers: int | None = None,
@@ -102,10 +103,10 @@ class RegionTable:
         return VariantKey.of(
             "region",
             library.table.bodies[name.body].fingerprint,
-            name.shape,
-            self.backend,
-            library.device,
-            library.dtype,
+            shape=name.shape,
+            backend=self.backend,
+            device=library.device,
+            dtype=library.dtype,
             passes=tuple(p.content_id for p in self._pipeline(name).passes),
         )
 
@@ -147,7 +148,7 @@ class RegionTable:
                 self._regions[name] = region
                 continue
             self._check(region, name)
-            self._keep(name, region, 0, start, "compiled", passes)
+            self._keep(name, region, num_bytes=0, start=start, source="compiled", passes=passes)
 
     def _compiled(self, name: RegionName) -> tuple[Region, tuple[PassRecord, ...]]:
         """A region that lives in this process alone, and what passes did to its graph."""
@@ -159,7 +160,7 @@ class RegionTable:
         except PolarError:
             raise
         except Exception as error:
-            raise _failed(self.backend, name, error) from error
+            raise _failed(self.backend, name, error=error) from error
 
     def _load(self, backend: PersistentBackend, name: RegionName) -> bool:
         """Load a region from the store; False if it is not there, or not any more when its files
@@ -174,7 +175,7 @@ class RegionTable:
             if all(p.exists() for p in files.values()):
                 raise
             return False
-        self._keep(name, region, num_bytes, start, "loaded")
+        self._keep(name, region, num_bytes=num_bytes, start=start, source="loaded")
         return True
 
     def _build(self, backend: PersistentBackend, wanted: list[RegionName]) -> None:
@@ -218,7 +219,7 @@ class RegionTable:
             except PolarError:
                 raise
             except Exception as error:
-                raise _failed(backend, name, error) from error
+                raise _failed(backend, name, error=error) from error
             # before it is stored: what is loaded is not looked at again
             self._check(region, name)
             made.append((region, _size(_files(folder))))
@@ -235,12 +236,16 @@ class RegionTable:
             else:
                 raise _evicted(name)
         if made:
-            self._keep(name, *made[0], start, "compiled", passes)
+            region, num_bytes = made[0]
+            self._keep(
+                name, region, num_bytes=num_bytes, start=start, source="compiled", passes=passes
+            )
 
     def _keep(
         self,
         name: RegionName,
         region: Region,
+        *,
         num_bytes: int,
         start: float,
         source: str,
@@ -316,7 +321,7 @@ class RegionTable:
                     )
 
 
-def _failed(backend: Backend, name: RegionName, error: Exception) -> CompileError:
+def _failed(backend: Backend, name: RegionName, *, error: Exception) -> CompileError:
     return CompileError(f"{backend.name} cannot compile {name}: {compiler_reason(error)}")
 
 

@@ -21,7 +21,7 @@ def takes_blocks(library: LayerLibrary, backend: Backend) -> bool:
     return by_address and library.table.batch_axes() is not None
 
 
-def default_row_length(config: Any, library: LayerLibrary, backend: Backend, tier: Tier) -> int:
+def default_row_length(config: Any, library: LayerLibrary, *, backend: Backend, tier: Tier) -> int:
     """The model's own limit where keys and values lie in blocks, which cost what is there; up to
     where it would compute rows with other rotary frequencies, which takes slots.
 

@@ -76,9 +76,9 @@ class Runner(Uncopied):
         self,
         info: ModelInfo,
         library: LayerLibrary,
+        *,
         regions: RegionTable,
         pool: KvPool,
-        *,
         prefill_chunk: int,
         deterministic: bool,
         tiers: Tiers,
@@ -92,7 +92,7 @@ class Runner(Uncopied):
         self.prefill_chunk = max(prefill_chunk, 0 if self.switch is None else self.switch + 1)
         self.deterministic = deterministic
         self.tiers, self.graphs, self.bound = tiers, graphs, bound
-        self.linker = Linker(library, regions, pool)
+        self.linker = Linker(library, regions, pool=pool)
         self.lockstep = Lockstep(library, regions)
 
     @classmethod
@@ -113,14 +113,16 @@ class Runner(Uncopied):
         """
         library = regions.library
         pool = KvPool(regions.max_length, library.device)
+        policy = tier_policy or TierPolicy()
+        tiers = Tiers(library, regions, kv_index=pool.kv_index, tier=tier, policy=policy)
         return cls(
             ModelInfo.of(model),
             library,
-            regions,
-            pool,
+            regions=regions,
+            pool=pool,
             prefill_chunk=prefill_chunk,
             deterministic=deterministic,
-            tiers=Tiers(library, regions, pool.kv_index, tier, tier_policy or TierPolicy()),
+            tiers=tiers,
             graphs=cuda_graphs(library.device),
             bound=BoundWeights(model, library.tensors),
         )
@@ -179,7 +181,7 @@ class Runner(Uncopied):
         return self.open_rows([program] * batch)
 
     def open_slots(
-        self, program: Program, batch: int, steps: slice = slice(None)
+        self, program: Program, batch: int, *, steps: slice = slice(None)
     ) -> AbstractContextManager[KvSession]:
         """A context manager giving an empty KvSession for `batch` rows of `program`, with slots for
         `steps` of it.
@@ -187,7 +189,7 @@ class Runner(Uncopied):
         Raises WeightsReplacedError.
         """
         self.check_weights()
-        return self.pool.session(program, self.library.kv_specs(program)[steps], batch)
+        return self.pool.session(program, self.library.kv_specs(program)[steps], batch=batch)
 
     def check_weights(self) -> None:
         """Raise WeightsReplacedError if the model holds other tensors than are read here."""
@@ -228,7 +230,7 @@ class Runner(Uncopied):
 
         Raises InputError.
         """
-        return token_rows(input_ids, attention_mask, self.info.vocab_size)
+        return token_rows(input_ids, attention_mask, vocab_size=self.info.vocab_size)
 
     def chunks(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
         """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], padding after a
@@ -243,12 +245,12 @@ class Runner(Uncopied):
             tokens = max(counts)
             if self.device.type == "cuda" and tokens > 1:
                 tokens += -tokens % _GPU_TOKENS
-            yield padded_tokens(parts, rows, tokens).to(self.device), counts
+            yield padded_tokens(parts, rows, tokens=tokens).to(self.device), counts
 
     # ----------------------------------------------------------------------------- prefill, decode
 
     def prefill(
-        self, session: Session, rows: Sequence[Tensor], every: bool = False
+        self, session: Session, rows: Sequence[Tensor], *, every: bool = False
     ) -> list[Tensor]:
         """Append the rows' tokens i64[T] in chunks; per row, logits [V] of its last token, or
         [T, V] if `every`.
@@ -259,56 +261,58 @@ class Runner(Uncopied):
         session.require([len(r) for r in rows])
         if isinstance(session, GroupSession):
             return session.gather(
-                lambda own, members: self.prefill(own, [rows[m] for m in members], every)
+                lambda own, members: self.prefill(own, [rows[m] for m in members], every=every)
             )
         if isinstance(session, LockstepSession):
-            return self._prefill_together(session, rows, every)
+            return self._prefill_together(session, rows, every=every)
         crosses = self._crosses(session, [len(r) for r in rows])
         if (self.deterministic or crosses) and len(rows) > 1:
-            each = [self.prefill(session.row(i), [r], every)[0] for i, r in enumerate(rows)]
+            each = [self.prefill(session.row(i), [r], every=every)[0] for i, r in enumerate(rows)]
             session.resume = None
             return each
         if crosses:
             held, before = session.lengths[0], session.restart()
-            whole = self.prefill(session, [torch.cat((before, rows[0].to(before)))], every)
+            whole = self.prefill(session, [torch.cat((before, rows[0].to(before)))], every=every)
             return [whole[0][held:]] if every else whole
         resume = session.resume
 
         def run(ids: Tensor, counts: list[int], wants: Wants | None, start: int) -> Tensor | None:
             after = resume and resume.chunk(start, ids.shape[1])
-            return self._run(session, ids, counts, wants, after)
+            return self._run(session, ids, counts=counts, wants=wants, resume=after)
 
-        found = self._in_chunks(rows, every, run)
+        found = self._in_chunks(rows, every, run=run)
         session.resume = None
         return found
 
     def _prefill_together(
-        self, session: LockstepSession, rows: Sequence[Tensor], every: bool
+        self, session: LockstepSession, rows: Sequence[Tensor], *, every: bool
     ) -> list[Tensor]:
         found: list[Tensor] = []
         for batch, members in self._batches(session):
             after = session.after and session.after.take(members)
-            found += self._prefill_batch(batch, [rows[m] for m in members], every, after)
+            own = [rows[m] for m in members]
+            found += self._prefill_batch(batch, own, every=every, after=after)
         session.after = None
         return found
 
     def _prefill_batch(
-        self, batch: RowBatch, rows: Sequence[Tensor], every: bool, after: After | None
+        self, batch: RowBatch, rows: Sequence[Tensor], *, every: bool, after: After | None
     ) -> list[Tensor]:
         def run(ids: Tensor, counts: list[int], wants: Wants | None, start: int) -> Tensor | None:
             part = after and after.chunk(start, ids.shape[1])
             with without_autocast(self.device):
                 if wants is not None:
-                    return self.lockstep.run(batch, ids, counts, wants, part)
-                self.lockstep.write_kv(batch, ids, counts, part)
+                    return self.lockstep.run(batch, ids, counts=counts, wants=wants, after=part)
+                self.lockstep.write_kv(batch, ids, counts=counts, after=part)
                 return None
 
-        return self._in_chunks(rows, every, run)
+        return self._in_chunks(rows, every, run=run)
 
     def _in_chunks(
         self,
         rows: Sequence[Tensor],
         every: bool,
+        *,
         run: Callable[[Tensor, list[int], Wants | None, int], Tensor | None],
     ) -> list[Tensor]:
         """Logits of a prefill, each chunk of which `run` makes, from its first token on."""
@@ -329,7 +333,7 @@ class Runner(Uncopied):
         return [torch.cat(r) if every else r[0] for r in results]
 
     def hidden(
-        self, session: LockstepSession, rows: Sequence[Tensor], num_steps: int
+        self, session: LockstepSession, rows: Sequence[Tensor], *, num_steps: int
     ) -> list[Tensor]:
         """Append the rows' tokens i64[T], and run the first steps of their programs alone: hidden
         states [T, d] after them.
@@ -338,7 +342,9 @@ class Runner(Uncopied):
         for batch, members in self._batches(session):
             for ids, counts in self.chunks([rows[m] for m in members]):
                 with without_autocast(self.device):
-                    hidden = self.lockstep.run(batch, ids, counts, "hidden", stop=num_steps)
+                    hidden = self.lockstep.run(
+                        batch, ids, counts=counts, wants="hidden", stop=num_steps
+                    )
                 for own, count, m in zip(hidden, counts, members, strict=True):
                     found[m].append(own[:count])
         return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in found]
@@ -363,7 +369,7 @@ class Runner(Uncopied):
             with without_autocast(self.device):
                 for part, members in self._batches(session):
                     ids = tokens[members.start : members.stop, None]
-                    logits.append(self.lockstep.run(part, ids, [1] * len(part))[:, 0])
+                    logits.append(self.lockstep.run(part, ids, counts=[1] * len(part))[:, 0])
             return logits[0] if len(logits) == 1 else torch.cat(logits)
         crosses = self._crosses(session, [1] * batch)
         if (self.deterministic or crosses) and batch > 1:
@@ -371,7 +377,7 @@ class Runner(Uncopied):
             return torch.cat(each)
         if crosses:
             return torch.stack(self.prefill(session, [tokens]))
-        logits = self._run(session, tokens[:, None], [1] * batch, "every")
+        logits = self._run(session, tokens[:, None], counts=[1] * batch, wants="every")
         assert logits is not None
         return logits[:, 0]
 
@@ -399,6 +405,7 @@ class Runner(Uncopied):
         self,
         session: KvSession,
         ids: Tensor,
+        *,
         counts: list[int],
         wants: Wants | None,
         resume: Resume | None = None,
@@ -416,26 +423,28 @@ class Runner(Uncopied):
             if wants == "last" and not every:
                 # of rows that go on, the last token of this part: it has the frequencies of its row
                 where = self.pool.on_device([max(0, count - 1) for count in counts])
-            linked = self.linker.link(session.program, shape, every)
+            linked = self.linker.link(session.program, shape, every=every)
             if (switch := self.switch) is not None:
                 held = zip(counts, session.lengths, strict=True)
                 session.keep(ids, [n if before <= switch else 0 for n, before in held])
             # regions are compiled for dense operands
-            inputs = StepInputs.of(session, ids.contiguous(), positions, where, resume)
+            inputs = StepInputs.of(
+                session, ids.contiguous(), positions=positions, logits_at=where, resume=resume
+            )
             logits = None
             if every or where is not None:
-                logits = self._logits(linked, shape, inputs)
+                logits = self._logits(linked, shape, inputs=inputs)
             else:  # the head would be computed for nothing
                 linked.write_kv(inputs)
             session.advance(counts)
             return logits
 
-    def _logits(self, linked: LinkedProgram, shape: ShapeClass, inputs: StepInputs) -> Tensor:
+    def _logits(self, linked: LinkedProgram, shape: ShapeClass, *, inputs: StepInputs) -> Tensor:
         """Logits by the form that is due: regions, a captured graph of them, a whole program."""
         if inputs.resume is not None:
             return linked.run(inputs)
         decodes = shape.tokens == 1
         run = LinkedProgram.run if self.graphs is None or not decodes else self.graphs.run
         if shape.batch == 1 and (decodes or inputs.logits_at is not None):
-            return self.tiers.run(linked, shape, inputs, run)
+            return self.tiers.run(linked, shape, inputs=inputs, run_linked=run)
         return run(linked, inputs)

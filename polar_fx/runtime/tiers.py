@@ -102,6 +102,7 @@ class Tiers:
         self,
         library: LayerLibrary,
         regions: RegionTable,
+        *,
         kv_index: Tensor,
         tier: Tier,
         policy: TierPolicy,
@@ -137,6 +138,7 @@ class Tiers:
         self,
         linked: LinkedProgram,
         shape: ShapeClass,
+        *,
         inputs: StepInputs,
         run_linked: Callable[[LinkedProgram, StepInputs], Tensor],
     ) -> Tensor:
@@ -180,10 +182,10 @@ class Tiers:
         return VariantKey.of(
             "whole",
             library.fingerprint,
-            shape,
-            backend,
-            library.device,
-            library.dtype,
+            shape=shape,
+            backend=backend,
+            device=library.device,
+            dtype=library.dtype,
             program=str(program),
             passes=passes,
         )
@@ -239,19 +241,21 @@ class Tiers:
     def _plan(self, program: Program, shape: ShapeClass) -> WholePlan:
         table, numbers = self.library.table, self._names(program)
 
-        def step(symbol: Symbol, opens: int = 0, closes: tuple[float, ...] = ()) -> WholeStep:
+        def step(symbol: Symbol, opens: int = 0, *, closes: tuple[float, ...] = ()) -> WholeStep:
             weights = tuple(numbers[n] for n in symbol.weights)
             return WholeStep(symbol.target, symbol.sides, weights, opens, closes)
 
-        steps = tuple(step(table.layers[s.layer], s.opens, s.closes) for s in program.schedule())
-        calls = region_calls(table, program, shape, every=shape.tokens == 1)
+        steps = tuple(
+            step(table.layers[s.layer], s.opens, closes=s.closes) for s in program.schedule()
+        )
+        calls = region_calls(table, program, shape=shape, every=shape.tokens == 1)
         names = list(dict.fromkeys(calls))
         paths = map(str, self.regions.graph_files(names))
         bodies = dict(zip(names, paths, strict=True))
         ends = step(table.prologue), step(table.epilogue)
         return WholePlan(shape, bodies, len(numbers), ends[0], steps, ends[1])
 
-    def _make(self, variant: _Variant, state: str, worker: Worker | None = None) -> Region:
+    def _make(self, variant: _Variant, state: str, *, worker: Worker | None = None) -> Region:
         """Compile, or load, the whole form; the record is in `state` afterwards, or as it was if
         that fails.
         """
@@ -284,7 +288,7 @@ class Tiers:
         finally:
             if worker is None:
                 own.close()
-        self._cache.put(variant.key, region, record.num_bytes)
+        self._cache.put(variant.key, region, num_bytes=record.num_bytes)
         record.compile_s, record.state = time.perf_counter() - start, state
         log.info(
             "%s of %s is ready whole after %.1f s", record.phase, record.program, record.compile_s
@@ -297,7 +301,7 @@ class Tiers:
         """
         record = variant.record
         try:
-            self._make(variant, "whole" if record.whole_ms is not None else "trial", worker)
+            self._make(variant, "whole" if record.whole_ms is not None else "trial", worker=worker)
         except Exception as error:  # whatever it was, the linked form goes on
             record.state, record.reason = "linked", f"{type(error).__name__}: {error}"
             if self._background is not None and not self._background.stopping.is_set():

@@ -15,7 +15,7 @@ from ..errors import InputError
 
 
 def token_rows(
-    input_ids: Tensor, attention_mask: Tensor | None, vocab_size: int
+    input_ids: Tensor, attention_mask: Tensor | None, *, vocab_size: int
 ) -> tuple[list[Tensor], Tensor]:
     """The real tokens of each row, and the boolean mask [B, T] that says where they stood, on the
     CPU.
@@ -79,7 +79,7 @@ def one_row(tokens: Any, vocab_size: int) -> list[int]:
         raise InputError(f"tokens must be whole numbers, got {tokens!r}") from error
     if given.numel() == 0:
         given = given.long()
-    (row,), _ = token_rows(given[None], None, vocab_size)
+    (row,), _ = token_rows(given[None], None, vocab_size=vocab_size)
     return row.tolist()
 
 
@@ -93,7 +93,7 @@ def padded(tensors: Sequence[Tensor], tokens: int = 0) -> Tensor:
     return pad(together, (0, 0) * (together.dim() - 2) + (0, tokens - together.shape[1]))
 
 
-def padded_tokens(parts: Sequence[Tensor], rows: Sequence[Tensor], tokens: int) -> Tensor:
+def padded_tokens(parts: Sequence[Tensor], rows: Sequence[Tensor], *, tokens: int) -> Tensor:
     """Parts of rows as ids i64[B, T], filled up to `tokens` with the last token of their row: what
     padding computes can then be no worse than the row itself, such as NaN.
     """

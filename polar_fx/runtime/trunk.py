@@ -76,14 +76,14 @@ def trunk_program(num_steps: int, depth: int) -> Program:
     return Program.from_path(range(max(1, num_steps)), depth)
 
 
-def go_on(row: KvRow, program: Program, num_steps: int) -> None:
+def go_on(row: KvRow, program: Program, *, num_steps: int) -> None:
     """Let a row that ran the trunk take the program that was chosen for it, which shares it."""
     row.switch(program, num_steps)
     row.length = 0  # the tokens have not gone through the other steps
 
 
 @contextmanager
-def run_trunk(runner: Runner, rows: list[Tensor], num_steps: int) -> Iterator[Trunk]:
+def run_trunk(runner: Runner, rows: list[Tensor], *, num_steps: int) -> Iterator[Trunk]:
     """The trunk of rows of token ids i64[T], whose keys and values are held until the end of the
     context.
 
@@ -99,19 +99,26 @@ def run_trunk(runner: Runner, rows: list[Tensor], num_steps: int) -> Iterator[Tr
         batch = RowBatch([runner.lockstep.row(first) for _ in rows])
         with LockstepSession(batch, runner.max_length) as session:
             session.require([len(r) for r in rows])
-            yield Trunk(num_steps, runner.hidden(session, rows, num_steps), batch, numbers)
+            yield Trunk(
+                num_steps, runner.hidden(session, rows, num_steps=num_steps), batch, numbers
+            )
         return
-    with runner.open_slots(identity, len(rows), slice(num_steps)) as slots:
+    with runner.open_slots(identity, len(rows), steps=slice(num_steps)) as slots:
         slots.require([len(r) for r in rows])
         if runner.deterministic and len(rows) > 1:
-            hidden = [_hidden(runner, slots.row(i), [rows[i]], num_steps)[0] for i in numbers]
+            hidden = [
+                _hidden(runner, slots.row(i), rows=[rows[i]], num_steps=num_steps)[0]
+                for i in numbers
+            ]
         else:
-            hidden = _hidden(runner, slots, rows, num_steps)
+            hidden = _hidden(runner, slots, rows=rows, num_steps=num_steps)
         yield Trunk(num_steps, hidden, slots, numbers)
 
 
 @torch.no_grad()
-def _hidden(runner: Runner, session: KvSession, rows: list[Tensor], num_steps: int) -> list[Tensor]:
+def _hidden(
+    runner: Runner, session: KvSession, *, rows: list[Tensor], num_steps: int
+) -> list[Tensor]:
     """Each row's hidden states [T, d] after the first steps of the identity."""
     found: list[list[Tensor]] = [[] for _ in rows]
     with without_autocast(runner.device):
@@ -120,7 +127,7 @@ def _hidden(runner: Runner, session: KvSession, rows: list[Tensor], num_steps: i
             # as a prefill asks for it: nothing more to compile
             linked = runner.linker.link(session.program, shape, every=shape.tokens == 1)
             positions = session.positions(counts, ids.shape[1])
-            states = linked.states(StepInputs.of(session, ids, positions))
+            states = linked.states(StepInputs.of(session, ids, positions=positions))
             hidden = next(itertools.islice(states, num_steps, None))
             session.advance(counts)
             for of_row, own, count in zip(found, hidden, counts, strict=True):
@@ -130,7 +137,7 @@ def _hidden(runner: Runner, session: KvSession, rows: list[Tensor], num_steps: i
 
 
 def session_after(
-    runner: Runner, programs: Sequence[Program], trunk: Trunk
+    runner: Runner, programs: Sequence[Program], *, trunk: Trunk
 ) -> AbstractContextManager[Session]:
     """A session for the trunk's rows, a program each, which holds the trunk's keys and values.
 
@@ -140,42 +147,44 @@ def session_after(
     for program in set(programs):
         check_trunk(program, trunk.num_steps)
     if isinstance(trunk.held, RowBatch):
-        return _rows_after(runner, programs, trunk, trunk.held)
+        return _rows_after(runner, programs, trunk=trunk, held=trunk.held)
     groups = groups_of(programs)
     if len(groups) == 1:
-        return _slots_after(runner, programs[0], trunk, trunk.held)
+        return _slots_after(runner, programs[0], trunk=trunk, lent=trunk.held)
     opened = [
-        (members, _slots_after(runner, program, trunk.take(members), trunk.held))
+        (members, _slots_after(runner, program, trunk=trunk.take(members), lent=trunk.held))
         for program, members in groups.items()
     ]
     return GroupSession(opened, runner.max_length)
 
 
 def _rows_after(
-    runner: Runner, programs: Sequence[Program], trunk: Trunk, held: RowBatch
+    runner: Runner, programs: Sequence[Program], *, trunk: Trunk, held: RowBatch
 ) -> LockstepSession:
     """Branches of the trunk's rows, which go on with other programs."""
     rows: list[KvRow] = []
     try:
         for number, program in zip(trunk.rows, programs, strict=True):
             rows.append(held.rows[number].branch())
-            go_on(rows[-1], program, trunk.num_steps)
+            go_on(rows[-1], program, num_steps=trunk.num_steps)
     except BaseException:
         for row in rows:
             row.close()
         raise
-    return LockstepSession(RowBatch(rows), runner.max_length, After(trunk.num_steps, trunk.hidden))
+    return LockstepSession(
+        RowBatch(rows), runner.max_length, after=After(trunk.num_steps, trunk.hidden)
+    )
 
 
 @contextmanager
 def _slots_after(
-    runner: Runner, program: Program, trunk: Trunk, lent: KvSession
+    runner: Runner, program: Program, *, trunk: Trunk, lent: KvSession
 ) -> Iterator[KvSession]:
     """A trunk that is used as a whole lends its slots; of one that was split up they are copied."""
     resume = Resume(trunk.num_steps, padded(trunk.hidden))
     if trunk.rows == tuple(range(lent.batch)):
-        with runner.open_slots(program, lent.batch, slice(trunk.num_steps, None)) as rest:
-            whole = KvSession(runner.pool, program, lent.slots + rest.slots, lent.batch)
+        with runner.open_slots(program, lent.batch, steps=slice(trunk.num_steps, None)) as rest:
+            whole = KvSession(runner.pool, program, slots=lent.slots + rest.slots, batch=lent.batch)
             whole.resume = resume
             try:
                 yield whole

@@ -21,7 +21,7 @@ from .runner import Runner
 NEGATIVE, NEGATIVE_MASK = "negative_prompt_ids", "negative_prompt_attention_mask"
 
 
-def check_guidance(runner: Runner, settings: Any, kwargs: dict[str, Any], batch: int) -> None:
+def check_guidance(runner: Runner, settings: Any, *, kwargs: dict[str, Any], batch: int) -> None:
     """Raise InputError for an unguided prompt that does not fit its call of `batch` rows."""
     scale, ids = settings.guidance_scale, kwargs.get(NEGATIVE)
     if scale is None or scale == 1:
@@ -46,7 +46,7 @@ def check_guidance(runner: Runner, settings: Any, kwargs: dict[str, Any], batch:
 
 
 def default_unguided(
-    settings: Any, kwargs: dict[str, Any], rows: Sequence[Tensor]
+    settings: Any, kwargs: dict[str, Any], *, rows: Sequence[Tensor]
 ) -> dict[str, Any]:
     """The unguided prompts of a guided call that names none: the last token of each row, on
     whichever side that is padded.
@@ -57,7 +57,7 @@ def default_unguided(
     return {NEGATIVE: torch.stack([row[-1:] for row in rows])}
 
 
-def check_room(runner: Runner, kwargs: dict[str, Any], new: int) -> None:
+def check_room(runner: Runner, kwargs: dict[str, Any], *, new: int) -> None:
     """Raise KvOverflowError if an unguided prompt and its `new` tokens do not fit the KV pool."""
     if (ids := kwargs.get(NEGATIVE)) is None:
         return

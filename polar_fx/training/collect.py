@@ -59,7 +59,7 @@ def _each(
     for start in range(0, len(order), _BATCH):
         part = order[start : start + _BATCH]
         rows = [torch.tensor((*questions[i].prefix, *questions[i].prompt)) for i in part]
-        with run_trunk(model.runner, rows, features.num_steps) as trunk:
+        with run_trunk(model.runner, rows, num_steps=features.num_steps) as trunk:
             found |= {
                 i: of(hidden).cpu().clone() for i, hidden in zip(part, trunk.hidden, strict=True)
             }

@@ -165,7 +165,7 @@ def test_regions_are_built_once_stored_and_run(
 def _head(backend: TensorRTBackend) -> Region:
     """The head's region for any batch and length."""
     wanted = RegionName("epilogue", ShapeClass(None, None, 32))
-    return RegionTable(tiny("llama").library, backend, 31, None).one(wanted)
+    return RegionTable(tiny("llama").library, backend, max_length=31, store=None).one(wanted)
 
 
 def test_calls_beyond_the_limits_and_bad_limits_are_refused(library: _Library) -> None:

@@ -63,7 +63,9 @@ def test_a_region_taken_apart_computes_the_same_bits_and_writes_the_same_slots(f
     model, library = tiny(family).model, tiny(family).library
     apart, whole = (
         CompiledModel(
-            Runner.of_model(model, RegionTable(library, backend, 31, None), prefill_chunk=8)
+            Runner.of_model(
+                model, RegionTable(library, backend, max_length=31, store=None), prefill_chunk=8
+            )
         )
         for backend in (_Apart(), EagerBackend())
     )

@@ -272,7 +272,13 @@ def test_the_whole_form_of_a_program(store: ArtifactStore) -> None:
         ("prefill", None, False),
         ("decode", None, False),
     ]
-    own = Tiers(compiled.library, compiled.regions, compiled.pool.kv_index, "auto", TierPolicy())
+    own = Tiers(
+        compiled.library,
+        compiled.regions,
+        kv_index=compiled.pool.kv_index,
+        tier="auto",
+        policy=TierPolicy(),
+    )
     _plant(store, own.key(program, shape.decode))
     variant = compiled.tiers._variant(program, shape)
     variant.record.state, variant.record.calls, variant.record.reason = (

@@ -41,7 +41,7 @@ class ByFirstToken:
     def __init__(self, model: Any) -> None:
         self.features, self.menu, self.seen = Features(2, 64), Menu.of(PROGRAMS), 0
         rows = [torch.tensor([t]) for t in range(model.vocab_size)]
-        with run_trunk(model.runner, rows, 2) as trunk:
+        with run_trunk(model.runner, rows, num_steps=2) as trunk:
             self.table = torch.stack([h[0] for h in trunk.hidden])
 
     def propose(self, hidden: Any) -> list[Proposal]:

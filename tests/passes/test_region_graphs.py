@@ -73,7 +73,7 @@ def test_and_what_the_backends_passes_make(name: str, make: Callable[[], GraphMo
 def test_exported_bodies_of_a_real_layer_are_regions() -> None:
     library = tiny("llama").library
     for name, body in library.bodies.items():
-        table = RegionTable(library, InductorBackend(), 15, None)
+        table = RegionTable(library, InductorBackend(), max_length=15, store=None)
         shape = ShapeClass(None, None, 16)
         (graph, example, dynamic), _ = table._source(RegionName(name, shape))
         exported = specialize(graph, example, dynamic=dynamic)
@@ -188,7 +188,10 @@ def test_a_pass_that_spoils_a_region_is_caught(how: str) -> None:
 
 def test_a_backends_pass_at_fault_is_named() -> None:
     table = RegionTable(
-        tiny("llama").library, InductorBackend(passes=(_Spoils("calls a method"),)), 15, None
+        tiny("llama").library,
+        InductorBackend(passes=(_Spoils("calls a method"),)),
+        max_length=15,
+        store=None,
     )
     with pytest.raises(
         CompileError, match=r"\(spoils\{.*\}\) cannot be used .*call_method.*passes="
@@ -197,7 +200,7 @@ def test_a_backends_pass_at_fault_is_named() -> None:
 
 
 def test_passes_of_a_backend_keep_operands_of_exported_graphs() -> None:
-    table = RegionTable(tiny("llama").library, InductorBackend(), 15, None)
+    table = RegionTable(tiny("llama").library, InductorBackend(), max_length=15, store=None)
     name = RegionName("epilogue", ShapeClass(1, 1, 16))
     (graph, example, dynamic), _ = table._source(name)
     exported = specialize(graph, example, dynamic=dynamic)
@@ -205,7 +208,7 @@ def test_passes_of_a_backend_keep_operands_of_exported_graphs() -> None:
 
 
 def test_a_tables_own_passes_run_by_name_and_join_the_key() -> None:
-    table = RegionTable(tiny("llama").library, EagerBackend(), 15, None)
+    table = RegionTable(tiny("llama").library, EagerBackend(), max_length=15, store=None)
     dense, addressed = ShapeClass(1, None, 16), ShapeClass(1, None, None)
     for name, passes in (
         (RegionName("layer_kind_0", dense), ()),

@@ -134,8 +134,8 @@ _KEY = """
 import torch
 from polar_fx.backends import AotInductorBackend, ShapeClass
 from polar_fx.runtime.code_key import VariantKey
-key = VariantKey.of("region", "ab", ShapeClass(1, 1, 64), AotInductorBackend(),
-                    torch.device("cpu"), torch.float32)
+key = VariantKey.of("region", "ab", shape=ShapeClass(1, 1, 64), backend=AotInductorBackend(),
+                    device=torch.device("cpu"), dtype=torch.float32)
 print(key.passes, key.builder)
 """
 

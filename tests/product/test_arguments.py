@@ -9,14 +9,11 @@ import pytest
 
 from places import ROOT
 
-# Rooms whose functions still take more by position; to be emptied.
-STILL_BY_POSITION = {("polar_fx", "runtime")}
-
 SOURCES = sorted(
     p
     for top in ("polar_fx", "passes", "bench", "tests")
     for p in (ROOT / top).rglob("*.py")
-    if "polar_fx/passes" not in str(p) and p.relative_to(ROOT).parts[:2] not in STILL_BY_POSITION
+    if "polar_fx/passes" not in str(p)
 )
 
 PUBLIC = "public: callers may give these by position"
@@ -47,6 +44,8 @@ BY_POSITION = {
     ("bench/fuzz_calls.py", "Judge.of_score"): CALLED,
     ("bench/fuzz_calls.py", "Judge.of_tokens"): CALLED,
     ("polar_fx/graph_files/onnx_graphs.py", "_Links.lerp"): CALLED,
+    ("polar_fx/runtime/runner.py", "Runner._prefill_batch.run"): CALLED,
+    ("polar_fx/runtime/runner.py", "Runner.prefill.run"): CALLED,
     ("polar_fx/search/records/formats.py", "import_official.record"): CALLED,
     ("polar_fx/search/records/formats.py", "import_re_polar.record"): CALLED,
     ("tests/graph_files/test_onnx_files.py", "Session.interpret"): CALLED,

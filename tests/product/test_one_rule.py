@@ -127,7 +127,10 @@ def test_linked_regions(program: Program) -> None:
 @each_program
 def test_steps_after_a_trunk(program: Program) -> None:
     runner = _compiled().runner
-    with run_trunk(runner, [IDS], 1) as trunk, session_after(runner, [program], trunk) as session:
+    with (
+        run_trunk(runner, [IDS], num_steps=1) as trunk,
+        session_after(runner, [program], trunk=trunk) as session,
+    ):
         (got,) = runner.prefill(session, [IDS])
     same(got, _wanted(program)[-1])
 
@@ -157,7 +160,7 @@ def _weights(program: Program) -> list[str]:
 def _plan(program: Program, shape: ShapeClass, *, folder: Path) -> WholePlan:
     """As `Tiers` plans it, the graphs of regions written into the folder."""
     library = _compiled().library
-    table = RegionTable(library, AotInductorBackend(passes=()), 15, None)
+    table = RegionTable(library, AotInductorBackend(passes=()), max_length=15, store=None)
     numbers = {name: i for i, name in enumerate(_weights(program))}
 
     def step(symbol: Symbol, opens: int = 0, *, closes: tuple[float, ...] = ()) -> WholeStep:
@@ -165,7 +168,7 @@ def _plan(program: Program, shape: ShapeClass, *, folder: Path) -> WholePlan:
         return WholeStep(symbol.target, symbol.sides, weights, opens, closes)
 
     bodies = {}
-    calls = region_calls(library.table, program, shape, every=shape.tokens == 1)
+    calls = region_calls(library.table, program, shape=shape, every=shape.tokens == 1)
     for number, name in enumerate(dict.fromkeys(calls)):
         (place := folder / str(number)).mkdir()
         source, _ = table._source(name)

@@ -145,7 +145,7 @@ def test_where_no_row_ends_only_keys_and_values_are_written() -> None:
         compiled.runner.open_slots(program, 2) as session,
         compiled.runner.open_slots(program, 2) as every,
     ):
-        linked.write_kv(StepInputs.of(session, ids, session.positions([6, 6])))
+        linked.write_kv(StepInputs.of(session, ids, positions=session.positions([6, 6])))
         session.advance([6, 6])
         compiled.prefill(program, every, list(ids), every=True)
         _same_slots(session, every)
@@ -158,12 +158,14 @@ def test_any_token_may_be_asked_for() -> None:
     with torch.no_grad(), compiled.runner.open_slots(program, 2) as session:
         positions = session.positions([6, 6])
         linked = compiled.linker.link(program, shape)
-        want = linked.run(StepInputs.of(session, ids, positions))
+        want = linked.run(StepInputs.of(session, ids, positions=positions))
     for where in ((0, 5), (3, 3), (5, 1)):
         with torch.no_grad(), compiled.runner.open_slots(program, 2) as session:
             linked = compiled.linker.link(program, shape, every=False)
             positions = session.positions([6, 6])
-            got = linked.run(StepInputs.of(session, ids, positions, torch.tensor(where)))
+            got = linked.run(
+                StepInputs.of(session, ids, positions=positions, logits_at=torch.tensor(where))
+            )
         assert got.shape == (2, 1, 100)
         torch.testing.assert_close(got[:, 0], want[torch.arange(2), list(where)], rtol=0, atol=1e-4)
 
@@ -218,5 +220,5 @@ def test_a_session_of_another_program_is_refused() -> None:
             ids, positions = torch.stack(prompts(6)), session.positions([6])
             where = None if every else torch.tensor([5])
             with pytest.raises(ProgramError, match=both):
-                linked.run(StepInputs.of(session, ids, positions, where))
+                linked.run(StepInputs.of(session, ids, positions=positions, logits_at=where))
         assert not any(bool(t.any()) for pair in session.slots for t in pair)

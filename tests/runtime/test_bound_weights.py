@@ -78,7 +78,7 @@ def test_exchanged_weights_are_refused_by_every_call(
     ):
         with pytest.raises(WeightsReplacedError, match="compile the model again"):
             call(ids)
-    with pytest.raises(WeightsReplacedError), run_trunk(compiled.runner, [ids[0]], 1):
+    with pytest.raises(WeightsReplacedError), run_trunk(compiled.runner, [ids[0]], num_steps=1):
         pass
 
 

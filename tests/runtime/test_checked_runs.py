@@ -114,7 +114,7 @@ def test_what_changes_late_is_seen(change: str, monkeypatch: pytest.MonkeyPatch)
             rope_parameters={**rope, **factors},
         )
     library = LayerLibrary(capture_checked(model))
-    checked_runs.check_runs(model, library, 320)
+    checked_runs.check_runs(model, library, max_length=320)
     plain = checked_runs.shared_view
 
     def other(*args: Any) -> Any:
@@ -127,8 +127,8 @@ def test_what_changes_late_is_seen(change: str, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(checked_runs, "shared_view", other)
     with pytest.raises(CaptureError, match=r"in 5 tokens after (299|301), logits differ"):
-        checked_runs.check_runs(model, library, 320)
-    checked_runs.check_runs(model, library, 302)  # no row comes so far
+        checked_runs.check_runs(model, library, max_length=320)
+    checked_runs.check_runs(model, library, max_length=302)  # no row comes so far
 
 
 def test_what_failed_is_not_found_on_disk_later(

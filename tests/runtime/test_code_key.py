@@ -162,7 +162,7 @@ def _named(name: str) -> VariantKey:
 def _filled(limit: int, **sizes: int) -> VariantCache:
     cache = VariantCache(limit)
     for name, size in sizes.items():
-        cache.put(_named(name), _region, size)
+        cache.put(_named(name), _region, num_bytes=size)
     return cache
 
 
@@ -180,28 +180,29 @@ def test_what_was_put_in_comes_out_as_long_as_it_fits() -> None:
 def test_the_least_recently_used_is_dropped_first() -> None:
     cache = _filled(30, a=10, b=10, c=10)
     cache.get(_named("a"))
-    assert cache.put(_named("d"), _region, 10) == [_named("b")]
-    assert cache.put(_named("e"), _region, 20) == [_named("c"), _named("a")]
+    assert cache.put(_named("d"), _region, num_bytes=10) == [_named("b")]
+    assert cache.put(_named("e"), _region, num_bytes=20) == [_named("c"), _named("a")]
     assert _held(cache, "abcde") == "de" and cache.num_bytes == 30
 
 
 def test_putting_a_key_again_replaces_it_and_counts_as_use() -> None:
     cache = _filled(30, a=10, b=10)
-    assert cache.put(_named("a"), _region, 15) == [] and cache.num_bytes == 25 and len(cache) == 2
-    assert cache.put(_named("c"), _region, 10) == [_named("b")]
+    assert cache.put(_named("a"), _region, num_bytes=15) == []
+    assert cache.num_bytes == 25 and len(cache) == 2
+    assert cache.put(_named("c"), _region, num_bytes=10) == [_named("b")]
 
 
 def test_a_variant_larger_than_the_cache_stays_alone_until_the_next() -> None:
     cache = _filled(30, a=10, b=10)
-    assert cache.put(_named("c"), _region, 100) == [_named("a"), _named("b")]
+    assert cache.put(_named("c"), _region, num_bytes=100) == [_named("a"), _named("b")]
     assert _held(cache, "abc") == "c"
-    assert cache.put(_named("d"), _region, 1) == [_named("c")] and cache.num_bytes == 1
+    assert cache.put(_named("d"), _region, num_bytes=1) == [_named("c")] and cache.num_bytes == 1
 
 
 def test_a_cache_without_room_still_holds_the_one_in_use() -> None:
     cache = _filled(0, a=1)
     assert _held(cache, "a") == "a"
-    assert cache.put(_named("b"), _region, 1) == [_named("a")] and len(cache) == 1
+    assert cache.put(_named("b"), _region, num_bytes=1) == [_named("a")] and len(cache) == 1
 
 
 def test_dropping_gives_the_room_back() -> None:
@@ -210,7 +211,7 @@ def test_dropping_gives_the_room_back() -> None:
     cache.drop(_named("never there"))
     assert (
         cache.num_bytes == 10
-        and cache.put(_named("c"), _region, 10) == []
+        and cache.put(_named("c"), _region, num_bytes=10) == []
         and _held(cache, "abc") == "bc"
     )
 

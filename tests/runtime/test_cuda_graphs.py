@@ -35,7 +35,7 @@ def plain() -> CompiledModel:
 @pytest.fixture
 def pair(plain: CompiledModel) -> Pair:
     """Eager regions; the captured one has a pool of its own, empty."""
-    regions = RegionTable(plain.library, plain.backend, 31, None)
+    regions = RegionTable(plain.library, plain.backend, max_length=31, store=None)
     return Pair(CompiledModel(Runner.of_model(make("llama"), regions)), plain)
 
 

@@ -49,7 +49,9 @@ class ByFirstToken:
     ) -> None:
         self.features, self.menu = Features(num_steps, 64), Menu.of(programs)
         self.model, self.asked = model, 0
-        with run_trunk(model.runner, [torch.tensor([t]) for t in range(40)], num_steps) as trunk:
+        with run_trunk(
+            model.runner, [torch.tensor([t]) for t in range(40)], num_steps=num_steps
+        ) as trunk:
             self.table = torch.stack([h[0] for h in trunk.hidden])
 
     def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
@@ -85,11 +87,11 @@ def test_a_trunk_and_what_follows_is_the_whole_program(
         with model.session(program, len(rows)) as session:
             wanted = model.prefill(program, session, rows)
             then = model.decode(program, session, torch.tensor([7] * len(rows)))
-        with run_trunk(model.runner, rows, num_steps) as trunk:
+        with run_trunk(model.runner, rows, num_steps=num_steps) as trunk:
             assert [len(h) for h in trunk.hidden] == list(tokens)
             for chosen in (list(range(len(rows))), [len(rows) - 1], [len(rows) - 1, 0, 0]):
                 part = trunk.take(chosen)
-                with session_after(model.runner, [program] * len(chosen), part) as session:
+                with session_after(model.runner, [program] * len(chosen), trunk=part) as session:
                     got = model.prefill(program, session, [rows[i] for i in chosen])
                     after = model.decode(program, session, torch.tensor([7] * len(chosen)))
                 for at, i in enumerate(chosen):
@@ -296,7 +298,7 @@ def test_refusals_name_value_and_remedy(model: CompiledModel) -> None:
     other = ByFirstToken(model)
     other.depth = 7
     with pytest.raises(InputError, match="trained for 7 layers but the model has 6"):
-        Dispatcher(model.runner, other, None, "accuracy")
+        Dispatcher(model.runner, other, menu=None, policy="accuracy")
     dispatcher = model.dispatch_by(ByFirstToken(model))
     dispatcher.warmup()
     with pytest.raises(InputError, match="at least one token"):

@@ -111,7 +111,9 @@ def test_what_was_built_beside_a_failure_is_kept(
 
 def test_rows_whose_heads_are_folded_into_them_may_vary() -> None:
     """Whatever the number of rows in the example, the graph serves any."""
-    regions = RegionTable(tiny("bloom").library, AotInductorBackend(), 31, None, 0)
+    regions = RegionTable(
+        tiny("bloom").library, AotInductorBackend(), max_length=31, store=None, workers=0
+    )
     source, _ = regions._source(RegionName("layer_kind_0", ShapeClass.of(3, 3, 32)))
     graph, example, dynamic = source
     exported = specialize(graph, example, dynamic=dynamic)

@@ -95,7 +95,7 @@ def step(
     batch = len(tokens)
     linked = model.linker.link(program, ShapeClass.of(batch, 1, model.pool.length))
     ids, positions = tokens[:, None].to(model.device), session.positions([1] * batch)
-    logits = run(linked, StepInputs.of(session, ids, positions))
+    logits = run(linked, StepInputs.of(session, ids, positions=positions))
     session.advance([1] * batch)
     return logits[:, 0]
 
