@@ -235,8 +235,8 @@ class Engine(Uncopied):
             self._end(row, "cancelled")
 
     def _admit(self) -> None:
-        """Take requests in their order, as long as there is room for the next one; of those whose
-        program is to be chosen, one at a time, as that runs the shared steps of a whole prompt.
+        """Take requests in their order, as long as there is room for the next one; where prompts
+        run as a whole, of those whose program is to be chosen one at a time, as that runs one.
         """
         admitted = []
         with self._news:
@@ -247,7 +247,7 @@ class Engine(Uncopied):
                 if rows >= self.settings.max_rows or held > self.settings.max_tokens:
                     break
                 admitted.append(self._waiting.popleft())
-                if self._is_chosen(admitted[-1]):
+                if self._is_chosen(admitted[-1]) and not self._rows.in_chunks:
                     break
         for request in admitted:
             try:
@@ -264,9 +264,7 @@ class Engine(Uncopied):
         return request.program is None and by is not None and by.needs_trunk
 
     def _opened(self, request: Request) -> Row:
-        """An empty row; of a request whose program is chosen by its prompt, one that has made the
-        steps that all programs share.
-        """
+        """A row that has what is kept of its prompt."""
         dispatcher = self.dispatcher
         if dispatcher is not None and self._is_chosen(request):
             return self._rows.open_chosen(request, dispatcher)
@@ -299,8 +297,7 @@ class Engine(Uncopied):
             width = max(own, *(count for _, count in parts), 1)
             padded = width * (len(parts) + 1)
             fits = padded <= left and 2 * (own + sum(count for _, count in parts)) >= padded
-            # rows whose program was chosen have made steps already
-            if not parts or (fits and row.steps_done == parts[0][0].steps_done):
+            if not parts or (fits and row.joins(parts[0][0])):
                 parts.append((row, own))
         return parts
 

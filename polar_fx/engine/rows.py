@@ -25,17 +25,30 @@ log = logging.getLogger("polar_fx.engine")
 
 
 @dataclass(eq=False)
+class Undecided:
+    """What a dispatcher will choose a program by: the hidden states [T, d] of the prompt's parts
+    after the steps that all programs share.
+    """
+
+    by: Dispatcher
+    states: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(eq=False)
 class Row:
-    """A request that runs: its keys and values, and how far its prompt is."""
+    """A request that runs: its keys and values, and how far its prompt is. While its program is not
+    decided, the prompt runs the steps that all programs share.
+    """
 
     request: Request
     session: Session
     prefilled: int = 0
+    undecided: Undecided | None = None
     _held: ExitStack = field(default_factory=ExitStack)
 
     @property
     def is_prefilled(self) -> bool:
-        return self.prefilled == len(self.request.prompt)
+        return self.undecided is None and self.tokens_left == 0
 
     @property
     def tokens_left(self) -> int:
@@ -47,6 +60,11 @@ class Row:
         """How many steps its prompt has made already, before the program was chosen."""
         after = self.session.after if isinstance(self.session, LockstepSession) else None
         return after and after.num_steps
+
+    def joins(self, other: "Row") -> bool:
+        """Whether both run the same steps of their prompts: one pass can serve them."""
+        kinds = [(row.undecided is None, row.steps_done) for row in (self, other)]
+        return kinds[0] == kinds[1]
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -68,8 +86,10 @@ class RowRunner:
         self._batched: RowBatch | None = None  # of the last pass
         # where a prompt is cut decides the last bits of what follows
         kept_bytes = 0 if runner.deterministic or not runner.together else kept_bytes
-        specs = runner.library.table.kv_specs
-        self.kept = KvPrefixes(runner.lockstep.store, specs, max_bytes=kept_bytes)
+        lockstep, specs = runner.lockstep, runner.library.table.kv_specs
+        self.kept = KvPrefixes(
+            lockstep.store, specs, windows=lockstep.windows, max_bytes=kept_bytes
+        )
         self._version = 0  # of the weights that what is kept was computed with
 
     @property
@@ -93,12 +113,12 @@ class RowRunner:
         return row
 
     def open_chosen(self, request: Request, by: Dispatcher) -> Row:
-        """A row whose prompt has made the steps that all programs share, and whose program was
-        chosen by what came of them.
+        """A row whose program will be chosen by what the steps that all programs share make of its
+        prompt; where prompts do not run in parts, it is chosen at once.
         """
         self._check_weights()
         if self.runner.together:
-            return self._chosen_together(request, by)
+            return self._undecided_row(request, by)
         with ExitStack() as held:
             prompt = [torch.tensor(request.prompt)]
             trunk = held.enter_context(run_trunk(self.runner, prompt, num_steps=by.num_steps))
@@ -113,32 +133,38 @@ class RowRunner:
         request.program, request.probability = decision.program, decision.probability
         return decision.program
 
-    def _chosen_together(self, request: Request, by: Dispatcher) -> Row:
-        runner, num_steps, prompt = self.runner, by.num_steps, request.prompt
-        first = trunk_program(num_steps, runner.depth)
+    def _undecided_row(self, request: Request, by: Dispatcher) -> Row:
+        runner, undecided = self.runner, Undecided(by)
+        first = trunk_program(by.num_steps, runner.depth)
         with ExitStack() as held:
-            row, hidden = runner.lockstep.row(first), list[Tensor]()
+            row = runner.lockstep.row(first)
             held.callback(row.close)
-            found = self.kept.find(first, prompt[:-1]) if num_steps else None
-            if found is not None and found.hidden is not None:
-                row.adopt(found.blocks)
-                hidden.append(found.hidden)
+            if by.num_steps:
+                found = self.kept.find(first, request.prompt[:-1], hidden=True)
+                if found is not None and found.hidden is not None:
+                    row.adopt(found.blocks)
+                    undecided.states.append(found.hidden)
             session = LockstepSession(RowBatch([row]), runner.max_length)
-            hidden += runner.hidden(
-                session, [torch.tensor(prompt[row.length :])], num_steps=num_steps
-            )
-            states = torch.cat(hidden)
-            if num_steps:
-                self.kept.keep(first, prompt, table=row.table, hidden=states)
-            program = self._choose(request, by, hidden=states)
-            check_trunk(program, num_steps)
-            go_on(row, program, num_steps=num_steps)
-            if (found := self.kept.find(program, prompt[:-1])) is not None:
-                row.adopt(found.blocks, num_steps)
-            after = After(num_steps, [states])
-            # a batch knows the programs of its rows
-            session = LockstepSession(RowBatch([row]), runner.max_length, after=after)
-            return Row(request, session, row.length, held.pop_all())
+            return Row(request, session, row.length, undecided, held.pop_all())
+
+    def _decide(self, row: Row, undecided: Undecided) -> None:
+        """Let a row whose prompt has made the shared steps go on with the program that is chosen
+        by them. Raises ProgramError.
+        """
+        assert isinstance(row.session, LockstepSession)
+        (held,), by, prompt = row.session.rows.rows, undecided.by, row.request.prompt
+        states = torch.cat(undecided.states)
+        if by.num_steps:
+            self.kept.keep(held.program, prompt, table=held.table, hidden=states)
+        program = self._choose(row.request, by, hidden=states)
+        check_trunk(program, by.num_steps)
+        go_on(held, program, num_steps=by.num_steps)
+        if (found := self.kept.find(program, prompt[:-1])) is not None:
+            held.adopt(found.blocks, by.num_steps)
+        after = After(by.num_steps, [states])
+        self._batched = None  # a batch knows the programs of its rows
+        row.session = LockstepSession(RowBatch([held]), self.runner.max_length, after=after)
+        row.undecided, row.prefilled = None, held.length
 
     def _check_weights(self) -> None:
         self.runner.check_weights()
@@ -149,7 +175,7 @@ class RowRunner:
 
     def keep(self, row: Row) -> None:
         """Keep what a row holds for rows with the same beginning."""
-        if isinstance(row.session, LockstepSession) and row.is_prefilled:
+        if isinstance(row.session, LockstepSession) and row.undecided is None:
             (held,) = row.session.rows.rows
             tokens = [*row.request.prompt, *row.request.tokens][: held.length]
             self.kept.keep(held.program, tokens, table=held.table)
@@ -166,8 +192,11 @@ class RowRunner:
         own = []
         for row, count in parts:
             own.append(torch.tensor(row.request.prompt[row.prefilled :][:count]))
-        if self.runner.together:
-            yield self._attempt([row for row, _ in parts], own, run=self._prefill_together)
+        rows = [row for row, _ in parts]
+        if rows[0].undecided is not None:
+            yield from self._prefill_undecided(rows, own)
+        elif self.runner.together:
+            yield self._attempt(rows, own, run=self._prefill_together)
         else:
             for (row, _), tokens in zip(parts, own, strict=True):
                 yield self._attempt([row], [tokens], run=self._prefill_alone)
@@ -212,10 +241,32 @@ class RowRunner:
             lockstep.write_kv(batch, ids, counts=counts, after=after)
         for row, count in zip(rows, counts, strict=True):
             row.prefilled += count
+            self.keep(row)  # before it leaves a window
             if row.is_prefilled and isinstance(row.session, LockstepSession):
                 row.session.after = None
-                self.keep(row)
         return logits
+
+    def _prefill_undecided(self, rows: Sequence[Row], own: list[Tensor]) -> Iterator[Outcome]:
+        """Run the shared steps on parts of prompts; the programs of those that end are chosen."""
+        yield (ran := self._attempt(rows, own, run=self._shared_steps))
+        if not isinstance(ran[1], Exception):
+            for row in [row for row in rows if row.tokens_left == 0]:
+                yield self._attempt([row], [], run=self._decided)
+
+    def _shared_steps(self, rows: Sequence[Row], own: list[Tensor]) -> None:
+        counts = [len(tokens) for tokens in own]
+        ids, batch = padded_tokens(own, own, tokens=max(counts)), self._batch(rows)
+        waiting = [row.undecided for row in rows if row.undecided is not None]
+        steps = waiting[0].by.num_steps
+        hidden = self.runner.lockstep.run(batch, ids, counts=counts, wants="hidden", stop=steps)
+        for row, undecided, count, states in zip(rows, waiting, counts, hidden, strict=True):
+            undecided.states.append(states[:count].clone())
+            row.prefilled += count
+
+    def _decided(self, rows: Sequence[Row], own: list[Tensor]) -> None:
+        (row,) = rows
+        assert row.undecided is not None
+        self._decide(row, row.undecided)
 
     def _prefill_alone(self, rows: Sequence[Row], own: list[Tensor]) -> Tensor:
         (row,), (tokens,) = rows, own

@@ -111,7 +111,11 @@ class Sampler:
     """Chooses the tokens of one request."""
 
     def __init__(self, sampling: Sampling, prompt: Sequence[int]) -> None:
-        self.sampling, self._prompt = sampling, list(prompt)
+        self.sampling, self._num_prompt = sampling, len(prompt)
+        # what processors are shown, as far as it was written
+        self._tokens = torch.empty(len(prompt) + sampling.max_new_tokens, dtype=torch.long)
+        self._tokens[: len(prompt)] = torch.tensor(prompt)
+        self._written = len(prompt)
         self._processors = self._penalties()
         self._generator: torch.Generator | None = None
         if sampling.temperature > 0:
@@ -132,14 +136,21 @@ class Sampler:
         """
         scores = logits.to("cpu", torch.float32)[None]
         if self._processors:
-            tokens: Any = torch.tensor([[*self._prompt, *before]])
-            scores = self._processors(tokens, scores)
+            scores = self._processors(self._so_far(before), scores)
         if not bool(scores.isfinite().any()) or bool(scores.isnan().any()):
             raise InputError("the scores of the next token are not finite; use another program")
         if self._generator is None:
             return int(scores.argmax())
         chances = scores.softmax(-1)
         return int(torch.multinomial(chances[0], 1, generator=self._generator))
+
+    def _so_far(self, before: Sequence[int]) -> Any:
+        """The prompt and the new tokens i64[1, T]."""
+        count = self._num_prompt + len(before)
+        new = before[self._written - self._num_prompt :]
+        self._tokens[self._written : count] = torch.tensor(new, dtype=torch.long)
+        self._written = count
+        return self._tokens[None, :count]
 
     def _penalties(self) -> LogitsProcessorList:
         found = LogitsProcessorList()
@@ -153,7 +164,7 @@ class Sampler:
 
     def _subtract(self, tokens: Tensor, scores: Tensor) -> Tensor:
         """Presence and frequency penalties, over the generated tokens."""
-        values, counts = tokens[0, len(self._prompt) :].unique(return_counts=True)
+        values, counts = tokens[0, self._num_prompt :].unique(return_counts=True)
         how = self.sampling
         scores = scores.clone()
         scores[0, values] -= how.presence_penalty + how.frequency_penalty * counts

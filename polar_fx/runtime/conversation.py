@@ -86,7 +86,7 @@ class Conversation(Uncopied):
                 "num_return_sequences, guidance_scale and return_dict_in_generate"
             )
         if self._row.length == len(said):  # the last token runs again, for its logits
-            self._row.crop(len(said) - 1)
+            self._crop(len(said) - 1)
         with self._unless_it_fails():
             output = self.generator.go_on(call, self._session())[0, len(said) :].cpu()
         self.tokens = [*said, *output.tolist()]
@@ -100,7 +100,11 @@ class Conversation(Uncopied):
             )
         del self.tokens[length:]
         if self._row.length > length:
-            self._row.crop(length)
+            self._crop(length)
+
+    def _crop(self, length: int) -> None:
+        """Let the row hold so many tokens; none, to run again, if windows have left them."""
+        self._row.crop(length if self._row.can_crop(length) else 0)
 
     def branch(self) -> "Conversation":
         """A second conversation with the same beginning; what both hold is held once."""
@@ -115,7 +119,7 @@ class Conversation(Uncopied):
             yield
         except BaseException:
             if self._row.length > len(self.tokens):
-                self._row.crop(len(self.tokens))
+                self._crop(len(self.tokens))
             raise
 
     def _session(self) -> LockstepSession:

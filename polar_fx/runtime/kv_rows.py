@@ -4,7 +4,7 @@ Shape legend: S steps, W blocks of a row at one step.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from ..errors import ProgramError
 from ..passes.address_kv import BLOCK
 from ..program import Program
 from .kv_store import EMPTY, KvStore
+from .kv_windows import KvWindows, first_seen
 
 _FIRST_BLOCKS = 16  # of a new table; it doubles
 # Tables outlive the mode they are made or changed in.
@@ -24,13 +25,17 @@ class KvRow:
     """The keys and values of one row of `program`, `length` tokens of them.
 
     `specs` are the slot geometries of the model's layers. `table` i64[S, >= num_blocks] names the
-    blocks of each step; `version` changes whenever that does. `close` gives everything back.
+    blocks of each step; `version` changes whenever that does. Blocks that have left the window of
+    their layer are given back as tokens come. `close` gives everything back.
     """
 
     @_OUTSIDE
-    def __init__(self, store: KvStore, specs: Sequence[KvSpec], *, program: Program) -> None:
-        self.store, self.specs, self.program = store, specs, program
+    def __init__(
+        self, store: KvStore, specs: Sequence[KvSpec], *, program: Program, windows: KvWindows
+    ) -> None:
+        self.store, self.specs, self.program, self.windows = store, specs, program, windows
         self.length, self.num_blocks, self.version = 0, 0, 0
+        self._looked = 0  # blocks of tokens that were there when windows were looked at
         self.table = torch.full((program.num_steps, _FIRST_BLOCKS), EMPTY)
 
     @property
@@ -39,11 +44,36 @@ class KvRow:
         return int((self.table != EMPTY).sum())
 
     def make_room(self, count: int) -> None:
-        """Take the blocks that `count` more tokens need."""
+        """Take the blocks that `count` more tokens need, and give back those that are in no window
+        any more.
+        """
+        if self._looked != self.length // BLOCK:
+            self._looked = self.length // BLOCK
+            self._leave()
         needed = _blocks(self.length + count)
         if needed > self.num_blocks:
             self._take(0, self.num_blocks, stop=needed)
             self.num_blocks = needed
+
+    @_OUTSIDE
+    def _leave(self) -> None:
+        """Give back what no later token sees, but for one block: a few tokens may be taken back."""
+        for window, steps in self.windows.steps(self.program).items():
+            seen = first_seen(self.length, window) - 1
+            left = [step for step in steps if seen > 0 and self.table[step, seen - 1] != EMPTY]
+            if left:
+                for spec, own in self._by_spec(left).items():
+                    self.store.give(spec, held_in(self.table[own, :seen]))
+                self.table[left, :seen] = EMPTY
+                self.version += 1
+
+    def can_crop(self, length: int) -> bool:
+        """Whether all is there that a token after the first `length` would see."""
+        for window, steps in self.windows.steps(self.program).items():
+            seen = self.table[steps, first_seen(length, window) : _blocks(length)]
+            if (seen == EMPTY).any():
+                return False
+        return True
 
     def spare(self) -> Tensor:
         """A block a step i64[S] for what the padding of one pass writes: a NaN in it must not reach
@@ -91,7 +121,7 @@ class KvRow:
 
     @_OUTSIDE
     def crop(self, length: int) -> None:
-        """Forget the tokens after the first `length`."""
+        """Forget the tokens after the first `length`, which must be in sight (`can_crop`)."""
         needed = _blocks(length)
         self._give(self.table[:, needed:])
         self.table[:, needed:] = EMPTY
@@ -109,7 +139,7 @@ class KvRow:
 
         Whole blocks are shared; the last one, which is still written to, is copied.
         """
-        other = KvRow(self.store, self.specs, program=self.program)
+        other = KvRow(self.store, self.specs, program=self.program, windows=self.windows)
         other.table, other.length = self.table.clone(), self.length
         other.num_blocks = _blocks(self.length)
         other.table[:, other.num_blocks :] = EMPTY
@@ -152,8 +182,11 @@ class KvRow:
 
     def _steps_of(self, first: int = 0) -> dict[KvSpec, list[int]]:
         """The steps from `first` on, by the geometry of their slots."""
+        return self._by_spec(range(first, self.program.num_steps))
+
+    def _by_spec(self, steps: Iterable[int]) -> dict[KvSpec, list[int]]:
         found: dict[KvSpec, list[int]] = defaultdict(list)
-        for step in range(first, self.program.num_steps):
+        for step in steps:
             found[self.specs[self.program.path[step]]].append(step)
         return found
 

@@ -23,6 +23,7 @@ from ..passes.address_kv import BLOCK
 from ..program import Program
 from .kv_rows import KvRow
 from .kv_store import EMPTY, KvStore
+from .kv_windows import Ask, KvWindows
 from .link import tokens_at
 from .lockstep_plan import Part, Plan, PlannedCall, Planner
 from .regions import RegionTable
@@ -90,12 +91,14 @@ class Lockstep:
         self.library = library
         self.store = KvStore(library.device)
         self.possible = takes_blocks(library, regions.backend)
+        self.windows = KvWindows(library.table)
         self._axes = library.table.batch_axes() or {}
         self.plans = Planner(library, regions)
 
     def row(self, program: Program) -> KvRow:
         """An empty row."""
-        return KvRow(self.store, self.library.table.kv_specs, program=program)
+        specs = self.library.table.kv_specs
+        return KvRow(self.store, specs, program=program, windows=self.windows)
 
     @torch.no_grad()
     def run(
@@ -143,9 +146,12 @@ class Lockstep:
         tokens = ids.shape[1]
         done = 0 if after is None else after[0]
         part = Part(tokens == 1, wants in ("every", "hidden"), done, stop)
+        plan = self.plans.plan(batch.programs, part)
+        self.windows.look(
+            max(batch.lengths), self._asked(plan.start_last, batch, device=ids.device)
+        )
         for row, count in zip(batch.rows, counts, strict=True):
             row.make_room(count)
-        plan = self.plans.plan(batch.programs, part)
         blends = [Blends(torch.lerp) for _ in batch.rows]
         with self._tables(batch, plan, part=part, counts=counts, tokens=tokens) as (blocks, tables):
             inputs = self._inputs(batch, ids, counts=counts, width=blocks * BLOCK)
@@ -209,6 +215,16 @@ class Lockstep:
             own = torch.tensor(counts, device=device)[:, None]
             positions = torch.where(offsets < own, positions, width - 1)
         return [ids.contiguous(), positions, torch.arange(width, device=device)]
+
+    def _asked(self, region: Region, batch: RowBatch, *, device: torch.device) -> Ask:
+        """Side values of a pass over one token a row, wherever it is."""
+
+        def ask(position: int, width: int) -> list[Tensor]:
+            ids = torch.zeros(len(batch), 1, dtype=torch.long, device=device)
+            columns = torch.arange(width, device=device)
+            return self._start(region, [ids, torch.full_like(ids, position), columns])
+
+        return ask
 
     def _start(self, region: Region, inputs: list[Tensor]) -> list[Tensor]:
         return side_values(region, inputs, weights=self.library.prologue.weights)

@@ -144,3 +144,55 @@ def test_nothing_is_kept_where_bits_count() -> None:
     engine = model.engine()
     one, two = asked(engine, FIRST, program=None), asked(engine, FIRST, program=None)
     assert torch.equal(one, two) and engine.stats()["kept_bytes"] == 0
+
+
+def test_prompts_whose_program_is_not_chosen_run_in_parts_beside_others() -> None:
+    """Nobody waits for the shared steps of a long prompt, and they are batched as others are."""
+    model = dispatched_by_length()
+    engine = model.engine(prefill_tokens=16, kept_bytes=0)
+    first = engine.add([5, 6, 7], model.resolve("skip 1"), Sampling(max_new_tokens=20))
+    engine.step()
+    prompts = [FIRST[:n] for n in (40, 12, 31, 13)]
+    late = [engine.add(prompt, sampling=Sampling(max_new_tokens=3)) for prompt in prompts]
+    before = len(first.tokens)
+    engine.step()
+    assert len(first.tokens) == before + 1 and not any(request.tokens for request in late)
+    run(engine)
+    for request, prompt in zip(late, prompts, strict=True):
+        alone = model.engine(kept_bytes=0)
+        other = alone.add(prompt, sampling=Sampling(max_new_tokens=3))
+        run(alone)
+        assert request.result(0).tokens == other.result(0).tokens
+        assert request.result(0).program == other.result(0).program
+    engine.close()
+    assert model.runner.lockstep.store.num_blocks == 0
+
+
+def test_a_row_of_the_shared_steps_alone_is_not_taken_for_them() -> None:
+    """It holds the same keys and values, but no hidden states to go on from."""
+    model = dispatched_by_length()
+    engine, without = model.engine(), model.engine(kept_bytes=0)
+    assert model.dispatcher is not None
+    shared = Program.from_path(range(model.dispatcher.num_steps), model.depth)
+    asked(engine, FIRST[:20], program=shared)
+    one, two = (asked(e, FIRST[:36], program=None) for e in (engine, without))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+    asked(engine, [*FIRST[:36], 5, 6], program=shared)
+    one, two = (asked(e, [*FIRST, 4, 5], program=None) for e in (engine, without))
+    torch.testing.assert_close(one, two, rtol=0, atol=1e-4)
+    engine.close()
+
+
+def test_a_request_is_cancelled_before_its_program_is_chosen() -> None:
+    model = dispatched_by_length()
+    engine = model.engine(prefill_tokens=8)
+    request = engine.add(FIRST, sampling=Sampling(max_new_tokens=3))
+    engine.step()
+    request.cancel()
+    run(engine)
+    assert request.result(0).finish == "cancelled" and not request.tokens
+    again = engine.add(FIRST, sampling=Sampling(max_new_tokens=3))
+    run(engine)
+    assert len(again.result(0).tokens) == 3
+    engine.close()
+    assert model.runner.lockstep.store.num_blocks == 0

@@ -60,6 +60,7 @@ INNER = {
         "tiers",
         "row_length",
         "kv_store",
+        "kv_windows",
         "kv_rows",
         "kv_prefixes",
         "lockstep_order",
