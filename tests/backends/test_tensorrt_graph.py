@@ -1,5 +1,6 @@
 """Taking a region apart for TensorRT: which operators make engines, and what stays beside them."""
 
+import copy
 import functools
 import json
 from collections.abc import Sequence
@@ -102,7 +103,9 @@ def test_engines_hold_nothing_but_listed_operators_on_floating_tensors_shorter_t
 
 def test_the_report_names_what_runs_where_and_counts_engines() -> None:
     report = partition_report(tiny("llama").library)
-    kinds = {name: [p.engine for p in parts] for name, parts in report.parts.items()}
+    kinds: dict[str, list[bool]] = {}
+    for name, parts in report.parts.items():
+        kinds[name] = [part.engine for part in parts]
     assert kinds == {
         "epilogue": [True],
         "layer_kind_0": [False, True, False, True],
@@ -148,12 +151,11 @@ class _Order(nn.Module):
 def test_reads_and_writes_of_one_memory_keep_their_order() -> None:
     operands = [torch.randn(2, 4), torch.randn(4, 4)]
     body = torch.export.export(_Order(), (tuple(operands),)).graph_module
-    copies = [[o.clone() for o in operands] for _ in range(2)]
+    mine, theirs = copy.deepcopy(operands), copy.deepcopy(operands)
     apart = split_for_engines(body)
     assert len(engines(apart)) == 2
-    assert torch.equal(apart(*copies[0])[0], body(*copies[1])[0]) and torch.equal(
-        copies[0][0], copies[1][0]
-    )
+    assert torch.equal(apart(*mine)[0], body(*theirs)[0])
+    assert torch.equal(mine[0], theirs[0])
 
 
 @functools.cache

@@ -90,11 +90,9 @@ def test_logits_are_those_of_the_compiled_model(
     programs = list(
         dict.fromkeys([Program.identity(DEPTH), *(_random_program(pick) for _ in range(70))])
     )[:51]
-    assert (
-        len(programs) == 51
-        and any(p.blends for p in programs)
-        and any(p.num_steps > DEPTH for p in programs)
-    )
+    assert len(programs) == 51
+    assert any(p.blends for p in programs)
+    assert any(p.num_steps > DEPTH for p in programs)
     for program in programs:
         tokens = pick.randint(1, 20)
         torch.testing.assert_close(
@@ -400,9 +398,9 @@ def test_a_selector_is_shipped_with_its_menu_and_policy(tmp_path: Path) -> None:
         max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0
     )
     (wanted, report), (got, again) = model.dispatch(ids, **options), loaded.dispatch(ids, **options)
-    assert torch.equal(got, wanted) and [d.program for d in again.decisions] == [
-        d.program for d in report.decisions
-    ]
+    assert torch.equal(got, wanted)
+    for mine, theirs in zip(again.decisions, report.decisions, strict=True):
+        assert mine.program == theirs.program
     assert loaded.dispatcher is not None and str(loaded.dispatcher.policy) == "mean_steps<=0.9"
     (tmp_path / "b" / "predictor" / "predictor.json").write_text("{}")
     with pytest.raises(BundleError, match=r"predictor\.json"):

@@ -233,11 +233,10 @@ def test_programs_are_read_as_python_reads_them(runner: Path, folder: Path) -> N
     for text in (*SPELLINGS, *(str(_random_program(pick)) for _ in range(20))):
         done = _run(runner, folder, "--steps", "--any-program", "--program", text)
         assert done.returncode == 0, done.stderr
-        got = [line.split() for line in done.stdout.splitlines()]
-        want = Program.parse(text, DEPTH).schedule()
-        assert [(int(s[0]), int(s[1]), [float(c) for c in s[2:]]) for s in got] == [
-            (s.layer, s.opens, list(s.closes)) for s in want
-        ], text
+        schedule = Program.parse(text, DEPTH).schedule()
+        for line, step in zip(done.stdout.splitlines(), schedule, strict=True):
+            layer, opens, *closes = map(float, line.split())
+            assert (layer, opens, tuple(closes)) == (step.layer, step.opens, step.closes), text
 
 
 MALFORMED = (

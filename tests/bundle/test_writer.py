@@ -343,7 +343,7 @@ def test_the_command_writes_a_bundle_of_texts_and_files(
         and result["fingerprint"] in printed
     )
     bundle = load_bundle(tmp_path / "bundle", fingerprint=result["fingerprint"])
-    assert [str(p) for p in bundle.programs] == [str(bundle.resolve(p)) for p in PROGRAMS]
+    assert bundle.programs == tuple(map(bundle.resolve, PROGRAMS))
     assert bundle.tokenizer("w5").input_ids == [5]
     with pytest.raises(BundleError, match="exists already"):
         _command(*given)

@@ -3,6 +3,7 @@ check that guards it.
 """
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -38,9 +39,8 @@ def test_inputs_are_as_documented() -> None:
     ]
     assert [n.target for n in placeholders] == names
     assert [n.meta["role"] for n in placeholders] == ["input"] * 3 + ["kv"] * 8
-    assert [(n.meta["slot"], n.meta["part"]) for n in placeholders[3:]] == [
-        (i, part) for i in range(4) for part in (0, 1)
-    ]
+    kept = [(n.meta["slot"], n.meta["part"]) for n in placeholders[3:]]
+    assert kept == list(itertools.product(range(4), (0, 1)))
     ids, positions, index, *kv = (n.meta["val"] for n in placeholders)
     (batch, tokens), (length,) = ids.shape, index.shape
     # three free axes

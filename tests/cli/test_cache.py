@@ -71,7 +71,8 @@ def test_ls_shows_artifacts_and_totals(
 ) -> None:
     assert main(["cache", "ls"]) == 0
     out = capsys.readouterr().out
-    layer, epilogue = (next(line for line in out.splitlines() if key[:12] in line) for key in KEYS)
+    (layer,) = [line for line in out.splitlines() if KEYS[0][:12] in line]
+    (epilogue,) = [line for line in out.splitlines() if KEYS[1][:12] in line]
     for part in ("layer layer_kind_0", "inductor cpu float32", "[1, T]", "2.5 MB", "10 d"):
         assert part in layer
     for part in ("epilogue", "inductor", "[1, 1]", "700 B", " s "):

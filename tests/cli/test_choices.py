@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,20 +17,21 @@ MENU = ("skip 2", "repeat 1", "skip 1")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = save_tiny(tmp_path_factory.mktemp("model"), depth=4)
-    rows = [
-        {
-            "id": f"c{i}",
-            "task": ("winogrande", "mine")[i % 2],
-            "question": f"{chr(65 + i)} met B, as _ fell." if i % 2 == 0 else f"{i * 7}?",
-            "choices": [f"{chr(97 + i % 26)}{k}" for k in range(2 + i % 2)],
-            "answer": i % 2,
-            "split": SPLITS[i // 2 % 4],
-        }
-        for i in range(40)
-    ]
+    rows = map(_row, range(40))
     (made / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (made / "menu.txt").write_text("\n".join(MENU[:2]))
     return made
+
+
+def _row(i: int) -> dict[str, Any]:
+    return {
+        "id": f"c{i}",
+        "task": ("winogrande", "mine")[i % 2],
+        "question": f"{chr(65 + i)} met B, as _ fell." if i % 2 == 0 else f"{i * 7}?",
+        "choices": [f"{chr(97 + i % 26)}{k}" for k in range(2 + i % 2)],
+        "answer": i % 2,
+        "split": SPLITS[i // 2 % 4],
+    }
 
 
 def arguments(folder: Path) -> list[str]:

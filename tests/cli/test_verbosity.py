@@ -51,12 +51,12 @@ def test_levels_of_log_lines(given: tuple[str, ...], capsys: pytest.CaptureFixtu
     for _ in range(2):  # a second command in one process says nothing twice
         assert main(["bundle", "show", "/nowhere", *given]) == 2
     capsys.readouterr()
-    for level in (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR):
+    logged = (logging.DEBUG, logging.INFO, logging.WARNING, logging.ERROR)
+    for level in logged:
         logging.getLogger("polar_fx.regions").log(level, "compiled")
     said = capsys.readouterr().err.splitlines()
-    assert [line.partition(" ")[0] for line in said] == [
-        logging.getLevelName(level) for level in (10, 20, 30, 40) if level >= LEVELS[given]
-    ]
+    shown = [line.partition(" ")[0] for line in said]
+    assert shown == [logging.getLevelName(level) for level in logged if level >= LEVELS[given]]
     assert said[-1] == "ERROR polar_fx.regions: compiled"
 
 

@@ -118,7 +118,8 @@ def test_rows_that_begin_alike_run_together() -> None:
         alone = model.engine(kept_bytes=0)
         again.append(alone.add(request.prompt, request.program, request.sampling))
         run(alone)
-    assert [r.result(0).tokens for r in requests] == [r.result(0).tokens for r in again]
+    for request, other in zip(requests, again, strict=True):
+        assert request.result(0).tokens == other.result(0).tokens
     engine.close()
     assert model.runner.lockstep.store.num_blocks == 0
 

@@ -92,7 +92,8 @@ def test_batches_are_no_larger_than_asked_with_all_samples_counted() -> None:
         [ROWS[0], ROWS[2], ROWS[3]], IDENTITY, count=2, temperature=0.7, seed=3
     )
     assert [len(ids) for _, ids, _ in model.calls] == [2, 1]
-    assert [[a.text for a in each] for each in found] == [["32", "32"], ["51", "51"], ["71", "71"]]
+    for sampled, text in zip(found, ("32", "51", "71"), strict=True):
+        assert [answer.text for answer in sampled] == [text, text]
     given = model.calls[0][2]
     assert (given["do_sample"], given["temperature"], given["num_return_sequences"]) == (
         True,

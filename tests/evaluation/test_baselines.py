@@ -45,7 +45,10 @@ def predictor(folder: Path, train: list[SearchRecord], *, validation: list[Searc
 
 
 def program_names(choices: list[Choice]) -> dict[str, list[Program]]:
-    return {choice.name: [p for (p,) in choice.programs] for choice in choices}
+    names: dict[str, list[Program]] = {}
+    for choice in choices:
+        names[choice.name] = [program for (program,) in choice.programs]
+    return names
 
 
 def test_what_a_predictor_was_made_of(tmp_path: Path) -> None:

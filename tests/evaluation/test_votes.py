@@ -55,7 +55,10 @@ class Written:
     ) -> list[list[Answer]]:
         assert program == IDENTITY and count == 2 and seed == 7
         self.temperature = temperature
-        return [[Answer(t, 5, t != "4", 0.0) for t in SAMPLED[q.id]] for q, _ in rows]
+        answers: list[list[Answer]] = []
+        for question, _ in rows:
+            answers.append([Answer(t, 5, t != "4", 0.0) for t in SAMPLED[question.id]])
+        return answers
 
 
 CHOSEN = Choice.single(SELECTOR_ACCURACY, [IDENTITY, SHORT, SHORT, LONG])

@@ -36,10 +36,19 @@ def untraced(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> CompiledM
     return compiled
 
 
+def states(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When each file was written, and its size."""
+    found: dict[Path, tuple[int, int]] = {}
+    for path in folder.rglob("*"):
+        state = path.lstat()
+        found[path] = (state.st_mtime_ns, state.st_size)
+    return found
+
+
 def test_nothing_is_traced_compiled_or_touched(
     untraced: CompiledModel, store: ArtifactStore
 ) -> None:
-    files = {p: p.lstat() for p in store.root.rglob("*")}
+    before = states(store.root)
     report, explanation = untraced.report(), untraced.explain(PROGRAM)
     assert report.text() and explanation.text() and explanation.dot()
     round_trip(report)
@@ -49,10 +58,7 @@ def test_nothing_is_traced_compiled_or_touched(
         and untraced.regions.records == []
         and untraced.pool.num_bytes == 0
     )
-    after = {p: p.lstat() for p in store.root.rglob("*")}
-    assert {p: (s.st_mtime_ns, s.st_size) for p, s in files.items()} == {
-        p: (s.st_mtime_ns, s.st_size) for p, s in after.items()
-    }
+    assert states(store.root) == before
 
 
 def test_an_untraced_model_says_so(untraced: CompiledModel) -> None:

@@ -124,9 +124,8 @@ def test_logits_and_tokens_are_those_of_the_model(
     """Ragged rows, prefilled and decoded; then greedy generation, one row."""
     family, compiled, folder = exported
     entries = _about(folder)["programs"]
-    assert [e["program"] for e in entries] == [
-        str(compiled.resolve(p)) for p in PROGRAMS[compiled.depth]
-    ]
+    wanted = map(compiled.resolve, PROGRAMS[compiled.depth])
+    assert [e["program"] for e in entries] == list(map(str, wanted))
     rows = prompts(13, 7, 10)  # longer than the window
     for entry in entries:
         program, session = (
@@ -170,9 +169,8 @@ def test_every_weight_is_there_once_and_the_folder_tells_what_it_holds(
     family, compiled, folder = exported
     about = _about(folder)
     files = [about["weights"], *about["programs"]]
-    assert sorted(p.name for p in folder.iterdir()) == sorted(
-        [*(f["file"] for f in files), "programs.json"]
-    )
+    named = {file["file"] for file in files}
+    assert {path.name for path in folder.iterdir()} == {*named, "programs.json"}
     for file in files:
         content = (folder / file["file"]).read_bytes()
         assert (
@@ -190,9 +188,8 @@ def test_every_weight_is_there_once_and_the_folder_tells_what_it_holds(
         model = onnx.load(folder / entry["file"], load_external_data=False)
         table, path = compiled.library.table, compiled.resolve(entry["program"]).path
         calls = (table.prologue, *(table.layers[layer] for layer in path), table.epilogue)
-        assert sorted(t.name for t in model.graph.initializer) == sorted(
-            {n for call in calls for n in call.weights}
-        )
+        taken = {name for call in calls for name in call.weights}
+        assert sorted(t.name for t in model.graph.initializer) == sorted(taken)
         assert all(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer)
         assert {
             place.value

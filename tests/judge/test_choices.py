@@ -31,9 +31,9 @@ def asked(count: int = 9) -> list[EncodedQuestion]:
     found = []
     for i in range(count):
         prompt = tuple(rng.randrange(40) for _ in range((1, 2, 11)[i % 3]))
-        choices = [
-            tuple(rng.randrange(40) for _ in range(rng.randint(2, 6))) for _ in range(2 + i % 3)
-        ]
+        choices: list[tuple[int, ...]] = []
+        for _ in range(2 + i % 3):
+            choices.append(tuple(rng.randrange(40) for _ in range(rng.randint(2, 6))))
         scored = tuple(len(c) if i % 2 else 2 for c in choices)
         lengths = tuple(float(len(c)) for c in choices) if i % 4 == 1 else (1.0,) * len(choices)
         key = ChoiceKey(rng.randrange(len(choices)), scored, lengths)

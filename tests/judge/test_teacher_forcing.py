@@ -86,6 +86,10 @@ def test_positions_windows_and_experts_of_other_families(family: str) -> None:
         assert verdict.log_likelihood == pytest.approx(log_likelihood, abs=2e-3), str(program)
 
 
+def labels(verdicts: list[Verdict]) -> list[bool]:
+    return [verdict.correct for verdict in verdicts]
+
+
 def test_steps_are_shared_and_kept(compiled: CompiledModel, pairs: Any) -> None:
     forcing = TeacherForcing(compiled)
     first = forcing.evaluate(pairs)
@@ -139,7 +143,7 @@ def test_deterministic_verdicts_have_the_same_bits_alone_and_among_others(
 def test_batches_of_any_size(compiled: CompiledModel, pairs: Any, rows: int, tokens: int) -> None:
     verdicts = TeacherForcing(compiled, max_rows=rows, max_tokens=tokens).evaluate(pairs[:80])
     wanted = TeacherForcing(compiled, deterministic=True).evaluate(pairs[:80])
-    assert [v.correct for v in verdicts] == [w.correct for w in wanted]
+    assert labels(verdicts) == labels(wanted)
 
 
 def test_forgotten_questions_leave_nothing_behind(compiled: CompiledModel, pairs: Any) -> None:
@@ -238,7 +242,7 @@ def test_the_default_model_answers_as_it_generates(smollm2: tuple[Any, Any]) -> 
         graded = Generation(
             compiled, tokenizer, questions={q.id: q for q in rows}, templates={task: template}
         ).evaluate(pairs)
-        assert [v.correct for v in found[-len(pairs) :]] == [g.correct for g in graded]
+        assert labels(found[-len(pairs) :]) == labels(graded)
     assert {v.correct for v in found} == {True, False}
 
 

@@ -177,9 +177,8 @@ def test_programs_are_chosen_by_contexts_alone(compiled: Any, tokenizer: Any) ->
 def test_steps_are_a_mean_over_questions(compiled: Any, tokenizer: Any) -> None:
     compiled.dispatch_by(predictor := ByFirstToken(compiled))
     lm = PolarLM(compiled, tokenizer)
-    skips, repeats = (
-        next(c for c in "abcd" if predictor.of(tokenizer.encode(c)[0]) == p) for p in PROGRAMS[:2]
-    )
+    letter_of = {predictor.of(tokenizer.encode(c)[0]): c for c in "abcd"}
+    skips, repeats = letter_of[PROGRAMS[0]], letter_of[PROGRAMS[1]]
     requests = requests_of(
         "loglikelihood", [(skips, "1"), (repeats, "1"), (repeats, "2"), (repeats, "3")]
     )

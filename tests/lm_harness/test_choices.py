@@ -91,7 +91,8 @@ def test_the_identity_has_lm_evals_numbers(
                     theirs = [float(each[0][0]) for each in sample["resps"]]
                     assert own == pytest.approx(theirs, abs=1e-3)
             if name != "winogrande" or metric == "acc":  # it has no acc_norm
-                assert [v.correct for v in verdicts] == [bool(s[metric]) for s in samples]
+                for verdict, sample in zip(verdicts, samples, strict=True):
+                    assert verdict.correct == bool(sample[metric])
             for each, own, verdict in zip(encoded, scores, verdicts, strict=True):
                 assert each.choice is not None
                 assert verdict.correct == (best_choice(own) == each.choice.right)

@@ -94,9 +94,9 @@ def test_bundle_and_serve(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(subprocess, "check_call", started.append)
     lines = run("bundle_and_serve.py", tmp_path / "bundle")
     manifest = verify_bundle(tmp_path / "bundle")
-    assert len(manifest.programs) == 3 and [line.split()[0] for line in lines[1:]] == [
-        str(program).removesuffix(f" /{DEPTH}").split()[0] for program in manifest.programs
-    ]
+    assert len(manifest.programs) == 3
+    for line, program in zip(lines[1:], manifest.programs, strict=True):
+        assert line.split()[0] == str(program).removesuffix(f" /{DEPTH}").split()[0]
     assert started[0][1:4] == ["-m", "polar_fx", "serve"]
     assert started[0][-1] == manifest.fingerprint
 

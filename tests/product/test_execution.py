@@ -93,9 +93,10 @@ def _random_program(seed: int) -> Program:
 
 def _try_repeat(program: Program, start: int, *, length: int, pick: random.Random) -> Program:
     damping = pick.choice([1.0, 1.0, 0.5, 0.25])
+    stop = start + length
     crosses = any(
-        a < start < b or a < start + length < b
-        for a, b in ((x.start, x.stop) for x in program.blends)
+        blend.start < start < blend.stop or blend.start < stop < blend.stop
+        for blend in program.blends
     )
     return program if crosses else program.repeat(start, length, pick.randint(2, 3), damping)
 

@@ -25,7 +25,7 @@ def rows(text: str, heading: str) -> list[list[str]]:
     """The cells of the table under a heading, without its first two lines."""
     section = text.partition(f"## {heading}\n")[2].partition("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
-    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+    return [list(map(str.strip, line.strip("|").split("|"))) for line in lines[2:]]
 
 
 def test_loggers_are_those_of_the_code() -> None:

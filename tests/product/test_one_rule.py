@@ -192,7 +192,8 @@ def test_whole_programs(program: Program, prefill: bool, tmp_path: Path) -> None
     whole = graph_of(torch.export.load(tmp_path / GRAPH))
 
     slots = make_slots(library, program, batch=1, length=16)
-    given = [t for pair in slots for t in pair] + [library.tensors[n] for n in _weights(program)]
+    given = [half for slot in slots for half in slot]
+    given += [library.tensors[name] for name in _weights(program)]
     index, got = torch.arange(16), []
     with torch.no_grad():
         for start, ids in enumerate([IDS] if prefill else IDS.split(1)):

@@ -60,7 +60,7 @@ def _agree(compiled: CompiledModel, program: Program, *, rows: list[Tensor]) -> 
     ):
         got = compiled.prefill(program, last, rows)
         want = compiled.prefill(program, every, rows, every=True)
-        assert [len(w) for w in want] == [len(r) for r in rows]
+        assert list(map(len, want)) == list(map(len, rows))
         torch.testing.assert_close(
             torch.stack(got), torch.stack([w[-1] for w in want]), rtol=0, atol=1e-4
         )

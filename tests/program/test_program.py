@@ -108,9 +108,8 @@ def test_blends_are_canonical() -> None:
 
 
 def test_merging_is_independent_of_order() -> None:
-    factors = [0.1, 0.2, 0.3, 0.7]
-    orders = itertools.permutations(factors)
-    assert len({Program(1, (0,), tuple(Blend(0, 1, a) for a in order)) for order in orders}) == 1
+    blends = [Blend(0, 1, damping) for damping in (0.1, 0.2, 0.3, 0.7)]
+    assert len({Program(1, (0,), order) for order in itertools.permutations(blends)}) == 1
 
 
 def test_values_are_immutable_and_copy() -> None:

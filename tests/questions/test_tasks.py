@@ -133,7 +133,8 @@ def test_golden_rows(task: str) -> None:
 def test_fewer_rows_are_the_first_of_more(task: str, seed: int, n: int, more: int) -> None:
     rows = generate(task, n + more, seed)
     assert generate(task, n, seed) == rows[:n]
-    assert len({q.id for q in rows}) == len({q.question for q in rows}) == n + more
+    assert len({q.id for q in rows}) == n + more
+    assert len({q.question for q in rows}) == n + more
     counts = Counter(q.cell for q in rows)
     assert max(counts.values()) - min(counts.values()) <= 1 and len(counts) == min(
         len(rows), len(TASKS[task].cells)
@@ -157,7 +158,8 @@ def test_a_question_is_in_one_split_whatever_the_seed(
     # small cells hold fewer
     rows = [q for cell in cells for q in cell_sample(task, cell, n=8, seed=a, split=split)]
     rows += generate(task, 8, a, split=split)
-    assert {split_of(q.id) for q in rows} == {split} and {q.cell for q in rows} >= set(cells)
+    assert {split_of(q.id) for q in rows} == {split}
+    assert {q.cell for q in rows} >= set(cells)
     known = {q.id: q for q in generate(task, 200, b)}
     assert all(known.get(q.id, q) == q for q in rows)  # one id, one question
 
@@ -388,9 +390,9 @@ def test_impossible_counts(counts: tuple[int, int]) -> None:
 def test_questions_get_the_level_of_their_cell() -> None:
     rows = generate("addition", 4, cells=["1+1 digits", "3+3 digits"])
     found = with_difficulty(rows, {"1+1 digits": 1, "3+3 digits": 5})
-    assert [q.difficulty for q in found] == [1, 5, 1, 5] and [q.id for q in found] == [
-        q.id for q in rows
-    ]
+    assert [q.difficulty for q in found] == [1, 5, 1, 5]
+    for question, row in zip(found, rows, strict=True):
+        assert question.id == row.id
     with pytest.raises(
         InputError,
         match=(

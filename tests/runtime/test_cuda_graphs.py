@@ -128,9 +128,8 @@ def test_each_program_and_batch_is_captured_once_from_one_pool(pair: Pair) -> No
     for program, batch in cases:
         pair.check(graphs, program, batch=batch)
     assert api.count("pool") == len(set(map(id, api.pools))) == 1
-    assert {(r.program, r.batch) for r in graphs.records} == {
-        (pair.model.resolve(p), b) for p, b in cases
-    }
+    captured = {(record.program, record.batch) for record in graphs.records}
+    assert captured == {(pair.model.resolve(program), batch) for program, batch in cases}
     assert all(
         r.reason is None and r.pool is api.pools[0] and r.capture_ms >= 0 for r in graphs.records
     )

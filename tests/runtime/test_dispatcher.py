@@ -116,7 +116,7 @@ def test_rows_run_the_programs_chosen_for_them_in_order(model: CompiledModel) ->
         )
         got, report = model.dispatch(ids, attention_mask=mask, **options)
         first = [int(row[m.bool()][0]) for row, m in zip(ids, mask, strict=True)]
-        assert [d.program for d in report.decisions] == [predictor.of(t) for t in first]
+        assert [d.program for d in report.decisions] == list(map(predictor.of, first))
         assert report.groups == len({d.program for d in report.decisions})
         for i in range(rows):
             alone = model.generate(

@@ -33,13 +33,12 @@ def test_svg_figures_are_whole_and_the_same_each_time(tmp_path: Path) -> None:
     write_figures = pytest.importorskip("polar_fx.search.analysis.figures").write_figures
     report = _report(SAMPLES)
     first, second = (write_figures(report, tmp_path / name) for name in ("new/a", "b"))
-    assert [path.name for path in first] == [f"one-{kind}.svg" for kind in KINDS]
+    names = [f"one-{kind}.svg" for kind in KINDS]
+    assert [path.name for path in first] == names
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes() and b"<dc:date>" not in one.read_bytes()
         assert ET.parse(one).getroot().tag == "{http://www.w3.org/2000/svg}svg"
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == sorted(
-        path.name for path in second
-    )
+    assert sorted((tmp_path / "b").iterdir()) == sorted(second)
 
 
 def test_png_figures_of_several_files(tmp_path: Path) -> None:

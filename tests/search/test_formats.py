@@ -107,10 +107,9 @@ def test_older_official_layouts_are_read(layout: str, file: Path) -> None:
     if layout in ("values", "list"):
         data = {str(i): row for i, row in enumerate(rows)} if layout == "values" else rows
     found = list(import_official(_write(file, data), task="other"))
-    assert [(r.baseline, r.explored) for r in found] == [
-        (r.baseline, r.explored) for r in (ONE, TWO)
-    ]
-    assert [r.question.question for r in found] == [ONE.question.question, TWO.question.question]
+    for read, wanted in zip(found, (ONE, TWO), strict=True):
+        assert (read.baseline, read.explored) == (wanted.baseline, wanted.explored)
+        assert read.question.question == wanted.question.question
     assert [r.question.id for r in found] == (
         ["0", "1"] if layout == "no ids" else ["math/1", "math/2"]
     )

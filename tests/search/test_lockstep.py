@@ -13,6 +13,7 @@ from polar_fx.questions import EncodedQuestion, Question
 from polar_fx.search.config import SearchConfig
 from polar_fx.search.lockstep import run_searches
 from polar_fx.search.methods.registry import METHODS
+from polar_fx.search.records.records import SearchRecord
 
 DEPTH = 8
 ROWS = [
@@ -51,11 +52,15 @@ def test_every_method_searches_every_question_within_its_budget(method: str) -> 
     toy = Toy()
     config = SearchConfig(method=method, simulations=40)
     records = list(run_searches(iter(ROWS), toy, DEPTH, config, in_flight=3))
-    assert sorted(r.question.id for r in records) == [q.id for q, _ in ROWS]
-    assert sorted(toy.forgotten) == [q.id for q, _ in ROWS]
+    ids = [question.id for question, _ in ROWS]
+    assert sorted(record.question.id for record in records) == ids
+    assert sorted(toy.forgotten) == ids
     asked = [pair for call in toy.calls for pair in call]
     assert len(set(asked)) == len(asked), "a program is judged once for a question"
-    assert max(len({name for name, _ in call}) for call in toy.calls) == 3, "three at a time"
+    at_once: list[int] = []
+    for call in toy.calls:
+        at_once.append(len({name for name, _ in call}))
+    assert max(at_once) == 3, "three at a time"
     for record in records:
         assert 10 <= len(record.explored) <= 40
         assert not record.baseline.correct
@@ -85,12 +90,14 @@ def test_what_runs_beside_a_search_does_not_change_it() -> None:
     assert other != alone
 
 
+def programs_of(record: SearchRecord) -> tuple[Program, ...]:
+    return tuple(each.program for each in record.explored)
+
+
 def test_questions_have_seeds_of_their_own() -> None:
     records = list(run_searches(ROWS, Toy(), DEPTH, SearchConfig(method="random", simulations=30)))
     assert len({r.seed for r in records}) == len(ROWS)
-    assert len({tuple(e.program for e in r.explored) for r in records}) == len(ROWS), (
-        "a shared seed would fake a menu"
-    )
+    assert len(set(map(programs_of, records))) == len(ROWS), "a shared seed would fake a menu"
 
 
 @pytest.mark.parametrize("reward", sorted(REWARDS))

@@ -197,7 +197,8 @@ def words(*pieces: str, **options: Any) -> Any:
 
 
 def byte_pieces() -> Any:
-    vocabulary = {p: i for i, p in enumerate(["a", "b", *(f"<0x{b:02X}>" for b in range(256))])}
+    pieces = ["a", "b", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(BPE(vocabulary, [], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])  # type: ignore[assignment]
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

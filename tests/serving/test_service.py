@@ -62,10 +62,10 @@ def test_prompts_of_all_programs_run_together(service: Service) -> None:
         wanted.append(alone(service, prompt, program=program, tokens=tokens))
     found = answers(service, *given)
     assert [a.text for a in found] == wanted, "each row stops at its own limit"
-    assert [(a.prompt_tokens, a.new_tokens, a.reason) for a in found] == [
-        (2 + i, 2 + i % 4, "length") for i in range(12)
-    ]
-    assert {a.rows for a in found} == {12} and len({a.program for a in found}) == 3
+    for i, each in enumerate(found):
+        assert (each.prompt_tokens, each.new_tokens) == (2 + i, 2 + i % 4)
+        assert (each.reason, each.rows) == ("length", 12)
+    assert len({a.program for a in found}) == 3
     assert [a.steps for a in found[:3]] == [4, 3, 6]
     assert all(0 < r.seconds_to_first <= r.seconds for r in _results(service, given[:2]))
 
@@ -171,10 +171,9 @@ def test_a_dispatcher_chooses_where_no_program_is_named(service: Service) -> Non
         *asks(service, prompt=prompts, max_tokens=3),
         *asks(service, program="skip 2", max_tokens=3),
     )
-    assert [a.program for a in found[:3]] == [str(d.program) for d in chosen]
-    assert [a.probability for a in found[:3]] == pytest.approx(
-        [d.probability for d in chosen], abs=1e-5
-    )
+    for each, decision in zip(found[:3], chosen, strict=True):
+        assert each.program == str(decision.program)
+        assert each.probability == pytest.approx(decision.probability, abs=1e-5)
     assert found[3].probability is None
     assert max(a.rows for a in found) > 1, "chosen and named ones run together"
 
@@ -302,9 +301,9 @@ def test_chats_go_through_the_template(service: Service) -> None:
 def test_responses_and_counts(service: Service) -> None:
     found = answers(service, *asks(service, prompt=["w5", "w6 w7"], max_tokens=2))
     whole = COMPLETION.response("tiny", found)
-    assert [c["text"] for c in whole["choices"]] == [a.text for a in found] and [
-        c["index"] for c in whole["choices"]
-    ] == [0, 1]
+    assert len(found) == 2
+    for i, (choice, answer) in enumerate(zip(whole["choices"], found, strict=True)):
+        assert (choice["index"], choice["text"]) == (i, answer.text)
     assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
     assert whole["choices"][0]["polar_fx"] == {
         "program": "0-3 /4",

@@ -89,10 +89,8 @@ def _xy(line: Line2D) -> np.ndarray:
 def test_pareto_has_a_point_an_arm_and_hollow_oracles() -> None:
     rows = compared()
     figure = figures.pareto(rows)
-    assert [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes] == [
-        f"{OVERALL}, n = 360",
-        *(f"{task}, n = 120" for task in TASKS),
-    ]
+    titles = [axes.get_title(loc="left") or axes.get_title() for axes in figure.axes]
+    assert titles == [f"{OVERALL}, n = 360", *(f"{task}, n = 120" for task in TASKS)]
     for axes, task in zip(figure.axes, (OVERALL, *TASKS), strict=True):
         here = [row for row in rows if row.arm.task == task]
         points = _points(axes)
@@ -188,7 +186,8 @@ def test_reliability_shows_bins_and_counts() -> None:
     for (name, each), curve, count in zip(found.items(), curves, counts, strict=True):
         line = next(line for line in curve.lines if line.get_marker() == "o")
         assert _xy(line)[:, 1].tolist() == [b.outcomes.count / b.outcomes.n for b in each.bins]
-        assert [patch.get_height() for patch in count.patches] == [b.outcomes.n for b in each.bins]  # type: ignore[attr-defined]
+        for patch, found_bin in zip(count.patches, each.bins, strict=True):
+            assert patch.get_height() == found_bin.outcomes.n  # type: ignore[attr-defined]
         assert (curve.get_title(loc="left") or curve.get_title()).startswith(
             f"{name}\nECE {100 * each.ece:.1f} %"
         )
@@ -219,9 +218,8 @@ def test_files_come_out_the_same(tmp_path: Path) -> None:
         )
         for name in ("first", "again")
     )
-    assert [each.name for each in first] == [
-        f"{name}.{end}" for name in ("pareto", "gains", "reliability") for end in ("svg", "png")
-    ]
+    names = [f"{n}.{end}" for n in ("pareto", "gains", "reliability") for end in ("svg", "png")]
+    assert [each.name for each in first] == names
     for one, other in zip(first, again, strict=True):
         assert one.read_bytes() == other.read_bytes()
     for each in first:
@@ -241,7 +239,7 @@ def test_settings_are_those_of_the_user_afterwards(tmp_path: Path) -> None:
             compare_arms(results(), resamples=50), tmp_path / "own", formats=["svg"]
         )
         assert matplotlib.rcParams["font.size"] == 30
-    assert [each.read_bytes() for each in plain] == [each.read_bytes() for each in own]
+    assert list(map(Path.read_bytes, plain)) == list(map(Path.read_bytes, own))
 
 
 def test_one_task_and_one_arm() -> None:

@@ -133,9 +133,8 @@ def test_eight_processes_make_an_artifact_once(tmp_path: Path) -> None:
         worker.stdin.flush()
     results = [json.loads(worker.communicate(timeout=60)[0]) for worker in workers]
     assert len((tmp_path / "log").read_text().splitlines()) == 1
-    assert sorted(made for made, _ in results) == [False] * 7 + [True] and all(
-        right for _, right in results
-    )
+    assert sorted(made for made, _ in results) == [False] * 7 + [True]
+    assert all(right for _, right in results)
 
 
 def test_threads_make_an_artifact_once(store: ArtifactStore) -> None:

@@ -32,6 +32,13 @@ class Builder:
         node.meta = {"role": "input", **meta, "val": torch.empty(shape, dtype=dtype, device="meta")}
         return node
 
+    def slot(self, number: int) -> list[Node]:
+        """The keys and the values of a slot."""
+        return [
+            self.placeholder(f"kv_{number}_{part}", B, 1, L, D, role="kv", slot=number, part=part)
+            for part in (0, 1)
+        ]
+
     def weight(self, name: str, *shape: int) -> Node:
         generator = torch.Generator().manual_seed(len(self.tensors))
         self.tensors[name] = torch.nn.Parameter(
@@ -69,13 +76,7 @@ def flat(
     ids = b.placeholder("input_ids", B, T, dtype=torch.long)
     positions = b.placeholder("positions", B, T, dtype=torch.long)
     index = b.placeholder("kv_index", L, dtype=torch.long)
-    slots = [
-        [
-            b.placeholder(f"kv_{i}_{part}", B, 1, L, D, role="kv", slot=i, part=part)
-            for part in (0, 1)
-        ]
-        for i in range(len(scales))
-    ]
+    slots = list(map(b.slot, range(len(scales))))
     table, norm = b.weight("embedding", V, D), b.weight("norm", D)
     hidden = b.call(aten.embedding.default, table, ids)
     rows = b.call(

@@ -40,19 +40,19 @@ TRANSFORMERS = ("5.17.0", "5.20.0")  # and the newest
 FAMILIES = ("llama", "gemma2", "gpt_oss", "bloom", "deepseek_v3")
 # Models that are refused: what transformers itself raises for them changes from version to version.
 REFUSED = ("jamba", "lfm2", "gemma3n_text")
+
+
+def _of_families(test: str, families: Sequence[str]) -> list[str]:
+    return [f"tests/product/test_families.py::{test}[{family}]" for family in families]
+
+
 # Capture, families, forward and generate, compiled regions, bundles, passes.
 SUBSET = (
     "tests/capture/test_captured.py",
-    *(
-        f"tests/product/test_families.py::test_identity_is_the_model[{family}]"
-        for family in FAMILIES
-    ),
+    *_of_families("test_identity_is_the_model", FAMILIES),
     "tests/product/test_families.py::test_rotary_frequencies_that_depend_on_the_length",
     "tests/product/test_families.py::test_rotary_frequencies_of_some_layers_that_depend_on_the_length",
-    *(
-        f"tests/product/test_families.py::test_refused_with_reason_and_remedy[{family}]"
-        for family in REFUSED
-    ),
+    *_of_families("test_refused_with_reason_and_remedy", REFUSED),
     "tests/runtime/test_generator.py",
     "tests/runtime/test_regions.py",
     "tests/test_compiled.py::test_warmup_compiles_all_that_a_call_needs",
@@ -264,9 +264,9 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "| torch | " + " | ".join(f"transformers {version}" for version in others) + " |",
         "|---|" + "---|" * len(others),
     ]
-    lines += [
-        f"| {t} | " + " | ".join(cells.get((t, o), "–") for o in others) + " |" for t in torches
-    ]
+    for torch in torches:
+        row = [torch, *(cells.get((torch, other), "–") for other in others)]
+        lines.append(f"| {' | '.join(row)} |")
     for r in results:
         what = [r["error"]] if "error" in r else [f"`{name}`" for name in r["failures"]]
         if what:
@@ -312,9 +312,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     chosen = parser.parse_args(arguments)
     if chosen.pair:
-        pairs = [
-            (torch, other) for torch, _, other in (text.partition(":") for text in chosen.pair)
-        ]
+        pairs: list[Pair] = []
+        for text in chosen.pair:
+            torch, _, other = text.partition(":")
+            pairs.append((torch, other))
         if not all(re.fullmatch(r"\d+\.\d+\.\d+", version) for pair in pairs for version in pair):
             parser.error("a pair is two versions of three numbers, as in --pair 2.13.0:5.24.0")
     else:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -141,15 +141,15 @@ def spread(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
+def _module_state(module: nn.Module) -> tuple[bool, dict[str, int]]:
+    """Which objects a module holds, and how many hooks."""
+    attributes = vars(module).items()
+    return module.training, {k: len(v) if k.endswith("hooks") else id(v) for k, v in attributes}
+
+
 def snapshot(model: PreTrainedModel) -> dict[str, Any]:
     """Everything a capture must leave alone."""
-    modules = {
-        name: (
-            m.training,
-            {k: len(v) if k.endswith("hooks") else id(v) for k, v in vars(m).items()},
-        )
-        for name, m in model.named_modules()
-    }
+    modules = {name: _module_state(module) for name, module in model.named_modules()}
     tensors = {
         n: (t.data_ptr(), t._version, t.requires_grad)
         for n, t in model.state_dict(keep_vars=True).items()
@@ -193,10 +193,11 @@ def make_slots(
     library: LayerLibrary, program: Program, *, batch: int, length: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Empty KV slots of a program's steps."""
-    return [
-        tuple(torch.zeros(s, dtype=spec.dtype) for s in spec.shapes(batch, length))
-        for spec in library.kv_specs(program)
-    ]  # type: ignore[return-value]
+    slots: list[tuple[Tensor, Tensor]] = []
+    for spec in library.kv_specs(program):
+        keys, values = spec.shapes(batch, length)
+        slots.append((torch.zeros(keys, dtype=spec.dtype), torch.zeros(values, dtype=spec.dtype)))
+    return slots
 
 
 def run_rows(

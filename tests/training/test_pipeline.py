@@ -12,6 +12,7 @@ from polar_fx.predictor.features import Features
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion, Question
 from polar_fx.runtime.trunk import shares_trunk
+from polar_fx.search.records.records import SearchRecord
 from polar_fx.training.pipeline import (
     TrainingConfig,
     mine_menu,
@@ -64,12 +65,11 @@ class World:
         self.asked[name] = len(part) * len(programs)
         self.drawn.append([q for q, _ in part])
         listed = [p for p in programs if p != IDENTITY]
-        return VerdictTable.of(
-            [
-                record(q.id, right(q, IDENTITY), right={p: right(q, p) for p in listed})
-                for q, _ in part
-            ]
-        )
+        records: list[SearchRecord] = []
+        for q, _ in part:
+            verdicts = {p: right(q, p) for p in listed}
+            records.append(record(q.id, right(q, IDENTITY), right=verdicts))
+        return VerdictTable.of(records)
 
 
 def features_of(part: Rows) -> torch.Tensor:
@@ -100,8 +100,10 @@ def test_from_records_to_a_predictor() -> None:
     assert set(world.asked) == {"screen", "variations", "finalists", "train", "validation"}
     assert results["questions"]["screened"] == 60 and results["finalists"] == 9
     assert world.asked["finalists"] == 40 * 8
-    screened, finals = ({q.id for q in world.drawn[i]} for i in (0, 2))
-    assert not screened & finals, "the best are tried on other questions"
+    screened = {q.id for q in world.drawn[0]}
+    assert screened.isdisjoint(q.id for q in world.drawn[2]), (
+        "the best are tried on other questions"
+    )
 
 
 def test_a_menu_is_mined_from_questions_of_every_task() -> None:

@@ -76,7 +76,8 @@ def test_listed_records_go_on_where_they_ended(tmp_path: Path) -> None:
         listed(programs, broken)
     seen: list[tuple[int, int]] = []
     found = listed(programs, runs, progress=lambda *a: seen.append(a))
-    assert [r.question.id for r in found] == [f"q{i}" for i in range(5)] and seen[-1] == (5, 5)
+    assert [r.question.id for r in found] == ["q0", "q1", "q2", "q3", "q4"]
+    assert seen[-1] == (5, 5)
     assert runs.asked == ["q0", "q1", "q2", "q2", "q3", "q4"], (
         "only the question in flight is run again"
     )

@@ -73,8 +73,9 @@ def ranked(found: Iterator[Derivation], depth: int) -> list[tuple[Program, float
 
 
 def assert_same(got: list[Decoded], want: list[tuple[Program, float]]) -> None:
-    assert [each.program for each in got] == [program for program, _ in want]
-    assert [each.log_probability for each in got] == pytest.approx([score for _, score in want])
+    for each, (program, score) in zip(got, want, strict=True):
+        assert each.program == program
+        assert each.log_probability == pytest.approx(score)
 
 
 # Starts

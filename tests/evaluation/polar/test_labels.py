@@ -29,7 +29,8 @@ def best_parse(path: tuple[int, ...], depth: int, *, max_length: int = 4, repeat
     """
 
     def rank(parse: tuple[tuple[int, int], ...]):
-        skips, repeats = sum(op == 0 for _, op in parse), sum(op > 1 for _, op in parse)
+        skips = sum(op == 0 for _, op in parse)
+        repeats = sum(op > 1 for _, op in parse)
         return len(parse), skips, -repeats, [-size for size, _ in parse]
 
     @cache

@@ -108,9 +108,8 @@ def test_padding_is_not_looked_at() -> None:
     )
     for row, question in enumerate(questions):
         alone = net(*pad_features([question]))
-        torch.testing.assert_close(
-            [each[row] for each in together], [each[0] for each in alone], atol=1e-5, rtol=1e-4
-        )
+        for of_all, of_one in zip(together, alone, strict=True):
+            torch.testing.assert_close(of_all[row], of_one[0], atol=1e-5, rtol=1e-4)
     changed = features.clone()
     changed[1, 6] += 1
     assert not torch.allclose(net(changed, mask)[0][1], together[0][1])
@@ -246,9 +245,8 @@ def test_each_epoch_sees_every_row_in_another_order(monkeypatch: pytest.MonkeyPa
     seen: list[int] = []
 
     def spy(features: list[Tensor]) -> tuple[Tensor, Tensor]:
-        seen.extend(
-            next(i for i, known in enumerate(data.features) if known is each) for each in features
-        )
+        places = {id(known): i for i, known in enumerate(data.features)}
+        seen.extend(places[id(each)] for each in features)
         return pad_features(features)
 
     data = LabelledQuestions(
