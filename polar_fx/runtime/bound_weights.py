@@ -30,12 +30,12 @@ class BoundWeights:
         names = tuple(names)
         self._places = tuple(self._find(model, names))
         # a stack of layers may become longer, and each of those that were bound stay
-        self._lists = tuple(
-            (path, module._modules, len(module))
-            for path, module in model.named_modules()
-            if isinstance(module, (nn.ModuleList, nn.Sequential))
-            and any(name.startswith(f"{path}.") for name in names)
-        )
+        lists = []
+        for path, module in model.named_modules():
+            is_list = isinstance(module, (nn.ModuleList, nn.Sequential))
+            if is_list and any(name.startswith(f"{path}.") for name in names):
+                lists.append((path, module._modules, len(module)))
+        self._lists = tuple(lists)
 
     def _find(self, model: nn.Module, names: Iterable[str]) -> list[_Place]:
         found: dict[tuple[int, str], _Place] = {}

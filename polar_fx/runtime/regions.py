@@ -264,9 +264,10 @@ class RegionTable:
         target, shape = name.body, name.shape
         made = self._pipeline(name).run(self.library.bodies[target])
         operands, varying = self._operands(target, shape), shape.varying
-        dynamic = [
-            {i: a for i, a in o.axes().items() if a.rpartition("*")[2] in varying} for o in operands
-        ]
+        dynamic: list[dict[int, str]] = []
+        for operand in operands:
+            axes = operand.axes().items()
+            dynamic.append({i: size for i, size in axes if size.rpartition("*")[2] in varying})
         example = self._example(target, shape) if self.backend.needs_shapes else []
         return (made.graph_module, example, dynamic), made.records
 

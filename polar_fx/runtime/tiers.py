@@ -234,9 +234,8 @@ class Tiers:
         """The distinct weights of a program by name, numbered."""
         table = self.library.table
         calls = (table.prologue, *(table.layers[layer] for layer in program.path), table.epilogue)
-        return {
-            name: i for i, name in enumerate(dict.fromkeys(n for c in calls for n in c.weights))
-        }
+        names = dict.fromkeys(name for call in calls for name in call.weights)
+        return {name: i for i, name in enumerate(names)}
 
     def _plan(self, program: Program, shape: ShapeClass) -> WholePlan:
         table, numbers = self.library.table, self._names(program)

@@ -94,5 +94,6 @@ def _choice(index: int, said: dict[str, Any], *, answer: Reply | None) -> dict[s
 
 
 def _usage(answers: Sequence[Reply]) -> dict[str, int]:
-    prompt, new = sum(a.prompt_tokens for a in answers), sum(a.new_tokens for a in answers)
+    prompt = sum(answer.prompt_tokens for answer in answers)
+    new = sum(answer.new_tokens for answer in answers)
     return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
