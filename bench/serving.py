@@ -74,14 +74,11 @@ class Server:
 def requests_of(seed: int) -> list[Asked]:
     """Prompts of 8 to 96 words and answers of 4 to 48 tokens."""
     pick, words = random.Random(seed), _TEXT.split()
-    return [
-        Asked(
-            " ".join(pick.choice(words) for _ in range(pick.randint(8, 96))),
-            pick.randint(4, 48),
-            _MENU[i % len(_MENU)],
-        )
-        for i in range(_REQUESTS)
-    ]
+    asked: list[Asked] = []
+    for i in range(_REQUESTS):
+        prompt = " ".join(pick.choice(words) for _ in range(pick.randint(8, 96)))
+        asked.append(Asked(prompt, pick.randint(4, 48), _MENU[i % len(_MENU)]))
+    return asked
 
 
 # --------------------------------------------------------------------------------------- the client
@@ -267,23 +264,21 @@ def main() -> None:
 
 def _measured(servers: Sequence[Server], rounds: int) -> dict[str, Any]:
     """Of each server, over the rounds after the first, which warms up."""
-    seen: dict[str, list[tuple[float, list[Answered]]]] = {s.name: [] for s in servers}
+    seen: dict[str, list[Answered]] = {server.name: [] for server in servers}
+    rates: dict[str, list[float]] = {server.name: [] for server in servers}
     for number in range(rounds + 1):
         asked = requests_of(number)
         for server in servers:
             seconds, answers = ask_all(server, asked)
+            tokens = sum(answer.tokens for answer in answers)
             if number:
-                seen[server.name].append((seconds, answers))
-            tokens = sum(a.tokens for a in answers)
+                seen[server.name] += answers
+                rates[server.name].append(tokens / seconds)
             print(f"{number} {server.name}: {seconds:.2f} s, {tokens} tokens", flush=True)
-    rates = {
-        name: [sum(a.tokens for a in answers) / seconds for seconds, answers in results]
-        for name, results in seen.items()
-    }
     found, reference = {}, rates[servers[0].name]
-    for name, results in seen.items():
-        firsts = sorted(a.first for _, answers in results for a in answers)
-        lasts = sorted(a.last for _, answers in results for a in answers)
+    for name, answers in seen.items():
+        firsts = sorted(answer.first for answer in answers)
+        lasts = sorted(answer.last for answer in answers)
         found[name] = {
             "tokens_a_second": spread(rates[name]),
             "by_first": paired_ratio(rates[name], reference),
