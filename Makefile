@@ -59,6 +59,8 @@ fast: setup ## Run the tests that need no real model and no child process: under
 bench: setup ## Measure latency, many programs, warm start, dispatch and bundles; writes bench/results/
 	$(BIN)/python bench/latency.py
 	$(BIN)/python bench/latency.py --dtype bfloat16
+	$(BIN)/python bench/small_batches.py
+	$(BIN)/python bench/small_batches.py --dtype bfloat16
 	$(BIN)/python bench/programs.py
 	$(BIN)/python bench/warm_start.py
 	$(BIN)/python bench/dispatch.py

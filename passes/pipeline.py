@@ -22,6 +22,7 @@ from .eliminate_dead_code import EliminateDeadCode
 from .eliminate_noops import EliminateNoops
 from .inline_layers import InlineLayers
 from .keep_kv_writes import KeepKvWrites
+from .linear_to_row_kernel import LinearToRowKernel
 from .matvec_to_reduction import MatvecToReduction
 from .outline_layers import OutlineLayers
 from .schedule_layers import Blends, ScheduleLayers
@@ -42,6 +43,7 @@ PASSES: dict[str, type[Pass]] = {
         KeepKvWrites,
         AddressKv,
         MatvecToReduction,
+        LinearToRowKernel,
         AttentionToReduction,
     )
 }

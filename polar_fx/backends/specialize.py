@@ -20,6 +20,7 @@ from ..passes.matvec_to_reduction import is_single_row
 from ..passes.pipeline import region_pipeline
 from ..passes.verify import VerifyError
 from .base import Dynamic
+from .row_kernel import kernel_options
 
 
 class _Body(torch.nn.Module):
@@ -106,15 +107,16 @@ def graph_of(exported: ExportedProgram, passes: Sequence[Pass] = ()) -> GraphMod
 
 
 def compiler_options(graph_module: GraphModule, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options to compile a graph with: the user's, and on a GPU, where it multiplies one row,
-    tuning of block sizes.
+    """The options to compile a graph with: the user's; what a kernel of ours in it needs; and on a
+    GPU, where it multiplies one row, tuning of block sizes.
 
     With tuning, Inductor turns a product of one row into a reduction, and reads the weights at up
     to 2.4 times the rate of cuBLAS (H200, bf16, 896 x 4,864: 4,015 against 1,682 GB/s; 3,584 x
     18,944: 4,366 against 3,616; docs/gpu.md).
     """
     one_row = any(is_single_row(node, "cuda") for node in graph_module.graph.nodes)
-    return {**({"coordinate_descent_tuning": True} if one_row else {}), **options}
+    tuned = {"coordinate_descent_tuning": True} if one_row else {}
+    return {**tuned, **kernel_options(graph_module), **options}
 
 
 def example_values(graph_module: GraphModule) -> list[Any]:

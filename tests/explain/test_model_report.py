@@ -112,6 +112,7 @@ def test_a_region_keeps_what_passes_did_to_its_graph(store: ArtifactStore) -> No
         ("address-kv", True),
         ("keep-kv-writes", True),
         ("matvec-to-reduction", True),
+        ("linear-to-row-kernel", False),
         ("attention-to-reduction", False),
     ]
     assert passes[2].counts == {"linears rewritten": 2}, "for keys and for values"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from hand_made import flat, on_cpu, run, single_query, single_row
+from hand_made import flat, on_cpu, run, several_rows, single_query, single_row
 from places import ROOT, printed_in_processes
 from polar_fx.passes import (
     PASSES,
@@ -65,6 +65,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "keep-kv-writes": (PASSES["keep-kv-writes"](), layer),
     "address-kv": (AddressKv(block=4), layer),
     "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
+    "linear-to-row-kernel": (PASSES["linear-to-row-kernel"](), lambda: on_cpu(several_rows())),
     "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),
     "inline-layers": (PASSES["inline-layers"](), step_graph),
 }

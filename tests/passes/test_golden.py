@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from hand_made import flat, on_cpu, single_query, single_row
+from hand_made import flat, on_cpu, several_rows, single_query, single_row
 from places import GOLDEN, printed_in_processes
 from polar_fx.passes import (
     PASSES,
@@ -54,6 +54,9 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     "address-kv": lambda: AddressKv(block=4).run(_layer()).graph_module,
     "matvec-to-reduction": lambda: (
         PASSES["matvec-to-reduction"]().run(on_cpu(single_row(torch.bfloat16))).graph_module
+    ),
+    "linear-to-row-kernel": lambda: (
+        PASSES["linear-to-row-kernel"]().run(on_cpu(several_rows(torch.bfloat16))).graph_module
     ),
     "attention-to-reduction": lambda: (
         PASSES["attention-to-reduction"]().run(on_cpu(single_query(torch.bfloat16))).graph_module

@@ -139,6 +139,14 @@ def single_row(dtype: torch.dtype = torch.float32, rows: int = 1) -> GraphModule
     return b.build(b.call(aten.linear.default, b.call(aten.linear.default, x, w1), w2, bias))
 
 
+def several_rows(dtype: torch.dtype = torch.float32, rows: int = 3) -> GraphModule:
+    """Two linears, one with a bias, over one token of each of some rows, [rows, 1, d]."""
+    b = Builder()
+    shapes = {"x": (rows, 1, D), "w1": (V, D), "w2": (D, V), "b": (D,)}
+    x, w1, w2, bias = (b.placeholder(name, *shape, dtype=dtype) for name, shape in shapes.items())
+    return b.build(b.call(aten.linear.default, b.call(aten.linear.default, x, w1), w2, bias))
+
+
 def single_query(dtype: torch.dtype = torch.float32) -> GraphModule:
     """Attention of one token: four heads of queries on two of keys, behind a mask."""
     b = Builder()

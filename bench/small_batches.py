@@ -1,0 +1,190 @@
+"""Decoding of several rows at a time: HF eager, polar_fx, and polar_fx without its kernel for a few
+rows (linear-to-row-kernel), which is how it was before.
+
+    python bench/small_batches.py                     # SmolLM2-135M-Instruct, fp32
+    python bench/small_batches.py --dtype bfloat16
+    python bench/small_batches.py --rows 1 8 --rounds 4 --tokens 6  # a quick look
+
+Every round runs each contender at each number of rows once, in a shuffled order, in one process:
+prefill of the prompts, then decoding of the following tokens. Shape legend: B rows, T tokens.
+"""
+
+import argparse
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+import polar_fx
+from contenders import Contender, HfEager, Ours
+from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, timed, write, write_json
+from polar_fx.backends import AotInductorBackend
+from polar_fx.backends.inductor import REGION_PASSES
+from polar_fx.passes.linear_to_row_kernel import LinearToRowKernel
+from polar_fx.store import ArtifactStore
+
+CPU = torch.device("cpu")
+AFTER, BEFORE, HF = "polar_fx", "without the kernel for a few rows", "HF eager"
+
+# Of a contender at a number of rows: milliseconds of each round.
+Samples = dict[tuple[str, int], dict[str, list[float]]]
+
+
+@torch.no_grad()
+def run_rounds(
+    contenders: dict[str, Contender],
+    prompts: Tensor,
+    *,
+    rows: Sequence[int],
+    tokens: int,
+    rounds: int,
+) -> Samples:
+    """One prefill time a round of prompts i64[B, T], and the round's median decode time of a
+    step.
+    """
+    following = torch.randint(
+        0, 1000, (tokens, len(prompts), 1), generator=torch.Generator().manual_seed(1)
+    )
+    cases = [(name, count) for name in contenders for count in rows]
+    samples: Samples = {case: {"prefill": [], "decode": []} for case in cases}
+    order = random.Random(0)
+    console = Console(stderr=True)
+    for _ in track(range(rounds), description="rounds", console=console):
+        for name, count in order.sample(cases, len(cases)):
+            contender, ids = contenders[name], prompts[:count]
+            times = samples[name, count]
+            times["prefill"].append(timed(lambda c=contender, i=ids: c.prefill(i), CPU))
+            each = [
+                timed(lambda c=contender, t=token[:count]: c.decode(t), CPU) for token in following
+            ]
+            times["decode"].append(statistics.median(each))
+            contender.finish()
+    return samples
+
+
+@torch.no_grad()
+def differences(contenders: dict[str, Contender], prompts: Tensor) -> dict[str, float]:
+    """Largest absolute difference of the logits of a decoded token to HF eager's."""
+    logits = {}
+    for name, contender in contenders.items():
+        contender.prefill(prompts)
+        logits[name] = contender.decode(prompts[:, :1]).clone().float()
+        contender.finish()
+    return {name: float((value - logits[HF]).abs().max()) for name, value in logits.items()}
+
+
+def rows_of(samples: Samples) -> list[dict[str, Any]]:
+    """What the report says of each contender at each number of rows; ratios are of the same
+    round.
+    """
+    return [
+        {
+            "name": name,
+            "rows": count,
+            "decode_ms": spread(mine["decode"]),
+            "prefill_ms": spread(mine["prefill"]),
+            "to_one_row": paired_ratio(mine["decode"], samples[name, 1]["decode"]),
+            "to_hf": paired_ratio(mine["decode"], samples[HF, count]["decode"]),
+            "prefill_to_before": paired_ratio(mine["prefill"], samples[BEFORE, count]["prefill"]),
+            "samples_ms": mine,
+        }
+        for (name, count), mine in samples.items()
+    ]
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as Markdown."""
+    about = report["machine"]
+    lines = [
+        f"{report['model']}, {report['dtype']}, prompts of {report['prompt_tokens']} tokens; "
+        f"{about['cpu']}, {about['threads']} threads, torch {about['torch']}, commit "
+        f"{about['commit']}; {report['rounds']} interleaved rounds, medians [quartiles]. Load of "
+        f"the machine before and after: {report['load_average'][0]:.1f}, "
+        f"{report['load_average'][1]:.1f}.",
+        "",
+        "| rows | | decode ms | of one row | of HF eager | prefill ms | of before |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in sorted(report["contenders"], key=lambda r: r["rows"]):
+        decode, prefill = row["decode_ms"], row["prefill_ms"]
+        lines.append(
+            f"| {row['rows']} | {row['name']} | {decode['median']:.1f} [{decode['p25']:.1f}, "
+            f"{decode['p75']:.1f}] | {row['to_one_row']['median']:.2f} | "
+            f"{row['to_hf']['median']:.2f} | {prefill['median']:.0f} [{prefill['p25']:.0f}, "
+            f"{prefill['p75']:.0f}] | {row['prefill_to_before']['median']:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
+    """Run everything the options ask for; writes the report."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    load = os.getloadavg()[0]
+    model, _ = polar_fx.load(options.model, dtype=getattr(torch, options.dtype))
+    before = [p for p in REGION_PASSES if not isinstance(p, LinearToRowKernel)]
+    contenders: dict[str, Contender] = {HF: HfEager(model)}
+    for name, passes in ((BEFORE, before), (AFTER, REGION_PASSES)):
+        compiled = polar_fx.compile(model, AotInductorBackend(passes=passes), cache=store)
+        contenders[name] = Ours(compiled, name, program=compiled.default_program)
+    rows = sorted({1, *options.rows})
+    prompts = torch.randint(
+        0, 1000, (rows[-1], options.prompt_tokens), generator=torch.Generator().manual_seed(0)
+    )
+    start = time.perf_counter()
+    run_rounds(contenders, prompts, rows=rows, tokens=2, rounds=2)
+    print(f"compiled and warm after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    samples = run_rounds(
+        contenders, prompts, rows=rows, tokens=options.tokens, rounds=options.rounds
+    )
+    report = {
+        "benchmark": "small_batches",
+        "model": options.model or polar_fx.models.DEFAULT_NAME,
+        "dtype": options.dtype,
+        "machine": machine(CPU),
+        "load_average": [load, os.getloadavg()[0]],
+        "prompt_tokens": options.prompt_tokens,
+        "decoded_tokens": options.tokens,
+        "rounds": options.rounds,
+        "bandwidth_by_operator_gbs": bandwidth_gbs(CPU),
+        "max_difference_to_hf": differences(contenders, prompts),
+        "contenders": rows_of(samples),
+    }
+    output = options.output or RESULTS / f"small-batches-cpu-{options.dtype}.json"
+    write_json(output, report)
+    write(output.with_suffix(".md"), table(report))
+    print(table(report))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", help="folder or model id (default: the embedded SmolLM2-135M-Instruct)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=12, help="decoded tokens a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
+    parser.add_argument("--store", type=Path, help="keep compiled code in this folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as place:
+        measure_all(options, ArtifactStore(options.store or Path(place)))
+
+
+if __name__ == "__main__":
+    main()

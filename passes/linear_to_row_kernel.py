@@ -1,0 +1,87 @@
+"""Linear layers over one token of each of several rows become calls of one operator, for which
+backends have a kernel that reads every weight once.
+
+Decoding a few rows is bound by reading weights, as decoding one row is. A matrix-multiply kernel
+made for many rows reads them at a fraction of the memory's rate, and sums of products as in
+matvec-to-reduction have no way to ask for weights ahead of their use (docs/performance.md has the
+figures).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from .base import Caller, Pass, PassResult, copy_graph_module
+
+aten = torch.ops.aten
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@torch.library.custom_op("polar_fx::row_linear", mutates_args=())
+def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [B, 1, K] times the rows of weight [N, K], plus bias [N]: [B, 1, N], all of one dtype of
+    `DTYPES`; x and weight are contiguous.
+
+    The same values as torch.nn.functional.linear's. Backends may have a kernel of their own for it.
+    """
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+@cast(Any, row_linear).register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _is_of_rows(node: Node) -> bool:
+    """A linear on the CPU of one token of each of several rows, or of an unknown number of them."""
+    if node.op != "call_function" or node.target is not aten.linear.default:
+        return False
+    operands = [a.meta.get("val") for a in node.args if isinstance(a, Node)]
+    if not all(
+        isinstance(o, Tensor) and o.device.type == "cpu" and o.dtype in DTYPES for o in operands
+    ):
+        return False
+    x, weight = cast(Sequence[Tensor], operands[:2])
+    if len({o.dtype for o in cast(Sequence[Tensor], operands)}) != 1:
+        return False
+    if x.dim() != 3 or weight.dim() != 2 or not weight.is_contiguous():
+        return False
+    rows, tokens = cast(Sequence[int | torch.SymInt], x.shape[:2])
+    sizes = cast(Sequence[int | torch.SymInt], weight.shape)
+    # not `rows != 1`, which would settle a size that may vary
+    several = not isinstance(rows, int) or rows > 1
+    return (
+        isinstance(tokens, int)
+        and tokens == 1
+        and several
+        and all(isinstance(size, int) and size > 0 for size in sizes)
+    )
+
+
+@dataclass(frozen=True)
+class LinearToRowKernel(Pass):
+    """Rewrite linear(x, w, b) with x [B, 1, K], B other than 1, as `row_linear` of x, w and b."""
+
+    name: ClassVar[str] = "linear-to-row-kernel"
+    preserves_numerics: ClassVar[bool] = False  # a kernel for it sums in another order
+
+    def run(self, gm: GraphModule) -> PassResult:
+        if not any(_is_of_rows(n) for n in gm.graph.nodes):
+            return PassResult(gm, False)
+        new, graph = copy_graph_module(gm)
+        found = [n for n in graph.nodes if _is_of_rows(n)]
+        for node in found:
+            with graph.inserting_before(node):
+                call = Caller(graph, node)
+                x, *others = node.args
+                assert isinstance(x, Node)
+                result = call(torch.ops.polar_fx.row_linear.default, call.dense(x), *others)
+                node.replace_all_uses_with(result)
+            graph.erase_node(node)
+        new.recompile()
+        return PassResult(new, True, {"linears rewritten": len(found)})

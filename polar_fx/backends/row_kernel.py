@@ -1,0 +1,302 @@
+"""The CPU's kernel for `row_linear` (passes/linear_to_row_kernel.py): C++ that Inductor compiles
+into a region like its own.
+
+The adapter around torch's semi-public C++ templates; nothing else in the project touches them.
+"""
+
+import functools
+import hashlib
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from ..passes.linear_to_row_kernel import row_linear
+
+_ROW_LINEAR: Any = torch.ops.polar_fx.row_linear.default
+assert row_linear._opoverload is _ROW_LINEAR
+
+# Shape legend: M rows of x, K their size, N rows of the weight.
+_SOURCE = r"""
+#ifndef POLAR_FX_ROW_LINEAR
+#define POLAR_FX_ROW_LINEAR
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <memory>
+#include <stdexcept>
+namespace polar_fx {
+
+using Sums = at::vec::Vectorized<float>;
+
+// How many rows of x and of the weight are multiplied at a time: their sums stay in registers.
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int X_ROWS = 8, W_ROWS = 2;
+#else
+constexpr int X_ROWS = 4, W_ROWS = 2;
+#endif
+// Bytes between what is read of a weight and what is asked for: processors do not see by
+// themselves, among so many reads of x, that the weight is read in order.
+constexpr int64_t AHEAD = 4096;
+
+// What a step along K takes of a row: `X` is the type in which x is read. The library is faster
+// for more than `most` rows of x.
+template <typename T> struct Step;
+
+template <> struct Step<float> {
+    using X = float;
+    static constexpr int64_t size = Sums::size(), most = 64;
+    template <typename P> static Sums load(const P* p) { return Sums::loadu(p); }
+    template <typename P> static Sums load(const P* p, int64_t n) { return Sums::loadu(p, n); }
+    static Sums add(const Sums& w, const Sums& x, const Sums& sums) {
+        return at::vec::fmadd(w, x, sums);
+    }
+};
+
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+template <> struct Step<at::BFloat16> {
+    using X = at::BFloat16;
+    static constexpr int64_t size = 32, most = 24;
+    static __m512i load(const at::BFloat16* p) { return _mm512_loadu_si512(p); }
+    static __m512i load(const at::BFloat16* p, int64_t n) {
+        return _mm512_maskz_loadu_epi16((__mmask32(1) << n) - 1, p);
+    }
+    static Sums add(__m512i w, __m512i x, const Sums& sums) {
+        return _mm512_dpbf16_ps(sums, (__m512bh)w, (__m512bh)x);
+    }
+};
+#else
+template <> struct Step<at::BFloat16> {
+    using X = float;
+    static constexpr int64_t size = Sums::size(), most = Step<float>::most;
+    static Sums load(const float* p) { return Sums::loadu(p); }
+    static Sums load(const float* p, int64_t n) { return Sums::loadu(p, n); }
+    static Sums load(const at::BFloat16* p) {
+        Sums wide;
+        at::vec::load_fp32_from_bf16(p, wide);
+        return wide;
+    }
+    static Sums load(const at::BFloat16* p, int64_t n) {
+        float wide[size];
+        for (int64_t i = 0; i < n; ++i) wide[i] = p[i];
+        return Sums::loadu(wide, n);
+    }
+    static Sums add(const Sums& w, const Sums& x, const Sums& sums) {
+        return at::vec::fmadd(w, x, sums);
+    }
+};
+#endif
+
+inline float total(const Sums& sums) {
+    return at::vec::vec_reduce_all<float>([](Sums& a, Sums& b) { return a + b; }, sums);
+}
+
+// y[m * N + r] of M rows of x and R of the weight; asks for what lies `ahead` elements further on.
+// Not inline: it is compiled once for all linears of a region.
+template <int M, int R, typename T>
+C10_NOINLINE void multiply(
+    const typename Step<T>::X* x, const T* w, const T* bias, T* y,
+    int64_t N, int64_t K, int64_t ahead
+) {
+    using S = Step<T>;
+    Sums sums[M][R];
+    #pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[m][r] = Sums(0);
+    }
+    int64_t k = 0;
+    for (; k + S::size <= K; k += S::size) {
+        decltype(S::load(w)) part[R];
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            part[r] = S::load(w + r * K + k);
+            __builtin_prefetch(w + r * K + k + ahead);
+        }
+        #pragma GCC unroll 8
+        for (int m = 0; m < M; ++m) {
+            auto given = S::load(x + m * K + k);
+            #pragma GCC unroll 8
+            for (int r = 0; r < R; ++r) sums[m][r] = S::add(part[r], given, sums[m][r]);
+        }
+    }
+    if (k < K) {
+        for (int m = 0; m < M; ++m) {
+            auto given = S::load(x + m * K + k, K - k);
+            for (int r = 0; r < R; ++r) {
+                sums[m][r] = S::add(S::load(w + r * K + k, K - k), given, sums[m][r]);
+            }
+        }
+    }
+    #pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            y[m * N + r] = total(sums[m][r]) + (bias == nullptr ? 0.0f : float(bias[r]));
+        }
+    }
+}
+
+// R rows of the weight, read from memory once, with all M rows of x
+template <int R, typename T>
+inline void rows(
+    const typename Step<T>::X* x, const T* w, const T* bias, T* y,
+    int64_t M, int64_t N, int64_t K, int64_t ahead
+) {
+    int64_t m = 0;
+    for (; m + X_ROWS <= M; m += X_ROWS) {
+        multiply<X_ROWS, R>(x + m * K, w, bias, y + m * N, N, K, m == 0 ? ahead : 0);
+    }
+    if (X_ROWS > 4 && m + 4 <= M) {
+        multiply<4, R>(x + m * K, w, bias, y + m * N, N, K, m == 0 ? ahead : 0);
+        m += 4;
+    }
+    if (m + 2 <= M) {
+        multiply<2, R>(x + m * K, w, bias, y + m * N, N, K, m == 0 ? ahead : 0);
+        m += 2;
+    }
+    if (m < M) multiply<1, R>(x + m * K, w, bias, y + m * N, N, K, m == 0 ? ahead : 0);
+}
+
+// x in the type in which it is read; `place` holds it if it is another
+template <typename T>
+inline const T* as_read(const T* x, int64_t, std::unique_ptr<T[]>&) { return x; }
+inline const float* as_read(
+    const at::BFloat16* x, int64_t size, std::unique_ptr<float[]>& place
+) {
+    place.reset(new float[size]);
+    for (int64_t i = 0; i < size; ++i) place[i] = x[i];
+    return place.get();
+}
+
+// Weight rows from w0 on, W_ROWS at a time
+template <typename T>
+inline void group(
+    int64_t w0, const typename Step<T>::X* x, const T* w, const T* bias, T* y,
+    int64_t M, int64_t N, int64_t K
+) {
+    const int64_t bytes = W_ROWS * K * sizeof(T);
+    const int64_t ahead = (AHEAD + bytes - 1) / bytes * W_ROWS * K;
+    if (w0 + W_ROWS <= N) {
+        rows<W_ROWS>(x, w + w0 * K, bias == nullptr ? bias : bias + w0, y + w0, M, N, K, ahead);
+        return;
+    }
+    for (int64_t n = w0; n < N; ++n) {
+        rows<1>(x, w + n * K, bias == nullptr ? bias : bias + n, y + n, M, N, K, 0);
+    }
+}
+
+inline int32_t dtype_of(const float*) { return aoti_torch_dtype_float32(); }
+inline int32_t dtype_of(const at::BFloat16*) { return aoti_torch_dtype_bfloat16(); }
+
+inline void check(AOTITorchError error) {
+    if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("polar_fx::row_linear failed");
+}
+
+// Memory as a tensor [rows, columns] of torch's, for as long as this lives
+struct View {
+    AtenTensorHandle handle = nullptr;
+    template <typename T> View(
+        const T* data, int64_t rows, int64_t columns, int64_t row_stride, int64_t column_stride
+    ) {
+        const int64_t sizes[] = {rows, columns}, strides[] = {row_stride, column_stride};
+        check(aoti_torch_create_tensor_from_blob(
+            const_cast<T*>(data), 2, sizes, strides, 0, dtype_of(data),
+            aoti_torch_device_type_cpu(), 0, &handle
+        ));
+    }
+    View(const View&) = delete;
+    ~View() { aoti_torch_delete_tensor_object(handle); }
+};
+
+// The library's product, for so many rows that its arithmetic counts, not reading the weight
+template <typename T>
+void by_library(const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K) {
+    View given(x, M, K, K, 1), weight(w, K, N, 1, K), result(y, M, N, N, 1);
+    if (bias == nullptr) {
+        check(aoti_torch_cpu_mm_out(result.handle, given.handle, weight.handle));
+        return;
+    }
+    View added(bias, M, N, 0, 1);
+    check(aoti_torch_cpu_addmm_out(
+        result.handle, added.handle, given.handle, weight.handle, 1, 1
+    ));
+}
+
+}  // namespace polar_fx
+#endif
+"""
+
+_KERNEL = r"""
+extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "bias": bias}, outputs={"y": y})}}
+{
+    using T = {{kernel.dtype(w)}};
+    using X = polar_fx::Step<T>::X;
+    const int64_t M = {{kernel.size(x, 0)}}, N = {{kernel.size(w, 0)}}, K = {{kernel.size(w, 1)}};
+    const T* weight = &{{kernel.index(w, [0, 0])}};
+    const T* added = {% if bias is none %}nullptr{% else %}&{{kernel.index(bias, [0])}}{% endif %};
+    const T* read = &{{kernel.index(x, [0, 0, 0])}};
+    if (M > polar_fx::Step<T>::most) {
+        polar_fx::by_library(read, weight, added, y, M, N, K);
+        return;
+    }
+    std::unique_ptr<X[]> place;
+    const X* given = polar_fx::as_read(read, M * K, place);
+    {%- if threads > 1 %}
+    #pragma omp parallel for num_threads({{threads}}) schedule(static)
+    {%- endif %}
+    for (int64_t n = 0; n < N; n += polar_fx::W_ROWS) {
+        polar_fx::group<T>(n, given, weight, added, y, M, N, K);
+    }
+}
+"""
+
+
+def kernel_options(graph_module: GraphModule) -> dict[str, Any]:
+    """The options to compile a graph with, for the sake of the kernel, which Inductor knows after
+    this. None if the graph has no use for it.
+
+    Inductor finds code again by its options: the kernel's own text is among them, as metadata.
+    """
+    if not graph_module.graph.find_nodes(op="call_function", target=_ROW_LINEAR):
+        return {}
+    _register()
+    text = hashlib.sha256((_SOURCE + _KERNEL).encode()).hexdigest()
+    # the kernel takes nothing in that follows it
+    return {"epilogue_fusion": False, "aot_inductor.metadata": {"row_linear": text}}
+
+
+@functools.cache
+def _register() -> None:
+    """Teach Inductor the kernel, in this process. Imports Inductor, which takes seconds."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering  # isort: skip (the template needs it)
+    from torch._inductor.codegen.cpp_template import CppTemplate
+    from torch._inductor.utils import parallel_num_threads
+
+    class RowLinear(CppTemplate):
+        """`row_linear` of x [M, 1, K], w [N, K] and perhaps bias [N], as C++."""
+
+        def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:  # type: ignore[override]
+            x, w, *bias = self.input_nodes
+            return (
+                self.header().getvalue()
+                + _SOURCE
+                + self._template_from_string(_KERNEL).render(
+                    kernel=kernel,
+                    x=x,
+                    w=w,
+                    bias=bias[0] if bias else None,
+                    y=template_buffer_node or self.output_node,
+                    threads=self.num_threads,
+                )
+            )
+
+    @register_lowering(_ROW_LINEAR, type_promotion_kind=None)
+    def _(x: Any, weight: Any, bias: Any = None) -> Any:
+        require = ir.ExternKernel.require_contiguous
+        operands = [require(ir.ExternKernel.realize_input(o)) for o in (x, weight, bias) if o]
+        size = [*x.get_size()[:-1], weight.get_size()[0]]
+        layout = ir.FixedLayout(
+            x.get_device(), x.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
+        )
+        template = RowLinear("row_linear", operands, layout, parallel_num_threads())
+        return template.generate().output_node()

@@ -1,0 +1,90 @@
+"""The kernel for linears over a few rows: what it computes, with the processor's instructions and
+with older ones, and up to how many rows.
+
+Shape legend: B rows, K their size, N rows of a weight.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from polar_fx.backends import AotInductorBackend
+from polar_fx.backends.base import Region
+
+# K and N of weights, and whether there is a bias: whole vectors, less than one, and some over
+SIZES = ((64, 34, False), (34, 5, True), (5, 67, False), (67, 64, True))
+DTYPES = (torch.float32, torch.bfloat16)
+# up to a block of rows, past it, several blocks, and so many that the library multiplies
+ROWS = (2, 3, 5, 8, 9, 16, 23, 70)
+
+
+def _normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _weights(dtype: torch.dtype) -> list[Tensor]:
+    made: list[Tensor] = []
+    for i, (k, n, with_bias) in enumerate(SIZES):
+        made.append(_normal(n, k, seed=i) / k**0.5)
+        if with_bias:
+            made.append(_normal(n, seed=10 + i))
+    return [w.to(dtype) for w in made]
+
+
+def _linears(x: Tensor, weights: Sequence[Tensor]) -> list[Tensor]:
+    """Each linear of what the one before gave, with something in between that may be fused."""
+    left, results = list(weights), []
+    for _, _, with_bias in SIZES:
+        results.append(linear(x, left.pop(0), left.pop(0) if with_bias else None))
+        x = silu(results[-1])
+    return results
+
+
+class _Body(torch.nn.Module):
+    def forward(self, *operands: Tensor) -> Any:
+        half = len(operands) // 2
+        return (
+            *_linears(operands[0], operands[1:half]),
+            *_linears(operands[half], operands[half + 1 :]),
+        )
+
+
+def _operands(rows: int) -> list[Tensor]:
+    x = _normal(rows, 1, SIZES[0][0], seed=rows)
+    return [part for dtype in DTYPES for part in (x.to(dtype), *_weights(dtype))]
+
+
+@pytest.fixture(scope="module", params=[None, 256], ids=["this processor", "AVX2"])
+def region(request: pytest.FixtureRequest) -> Region:
+    """Both dtypes in one region, for any number of rows: compiling takes seconds."""
+    options = {} if request.param is None else {"cpp.simdlen": request.param}
+    example = _operands(3)
+    dynamic = [{0: "batch"} if operand.dim() == 3 else {} for operand in example]
+    body: Any = _Body()
+    return AotInductorBackend(options).compile_region(body, example, dynamic)
+
+
+def _assert_near(rows: int, region: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:
+    operands = _operands(rows)
+    got, want = region(list(operands)), _Body()(*(o.double() for o in operands))
+    for mine, exact in zip(got, want, strict=True):
+        assert mine.shape == exact.shape
+        near = 1e-5 if mine.dtype == torch.float32 else 0.05
+        torch.testing.assert_close(mine.double(), exact, rtol=near, atol=near)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_it_multiplies_any_number_of_rows(rows: int, region: Region) -> None:
+    _assert_near(rows, region)
+
+
+def test_a_row_has_the_same_bits_beside_any_others(region: Region) -> None:
+    """In fp32: the kernel sums each row in the same order."""
+    many, few = _operands(16), _operands(16)
+    few[0], few[len(few) // 2] = few[0][6:9], few[len(few) // 2][6:9]
+    for of_many, of_few in zip(region(many)[:4], region(few)[:4], strict=True):
+        assert torch.equal(of_many[6:9], of_few)
