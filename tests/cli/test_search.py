@@ -227,7 +227,7 @@ def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(
     longer = ("--simulations", "200")  # the second run must not end before the machine is lost
     assert main(arguments(folder, tmp_path / "alone.jsonl", "--deterministic", *longer)) == 0
     wanted, out = records(tmp_path / "alone.jsonl"), tmp_path / "run.jsonl"
-    first = process(folder, out, *longer, "--workers", "2", "--ray")  # on a cluster of its own
+    first = process(folder, out, *longer, "--workers", "1", "--ray", address)
     wait_for_records(out, 1, running=first)
     first.kill()
     _, errors = first.communicate()
@@ -311,7 +311,7 @@ def test_killed_at_any_moment_it_goes_on_where_it_was(
     out = tmp_path / "run.jsonl"
     pick = random.Random(0)
     finished = 0
-    for kill in range(3):
+    for kill in range(2):
         running = process(folder, out)
         wait_for_records(out, finished + 1, running=running)
         time.sleep(pick.uniform(0, 0.05))

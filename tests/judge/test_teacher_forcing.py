@@ -236,7 +236,7 @@ def test_the_default_model_answers_as_it_generates(smollm2: tuple[Any, Any]) -> 
     programs = [Program.parse(text, 30) for text in texts]
     found: list[Verdict] = []
     for task in ("addition", "multiplication"):
-        template, rows = get_template("few-shot", task), generate(task, 6, split="train")
+        template, rows = get_template("few-shot", task), generate(task, 3, split="train")
         pairs = [(e, p) for e in template.encode_all(tokenizer, rows) for p in programs]
         found += TeacherForcing(compiled).evaluate(pairs)
         graded = Generation(
