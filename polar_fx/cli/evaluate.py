@@ -84,8 +84,9 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     )
     evaluation = run(job, status())
     if not options.json:
-        print((options.out / "arms.md").read_text(encoding="utf-8"))
+        print(evaluation.conclusion)
         seconds = time.perf_counter() - began
         print(f"{len(evaluation.files)} files in {options.out}; {seconds:.0f} s")
+        print(f"all methods: {options.out / 'arms.md'}")
         print(f"question by question, in a browser: {options.out / 'report.html'}")
     return evaluation.results

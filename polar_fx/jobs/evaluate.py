@@ -34,6 +34,7 @@ from ..evaluation.choices import (
     static,
     wanted_programs,
 )
+from ..evaluation.conclusion import conclusion
 from ..evaluation.page import Page
 from ..evaluation.polar.text_encoder import TextEncoder
 from ..evaluation.report import against, distributions, selector_report, write_report
@@ -88,9 +89,12 @@ class EvaluateJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The results, which are JSON values, and the files that were written."""
+    """The results, which are JSON values, what they come to in a few lines, and the files that were
+    written.
+    """
 
     results: dict[str, Any]
+    conclusion: str
     files: list[Path]
 
 
@@ -175,7 +179,7 @@ def run(job: EvaluateJob, console: "Console | None" = None) -> Evaluation:
         files += write_report(
             job.out / "answers", answers.arms, results=facts, diagrams={}, figures=job.figures
         )
-    return Evaluation(results=results, files=files)
+    return Evaluation(results=results, conclusion=conclusion(arms), files=files)
 
 
 def _open(job: EvaluateJob, console: "Console") -> _Subject:
@@ -183,8 +187,9 @@ def _open(job: EvaluateJob, console: "Console") -> _Subject:
     notes = read_notes(job.predictor)
     trained_on = TrainedOn.read(job.predictor)
     asked = _with_defaults(job.asked, notes)
-    every = asked.questions()
+    every = (replace(asked, count=None) if asked.data else asked).questions()
     questions = _not_trained_on([q for q in every if _may_test(q)], trained_on, console=console)
+    questions = questions[: asked.count]
     templates = replace(asked, prompt=_prompt(asked, notes, questions=questions)).templates(
         questions
     )

@@ -21,8 +21,9 @@ class Asked:
     """Questions of built-in `tasks`, or of `data`, which are files of JSON lines; in which prompt.
 
     `count` is the number of questions of all tasks together (None: 100), or of all files (None: all
-    of them). `split` is of built-in tasks (None: train), as is `seed`. `prompt` names a built-in
-    one (None: few-shot for tasks, direct for files).
+    of them). `split` is of built-in tasks (None: train); of files it leaves the questions that
+    their lines, or else their ids, give to it (None: all of them). `seed` is of built-in tasks.
+    `prompt` names a built-in one (None: few-shot for tasks, direct for files).
     """
 
     tasks: tuple[str, ...] = ()
@@ -39,8 +40,8 @@ class Asked:
 
     @property
     def split_name(self) -> "Split | None":
-        """The split that is asked; None for files."""
-        return None if self.data else self.split or "train"
+        """The split that is asked; None for all of files."""
+        return self.split if self.data else self.split or "train"
 
     def questions(self) -> "list[Question]":
         """Those that are meant. Raises InputError, also for a file that cannot be read."""
@@ -53,20 +54,21 @@ class Asked:
         return templates_of(self.prompt_name(questions), questions)
 
     def _of_files(self) -> "list[Question]":
-        from ..questions import load_jsonl
+        from ..questions import load_jsonl, split_of
 
-        if self.split:
-            raise InputError("split is for built-in tasks; split the files of data yourself")
         questions = [q for path in self.data for q in load_jsonl(path)]
         if len({q.id for q in questions}) < len(questions):
             raise InputError(
                 "two files of data hold the same question id; make ids unique, or search the "
                 "files one by one"
             )
+        if self.split is not None:
+            questions = [q for q in questions if (q.split or split_of(q.id)) == self.split]
         if self.count is not None and self.count > len(questions):
+            of_split = "" if self.split is None else f" for {self.split}"
             raise InputError(
                 f"{self.count} questions are asked but the files of data hold "
-                f"{len(questions)}; ask for fewer"
+                f"{len(questions)}{of_split}; ask for fewer"
             )
         return questions[: self.count]
 

@@ -46,6 +46,13 @@ def count(number: int, what: str) -> str:
     return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
+def duration(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.5 h`, as exact as an estimate may be."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def ranges(numbers: Sequence[int]) -> str:
     """`0-3, 5` of [0, 1, 2, 3, 5], `0, 2 .. 8` of [0, 2, 4, 6, 8]; empty for none."""
     found: list[str] = []

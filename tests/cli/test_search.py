@@ -347,7 +347,7 @@ def test_an_interruption_is_clean(
     "more, message",
     [
         (["--task", "addition"], "either tasks or files of data"),
-        (["--split", "test"], "split is for built-in tasks"),
+        (["--split", "test", "--questions", "8"], "8 questions are asked but the files of data"),
         (["--questions", "9"], "9 questions are asked but the files of data hold 8"),
         (["--method", "luck"], "unknown search method 'luck'"),
         (["--reward", "luck"], "unknown reward 'luck'"),

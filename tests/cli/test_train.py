@@ -256,6 +256,34 @@ def _check_tasks_not_trained_on(
     )
 
 
+def test_one_command_from_questions_to_a_tested_predictor(
+    folder: Path, tmp_path: Path, world: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "fit"
+    fit = ["fit", *arguments(folder), "--out", str(out)]
+    assert main(fit) == 0
+    said, told = capsys.readouterr()
+    assert "programs are run on questions, about" in told and "are left" in told
+    assert "policy accuracy: " in said and "Verdict: " in said
+    splits = {q.id: split_of(q.id) for q in load_jsonl(folder / "rows.jsonl")}
+    searched = [splits[r.question.id] for r in RecordReader(out / "search.jsonl")]
+    assert searched == ["train"] * 40
+    tested = {splits[r.question.id] for r in RecordReader(out / "report" / "verdicts.jsonl")}
+    assert tested == {"test"}
+    assert str(out / "predictor") in said
+    asked = world[0]
+    assert main([*fit, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert world[0] == asked, "nothing is asked twice"
+    assert again["conclusion"] in said
+    few = tmp_path / "few.jsonl"
+    few.write_text('{"question": "a", "answer": "b", "split": "train"}\n')
+    nothing = ["fit", "--data", str(few), "--out", str(tmp_path / "none")]
+    assert main(nothing) == 2
+    assert "1 of the questions are for train, and at least 2" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_refusals(
     folder: Path, records: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

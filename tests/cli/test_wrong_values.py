@@ -21,6 +21,7 @@ NEEDED = {
     "compile": [],
     "demo": [],
     "cache": ["ls"],
+    "fit": ["--data", "{here}/text.txt", "--out", "{here}/fit"],
     "search": ["--task", "addition", "--out", "{here}/out.jsonl"],
     "analyze": ["{here}/text.txt"],
     "train": ["{here}/text.txt", "--out", "{here}/predictor"],

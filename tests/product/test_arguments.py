@@ -43,6 +43,8 @@ BY_POSITION = {
     ("bench/fuzz_calls.py", "Judge.of_logits"): CALLED,
     ("bench/fuzz_calls.py", "Judge.of_score"): CALLED,
     ("bench/fuzz_calls.py", "Judge.of_tokens"): CALLED,
+    ("passes/linear_to_row_kernel.py", "row_linear"): CALLED,
+    ("polar_fx/backends/row_kernel.py", "_register._"): CALLED,
     ("polar_fx/graph_files/onnx_graphs.py", "_Links.lerp"): CALLED,
     ("polar_fx/runtime/runner.py", "Runner._prefill_batch.run"): CALLED,
     ("polar_fx/runtime/runner.py", "Runner.prefill.run"): CALLED,

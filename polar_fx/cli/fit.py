@@ -1,0 +1,74 @@
+"""Make a predictor of one's own questions and test it: search, train and evaluate in one command.
+
+Says first how long it will take, and last what came of it. Goes on where it was interrupted; test
+questions are looked at in the last part alone.
+
+Examples:
+  python -m polar_fx fit --data questions.jsonl --out mine
+  python -m polar_fx fit --task addition --preset full --workers 2 --out addition
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from .questions import add_running_arguments, asked_of, workplace_of
+from .verbosity import status
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    asked = parser.add_argument_group("questions")
+    asked.add_argument(
+        "--data",
+        action="append",
+        type=Path,
+        metavar="FILE",
+        help="JSON lines with question, answer and, if there are any, choices and split",
+    )
+    asked.add_argument(
+        "--task",
+        action="append",
+        metavar="NAME",
+        help="built-in task; may be given several times (default: five of them)",
+    )
+    asked.add_argument(
+        "--prompt",
+        help="few-shot, direct, plain, choices or choices-norm (default: few-shot; with --data "
+        "direct, or choices where there are any)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.set_defaults(questions=None)
+    parser.add_argument(
+        "--preset",
+        choices=("quick", "full"),
+        default="quick",
+        help="how much is searched and tried (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="search records, predictor and report",
+    )
+    add_running_arguments(parser, "search and label")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Search, train and evaluate; prints what came of it."""
+    from ..jobs.fit import FitJob, run
+
+    job = FitJob(
+        out=options.out,
+        asked=asked_of(options),
+        preset=options.preset,
+        workplace=workplace_of(options),
+        workers=options.workers,
+    )
+    result = run(job, status())
+    if not options.json:
+        print(result.conclusion)
+        print(f"question by question, in a browser: {result.report / 'report.html'}")
+        print(f'python -m polar_fx run --predictor {result.predictor} "..."')
+    return result.to_dict()
