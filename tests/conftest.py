@@ -21,9 +21,11 @@ settings.load_profile("polar_fx")
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Artifacts of the tests go to a folder of their own; the converted default model is shared
-    with the user's.
+    with the user's. Regions are compiled in the test's process, unless a test asks for workers,
+    each of which has torch to import first.
     """
     from polar_fx.environment import cache_dir
+    from polar_fx.runtime import regions
 
     base = tmp_path_factory.getbasetemp()
     # one folder for all processes of a run, so that a region is compiled in one of them
@@ -35,6 +37,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         (folder / "models").symlink_to(models, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("POLAR_FX_CACHE_DIR", str(folder))
+        patch.setattr(regions, "_MAX_WORKERS", 0)
         yield
 
 

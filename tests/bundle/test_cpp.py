@@ -67,7 +67,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     weight = torch.nn.Parameter(model.get_input_embeddings().weight.data.t().contiguous().t())  # type: ignore[union-attr]
     model.get_input_embeddings().weight = weight  # type: ignore[assignment]
     model.get_output_embeddings().weight = torch.nn.Parameter(weight.data)  # type: ignore[assignment]
-    compiled = compile(model, "aot_inductor", max_length=LENGTH, prefill_chunk=CHUNK, workers=2)
+    compiled = compile(model, "aot_inductor", max_length=LENGTH, prefill_chunk=CHUNK)
     place = tmp_path_factory.mktemp("bundles") / "bundle"
     manifest = export(compiled, place, PROGRAMS)
     (tied,) = manifest.ties
@@ -161,7 +161,7 @@ def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: Bundle
 def test_a_mixture_of_experts_runs(runner: Path, tmp_path: Path) -> None:
     """Its experts call an operator that transformers registers in Python."""
     model = make("qwen3_moe", num_hidden_layers=2)
-    compiled = compile(model, "aot_inductor", max_length=31, prefill_chunk=CHUNK, workers=2)
+    compiled = compile(model, "aot_inductor", max_length=31, prefill_chunk=CHUNK)
     export(compiled, tmp_path / "bundle", ["identity"])
     for tokens in (prompts(5)[0], prompts(CHUNK + 3)[0]):
         want = compiled.generate(tokens[None], max_new_tokens=8, do_sample=False)

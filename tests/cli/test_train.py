@@ -207,8 +207,8 @@ def _check_tasks_not_trained_on(
     """They are pooled apart from the others, alone or beside them."""
     shown = {}
     for name, more in (
-        ("mixed", ["--no-baselines"]),
-        ("new", ["--encoder", str(folder / "encoder")]),
+        ("mixed", ["--no-baselines", "--no-figures"]),
+        ("new", ["--encoder", str(folder / "encoder"), "--no-figures"]),
     ):
         report = tmp_path / name
         asked = [

@@ -29,12 +29,12 @@ def _compile(family: str = "llama", **options: Any) -> CompiledModel:
     return compile(model, "eager", max_length=LENGTH, cache=False)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "opt", "bloom", "gemma2", "mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma2", "deepseek_v3"])
 def test_models_pass(family: str) -> None:
     _compile(family, layers=4)
 
 
-@pytest.mark.parametrize("max_length", [1, 2, 3, 15, 16, 17])
+@pytest.mark.parametrize("max_length", [1, 2, 15, 16, 17])
 def test_slots_of_any_length_pass(max_length: int) -> None:
     for family in ("llama", "gpt2"):
         model = make(family, num_hidden_layers=2)

@@ -22,7 +22,7 @@ def compiled_model() -> CompiledModel:
     """A tiny model whose regions are compiled once a test session: the session's store keeps
     them.
     """
-    return compile(make("llama"), "aot_inductor", max_length=LENGTH, workers=2)
+    return compile(make("llama"), "aot_inductor", max_length=LENGTH)
 
 
 def tokenizer_of_words() -> Any:
