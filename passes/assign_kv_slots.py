@@ -1,8 +1,8 @@
-"""One KV slot a step.
+"""One slot a step, of keys and values and of states.
 
 A layer that runs twice must not append twice to one slot: its second visit would attend to the keys
-of the first. So KV belongs to the step; a step graph takes one `kv_<step>_<part>` operand per step
-and part.
+of the first, or go on from the state that the first has left. So slots belong to the step; a step
+graph takes one operand `kv_<step>_<part>` or `state_<step>_<part>` per step and part.
 """
 
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from typing import ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Pass, PassError, PassResult, layer_calls, role
+from .base import Pass, PassError, PassResult, in_slot, layer_calls, role
 
 
 @dataclass(frozen=True)
 class AssignKvSlots(Pass):
-    """Give every layer call its own KV placeholders, in step order behind the other
+    """Give every layer call its own slot placeholders, in step order after the other
     placeholders.
     """
 
@@ -31,22 +31,21 @@ class AssignKvSlots(Pass):
                 self.name, "the graph has no outlined layer calls", "run outline-layers first"
             )
         slots = list(map(_slots, calls))
-        existing = {
-            n.meta["slot"] for n in gm.graph.nodes if n.op == "placeholder" and role(n) == "kv"
-        }
-        if all(set(s) == {i} for i, s in enumerate(slots)) and existing == set(range(len(calls))):
+        existing = {n.meta["slot"] for n in gm.graph.nodes if n.op == "placeholder" and in_slot(n)}
+        own = {step for step, used in enumerate(slots) if used}
+        if all(set(used) <= {step} for step, used in enumerate(slots)) and existing == own:
             return PassResult(gm, False)
         graph = Graph()
         env: dict[Node, Node] = {}
         placed: dict[tuple[int, int], Node] = {}
         nodes = list(gm.graph.nodes)
         for node in nodes:
-            if node.op == "placeholder" and role(node) != "kv":
+            if node.op == "placeholder" and not in_slot(node):
                 env[node] = graph.node_copy(node)
         for step, call in enumerate(calls):
             for old in call.args:
-                if isinstance(old, Node) and role(old) == "kv":
-                    new = graph.placeholder(f"kv_{step}_{old.meta['part']}")
+                if isinstance(old, Node) and in_slot(old):
+                    new = graph.placeholder(f"{role(old)}_{step}_{old.meta['part']}")
                     new.meta = {**old.meta, "slot": step}
                     placed[step, old.meta["part"]] = new
         for node in nodes:
@@ -57,17 +56,17 @@ class AssignKvSlots(Pass):
             elif node in step_of:
                 step = step_of[node]
                 args = tuple(
-                    placed[step, a.meta["part"]] if role(a) == "kv" else env[a] for a in node.args
+                    placed[step, a.meta["part"]] if in_slot(a) else env[a] for a in node.args
                 )  # type: ignore
                 env[node] = graph.call_module(str(node.target), args)
                 env[node].meta = {**node.meta, "step": step}
             else:
                 env[node] = graph.node_copy(node, env.__getitem__)
         return PassResult(
-            GraphModule(gm, graph), True, {"kv slots": f"{len(existing)} -> {len(calls)}"}
+            GraphModule(gm, graph), True, {"kv slots": f"{len(existing)} -> {len(own)}"}
         )
 
 
 def _slots(call: Node) -> list[int]:
-    """The slots whose keys and values a call takes."""
-    return [a.meta["slot"] for a in call.args if isinstance(a, Node) and role(a) == "kv"]
+    """The slots of which a call takes parts."""
+    return [a.meta["slot"] for a in call.args if isinstance(a, Node) and in_slot(a)]

@@ -133,10 +133,15 @@ def kind(node: Node) -> str | None:
 
 
 def role(node: Node) -> str | None:
-    """`input` or `kv` for a placeholder of the program; also `hidden`, `side`, `weight` inside a
-    body.
+    """`input`, `kv` or `state` for a placeholder of the program; also `hidden`, `side`, `weight`
+    inside a body.
     """
     return node.meta.get("role")
+
+
+def in_slot(node: Node) -> bool:
+    """Whether it is a part of a step's slot: keys, values, or a state."""
+    return role(node) in ("kv", "state")
 
 
 def writes(node: Node) -> bool:

@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassError, PassResult, role, storage, writes
+from .base import Caller, Pass, PassError, PassResult, in_slot, storage, writes
 
 _ZERO = torch.ops.aten.new_zeros.default
 
 
 def kv_writes(gm: GraphModule) -> list[Node]:
-    """The operators that write into a KV operand, or a view of one."""
-    return [n for n in gm.graph.nodes if writes(n) and role(storage(n)) == "kv"]
+    """The operators that write into a part of the slot, or a view of one."""
+    return [n for n in gm.graph.nodes if writes(n) and in_slot(storage(n))]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,9 @@ class KeepKvWrites(Pass):
         wanted = kv_writes(gm)
         if not wanted:
             raise PassError(
-                self.name, "the graph writes no keys and values", "run it on the graph of one layer"
+                self.name,
+                "the graph writes no keys, values or states",
+                "run it on the graph of one layer",
             )
         kept = set(wanted)
         read: set[Node] = set()  # memory that what comes later reads

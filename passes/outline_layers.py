@@ -16,10 +16,10 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassError, PassResult, copy_graph_module, role
+from .base import Caller, Pass, PassError, PassResult, copy_graph_module, in_slot, role
 from .torch_types import is_operator, size_expression
 
-_ROLE_ORDER = {"hidden": 0, "input": 0, "side": 1, "kv": 2, "weight": 3}
+_ROLE_ORDER = {"hidden": 0, "input": 0, "side": 1, "kv": 2, "state": 2, "weight": 3}
 
 
 def is_size(node: Node) -> bool:
@@ -51,7 +51,7 @@ class Body:
         first_use = {n: i for i, n in enumerate(seen)}
 
         def order(node: Node) -> tuple[int, int]:
-            place = node.meta["part"] if roles[node] == "kv" else first_use[node]
+            place = node.meta["part"] if roles[node] in ("kv", "state") else first_use[node]
             return _ROLE_ORDER[roles[node]], place
 
         self.operands = sorted(seen, key=order)
@@ -79,7 +79,7 @@ class Body:
             index = counts[operand_role] = counts.get(operand_role, -1) + 1
             new = graph.placeholder(f"{operand_role}_{index}")
             new.meta = {"val": operand.meta.get("val"), "role": operand_role}
-            if operand_role == "kv":
+            if in_slot(new):
                 new.meta["part"] = operand.meta["part"]
             made[operand] = new
         return made
@@ -243,11 +243,12 @@ class _Stack:
         unsound = "editing such a model is unsound; it is not supported"
         if node is self.hidden[index]:
             return "hidden"
-        if role(node) == "kv":
+        if in_slot(node):
             slot = node.meta["slot"]
             if slot != index:
-                raise _refused(f"layer {index} reads the keys and values of layer {slot}", unsound)
-            return "kv"
+                what = "keys and values" if role(node) == "kv" else "state"
+                raise _refused(f"layer {index} reads the {what} of layer {slot}", unsound)
+            return str(role(node))
         if node in self._owner:
             other = self._owner[node]
             raise _refused(

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .base import body, kind, layer_calls, role, storage, writes
+from .base import body, in_slot, kind, layer_calls, role, storage, writes
 
-_REGION_ROLES = ("input", "hidden", "side", "kv", "blocks", "weight")
+_REGION_ROLES = ("input", "hidden", "side", "kv", "state", "blocks", "weight")
 
 
 class VerifyError(Exception):
@@ -28,12 +28,10 @@ def verify(gm: GraphModule) -> None:
     _require(isinstance(output.args[0], Node), "the output must be the logits alone")
     for node in gm.graph.nodes:
         if node.op == "placeholder":
-            _require(role(node) in ("input", "kv"), f"placeholder {node} has no role")
+            _require(role(node) in ("input", "kv", "state"), f"placeholder {node} has no role")
             _require("val" in node.meta, f"placeholder {node} has no example value")
-            if role(node) == "kv":
-                _require(
-                    {"slot", "part"} <= node.meta.keys(), f"KV placeholder {node} names no slot"
-                )
+            if in_slot(node):
+                _require({"slot", "part"} <= node.meta.keys(), f"placeholder {node} names no slot")
         elif node.op == "call_module":
             _verify_call(gm, node)
         elif node.op == "call_method":
@@ -46,7 +44,7 @@ def verify_region(gm: GraphModule, operands: Sequence[Tensor] | None = None) -> 
     `torch.export` made of one.
 
     It consists of operators alone, holds no tensors, returns tensors, and of its operands it writes
-    to keys and values only, where their roles are known. Calls pass operands by position: given
+    to its slot only, where their roles are known. Calls pass operands by position: given
     `operands`, it must take such ones, of these dtypes and sizes and in this order.
     """
     output = _verify_form(gm)
@@ -73,7 +71,9 @@ def _verify_operator(node: Node) -> None:
     _require("val" in node.meta or not node.users, f"{node} has no example value")
     memory = storage(node)
     if writes(node) and memory.op == "placeholder":
-        _require(role(memory) in (None, "kv"), f"{node} writes to {memory}, a {role(memory)}")
+        _require(
+            role(memory) is None or in_slot(memory), f"{node} writes to {memory}, a {role(memory)}"
+        )
 
 
 def _verify_operands(gm: GraphModule, operands: Sequence[Tensor]) -> None:
@@ -118,7 +118,7 @@ def _verify_call(gm: GraphModule, call: Node) -> None:
         _require(isinstance(argument, Node), f"{call} passes a literal")
         assert isinstance(argument, Node)
         _require(
-            (role(operand) == "kv") == (role(argument) == "kv"),
+            (in_slot(operand) or in_slot(argument)) <= (role(operand) == role(argument)),
             f"{call} passes {argument} as {role(operand)}",
         )
         want, got = operand.meta.get("val"), argument.meta.get("val")
@@ -135,14 +135,14 @@ def _verify_slots(gm: GraphModule) -> None:
     """No slot exists twice, and every call that has a step (assign-kv-slots gives it) uses the slot
     of that step.
     """
-    slots = [(n.meta["slot"], n.meta["part"]) for n in gm.graph.nodes if role(n) == "kv"]
+    slots = [(n.meta["slot"], n.meta["part"]) for n in gm.graph.nodes if in_slot(n)]
     _require(len(set(slots)) == len(slots), f"KV slots are repeated: {slots}")
     calls = [c for c in layer_calls(gm) if "step" in c.meta]
     steps = [c.meta["step"] for c in calls]
     _require(steps == list(range(len(calls))), f"steps {steps} are out of order")
     for call in calls:
         for argument in call.all_input_nodes:
-            if role(argument) == "kv":
+            if in_slot(argument):
                 _require(
                     argument.meta["slot"] == call.meta["step"],
                     f"step {call.meta['step']} uses the slot {argument}",

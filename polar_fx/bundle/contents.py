@@ -10,7 +10,6 @@ Shape legend: B batch, T tokens, L KV length.
 import hashlib
 import re
 from collections.abc import Iterable
-from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -124,10 +123,11 @@ def _problem_of_table(table: SymbolTable, manifest: Manifest) -> str | None:
         if problem := _problem_of_call(table, call):
             return f"has a call of {call.target!r} that {problem}"
     for layer, (call, spec) in enumerate(zip(table.layers, table.kv_specs, strict=True)):
-        numbers = [getattr(spec, f.name) for f in fields_of(spec) if f.name != "dtype"]
+        numbers = spec.heads, spec.key_size, spec.value_size
         if (
             not all(type(n) is int and 0 < n <= _MAX_SLOT_WIDTH for n in numbers)
             or spec.dtype not in DTYPES.values()
+            or spec.states
         ):
             return f"has no usable KV slot for layer {layer}: {spec}"
         slots = [o for o in table.bodies[call.target].operands if o.role == "kv"]

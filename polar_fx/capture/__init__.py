@@ -2,7 +2,7 @@
 together; it knows no model by name.
 """
 
-from .captured import CapturedModel, KvSpec
+from .captured import CapturedModel, KvSpec, StateSpec
 from .extension import CACHE
 from .support import attention_variants, check_supported, embedding_weight, shared_view
 from .trace import capture
@@ -11,6 +11,7 @@ __all__ = [
     "CACHE",
     "CapturedModel",
     "KvSpec",
+    "StateSpec",
     "attention_variants",
     "capture",
     "check_supported",

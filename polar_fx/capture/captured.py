@@ -1,34 +1,83 @@
-"""What a capture is: a flat graph, and the geometry of its KV slots."""
+"""What a capture is: a flat graph, and the geometry of its slots."""
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule
 
 ALIGNMENT = 16  # slots are a multiple of so many columns long
 
 
+# A call brings at most so many tokens a row where layers keep state: recurrences are computed for
+# all pairs of tokens.
+MOST_STATE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state [B, *size] that a step keeps however long a row is, such as the last inputs of a
+    convolution. Zeros stand for no tokens.
+    """
+
+    size: tuple[int, ...]
+    dtype: torch.dtype
+
+
 @dataclass(frozen=True)
 class KvSpec:
     """Geometry of one layer's slot: keys are [B, heads, L, key_size], values [B, heads, L,
-    value_size].
+    value_size]; states come after them. A layer without attention has no heads and no keys and
+    values.
     """
 
     heads: int
     key_size: int
     value_size: int
     dtype: torch.dtype
+    states: tuple[StateSpec, ...] = ()
 
-    def shapes(self, batch: int, length: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        return (batch, self.heads, length, self.key_size), (
-            batch,
-            self.heads,
-            length,
-            self.value_size,
+    @property
+    def num_kv(self) -> int:
+        """How many parts of the slot grow with the row: keys and values, or nothing."""
+        return 2 if self.heads else 0
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """What each part of the slot is to a graph."""
+        return ("kv",) * self.num_kv + ("state",) * len(self.states)
+
+    def shapes(self, batch: int, length: int) -> tuple[tuple[int, ...], ...]:
+        """Those of the parts of a slot."""
+        sizes = (self.key_size, self.value_size)[: self.num_kv]
+        kv = tuple((batch, self.heads, length, size) for size in sizes)
+        return (*kv, *((batch, *state.size) for state in self.states))
+
+    def slot(self, batch: int, *, length: int, device: torch.device) -> tuple[Tensor, ...]:
+        """An empty slot: the parts of `shapes`, all zeros."""
+        # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
+        dtypes = (*(self.dtype,) * self.num_kv, *(state.dtype for state in self.states))
+        return tuple(
+            torch.zeros(shape, dtype=dtype, device=device)
+            for shape, dtype in zip(self.shapes(batch, length), dtypes, strict=True)
         )
 
+    def held(self, slot: Sequence[Tensor], columns: int) -> list[Tensor]:
+        """What a slot holds of the first `columns` columns: views of keys and values up to there,
+        and the states.
+        """
+        kv, states = slot[: self.num_kv], slot[self.num_kv :]
+        return [*(part[:, :, :columns] for part in kv), *states]
+
     def bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token."""
         return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+    def state_bytes(self) -> int:
+        """Bytes of the states of one row."""
+        return sum(math.prod(state.size) * state.dtype.itemsize for state in self.states)
 
 
 @dataclass(frozen=True)
@@ -36,10 +85,10 @@ class CapturedModel:
     """A model as a flat FX graph.
 
     Placeholders: `input_ids` i64[B, T], `positions` i64[B, T] (per-row token positions, also the KV
-    index each token writes), `kv_index` i64[L] (0 .. L-1), then `kv_<layer>_0` (keys) and
-    `kv_<layer>_1` (values),
-    written in place. Output: logits [B, T, V]. Weights are get_attr nodes holding the model's own
-    tensors.
+    index each token writes; tokens at the last one are padding), `kv_index` i64[L] (0 .. L-1), then
+    the parts of each layer's slot, which are written in place: keys `kv_<layer>_0`, values
+    `kv_<layer>_1`, and states `state_<layer>_<part>`. Output: logits [B, T, V]. Weights are
+    get_attr nodes holding the model's own tensors.
     """
 
     graph_module: GraphModule

@@ -48,10 +48,8 @@ def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[flo
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, vocab, (n,), generator=generator).to(device) for n in _LENGTHS]
     length = 16
-    kv = [
-        torch.zeros(s, dtype=spec.dtype, device=device)
-        for spec in captured.kv_specs
-        for s in spec.shapes(2, length)
+    slots = [
+        part for spec in captured.kv_specs for part in spec.slot(2, length=length, device=device)
     ]
     index = torch.arange(length, device=device)
     got: list[list[torch.Tensor]] = [[], []]
@@ -64,7 +62,7 @@ def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[flo
         for own, places, row, piece in zip(ids, positions, rows, pieces, strict=True):
             own[: piece.stop - piece.start] = row[piece]
             places[: piece.stop - piece.start] = index[piece]
-        logits = captured.graph_module(ids, positions, index, *kv)
+        logits = captured.graph_module(ids, positions, index, *slots)
         for row, piece in enumerate(pieces):
             got[row].append(logits[row, : piece.stop - piece.start])
     worst = scale = 0.0

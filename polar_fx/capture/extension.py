@@ -20,7 +20,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CaptureError, UnsupportedModelError
-from .captured import KvSpec
 from .reasons import OtherStateError
 
 SDPA, EAGER = "polar_fx_sdpa", "polar_fx_eager"
@@ -160,35 +159,81 @@ class _TracingCache(Cache):
     is_dummy = property(lambda self: [False] * self.depth)
     is_initialized = property(lambda self: True)
 
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return False
+
     def _stateful(self, *args: Any, **kwargs: Any) -> Any:
         raise OtherStateError  # `probe` names the model and the remedy
 
-    update_conv_state = update_recurrent_state = has_previous_state = _stateful
+    has_previous_state = _stateful
+
+
+# What a layer keeps: keys and values, or a state by its kind and number.
+Part = tuple[str, int]
+KV: Part = ("kv", 0)
 
 
 class Recorder(_TracingCache):
-    """Notes which layer stores which keys and values, in order."""
+    """Notes which layer stores what, in order: keys and values [B, H, T, E], or a state."""
 
     def __init__(self, positions: Tensor, length: int, *, depth: int) -> None:
         super().__init__(positions, length, depth=depth)
-        self.calls: list[tuple[int, KvSpec]] = []
+        self.calls: list[tuple[int, Part, tuple[Tensor, ...]]] = []
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        k, v = key_states, value_states
-        self.calls.append((layer_idx, KvSpec(k.shape[1], k.shape[3], v.shape[3], k.dtype)))
-        return k, v
+        self.calls.append((layer_idx, KV, (key_states, value_states)))
+        return key_states, value_states
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: no token came before."""
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> None:
+        """None: no token came before."""
+
+    def update_conv_state(
+        self,
+        conv_states: Tensor,
+        layer_idx: int,
+        state_idx: int = 0,
+        conv_kernel_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if conv_kernel_size is None:  # how many inputs are kept cannot be told from those of two
+            raise OtherStateError
+        kept = conv_states.new_empty(*conv_states.shape[:-1], conv_kernel_size)
+        self.calls.append((layer_idx, ("conv", state_idx), (kept,)))
+        missing = max(0, conv_kernel_size - conv_states.shape[-1])
+        return nn.functional.pad(conv_states, (missing, 0))
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        self.calls.append((layer_idx, ("recurrent", state_idx), (recurrent_states,)))
+        return recurrent_states
 
 
 class Slots(_TracingCache):
-    """Writes keys and values at the given positions of slots that are graph inputs; returns whole
-    slots.
+    """Writes to slots that are graph inputs: keys and values at the given positions, states over
+    those that were there.
+
+    `parts` are the tensors of each layer's slot by what they are. Tokens at the last position are
+    padding, after a row's own: they leave states as they are, if there are any.
     """
 
-    def __init__(self, positions: Tensor, kv_index: Tensor, *, kv: list[Tensor]) -> None:
-        super().__init__(positions, kv_index.shape[0], depth=len(kv) // 2)
-        self.kv = kv
+    real: Tensor  # bool[B, T]: false at padding
+
+    def __init__(
+        self, positions: Tensor, kv_index: Tensor, *, parts: list[dict[Part, list[Tensor]]]
+    ) -> None:
+        super().__init__(positions, kv_index.shape[0], depth=len(parts))
+        self.parts = parts
+        if any(part != KV for own in parts for part in own):
+            self.real = positions != kv_index[-1:]
+        # the recurrent state that a layer asked for last, and how many scans went on from it
+        self.state: Tensor | None = None
+        self.scans = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -198,7 +243,35 @@ class Slots(_TracingCache):
         written = [
             torch.ops.aten.index_put_(slot, where, states.transpose(1, 2))
             for slot, states in zip(
-                self.kv[2 * layer_idx : 2 * layer_idx + 2], (key_states, value_states), strict=True
+                self.parts[layer_idx][KV], (key_states, value_states), strict=True
             )
         ]
         return written[0], written[1]
+
+    def _state(self, layer_idx: int, part: Part) -> Tensor | None:
+        found = self.parts[layer_idx].get(part)
+        return None if found is None else found[0]
+
+    def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        return self._state(layer_idx, ("conv", state_idx))
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
+        self.state, self.scans = self._state(layer_idx, ("recurrent", state_idx)), 0
+        return self.state
+
+    def update_conv_state(
+        self, conv_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        """The inputs kept from before and the new ones [B, C, K + T]."""
+        (slot,) = self.parts[layer_idx]["conv", state_idx]
+        whole = torch.cat((slot, conv_states), -1)
+        # the last inputs of a row are those that end with its own last token
+        kept = torch.arange(slot.shape[-1], device=slot.device) + self.real.sum(1, keepdim=True)
+        slot.copy_(whole.gather(-1, kept[:, None].expand(-1, whole.shape[1], -1)))
+        return whole
+
+    def update_recurrent_state(
+        self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> Tensor:
+        (slot,) = self.parts[layer_idx]["recurrent", state_idx]
+        return slot.copy_(recurrent_states)

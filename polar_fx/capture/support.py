@@ -5,7 +5,7 @@ state.
 import contextlib
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .captured import KvSpec
-from .extension import CACHE, EAGER, SDPA, Recorder
+from .captured import KvSpec, StateSpec
+from .extension import CACHE, EAGER, KV, SDPA, Part, Recorder
 from .reasons import why_it_does_not_run
 
 log = logging.getLogger("polar_fx.capture")
@@ -269,9 +269,9 @@ def _check_handed_on(view: PreTrainedModel, states: list[Tensor]) -> None:
             )
 
 
-def probe(view: PreTrainedModel, stack: str, *, depth: int) -> tuple[KvSpec, ...]:
-    """Run two tokens through the view and see that every layer stores keys and values of its own,
-    once, and hands on a hidden state [B, T, d].
+def probe(view: PreTrainedModel, stack: str, *, depth: int) -> "Stored":
+    """Run two tokens through the view and see what every layer stores of its own, once, and that it
+    hands on a hidden state [B, T, d].
     """
     device = embedding_weight(view).device
     positions = torch.arange(2, device=device)[None]
@@ -290,22 +290,76 @@ def probe(view: PreTrainedModel, stack: str, *, depth: int) -> tuple[KvSpec, ...
     except Exception as error:
         log.info("%s failed in its probe: %r", type(view).__name__, error)
         raise UnsupportedModelError(
-            f"{type(view).__name__} does not run with one KV slot per layer: "
+            f"{type(view).__name__} does not run with one slot per layer: "
             f"{why_it_does_not_run(error, view)}",
-            "models with recurrent, convolutional or cross-layer state are not supported",
+            "use one that hands what its layers keep to its cache, as models of transformers "
+            "5.24 do",
         ) from error
-    stored = [layer for layer, _ in recorder.calls]
-    if stored != list(range(depth)):
-        silent = sorted(set(range(depth)) - set(stored))
-        what = (
-            f"layers {silent} store no keys and values of their own"
-            if silent
-            else f"layers store KV in the order {stored}"
-        )
-        raise UnsupportedModelError(
-            f"{type(view).__name__}: {what} (shared KV, or recurrent state)",
+    stored = Stored(view, recorder.calls, depth=depth)
+    try:
+        _check_handed_on(view, states)
+    except UnsupportedModelError:
+        if stored.silent:
+            raise stored.refused_silence() from None
+        raise
+    return stored
+
+
+class Stored:
+    """What each layer of a model stores, as a run with a recording cache has shown it."""
+
+    def __init__(
+        self,
+        view: PreTrainedModel,
+        calls: Sequence[tuple[int, Part, tuple[Tensor, ...]]],
+        *,
+        depth: int,
+    ) -> None:
+        self.name = type(view).__name__
+        self.parts: list[dict[Part, tuple[Tensor, ...]]] = [{} for _ in range(depth)]
+        order = [layer for layer, _, _ in calls]
+        if order != sorted(order) or len({(layer, part) for layer, part, _ in calls}) < len(calls):
+            raise self._unsound(f"layers store KV in the order {order}")
+        for layer, part, tensors in calls:
+            self.parts[layer][part] = tensors
+        self.silent = [layer for layer, parts in enumerate(self.parts) if not parts]
+        if len(self.silent) == depth:
+            raise self.refused_silence()
+
+    def refused_silence(self) -> UnsupportedModelError:
+        """The error for layers that store nothing of their own, and need something all the same."""
+        return self._unsound(f"layers {self.silent} store no keys and values of their own")
+
+    def _unsound(self, what: str) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"{self.name}: {what} (shared KV, or state of another kind)",
             "skipping or repeating layers of such a model is unsound; use one where every layer "
             "owns its KV",
         )
-    _check_handed_on(view, states)
-    return tuple(spec for _, spec in recorder.calls)
+
+    @property
+    def specs(self) -> tuple[KvSpec, ...]:
+        """The geometry of each layer's slot, its parts in the order of `parts`."""
+        return tuple(map(_spec, self.parts))
+
+    def slots(self, tensors: Iterable[Tensor]) -> list[dict[Part, list[Tensor]]]:
+        """The tensors of all slots, one after another, by layer and part."""
+        given, found = iter(tensors), list[dict[Part, list[Tensor]]]()
+        for parts in self.parts:
+            found.append({})
+            for part, stored in sorted(parts.items(), key=_kv_first):
+                found[-1][part] = [next(given) for _ in stored]
+        return found
+
+
+def _kv_first(item: tuple[Part, Any]) -> tuple[bool, Part]:
+    return item[0] != KV, item[0]
+
+
+def _spec(parts: dict[Part, tuple[Tensor, ...]]) -> KvSpec:
+    kept = [stored[0] for part, stored in sorted(parts.items(), key=_kv_first) if part != KV]
+    states = tuple(StateSpec(tuple(state.shape[1:]), state.dtype) for state in kept)
+    if KV not in parts:
+        return KvSpec(0, 0, 0, states[0].dtype if states else torch.float32, states)
+    keys, values = parts[KV]
+    return KvSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, states)

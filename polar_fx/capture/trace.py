@@ -24,11 +24,14 @@ from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError
 from ..passes.base import storage, writes
+from ..passes.outline_layers import is_size
 from .captured import CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
 from .reasons import why_it_is_not_traced
+from .recurrences import replace_recurrences
 from .rotary import choose_frequencies_by_row
 from .support import (
+    Stored,
     attention_variants,
     check_supported,
     embedding_weight,
@@ -50,17 +53,23 @@ _B, _T, _L = 3, 7, 23
 
 
 class _Traced(nn.Module):
-    def __init__(self, model: nn.Module, last: int | None, *, by_length: bool) -> None:
+    def __init__(
+        self, model: nn.Module, last: int | None, *, by_length: bool, stored: Stored
+    ) -> None:
         super().__init__()
-        self.model, self.last, self.by_length = model, last, by_length
+        self.model, self.last, self.by_length, self.stored = model, last, by_length, stored
+        self.recurrences = replace_recurrences(model)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]
     ) -> Tensor:
-        cache = Slots(positions, kv_index, kv=kv)
+        cache = Slots(positions, kv_index, parts=self.stored.slots(kv))
+        self.recurrences.rows = cache
         # "no padding", for code that would otherwise make such a mask from a length it believes to
         # be a number
         mask = torch.ones_like(kv_index).expand(input_ids.shape[0], -1)
+        if any(spec.states for spec in self.stored.specs):  # these want a mask of the new tokens
+            mask = torch.ones_like(input_ids)
         given: dict[str, Any] = {CACHE: cache}
         # padding is written to a spare column, which may lie beyond the model's own table of
         # positions: only the table is spared
@@ -83,26 +92,25 @@ def _quiet() -> Iterator[None]:
 
 
 def _export(
-    view: PreTrainedModel, specs: tuple[KvSpec, ...], *, by_length: bool
+    view: PreTrainedModel, stored: Stored, *, by_length: bool
 ) -> torch.export.ExportedProgram:
     device = embedding_weight(view).device
     positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
-    kv = [
-        torch.zeros(s, dtype=spec.dtype, device=device)
-        for spec in specs
-        for s in spec.shapes(_B, _L)
-    ]
+    specs = stored.specs
+    slots = [part for spec in specs for part in spec.slot(_B, length=_L, device=device)]
     batch, tokens, length = (
         torch.export.Dim("batch"),
         torch.export.Dim("tokens"),
         torch.export.Dim("length"),
     )
     rows = {0: batch, 1: tokens}
-    shapes = (rows, rows, {0: length}, [{0: batch, 2: length}] * len(kv))
-    example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), kv)
+    varies = {"kv": {0: batch, 2: length}, "state": {0: batch}}
+    parts = [varies[role] for spec in specs for role in spec.roles]
+    shapes = (rows, rows, {0: length}, parts)
+    example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), slots)
     with torch.no_grad(), _quiet():
         return torch.export.export(
-            _Traced(view, last_position(view), by_length=by_length),
+            _Traced(view, last_position(view), by_length=by_length, stored=stored),
             example,
             dynamic_shapes=shapes,
             strict=False,
@@ -113,24 +121,29 @@ def _export(
         )
 
 
-def _flatten(exported: torch.export.ExportedProgram, stack: str) -> GraphModule:
+def _flatten(
+    exported: torch.export.ExportedProgram, stack: str, *, specs: tuple[KvSpec, ...]
+) -> GraphModule:
     """Exported program -> flat graph: weights become get_attr nodes, every node knows its layer."""
+    slots = (
+        (role, layer, part)
+        for layer, spec in enumerate(specs)
+        for part, role in enumerate(spec.roles)
+    )
     signature = exported.graph_signature
     tensors: dict[str, Any] = {}
     graph = Graph()
     env: dict[Node, Node] = {}
     kinds = {s.arg.name: s for s in signature.input_specs}  # type: ignore[union-attr]
     in_layer = re.compile(rf"(?:^|\.)model\.{re.escape(stack)}\.(\d+)(?:\.|$)")
-    num_kv = 0
     for node in exported.graph.nodes:
         if node.op == "placeholder":
             spec = kinds[node.name]
             if spec.kind == InputKind.USER_INPUT:
                 if node.name.startswith("kv_") and node.name != "kv_index":
-                    layer, part = divmod(num_kv, 2)
-                    num_kv += 1
-                    new = graph.placeholder(f"kv_{layer}_{part}")
-                    new.meta = {"role": "kv", "slot": layer, "part": part}
+                    role, layer, part = next(slots)
+                    new = graph.placeholder(f"{role}_{layer}_{part}")
+                    new.meta = {"role": role, "slot": layer, "part": part}
                 else:
                     new = graph.placeholder(node.name)
                     new.meta = {"role": "input"}
@@ -174,6 +187,22 @@ def _tensor(exported: torch.export.ExportedProgram, spec: Any) -> Tensor:
     )
 
 
+def _check_silent(flat: GraphModule, stored: Stored) -> None:
+    """Raise UnsupportedModelError if a layer that stores nothing takes more than one value of other
+    layers, such as their keys.
+    """
+    for silent in stored.silent:
+        taken = {
+            source
+            for node in flat.graph.nodes
+            if node.meta.get("layer") == silent
+            for source in node.all_input_nodes
+            if source.meta.get("layer") not in (None, silent) and not is_size(source)
+        }
+        if len(taken) > 1:
+            raise stored.refused_silence()
+
+
 def _layer_of(node: Node, in_layer: re.Pattern[str]) -> int | None:
     for path, _ in reversed(list((node.meta.get("nn_module_stack") or {}).values())):
         if match := in_layer.search(path):
@@ -203,9 +232,9 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     view = unwrapped(shared_view(model, attention or attention_variants(model)[0]))
     give_layers_modules_of_their_own(view.get_submodule(stack))
     by_length = choose_frequencies_by_row(view)
-    specs = probe(view, stack, depth=depth)
+    stored = probe(view, stack, depth=depth)
     try:
-        exported = _export(view, specs, by_length=by_length)
+        exported = _export(view, stored, by_length=by_length)
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -214,7 +243,8 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
             f"torch.export could not trace {type(model).__name__}: "
             f"{why_it_is_not_traced(error, view)}"
         ) from error
-    flat = _flatten(exported, stack)
+    flat = _flatten(exported, stack, specs=stored.specs)
+    _check_silent(flat, stored)
     seconds = time.perf_counter() - start
     log.info(
         "captured %s: %d layers, %d nodes in %.1f s",
@@ -223,4 +253,4 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
         len(flat.graph.nodes),
         seconds,
     )
-    return CapturedModel(flat, depth, specs, stack, seconds)
+    return CapturedModel(flat, depth, stored.specs, stack, seconds)

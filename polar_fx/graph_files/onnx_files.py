@@ -28,7 +28,7 @@ from ..errors import InputError
 from ..output.files import sync, write_file
 from ..output.plain_text import count, dtype_name, size
 from ..version import __version__
-from .program_file import check_frequencies, described_slots
+from .program_file import check_one_pass, described_slots
 
 log = logging.getLogger("polar_fx.bundle")
 
@@ -67,7 +67,7 @@ def export_onnx(
             f"{dtype_name(library.dtype)} on {library.device}; load it in "
             "float32, and let the runtime convert it"
         )
-    check_frequencies(compiled, "an ONNX graph")
+    check_one_pass(compiled, "an ONNX graph")
     chosen = programs_to_ship(compiled, programs)
     target = check_target(out, overwrite, mark=ABOUT)
     try:

@@ -68,7 +68,7 @@ def export_program(
             f"the bundle {compiled.folder} holds no graphs; export the program from a compiled "
             "model"
         )
-    check_frequencies(compiled, "an exported program")
+    check_one_pass(compiled, "an exported program")
     target = Path(os.path.abspath(path))
     if target.suffix != ".pt2":
         raise InputError(f"torch.export reads files that end in .pt2, got {target.name!r}")
@@ -114,10 +114,11 @@ def export_program(
     return target
 
 
-def check_frequencies(compiled: "CompiledModel", what: str) -> None:
-    """Raise InputError if rows may become so long that the model computes them anew, which no graph
-    of one pass (`what`) can do.
+def check_one_pass(compiled: "CompiledModel", what: str) -> None:
+    """Raise InputError if rows may become so long that the model computes them anew, or if it keeps
+    states, neither of which a graph of one pass (`what`) does.
     """
+    compiled.library.require_no_states(what)
     if (switch := compiled.runner.switch) is not None:
         raise InputError(
             f"past {switch} tokens this model computes a whole row with other rotary frequencies "

@@ -18,13 +18,13 @@ from ..program import Program
 @dataclass(frozen=True, slots=True)
 class State:
     """A row after a step: `hidden` [T, d]; `saved`, the hidden states blends still wait for; `kv`,
-    what the step wrote for the row's tokens, keys and values [H, T, E] (kept only where other rows
-    continue the row).
+    what the step wrote for the row's tokens, keys and values [H, T, E] and states (kept only where
+    other rows continue the row).
     """
 
     hidden: Tensor
     saved: tuple[Tensor, ...] = ()
-    kv: tuple[Tensor, Tensor] | None = None
+    kv: tuple[Tensor, ...] | None = None
 
     @property
     def num_bytes(self) -> int:

@@ -93,7 +93,7 @@ class TeacherForcing:
         self._rows: dict[str, tuple[EncodedQuestion, tuple[_Row, ...]]] = {}
         self._prefixes: dict[tuple[int, ...], _Row] = {}
         self._sides: OrderedDict[tuple[_Row, ...], list[Tensor]] = OrderedDict()
-        self._slots: dict[KvSpec, tuple[Tensor, ...]] = {}
+        self._slots: dict[KvSpec, tuple[int, tuple[Tensor, ...]]] = {}  # rows that fit, and parts
 
     # -------------------------------------------------------------------------------------- judging
 
@@ -322,10 +322,10 @@ class TeacherForcing:
         before = [self._state(row, node.parent) for row, node in batch]
         values, tokens = self._inputs(rows)
         call = self.compiled.library.layers[layer]
-        keys, slot_values = self._scratch(layer, batch)
+        spec, slot = self._scratch(layer, batch)
         step = call.step(self._region(call.target, len(rows), tokens=tokens))
         hidden = padded([s.hidden for s in before], tokens)
-        out = step.run(hidden, values, slot=(keys, slot_values))
+        out = step.run(hidden, values, slot=slot)
         for i, ((row, node), state) in enumerate(zip(batch, before, strict=True)):
             blends = Blends(torch.lerp, state.saved)
             blends.open(state.hidden, node.opens)
@@ -334,7 +334,7 @@ class TeacherForcing:
             kv = (
                 None
                 if row.target is not None
-                else tuple(t[i, :, : len(row.ids)].clone() for t in (keys, slot_values))
+                else tuple(part[i].clone() for part in spec.held(slot, len(row.ids)))
             )
             self.trie.put(node, row, state=State(after.clone(), tuple(blends.saved), kv))  # type: ignore[arg-type]
 
@@ -344,24 +344,24 @@ class TeacherForcing:
             return node.states[row]
         return State(self._inputs((row,))[0][HIDDEN][0, : len(row.ids)])
 
-    def _scratch(self, layer: int, batch: list[_Task]) -> tuple[Tensor, Tensor]:
-        """A step's slot [B, H, L, E] for this batch alone, the prefix's keys and values in place,
-        zeros behind them.
+    def _scratch(self, layer: int, batch: list[_Task]) -> tuple[KvSpec, tuple[Tensor, ...]]:
+        """A step's slot for this batch alone, with what the prefix left there, and zeros after
+        that.
         """
         spec = self.compiled.library.table.kv_specs[layer]
-        if spec not in self._slots or len(self._slots[spec][0]) < len(batch):
-            shapes = spec.shapes(len(batch), self.compiled.pool.length)
-            self._slots[spec] = tuple(
-                torch.zeros(s, dtype=spec.dtype, device=self.compiled.device) for s in shapes
-            )
-        keys, values = (slot[: len(batch)] for slot in self._slots[spec])
-        pair = keys, values
-        for which, slot in enumerate(pair):
-            slot.zero_()  # a NaN left there would reach these rows behind their masks
-            for i, (row, node) in enumerate(batch):
-                if row.prefix:
-                    slot[i, :, : row.start] = node.states[row.prefix].kv[which]  # type: ignore[index]
-        return pair
+        size, (known, own) = len(batch), self._slots.get(spec, (0, ()))
+        if known < size:
+            length, device = self.compiled.pool.length, self.compiled.device
+            known, own = self._slots[spec] = size, spec.slot(size, length=length, device=device)
+        slot = tuple(part[:size] for part in own)
+        for part in slot:
+            part.zero_()  # a NaN left there would reach these rows behind their masks
+        for i, (row, node) in enumerate(batch):
+            if row.prefix:
+                kept = node.states[row.prefix].kv or ()
+                for part, before in zip(spec.held(slot, row.start), kept, strict=True):
+                    part[i] = before
+        return spec, slot
 
     def _inputs(self, rows: tuple[_Row, ...]) -> tuple[list[Tensor], int]:
         """Side values of a batch, the hidden state after the embedding among them, and its padded

@@ -10,7 +10,7 @@ against: it runs the step graph that the passes build, node by node, and knows n
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from ..capture import CapturedModel, KvSpec
-from ..errors import CaptureError, ProgramError
+from ..errors import CaptureError, InputError, ProgramError
 from ..passes.base import PassError, kind, layer_calls
 from ..passes.pipeline import (
     PassRecord,
@@ -198,6 +198,15 @@ class LayerLibrary:
         """Slot geometry of each step."""
         return [self.table.kv_specs[layer] for layer in program.path]
 
+    def require_no_states(self, what: str) -> None:
+        """Raise InputError for a model whose layers keep states, which `what` does not hold."""
+        for layer, spec in enumerate(self.table.kv_specs):
+            if spec.states:
+                raise InputError(
+                    f"layer {layer} keeps a recurrent or convolutional state, which {what} does "
+                    "not hold yet; run this model by polar_fx.compile with backend='eager'"
+                )
+
     def check(self, program: Program) -> None:
         """Raise ProgramError if the program is of another depth."""
         if program.depth != self.depth:
@@ -230,7 +239,7 @@ class LayerLibrary:
         input_ids: Tensor,
         positions: Tensor,
         kv_index: Tensor,
-        slots: list[tuple[Tensor, Tensor]],
+        slots: Sequence[Sequence[Tensor]],
     ) -> Tensor:
         """Logits [B, T, V] of the step graph, run operator by operator; writes the slots in
         place.

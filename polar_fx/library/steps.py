@@ -98,7 +98,9 @@ class Chain(Generic[T]):
 
     For one token a row, the last step runs for all tokens only as far as its keys and values
     (`kv_writes`); the rest of it, and the head, run for the tokens asked for, as if these were
-    decoded. `one` is the same program for one token.
+    decoded. Without `kv_writes` it runs whole, once, and only the head is left to the tokens asked
+    for, since a state must not see a token twice. `one` is the same program for one
+    token.
     """
 
     prologue: Code[T]
@@ -127,8 +129,12 @@ class Chain(Generic[T]):
             hidden, _ = self._through(self.steps, values, slots=slots, resume=resume)
             return self.head(hidden, values)
         assert pick is not None
-        hidden, blends = self._all_but_last(values, slots, resume=resume)
         ids, positions, kv_index = inputs
+        if self.kv_writes is None:
+            hidden, _ = self._through(self.steps, values, slots=slots, resume=resume)
+            values = self.one.start([pick(ids), pick(positions), kv_index])
+            return self.one.head(pick(hidden), values)
+        hidden, blends = self._all_but_last(values, slots, resume=resume)
         values = self.one.start([pick(ids), pick(positions), kv_index])
         last, slot = self.one.steps[-1:], slots[-1:]
         (hidden,) = states(last, pick(hidden), values=values, slots=slot, blends=blends.each(pick))
@@ -145,7 +151,11 @@ class Chain(Generic[T]):
 
         Of a chain for one token a row.
         """
-        self._all_but_last(self.start(inputs), slots, resume=resume)
+        values = self.start(inputs)
+        if self.kv_writes is None:
+            self._through(self.steps, values, slots=slots, resume=resume)
+        else:
+            self._all_but_last(values, slots, resume=resume)
 
     def states(self, values: Sequence[T], slots: Sequence[Sequence[T]]) -> Iterator[T]:
         """The hidden states before the first step and then after each; a step runs when the state

@@ -9,6 +9,7 @@ Shape legend: B batch, T tokens, L KV length.
 
 import hashlib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..capture import KvSpec
+from ..capture import KvSpec, StateSpec
+from ..capture.captured import MOST_STATE_TOKENS
 from ..passes.address_kv import BLOCK
 from ..passes.base import body, kind, layer_calls, role
 from ..passes.text import structure_text
@@ -121,6 +123,25 @@ class SymbolTable:
         """Every call, in the order of the identity program."""
         return (self.prologue, *self.layers, self.epilogue)
 
+    @property
+    def keeps_states(self) -> bool:
+        """Whether any layer keeps a state beside keys and values."""
+        return any(spec.states for spec in self.kv_specs)
+
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens a row a call should bring at most."""
+        return MOST_STATE_TOKENS if self.keeps_states else sys.maxsize
+
+    def ends_in_kv_writes(self, layer: int) -> bool:
+        """Whether a prefill whose last step is of this layer may run it for its keys and values
+        alone, and the rest of it for one token, whose keys and values are then written twice.
+
+        A state must not see a token twice, and a layer may have nothing to write.
+        """
+        spec = self.kv_specs[layer]
+        return spec.heads > 0 and not spec.states
+
     def batch_axes(self) -> dict[int, int | None] | None:
         """The axis of the batch in each side value, None for one without; None if one cannot be
         told.
@@ -143,6 +164,12 @@ class SymbolTable:
         table = asdict(self)
         for spec, plain in zip(self.kv_specs, table["kv_specs"], strict=True):
             plain["dtype"] = _name(spec.dtype)
+            states = plain.pop("states")
+            if states:
+                plain["states"] = [
+                    {**state, "dtype": _name(own.dtype)}
+                    for state, own in zip(states, spec.states, strict=True)
+                ]
         return json.dumps(table, indent=1)
 
     @classmethod
@@ -151,10 +178,7 @@ class SymbolTable:
         table.
         """
         table: dict[str, Any] = json.loads(text)
-        specs = [
-            KvSpec(s["heads"], s["key_size"], s["value_size"], getattr(torch, s["dtype"]))
-            for s in table["kv_specs"]
-        ]
+        specs = map(_spec, table["kv_specs"])
 
         def body(entry: dict[str, Any]) -> BodySymbols:
             operands = [
@@ -169,6 +193,15 @@ class SymbolTable:
         bodies = {name: body(entry) for name, entry in table["bodies"].items()}
         layers = tuple(map(call, table["layers"]))
         return cls(bodies, call(table["prologue"]), layers, call(table["epilogue"]), tuple(specs))
+
+
+def _spec(plain: dict[str, Any]) -> KvSpec:
+    states = tuple(
+        StateSpec(tuple(state["size"]), getattr(torch, state["dtype"]))
+        for state in plain.get("states", ())
+    )
+    dtype = getattr(torch, plain["dtype"])
+    return KvSpec(plain["heads"], plain["key_size"], plain["value_size"], dtype, states)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -341,9 +341,11 @@ class CudaGraphs:
         return buffers
 
 
-def cuda_graphs(device: torch.device) -> CudaGraphs | None:
-    """Those of a device; None if it has none."""
-    return CudaGraphs(CudaApi(device)) if device.type == "cuda" else None
+def cuda_graphs(device: torch.device, *, states: bool = False) -> CudaGraphs | None:
+    """Those of a device; None if it has none, and for a model that keeps states: to capture a
+    decode may run a part of it, which a state would not forget.
+    """
+    return CudaGraphs(CudaApi(device)) if device.type == "cuda" and not states else None
 
 
 def _code(linked: LinkedProgram, batch: int) -> set[tuple[int, Hashable]]:

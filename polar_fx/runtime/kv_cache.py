@@ -1,8 +1,9 @@
-"""Step-keyed static KV pool with one position per row.
+"""Step-keyed static pool of slots with one position per row.
 
 HuggingFace caches key a slot by the layer's own number; a layer that runs twice would then append
 twice to one slot. Here every executed step owns a slot, and the pool, not slot 0, knows how long
-each row is: skipping layer 0 is legal, and rows of one batch may have any mix of lengths.
+each row is: skipping layer 0 is legal, and rows of one batch may have any mix of lengths. A slot
+holds keys and values, states of recurrences and convolutions, or both.
 
 Shape legend: B batch, T tokens, L allocated length, H KV heads, E head size.
 """
@@ -29,13 +30,13 @@ from ..program import Program
 @dataclass(frozen=True, slots=True, eq=False)
 class _Slot:
     serial: int
-    keys: Tensor
-    values: Tensor
+    batch: int  # rows that fit
+    parts: tuple[Tensor, ...]
 
 
 class KvPool:
-    """Slots of [B, H, L, E] tensors, allocated on first use and handed out to one session at a
-    time.
+    """Slots of tensors [B, H, L, E], and of states [B, ...], allocated on first use and handed out
+    to one session at a time.
 
     `max_length` tokens fit a row. One column more is allocated (rounded up to 16): padding tokens
     of a ragged batch write there, and no mask ever shows it.
@@ -48,18 +49,18 @@ class KvPool:
         self.kv_index = torch.arange(self.length, device=device)
         self._free: dict[KvSpec, list[_Slot]] = defaultdict(list)
         self._lock = threading.Lock()
-        self._allocated: list[Tensor] = []
+        self._allocated: dict[int, _Slot] = {}
         self._serial = 0
 
     @property
     def num_slots(self) -> int:
         """Slots ever allocated and still held."""
-        return len(self._allocated) // 2
+        return len(self._allocated)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of those slots."""
-        return sum(t.numel() * t.element_size() for t in self._allocated)
+        return sum(t.nbytes for slot in tuple(self._allocated.values()) for t in slot.parts)
 
     def on_device(self, numbers: Sequence[int]) -> Tensor:
         """Numbers i64[N] on the device; from pinned memory if that is a GPU, so that the host does
@@ -73,21 +74,15 @@ class KvPool:
         with self._lock:
             free = self._free[spec]
             for i, slot in enumerate(free):
-                if slot.keys.shape[0] >= batch:
+                if slot.batch >= batch:
                     return free.pop(i)
             for slot in free:  # too small for this batch: make room before allocating larger ones
-                self._allocated = [
-                    t for t in self._allocated if t is not slot.keys and t is not slot.values
-                ]
+                del self._allocated[slot.serial]
             free.clear()
-            # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-            keys, values = (
-                torch.zeros(s, dtype=spec.dtype, device=self.device)
-                for s in spec.shapes(batch, self.length)
-            )
-            self._allocated += [keys, values]
+            parts = spec.slot(batch, length=self.length, device=self.device)
             self._serial += 1
-            return _Slot(self._serial, keys, values)
+            slot = self._allocated[self._serial] = _Slot(self._serial, batch, parts)
+            return slot
 
     @contextmanager
     def session(
@@ -97,8 +92,10 @@ class KvPool:
         at the end.
         """
         taken = [self._take(spec, batch) for spec in specs]
-        slots = [(s.keys[:batch], s.values[:batch]) for s in taken]
-        session = KvSession(self, program, slots=slots, batch=batch)
+        slots: list[tuple[Tensor, ...]] = []
+        for slot in taken:
+            slots.append(tuple(part[:batch] for part in slot.parts))
+        session = KvSession(self, program, slots=slots, specs=specs, batch=batch)
         try:
             yield session
         finally:
@@ -186,7 +183,8 @@ def require_program(opened_for: Program, program: Program) -> None:
 
 
 class KvSession(RowCache):
-    """The KV state of one running batch of `program`: a slot per step and a length per row.
+    """What one running batch of `program` holds: a slot per step, whose geometry `specs` tell, and
+    a length per row.
 
     If the rows' first steps have run already, `resume` says where their prefill goes on; the
     prefill clears it.
@@ -204,12 +202,13 @@ class KvSession(RowCache):
         pool: KvPool,
         program: Program,
         *,
-        slots: list[tuple[Tensor, Tensor]],
+        slots: list[tuple[Tensor, ...]],
+        specs: Sequence[KvSpec],
         batch: int,
         next_positions: Tensor | None = None,
     ) -> None:
         self.layers, self.max_length = [], pool.max_length
-        self.pool, self.program, self.slots = pool, program, slots
+        self.pool, self.program, self.slots, self.specs = pool, program, slots, tuple(specs)
         self.resume: Resume | None = None
         self._lengths = [0] * batch
         if next_positions is None:
@@ -286,6 +285,9 @@ class KvSession(RowCache):
         (kept,) = self._tokens
         tokens = torch.cat(kept)
         kept.clear()
+        for spec, slot in zip(self.specs, self.slots, strict=True):
+            for state in slot[spec.num_kv :]:
+                state.zero_()
         self.advance([-self._lengths[0]])
         return tokens
 
@@ -302,18 +304,18 @@ class KvSession(RowCache):
         """Zero what was written: a later session must not meet the NaN of this one behind its mask
         (0 * NaN is NaN).
         """
-        for pair in self.slots:
-            for slot in pair:
-                slot[:, :, : self._written].zero_()
+        for spec, slot in zip(self.specs, self.slots, strict=True):
+            for part in spec.held(slot, self._written):
+                part.zero_()
 
     # ---- what transformers' generation asks of a cache
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows follow their beams (beam search)."""
         order = beam_idx.tolist()
-        for pair in self.slots:
-            for slot in pair:
-                slot.copy_(slot.index_select(0, beam_idx.to(slot.device)))
+        for slot in self.slots:
+            for part in slot:
+                part.copy_(part.index_select(0, beam_idx.to(part.device)))
         self._lengths = [self._lengths[i] for i in order]
         self._tokens = [list(self._tokens[i]) for i in order]
         self._next.copy_(self._next.index_select(0, beam_idx.to(self._next.device)))
@@ -330,9 +332,16 @@ class KvSession(RowCache):
 class _Row(KvSession):
     def __init__(self, parent: KvSession, index: int) -> None:
         own = slice(index, index + 1)
-        slots = [(k[own], v[own]) for k, v in parent.slots]
+        slots: list[tuple[Tensor, ...]] = []
+        for slot in parent.slots:
+            slots.append(tuple(part[own] for part in slot))
         super().__init__(
-            parent.pool, parent.program, slots=slots, batch=1, next_positions=parent._next[own]
+            parent.pool,
+            parent.program,
+            slots=slots,
+            specs=parent.specs,
+            batch=1,
+            next_positions=parent._next[own],
         )
         self._parent, self._index = parent, index
         if parent.resume is not None:

@@ -28,7 +28,7 @@ _MAX_LINKED = 1024
 @dataclass(frozen=True, slots=True, eq=False)
 class StepInputs:
     """What one pass over a linked program takes: `ids` and `positions` i64[B, T], and a slot of
-    keys and values a step, in a session of `program`.
+    each step, in a session of `program`.
 
     `logits_at` i64[B] names the token of each row whose logits are wanted, for a program that is
     linked for one token per row. After a `resume` only the steps after it run.
@@ -37,7 +37,7 @@ class StepInputs:
     program: Program
     ids: Tensor
     positions: Tensor
-    slots: Sequence[tuple[Tensor, Tensor]]
+    slots: Sequence[tuple[Tensor, ...]]
     logits_at: Tensor | None = None
     resume: Resume | None = None
 
@@ -129,6 +129,9 @@ def region_calls(
     if every:
         return [RegionName(body, shape) for body in (start, *most, last, head)]
     many = [RegionName(body, shape) for body in (start, *most)]
+    if not table.ends_in_kv_writes(program.path[-1]):
+        ends = [RegionName(body, shape.decode) for body in (start, head)]
+        return [*many, RegionName(last, shape), *ends]
     one = [RegionName(body, shape.decode) for body in (start, last, head)]
     return [*many, RegionName(last, shape, kv_writes=True), *one]
 
@@ -179,13 +182,14 @@ class Linker:
             code = made.get(RegionName(call.target, shape), _unlinked)
             steps.append(call.step(code, step.opens, closes=step.closes))
         last = RegionName(library.layers[program.path[-1]].target, shape, kv_writes=True)
+        cut = not every and library.table.ends_in_kv_writes(program.path[-1])
         chain = Chain(
             made[RegionName(start.target, shape)],
             start.weights,
             tuple(steps),
             head.step(made[RegionName(head.target, shape)]) if every else None,
             torch.lerp,
-            None if every else made[last],
+            made[last] if cut else None,
             None if every else self.link(program, shape.decode).chain,
         )
         return LinkedProgram(program, chain, self.pool.kv_index)

@@ -14,9 +14,11 @@ IN_SLOTS = 1024  # tokens; slots cost memory and time for all that they may hold
 def takes_blocks(library: LayerLibrary, backend: Backend) -> bool:
     """Whether regions can take keys and values by address, in blocks, in a call of any rows.
 
-    They do on the CPU, but not by TensorRT, in a bundle whose regions are compiled for slots, and
-    for models that fold rows into another axis.
+    They do on the CPU, but not by TensorRT, in a bundle whose regions are compiled for slots, for
+    models that fold rows into another axis, and for those that keep states.
     """
+    if library.table.keeps_states:
+        return False
     by_address = library.device.type == "cpu" and backend.by_address
     return by_address and library.table.batch_axes() is not None
 

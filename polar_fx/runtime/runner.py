@@ -37,9 +37,7 @@ Session = KvSession | LockstepSession | GroupSession
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What is known of a model besides its layers: HuggingFace's settings, and how many token ids
-    there are.
-    """
+    """What is known of a model besides its layers: HuggingFace's settings, and its token ids."""
 
     config: Any
     generation_config: Any
@@ -89,11 +87,12 @@ class Runner(Uncopied):
         switch = frequency_switch(info.config)
         # past so many tokens, all of a row is computed with other rotary frequencies
         self.switch = switch if switch is not None and switch < pool.max_length else None
-        self.prefill_chunk = max(prefill_chunk, 0 if self.switch is None else self.switch + 1)
-        self.deterministic = deterministic
-        self.tiers, self.graphs, self.bound = tiers, graphs, bound
-        self.linker = Linker(library, regions, pool=pool)
+        chunk = min(prefill_chunk, library.table.most_tokens)
+        self.prefill_chunk = chunk if self.switch is None else max(chunk, self.switch + 1)
+        self.deterministic, self.tiers = deterministic, tiers
+        self.graphs, self.bound = graphs, bound
         self.lockstep = Lockstep(library, regions)
+        self.linker = Linker(library, regions, pool=pool)
 
     @classmethod
     def of_model(
@@ -123,7 +122,7 @@ class Runner(Uncopied):
             prefill_chunk=prefill_chunk,
             deterministic=deterministic,
             tiers=tiers,
-            graphs=cuda_graphs(library.device),
+            graphs=cuda_graphs(library.device, states=library.table.keeps_states),
             bound=BoundWeights(model, library.tensors),
         )
 

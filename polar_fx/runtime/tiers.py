@@ -117,6 +117,8 @@ class Tiers:
         self._chance = random.Random(0)
         self._background: _Background | None = None
         self._job = describe(regions.backend)
+        if tier != "linked":
+            library.require_no_states(f"tier={tier!r}")
         # not on a GPU: whole programs are in no CUDA graph yet, without which they lose more than
         # they gain (docs/gpu.md)
         if tier != "linked" and (

@@ -184,7 +184,13 @@ def _slots_after(
     resume = Resume(trunk.num_steps, padded(trunk.hidden))
     if trunk.rows == tuple(range(lent.batch)):
         with runner.open_slots(program, lent.batch, steps=slice(trunk.num_steps, None)) as rest:
-            whole = KvSession(runner.pool, program, slots=lent.slots + rest.slots, batch=lent.batch)
+            whole = KvSession(
+                runner.pool,
+                program,
+                slots=lent.slots + rest.slots,
+                specs=lent.specs + rest.specs,
+                batch=lent.batch,
+            )
             whole.resume = resume
             try:
                 yield whole
@@ -197,7 +203,8 @@ def _slots_after(
         length = max(map(len, trunk.hidden))
         rows = runner.pool.on_device(trunk.rows)
         session.will_write(length)
-        for of_trunk, own in zip(lent.slots, session.slots[: trunk.num_steps], strict=True):
-            for source, copy in zip(of_trunk, own, strict=True):
-                copy[:, :, :length] = source[:, :, :length].index_select(0, rows)
+        for spec, of_trunk, own in zip(lent.specs, lent.slots, session.slots, strict=False):
+            held = spec.held(of_trunk, length), spec.held(own, length)
+            for source, copy in zip(*held, strict=True):
+                copy.copy_(source.index_select(0, rows))
         yield session

@@ -426,7 +426,7 @@ def test_the_result_is_a_zero_that_an_exported_graph_may_return() -> None:
 def test_a_graph_that_writes_nothing_is_refused() -> None:
     with pytest.raises(
         PassError,
-        match="keep-kv-writes: the graph writes no keys and values; run it on the graph of one "
-        "layer",
+        match="keep-kv-writes: the graph writes no keys, values or states; run it on the graph of "
+        "one layer",
     ):
         KeepKvWrites().run(on_cpu(single_row()))

@@ -45,6 +45,10 @@ BY_POSITION = {
     ("bench/fuzz_calls.py", "Judge.of_tokens"): CALLED,
     ("passes/linear_to_row_kernel.py", "_"): CALLED,
     ("polar_fx/backends/row_kernel.py", "_register._"): CALLED,
+    ("polar_fx/capture/recurrences.py", "Recurrences.channel_delta_rule"): CALLED,
+    ("polar_fx/capture/recurrences.py", "Recurrences.gated_delta_rule"): CALLED,
+    ("polar_fx/capture/recurrences.py", "Recurrences.selective_scan"): CALLED,
+    ("polar_fx/capture/recurrences.py", "Recurrences.state_space_scan"): CALLED,
     ("polar_fx/graph_files/onnx_graphs.py", "_Links.lerp"): CALLED,
     ("polar_fx/runtime/runner.py", "Runner._prefill_batch.run"): CALLED,
     ("polar_fx/runtime/runner.py", "Runner.prefill.run"): CALLED,
@@ -64,6 +68,8 @@ DICTATED = {
     "forward",
     "prepare_inputs_for_generation",
     "update",
+    "update_conv_state",
+    "update_recurrent_state",
 }
 
 

@@ -172,37 +172,18 @@ def test_options_of_a_config(family: str, options: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------- what is refused
 
 _OWN_KV = "use one where every layer owns its KV"
-_STATE = "models with recurrent, convolutional or cross-layer state are not supported"
+_STATE = "use one that hands what its layers keep to its cache"
 _CURRENT = "use a model whose code follows transformers' current cache and mask interfaces"
-_HYBRID = dict(
-    head_dim=8,
-    num_experts=4,
-    moe_intermediate_size=16,
-    shared_expert_intermediate_size=16,
-    linear_num_key_heads=2,
-    linear_num_value_heads=2,
-    linear_key_head_dim=8,
-    linear_value_head_dim=8,
-)
 _TYPES = ["sliding_attention", "full_attention"] * 2
 _SHARED_KV = dict(num_kv_shared_layers=2, layer_types=_TYPES, sliding_window=WINDOW, head_dim=8)
 
 REFUSED = {
-    # no cache of this kind is passed on, or one is and fails: that changed within transformers 5
-    "mamba": ({}, "MambaForCausalLM", f"({_OWN_KV}|{_STATE})"),
     "rwkv": (
         {},
         "RwkvForCausalLM changes its weights in its forward pass",
         "pass a model that only reads them",
     ),
-    "jamba": ({}, "JambaForCausalLM does not run with one KV slot per layer", _STATE),
-    "qwen3_next": (_HYBRID, "Qwen3NextForCausalLM does not run with one KV slot per layer", _STATE),
-    "lfm2": (
-        {"layer_types": ["conv", "full_attention"] * 2},
-        "Lfm2ForCausalLM does not run with one KV slot per layer",
-        _STATE,
-    ),
-    "minimax": ({}, "MiniMaxForCausalLM does not run with one KV slot per layer", _STATE),
+    "minimax": ({}, "MiniMaxForCausalLM does not run with one slot per layer", _STATE),
     "gemma3n_text": (
         {
             **_SHARED_KV,
@@ -253,8 +234,6 @@ def test_refused_with_reason_and_remedy(family: str) -> None:
 @pytest.mark.parametrize(
     ("family", "part"),
     [
-        ("mamba", "its MambaMixer backbone.layers.0.mixer keeps recurrent or convolutional state"),
-        ("jamba", "its JambaMambaMixer model.layers.0.mamba keeps recurrent"),
         ("minimax", "its MiniMaxModel model asks its cache for more than keys and values"),
         ("mpt", "its MptAttention transformer.blocks.0.attn computes with sizes or lengths"),
         ("deepseek_v2", "the model itself cannot run two tokens, with no cache either: The size"),

@@ -118,13 +118,51 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "starcoder2": {},
 }
 
+# Models whose layers keep states: of convolutions, gated delta nets, Mamba 1 and 2, beside
+# attention in other layers or in the same ones; of the last one, a layer keeps nothing at all.
+_DELTA_NET = dict(
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
+)
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": dict(num_hidden_layers=2, layer_types=["conv", "full_attention"]),
+    "qwen3_5_text": dict(
+        **_DELTA_NET,
+        head_dim=8,
+        num_hidden_layers=2,
+        layer_types=["linear_attention", "full_attention"],
+    ),
+    "mamba": dict(num_hidden_layers=1),
+    "falcon_h1": dict(
+        num_hidden_layers=1,
+        mamba_d_ssm=64,
+        mamba_n_heads=8,
+        mamba_d_head=8,
+        mamba_d_state=8,
+        mamba_chunk_size=4,
+    ),
+    "nemotron_h": dict(
+        mamba_num_heads=8,
+        mamba_head_dim=8,
+        ssm_state_size=8,
+        n_groups=2,
+        chunk_size=4,
+        head_dim=8,
+        layers_block_type=["linear_attention", "mlp", "full_attention"],
+    ),
+}
+
 
 def make(family: str, **overrides: Any) -> Any:
     """A tiny PreTrainedModel in eval mode; equal arguments give equal weights.
 
     Typed as Any, because transformers wraps `to`, `cuda` and `generate` so that no type is left.
     """
-    config = AutoConfig.for_model(family, **{**_BASE, **FAMILIES.get(family, {}), **overrides})
+    config = AutoConfig.for_model(
+        family, **{**_BASE, **{**FAMILIES, **HYBRIDS}.get(family, {}), **overrides}
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return spread(AutoModelForCausalLM.from_config(config).eval())
@@ -191,13 +229,10 @@ def prompts(*lengths: int, vocab: int = 100) -> list[Tensor]:
 
 def make_slots(
     library: LayerLibrary, program: Program, *, batch: int, length: int
-) -> list[tuple[Tensor, Tensor]]:
-    """Empty KV slots of a program's steps."""
-    slots: list[tuple[Tensor, Tensor]] = []
-    for spec in library.kv_specs(program):
-        keys, values = spec.shapes(batch, length)
-        slots.append((torch.zeros(keys, dtype=spec.dtype), torch.zeros(values, dtype=spec.dtype)))
-    return slots
+) -> list[tuple[Tensor, ...]]:
+    """Empty slots of a program's steps."""
+    cpu = torch.device("cpu")
+    return [spec.slot(batch, length=length, device=cpu) for spec in library.kv_specs(program)]
 
 
 def run_rows(

@@ -1,0 +1,148 @@
+"""Models whose layers keep a recurrent or convolutional state: any program is a plain loop over
+their layers, however rows are cut, padded and batched.
+"""
+
+import functools
+import random
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from plain_loop import plain_logits
+from polar_fx.backends import EagerBackend, InductorBackend
+from polar_fx.compiled import CompiledModel
+from polar_fx.errors import InputError
+from polar_fx.graph_files import export_program
+from polar_fx.judge.teacher_forcing import TeacherForcing
+from polar_fx.program import Program
+from polar_fx.questions import EncodedQuestion
+from polar_fx.runtime.generator import padded_rows
+from polar_fx.runtime.regions import RegionTable
+from polar_fx.runtime.runner import Runner
+from tiny_models import HYBRIDS, prompts, run_rows, tiny
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(Cache, "get_conv_state"), reason="caches of this transformers do not tell states"
+)
+
+ROWS = prompts(14, 9, 5)
+
+
+@functools.cache
+def compiled(family: str) -> CompiledModel:
+    """A hybrid that is interpreted, on the capture that all tests here share."""
+    regions = RegionTable(
+        tiny(family).library, EagerBackend(), max_length=60, store=None, workers=0
+    )
+    return CompiledModel(Runner.of_model(tiny(family).model, regions))
+
+
+def programs(depth: int, count: int) -> list[Program]:
+    """Random paths, with repeats, and damping over some steps."""
+    draw = random.Random(depth)
+    found = []
+    for _ in range(count):
+        path = [draw.randrange(depth) for _ in range(draw.randint(1, depth + 2))]
+        found.append(Program.from_path(path, depth))
+    return found
+
+
+def lost(got: Tensor, want: Tensor) -> float:
+    """The largest difference, as a part of the largest logit."""
+    return float((got - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_any_program_is_a_plain_loop(family: str) -> None:
+    """By the interpreter: ragged rows in two ragged parts, and then token by token."""
+    model, library = tiny(family).model, tiny(family).library
+    for program in (Program.identity(library.depth), *programs(library.depth, 2)):
+        got = run_rows(library, program, rows=ROWS, prefill=(11, 6, 3))
+        for own, row in zip(got, ROWS, strict=True):
+            assert lost(own, plain_logits(model, program, row=row)) < 2e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+@pytest.mark.parametrize("family", ["lfm2", "falcon_h1"])
+def test_rows_of_several_programs(family: str, chunk: int) -> None:
+    """Logits of every token and generation, a program a row, however prompts are cut."""
+    model, source = compiled(family), tiny(family).model
+    model.runner.prefill_chunk = chunk
+    each = programs(model.depth, len(ROWS))
+    ids, mask = padded_rows([row.tolist() for row in ROWS])
+    logits = model.forward(ids, mask, program=each)
+    options: Any = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    output = model.generate(ids, attention_mask=mask, program=each, **options)
+    for i, (row, program) in enumerate(zip(ROWS, each, strict=True)):
+        assert lost(logits[i, mask[i].bool()], plain_logits(source, program, row=row)) < 2e-4
+        new = output[i, ids.shape[1] :]
+        want = plain_logits(source, program, row=torch.cat((row, new[:-1])))[len(row) - 1 :]
+        # greedy, but for ties within rounding
+        assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4
+
+
+def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode() -> None:
+    """Also what is held then: the last step of a prefill must not apply a token twice."""
+    model = compiled("lfm2")
+    runner, row = model.runner, ROWS[0]
+    program = Program.from_path([1, 0], model.depth)  # its last step keeps a state
+    with runner.open_slots(program, 1) as whole, runner.open_slots(program, 1) as cut:
+        first = runner.prefill(whole, [row])[0]
+        runner.prefill(cut, [row[:-1]])
+        second = runner.decode(cut, row[-1:])[0]
+        torch.testing.assert_close(first, second, rtol=0, atol=1e-4)
+        for one, other in zip(whole.slots, cut.slots, strict=True):
+            for a, b in zip(one, other, strict=True):
+                torch.testing.assert_close(a[..., :13, :], b[..., :13, :], rtol=0, atol=1e-4)
+
+
+def test_padding_leaves_states_alone_and_sessions_are_given_back_empty() -> None:
+    model = compiled("falcon_h1")
+    runner, program = model.runner, Program.identity(model.depth)
+    runner.prefill_chunk = 4
+    with runner.open_slots(program, 2) as both, runner.open_slots(program, 1) as alone:
+        runner.prefill(both, [ROWS[0], ROWS[2]])
+        runner.prefill(alone, [ROWS[2]])
+        for slot, own, spec in zip(both.slots, alone.slots, both.specs, strict=True):
+            assert len(spec.states) == 2
+            for part, want in zip(spec.held(slot, 5), spec.held(own, 5), strict=True):
+                assert want.any()
+                torch.testing.assert_close(part[1:], want, rtol=1e-4, atol=1e-5)
+    with runner.open_slots(program, 2) as session:
+        assert not any(bool(part.any()) for slot in session.slots for part in slot)
+
+
+def test_beams_take_their_states_along() -> None:
+    model, ids = compiled("lfm2"), ROWS[0][None]
+    options: Any = dict(max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None)
+    source: Any = tiny("lfm2").model
+    ours = model.generate(ids, **options)
+    assert torch.equal(ours, source.generate(ids, pad_token_id=0, **options))
+
+
+def test_a_verdict_goes_on_from_the_state_of_a_prefix() -> None:
+    model, source = compiled("falcon_h1"), tiny("falcon_h1").model
+    row = ROWS[0].tolist()
+    question = EncodedQuestion("q", tuple(row[:4]), tuple(row[4:10]), (tuple(row[10:]), (7, 8)))
+    for program in programs(model.depth, 2):
+        (verdict,) = TeacherForcing(model).evaluate([(question, program)])
+        found = []
+        for target in question.targets:
+            whole = torch.tensor([*row[:10], *target])
+            scores = plain_logits(source, program, row=whole[:-1])[9:].log_softmax(-1)
+            found.append(float(scores.gather(-1, torch.tensor(target)[:, None]).sum()))
+        assert min(abs(verdict.log_likelihood - f) for f in found) < 1e-3
+
+
+def test_what_cannot_hold_a_state_says_so(tmp_path: Any) -> None:
+    model = compiled("lfm2")
+    says = "layer 0 keeps a recurrent or convolutional state, which .* does not hold yet"
+    with pytest.raises(InputError, match=says):
+        export_program(model, None, path=tmp_path / "program.pt2")
+    with pytest.raises(InputError, match=says):
+        RegionTable(model.library, InductorBackend(), max_length=60, store=None, workers=0)
+    with pytest.raises(InputError, match="rows do not run in lock-step here"):
+        model.start()
