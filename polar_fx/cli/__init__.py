@@ -1,5 +1,5 @@
 """The command line: `python -m polar_fx run | inspect | compile | demo | cache | fit | search |
-analyze | train | evaluate | export | bundle | serve | env`.
+analyze | train | evaluate | export | bundle | serve | families | env`.
 
 Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 1
 done and found something wrong, 2 bad input, 130 interrupted. Commands import torch only when they
@@ -33,6 +33,7 @@ COMMANDS = (
     "export",
     "bundle",
     "serve",
+    "families",
     "env",
 )
 
