@@ -42,7 +42,7 @@ def region(rows: int, weight: Tensor) -> Multiply:
     return lambda x, weight: made([x, weight])
 
 
-def cases_of(shape: tuple[int, int], rows: Sequence[int], weight: Tensor) -> dict[str, Any]:
+def cases_of(shape: tuple[int, int], rows: Sequence[int], *, weight: Tensor) -> dict[str, Any]:
     """What is timed for a shape: a callable and its x [B, 1, K]."""
     one, several = region(1, weight), region(3, weight)
     found: dict[str, Any] = {"1 reductions": (one, weight.new_ones(1, 1, shape[1]))}
@@ -62,7 +62,7 @@ def measure_all(options: argparse.Namespace) -> dict[str, list[float]]:
     for shape, times in SHAPES.items():
         count = max(2, BYTES // (shape[0] * shape[1] * dtype.itemsize))
         weights = [torch.randn(shape).to(dtype) for _ in range(count)]
-        cases = cases_of(shape, options.rows, weights[0])
+        cases = cases_of(shape, options.rows, weight=weights[0])
         for number in range(-1, options.rounds):
             for name in order.sample(list(cases), len(cases)):
                 multiply, x = cases[name]

@@ -229,16 +229,15 @@ def _delta_rule(
     (q, k, v), (system, reads) = of_tokens, pairs
     if state is None:
         state = k.new_zeros(*k.shape[:2], k.shape[-1], v.shape[-1])
-    state = state.float()
-    decayed = total.exp()
+    before, decayed = state.float(), total.exp()
     # what each token writes, beside what is there: a triangular system over the tokens
-    wanted = beta * (v - (decayed * k) @ state)
+    wanted = beta * (v - (decayed * k) @ before)
     written = torch.linalg.solve_triangular(system, wanted, upper=False, unitriangular=True)
-    out = (decayed * q) @ state + reads @ written
+    out = (decayed * q) @ before + reads @ written
     last = total[..., -1:, :]
     to_end = k * (last - total).exp()
-    state = state * last.transpose(-1, -2).exp() + to_end.transpose(-1, -2) @ written
-    return out.transpose(1, 2).contiguous(), state
+    after = before * last.transpose(-1, -2).exp() + to_end.transpose(-1, -2) @ written
+    return out.transpose(1, 2).contiguous(), after
 
 
 def _decayed_pairs(x: Tensor, k: Tensor, *, total: Tensor, start: Tensor) -> Tensor:

@@ -27,11 +27,11 @@ class Rows:
     scans: int = 0
 
 
-def ragged(tokens: int, **state: Tensor) -> tuple[Recurrences, list[int]]:
+def ragged(tokens: int, state: Tensor | None = None) -> tuple[Recurrences, list[int]]:
     """Recurrences over such rows, and the tokens of each."""
     counts = [tokens, tokens - 1]
     own = Recurrences()
-    own.rows = Rows(torch.arange(tokens) < torch.tensor(counts)[:, None], **state)
+    own.rows = Rows(torch.arange(tokens) < torch.tensor(counts)[:, None], state)
     torch.manual_seed(tokens)
     return own, counts
 
@@ -53,6 +53,7 @@ def test_delta_rules(tokens: int, by_channel: bool) -> None:
     rule = own.channel_delta_rule if by_channel else own.gated_delta_rule
     given = g if by_channel else g[..., 0]
     out, after = rule(q, k, v, given, beta, initial_state=before, **options)
+    assert after is not None
     fresh, _ = rule(q, k, v, given, beta, initial_state=torch.zeros_like(before), **options)
     close(rule(q, k, v, given, beta, **options)[0], fresh)
     q, k = (F.normalize(x, dim=-1).repeat_interleave(groups, 2).double() for x in (q, k))

@@ -29,6 +29,7 @@ NEEDED = {
     "export": ["--out", "{here}/bundle"],
     "bundle": ["show", "{here}"],
     "serve": ["{here}"],
+    "families": [],
     "env": [],
 }
 WRONG = (
