@@ -56,7 +56,7 @@ def arguments() -> Iterator[tuple[str, argparse.Action]]:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a text file; no model can be loaded, and nothing starts."""
+    """A folder with a text file; no model can be loaded, nothing starts, and no hub is asked."""
 
     def stop(*args: Any, **kwargs: Any) -> NoReturn:
         raise ModelNotFoundError("no model is loaded in this test")
@@ -64,6 +64,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("load", "load_default", "load_pretrained"):
         monkeypatch.setattr(models, name, stop)
     (tmp_path / "text.txt").write_text("this is no record\n", encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     return tmp_path
