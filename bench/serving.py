@@ -7,7 +7,7 @@ Each server runs as its documentation says, with as many threads as there are co
 a time; all are up at once and take turns, a round of requests each, through the same client:
 streamed completions of text prompts over HTTP, likeliest token, as OpenAI's API has them. Tokens
 are those that servers count. `--llama-cpp` is a checkout with `build/bin/llama-server` and its
-converter; what is not given is left out.
+converter, which needs sentencepiece; what is not given is left out.
 """
 
 import argparse
