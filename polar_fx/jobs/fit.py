@@ -129,8 +129,8 @@ class FitResult:
 def run(job: FitJob, console: "Console") -> FitResult:
     """Search, train and evaluate; progress and what is left are shown on `console`.
 
-    Raises InputError, before anything is searched, where a split has too few questions, and what
-    the parts raise.
+    Raises InputError, before anything is searched, where a split has too few questions, or after
+    the search, where no program answers any, and what the parts raise.
     """
     if job.preset not in PRESETS:
         raise InputError(f"preset {job.preset!r} is none of {', '.join(PRESETS)}")
@@ -150,6 +150,11 @@ def run(job: FitJob, console: "Console") -> FitResult:
     began = time.perf_counter()
     found = search.run(_search_job(job, asked, size=size, out=records), console)
     seconds["search"] = time.perf_counter() - began
+    if not any(record.baseline.correct or record.valid for record in found.records()):
+        raise InputError(
+            f"no program answers any of the {found.questions} questions that were searched: ask "
+            "them in another prompt, or others"
+        )
     if found.counts.evaluations:
         left -= found.counts.evaluations
         console.print(

@@ -19,6 +19,7 @@ from polar_fx.search.records.record_file import RecordReader
 from tiny_search import save_tiny, save_tiny_encoder
 
 DEPTH = 6
+WRONG = Verdict(False, -4.0, -1.0)
 RIGHT = [Program.parse(text, DEPTH) for text in ("0-5", "skip 3", "skip 4-5", "repeat 2")]
 
 
@@ -257,7 +258,11 @@ def _check_tasks_not_trained_on(
 
 
 def test_one_command_from_questions_to_a_tested_predictor(
-    folder: Path, tmp_path: Path, world: list[int], capsys: pytest.CaptureFixture[str]
+    folder: Path,
+    tmp_path: Path,
+    world: list[int],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "fit"
     fit = ["fit", *arguments(folder), "--out", str(out)]
@@ -276,6 +281,9 @@ def test_one_command_from_questions_to_a_tested_predictor(
     again = json.loads(capsys.readouterr().out)
     assert world[0] == asked, "nothing is asked twice"
     assert again["conclusion"] in said
+    monkeypatch.setattr(TeacherForcing, "evaluate", lambda self, pairs: [WRONG] * len(pairs))
+    assert main(["fit", *arguments(folder), "--out", str(tmp_path / "wrong")]) == 2
+    assert "no program answers any of the 40 questions" in capsys.readouterr().err
     few = tmp_path / "few.jsonl"
     few.write_text('{"question": "a", "answer": "b", "split": "train"}\n')
     nothing = ["fit", "--data", str(few), "--out", str(tmp_path / "none")]
