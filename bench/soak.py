@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 import polar_fx
+from engines import FAMILIES
 from fuzz_calls import random_program
 from measure import RESULTS, machine, write_json
 from plain_loop import plain_logits
@@ -33,7 +34,6 @@ from polar_fx import CompiledModel
 from polar_fx.engine import Engine, Request, Sampling
 from tiny_models import make
 
-FAMILIES = ("llama", "gemma3_text", "qwen2_moe", "gpt2")
 _TOLERANCE = 1e-4
 _LENGTH = 160
 _SAME_BITS = 8  # one batch in so many runs in deterministic mode

@@ -1,7 +1,8 @@
 """Make a predictor of one's own questions and test it: search, train and evaluate in one command.
 
 Says first how long it will take, and last what came of it. Goes on where it was interrupted; test
-questions are looked at in the last part alone.
+questions are looked at in the last part alone. Without --task or --data, five built-in tasks are
+asked.
 
 Examples:
   python -m polar_fx fit --data questions.jsonl --out mine
@@ -12,33 +13,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .questions import add_running_arguments, asked_of, workplace_of
+from .questions import add_question_arguments, add_running_arguments, asked_of, workplace_of
 from .verbosity import status
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    asked = parser.add_argument_group("questions")
-    asked.add_argument(
-        "--data",
-        action="append",
-        type=Path,
-        metavar="FILE",
-        help="JSON lines with question, answer and, if there are any, choices and split",
-    )
-    asked.add_argument(
-        "--task",
-        action="append",
-        metavar="NAME",
-        help="built-in task; may be given several times (default: five of them)",
-    )
-    asked.add_argument(
-        "--prompt",
-        help="few-shot, direct, plain, choices or choices-norm (default: few-shot; with --data "
-        "direct, or choices where there are any)",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.set_defaults(questions=None)
+    add_question_arguments(parser, None)
     parser.add_argument(
         "--preset",
         choices=("quick", "full"),
@@ -70,5 +51,5 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         print(result.conclusion)
         print(f"question by question, in a browser: {result.report / 'report.html'}")
-        print(f'python -m polar_fx run --predictor {result.predictor} "..."')
+        print(f'python -m polar_fx run --predictor {result.predictor} --prompt "..."')
     return result.to_dict()

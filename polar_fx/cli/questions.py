@@ -11,9 +11,9 @@ if TYPE_CHECKING:
     from ..search.workers import Workplace
 
 
-def add_question_arguments(parser: argparse.ArgumentParser, default: str) -> Any:
+def add_question_arguments(parser: argparse.ArgumentParser, default: str | None) -> Any:
     """--task, --data, --questions, --prompt, --seed; `default` says how many questions there
-    are.
+    are, None that the command decides it, without an option.
     """
     asked = parser.add_argument_group("questions")
     asked.add_argument(
@@ -24,14 +24,17 @@ def add_question_arguments(parser: argparse.ArgumentParser, default: str) -> Any
         action="append",
         type=Path,
         metavar="FILE",
-        help="JSON lines with question, answer and, if there are any, choices",
+        help="JSON lines with question, answer and, if there are any, choices and split",
     )
-    asked.add_argument(
-        "--questions",
-        type=whole(1),
-        metavar="N",
-        help=f"of all tasks together (default: {default})",
-    )
+    if default is None:
+        parser.set_defaults(questions=None)
+    else:
+        asked.add_argument(
+            "--questions",
+            type=whole(1),
+            metavar="N",
+            help=f"of all tasks together (default: {default})",
+        )
     asked.add_argument(
         "--prompt",
         default=None,

@@ -22,6 +22,7 @@ from ..training.selector_training import choose_all
 # Names of methods that others are told apart from or compared with; the identity's is `IDENTITY`.
 SELECTOR_ACCURACY = "selector: accuracy"
 SELECTOR_LIKELIEST = "selector: likeliest"
+SELECTOR_PRICED = "selector: mean steps <= "  # and the fraction
 BEST_STATIC = "best static program"
 
 _STEPS = 0.9  # budget of the selector's choice by steps
@@ -88,7 +89,7 @@ def selector_choices(selector: Selector, chances: np.ndarray) -> list[Choice]:
     """
     menu, prices = selector.menu, selector.calibration.prices
     policies = {SELECTOR_ACCURACY: Policy("accuracy")}
-    policies |= {f"selector: mean steps <= {f:g}": Policy("mean_steps", f) for f in prices}
+    policies |= {f"{SELECTOR_PRICED}{f:g}": Policy("mean_steps", f) for f in prices}
     policies[f"selector: steps <= {_STEPS:g}"] = Policy("steps", _STEPS)
     choices = [
         by_policy(name, selector, policy=each, chances=chances) for name, each in policies.items()

@@ -6,11 +6,10 @@ from ..output.plain_text import count
 from ..stats.arms import IDENTITY, ArmResult, pool
 from ..stats.intervals import wilson
 from ..stats.paired import Estimate, Paired
-from .choices import BEST_STATIC, SELECTOR_ACCURACY
+from .choices import BEST_STATIC, SELECTOR_ACCURACY, SELECTOR_PRICED
 
 # Points that may be lost where fewer steps are the aim.
 _CLOSE = 1.5
-_PRICED = "selector: mean steps <= "
 
 
 def conclusion(arms: Sequence[ArmResult]) -> str:
@@ -21,7 +20,7 @@ def conclusion(arms: Sequence[ArmResult]) -> str:
     it is shown for, and the line says so.
     """
     names = dict.fromkeys(arm.name for arm in arms)
-    paired = {name: _paired(arms, name) for name in names}
+    paired = {name: _paired(arms, name) for name in names if _is_shown(name)}
     identity, accurate = paired[IDENTITY], paired[SELECTOR_ACCURACY]
     cheap = _cheapest(paired)
     num_tasks = len({arm.task for arm in arms})
@@ -31,13 +30,19 @@ def conclusion(arms: Sequence[ArmResult]) -> str:
         _line("policy accuracy", accurate),
     ]
     if cheap is not None:
-        name = f"policy mean_steps<={cheap.removeprefix(_PRICED)}"
+        name = f"policy mean_steps<={cheap.removeprefix(SELECTOR_PRICED)}"
         lines.append(_line(f"{name}, the cheapest that is close", paired[cheap]))
     if BEST_STATIC in paired:
         lines.append(_line("the best program for all", paired[BEST_STATIC]))
     always = all(_is_identity(arm) for arm in arms if arm.name == SELECTOR_ACCURACY)
     saving = None if cheap is None else paired[cheap]
     return "\n".join([*lines, _sentence(accurate, saving=saving, always=always)])
+
+
+def _is_shown(name: str) -> bool:
+    """Whether one of the lines may tell of a method."""
+    fixed = (IDENTITY, SELECTOR_ACCURACY, BEST_STATIC)
+    return name in fixed or name.startswith(SELECTOR_PRICED)
 
 
 def _paired(arms: Iterable[ArmResult], name: str) -> Paired:
@@ -53,7 +58,7 @@ def _cheapest(paired: dict[str, Paired]) -> str | None:
     close = [
         (found.step_ratio.value, name)
         for name, found in paired.items()
-        if name.startswith(_PRICED) and found.step_ratio is not None and _is_close(found)
+        if name.startswith(SELECTOR_PRICED) and found.step_ratio is not None and _is_close(found)
     ]
     return min(close)[1] if close else None
 

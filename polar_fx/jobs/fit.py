@@ -5,6 +5,8 @@ Each part writes to a folder of its own and goes on where it was interrupted, so
 
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,10 +17,12 @@ from ..search.config import SearchConfig
 from ..search.workers import Workplace
 from ..training.pipeline import TrainingConfig
 from . import evaluate, search, train
-from .questions import Asked
+from .questions import Asked, own_split
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..questions import Split
 
 Preset = Literal["quick", "full"]
 _PROBED = 2  # questions that tell how long all will take
@@ -38,9 +42,15 @@ class FitSize:
     tested: int
     training: TrainingConfig
 
-    def evaluations(self, asked: Asked) -> int:
-        """Programs on questions, at most, over the whole job."""
-        of = self._counts(asked)
+    def evaluations(self, there: "Mapping[Split, int]") -> int:
+        """Programs on questions, at most, over the whole job; `there` says how many questions there
+        are for each split, if they are limited.
+        """
+        of = {
+            "train": min(self.train, there.get("train", self.train)),
+            "validation": min(self.validation, there.get("validation", self.validation)),
+            "test": min(self.tested, there.get("test", self.tested)),
+        }
         config = self.training
         screened = config.num_candidates + config.num_edits + config.num_variations
         return (
@@ -49,15 +59,6 @@ class FitSize:
             + min(config.final_questions, of["train"]) * config.num_finalists
             + sum(of.values()) * config.menu_size
         )
-
-    def _counts(self, asked: Asked) -> dict[str, int]:
-        most = {"train": self.train, "validation": self.validation, "test": self.tested}
-        if not asked.data:
-            return most
-        return {
-            split: min(number, len(replace(asked, count=None, split=split).questions()))
-            for split, number in most.items()
-        }
 
 
 PRESETS: dict[Preset, FitSize] = {
@@ -136,10 +137,11 @@ def run(job: FitJob, console: "Console") -> FitResult:
         raise InputError(f"preset {job.preset!r} is none of {', '.join(PRESETS)}")
     size = PRESETS[job.preset]
     asked = job.asked if job.asked.data or job.asked.tasks else replace(job.asked, tasks=_TASKS)
-    _check_splits(asked)
+    there = _available(asked)
     seconds: dict[str, float] = {}
-    left = size.evaluations(asked)
+    left = size.evaluations(there)
     records = job.out / "search.jsonl"
+    to_search = replace(asked, count=min(size.searched, there.get("train", size.searched)))
     if not records.exists():
         rate = _evaluations_per_second(job, asked)
         console.print(
@@ -148,7 +150,7 @@ def run(job: FitJob, console: "Console") -> FitResult:
             markup=False,
         )
     began = time.perf_counter()
-    found = search.run(_search_job(job, asked, size=size, out=records), console)
+    found = search.run(_search_job(job, to_search, size=size, out=records), console)
     seconds["search"] = time.perf_counter() - began
     if not any(record.baseline.correct or record.valid for record in found.records()):
         raise InputError(
@@ -192,26 +194,28 @@ def run(job: FitJob, console: "Console") -> FitResult:
     )
 
 
-def _check_splits(asked: Asked) -> None:
-    """Raise InputError unless files of data have questions of each split."""
+def _available(asked: Asked) -> "dict[Split, int]":
+    """How many questions files of data have for each split; empty for tasks, which have any number.
+
+    Raises InputError if they are too few.
+    """
     if not asked.data:
-        return
-    for split, least in (("train", 2), ("validation", 2), ("test", 1)):
-        found = len(replace(asked, count=None, split=split).questions())
-        if found < least:
+        return {}
+    found = Counter(map(own_split, replace(asked, count=None, split=None).questions()))
+    least_of: dict[Split, int] = {"train": 2, "validation": 2, "test": 1}
+    for split, least in least_of.items():
+        if found[split] < least:
             raise InputError(
-                f"{found} of the questions are for {split}, and at least {least} are needed: ask "
-                'more, or name the "split" of each line (train, validation or test)'
+                f"{found[split]} of the questions are for {split}, and at least {least} are "
+                'needed: ask more, or name the "split" of each line (train, validation or test)'
             )
+    return {split: found[split] for split in least_of}
 
 
 def _search_job(job: FitJob, asked: Asked, *, size: FitSize, out: Path) -> search.SearchJob:
-    """Of train questions, at most as many as there are."""
-    count = size.searched
-    if asked.data:
-        count = min(count, len(replace(asked, count=None, split="train").questions()))
+    """Of train questions."""
     return search.SearchJob(
-        asked=replace(asked, count=count, split="train"),
+        asked=replace(asked, split="train"),
         out=out,
         config=SearchConfig(simulations=size.simulations, seed=asked.seed),
         workplace=job.workplace,
@@ -221,7 +225,7 @@ def _search_job(job: FitJob, asked: Asked, *, size: FitSize, out: Path) -> searc
 
 def _evaluations_per_second(job: FitJob, asked: Asked) -> float:
     """Of a short search, whose records are not kept, after one that compiles what it needs."""
-    size = replace(PRESETS[job.preset], searched=_PROBED, simulations=32)
+    size, asked = replace(PRESETS[job.preset], simulations=32), replace(asked, count=_PROBED)
     rate = 0.0
     for _ in range(2):
         with tempfile.TemporaryDirectory() as folder:

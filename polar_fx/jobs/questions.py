@@ -54,7 +54,7 @@ class Asked:
         return templates_of(self.prompt_name(questions), questions)
 
     def _of_files(self) -> "list[Question]":
-        from ..questions import load_jsonl, split_of
+        from ..questions import load_jsonl
 
         questions = [q for path in self.data for q in load_jsonl(path)]
         if len({q.id for q in questions}) < len(questions):
@@ -63,7 +63,7 @@ class Asked:
                 "files one by one"
             )
         if self.split is not None:
-            questions = [q for q in questions if (q.split or split_of(q.id)) == self.split]
+            questions = [q for q in questions if own_split(q) == self.split]
         if self.count is not None and self.count > len(questions):
             of_split = "" if self.split is None else f" for {self.split}"
             raise InputError(
@@ -84,6 +84,13 @@ class Asked:
             if number := share + (place < more):
                 questions += generate(task, number, self.seed, split=self.split or "train")
         return questions
+
+
+def own_split(question: "Question") -> "Split":
+    """The split that a question's line names, or else its id."""
+    from ..questions import split_of
+
+    return question.split or split_of(question.id)
 
 
 def templates_of(name: str, questions: "Sequence[Question]") -> "dict[str, Template]":

@@ -12,7 +12,7 @@ from ..output.files import replace_file
 from ..predictor.policy import Policy
 from ..predictor.saved import save_selector
 from ..program import Program
-from ..questions import TASKS, Question, split_of
+from ..questions import TASKS, Question
 from ..search.analysis.menu_coverage import key
 from ..search.records.record_file import RecordReader
 from ..search.workers import Workplace
@@ -25,7 +25,7 @@ from ..training.pipeline import (
 )
 from .labeller import Labeller
 from .progress import silent_console
-from .questions import Asked, check_same_prompts, prompt_keys
+from .questions import Asked, check_same_prompts, own_split, prompt_keys
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -153,8 +153,8 @@ def _questions(asked: Asked, validation_count: int | None) -> Questions:
     """Train and validation questions; of files by the split they name, else by their id."""
     if asked.data:
         every = replace(asked, count=None, split=None).questions()
-        train = [q for q in every if (q.split or split_of(q.id)) == "train"]
-        validation = [q for q in every if (q.split or split_of(q.id)) == "validation"]
+        train = [q for q in every if own_split(q) == "train"]
+        validation = [q for q in every if own_split(q) == "validation"]
         return Questions(train=train[: asked.count], validation=validation[:validation_count])
     count = asked.count or _TRAIN_QUESTIONS
     held_out = validation_count or max(1, count // 4)

@@ -114,8 +114,9 @@ class KvPrefixes:
             return
         kind = program, hidden is not None
         nodes = self._walk(kind, tokens)
-        for index, node in enumerate(nodes):
-            self._fill(node, table[:, index])
+        if self.windows.steps(program):  # nowhere else may a node lack blocks
+            for index, node in enumerate(nodes):
+                self._fill(node, table[:, index])
         below = nodes[-1].children if nodes else self._roots.setdefault(kind, {})
         for index in range(len(nodes), len(tokens) // BLOCK):
             block = slice(index * BLOCK, (index + 1) * BLOCK)
@@ -159,12 +160,12 @@ class KvPrefixes:
 
     def _in_sight(self, program: Program, nodes: Sequence[_Node]) -> int:
         """How many of the nodes hold all that a token after them sees."""
-        if not nodes or not self.windows.steps(program):
+        windows = self.windows.steps(program)
+        if not nodes or not windows:
             return len(nodes)
         blocks = torch.stack([node.blocks for node in nodes], 1)
         missing = {
-            window: (blocks[steps] == EMPTY).any(0).tolist()
-            for window, steps in self.windows.steps(program).items()
+            window: (blocks[steps] == EMPTY).any(0).tolist() for window, steps in windows.items()
         }
         for most in range(len(nodes), 0, -1):
             seen = (of[first_seen(most * BLOCK, w) : most] for w, of in missing.items())
