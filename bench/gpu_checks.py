@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,7 +75,8 @@ def _compared(worker: Worker, family: str, *, dtype: torch.dtype, backend: str) 
     """Largest differences, as shares of the largest logit, over six programs.
 
     `loop` and `hf_itself`: ours and the model's own layers in that order, both to those layers in
-    fp32. `kv_law`: decoding token by token to one pass. `replay_minus_linked`: decodes by replayed
+    fp32; `together`: rows of all six in one batch, captured
+    and not. `kv_law`: decoding token by token to one pass. `replay_minus_linked`: decodes by replayed
     graphs to linked ones; must be nothing at all.
     """
     model, wide = tiny(worker, family, dtype=dtype), tiny(worker, family, dtype=torch.float32)
@@ -92,6 +93,7 @@ def _compared(worker: Worker, family: str, *, dtype: torch.dtype, backend: str) 
         "hf_itself": 0.0,
         "kv_law": 0.0,
         "replay_minus_linked": 0.0,
+        "together": 0.0,
     }
 
     def note(name: str, got: Tensor, *, want: Tensor, scale: float = 1.0) -> None:
@@ -115,6 +117,8 @@ def _compared(worker: Worker, family: str, *, dtype: torch.dtype, backend: str) 
         compiled.graphs = kept
         note("replay_minus_linked", replayed, want=linked)
         note("kv_law", replayed, want=got[14:21], scale=scale)
+    for got, want, scale in _together(compiled, paths, wide=wide, ids=ids):
+        note("together", got, want=want, scale=scale)
     found: dict[str, Any] = {"ragged": _ragged(compiled, worker.device)}
     if dtype == torch.float32:  # in bf16 rounding decides between tokens whose logits are close
         options = {"max_new_tokens": 8, **_GREEDY}
@@ -122,7 +126,7 @@ def _compared(worker: Worker, family: str, *, dtype: torch.dtype, backend: str) 
             (compiled.generate(ids, **options) == model.generate(ids, **options)).all()
         )
     limit = max(_TOLERANCE[dtype], 3 * worst["hf_itself"])
-    largest = max(worst["loop"], worst["kv_law"], found["ragged"])
+    largest = max(worst["loop"], worst["kv_law"], worst["together"], found["ragged"])
     right = largest < limit and worst["replay_minus_linked"] == 0
     return {
         "ok": right and found.get("same_tokens", True),
@@ -157,6 +161,27 @@ def _decoded(compiled: CompiledModel, program: Program, *, ids: Tensor) -> Tenso
         logits = [compiled.prefill(program, session, [ids[0, :15]])[0]]
         logits += [compiled.decode(program, session, ids[:, i])[0].clone() for i in range(15, 21)]
     return torch.stack(logits).float()
+
+
+def _together(
+    compiled: CompiledModel, paths: Sequence[Sequence[int]], *, wide: Any, ids: Tensor
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    """Logits of the last seven tokens of rows that run all these paths in lock-step, those of the
+    layers in that order, and the largest of those; first captured, then not.
+    """
+    runner, kept, count = compiled.runner, compiled.graphs, len(paths)
+    programs = [Program.from_path(tuple(path), compiled.depth) for path in paths]
+    for graphs in (compiled.graphs, None):
+        compiled.graphs = graphs
+        with runner.open_together(programs) as session:
+            logits = [torch.stack(runner.prefill(session, [ids[0, :15]] * count))]
+            for i in range(15, 21):
+                logits.append(runner.decode(session, ids[0, i].repeat(count)))
+        for row, path in enumerate(paths):
+            true = reordered(wide, path)(input_ids=ids, use_cache=False).logits[0].float()
+            got = torch.stack(logits)[:, row].float()
+            yield got, true[14:], float(true.abs().max()) or 1.0
+    compiled.graphs = kept
 
 
 def search(worker: Worker) -> None:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import polar_fx
 from contenders import Contender
-from gpu_parts import PARTS
+from gpu_parts import PARTS, compile_rows
 from gpu_shapes import SHAPES, config_of, parts_of
 from gpu_ways import HfEager, HfReduceOverhead, Linked, Whole, slot_length
 from gpu_worker import UNTUNED, Worker
@@ -178,9 +178,18 @@ class ModelBench:
 
     def prepare(self) -> None:
         """Make all ways. `seconds` are what each took to prepare on 16 cores beside the others."""
-        if "speed" not in self.parts:
+        if "speed" in self.parts:
+            self._prepare_speed()
+        else:
             self.add("linked+graph", lambda: Linked(self.linked, self.identity), seconds=20)
-            return
+        if "rows" in self.parts:
+            start = time.perf_counter()
+            with self.worker.attempt("rows", model=self.name), torch.no_grad():
+                compile_rows(self)
+            seconds = round(time.perf_counter() - start, 1)
+            self.worker.say("first", model=self.name, way="rows", seconds=seconds)
+
+    def _prepare_speed(self) -> None:
         (short, long), tiny, linked = self.lengths, self.worker.tiny, self.linked
         model, identity, untuned = (
             self.model,

@@ -22,6 +22,7 @@ from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu, Proposal
 from polar_fx.predictor.policy import Calibration
 from polar_fx.predictor.selector import Selector, SelectorNetwork
+from polar_fx.runtime.runner import Session
 from polar_fx.runtime.trunk import run_trunk, session_after
 
 if TYPE_CHECKING:
@@ -59,6 +60,70 @@ def graphs(bench: "ModelBench") -> None:
         capture_ms=[round(r.capture_ms, 2) for r in records],
         failed=failed[:3],
         mib=((torch.cuda.memory_reserved() if worker.on_gpu else 0) - reserved) >> 20,
+    )
+
+
+def _skips(bench: "ModelBench", kinds: int) -> list[Program]:
+    """So many programs, each of which skips another layer."""
+    first = 2 if bench.linked.depth > 9 else 0
+    return [Program.identity(bench.linked.depth).skip(first + i, 1) for i in range(kinds)]
+
+
+def compile_rows(bench: "ModelBench") -> None:
+    """Compile what `rows` will run."""
+    with bench.linked.runner.open_together(_skips(bench, 2)) as session:
+        bench.linked.runner.prefill(session, [*bench.ids(2)])
+        bench.linked.runner.decode(session, bench.ids(2)[:, 0])
+
+
+def rows(bench: "ModelBench") -> None:
+    """Eight rows: a token of rows that run 1, 2, 4 and 8 programs in lock-step, beside slots of one
+    program; and what the first token of a new mix costs.
+    """
+    runner, worker = bench.linked.runner, bench.worker
+    count = 4 if worker.tiny else 8
+    ids = bench.ids(count)
+    known = len(runner.graphs.records) if runner.graphs is not None else 0
+
+    def timed_tokens(session: Session) -> tuple[float, float]:
+        token = torch.stack(runner.prefill(session, [*ids])).argmax(-1)
+        start = timed(lambda: runner.decode(session, token), worker.device)
+        for _ in range(2):
+            token = runner.decode(session, token).argmax(-1)
+
+        def several() -> None:
+            following = token
+            for _ in range(bench.tokens):
+                following = runner.decode(session, following).argmax(-1)
+
+        return worker.milliseconds(several, 2)["ms"] / bench.tokens, start
+
+    identity, ms, first = Program.identity(runner.depth), {}, {}
+    with runner.open_slots(identity, count) as session:
+        ms["slots"], _ = timed_tokens(session)
+    for name, programs in (
+        ("identity", [identity]),
+        *((kinds, _skips(bench, kinds)) for kinds in (1, 2, 4, 8) if kinds <= count),
+    ):
+        if worker.left() < 3:
+            break
+        with runner.open_together([programs[i % len(programs)] for i in range(count)]) as session:
+            ms[name], first[name] = timed_tokens(session)
+    with runner.open_slots(identity, 1) as session:
+        ids = bench.ids(1)
+        ms["one row, slots"], _ = timed_tokens(session)
+    with runner.open_together([identity]) as session:
+        ms["one row, blocks"], _ = timed_tokens(session)
+    records = list(runner.graphs.records)[known:] if runner.graphs is not None else []
+    worker.say(
+        "rows",
+        model=bench.name,
+        rows=count,
+        ms={name: round(each, 4) for name, each in ms.items()},
+        first_ms={name: round(each, 2) for name, each in first.items()},
+        capture_ms=[round(record.capture_ms, 2) for record in records],
+        failed=[record.reason for record in records if record.reason][:3],
+        times_uniform={name: round(each / ms[1], 3) for name, each in ms.items() if 1 in ms},
     )
 
 
@@ -239,6 +304,7 @@ def kernels(bench: "ModelBench") -> None:
 
 
 PARTS: dict[str, Callable[["ModelBench"], None]] = {
+    "rows": rows,
     "graphs": graphs,
     "table4": table4,
     "mixed": mixed,

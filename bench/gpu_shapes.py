@@ -11,7 +11,7 @@ from typing import Any
 _QWEN2: dict[str, Any] = dict(max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6)
 
 # what may be measured of a model, in this order
-PARTS = ("speed", "graphs", "table4", "mixed", "generate", "profile")
+PARTS = ("speed", "rows", "graphs", "table4", "mixed", "generate", "profile")
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ SHAPES: dict[str, Shape] = {
             **_QWEN2,
         ),
         0.92,
-        ("graphs", "profile"),
+        ("rows", "graphs", "profile"),
     ),
     "llama-3.2-3b": Shape(
         "llama",
@@ -57,7 +57,7 @@ SHAPES: dict[str, Shape] = {
             rope_theta=5e5,
         ),
         5.98,
-        ("profile",),
+        ("rows", "profile"),
     ),
     "qwen1.5-moe-a2.7b": Shape(
         "qwen2_moe",
@@ -109,6 +109,7 @@ SHAPES: dict[str, Shape] = {
             **_QWEN2,
         ),
         14.19,
+        ("rows",),
     ),
     "qwen2.5-3b": Shape(
         "qwen2",

@@ -31,8 +31,9 @@ from ..runtime.code_key import target_of
 from ..runtime.cuda_graphs import cuda_graphs
 from ..runtime.dispatcher import Dispatcher
 from ..runtime.kv_cache import KvPool
+from ..runtime.model_info import ModelInfo
 from ..runtime.regions import RegionTable
-from ..runtime.runner import ModelInfo, Runner
+from ..runtime.runner import Runner
 from ..runtime.tiers import TierPolicy, Tiers
 from .contents import check_regions, read_table
 from .errors import BundleError

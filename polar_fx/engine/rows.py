@@ -14,10 +14,10 @@ from torch import Tensor
 from ..program import Program
 from ..runtime.dispatcher import Dispatcher
 from ..runtime.kv_prefixes import KvPrefixes
-from ..runtime.lockstep import RowBatch
+from ..runtime.lockstep_rows import RowBatch
 from ..runtime.lockstep_session import After, LockstepSession
 from ..runtime.runner import Runner, Session
-from ..runtime.token_rows import padded_tokens
+from ..runtime.token_rows import padded_count, padded_tokens
 from ..runtime.trunk import check_trunk, go_on, run_trunk, session_after, trunk_program
 from .request import Request
 
@@ -103,7 +103,9 @@ class RowRunner:
         Raises WeightsReplacedError.
         """
         self._check_weights()
-        row = self._row(request, ExitStack(), opened=self.runner.open(program, 1))
+        runner = self.runner
+        opened = runner.open_together([program]) if runner.together else runner.open(program, 1)
+        row = self._row(request, ExitStack(), opened=opened)
         if isinstance(row.session, LockstepSession):
             # the last token runs in any case: its logits are wanted
             found = self.kept.find(program, request.prompt[:-1])
@@ -228,9 +230,10 @@ class RowRunner:
 
     def _prefill_together(self, rows: Sequence[Row], own: list[Tensor]) -> Tensor | None:
         counts = [len(tokens) for tokens in own]
-        ids, after = padded_tokens(own, own, tokens=max(counts)), None
+        most, after = padded_count(max(counts), self.runner.device), None
+        ids = padded_tokens(own, own, tokens=most)
         if rows[0].steps_done is not None:
-            chunks = [_after(row).chunk(row.prefilled, max(counts)) for row in rows]
+            chunks = [_after(row).chunk(row.prefilled, most) for row in rows]
             after = chunks[0][0], torch.cat([hidden for _, hidden in chunks])
         lockstep, batch = self.runner.lockstep, self._batch(rows)
         ends = any(row.tokens_left == count for row, count in zip(rows, counts, strict=True))
@@ -255,7 +258,8 @@ class RowRunner:
 
     def _shared_steps(self, rows: Sequence[Row], own: list[Tensor]) -> None:
         counts = [len(tokens) for tokens in own]
-        ids, batch = padded_tokens(own, own, tokens=max(counts)), self._batch(rows)
+        most, batch = padded_count(max(counts), self.runner.device), self._batch(rows)
+        ids = padded_tokens(own, own, tokens=most)
         waiting = [row.undecided for row in rows if row.undecided is not None]
         steps = waiting[0].by.num_steps
         hidden = self.runner.lockstep.run(batch, ids, counts=counts, wants="hidden", stop=steps)

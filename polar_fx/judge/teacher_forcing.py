@@ -31,6 +31,7 @@ from ..errors import InputError, KvOverflowError
 from ..library.steps import HIDDEN, Blends, side_values
 from ..program import Program
 from ..questions.question import ChoiceKey, EncodedQuestion
+from ..runtime.on_device import on_device
 from ..runtime.token_rows import padded, padded_tokens
 from .step_trie import State, StepNode, StepTrie
 from .verdict import Verdict, choice_verdict
@@ -427,7 +428,7 @@ class TeacherForcing:
         margin = (chosen - others)[..., 0]
         # greedy decoding takes the first of equals
         right = (margin > 0) | ((margin == 0) & (wanted < place)[..., 0])
-        sizes = self.compiled.pool.on_device([len(row.target) for row, _ in batch])  # type: ignore[arg-type]
+        sizes = on_device([len(row.target or ()) for row, _ in batch], right.device)
         beyond = torch.arange(count, device=sizes.device) >= sizes[:, None]
         found = (
             right.masked_fill(beyond, True).all(-1).double(),

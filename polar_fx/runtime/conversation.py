@@ -14,7 +14,7 @@ from ..errors import InputError
 from ..program import Program
 from .generator import Generator
 from .kv_rows import KvRow
-from .lockstep import RowBatch
+from .lockstep_rows import RowBatch
 from .lockstep_session import LockstepSession
 from .token_rows import one_row
 from .uncopied import Uncopied

@@ -25,6 +25,7 @@ from ..capture import KvSpec
 from ..capture.captured import ALIGNMENT
 from ..errors import KvOverflowError, ProgramError
 from ..program import Program
+from .on_device import on_device
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -61,13 +62,6 @@ class KvPool:
     def num_bytes(self) -> int:
         """Bytes of those slots."""
         return sum(t.nbytes for slot in tuple(self._allocated.values()) for t in slot.parts)
-
-    def on_device(self, numbers: Sequence[int]) -> Tensor:
-        """Numbers i64[N] on the device; from pinned memory if that is a GPU, so that the host does
-        not wait for it.
-        """
-        values = torch.tensor(numbers, pin_memory=self.device.type == "cuda")
-        return values.to(self.device, non_blocking=True)
 
     @torch.inference_mode(False)  # slots outlive the mode they are first asked for in
     def _take(self, spec: KvSpec, batch: int) -> _Slot:
@@ -263,7 +257,7 @@ class KvSession(RowCache):
         if not padded:
             return places
         return torch.where(
-            columns < self.pool.on_device(counts)[:, None], places, self.pool.length - 1
+            columns < on_device(counts, self.pool.device)[:, None], places, self.pool.length - 1
         )
 
     def advance(self, counts: Sequence[int]) -> None:
@@ -271,7 +265,9 @@ class KvSession(RowCache):
         self._lengths = [a + b for a, b in zip(self._lengths, counts, strict=True)]
         first = counts[0]
         self._next += (
-            first if all(n == first for n in counts) else self.pool.on_device(counts)[:, None]
+            first
+            if all(n == first for n in counts)
+            else on_device(counts, self.pool.device)[:, None]
         )
 
     def keep(self, ids: Tensor, counts: Sequence[int]) -> None:

@@ -9,17 +9,35 @@ Shape legend: P blocks, C columns of a block, H KV heads, E head size.
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..capture import KvSpec
 from ..passes.address_kv import BLOCK
+from .on_device import on_device
 
 # A block of every store that no row holds: it stays zero and stands for columns that a row does not
 # have.
 EMPTY = 0
-_GROWTH = 8  # a full store grows by one part in so many, so that little is held in advance
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How a full store grows: by one `part` in so many of what it has, to at least `least` blocks.
+
+    On the CPU little is held in advance. On a GPU, a store that moves costs the graphs that were
+    captured on it.
+    """
+
+    part: int = 8
+    least: int = 1
+
+    @classmethod
+    def on(cls, device: torch.device) -> "Growth":
+        """What is usual on a device."""
+        return cls(part=1, least=4096) if device.type == "cuda" else cls()
 
 
 class _Store:
@@ -27,8 +45,8 @@ class _Store:
     how many rows hold each of the others.
     """
 
-    def __init__(self, spec: KvSpec, device: torch.device) -> None:
-        self.spec, self.device = spec, device
+    def __init__(self, spec: KvSpec, device: torch.device, growth: Growth) -> None:
+        self.spec, self.device, self.growth = spec, device, growth
         self.keys, self.values = self._zeros(1)
         self.free: list[int] = []
         self.holders: Counter[int] = Counter()
@@ -45,7 +63,7 @@ class _Store:
         missing = count - len(self.free)
         if missing > 0:
             first = len(self.keys)
-            more = max(missing, first // _GROWTH)
+            more = max(missing, first // self.growth.part, self.growth.least - first)
             keys, values = self._zeros(more)
             self.keys = torch.cat((self.keys, keys))
             self.values = torch.cat((self.values, values))
@@ -59,7 +77,7 @@ class _Store:
         unheld = [block for block in dict.fromkeys(blocks) if not self.holders[block]]
         for block in unheld:
             del self.holders[block]
-        where = torch.tensor(unheld, dtype=torch.long, device=self.device)
+        where = on_device(unheld, self.device)
         for tensor in (self.keys, self.values):
             tensor.index_fill_(0, where, 0)  # a later row must not meet a NaN of this one
         self.free += reversed(unheld)
@@ -73,7 +91,7 @@ class KvStore:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device = device
+        self.device, self.growth = device, Growth.on(device)
         self.lock = threading.RLock()
         self._stores: dict[KvSpec, _Store] = {}
 
@@ -120,7 +138,7 @@ class KvStore:
     def clear(self, spec: KvSpec, blocks: Sequence[int], *, column: int) -> None:
         """Zero the columns of blocks from one on."""
         with self.lock:
-            where = torch.tensor(blocks, device=self.device)
+            where = on_device(blocks, self.device)
             for tensor in self.tensors(spec):
                 tensor[where, :, column:] = 0
 
@@ -134,5 +152,5 @@ class KvStore:
     def _store(self, spec: KvSpec) -> _Store:
         if spec not in self._stores:
             with self.lock, torch.inference_mode(False):
-                self._stores.setdefault(spec, _Store(spec, self.device))
+                self._stores.setdefault(spec, _Store(spec, self.device, self.growth))
         return self._stores[spec]

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..backends.base import Region
 from ..capture import KvSpec
@@ -25,63 +24,15 @@ from .kv_rows import KvRow
 from .kv_store import EMPTY, KvStore
 from .kv_windows import Ask, KvWindows
 from .link import tokens_at
-from .lockstep_plan import Part, Plan, PlannedCall, Planner
+from .lockstep_graphs import LockstepGraphs
+from .lockstep_plan import DECODE, Part, Plan, PlannedCall, Planner
+from .lockstep_rows import RowBatch
 from .regions import RegionTable
 from .row_length import takes_blocks
 
 # What of a pass is wanted: logits of each row's last token or of every token, or the hidden states
 # after the last step.
 Wants = Literal["last", "every", "hidden"]
-
-
-class RowBatch:
-    """Some rows that run together. What a pass needs to know of them is kept while they stay."""
-
-    def __init__(self, rows: Sequence[KvRow]) -> None:
-        self.rows = tuple(rows)
-        self.programs = tuple(row.program for row in self.rows)
-        self._tables: dict[Part, tuple[tuple[int, ...], int, list[Tensor]]] = {}
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [row.length for row in self.rows]
-
-    def close(self) -> None:
-        """Give back every block."""
-        for row in self.rows:
-            row.close()
-
-    def tables(self, plan: Plan, part: Part) -> tuple[int, list[Tensor]]:
-        """How many blocks W, and i64[n, W] for each layer call."""
-        versions = tuple(row.version for row in self.rows)
-        known = self._tables.get(part)
-        if known is None or known[0] != versions:
-            # regions are compiled for two blocks or more
-            width = max(2, max(row.num_blocks for row in self.rows))
-            tables = self._stacked(width).index_select(0, plan.places)
-            known = self._tables[part] = versions, width, list(tables.split(plan.sizes))
-        return known[1], known[2]
-
-    def padded_tables(self, plan: Plan, spares: Sequence[Tensor]) -> tuple[int, list[Tensor]]:
-        """The same, and after them a block for what padding writes: of each row and step, that of
-        `spares` i64[S].
-        """
-        width = max(2, 1 + max(row.num_blocks for row in self.rows))
-        stacked = self._stacked(width)
-        stacked[:, -1] = torch.cat(list(spares))
-        return width, list(stacked.index_select(0, plan.places).split(plan.sizes))
-
-    def _stacked(self, width: int) -> Tensor:
-        """The rows' tables, one below the other, as wide as that."""
-        own = []
-        for row in self.rows:
-            table = row.table[:, :width]
-            own.append(pad(table, (0, width - table.shape[1]), value=EMPTY))
-        return torch.cat(own)
 
 
 class Lockstep:
@@ -94,6 +45,7 @@ class Lockstep:
         self.windows = KvWindows(library.table)
         self._axes = library.table.batch_axes() or {}
         self.plans = Planner(library, regions)
+        self.graphs: LockstepGraphs | None = None  # replays decodes on a GPU
 
     def row(self, program: Program) -> KvRow:
         """An empty row."""
@@ -143,7 +95,7 @@ class Lockstep:
         after: tuple[int, Tensor] | None,
         stop: int | None,
     ) -> Tensor:
-        tokens = ids.shape[1]
+        ids, tokens = ids.to(self.store.device), ids.shape[1]
         done = 0 if after is None else after[0]
         part = Part(tokens == 1, wants in ("every", "hidden"), done, stop)
         plan = self.plans.plan(batch.programs, part)
@@ -152,6 +104,11 @@ class Lockstep:
         )
         for row, count in zip(batch.rows, counts, strict=True):
             row.make_room(count)
+        if self.graphs is not None and part == DECODE and wants == "last" and after is None:
+            logits = self.graphs.run(batch, ids)
+            if logits is not None:
+                batch.advance(counts)
+                return logits
         blends = [Blends(torch.lerp) for _ in batch.rows]
         with self._tables(batch, plan, part=part, counts=counts, tokens=tokens) as (blocks, tables):
             inputs = self._inputs(batch, ids, counts=counts, width=blocks * BLOCK)
@@ -170,8 +127,7 @@ class Lockstep:
                     hidden = self._steps(
                         [plan.last], tables[-1:], values=values, hidden=hidden, blends=blends
                     )
-        for row, count in zip(batch.rows, counts, strict=True):
-            row.length += count
+        batch.advance(counts)
         if wants is None or wants == "hidden":
             return hidden
         return self._head(plan.head, hidden, values=values)
@@ -207,7 +163,7 @@ class Lockstep:
     ) -> list[Tensor]:
         """Token ids, positions and columns; padding is sent to the last column."""
         device, tokens = ids.device, ids.shape[1]
-        positions = torch.tensor(batch.lengths, device=device)[:, None]
+        positions = batch.positions
         offsets = torch.arange(tokens, device=device)
         if tokens > 1:
             positions = positions + offsets

@@ -54,6 +54,10 @@ class Part:
         return 1 if self.one_token else 2
 
 
+# a token of every row through all of its program, for its logits
+DECODE = Part(one_token=True, every=False)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Plan:
     """One pass over rows of certain programs: its layer calls, and where in the rows' tables,
@@ -184,20 +188,30 @@ class Planner:
     def _call(
         self, call: LayerCall, schedules: Sequence[tuple[ScheduledStep, ...]], *, region: Region
     ) -> PlannedCall:
-        opens, closes = [], []
-        for row, step in zip(call.rows, call.steps, strict=True):
-            scheduled = schedules[row][step]
-            if scheduled.opens:
-                opens.append((row, scheduled.opens))
-            if scheduled.closes:
-                closes.append((row, scheduled.closes))
         everyone = len(call.rows) == len(schedules)
         layer = self.library.layers[call.layer]
+        opens, closes = blends_of(call, schedules)
         return PlannedCall(
             call.rows,
             None if everyone else torch.tensor(call.rows, device=self.library.device),
             layer.step(region),
             self.library.table.kv_specs[call.layer],
-            tuple(opens),
-            tuple(closes),
+            opens,
+            closes,
         )
+
+
+def blends_of(
+    call: LayerCall, schedules: Sequence[tuple[ScheduledStep, ...]]
+) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, tuple[float, ...]], ...]]:
+    """The blends of a call's rows: how many open before it, and the dampings of those that close
+    after it, each with its row.
+    """
+    opens, closes = [], []
+    for row, step in zip(call.rows, call.steps, strict=True):
+        scheduled = schedules[row][step]
+        if scheduled.opens:
+            opens.append((row, scheduled.opens))
+        if scheduled.closes:
+            closes.append((row, scheduled.closes))
+    return tuple(opens), tuple(closes)

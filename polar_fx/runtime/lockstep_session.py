@@ -8,7 +8,7 @@ from torch import Tensor
 from ..errors import ProgramError
 from ..program import Program
 from .kv_cache import RowCache
-from .lockstep import RowBatch
+from .lockstep_rows import RowBatch
 from .token_rows import padded
 
 

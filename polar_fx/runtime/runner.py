@@ -5,7 +5,6 @@ Shape legend: B batch, T tokens, V vocabulary, d hidden size.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor
 
 from ..backends import Backend, ShapeClass
 from ..backends.base import RegionName
-from ..capture import embedding_weight
 from ..capture.rotary import frequency_switch
 from ..capture.support import without_autocast
 from ..library import LayerLibrary
@@ -23,35 +21,18 @@ from .cuda_graphs import CudaGraphs, cuda_graphs
 from .group_session import GroupSession, groups_of
 from .kv_cache import KvPool, KvSession, Resume
 from .link import LinkedProgram, Linker, StepInputs
-from .lockstep import Lockstep, RowBatch, Wants
+from .lockstep import Lockstep, Wants
+from .lockstep_graphs import LockstepGraphs
+from .lockstep_rows import RowBatch
 from .lockstep_session import After, LockstepSession
+from .model_info import ModelInfo
+from .on_device import on_device
 from .regions import RegionTable
 from .tiers import Tier, TierPolicy, Tiers
-from .token_rows import padded_tokens, token_rows
+from .token_rows import padded_count, padded_tokens, token_rows
 from .uncopied import Uncopied
 
-_GPU_TOKENS = 64
-
 Session = KvSession | LockstepSession | GroupSession
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What is known of a model besides its layers: HuggingFace's settings, and its token ids."""
-
-    config: Any
-    generation_config: Any
-    vocab_size: int
-
-    @classmethod
-    def of(cls, model: Any) -> "ModelInfo":
-        """That of a HuggingFace causal LM."""
-        return cls(model.config, model.generation_config, embedding_weight(model).shape[0])
-
-    @property
-    def architecture(self) -> str:
-        """Name of the model's class."""
-        return (self.config.architectures or [type(self.config).__name__])[0]
 
 
 class Runner(Uncopied):
@@ -90,8 +71,9 @@ class Runner(Uncopied):
         chunk = min(prefill_chunk, library.table.most_tokens)
         self.prefill_chunk = chunk if self.switch is None else max(chunk, self.switch + 1)
         self.deterministic, self.tiers = deterministic, tiers
-        self.graphs, self.bound = graphs, bound
+        self.bound = bound
         self.lockstep = Lockstep(library, regions)
+        self.graphs = graphs
         self.linker = Linker(library, regions, pool=pool)
 
     @classmethod
@@ -147,6 +129,20 @@ class Runner(Uncopied):
     def backend(self) -> Backend:
         return self.regions.backend
 
+    @property
+    def graphs(self) -> CudaGraphs | None:
+        """What replays decodes, those of rows in lock-step included; None runs every kernel."""
+        return self._graphs
+
+    @graphs.setter
+    def graphs(self, graphs: CudaGraphs | None) -> None:
+        self._graphs, lockstep = graphs, self.lockstep
+        lockstep.graphs = None
+        if graphs is not None:
+            lockstep.graphs = LockstepGraphs(
+                graphs.cache, self.library, regions=self.regions, store=lockstep.store
+            )
+
     # --------------------------------------------------------------------------- sessions and rows
 
     @property
@@ -195,17 +191,25 @@ class Runner(Uncopied):
         if self.bound is not None:
             self.bound.check()
 
+    def open_together(self, programs: Sequence[Program]) -> LockstepSession:
+        """A session of empty rows, one a program, which run in lock-step.
+
+        Only where rows run `together`. Raises WeightsReplacedError.
+        """
+        self.check_weights()
+        rows = RowBatch([self.lockstep.row(program) for program in programs])
+        return LockstepSession(rows, self.max_length)
+
     def open_rows(self, programs: Sequence[Program]) -> AbstractContextManager[Session]:
         """A context manager giving a session of empty rows, one a program.
 
         Where rows do not run `together`, those of one program are a batch. Raises
         WeightsReplacedError.
         """
-        if self.together:
-            self.check_weights()
-            rows = RowBatch([self.lockstep.row(program) for program in programs])
-            return LockstepSession(rows, self.max_length)
-        if len(set(programs)) == 1:
+        uniform = len(set(programs)) == 1
+        if self.together and not (uniform and self.device.type == "cuda"):
+            return self.open_together(programs)
+        if uniform:
             return self.open_slots(programs[0], len(programs))
         opened = [
             (members, self.open_slots(program, len(members)))
@@ -233,17 +237,12 @@ class Runner(Uncopied):
 
     def chunks(self, rows: Sequence[Tensor]) -> Iterator[tuple[Tensor, list[int]]]:
         """The rows' tokens in parts of at most `prefill_chunk`: ids i64[B, T], padding after a
-        row's own, and its counts.
-
-        On a GPU, T of several tokens is a multiple of 64: its attention library makes a plan for
-        each new size.
+        row's own, and its counts; T is a `padded_count`.
         """
         for start in range(0, max(len(r) for r in rows), self.prefill_chunk):
             parts = [r[start : start + self.prefill_chunk] for r in rows]
             counts = [len(p) for p in parts]
-            tokens = max(counts)
-            if self.device.type == "cuda" and tokens > 1:
-                tokens += -tokens % _GPU_TOKENS
+            tokens = padded_count(max(counts), self.device)
             yield padded_tokens(parts, rows, tokens=tokens).to(self.device), counts
 
     # ----------------------------------------------------------------------------- prefill, decode
@@ -421,7 +420,7 @@ class Runner(Uncopied):
             every, where = wants == "every" or tokens == 1, None
             if wants == "last" and not every:
                 # of rows that go on, the last token of this part: it has the frequencies of its row
-                where = self.pool.on_device([max(0, count - 1) for count in counts])
+                where = on_device([max(0, count - 1) for count in counts], self.device)
             linked = self.linker.link(session.program, shape, every=every)
             if (switch := self.switch) is not None:
                 held = zip(counts, session.lengths, strict=True)

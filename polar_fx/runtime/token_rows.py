@@ -13,6 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..errors import InputError
 
+_GPU_TOKENS = 64
+
 
 def token_rows(
     input_ids: Tensor, attention_mask: Tensor | None, *, vocab_size: int
@@ -101,3 +103,10 @@ def padded_tokens(parts: Sequence[Tensor], rows: Sequence[Tensor], *, tokens: in
     for own, part in zip(ids, parts, strict=True):
         own[: len(part)] = part
     return ids
+
+
+def padded_count(tokens: int, device: torch.device) -> int:
+    """How many tokens a row a pass over so many is made for: on a GPU, of several tokens, a
+    multiple of 64, since its attention library makes a plan for each new size.
+    """
+    return tokens + -tokens % _GPU_TOKENS if device.type == "cuda" and tokens > 1 else tokens

@@ -23,8 +23,9 @@ from .group_session import GroupSession, groups_of
 from .kv_cache import KvSession, Resume
 from .kv_rows import KvRow
 from .link import StepInputs
-from .lockstep import RowBatch
+from .lockstep_rows import RowBatch
 from .lockstep_session import After, LockstepSession
+from .on_device import on_device
 from .runner import Runner, Session
 from .token_rows import padded
 
@@ -201,7 +202,7 @@ def _slots_after(
     with runner.open_slots(program, len(trunk.rows)) as session:
         session.resume = resume
         length = max(map(len, trunk.hidden))
-        rows = runner.pool.on_device(trunk.rows)
+        rows = on_device(trunk.rows, runner.device)
         session.will_write(length)
         for spec, of_trunk, own in zip(lent.specs, lent.slots, session.slots, strict=False):
             held = spec.held(of_trunk, length), spec.held(own, length)

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from captured_decodes import DEPTH, PROGRAMS, FakeApi, Pair, decode, step, steps
+from captured_decodes import DEPTH, PROGRAMS, FakeApi, HostWork, Pair, decode, step, steps
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.program import Program
 from polar_fx.runtime.cuda_graphs import CudaGraphs
@@ -23,8 +22,6 @@ from polar_fx.runtime.link import LinkedProgram, StepInputs
 from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.runner import Runner
 from tiny_models import make, prompts
-
-aten = torch.ops.aten
 
 
 @pytest.fixture(scope="module")
@@ -222,24 +219,6 @@ def test_a_program_whose_code_has_run_is_captured_without_an_ordinary_run(
     assert len(first("skip 1", batch=2)) == 1, "another number of rows may take other kernels"
 
 
-class _HostWork(TorchDispatchMode):
-    """Notes what would copy from the host to a GPU, or wait for one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (
-            aten.lift_fresh.default,
-            aten._local_scalar_dense.default,
-            aten._to_copy.default,
-            aten.nonzero.default,
-        ):
-            self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("batch", [1, 3])
 def test_a_decoded_token_neither_copies_from_the_host_nor_waits(pair: Pair, batch: int) -> None:
     model, chosen = pair.model, pair.model.resolve("skip 1")
@@ -249,7 +228,7 @@ def test_a_decoded_token_neither_copies_from_the_host_nor_waits(pair: Pair, batc
     with model.runner.open_slots(chosen, batch) as session:
         model.prefill(chosen, session, prompts(*range(3, 3 + batch)))
         model.decode(chosen, session, token)
-        with _HostWork() as seen:
+        with HostWork() as seen:
             for _ in range(3):
                 model.decode(chosen, session, token)
         assert session.lengths == [3 + i + 4 for i in range(batch)]

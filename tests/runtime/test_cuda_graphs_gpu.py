@@ -5,6 +5,7 @@ skipped elsewhere.
 import itertools
 import random
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor
 from captured_decodes import DEPTH, PROGRAMS, Pair, decode, steps
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.program import Program
-from polar_fx.runtime.cuda_graphs import CudaApi, CudaGraphs
+from polar_fx.runtime.cuda_graphs import CudaGraphs
+from polar_fx.runtime.graph_api import CudaApi
 from polar_fx.runtime.link import LinkedProgram
-from tiny_models import make
+from tiny_models import make, prompts
 
 needs_cuda = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="captures real CUDA graphs: needs an NVIDIA GPU"
@@ -142,3 +144,20 @@ def test_cuda_capture_that_fails_leaves_all_in_order(gpu: Pair) -> None:
     assert len(graphs.records) == 1 and "captur" in (graphs.records[0].reason or "")
     gpu.check(graphs, "identity")
     assert graphs.records[-1].reason is None, "the next capture works"
+
+
+@needs_cuda
+@pytest.mark.parametrize("programs", [PROGRAMS, ["skip 1"] * 3, ["identity"]])
+def test_cuda_rows_in_lockstep_equal_eager_ones(gpu: Pair, programs: Sequence[str]) -> None:
+    found = []
+    for model in (gpu.model, gpu.plain):
+        chosen = [model.resolve(program) for program in programs]
+        rows = prompts(*range(3, 3 + len(chosen)))
+        with model.runner.open_together(chosen) as session:
+            logits = [torch.stack(model.runner.prefill(session, rows))]
+            for number in range(16):  # the blocks of a row become more on the way
+                token = (torch.arange(len(chosen)) + number) % 100
+                logits.append(model.runner.decode(session, token))
+        found.append(torch.stack(logits).cpu())
+    torch.testing.assert_close(*found, rtol=0, atol=gpu.tolerance)
+    assert gpu.model.graphs is not None and _all_captured(gpu.model.graphs)

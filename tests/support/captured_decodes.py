@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from polar_fx.backends import ShapeClass
 from polar_fx.compiled import CompiledModel
@@ -85,6 +86,24 @@ class FakeApi:
 
     def count(self, what: str) -> int:
         return sum(entry.startswith(what) for entry in self.log)
+
+
+class HostWork(TorchDispatchMode):
+    """Notes what would copy from the host to a GPU, or wait for one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (
+            aten.lift_fresh.default,
+            aten._local_scalar_dense.default,
+            aten._to_copy.default,
+            aten.nonzero.default,
+        ):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
