@@ -75,9 +75,9 @@ def _compared(worker: Worker, family: str, *, dtype: torch.dtype, backend: str) 
     """Largest differences, as shares of the largest logit, over six programs.
 
     `loop` and `hf_itself`: ours and the model's own layers in that order, both to those layers in
-    fp32; `together`: rows of all six in one batch, captured
-    and not. `kv_law`: decoding token by token to one pass. `replay_minus_linked`: decodes by replayed
-    graphs to linked ones; must be nothing at all.
+    fp32; `together`: rows of all six in one batch, captured and not. `kv_law`: decoding token by
+    token to one pass. `replay_minus_linked`: decodes by replayed graphs to linked ones; must be
+    nothing at all.
     """
     model, wide = tiny(worker, family, dtype=dtype), tiny(worker, family, dtype=torch.float32)
     compiled = polar_fx.compile(model, backend, max_length=47, cache=False, workers=0)
