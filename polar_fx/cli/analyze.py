@@ -27,7 +27,7 @@ from ..environment import install_command
 from ..errors import InputError
 from ..output.plain_text import count
 from .options import whole
-from .verbosity import status
+from .verbosity import working
 
 FORMATS = ("svg", "png")
 _SPLITS = {
@@ -82,7 +82,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
 
     from ..search.analysis.summary import MENU_SIZES, SearchFile, analyze  # numpy takes a while
 
-    with status().status("reading ..."):
+    with working("reading ..."):
         files = list(map(SearchFile.read, options.files))
         held_out = list(map(SearchFile.read, options.held_out))
         report = analyze(files, held_out, menu_sizes=options.menu or MENU_SIZES)
@@ -90,7 +90,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     if options.figures:
         from ..search.analysis.figures import write_figures
 
-        with status().status("drawing ..."):
+        with working("drawing ..."):
             figures = write_figures(report, options.figures, format=options.format or "svg")
     if not options.json:
         console = Console(highlight=False)

@@ -32,7 +32,7 @@ from .options import (
     row_length,
     whole,
 )
-from .verbosity import status
+from .verbosity import working
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +102,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     if options.predictor is not None:
         compiled.dispatch_by(options.predictor)
     start = time.perf_counter()
-    with status().status("compiling and writing ..."):
+    with working("compiling and writing ..."):
         manifest = export(
             compiled,
             options.out,
@@ -158,7 +158,7 @@ def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any
     model, _ = load_model(options)
     compiled = compile_model(model, options, max_length=row_length(model))
     start = time.perf_counter()
-    with status().status("exporting and writing ..."):
+    with working("exporting and writing ..."):
         about = export_onnx(compiled, options.out, programs=texts, overwrite=options.overwrite)
     seconds = time.perf_counter() - start
     num_bytes = sum(entry["bytes"] for entry in (about["weights"], *about["programs"]))

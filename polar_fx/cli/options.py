@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..output.plain_text import size
-from .verbosity import status
+from .verbosity import status, working
 
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
@@ -81,7 +81,7 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     from ..models import load
 
     logging.disable_progress_bar()
-    with status().status("loading the model ..."):
+    with working("loading the model ..."):
         return load(options.model, options.dtype, device=options.device)
 
 
@@ -92,7 +92,7 @@ def compile_model(
     from ..compiled import compile
 
     start = time.perf_counter()
-    with status().status("capturing the model's graph ..."):
+    with working("capturing the model's graph ..."):
         compiled = compile(model, options.backend, max_length=max_length, tier=tier)
     seconds = time.perf_counter() - start
     what = f"captured {compiled.depth} layers"
@@ -105,7 +105,7 @@ def compile_model(
 def warm_up(compiled: "CompiledModel", programs: Any, *, batch: int = 1) -> float:
     """Compile what the programs need, with a status line; returns seconds."""
     start = time.perf_counter()
-    with status().status("compiling ..."):
+    with working("compiling ..."):
         regions = compiled.warmup(programs, batch)
     seconds = time.perf_counter() - start
     if regions:

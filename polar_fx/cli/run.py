@@ -30,7 +30,7 @@ from .options import (
     warm_up,
     whole,
 )
-from .verbosity import status
+from .verbosity import status, working
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -289,7 +289,7 @@ def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
                 f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its "
                 "own, leave it out"
             )
-    with status().status("loading the bundle ..."):
+    with working("loading the bundle ..."):
         bundle, tokenizer = load(options.model)
     if tokenizer is None:
         raise InputError(

@@ -22,7 +22,7 @@ from typing import Any
 from ..environment import install_command
 from ..errors import InputError
 from .options import whole
-from .verbosity import status
+from .verbosity import status, working
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +93,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "threads": options.threads or manifest.threads or 1,
         "max_batch": options.max_batch,
     }
-    with status().status("starting ..."):
+    with working("starting ..."):
         ray.init(address="local", include_dashboard=False)
     # what service managers send ends it as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)

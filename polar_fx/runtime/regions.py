@@ -30,11 +30,13 @@ from ..capture.trace import TRACING
 from ..errors import CaptureError, CompileError, PolarError
 from ..library import LayerLibrary
 from ..library.symbols import Operand, addressed
+from ..output.waiting import Waiting
 from ..passes.address_kv import BLOCK, AddressKv
 from ..passes.keep_kv_writes import KeepKvWrites
 from ..passes.pipeline import PassRecord, Pipeline, kept_records, region_pipeline
 from ..store import ArtifactStore
 from .code_key import RegionRecord, VariantKey
+from .compiled_before import why_again
 
 log = logging.getLogger("polar_fx.regions")
 
@@ -128,7 +130,7 @@ class RegionTable:
         assert isinstance(self.backend, PersistentBackend)
         for name in wanted:
             if self.files(name) is None:  # evicted since it was loaded
-                self._build_one(self.backend, name, self.backend.build)
+                self._build_one(self.backend, name, build=self.backend.build)
         # again, once all are made: one may have taken another's room
         found = [(name, self.files(name)) for name in wanted]
         for name, files in found:
@@ -143,14 +145,17 @@ class RegionTable:
             missing = [name for name in wanted if not self._load(self.backend, name)]
             self._build(self.backend, missing)
             return
+        if not self.backend.needs_shapes:
+            for name in wanted:
+                self._regions[name] = self._compiled(name)[0]
+            return
+        waiting = Waiting(len(wanted), "region")
         for name in wanted:
             start = time.perf_counter()
             region, passes = self._compiled(name)
-            if not self.backend.needs_shapes:
-                self._regions[name] = region
-                continue
             self._check(region, name)
             self._keep(name, region, num_bytes=0, start=start, source="compiled", passes=passes)
+            waiting.done()
 
     def _compiled(self, name: RegionName) -> tuple[Region, tuple[PassRecord, ...]]:
         """A region that lives in this process alone, and what passes did to its graph."""
@@ -184,25 +189,37 @@ class RegionTable:
         """Compile several regions, in workers if that helps; a single one, or what a worker cannot
         make, here.
         """
-        job = describe(backend)
-        if len(wanted) <= 1 or self.workers < 1 or job is None:
+        if not wanted:
+            return
+        job = describe(backend) if len(wanted) > 1 and self.workers > 0 else None
+        at_once = 1 if job is None else min(self.workers, len(wanted))
+        waiting = Waiting(len(wanted), "region", at_once=at_once, why=self._why(wanted))
+        if job is None:
             for name in wanted:
-                self._build_one(backend, name, backend.build)
+                self._build_one(backend, name, build=backend.build)
+                waiting.done()
             return
         with TRACING:
             _ = self.library.graph_module  # once, before threads ask for it
-        with (
-            worker_pool(min(self.workers, len(wanted))) as pool,
-            ThreadPoolExecutor(len(wanted)) as threads,
-        ):
+
+        def make(name: RegionName) -> None:
+            self._build_one(backend, name, build=build)
+            waiting.done()
+
+        with worker_pool(at_once) as pool, ThreadPoolExecutor(len(wanted)) as threads:
             build = _in_worker(pool, job)
-            made = [threads.submit(self._build_one, backend, name, build) for name in wanted]
+            made = [threads.submit(make, name) for name in wanted]
             for future in made:
                 # if one fails, the others are finished and kept before that is raised
                 future.result()
 
+    def _why(self, wanted: Sequence[RegionName]) -> str:
+        """What differs from code that is in the store; empty if there is none."""
+        entries = [] if self.store is None else self.store.entries()
+        return why_again(map(self.key, wanted), entries)
+
     def _build_one(
-        self, backend: PersistentBackend, name: RegionName, build: Callable[[Path], None]
+        self, backend: PersistentBackend, name: RegionName, *, build: Callable[[Path], None]
     ) -> None:
         start = time.perf_counter()
         made: list[tuple[Region, int]] = []

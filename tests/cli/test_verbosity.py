@@ -7,13 +7,14 @@ from collections.abc import Iterator
 import pytest
 
 from polar_fx.cli import main
+from polar_fx.cli.verbosity import working
 from polar_fx.output.others import hush_others
 
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     """Levels and handlers as they were."""
-    names = ("polar_fx", "torchao", "torch.utils._pytree")
+    names = ("polar_fx", "polar_fx.waiting", "torchao", "torch.utils._pytree")
     loggers = [logging.getLogger(name) for name in names]
     before = [(logger.level, list(logger.handlers)) for logger in loggers]
     yield
@@ -82,3 +83,27 @@ def test_env_prints_facts_for_a_bug_report(
     facts = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert {"polar_fx", "python", "torch", "transformers", "threads", "cache"} <= facts.keys()
     assert facts["POLAR_FX_CACHE_LIMIT"].strip() == "1GB"
+
+
+def test_waiting_is_seen_unless_quiet_and_only_once(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = {(): "region 2 of 6", ("-q",): "", ("-v",): "INFO polar_fx.waiting: region 2 of 6"}
+    for given, expected in seen.items():
+        for _ in range(2):
+            main(["bundle", "show", "/nowhere", *given])
+        capsys.readouterr()
+        with working("compiling ..."):
+            logging.getLogger("polar_fx.waiting").info("region %d of %d", 2, 6)
+        assert capsys.readouterr().err.strip() == expected
+
+
+def test_a_terminal_shows_waiting_in_the_line_of_the_work(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["bundle", "show", "/nowhere"])
+    updated: list[str] = []
+    monkeypatch.setattr("rich.status.Status.update", lambda self, text: updated.append(text))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    capsys.readouterr()
+    with working("compiling ..."):
+        logging.getLogger("polar_fx.waiting").info("region 2 of 6")
+    assert updated == ["region 2 of 6 ..."]

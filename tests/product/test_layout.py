@@ -53,6 +53,7 @@ INNER = {
         "token_rows",
         "bound_weights",
         "code_key",
+        "compiled_before",
         "kv_cache",
         "regions",
         "link",
