@@ -1,5 +1,4 @@
-"""The command line: `python -m polar_fx run | inspect | compile | demo | cache | fit | search |
-analyze | train | evaluate | export | bundle | serve | families | env`.
+"""The command line, `python -m polar_fx COMMAND`: each command is a module here of its name.
 
 Results go to stdout, everything else (progress, warnings, errors) to stderr. Exit status: 0 done, 1
 done and found something wrong, 2 bad input, 130 interrupted. Commands import torch only when they
@@ -21,6 +20,7 @@ from .verbosity import add_verbosity_arguments, set_up
 
 COMMANDS = (
     "run",
+    "chat",
     "inspect",
     "compile",
     "demo",

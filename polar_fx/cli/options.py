@@ -64,6 +64,28 @@ def add_length_argument(parser: argparse.ArgumentParser, least: str) -> None:
     parser.add_argument("--max-length", type=whole(1), metavar="N", help=what)
 
 
+def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
+    """--sample, --temperature, --top-p, --seed."""
+    parser.add_argument("--sample", action="store_true", help="sample; default: greedy")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of sampling, the same for every program"
+    )
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """What `generate` takes of these. Raises InputError."""
+    if options.temperature <= 0 or not 0 < options.top_p <= 1:
+        raise InputError(
+            f"need --temperature above 0 and --top-p in (0, 1], got {options.temperature} and "
+            f"{options.top_p}"
+        )
+    if not options.sample:
+        return {"do_sample": False}
+    return {"do_sample": True, "temperature": options.temperature, "top_p": options.top_p}
+
+
 def row_length(model: Any, tokens: int = 1) -> int:
     """`max_length` for rows of `tokens`: a power of two within the model's limit, so that rows of
     many lengths share regions.

@@ -21,26 +21,26 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from ..errors import InputError
+from .opened import BACKEND, bundle_of, compiled_or_interpreted
 from .options import (
     add_length_argument,
     add_model_arguments,
-    compile_model,
+    add_sampling_arguments,
     load_model,
     row_length,
+    sampling,
     warm_up,
     whole,
 )
-from .verbosity import status, working
+from .shown import Shown
+from .verbosity import status
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from ..compiled import CompiledModel
-    from ..engine.stable_text import StableText
     from ..program import Program
     from ..runtime.dispatcher import Decision
-
-_BACKEND = "eager"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,13 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="continue the text as it is; default: as a chat, if the model has one",
     )
-    parser.add_argument("--sample", action="store_true", help="sample; default: greedy")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument(
-        "--seed", type=int, default=0, help="of sampling, the same for every program"
-    )
-    add_model_arguments(parser, backend=_BACKEND)
+    add_sampling_arguments(parser)
+    add_model_arguments(parser, backend=BACKEND)
     # so that what is given can be told from what is not
     parser.set_defaults(dtype=None, backend=None)
 
@@ -84,12 +79,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     text = sys.stdin.read() if options.prompt == "-" else options.prompt
     if not text.strip():
         raise InputError("the prompt is empty; give some text with --prompt")
-    if options.temperature <= 0 or not 0 < options.top_p <= 1:
-        raise InputError(
-            f"need --temperature above 0 and --top-p in (0, 1], got {options.temperature} and "
-            f"{options.top_p}"
-        )
-
+    sampling(options)  # refuses what is wrong before anything is loaded
     _check_chosen_by(options)
     compiled, tokenizer, ids = _open(options, text)
     if options.predictor is not None:
@@ -158,7 +148,7 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
     from ..models import is_bundle
 
     if options.model is not None and is_bundle(options.model):
-        bundle, tokenizer = _load_bundle(options)
+        bundle, tokenizer = bundle_of(options)
         ids = _encode(tokenizer, text, raw=options.raw)
         length, needed = bundle.pool.max_length, _tokens_needed(options, ids)
         if length < needed:
@@ -179,31 +169,9 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
         raise InputError(
             f"--max-length {length} is too short for {_asked(options, ids)}; name at least {needed}"
         )
-    return _compiled(model, options, length=length), tokenizer, ids
-
-
-def _compiled(model: Any, options: argparse.Namespace, *, length: int) -> "CompiledModel":
-    """By the backend that is asked for; or else on compiled regions, if all that the programs need
-    are in the store, and interpreted if not.
-    """
-    if options.backend is None:
-        options.backend = "auto"
-        if model.device.type == "cpu" and _any_compiled():
-            compiled = compile_model(model, options, max_length=length)
-            if not any(compiled.explain(p).missing for p in options.program or [None]):
-                return compiled
-        options.backend = _BACKEND
-        status().print(
-            "[dim]interpreting: `python -m polar_fx compile` makes regions that run faster, once[/]"
-        )
-    return compile_model(model, options, max_length=length)
-
-
-def _any_compiled() -> bool:
-    """Whether the store holds a compiled region of whatever model."""
-    from ..store import ArtifactStore
-
-    return any("region" in str(entry.facts["kind"]) for entry in ArtifactStore().entries())
+    programs = options.program or [None]
+    compiled = compiled_or_interpreted(model, options, max_length=length, programs=programs)
+    return compiled, tokenizer, ids
 
 
 def _tokens_needed(options: argparse.Namespace, ids: "Tensor") -> int:
@@ -231,18 +199,19 @@ def _answer(
     from ..engine.stable_text import StableText
     from .stopwatch import Stopwatch
 
-    arguments: dict[str, Any] = {
-        "max_new_tokens": options.max_new_tokens,
-        "do_sample": options.sample,
-    }
-    if options.sample:
-        arguments |= {"temperature": options.temperature, "top_p": options.top_p}
     torch.manual_seed(options.seed)
-    shown = _Shown(StableText(tokenizer))
+    shown = Shown(StableText(tokenizer))
     if not options.json:
         status().print(f"[bold]{escape(name)}[/]  {program.num_steps} steps")
     watch = Stopwatch(None if options.json else shown.add)
-    out = compiled.generate(ids, program=program, streamer=watch, **arguments)
+    out = compiled.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),  # the text may hold what pads elsewhere
+        program=program,
+        streamer=watch,
+        max_new_tokens=options.max_new_tokens,
+        **sampling(options),
+    )
     new = out[0, ids.shape[1] :]
     if not options.json:
         shown.end()
@@ -257,46 +226,6 @@ def _answer(
         "prefill_ms": watch.prefill_ms,
         "token_ms": watch.token_ms,
     }
-
-
-class _Shown:
-    """Prints a text while its tokens come: as much of it as later ones cannot change."""
-
-    def __init__(self, text: "StableText") -> None:
-        self._text, self._ids, self._done = text, list[int](), ""
-
-    def add(self, ids: list[int]) -> None:
-        """The next tokens."""
-        self._ids += ids
-        self._print(self._text.known(self._ids))
-
-    def end(self) -> None:
-        """Print what is left, and end the line."""
-        self._print(self._text.whole(self._ids))
-        print(flush=True)
-
-    def _print(self, known: str) -> None:
-        print(known[len(self._done) :], end="", flush=True)
-        self._done = max(self._done, known, key=len)
-
-
-def _load_bundle(options: argparse.Namespace) -> tuple[Any, Any]:
-    from ..loading import load
-
-    for name in ("dtype", "device", "backend", "max_length", "predictor"):
-        if getattr(options, name):
-            raise InputError(
-                f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its "
-                "own, leave it out"
-            )
-    with working("loading the bundle ..."):
-        bundle, tokenizer = load(options.model)
-    if tokenizer is None:
-        raise InputError(
-            f"the bundle {options.model} holds no tokenizer to read a prompt with; export it with "
-            "one"
-        )
-    return bundle, tokenizer
 
 
 def _encode(tokenizer: Any, text: str, *, raw: bool) -> Any:

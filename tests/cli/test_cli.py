@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from places import ROOT
 from polar_fx.cli import main
 from polar_fx.cli.options import row_length
-from polar_fx.cli.run import _Shown
+from polar_fx.cli.shown import Shown
 from polar_fx.explain.picture import picture
 from polar_fx.program import Program
 from polar_fx.program.strip import LEGEND
@@ -113,7 +113,7 @@ def test_run_shows_a_text_while_it_comes(capsys: pytest.CaptureFixture[str]) -> 
         def whole(self, ids: Sequence[int]) -> str:
             return "".join(f"<{number}>" for number in ids)
 
-    shown: Any = _Shown(cast(Any, Text()))
+    shown: Any = Shown(cast(Any, Text()))
     parts = []
     for ids in ([1], [2, 3], []):
         shown.add(ids)

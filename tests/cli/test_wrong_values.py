@@ -17,6 +17,7 @@ from polar_fx.errors import ModelNotFoundError
 # What a command needs besides the option that is tried; {here} is a folder with small files.
 NEEDED = {
     "run": ["--prompt", "x"],
+    "chat": [],
     "inspect": [],
     "compile": [],
     "demo": [],
