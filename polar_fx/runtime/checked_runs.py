@@ -52,7 +52,7 @@ def check_runs(model: PreTrainedModel, library: LayerLibrary, *, max_length: int
     runner = Runner.of_model(model, regions, prefill_chunk=_PART)
     reference = shared_view(model, model.config._attn_implementation)
     with without_autocast(library.device):
-        rows = _rows(model, max_length)
+        rows = [row.to(library.device) for row in _rows(model, max_length)]
         wanted = [reference(input_ids=r[None], use_cache=False).logits[0] for r in rows]
         lengths = " and ".join(str(len(r)) for r in rows)
         # keys and values in slots, and in blocks where rows run in lock-step
