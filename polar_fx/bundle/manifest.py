@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..backends.base import RegionName, ShapeClass
 from ..errors import ProgramError
 from ..output.digest import digest
 from ..output.files import replace_file
 from ..output.plain_text import count, first_line
 from ..program import MAX_STEPS, Program
+from ..region_names import RegionName, ShapeClass
 from .errors import AGAIN, BundleError
 from .fields import SHA256, Fields
 from .files import MAX_JSON_BYTES, os_errors, parse_json, problem_of_path, read_small

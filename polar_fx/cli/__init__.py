@@ -13,6 +13,8 @@ import re
 import sys
 from typing import Any, NoReturn
 
+import argcomplete
+
 from ..errors import PolarError
 from ..output.suggestions import did_you_mean
 from .checks import check_names
@@ -86,6 +88,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser, commands = _parser()
+    argcomplete.autocomplete(parser)  # answers a shell that asks, and ends; else does nothing
     options, rest = parser.parse_known_args(argv)
     if rest:
         commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")

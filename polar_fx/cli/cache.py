@@ -1,7 +1,10 @@
-"""List, check or remove the compiled artifacts on disk.
+"""List, check or remove what is kept on disk: compiled artifacts and converted models.
+
+Both are made again when they are needed.
 
 Examples:
   python -m polar_fx cache ls
+  python -m polar_fx cache clear --only models
   # remove what is damaged; it is compiled again when it is needed
   python -m polar_fx cache verify --repair
   python -m polar_fx cache clear --older-than 30     # not used for 30 days
@@ -20,6 +23,12 @@ from rich.text import Text
 from ..errors import InputError
 from ..output.plain_text import count, size
 from ..store import ArtifactStore, Entry, total_bytes
+from ..store.converted import (
+    ConvertedModel,
+    converted_folder,
+    converted_models,
+    remove_converted,
+)
 from .options import whole
 
 ACTIONS = {
@@ -27,9 +36,16 @@ ACTIONS = {
     "verify": "check every file; exit status 1 if some may not be used",
     "clear": "remove them",
 }
+_OPTIONS = {
+    "repair": ("verify",),
+    "older_than": ("clear",),
+    "only": ("ls", "clear"),
+    "yes": ("clear",),
+}
 # facts, any of which may be missing
 _COLUMNS = (("kind", "body"), ("backend", "device", "dtype"), ("bucket",))
 _DAY_S = 86400
+KINDS = ("artifacts", "models")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,38 +64,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DAYS",
         help="clear: only those not used for so many days",
     )
+    parser.add_argument(
+        "--only", choices=KINDS, help="ls, clear: one of the two kinds (default: both)"
+    )
     parser.add_argument("--yes", action="store_true", help="clear: do not ask")
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Do it; returns what was found or removed."""
-    for name, action in {"repair": "verify", "older_than": "clear", "yes": "clear"}.items():
-        if getattr(options, name) and options.action != action:
+    for name, actions in _OPTIONS.items():
+        if getattr(options, name) and options.action not in actions:
             raise InputError(
-                f"--{name.replace('_', '-')} belongs to `cache {action}`, not to `cache "
-                f"{options.action}`"
+                f"--{name.replace('_', '-')} belongs to `cache {' and '.join(actions)}`, not to "
+                f"`cache {options.action}`"
             )
     store = ArtifactStore()
     return {"ls": _list, "verify": _verify, "clear": _clear}[options.action](store, options)
 
 
 def _list(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
-    entries = store.entries()[::-1]
+    entries = store.entries()[::-1] if options.only != "models" else []
+    models = converted_models() if options.only != "artifacts" else []
     total = total_bytes(entries)
     if not options.json:
         console = Console(highlight=False)
         if entries:
             console.print(_table(entries))
-        limit = f"of {size(store.limit_bytes)}" if store.limit_bytes else "and no limit"
-        console.print(
-            Text(f"{count(len(entries), 'artifact')}, {size(total)} {limit}, in {store.root}"),
-            soft_wrap=True,
-        )
+        if options.only != "models":
+            limit = f"of {size(store.limit_bytes)}" if store.limit_bytes else "and no limit"
+            console.print(
+                Text(f"{count(len(entries), 'artifact')}, {size(total)} {limit}, in {store.root}"),
+                soft_wrap=True,
+            )
+        for line in _model_lines(models) if options.only != "artifacts" else ():
+            console.print(Text(line), soft_wrap=True)
     return {
         "folder": str(store.root),
         "limit_bytes": store.limit_bytes,
         "bytes": total,
         "artifacts": list(map(_artifact, entries)),
+        "models": list(map(_model, models)),
+    }
+
+
+def _model_lines(models: list[ConvertedModel]) -> list[str]:
+    """A line a model, and their sum."""
+    total = sum(model.num_bytes for model in models)
+    ages = (f"{_age(m.created)} old, used {_age(m.used)} ago" for m in models)
+    lines = [f"{m.name}  {size(m.num_bytes)}, {age}" for m, age in zip(models, ages, strict=True)]
+    what = f"{count(len(models), 'converted model')}, {size(total)}, in {converted_folder()}"
+    return [*lines, what]
+
+
+def _model(model: ConvertedModel) -> dict[str, Any]:
+    """JSON values."""
+    return {
+        "name": model.name,
+        "bytes": model.num_bytes,
+        "created": model.created.isoformat(),
+        "used": model.used.isoformat(),
     }
 
 
@@ -119,13 +162,41 @@ def _verify(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]
 
 
 def _clear(store: ArtifactStore, options: argparse.Namespace) -> dict[str, Any]:
+    unused_s = (options.older_than or 0) * _DAY_S
     which = f" not used for {options.older_than} days" if options.older_than else ""
+    places: list[str] = []
+    if options.only != "models":
+        places.append(f"the artifacts{which} in {store.root}")
+    if options.only != "artifacts":
+        places.append(f"the converted models{which} in {converted_folder()}")
     removed, freed = 0, 0
-    if options.yes or _confirmed(f"remove the artifacts{which} in {store.root}?"):
-        removed, freed = store.clear(unused_s=(options.older_than or 0) * _DAY_S)
+    models: list[ConvertedModel] = []
+    if options.yes or _confirmed(f"remove {' and '.join(places)}?"):
+        if options.only != "models":
+            removed, freed = store.clear(unused_s=unused_s)
+        if options.only != "artifacts":
+            models = _removed_models(unused_s)
     if not options.json:
-        print(f"removed {count(removed, 'artifact')}, {size(freed)}")
-    return {"folder": str(store.root), "removed": removed, "bytes": freed}
+        told: list[str] = []
+        if options.only != "models":
+            told.append(f"{count(removed, 'artifact')}, {size(freed)}")
+        if options.only != "artifacts":
+            freed_too = size(sum(model.num_bytes for model in models))
+            told.append(f"{count(len(models), 'converted model')}, {freed_too}")
+        print(f"removed {'; '.join(told)}")
+    return {
+        "folder": str(store.root),
+        "removed": removed,
+        "bytes": freed,
+        "models": list(map(_model, models)),
+    }
+
+
+def _removed_models(unused_s: float) -> list[ConvertedModel]:
+    """Converted models that were not used for so long, and are gone now."""
+    now = datetime.now(UTC)
+    old = [m for m in converted_models() if (now - m.used).total_seconds() >= unused_s]
+    return [model for model in old if remove_converted(model)]
 
 
 def _confirmed(question: str) -> bool:

@@ -49,7 +49,13 @@ _PACKAGE = Path(__file__).parent.parent
 # Folders and files, relative to the package, that shape what the compiler is given; for whole
 # programs also how steps are put together. `library/steps.py` says what a step takes and gives,
 # `runtime/link.py` which regions a run calls.
-_REGION_SOURCES = ("backends", "runtime/regions.py", "library/symbols.py", "library/steps.py")
+_REGION_SOURCES = (
+    "region_names.py",
+    "backends",
+    "runtime/regions.py",
+    "library/symbols.py",
+    "library/steps.py",
+)
 _WHOLE_SOURCES = ("runtime/tiers.py", "runtime/link.py", "program")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from places import ROOT
 from polar_fx.cli import main
@@ -141,7 +142,8 @@ def test_clear_removes_all_or_the_old(
     assert (result["removed"], result["bytes"]) == (1, 2_500_000)
     assert [e.key for e in store.entries()] == [KEYS[1]]
     assert main(["cache", "clear", "--yes"]) == 0
-    assert capsys.readouterr().out == "removed 1 artifact, 700 B\n" and store.entries() == []
+    removed = "removed 1 artifact, 700 B; 0 converted models, 0 B\n"
+    assert capsys.readouterr().out == removed and store.entries() == []
 
 
 @pytest.mark.parametrize(
@@ -158,10 +160,50 @@ def test_clear_asks(
     assert main(["cache", "clear"]) == 0
     shown = capsys.readouterr()
     assert (
-        f"remove the artifacts in {store.root}?" in shown.err
+        f"remove the artifacts in {store.root} and the converted models in" in shown.err
         and f"removed {2 - left} " in shown.out
     )
     assert len(store.entries()) == left
+
+
+@pytest.fixture
+def models(store: ArtifactStore) -> Path:
+    """Two converted models, one in the making, and the locks of all; one was used long ago."""
+    folder = store.root.parent / "models"
+    for name, age_days in (("new", 0), ("old", 20)):
+        (folder / name).mkdir(parents=True)
+        file = folder / name / "model.safetensors"
+        file.write_bytes(bytes(2_000))
+        then = file.stat().st_mtime - age_days * 86400
+        os.utime(file, (then, then))
+        (folder / f"{name}.lock").touch()
+    (folder / ".half.1234").mkdir()
+    return folder
+
+
+def test_converted_models_are_listed(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cache", "ls"]) == 0
+    shown = capsys.readouterr().out
+    assert f"2 converted models, 4.0 kB, in {models}" in shown and "2 artifacts" in shown
+    (line,) = [line for line in shown.splitlines() if line.startswith("old ")]
+    assert "2.0 kB" in line and "used 20 d ago" in line
+    assert main(["cache", "ls", "--only", "models"]) == 0
+    assert "artifacts" not in capsys.readouterr().out
+    only = _json(capsys, "ls", "--only", "artifacts")
+    assert only["models"] == [] and len(only["artifacts"]) == 2
+
+
+def test_converted_models_are_cleared(
+    models: Path, store: ArtifactStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = _json(capsys, "clear", "--yes", "--only", "models", "--older-than", "19")
+    assert [model["name"] for model in result["models"]] == ["old"]
+    with FileLock(f"{models / 'new'}.lock"):  # somebody converts it now
+        assert _json(capsys, "clear", "--yes", "--only", "models")["models"] == []
+    assert (models / "new").is_dir() and len(store.entries()) == 2
+    assert main(["cache", "clear", "--yes"]) == 0
+    assert "removed 2 artifacts, 2.5 MB; 1 converted model, 2.0 kB" in capsys.readouterr().out
+    assert sorted(p.name for p in models.iterdir()) == [".half.1234", "new.lock", "old.lock"]
 
 
 def test_clear_does_not_guess_where_nobody_can_answer(
@@ -175,6 +217,7 @@ def test_clear_does_not_guess_where_nobody_can_answer(
 BAD = {
     "repair": (["ls", "--repair"], "--repair belongs to `cache verify`, not to `cache ls`"),
     "older": (["verify", "--older-than", "3"], "--older-than belongs to `cache clear`"),
+    "only": (["verify", "--only", "models"], "--only belongs to `cache ls and clear`"),
     "yes": (["ls", "--yes"], "--yes belongs to `cache clear`"),
 }
 

@@ -22,7 +22,7 @@ CALLED = "handed on as a function that is called by position"
 
 # By file and qualified name, with the reason.
 BY_POSITION = {
-    ("polar_fx/backends/base.py", "ShapeClass.of"): PUBLIC,
+    ("polar_fx/region_names.py", "ShapeClass.of"): PUBLIC,
     ("polar_fx/bundle/writer.py", "export"): PUBLIC,
     ("polar_fx/compiled.py", "CompiledModel.decode"): PUBLIC,
     ("polar_fx/compiled.py", "CompiledModel.dispatch_by"): PUBLIC,

@@ -24,7 +24,7 @@ ORDER = (
     {"errors", "environment", "version"},
     {"child_process", "output"},
     {"passes", "program"},
-    {"capture", "store", "stats"},
+    {"capture", "store", "stats", "region_names"},
     {"models"},
     {"library"},
     {"backends"},
