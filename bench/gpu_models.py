@@ -178,16 +178,15 @@ class ModelBench:
 
     def prepare(self) -> None:
         """Make all ways. `seconds` are what each took to prepare on 16 cores beside the others."""
-        if "speed" in self.parts:
-            self._prepare_speed()
-        else:
-            self.add("linked+graph", lambda: Linked(self.linked, self.identity), seconds=20)
+        self.add("linked+graph", lambda: Linked(self.linked, self.identity), seconds=20)
         if "rows" in self.parts:
             start = time.perf_counter()
             with self.worker.attempt("rows", model=self.name), torch.no_grad():
                 compile_rows(self)
             seconds = round(time.perf_counter() - start, 1)
             self.worker.say("first", model=self.name, way="rows", seconds=seconds)
+        if "speed" in self.parts:
+            self._prepare_speed()
 
     def _prepare_speed(self) -> None:
         (short, long), tiny, linked = self.lengths, self.worker.tiny, self.linked
@@ -196,27 +195,21 @@ class ModelBench:
             self.identity,
             linked.backend if tiny else InductorBackend(UNTUNED),
         )
-        self.add("linked+graph", lambda: Linked(linked, identity), seconds=20)
-        self.add("linked", lambda: Linked(linked, identity, graph=False), seconds=5)
         self.add("HF eager", lambda: HfEager(model), seconds=5)
+        self.add("linked", lambda: Linked(linked, identity, graph=False), seconds=5)
         self.add(
             "HF compile",
             lambda: HfReduceOverhead(model, 1, max_length=short, interpreted=tiny),
             seconds=35,
-        )
-        far = self.compiled(linked.backend, long)
-        self.add("linked+graph", lambda: Linked(far, identity), seconds=15, length=long)
-        self.add("HF eager", lambda: HfEager(model), seconds=5, length=long)
-        self.add(
-            "linked untuned+graph",
-            lambda: Linked(self.compiled(untuned, short, like=linked), identity),
-            seconds=15,
         )
         self.add(
             "whole+graph",
             lambda: Whole(self.worker, linked, program=identity, interpreted=tiny),
             seconds=40,
         )
+        far = self.compiled(linked.backend, long)
+        self.add("linked+graph", lambda: Linked(far, identity), seconds=15, length=long)
+        self.add("HF eager", lambda: HfEager(model), seconds=5, length=long)
         self.add("linked+graph", lambda: Linked(linked, identity), seconds=15, batch=8)
         self.add("HF eager", lambda: HfEager(model), seconds=5, batch=8)
         if not tiny:  # a trial has traced one
@@ -232,6 +225,11 @@ class ModelBench:
                 seconds=35,
                 length=long,
             )
+        self.add(
+            "linked untuned+graph",
+            lambda: Linked(self.compiled(untuned, short, like=linked), identity),
+            seconds=15,
+        )
 
     # --------------------------------------------------------------------------------------- timing
 

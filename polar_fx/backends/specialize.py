@@ -66,7 +66,11 @@ def specialize(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
         exported = torch.export.export(
-            _Body(body), (tuple(example),), dynamic_shapes=(shapes,), strict=False
+            _Body(body),
+            (tuple(example),),
+            dynamic_shapes=(shapes,),
+            strict=False,
+            prefer_deferred_runtime_asserts_over_guards=True,  # as when a model is traced
         )
     if exported.graph_signature.buffers_to_mutate or exported.constants:
         raise CaptureError(f"region {body} holds state of its own; report this model")

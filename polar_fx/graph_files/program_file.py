@@ -101,7 +101,11 @@ def export_program(
         warnings.simplefilter("ignore")  # torch warns about its own internals
         try:
             exported = torch.export.export(
-                _Flat(library.flat_graph(chosen)), example, dynamic_shapes=shapes, strict=False
+                _Flat(library.flat_graph(chosen)),
+                example,
+                dynamic_shapes=shapes,
+                strict=False,
+                prefer_deferred_runtime_asserts_over_guards=True,  # as when a model is traced
             )
         except Exception as error:
             raise CaptureError(
