@@ -25,6 +25,7 @@ from ..errors import InputError, ProgramError
 from ..library import LayerLibrary
 from ..library.symbols import SymbolTable
 from ..output.plain_text import count, first_line
+from ..predictor.policy import Policy
 from ..predictor.saved import load_selector
 from ..program import Program
 from ..runtime.code_key import target_of
@@ -263,6 +264,19 @@ class BundledModel(CompiledModel):
         except BaseException:
             self.dispatcher = before
             raise
+        return dispatcher
+
+    def choose_by(self, policy: str | Policy) -> Dispatcher:
+        """Dispatch by this policy from now on, in place of the one that was exported.
+
+        Without a predictor it is "identity" or a program of the bundle. Raises InputError and
+        ProgramError.
+        """
+        predictor = None if self.dispatcher is None else self.dispatcher.predictor
+        dispatcher = self.dispatch_by(predictor, policy=policy)
+        if dispatcher.policy.kind == "latency_ms":
+            dispatcher.warmup((1,))  # measures what programs cost here
+        dispatcher.admit()
         return dispatcher
 
     def _dispatch_as_exported(self) -> None:

@@ -6,7 +6,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import ModelNotFoundError, ProgramError, ProgramTextError, UnknownBackendError
+from ..errors import (
+    InputError,
+    ModelNotFoundError,
+    ProgramError,
+    ProgramTextError,
+    UnknownBackendError,
+)
 from ..output.suggestions import did_you_mean
 from ..program import Program
 
@@ -67,3 +73,21 @@ def _check_model(name: str) -> None:
             f"there is no folder {name}; name one written by save_pretrained or by `export`, or a "
             "HuggingFace id such as owner/name"
         )
+
+
+def check_policy(options: argparse.Namespace) -> None:
+    """Refuse a --policy without --predictor, and one that is no policy of any model.
+
+    Raises InputError.
+    """
+    if options.policy is None:
+        return
+    if options.predictor is None:
+        raise InputError(
+            f"--policy {options.policy!r} needs --predictor; name one, or leave it out"
+        )
+    from ..predictor.policy import Policy
+
+    own = DEFAULT_DEPTH if options.model is None else _ANY_DEPTH
+    written = re.search(r"/\s*(\d+)\s*$", options.policy)
+    Policy.parse(options.policy, int(written[1]) if written else own)

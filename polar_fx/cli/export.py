@@ -19,10 +19,11 @@ Examples:
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from ..output.plain_text import count, size
+from .checks import check_policy
 from .options import (
     add_length_argument,
     add_model_arguments,
@@ -33,6 +34,10 @@ from .options import (
     whole,
 )
 from .verbosity import working
+
+if TYPE_CHECKING:
+    from ..compiled import CompiledModel
+    from ..program import Program
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,8 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--programs",
         nargs="+",
         metavar="FILE_OR_TEXT",
-        help="program texts, and files of them; the first is what calls that name no program run "
-        "(default: identity; with --predictor its menu)",
+        help="program texts, and files of them; the first is what calls that name no program run; "
+        "the identity is always among them (default: identity; with --predictor its menu)",
     )
     parser.add_argument(
         "--batch",
@@ -66,6 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="of `train`, or default: its menu and policy are shipped along",
     )
+    parser.add_argument("--policy", help="by which it chooses (default: the one saved with it)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a folder of that form that is there"
     )
@@ -80,6 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Compile what is missing and write the bundle; returns and prints what it holds."""
     texts = program_texts(options.programs) if options.programs else None
+    check_policy(options)
     if options.backend not in ("aot_inductor", "auto"):
         raise InputError(
             f"--backend {options.backend} makes no code that can be shipped; leave it out, or "
@@ -100,13 +107,13 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     model, tokenizer = load_model(options)
     compiled = compile_model(model, options, max_length=options.max_length or row_length(model))
     if options.predictor is not None:
-        compiled.dispatch_by(options.predictor)
+        compiled.dispatch_by(options.predictor, policy=options.policy)
     start = time.perf_counter()
     with working("compiling and writing ..."):
         manifest = export(
             compiled,
             options.out,
-            texts,
+            _with_identity(compiled, texts),
             buckets=(1, options.batch),
             tokenizer=None if options.no_tokenizer else tokenizer,
             overwrite=options.overwrite,
@@ -135,10 +142,22 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _with_identity(compiled: "CompiledModel", texts: list[str] | None) -> "list[Program] | None":
+    """The programs, and the identity last if it is not among them: what every program is compared
+    with, and what a dispatcher falls back to.
+    """
+    if texts is None:
+        return None
+    programs = [compiled.resolve(text) for text in texts]
+    identity = compiled.resolve("identity")
+    return programs if identity in programs else [*programs, identity]
+
+
 def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any]:
     """Write ONNX files; returns and prints what the folder holds."""
     bundles_only = {
         "--predictor": options.predictor,
+        "--policy": options.policy,
         "--max-length": options.max_length,
         "--batch": options.batch - 1,
     }
@@ -159,7 +178,12 @@ def _onnx(options: argparse.Namespace, texts: list[str] | None) -> dict[str, Any
     compiled = compile_model(model, options, max_length=row_length(model))
     start = time.perf_counter()
     with working("exporting and writing ..."):
-        about = export_onnx(compiled, options.out, programs=texts, overwrite=options.overwrite)
+        about = export_onnx(
+            compiled,
+            options.out,
+            programs=_with_identity(compiled, texts),
+            overwrite=options.overwrite,
+        )
     seconds = time.perf_counter() - start
     num_bytes = sum(entry["bytes"] for entry in (about["weights"], *about["programs"]))
     if not options.json:

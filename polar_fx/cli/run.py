@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from ..errors import InputError
+from .checks import check_policy
 from .opened import BACKEND, bundle_of, compiled_or_interpreted
 from .options import (
     add_length_argument,
@@ -137,10 +138,7 @@ def _check_chosen_by(options: argparse.Namespace) -> None:
         raise InputError(
             f"--program {options.program[0]!r} and --predictor exclude each other; leave one out"
         )
-    if options.policy is not None and options.predictor is None:
-        raise InputError(
-            f"--policy {options.policy!r} needs --predictor; name one, or leave it out"
-        )
+    check_policy(options)
 
 
 def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any, "Tensor"]:

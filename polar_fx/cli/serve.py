@@ -6,6 +6,7 @@ Ctrl-C or SIGTERM ends it.
 
 Examples:
   python -m polar_fx serve bundle
+  python -m polar_fx serve bundle --policy "steps<=0.9"
   python -m polar_fx serve bundle --port 9000 --max-batch 16 --threads 4
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
     -d '{"model": "bundle", "prompt": "6 * 7 =", "max_tokens": 4, "temperature": 0, "program": "skip
@@ -17,12 +18,16 @@ import signal
 import socket
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..environment import install_command
 from ..errors import InputError
+from ..program import Program
 from .options import whole
 from .verbosity import status, working
+
+if TYPE_CHECKING:
+    from ..bundle import Manifest
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--name", help="what clients call the model (default: the folder's name)")
     parser.add_argument(
         "--fingerprint", metavar="HASH", help="refuse the bundle if it has another one"
+    )
+    parser.add_argument(
+        "--policy",
+        help="by which requests that name no program get one (default: the bundle's)",
     )
     parser.add_argument(
         "--threads", type=whole(1), metavar="N", help="(default: as many as it was exported with)"
@@ -76,6 +85,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"the bundle {options.bundle} holds no tokenizer; export it with one")
     defaults = options.bundle / GENERATION
     check_served(read_generation(defaults, defaults.read_bytes()))
+    if options.policy is not None:
+        _check_policy(options, manifest)
     _check_free(options.host, options.port)
     try:
         import ray
@@ -92,6 +103,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "fingerprint": options.fingerprint,
         "threads": options.threads or manifest.threads or 1,
         "max_batch": options.max_batch,
+        "policy": options.policy,
     }
     with working("starting ..."):
         ray.init(address="local", include_dashboard=False)
@@ -116,6 +128,25 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         serve.shutdown()
         ray.shutdown()
     return {"bundle": str(options.bundle), "host": options.host, "port": options.port}
+
+
+def _check_policy(options: argparse.Namespace, manifest: "Manifest") -> None:
+    """Raise InputError if the bundle cannot choose by --policy."""
+    from ..bundle.manifest import PREDICTOR_FILES
+    from ..predictor.policy import Policy
+
+    policy = Policy.parse(options.policy, manifest.depth)
+    program = Program.identity(manifest.depth) if policy.kind == "identity" else policy.program
+    if program is not None and program not in manifest.programs:
+        raise InputError(
+            f"--policy {options.policy!r}: the bundle {options.bundle} holds no such program; "
+            f'add it with `bundle add {options.bundle} "{options.policy}"`'
+        )
+    if program is None and not any(f.path in PREDICTOR_FILES for f in manifest.files):
+        raise InputError(
+            f"--policy {options.policy!r} needs a predictor, and the bundle {options.bundle} holds "
+            "none; export it with --predictor, or name a program"
+        )
 
 
 def _check_free(host: str, port: int) -> None:

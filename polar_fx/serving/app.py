@@ -87,9 +87,12 @@ class Server:
         fingerprint: str | None,
         threads: int,
         max_batch: int,
+        policy: str | None = None,
     ) -> None:
         torch.set_num_threads(threads)
         model = load_bundle(bundle, fingerprint=fingerprint)
+        if policy is not None:
+            model.choose_by(policy)
         check_served(model.generation_config)
         most = (1 + _QUEUED) * max_batch
         # how many wait is limited here, and may be exceeded by one request of several prompts
@@ -215,7 +218,8 @@ def build(args: Mapping[str, Any]) -> serve.Application:
     """The application of a bundle, whose folder `bundle` names.
 
     Optional are `name` (what clients call the model; default: the folder's name), `fingerprint`,
-    `threads` (default: 1) and `max_batch` (prompts that run at once; 32).
+    `threads` (default: 1), `max_batch` (prompts that run at once; 32) and `policy` (default: the
+    bundle's).
     """
     given = dict(args)
     given.pop("wait_ms", None)  # of former versions: nothing waits for a batch any more

@@ -402,6 +402,12 @@ def test_a_selector_is_shipped_with_its_menu_and_policy(tmp_path: Path) -> None:
     for mine, theirs in zip(again.decisions, report.decisions, strict=True):
         assert mine.program == theirs.program
     assert loaded.dispatcher is not None and str(loaded.dispatcher.policy) == "mean_steps<=0.9"
+    loaded.choose_by("steps<=0.6")  # a budget that none on the menu keeps
+    assert {d.num_steps for d in loaded.dispatch(ids, **options)[1].decisions} == {DEPTH}
+    assert str(loaded.choose_by("skip 2").policy) == "0-1 3 /4"
+    assert {d.num_steps for d in loaded.dispatch(ids, **options)[1].decisions} == {DEPTH - 1}
+    with pytest.raises(ProgramError, match="is not among the 3 programs"):
+        loaded.choose_by("skip 3")
     (tmp_path / "b" / "predictor" / "predictor.json").write_text("{}")
     with pytest.raises(BundleError, match=r"predictor\.json"):
         load_bundle(tmp_path / "b")

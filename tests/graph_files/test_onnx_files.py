@@ -315,11 +315,10 @@ def test_the_command_writes_onnx_files(tmp_path: Path, capsys: pytest.CaptureFix
         )
         return command.execute(argparse.Namespace(**vars(parser.parse_args(given)), json=False))
 
-    result = run("--programs", "identity", "skip 1")
-    assert (
-        result["programs"] == _about(tmp_path / "graphs")
-        and len(result["programs"]["programs"]) == 2
-    )
+    result = run("--programs", "skip 1")
+    assert result["programs"] == _about(tmp_path / "graphs")
+    texts = [program["program"] for program in result["programs"]["programs"]]
+    assert texts == ["0 2-3 /4", "0-3 /4"], "the identity comes along, and last"
     printed = capsys.readouterr().out
     assert "2 programs, " in printed and result["programs"]["fingerprint"] in printed
     for more, error, reason in (
@@ -330,6 +329,7 @@ def test_the_command_writes_onnx_files(tmp_path: Path, capsys: pytest.CaptureFix
             "--batch is for bundles: ONNX graphs take any batch and length",
         ),
         (("--predictor", str(tmp_path)), InputError, "--predictor is for bundles"),
+        (("--policy", "accuracy"), InputError, "--policy 'accuracy' needs --predictor"),
     ):
         with pytest.raises(error, match=reason):
             run(*more)

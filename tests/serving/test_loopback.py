@@ -247,6 +247,8 @@ def test_what_cannot_be_served_is_said_at_once(
         ([str(tmp_path)], "manifest.json"),
         ([str(folder), "--port", url.rpartition(":")[2]], "nothing can listen at 127.0.0.1:"),
         ([str(folder), "--fingerprint", "0" * 64], "has fingerprint"),
+        ([str(folder), "--policy", "accuracy"], "needs a predictor, and the bundle"),
+        ([str(folder), "--policy", "skip 2"], "holds no such program; add it with `bundle add"),
         (
             [str(folder), "--port", free_port()],
             "serving needs ray, which is not installed; pip install",
