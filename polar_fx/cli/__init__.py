@@ -35,6 +35,7 @@ COMMANDS = (
     "export",
     "bundle",
     "serve",
+    "bench",
     "families",
     "env",
 )

@@ -30,6 +30,7 @@ NEEDED = {
     "export": ["--out", "{here}/bundle"],
     "bundle": ["show", "{here}"],
     "serve": ["{here}"],
+    "bench": [],
     "families": [],
     "env": [],
 }
