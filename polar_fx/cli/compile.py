@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from ..explain.picture import find_dot
 from ..output.files import write_whole
 from .options import (
     add_length_argument,
@@ -60,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--graph",
         type=Path,
         metavar="OUT",
-        help="draw each program: OUT.svg (by graphviz) or OUT.dot",
+        help="draw each program: OUT.svg, or OUT.dot for graphviz",
     )
     add_model_arguments(parser, backend="auto")
 
@@ -123,5 +122,3 @@ def _check_graph(path: Path) -> None:
         )
     if not path.parent.is_dir():
         raise InputError(f"--graph {path} is in no folder that exists; make {path.parent} first")
-    if path.suffix == ".svg":
-        find_dot()

@@ -15,14 +15,16 @@ from typing import Any
 
 from ..backends.base import PersistentBackend, RegionName, ShapeClass
 from ..errors import InputError, NotSegmentableError
+from ..output.files import write_whole
 from ..output.markup import preformatted
 from ..output.plain_text import count, ranges, size, table
 from ..program import Program
 from ..runtime.runner import Runner
 from ..runtime.tiers import TierRecord
 from ..store import Entry
+from .drawing import program_svg
 from .model_report import Kind, Report, kinds_of, plain, report, tensor_bytes
-from .picture import picture, program_dot, render_svg
+from .picture import picture, program_dot
 
 __all__ = [
     "Cost",
@@ -171,7 +173,11 @@ class Explanation:
         return "\n".join(_explanation_lines(self))
 
     def dot(self) -> str:
-        """Graphviz source of the program's picture."""
+        """Graphviz source of the program's picture, for those who lay it out in another way."""
+        return program_dot(self.program, **self._drawing())
+
+    def _drawing(self) -> dict[str, Any]:
+        """What both pictures say of layers, ends and costs."""
         kinds = {layer: kind.body for kind in self.kinds for layer in kind.layers}
         legend = {
             k.body: f"layers {ranges(k.layers)}, {size(k.weight_bytes)} each"
@@ -184,20 +190,12 @@ class Explanation:
             f"a token, {size(self.cost.kv_bytes_per_token)} of KV"
         )
         of_layers = [kinds[layer] for layer in range(self.program.depth)]
-        return program_dot(
-            self.program,
-            of_layers,
-            legend=legend,
-            ends=(start, head),
-            title=f"{self.program}\n{about}",
-        )
+        title = f"{self.program}\n{about}"
+        return {"kinds": of_layers, "legend": legend, "ends": (start, head), "title": title}
 
     def svg(self, path: str | PathLike[str]) -> Path:
-        """Draw the picture.
-
-        Raises PolarError if graphviz is missing, InputError if the file cannot be written.
-        """
-        return render_svg(self.dot(), path)
+        """Draw the picture into a file. Raises InputError if that cannot be written."""
+        return write_whole(program_svg(self.program, **self._drawing()).encode(), path)
 
     __str__ = text
 

@@ -1,7 +1,7 @@
 """Pictures of compared arms and of calibration. They need matplotlib, of the extra `search`.
 
-Colors are those of Okabe and Ito, which the color-blind tell apart, and arms differ in their marks
-too. Nothing here touches pyplot or its state.
+Colors are those of Okabe and Ito, which the color-blind tell apart, and kinds of arms differ in
+their marks too. Nothing here touches pyplot or its state.
 """
 
 import io
@@ -25,11 +25,21 @@ from .calibration import Reliability
 from .intervals import wilson
 
 INK, GRAY = "#333333", "#7F7F7F"
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# with the colors: 70 arms before one comes again
-MARKS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p")
 WORSE, BETTER = "#D55E00", "#0072B2"
-_FRONT: dict[str, Any] = {"color": GRAY, "lw": 0.9, "ls": "--"}
+_FRONT: dict[str, Any] = {"color": BETTER, "lw": 0.9, "ls": "--"}
+# of a point in `pareto`, by kind
+_LOOKS: dict[str, dict[str, Any]] = {
+    "identity": {"color": INK, "marker": "*", "ms": 11, "zorder": 4},
+    "front": {"color": BETTER, "marker": "o", "ms": 6, "zorder": 3},
+    "other": {"color": GRAY, "marker": "o", "ms": 3, "zorder": 2},
+    "oracle": {"color": GRAY, "marker": "s", "mfc": "white", "ms": 5, "zorder": 2},
+}
+_NAMES = {
+    "identity": IDENTITY,
+    "front": "front, without oracles",
+    "other": "other arms",
+    "oracle": "oracle",
+}
 _percent = FuncFormatter(lambda value, _: f"{100 * value:g} %")
 
 
@@ -79,30 +89,39 @@ def pareto(rows: Sequence[ArmComparison]) -> Figure:
     """Accuracy by executed steps as a ratio to the identity's, a panel for each task and the
     overall, a point an arm.
 
-    Bars are 95 % intervals: Wilson's for accuracy, the bootstrap's for steps. The line joins the
-    arms that no other beats in both, oracles aside, which are hollow and named so; those that run
-    many times the steps of any method stand at the right edge with their ratio. Raises InputError
-    without rows or steps.
+    The line joins the arms that no other beats in both, oracles aside: these alone are named and
+    have bars, 95 % intervals (Wilson's for accuracy, the bootstrap's for steps), as the identity
+    has. Oracles are hollow; those that run many times the steps of any method stand at the right
+    edge with their ratio. Raises InputError without rows or steps.
     """
     panels = _panels(rows)
-    looks = _looks(rows)
     columns, lines = _grid(len(panels), 3)
-    figure = Figure(figsize=(3.3 * columns + 2.2, 3.0 * lines + 0.3))
+    figure = Figure(figsize=(3.3 * columns + 1.6, 3.0 * lines + 0.3))
     axes = figure.subplots(lines, columns, squeeze=False)
     for axis, (task, group) in zip(axes.flat, panels.items(), strict=False):
-        _draw_pareto(axis, group, looks=looks)
+        _draw_pareto(axis, group)
         axis.set_title(f"{task}, n = {_questions(group)}")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    handles = [Line2D([], [], ls="", label=label, **look) for label, look in looks.items()]
-    handles.append(Line2D([], [], label="front, without oracles", **_FRONT))
+    kinds = [kind for kind in _LOOKS if any(_kind(row, front=()) == kind for row in rows)]
+    kinds.insert(1, "front")  # of methods, there is one in each panel
+    handles = [
+        Line2D([], [], ls="", label=_NAMES[kind], **_LOOKS[kind]) for kind in dict.fromkeys(kinds)
+    ]
     figure.legend(handles=handles, loc="outside right upper", labelspacing=0.5)
     return figure
 
 
-def _draw_pareto(
-    axes: Axes, group: Sequence[ArmComparison], *, looks: Mapping[str, dict[str, Any]]
-) -> None:
+def _kind(row: ArmComparison, *, front: Sequence[ArmComparison]) -> str:
+    """How an arm is drawn."""
+    if row.arm.name == IDENTITY:
+        return "identity"
+    if row.arm.oracle:
+        return "oracle"
+    return "front" if row in front else "other"
+
+
+def _draw_pareto(axes: Axes, group: Sequence[ArmComparison]) -> None:
     ratios = [
         row.paired.step_ratio.value
         for row in group
@@ -110,41 +129,16 @@ def _draw_pareto(
     ]
     # an oracle's cost would squeeze the methods, which are what is compared, into one column
     edge = max(ratios) + max(0.1, 0.2 * (max(ratios) - min(ratios))) if ratios else math.inf
-    for row in group:
-        ratio, share = row.paired.step_ratio, row.paired.method
-        if ratio is None:
-            raise InputError(f"{row.label} has no steps; give steps and identity_steps")
-        at = share.count / share.n
-        low, high = wilson(share.count, share.n)
-        # Percentile intervals may end a rounding error inside the value, and error bars must not be
-        # negative.
-        x_error = [[max(0.0, ratio.value - ratio.low)], [max(0.0, ratio.high - ratio.value)]]
-        look, place = looks[row.label], ratio.value
-        if place > edge:
-            place, x_error = edge, [[0.0], [0.0]]
-            note = f"{ratio.value:.1f} ×"
-            axes.annotate(
-                note,
-                (edge, at),
-                xytext=(-5, 0),
-                textcoords="offset points",
-                ha="right",
-                va="center",
-                fontsize=6,
-            )
-        axes.errorbar(
-            [place],
-            [at],
-            xerr=x_error,
-            yerr=[[at - low], [high - at]],
-            ls="",
-            elinewidth=0.9,
-            **look,
-        )
     front = _front([row for row in group if not row.arm.oracle])
+    for row in group:
+        if row.paired.step_ratio is None:
+            raise InputError(f"{row.label} has no steps; give steps and identity_steps")
+        _draw_arm(axes, row, kind=_kind(row, front=front), edge=edge)
     if len(front) > 1:
-        axes.plot(*zip(*front, strict=True), drawstyle="steps-post", zorder=1, **_FRONT)
+        line = [_point(row) for row in front]
+        axes.plot(*zip(*line, strict=True), drawstyle="steps-post", zorder=1, **_FRONT)
     axes.axvline(1, color=GRAY, lw=0.7, ls=":", zorder=0)
+    axes.margins(x=0.2, y=0.12)  # names stand up and left of their points
     axes.yaxis.set_major_formatter(_percent)
     axes.xaxis.set_major_formatter(_percent)
     axes.xaxis.set_major_locator(MaxNLocator(5))
@@ -153,19 +147,42 @@ def _draw_pareto(
     axes.grid()
 
 
-def _front(rows: Sequence[ArmComparison]) -> list[tuple[float, float]]:
-    """Steps and accuracy of the arms that no other with as few steps is as accurate as, by rising
-    steps.
-    """
-    found: list[tuple[float, float]] = []
-    points = [
-        (r.paired.step_ratio.value, r.paired.method.count / r.paired.n)
-        for r in rows
-        if r.paired.step_ratio is not None
-    ]
-    for steps, accuracy in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not found or accuracy > found[-1][1]:
-            found.append((steps, accuracy))
+def _draw_arm(axes: Axes, row: ArmComparison, *, kind: str, edge: float) -> None:
+    """Its point; of the front and the identity with intervals, of the front with its name."""
+    place, at = _point(row)
+    told: dict[str, Any] = {"textcoords": "offset points", "fontsize": 6, "ha": "right"}
+    told["bbox"] = {"fc": "white", "ec": "none", "pad": 0.5, "alpha": 0.8}
+    if place > edge:
+        axes.annotate(f"{place:.1f} ×", (edge, at), xytext=(-5, 0), va="center", **told)
+        place = edge
+    elif kind == "front":
+        axes.annotate(row.label, (place, at), xytext=(-4, 3), va="bottom", **told)
+    if kind not in ("front", "identity"):
+        axes.plot([place], [at], ls="", **_LOOKS[kind])
+        return
+    share, ratio = row.paired.method, row.paired.step_ratio
+    assert ratio is not None
+    low, high = wilson(share.count, share.n)
+    # Percentile intervals may end a rounding error inside the value, and error bars must not be
+    # negative.
+    x_error = [[max(0.0, ratio.value - ratio.low)], [max(0.0, ratio.high - ratio.value)]]
+    y_error = [[at - low], [high - at]]
+    axes.errorbar([place], [at], xerr=x_error, yerr=y_error, ls="", elinewidth=0.9, **_LOOKS[kind])
+
+
+def _point(row: ArmComparison) -> tuple[float, float]:
+    """Steps, as a ratio to the identity's, and accuracy."""
+    assert row.paired.step_ratio is not None
+    return row.paired.step_ratio.value, row.paired.method.count / row.paired.n
+
+
+def _front(rows: Sequence[ArmComparison]) -> list[ArmComparison]:
+    """The arms that no other with as few steps is as accurate as, by rising steps."""
+    found: list[ArmComparison] = []
+    known = [row for row in rows if row.paired.step_ratio is not None]
+    for row in sorted(known, key=lambda row: (_point(row)[0], -_point(row)[1])):
+        if not found or _point(row)[1] > _point(found[-1])[1]:
+            found.append(row)
     return found
 
 
@@ -283,25 +300,6 @@ def _panels(rows: Sequence[ArmComparison]) -> dict[str, list[ArmComparison]]:
     for row in rows:
         panels.setdefault(row.task_label.replace(" (", "\n("), []).append(row)
     return panels
-
-
-def _looks(rows: Sequence[ArmComparison]) -> dict[str, dict[str, Any]]:
-    """Color and mark of each label; the identity is a gray star whatever else is there."""
-    looks: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        if row.label not in looks:
-            at = sum(look["marker"] != "*" for look in looks.values())
-            own = row.arm.name == IDENTITY
-            color, mark = (GRAY, "*") if own else (COLORS[at % len(COLORS)], MARKS[at % len(MARKS)])
-            face = "white" if row.arm.oracle else color
-            looks[row.label] = {
-                "color": color,
-                "marker": mark,
-                "mfc": face,
-                "ms": 11 if own else 6,
-                "zorder": 3 if own else 2,
-            }
-    return looks
 
 
 def _grid(panels: int, most: int) -> tuple[int, int]:

@@ -1,7 +1,6 @@
 """`polar_fx compile`: what it compiles, prints and draws, on a tiny model in a folder."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +123,7 @@ def test_the_second_process_reads_and_loads(
     assert "`python -m polar_fx compile` makes regions" in " ".join(shown.err.split())
 
 
-@pytest.mark.parametrize(
-    "suffix",
-    [
-        ".dot",
-        pytest.param(
-            ".svg", marks=pytest.mark.skipif(not shutil.which("dot"), reason="no graphviz")
-        ),
-    ],
-)
+@pytest.mark.parametrize("suffix", [".dot", ".svg"])
 def test_pictures(
     suffix: str, folder: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -172,14 +163,6 @@ def test_bad_input_is_one_message_and_status_2(
     assert main(["compile", "--model", folder, *arguments]) == 2
     shown = capsys.readouterr()
     assert shown.out == "" and message in shown.err and "Traceback" not in shown.err
-
-
-def test_missing_graphviz_is_noticed_before_anything_is_loaded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["compile", "--graph", "p.svg"]) == 2
-    assert "apt install graphviz" in capsys.readouterr().err
 
 
 def test_inspect_takes_auto(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
