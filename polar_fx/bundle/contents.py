@@ -8,6 +8,7 @@ Shape legend: B batch, T tokens, L KV length.
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 
 from ..backends.base import RegionName, ShapeClass
+from ..capture import KvSpec, StateSpec
 from ..library.symbols import Operand, Symbol, SymbolTable
 from ..output.plain_text import count, dtype_name
 from .errors import BundleError
@@ -41,24 +43,27 @@ NAMES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 _DTYPE_NAMES = {
     dtype_name(value) for value in vars(torch).values() if isinstance(value, torch.dtype)
 }
-_ROLES = ("input", "hidden", "side", "kv", "weight")
+_ROLES = ("input", "hidden", "side", "kv", "state", "weight")
 _BODY = re.compile(r"[A-Za-z0-9_]{1,128}")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")
 # an expression of the axes, which nothing here evaluates
 _SIZE = re.compile(r"[0-9BTL+*() -]{1,200}")
 _MAX_AXES, _MAX_SIDES = 16, 4096
-_MAX_SLOT_WIDTH = 1 << 24  # elements that one token takes in one slot
+_MAX_SLOT_WIDTH = 1 << 24  # elements that one token takes in one slot, or that a state has
 
 
 def region_names(table: SymbolTable, shapes: Iterable[ShapeClass]) -> list[RegionName]:
     """Every region that any program needs for calls of these shape classes."""
     kinds = list(dict.fromkeys(call.target for call in table.layers))
+    cut = dict.fromkeys(
+        call.target for layer, call in enumerate(table.layers) if table.ends_in_kv_writes(layer)
+    )
     found: list[RegionName] = []
     for shape in shapes:
         bodies = [table.prologue.target, *kinds, table.epilogue.target]
         found += [RegionName(body, shape) for body in bodies]
         if shape.tokens is None:  # the last step of a prefill is its KV writes, and then one token
-            found += [RegionName(kind, shape, kv_writes=True) for kind in kinds]
+            found += [RegionName(kind, shape, kv_writes=True) for kind in cut]
     return found
 
 
@@ -123,18 +128,45 @@ def _problem_of_table(table: SymbolTable, manifest: Manifest) -> str | None:
         if problem := _problem_of_call(table, call):
             return f"has a call of {call.target!r} that {problem}"
     for layer, (call, spec) in enumerate(zip(table.layers, table.kv_specs, strict=True)):
-        numbers = spec.heads, spec.key_size, spec.value_size
-        if (
-            not all(type(n) is int and 0 < n <= _MAX_SLOT_WIDTH for n in numbers)
-            or spec.dtype not in DTYPES.values()
-            or spec.states
-        ):
-            return f"has no usable KV slot for layer {layer}: {spec}"
-        slots = [o for o in table.bodies[call.target].operands if o.role == "kv"]
-        wanted = [(str(spec.heads), str(width)) for width in (spec.key_size, spec.value_size)]
-        if [(o.size[1], o.size[3]) for o in slots if len(o.size) == 4] != wanted:
-            return f"gives layer {layer} a KV slot {spec} that {call.target} was not compiled for"
+        if not _is_slot(spec):
+            return f"has no usable slot for layer {layer}: {spec}"
+        if not _fits(spec, table.bodies[call.target].operands):
+            return f"gives layer {layer} a slot {spec} that {call.target} was not compiled for"
     return None
+
+
+def _is_slot(spec: KvSpec) -> bool:
+    """Whether its parts can be allocated: keys and values or none of both, and states."""
+    numbers = [n for state in spec.states for n in state.size]
+    if type(spec.heads) is not int or spec.heads:
+        numbers += spec.heads, spec.key_size, spec.value_size
+    if not all(type(n) is int and 0 < n <= _MAX_SLOT_WIDTH for n in numbers):
+        return False
+    if any(math.prod(state.size) > _MAX_SLOT_WIDTH for state in spec.states):
+        return False
+    dtypes = {spec.dtype, *(state.dtype for state in spec.states)}
+    return dtypes <= set(DTYPES.values())
+
+
+def _fits(spec: KvSpec, operands: Iterable[Operand]) -> bool:
+    """Whether a body takes the parts of this slot, laid out as they are allocated."""
+    slots = [o for o in operands if o.role in ("kv", "state")]
+    if tuple(o.role for o in slots) != spec.roles:
+        return False
+    for operand, shape in zip(slots, spec.shapes(1, 1), strict=True):
+        if len(operand.size) != len(shape):
+            return False
+        kept = (1, 3) if operand.role == "kv" else range(1, len(shape))
+        if any(operand.size[i] != str(shape[i]) for i in kept):
+            return False
+    states = zip(slots[spec.num_kv :], spec.states, strict=True)
+    return all(_is_laid_out(operand, state) for operand, state in states)
+
+
+def _is_laid_out(operand: Operand, state: StateSpec) -> bool:
+    """Whether compiled code reads a state as it is allocated: its dtype, one row after another."""
+    strides = torch.empty((1, *state.size), device="meta").stride()
+    return operand.dtype == dtype_name(state.dtype) and operand.stride == tuple(map(str, strides))
 
 
 def _problem_of_operand(operand: Operand) -> str | None:

@@ -219,7 +219,7 @@ class BundledModel(CompiledModel):
             tiers=Tiers(
                 library, regions, kv_index=pool.kv_index, tier="linked", policy=TierPolicy()
             ),
-            graphs=cuda_graphs(library.device),
+            graphs=cuda_graphs(library.device, states=library.table.keeps_states),
             bound=None,
         )
         super().__init__(runner, manifest.programs[0])

@@ -140,7 +140,6 @@ def _check_kind(compiled: object, tokenizer: object) -> None:
             f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with "
             "backend='aot_inductor'"
         )
-    compiled.library.require_no_states("a bundle")
     if compiled.device.type not in ("cpu", "cuda"):
         raise InputError(
             f"bundles are for the CPU and CUDA, and the model is on {compiled.device}; compile it "

@@ -196,7 +196,7 @@ class Recurrences:
         last = ends[..., -1] + decay[..., -1].exp() * first[..., -1]
         states = torch.stack(inside, 2) + within.exp() * first.movedim(-1, 1)[:, :, None]
         each = torch.arange(tokens, device=dt.device)
-        out = (states @ c[..., None])[..., 0][:, each // _BLOCK, each % _BLOCK].transpose(1, 2)
+        out = (states * c[..., None, :]).sum(-1)[:, each // _BLOCK, each % _BLOCK].transpose(1, 2)
         out = out if D is None else out + hidden_states * D[:, None]
         out = (out if z is None else out * F.silu(z)).to(kept)
         return (out, last) if return_last_state else out

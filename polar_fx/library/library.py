@@ -204,7 +204,8 @@ class LayerLibrary:
             if spec.states:
                 raise InputError(
                     f"layer {layer} keeps a recurrent or convolutional state, which {what} does "
-                    "not hold yet; run this model by polar_fx.compile with backend='eager'"
+                    "not hold yet; run this model by polar_fx.compile, on the CPU or with "
+                    "backend='eager'"
                 )
 
     def check(self, program: Program) -> None:

@@ -181,9 +181,12 @@ def _rows_after(
 def _slots_after(
     runner: Runner, program: Program, *, trunk: Trunk, lent: KvSession
 ) -> Iterator[KvSession]:
-    """A trunk that is used as a whole lends its slots; of one that was split up they are copied."""
+    """A trunk that is used as a whole lends its slots. They are copied of one that was split up,
+    and of one that keeps states: decoding changes these, and the trunk may be used again.
+    """
     resume = Resume(trunk.num_steps, padded(trunk.hidden))
-    if trunk.rows == tuple(range(lent.batch)):
+    keeps_states = any(spec.states for spec in lent.specs)
+    if trunk.rows == tuple(range(lent.batch)) and not keeps_states:
         with runner.open_slots(program, lent.batch, steps=slice(trunk.num_steps, None)) as rest:
             whole = KvSession(
                 runner.pool,

@@ -17,14 +17,17 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Cache
 
 from places import ROOT
+from plain_loop import plain_logits
 from polar_fx.bundle import BundledModel, export, load_bundle, read_manifest
 from polar_fx.bundle.contents import weight_operands
 from polar_fx.bundle.manifest import FORMAT, write_manifest
 from polar_fx.compiled import compile
 from polar_fx.errors import ProgramError
 from polar_fx.program import Program
+from tiny_bundles import compiled_hybrid, hybrid
 from tiny_models import make, prompts
 
 SOURCES = ROOT / "polar_fx" / "bundle" / "cpp"
@@ -158,16 +161,24 @@ def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: Bundle
     )
 
 
-def test_a_mixture_of_experts_runs(runner: Path, tmp_path: Path) -> None:
-    """Its experts call an operator that transformers registers in Python."""
-    model = make("qwen3_moe", num_hidden_layers=2)
-    compiled = compile(model, "aot_inductor", max_length=31, prefill_chunk=CHUNK)
-    export(compiled, tmp_path / "bundle", ["identity"])
-    for tokens in (prompts(5)[0], prompts(CHUNK + 3)[0]):
-        want = compiled.generate(tokens[None], max_new_tokens=8, do_sample=False)
-        arguments = ("--tokens", _comma(tokens.tolist()), "--new", 8)
+@pytest.mark.skipif(
+    not hasattr(Cache, "get_conv_state"), reason="caches of this transformers do not tell states"
+)
+def test_states_and_experts_run(runner: Path, tmp_path: Path) -> None:
+    """Programs that end in a layer with a state, and in one cut to its keys and values. Experts
+    call an operator that transformers registers in Python.
+    """
+    compiled, programs = compiled_hybrid(), ("identity", "(0)*2@0.5 1 0")
+    export(compiled, tmp_path / "bundle", programs)
+    loaded, source = load_bundle(tmp_path / "bundle"), hybrid()
+    for text, row in zip(programs, prompts(2 * CHUNK + 4, CHUNK + 1), strict=True):
+        program = compiled.resolve(text)
+        logits = loaded.forward(row[None], program=program)[0]
+        want = plain_logits(source, program, row=row)
+        torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)
+        arguments = ("--tokens", _comma(row.tolist()), "--new", 8, "--program", str(program))
         got = _new_tokens(runner, tmp_path / "bundle", *arguments)
-        assert got == want[0, len(tokens) :].tolist()
+        assert got == _want(loaded, text, prompt=row.tolist(), new=8)
 
 
 def test_a_row_that_would_be_computed_anew_is_refused(

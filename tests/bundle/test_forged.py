@@ -122,15 +122,15 @@ MUTATIONS: dict[str, tuple[Mutation, str]] = {
     ),
     "symbols of no dtype": (
         symbols(lambda t: t["kv_specs"][0].update(dtype="load")),
-        "has no usable KV slot for layer 0",
+        "has no usable slot for layer 0",
     ),
     "symbols of absurd slots": (
         symbols(lambda t: t["kv_specs"][1].update(heads=10**9)),
-        "has no usable KV slot for layer 1",
+        "has no usable slot for layer 1",
     ),
     "symbols of other slots": (
         symbols(lambda t: t["kv_specs"][1].update(heads=4)),
-        "a KV slot .* was not compiled for",
+        "a slot .* was not compiled for",
     ),
     "symbols with code": (
         symbols(

@@ -12,30 +12,33 @@ from torch import Tensor
 from transformers import Cache
 
 from plain_loop import plain_logits
-from polar_fx.backends import EagerBackend, InductorBackend
+from polar_fx.backends import get_backend
 from polar_fx.compiled import CompiledModel
 from polar_fx.errors import InputError
 from polar_fx.graph_files import export_program
 from polar_fx.judge.teacher_forcing import TeacherForcing
+from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion
 from polar_fx.runtime.generator import padded_rows
 from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.runner import Runner
+from polar_fx.runtime.trunk import run_trunk, session_after
+from tiny_bundles import compiled_hybrid, hybrid
 from tiny_models import HYBRIDS, prompts, run_rows, tiny
 
 pytestmark = pytest.mark.skipif(
     not hasattr(Cache, "get_conv_state"), reason="caches of this transformers do not tell states"
 )
 
-ROWS = prompts(14, 9, 5)
+ROWS = prompts(14, 9, 5, 1)
 
 
 @functools.cache
-def compiled(family: str) -> CompiledModel:
-    """A hybrid that is interpreted, on the capture that all tests here share."""
+def compiled(family: str, backend: str = "eager") -> CompiledModel:
+    """A hybrid that is interpreted or compiled, on the capture that all tests here share."""
     regions = RegionTable(
-        tiny(family).library, EagerBackend(), max_length=60, store=None, workers=0
+        tiny(family).library, get_backend(backend), max_length=60, store=None, workers=0
     )
     return CompiledModel(Runner.of_model(tiny(family).model, regions))
 
@@ -60,18 +63,16 @@ def test_any_program_is_a_plain_loop(family: str) -> None:
     """By the interpreter: ragged rows in two ragged parts, and then token by token."""
     model, library = tiny(family).model, tiny(family).library
     for program in (Program.identity(library.depth), *programs(library.depth, 2)):
-        got = run_rows(library, program, rows=ROWS, prefill=(11, 6, 3))
+        got = run_rows(library, program, rows=ROWS, prefill=(11, 6, 3, 1))
         for own, row in zip(got, ROWS, strict=True):
             assert lost(own, plain_logits(model, program, row=row)) < 2e-4
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 512])
-@pytest.mark.parametrize("family", ["lfm2", "falcon_h1"])
-def test_rows_of_several_programs(family: str, chunk: int) -> None:
-    """Logits of every token and generation, a program a row, however prompts are cut."""
-    model, source = compiled(family), tiny(family).model
+def check_rows(model: CompiledModel, source: Any, *, each: list[Program], chunk: int) -> None:
+    """Logits of every token and greedy generation of 20 more, a program a row, are those of a plain
+    loop over the layers of `source`, however prompts are cut.
+    """
     model.runner.prefill_chunk = chunk
-    each = programs(model.depth, len(ROWS))
     ids, mask = padded_rows([row.tolist() for row in ROWS])
     logits = model.forward(ids, mask, program=each)
     options: Any = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -82,6 +83,65 @@ def test_rows_of_several_programs(family: str, chunk: int) -> None:
         want = plain_logits(source, program, row=torch.cat((row, new[:-1])))[len(row) - 1 :]
         # greedy, but for ties within rounding
         assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 512])
+@pytest.mark.parametrize("family", ["lfm2", "falcon_h1"])
+def test_rows_of_several_programs(family: str, chunk: int) -> None:
+    model = compiled(family)
+    each = programs(model.depth, len(ROWS))
+    check_rows(model, tiny(family).model, each=each, chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 512])
+@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+def test_compiled_rows(family: str, chunk: int) -> None:
+    """Skips, repeats and damping in one compiled batch, beside the interpreter."""
+    model, eager = compiled(family, "inductor"), compiled(family)
+    # few regions: several rows for each program, and a last step that keeps a state
+    texts = ("0 (1)*2@0.5 0", "(0)*2") if chunk % 2 else ("1 0 1 0", "0")
+    each = [Program.parse(texts[i % 2], 2) for i in range(len(ROWS))]
+    check_rows(model, tiny(family).model, each=each, chunk=chunk)
+    ids, mask = padded_rows([row.tolist() for row in ROWS])
+    want = eager.forward(ids, mask, program=each)
+    assert lost(model.forward(ids, mask, program=each), want) < 2e-5
+
+
+def test_a_second_start_traces_and_compiles_nothing() -> None:
+    """Ahead of time, on the regions that a bundle of this model holds as well."""
+    first, second, source = compiled_hybrid(), compiled_hybrid(), hybrid()
+    options: Any = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    for text in ("identity", "(0)*2@0.5 1 0"):
+        program, ids = first.resolve(text), ROWS[0][None]
+        found = [model.generate(ids, program=text, **options)[0] for model in (first, second)]
+        assert torch.equal(*found)
+        want = plain_logits(source, program, row=found[0][:-1])[len(ROWS[0]) - 1 :]
+        new = found[0][len(ROWS[0]) :]
+        assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4
+    assert {r.source for r in second.regions.records} == {"loaded"}
+    assert not second.library.is_traced
+
+
+def test_verdicts_and_dispatch_of_compiled_rows() -> None:
+    """On the regions for one row: a verdict in two parts, and programs that go on after a trunk,
+    which a former one must not have changed.
+    """
+    model, source, row = compiled_hybrid(), hybrid(), ROWS[0]
+    whole, tokens = torch.cat((row, torch.tensor([7, 8]))), row.tolist()
+    question = EncodedQuestion("q", tuple(tokens[:4]), tuple(tokens[4:]), ((7, 8),))
+    each = [Program.parse(text, 2) for text in ("0-1", "0 (1 0)*2@0.5", "0 1 1")]
+    judge = TeacherForcing(model)
+    with run_trunk(model.runner, [row], num_steps=1) as trunk:
+        for program in each:
+            (verdict,) = judge.evaluate([(question, program)])  # a row at a time
+            want = plain_logits(source, program, row=whole)[len(row) - 1 :]
+            scores = want[:2].log_softmax(-1).gather(-1, whole[-2:, None])
+            assert verdict.log_likelihood is not None
+            assert abs(verdict.log_likelihood - float(scores.sum())) < 1e-3
+            with session_after(model.runner, [program], trunk=trunk) as session:
+                got = [model.runner.prefill(session, [row])[0]]
+                got += [model.runner.decode(session, token)[0] for token in whole[-2:, None]]
+            assert lost(torch.stack(got), want) < 2e-4
 
 
 def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode() -> None:
@@ -137,12 +197,14 @@ def test_a_verdict_goes_on_from_the_state_of_a_prefix() -> None:
         assert min(abs(verdict.log_likelihood - f) for f in found) < 1e-3
 
 
-def test_what_cannot_hold_a_state_says_so(tmp_path: Any) -> None:
+def test_what_cannot_hold_a_state_says_so(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = compiled("lfm2")
     says = "layer 0 keeps a recurrent or convolutional state, which .* does not hold yet"
     with pytest.raises(InputError, match=says):
         export_program(model, None, path=tmp_path / "program.pt2")
-    with pytest.raises(InputError, match=says):
-        RegionTable(model.library, InductorBackend(), max_length=60, store=None, workers=0)
     with pytest.raises(InputError, match="rows do not run in lock-step here"):
         model.start()
+    # where compiled code is not verified
+    monkeypatch.setattr(LayerLibrary, "device", torch.device("cuda"))
+    with pytest.raises(InputError, match=says):
+        RegionTable(model.library, get_backend("inductor"), max_length=60, store=None, workers=0)

@@ -25,6 +25,20 @@ def compiled_model() -> CompiledModel:
     return compile(make("llama"), "aot_inductor", max_length=LENGTH)
 
 
+def hybrid() -> Any:
+    """A tiny model whose first layer keeps the state of a convolution, with attention and a mixture
+    of experts in the second one.
+    """
+    experts = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    kinds = ["conv", "full_attention"]
+    return make("lfm2_moe", layer_types=kinds, num_hidden_layers=2, num_dense_layers=1, **experts)
+
+
+def compiled_hybrid() -> CompiledModel:
+    """That, compiled once a test session likewise, for prompts in parts of 8 tokens."""
+    return compile(hybrid(), "aot_inductor", max_length=LENGTH, prefill_chunk=8)
+
+
 def tokenizer_of_words() -> Any:
     """A tokenizer of the tiny models' vocabulary."""
     vocabulary = {f"w{i}": i for i in range(100)}

@@ -41,9 +41,20 @@ struct Call {
   std::vector<std::pair<std::string, Layout>> weights;
 };
 
+// What a layer keeps of a row however long it is, [1, size...], such as the last inputs of a convolution.
+struct StateSpec {
+  std::vector<int64_t> size;
+  at::ScalarType dtype;
+};
+
+// The slot of a layer's step: keys and values, unless it has no heads, and then states.
 struct KvSpec {
   int64_t heads, key_size, value_size;
   at::ScalarType dtype;
+  std::vector<StateSpec> states;
+
+  // As `polar_fx.library.symbols.SymbolTable.ends_in_kv_writes` says: a state must not see a token twice.
+  bool ends_in_kv_writes() const { return heads > 0 && states.empty(); }
 };
 
 inline at::ScalarType dtype_of(const std::string& name) {
@@ -196,9 +207,17 @@ class Bundle {
     prologue = read_call(table, table["prologue"]);
     epilogue = read_call(table, table["epilogue"]);
     for (const Json& call : table["layers"].list()) layers.push_back(read_call(table, call));
-    for (const Json& spec : table["kv_specs"].list())
+    for (const Json& spec : table["kv_specs"].list()) {
       kv_specs.push_back(
-          {spec["heads"].size(), spec["key_size"].size(), spec["value_size"].size(), dtype_of(spec["dtype"].text())});
+          {spec["heads"].size(), spec["key_size"].size(), spec["value_size"].size(), dtype_of(spec["dtype"].text()), {}});
+      if (!spec.has("states")) continue;
+      for (const Json& state : spec["states"].list()) {
+        StateSpec made{{}, dtype_of(state["dtype"].text())};
+        for (const Json& size : state["size"].list()) made.size.push_back(size.size());
+        kv_specs.back().states.push_back(made);
+      }
+      if (kv_length == 0) throw JsonError("it has layers that keep states, which run in slots, and code for blocks");
+    }
     if (layers.size() != static_cast<size_t>(depth) || kv_specs.size() != layers.size())
       throw JsonError("it has " + std::to_string(layers.size()) + " layers, the manifest says " + std::to_string(depth));
   }

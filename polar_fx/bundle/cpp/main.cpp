@@ -72,10 +72,10 @@ struct LinkedCall {
 // A program's calls for one token or for many.
 struct LinkedProgram {
   LinkedCall prologue, epilogue;
-  std::vector<LinkedCall> steps;  // of many tokens, the last one only writes keys and values
+  std::vector<LinkedCall> steps;  // of many tokens, the last one only writes keys and values if it keeps no state
 };
 
-// Keys and values of one row, apart for each step: a layer that runs twice must not append twice to the same ones.
+// Keys and values of one row, and its states, apart for each step: a layer that runs twice must not append twice to the same ones.
 //
 // Code for slots takes [1, H, L, E], all of L = `kv_length` columns. Code for blocks takes stores [P, H, 16, E] and the numbers of
 // the row's blocks i64[1, W]; here the row has a store of its own at each step, whose blocks are in order, and which grows.
@@ -87,8 +87,15 @@ class KeysAndValues {
       const auto options = at::TensorOptions().dtype(spec.dtype);
       const int64_t first = in_blocks_ ? kLeastBlocks : 1, columns = in_blocks_ ? kBlock : bundle.kv_length;
       // zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-      steps_.push_back({at::zeros({first, spec.heads, columns, spec.key_size}, options),
-                        at::zeros({first, spec.heads, columns, spec.value_size}, options)});
+      Tensors& parts = steps_.emplace_back();
+      if (spec.heads > 0)
+        for (const int64_t size : {spec.key_size, spec.value_size})
+          parts.push_back(at::zeros({first, spec.heads, columns, size}, options));
+      for (const StateSpec& state : spec.states) {
+        std::vector<int64_t> size = {1};
+        size.insert(size.end(), state.size.begin(), state.size.end());
+        parts.push_back(at::zeros(size, options.dtype(state.dtype)));
+      }
     }
     columns = at::arange(in_blocks_ ? kLeastBlocks * kBlock : bundle.kv_length);
     if (in_blocks_) row_blocks_ = at::arange(kLeastBlocks).unsqueeze(0);
@@ -111,7 +118,7 @@ class KeysAndValues {
   // What the code of a step takes.
   Tensors of(size_t step) const {
     Tensors taken = steps_.at(step);
-    if (in_blocks_) taken.push_back(row_blocks_);
+    if (in_blocks_ && !taken.empty()) taken.push_back(row_blocks_);
     return taken;
   }
 
@@ -157,11 +164,13 @@ class Session {
     made.prologue.sides = {};  // its operands are the graph's inputs themselves, in order
     if (!many_tokens) made.epilogue = link(bundle_.epilogue, "", many_tokens);  // logits are wanted of one token only
     for (const Step& step : program_) {
-      const bool kv_only = many_tokens && &step == &program_.back();
+      const bool kv_only = many_tokens && &step == &program_.back() && ends_in_kv_writes();
       made.steps.push_back(link(bundle_.layers.at(static_cast<size_t>(step.layer)), kv_only ? ".kv" : "", many_tokens));
     }
     return made;
   }
+
+  bool ends_in_kv_writes() const { return bundle_.kv_specs.at(static_cast<size_t>(program_.back().layer)).ends_in_kv_writes(); }
 
   LinkedCall link(const Call& call, const char* suffix, bool many_tokens) {
     LinkedCall made{nullptr, call.sides, {}};
@@ -205,14 +214,20 @@ class Session {
   }
 
   // Of the last step only the keys and values are needed for all tokens. What comes after runs for the last token alone,
-  // as if it were decoded, and not at all for a part of a prompt that does not end here.
+  // as if it were decoded, and not at all for a part of a prompt that does not end here. A step that keeps a state runs whole,
+  // once, and the head alone is left to the last token.
   Tensor append_many(const Tensor& ids, bool is_end) {
+    const bool cut = ends_in_kv_writes();
     const Tensor positions = next_positions(ids.size(1));
     Tensors values = start(many_, ids, positions), saved;
-    Tensor hidden = run(many_, program_.size() - 1, values, saved);
-    many_.steps.back()({hidden}, values, kv_.of(program_.size() - 1));
+    Tensor hidden = run(many_, program_.size() - (cut ? 1 : 0), values, saved);
+    if (cut) many_.steps.back()({hidden}, values, kv_.of(program_.size() - 1));
     if (!is_end) return {};
     const auto pick = [](const Tensor& all) { return all.narrow(1, all.size(1) - 1, 1).clone(at::MemoryFormat::Contiguous); };
+    if (!cut) {
+      values = start(one_, pick(ids), pick(positions));
+      return head(pick(hidden), values);
+    }
     saved.insert(saved.end(), static_cast<size_t>(program_.back().opens), hidden);
     for (Tensor& state : saved) state = pick(state);
     values = start(one_, pick(ids), pick(positions));
