@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -44,7 +44,11 @@ def _mask(
     token.
 
     `q_offset` is what our cache answers for the query offset: the positions [B, T] themselves.
+    Where no cache was asked and nothing is hidden the mask is empty: decoders make such a one for
+    the tokens of an encoder, of which there are none here; attention with it is refused.
     """
+    if mask_function is bidirectional_mask_function and not isinstance(q_offset, Tensor):
+        return torch.empty(0, dtype=torch.bool)
     if (
         not isinstance(q_offset, Tensor)
         or q_offset.dim() != 2
@@ -64,9 +68,24 @@ def _mask(
 
 def _additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor:
     mask = _mask(*args, **kwargs)
+    if _hides_nothing(mask):
+        return mask
     return torch.where(
         mask, torch.zeros((), dtype=dtype, device=mask.device), torch.finfo(dtype).min
     )
+
+
+def _hides_nothing(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dim() == 1
+
+
+def _require_causal(module: nn.Module, mask: Tensor | None) -> None:
+    """Raise UnsupportedModelError for attention in which nothing is hidden from a token."""
+    if _hides_nothing(mask):
+        raise UnsupportedModelError(
+            f"{type(module).__name__} attends to the tokens after a token as well",
+            "use a causal model; that of an encoder is made with is_decoder=True in its config",
+        )
 
 
 def _sdpa(
@@ -84,6 +103,7 @@ def _sdpa(
     against 18 at L = 4,112). The CPU kernel computes the same bits without it. On a GPU only cuDNN
     and flash take groups, in half precision; float32 would fall back to plain products.
     """
+    _require_causal(module, attention_mask)
     groups = getattr(module, "num_key_value_groups", 1)
     plain = not (
         {"position_bias", "cache", "softcap"} & {k for k, v in kwargs.items() if v is not None}
@@ -102,8 +122,16 @@ def _sdpa(
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
     """The attention a modeling file falls back to, under its conventional name."""
+    _require_causal(module, attention_mask)
     source = sys.modules[type(module).__module__]
     forward = getattr(source, "eager_attention_forward", None)
     if forward is None:
@@ -111,7 +139,7 @@ def _eager(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             f"{type(module).__name__} has no eager attention function to trace",
             "load it with attn_implementation='sdpa'",
         )
-    return forward(module, *args, **kwargs)
+    return forward(module, query, key, value, attention_mask, **kwargs)
 
 
 def register() -> None:

@@ -320,6 +320,8 @@ class Stored:
         order = [layer for layer, _, _ in calls]
         if order != sorted(order) or len({(layer, part) for layer, part, _ in calls}) < len(calls):
             raise self._unsound(f"layers store KV in the order {order}")
+        if order and order[-1] >= depth:
+            raise self._unsound(f"{depth} layers store KV under {order[-1] + 1} numbers")
         for layer, part, tensors in calls:
             self.parts[layer][part] = tensors
         self.silent = [layer for layer, parts in enumerate(self.parts) if not parts]

@@ -6,6 +6,7 @@ sizes, whatever the model.
 """
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,34 +28,73 @@ _MOST_PARAMETERS = 30_000_000
 _HEADS, _HEAD, _WIDTH = 4, 8, 32
 
 # By what a size is called, in configurations of any model.
-_SIZES: dict[int, str] = {
-    _DEPTH: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers depth "
-    "num_decoder_layers num_encoder_layers",
-    _WIDTH: "hidden_size d_model n_embd embed_dim dim word_embed_proj_dim embedding_size "
-    "input_embedding_size hidden_dim",
-    64: "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size d_ff "
-    "mlp_dim intermediate_size_mlp attention_hidden_size d_ssm lru_width dff",
-    _HEADS: "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
-    "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads num_experts "
-    "n_routed_experts num_local_experts chunk_size num_routed_experts linear_num_value_heads",
-    2: "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token "
-    "moe_topk top_k moe_k linear_num_key_heads num_attention_groups ngroups n_groups",
-    _HEAD: "head_dim kv_channels v_head_dim qk_nope_head_dim q_lora_rank kv_lora_rank d_state "
-    "ssm_state_size state_size linear_key_head_dim linear_value_head_dim sliding_window "
-    "window_size index_head_dim hidden_size_per_layer_input global_head_dim dt_rank "
-    "time_step_rank d_kv laurel_rank",
-    16: "moe_intermediate_size moe_shared_expert_intermediate_size attention_chunk_size "
-    "shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size d_head",
-    4: "qk_rope_head_dim rotary_dim index_topk index_n_heads",
-    1: "n_group topk_group first_k_dense_replace num_shared_experts n_shared_experts "
-    "pretraining_tp num_dense_layers",
-    100: "vocab_size vocab_size_per_layer_input",
-    256: "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx seq_length "
-    "max_source_positions max_target_positions",
-}
-_SMALL = {name: size for size, names in _SIZES.items() for name in names.split()}
-# Tried one after another, where sizes that fit most models do not fit together.
-_OTHERWISE: tuple[dict[str, int], ...] = ({}, {"num_heads": 8}, {"num_key_value_heads": 4})
+_SIZES: tuple[tuple[int, str], ...] = (
+    (
+        _DEPTH,
+        "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers depth "
+        "num_decoder_layers num_encoder_layers",
+    ),
+    (
+        _WIDTH,
+        "hidden_size d_model n_embd embed_dim dim word_embed_proj_dim embedding_size "
+        "input_embedding_size hidden_dim",
+    ),
+    (
+        64,
+        "intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner ffn_hidden_size d_ff "
+        "mlp_dim intermediate_size_mlp attention_hidden_size d_ssm lru_width dff",
+    ),
+    (
+        _HEADS,
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+        "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads "
+        "num_experts n_routed_experts num_local_experts chunk_size num_routed_experts "
+        "linear_num_value_heads",
+    ),
+    (
+        2,
+        "num_key_value_heads num_kv_heads n_kv_heads num_experts_per_tok num_experts_per_token "
+        "n_recurrent_layers num_kv_shared_layers moe_topk top_k moe_k linear_num_key_heads "
+        "num_attention_groups ngroups n_groups",
+    ),
+    (
+        _HEAD,
+        "head_dim kv_channels v_head_dim qk_nope_head_dim q_lora_rank kv_lora_rank d_state "
+        "ssm_state_size state_size linear_key_head_dim linear_value_head_dim sliding_window "
+        "window_size index_head_dim hidden_size_per_layer_input global_head_dim dt_rank "
+        "time_step_rank d_kv laurel_rank",
+    ),
+    (
+        16,
+        "moe_intermediate_size moe_shared_expert_intermediate_size attention_chunk_size "
+        "shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size d_head",
+    ),
+    (12, "qk_head_dim"),
+    (4, "qk_rope_head_dim rotary_dim index_topk index_n_heads"),
+    (
+        1,
+        "n_input_layers n_output_layers n_group topk_group first_k_dense_replace "
+        "num_shared_experts n_shared_experts pretraining_tp num_dense_layers",
+    ),
+    (100, "vocab_size vocab_size_per_layer_input"),
+    (
+        256,
+        "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx seq_length "
+        "max_source_positions max_target_positions",
+    ),
+)
+_SMALL = {name: size for size, names in _SIZES for name in names.split()}
+# Tried one after another, where sizes that fit most models do not fit together; 0: as the
+# configuration has it.
+_OTHERWISE: tuple[dict[str, int], ...] = (
+    {},
+    {"num_heads": 8},
+    {"num_key_value_heads": _HEADS},
+    {"head_dim": 0},
+    {"head_dim": 0, "num_key_value_heads": _HEADS},
+    {"d_head": _HEAD},
+)
+_LAYER_KINDS = ["conv", "full_attention"] * (_DEPTH // 2)
 _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 
@@ -96,9 +136,9 @@ def tiny_model(kind: str) -> PreTrainedModel:
     Raises whatever transformers raises for such sizes.
     """
     problem: Exception | None = None
-    for sizes in _OTHERWISE:
+    for fill, sizes in itertools.product((False, True), _OTHERWISE):
         try:
-            model = _model(kind, {**_SMALL, **sizes})
+            model = _model(kind, {**_SMALL, **sizes}, fill=fill)
             with torch.no_grad():
                 model(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)
             return model
@@ -108,8 +148,8 @@ def tiny_model(kind: str) -> PreTrainedModel:
     raise problem
 
 
-def _model(kind: str, sizes: Mapping[str, int]) -> PreTrainedModel:
-    config = CONFIG_MAPPING[kind](**_small(CONFIG_MAPPING[kind](), sizes))
+def _model(kind: str, sizes: Mapping[str, int], *, fill: bool) -> PreTrainedModel:
+    config = CONFIG_MAPPING[kind](**_small(CONFIG_MAPPING[kind](), sizes, fill=fill))
     with torch.device("meta"):
         size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if size > _MOST_PARAMETERS:
@@ -121,15 +161,23 @@ def _model(kind: str, sizes: Mapping[str, int]) -> PreTrainedModel:
     return model
 
 
-def _small(config: PreTrainedConfig, sizes: Mapping[str, int]) -> dict[str, Any]:
-    """The arguments of a configuration with small sizes, those of its parts included."""
+def _small(config: PreTrainedConfig, sizes: Mapping[str, int], *, fill: bool) -> dict[str, Any]:
+    """The arguments of a configuration with small sizes, those of its parts included; with `fill`,
+    also those that it leaves open.
+    """
     found: dict[str, Any] = {}
-    depth = next((getattr(config, n) for n in _SIZES[_DEPTH].split() if hasattr(config, n)), None)
+    depth = next((getattr(config, n) for n in _SIZES[0][1].split() if hasattr(config, n)), None)
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            found[name] = _small(value, sizes)
+            found[name] = _small(value, sizes, fill=fill)
         elif type(value) is int and (size := _size(name, sizes)):
             found[name] = min(value, size)
+        elif fill and value is None and (size := _size(name, sizes)):
+            found[name] = size
+        elif fill and value is None and name == "layer_types":
+            found[name] = _LAYER_KINDS
+        elif name == "is_decoder":  # what is an encoder otherwise
+            found[name] = True
         elif name in _TOKENS and value is not None:
             found[name] = _TOKENS[name]
         elif isinstance(value, (list, tuple)) and depth and len(value) == depth > _DEPTH:
@@ -147,11 +195,9 @@ def _size(name: str, sizes: Mapping[str, int]) -> int | None:
 
 
 def _some_of_each(values: Sequence[Any]) -> list[Any]:
-    """So many of a list with an entry a layer as are left of its layers, other ones first."""
-    firsts = [i for i, value in enumerate(values) if value not in values[:i]][:_DEPTH]
-    others = [i for i in range(len(values)) if i not in firsts]
-    chosen = sorted([*firsts, *others[: _DEPTH - len(firsts)]])
-    return [values[i] for i in chosen]
+    """So many of a list with an entry a layer as are left of its layers, each kind in turn."""
+    kinds = [value for i, value in enumerate(values) if value not in values[:i]]
+    return [kinds[i % len(kinds)] for i in range(_DEPTH)]
 
 
 @torch.no_grad()

@@ -177,6 +177,14 @@ def test_a_forward_hook_is_refused() -> None:
         capture(model)
 
 
+def test_an_encoder_is_captured_as_a_decoder_alone() -> None:
+    with pytest.raises(
+        UnsupportedModelError, match="BertSelfAttention attends to the tokens after"
+    ):
+        capture(make("bert", num_hidden_layers=1))
+    capture_checked(make("bert", num_hidden_layers=1, is_decoder=True))
+
+
 def test_hooks_of_transformers_itself_are_no_obstacle() -> None:
     """Asking a model for its hidden states leaves recording hooks on it, for good."""
     model = make("llama")

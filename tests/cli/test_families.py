@@ -9,10 +9,10 @@ from polar_fx.explain.families import Family, causal_kinds, markdown
 
 
 def test_a_type_that_runs_and_one_that_cannot(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["families", "llama", "bart", "--json"]) == 0
+    assert main(["families", "llama", "cpmant", "--json"]) == 0
     found = {f["kind"]: f for f in json.loads(capsys.readouterr().out)["families"]}
     assert found["llama"] == {"kind": "llama", "state": "exact", "why": "", "keeps_states": False}
-    assert found["bart"]["state"] == "refused" and "its BartDecoder" in found["bart"]["why"]
+    assert found["cpmant"]["state"] == "refused" and "layers of CpmAnt" in found["cpmant"]["why"]
 
 
 def test_a_type_that_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
