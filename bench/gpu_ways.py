@@ -78,8 +78,7 @@ class Linked(Ours):
 
     def graph(self) -> Any:
         """The graph that was used last, to be replayed alone; None without one."""
-        captured = getattr(self.graphs, "_graphs", None)
-        return next(reversed(captured.values())).graph if captured else None
+        return None if self.graphs is None else self.graphs.cache.last_used
 
     def finish(self) -> None:
         if self.is_open:

@@ -266,7 +266,10 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], *, many_rows:
         threads=torch.get_num_threads(),
         backend=compiled.backend.name,
         max_length=compiled.pool.max_length,
-        kv_length=None if compiled.runner.addresses else compiled.pool.length,
+        # on a GPU, bundles hold regions for slots
+        kv_length=None
+        if compiled.runner.addresses and compiled.device.type == "cpu"
+        else compiled.pool.length,
         prefill_chunk=compiled.prefill_chunk,
         many_rows=many_rows,
         deterministic=compiled.deterministic,

@@ -71,6 +71,11 @@ class GraphCache:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    @property
+    def last_used(self) -> Graph | None:
+        """The graph that was replayed last, if any was."""
+        return next(reversed(self._graphs.values())).graph if self._graphs else None
+
     def find(self, key: Hashable) -> Captured | None:
         """The graph of a run that is about to be made, if it was captured."""
         self._num_runs += 1

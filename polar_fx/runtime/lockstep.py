@@ -20,6 +20,7 @@ from ..library import LayerLibrary
 from ..library.steps import HIDDEN, Blends, side_values
 from ..passes.address_kv import BLOCK
 from ..program import Program
+from .graph_cache import GraphCache
 from .kv_rows import KvRow
 from .kv_store import EMPTY, KvStore
 from .kv_windows import Ask, KvWindows
@@ -39,13 +40,21 @@ class Lockstep:
     """Runs rows on the regions of a table; compiles what is missing, as linking does."""
 
     def __init__(self, library: LayerLibrary, regions: RegionTable) -> None:
-        self.library = library
+        self.library, self.regions = library, regions
         self.store = KvStore(library.device)
         self.possible = takes_blocks(library, regions.backend)
         self.windows = KvWindows(library.table)
         self._axes = library.table.batch_axes() or {}
         self.plans = Planner(library, regions)
         self.graphs: LockstepGraphs | None = None  # replays decodes on a GPU
+
+    def capture_in(self, cache: GraphCache | None) -> None:
+        """Let decodes be graphs in a cache; without one, every kernel is launched by itself."""
+        self.graphs = None
+        if cache is not None:
+            self.graphs = LockstepGraphs(
+                cache, self.library, regions=self.regions, store=self.store
+            )
 
     def row(self, program: Program) -> KvRow:
         """An empty row."""

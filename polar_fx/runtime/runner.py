@@ -22,7 +22,6 @@ from .group_session import GroupSession, groups_of
 from .kv_cache import KvPool, KvSession, Resume
 from .link import LinkedProgram, Linker, StepInputs
 from .lockstep import Lockstep, Wants
-from .lockstep_graphs import LockstepGraphs
 from .lockstep_rows import RowBatch
 from .lockstep_session import After, LockstepSession
 from .model_info import ModelInfo
@@ -136,12 +135,8 @@ class Runner(Uncopied):
 
     @graphs.setter
     def graphs(self, graphs: CudaGraphs | None) -> None:
-        self._graphs, lockstep = graphs, self.lockstep
-        lockstep.graphs = None
-        if graphs is not None:
-            lockstep.graphs = LockstepGraphs(
-                graphs.cache, self.library, regions=self.regions, store=lockstep.store
-            )
+        self._graphs = graphs
+        self.lockstep.capture_in(None if graphs is None else graphs.cache)
 
     # --------------------------------------------------------------------------- sessions and rows
 
@@ -158,6 +153,13 @@ class Runner(Uncopied):
         also where whole programs are compiled.
         """
         return self.addresses and self.tiers.tier == "linked"
+
+    @property
+    def uniform_in_slots(self) -> bool:
+        """Whether rows of one program run in slots: where no rows run `together`, and on a GPU,
+        whose attention reads slots as they are, but blocks only after copying them.
+        """
+        return not self.together or self.device.type == "cuda"
 
     @property
     def why_apart(self) -> str:
@@ -207,7 +209,7 @@ class Runner(Uncopied):
         WeightsReplacedError.
         """
         uniform = len(set(programs)) == 1
-        if self.together and not (uniform and self.device.type == "cuda"):
+        if self.together and not (uniform and self.uniform_in_slots):
             return self.open_together(programs)
         if uniform:
             return self.open_slots(programs[0], len(programs))
@@ -221,9 +223,9 @@ class Runner(Uncopied):
         """The regions that one pass over rows of the program calls, in order; of a prompt in
         chunks, the last one.
         """
-        if self.together:
-            return self.lockstep.plans.calls(program, shape)
-        return self.linker.calls(program, shape, every=shape == shape.decode)
+        if self.uniform_in_slots:
+            return self.linker.calls(program, shape, every=shape == shape.decode)
+        return self.lockstep.plans.calls(program, shape)
 
     def rows(
         self, input_ids: Tensor, attention_mask: Tensor | None = None

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.integrations import sdpa_attention
 
 from polar_fx.backends import AotInductorBackend, EagerBackend, Region, ShapeClass
 from polar_fx.backends.base import RegionName
 from polar_fx.backends.specialize import specialize
+from polar_fx.capture import extension
 from polar_fx.compiled import compile
 from polar_fx.errors import CompileError
 from polar_fx.runtime.regions import RegionTable
@@ -147,3 +149,19 @@ def test_a_compiler_in_this_process_runs_once_at_a_time_and_names_what_it_cannot
     failing.fails = True
     with pytest.raises(CompileError, match=r"eager cannot compile .*: ValueError: no such instr"):
         compile(make("llama", num_hidden_layers=2), failing, max_length=31).forward(ids)
+
+
+def test_expanded_heads_may_lie_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As float32 runs on a GPU; torch before 2.13 cannot prove what expanding leaves behind."""
+    with monkeypatch.context() as patch:
+        patch.setattr(extension, "_sdpa", extension.sdpa_attention_forward)
+        patch.setattr(sdpa_attention, "use_gqa_in_sdpa", lambda *given: False)
+        extension.register()
+        compiled = compile(make("llama"), "eager", max_length=31, cache=False)
+    extension.register()
+    name = compiled.library.layers[0].target
+    body = compiled.library.bodies[name]
+    assert any(node.target is torch.ops.aten.expand.default for node in body.graph.nodes)
+    table = RegionTable(compiled.library, GraphBackend(), max_length=31, store=None, workers=0)
+    for rows, tokens in ((1, 1), (2, 1), (2, 2)):
+        table.one(RegionName(name, ShapeClass.of(rows, tokens, None)))
