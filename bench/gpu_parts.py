@@ -96,7 +96,8 @@ def rows(bench: "ModelBench") -> None:
             for _ in range(bench.tokens):
                 following = runner.decode(session, following).argmax(-1)
 
-        return worker.milliseconds(several, 2)["ms"] / bench.tokens, start
+        ms_a_token = worker.milliseconds(several, 2)["ms"] / bench.tokens
+        return round(ms_a_token, 4), round(start, 2)
 
     identity, ms, first = Program.identity(runner.depth), {}, {}
     with runner.open_slots(identity, count) as session:
@@ -115,15 +116,19 @@ def rows(bench: "ModelBench") -> None:
     with runner.open_together([identity]) as session:
         ms["one row, blocks"], _ = timed_tokens(session)
     records = list(runner.graphs.records)[known:] if runner.graphs is not None else []
+    failed = [record.reason for record in records if record.reason]
+    captures = [round(record.capture_ms, 2) for record in records]
+    uniform = ms.get(1, float("nan"))
+    times = {name: round(each / uniform, 3) for name, each in ms.items()}
     worker.say(
         "rows",
         model=bench.name,
         rows=count,
-        ms={name: round(each, 4) for name, each in ms.items()},
-        first_ms={name: round(each, 2) for name, each in first.items()},
-        capture_ms=[round(record.capture_ms, 2) for record in records],
-        failed=[record.reason for record in records if record.reason][:3],
-        times_uniform={name: round(each / ms[1], 3) for name, each in ms.items() if 1 in ms},
+        ms=ms,
+        first_ms=first,
+        capture_ms=captures,
+        failed=failed[:3],
+        times_uniform=times,
     )
 
 

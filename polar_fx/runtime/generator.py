@@ -20,6 +20,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..capture import CACHE
 from ..errors import InputError, KvOverflowError, ModelWarning
 from ..program import Program
+from .generation_settings import refuse_settings, without_chunks
+from .greedy import continued, is_plain
 from .runner import Runner, Session
 from .trunk import Trunk, session_after
 from .unguided import Unguided, check_guidance, check_room, default_unguided, of_rows
@@ -32,29 +34,6 @@ _UNSUPPORTED = (
     "position_ids",
     "custom_generate",
 )
-_LOGITS_ONLY = ("output_hidden_states", "output_attentions")
-# settings that ask for a loop of transformers that takes more from a model than its next logits
-_OTHER_LOOPS = (
-    "constraints",
-    "force_words_ids",
-    "prompt_lookup_num_tokens",
-    "assistant_early_exit",
-    "use_mtp",
-    "dola_layers",
-    "penalty_alpha",
-    "num_beam_groups",
-)
-# caches of transformers that hold the keys and values as they are, as the compiled model's own does
-_SAME_NUMBERS = (
-    None,
-    "dynamic",
-    "dynamic_full",
-    "static",
-    "sliding_window",
-    "hybrid",
-    "hybrid_chunked",
-)
-_MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
 
 
 def padded_rows(
@@ -185,7 +164,9 @@ class Call:
     """A generate call that was checked.
 
     `input_ids` and `mask` i64[B, T] are on the model's device, `rows` the real tokens of each row.
-    `settings` are those that it runs by, `kwargs` what is left to pass to transformers.
+    `settings` are those that it runs by, `kwargs` what is left to pass to transformers, `new` the
+    most tokens that may follow; `is_plain` if these are the likeliest and nothing looks at them
+    meanwhile.
     """
 
     input_ids: Tensor
@@ -193,6 +174,8 @@ class Call:
     rows: list[Tensor]
     settings: GenerationConfig
     kwargs: dict[str, Any]
+    new: int
+    is_plain: bool
 
     @property
     def copies(self) -> int:
@@ -242,8 +225,10 @@ class Generator:
         unguided: Unguided | None = None,
     ) -> Any:
         """The same in a session of the caller's, which may hold the first tokens of its row."""
-        own = _without_chunks(self._defaults)
+        own = without_chunks(self._defaults)
         running: Any = _Running(self.runner, own, prompt=prompt, unguided=unguided)
+        if call.is_plain:
+            return self._greedy(running, call, session=session)
         return running.generate(
             call.input_ids,
             attention_mask=call.mask,
@@ -251,6 +236,22 @@ class Generator:
             **{CACHE: session},
             **call.kwargs,
         )
+
+    @torch.no_grad()
+    def _greedy(self, running: "_Running", call: Call, *, session: Session) -> Tensor:
+        """The same where the likeliest tokens are all that is asked for."""
+        ends = call.settings.eos_token_id
+        given: Any = {CACHE: session}
+        logits = running.forward(call.input_ids, call.mask, **given).logits
+        assert logits is not None
+        new = continued(
+            logits[:, -1],
+            lambda tokens: self.runner.decode(session, tokens),
+            new=call.new,
+            ends=[] if ends is None else ends if isinstance(ends, list) else [ends],
+            pad=pad_token(call.settings),
+        )
+        return torch.cat((call.input_ids, new), 1)
 
     def check(self, input_ids: Tensor, **kwargs: Any) -> Call:
         """The call with these arguments of transformers' `generate`.
@@ -298,10 +299,19 @@ class Generator:
         for name in ("prefill_chunk_size", "use_cache", "cache_implementation"):
             kwargs.pop(name, None)
         if given is not None:
-            kwargs["generation_config"] = _without_chunks(given)
+            kwargs["generation_config"] = without_chunks(given)
         # transformers appends what comes from the model's device to what it was given
         device = self.runner.device
-        return Call(input_ids.to(device), mask.long().to(device), rows, settings, kwargs)
+        ids, mask = input_ids.to(device), mask.long().to(device)
+        return Call(
+            ids, mask, rows, settings, kwargs, new, self._is_plain(settings, kwargs, new=new)
+        )
+
+    def _is_plain(self, settings: GenerationConfig, kwargs: dict[str, Any], *, new: int) -> bool:
+        running: Any = _Running(self.runner, self._defaults)
+        prepared = copy.deepcopy(settings)
+        running._prepare_special_tokens(prepared, True, device="cpu")
+        return new > 0 and is_plain(running, prepared, kwargs=kwargs)
 
     def pad_token(self, **kwargs: Any) -> int:
         """What a call fills shorter continuations with: the pad token, else the end of the text,
@@ -374,53 +384,3 @@ def _inferred_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor | None
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
     known = GenerationConfig().to_dict()
     return {name: value for name, value in kwargs.items() if name in known}
-
-
-def refuse_settings(config: GenerationConfig) -> None:
-    """Raise InputError for settings that only the model itself can follow, wherever they were
-    given.
-    """
-    if (kind := getattr(config, "cache_implementation", None)) not in _SAME_NUMBERS:
-        raise InputError(
-            f"cache_implementation={kind!r} cannot be followed: the compiled model keeps its own "
-            "KV cache, allocated once; set cache_implementation of the generation_config (the "
-            "model's own, if none was passed) to None"
-        )
-    for name in _LOGITS_ONLY:
-        if config.return_dict_in_generate and getattr(config, name, None):
-            raise InputError(
-                f"{name}=True: the compiled model hands out logits only; leave it out, or ask the "
-                "model itself"
-            )
-    for name in ("num_beams", "num_return_sequences"):
-        if (count := getattr(config, name)) is not None and count < 1:
-            raise InputError(f"{name}={count} rows cannot be generated; take at least 1")
-    if config.is_assistant:
-        raise InputError(
-            "is_assistant=True lets another model's loop end this one; leave it out, and assist "
-            "the model itself"
-        )
-    if config.token_healing:
-        raise InputError(
-            "token_healing=True changes the last tokens of a prompt before it is run; heal the "
-            "prompt first, and leave it out"
-        )
-    mode = config.get_generation_mode().value
-    asked = next((n for n in _OTHER_LOOPS if getattr(config, n, None)), None)
-    if mode not in _MODES:
-        what = f"{asked}={getattr(config, asked)!r}" if asked else "its settings"
-        raise InputError(
-            f"generate() runs greedy search, sampling and beams; {what} asks for {mode}: leave it "
-            "out"
-        )
-
-
-def _without_chunks(config: GenerationConfig) -> GenerationConfig:
-    """A copy without what transformers would do to the prompt and its cache: `prefill` cuts a
-    prompt in chunks of its own (`prefill_chunk_size`), and the session is the cache.
-    """
-    config = copy.deepcopy(config)
-    config.prefill_chunk_size = None
-    if config.cache_implementation in _SAME_NUMBERS:
-        config.cache_implementation = None
-    return config

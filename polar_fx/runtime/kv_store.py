@@ -45,7 +45,7 @@ class _Store:
     how many rows hold each of the others.
     """
 
-    def __init__(self, spec: KvSpec, device: torch.device, growth: Growth) -> None:
+    def __init__(self, spec: KvSpec, device: torch.device, *, growth: Growth) -> None:
         self.spec, self.device, self.growth = spec, device, growth
         self.keys, self.values = self._zeros(1)
         self.free: list[int] = []
@@ -152,5 +152,5 @@ class KvStore:
     def _store(self, spec: KvSpec) -> _Store:
         if spec not in self._stores:
             with self.lock, torch.inference_mode(False):
-                self._stores.setdefault(spec, _Store(spec, self.device, self.growth))
+                self._stores.setdefault(spec, _Store(spec, self.device, growth=self.growth))
         return self._stores[spec]

@@ -165,7 +165,7 @@ class LockstepGraphs:
             self.cache.wait()
             self._fill(held.buffers, order, batch=batch, ids=ids, spares=spares)
             if captured is None:
-                captured, logits = self._capture(key, held, sizes)
+                captured, logits = self._capture(key, held, sizes=sizes)
                 if logits is not None:
                     return logits[: len(batch)]
                 if captured is None:
@@ -176,7 +176,7 @@ class LockstepGraphs:
             return held.buffers.logits[: len(batch)].clone()
 
     def _capture(
-        self, key: Hashable, held: _Held, sizes: _Sizes
+        self, key: Hashable, held: _Held, *, sizes: _Sizes
     ) -> tuple[Captured | None, Tensor | None]:
         """The graph, and the logits of an ordinary run before it, which loads the kernels on the
         device if they may be missing: a capture must not do that.

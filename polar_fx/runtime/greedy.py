@@ -1,0 +1,127 @@
+"""Plain greedy continuation, with the device never waiting for the host.
+
+transformers' loop asks after each token whether all rows have ended, and waits for the device's
+answer before it launches the next one. On a GPU that costs more than the token of a small model. A
+call that asks for the likeliest tokens and for nothing that looks at them meanwhile runs here; all
+others are transformers' own.
+
+Shape legend: B rows, N new tokens, V vocabulary.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+
+# On a GPU, so many tokens are launched before the host looks whether all rows had ended: enough
+# that the device has always something to do, few enough that little is computed in vain.
+AHEAD = 4
+
+_PLAIN = (MaxLengthCriteria, EosTokenCriteria)
+
+
+def is_plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -> bool:
+    """Whether the settings and arguments of a call ask for greedy tokens alone.
+
+    `running` is a transformers GenerationMixin: it says itself which processors and stopping
+    criteria it would use. `settings` are prepared.
+    """
+    known = {*GenerationConfig().to_dict(), "generation_config"}
+    if any(value is not None and name not in known for name, value in kwargs.items()):
+        return False
+    if settings.get_generation_mode().value != "greedy_search" or settings.return_dict_in_generate:
+        return False
+    if settings.stop_strings is not None or (settings.num_return_sequences or 1) > 1:
+        return False
+    criteria = running._get_stopping_criteria(settings, StoppingCriteriaList())
+    processors = running._get_logits_processor(
+        settings,
+        1,
+        torch.zeros(1, 1, dtype=torch.long),
+        device="cpu",
+        model_kwargs={"attention_mask": None},
+        logits_processor=LogitsProcessorList(),
+    )
+    return all(isinstance(criterion, _PLAIN) for criterion in criteria) and not processors
+
+
+def continued(
+    logits: Tensor,
+    decode: Callable[[Tensor], Tensor],
+    *,
+    new: int,
+    ends: Sequence[int],
+    pad: int,
+    watch: "Watch | None" = None,
+) -> Tensor:
+    """The likeliest tokens i64[B, N], N <= `new`, after logits [B, V]; `decode` gives the logits
+    that follow tokens i64[B].
+
+    A row ends with one of `ends`, and is filled with `pad` from then on; `watch` tells when all
+    have ended (default: what suits the device).
+    """
+    ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    stops = torch.tensor(ends, device=logits.device)
+    if watch is None:
+        watch = _Later(logits.device) if logits.device.type == "cuda" else _AtOnce()
+    tokens: list[Tensor] = []
+    while True:
+        token = logits.argmax(-1)
+        if ends:
+            token = token.masked_fill(ended, pad)
+            ended = ended | torch.isin(token, stops)
+        tokens.append(token)
+        if len(tokens) == new or (ends and watch.all_ended(ended)):
+            break
+        logits = decode(token)
+    found = torch.stack(tokens, 1)
+    return found[:, : _needed(found, stops)] if ends else found
+
+
+def _needed(tokens: Tensor, stops: Tensor) -> int:
+    """How many of the tokens [B, N] there are until all rows have ended."""
+    is_end = torch.isin(tokens, stops)
+    first = is_end.int().argmax(1) + 1
+    return int(torch.where(is_end.any(1), first, tokens.shape[1]).max())
+
+
+class Watch(Protocol):
+    """Tells whether all rows have ended."""
+
+    def all_ended(self, ended: Tensor) -> bool:
+        """Whether it is known of these bool[B], or of some that were asked about before."""
+        ...
+
+
+class _AtOnce:
+    def all_ended(self, ended: Tensor) -> bool:
+        return bool(ended.all())
+
+
+class _Later:
+    """Answers for the tokens `AHEAD` before: their flag has come to the host meanwhile."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._flags: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+        self._device = device
+
+    def all_ended(self, ended: Tensor) -> bool:
+        flag = torch.empty((), dtype=torch.bool, pin_memory=True)
+        flag.copy_(ended.all(), non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record(torch.cuda.current_stream(self._device))
+        self._flags.append((flag, copied))
+        if len(self._flags) <= AHEAD:
+            return False
+        flag, copied = self._flags.popleft()
+        copied.synchronize()
+        return bool(flag)
