@@ -54,10 +54,12 @@ class _Store:
     def _zeros(self, blocks: int) -> tuple[Tensor, Tensor]:
         # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
         keys, values = (
-            torch.zeros(blocks, self.spec.heads, BLOCK, size, dtype=self.spec.dtype)
+            torch.zeros(
+                blocks, self.spec.heads, BLOCK, size, dtype=self.spec.dtype, device=self.device
+            )
             for size in (self.spec.key_size, self.spec.value_size)
         )
-        return keys.to(self.device), values.to(self.device)
+        return keys, values
 
     def take(self, count: int) -> list[int]:
         missing = count - len(self.free)
@@ -94,6 +96,7 @@ class KvStore:
         self.device, self.growth = device, Growth.on(device)
         self.lock = threading.RLock()
         self._stores: dict[KvSpec, _Store] = {}
+        self._spares: dict[KvSpec, int] = {}
 
     def tensors(self, spec: KvSpec) -> tuple[Tensor, Tensor]:
         """Keys [P, H, C, E] and values [P, H, C, F]."""
@@ -120,6 +123,12 @@ class KvStore:
         """Blocks for one row at one step; they hold zeros."""
         with self.lock:
             return self._store(spec).take(count)
+
+    def spare(self, spec: KvSpec) -> int:
+        """The block that is for writing alone: what no row needs goes there."""
+        if spec not in self._spares:
+            (self._spares[spec],) = self.take(spec, 1)
+        return self._spares[spec]
 
     def share(self, spec: KvSpec, blocks: Sequence[int]) -> None:
         """Let one more row hold these blocks."""

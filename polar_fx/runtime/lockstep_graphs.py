@@ -138,7 +138,6 @@ class LockstepGraphs:
         self._orders: OrderedDict[tuple[tuple[Program, ...], int], _Order] = OrderedDict()
         self._loaded: set[Hashable] = set()
         self._outputs: dict[int, tuple[torch.Size, torch.dtype]] = {}  # by number of rows
-        self._spares: dict[KvSpec, int] = {}
         self._stores: tuple[int, ...] = ()
 
     def run(self, batch: RowBatch, ids: Tensor) -> Tensor | None:
@@ -152,7 +151,7 @@ class LockstepGraphs:
         order = self._order(batch.programs, rows)
         sizes = _Sizes(len(order.calls), rows, width)
         with self.cache.lock:
-            spares = [self._spare(spec) for spec in self._specs]
+            spares = [self.store.spare(spec) for spec in self._specs]
             self._drop_those_of_former_stores()
             key = _KIND, order.kind, sizes
             captured = self.cache.find(key)
@@ -226,6 +225,9 @@ class LockstepGraphs:
         ids: Tensor,
         spares: Sequence[int],
     ) -> None:
+        """Let the buffers hold a token of each row and where its keys and values lie; in calls that
+        a row takes no part in, it writes to a block of `spares`.
+        """
         buffers.ids[: len(batch)].copy_(ids)
         buffers.positions[: len(batch)].copy_(batch.positions)
         known = buffers.filled_for
@@ -238,12 +240,6 @@ class LockstepGraphs:
         buffers.takes_part.copy_(on_device(order.takes_part, device))
         buffers.filled_for = ref(batch), batch.versions
 
-    def _spare(self, spec: KvSpec) -> int:
-        """The block that rows write to in calls they take no part in."""
-        if spec not in self._spares:
-            (self._spares[spec],) = self.store.take(spec, 1)
-        return self._spares[spec]
-
     def _drop_those_of_former_stores(self) -> None:
         """A store that grew lies elsewhere: graphs would go on writing to where it was."""
         places: list[int] = []
@@ -255,6 +251,7 @@ class LockstepGraphs:
             self._stores = stores
 
     def _order(self, programs: tuple[Program, ...], rows: int) -> _Order:
+        """That of some programs, one a row, made for so many rows. Raises as `RegionTable.get`."""
         key = programs, rows
         if key not in self._orders:
             self._orders[key] = self._made(programs, rows)
@@ -291,6 +288,7 @@ class LockstepGraphs:
     def _places(
         self, programs: Sequence[Program], order: Sequence[LayerCall], *, rows: int
     ) -> Tensor:
+        """Where the blocks of each call and row are named, i64[C * B] (see `_Order`)."""
         steps = list(itertools.accumulate((p.num_steps for p in programs), initial=0))
         found: list[int] = []
         for call in order:
@@ -302,6 +300,7 @@ class LockstepGraphs:
 
 
 def _takes_part(order: Sequence[LayerCall], rows: int) -> Tensor:
+    """Which rows take part in each call, bool[C, B, 1, 1]."""
     found = torch.zeros(len(order), rows, dtype=torch.bool)
     for number, call in enumerate(order):
         found[number, list(call.rows)] = True
