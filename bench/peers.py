@@ -13,6 +13,7 @@ Shape legend: B rows, T tokens of each prompt.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -198,7 +199,7 @@ def summary(running: Sequence[Running]) -> dict[str, Any]:
                 own[what] = spread(samples)
                 own[f"{what.removesuffix('_ms')}_to_{OURS}"] = paired_ratio(samples, reference)
             times[f"{setting[0]} x {setting[1]}"] = own
-        most = max(line["most_mb"] for lines in each.found.values() for line in lines)
+        most = max(line["most_mb"] for line in itertools.chain(*each.found.values()))
         found[each.contender.name] = {"start": each.start, "most_mb": most, "times": times}
     return found
 
@@ -206,14 +207,10 @@ def summary(running: Sequence[Running]) -> dict[str, Any]:
 def table(found: dict[str, Any]) -> str:
     """The medians, a row a contender."""
     settings = [f"{rows} x {tokens}" for rows, tokens in SETTINGS]
-    lines = [
-        "| contender | first token after, s | memory, MB | "
-        + " | ".join(f"prompt {each}, ms" for each in settings)
-        + " | "
-        + " | ".join(f"token {each}, ms" for each in settings)
-        + " |",
-        "|---|" + "---|" * (2 + 2 * len(settings)),
-    ]
+    heads = ["contender", "first token after, s", "memory, MB"]
+    for what in ("prompt", "token"):
+        heads += [f"{what} {each}, ms" for each in settings]
+    lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for name, own in found.items():
         cells = [f"{own['start']['ready_s']:.1f}", f"{own['most_mb']:.0f}"]
         for what, digits in (("prefill_ms", 0), ("token_ms", 1)):

@@ -26,7 +26,7 @@ _SHORT, _LONG = 1, 33  # new tokens of the two calls whose difference is decodin
 def prompts_of(rows: int, tokens: int) -> list[list[int]]:
     """Random token ids, the same for every contender."""
     pick = random.Random(1000 * rows + tokens)
-    return [[pick.randrange(1000, 40000) for _ in range(tokens)] for _ in range(rows)]
+    return [pick.choices(range(1000, 40000), k=tokens) for _ in range(rows)]
 
 
 def by_generating(generate: Generate, *, rows: int, tokens: int) -> dict[str, float]:

@@ -428,8 +428,10 @@ class TeacherForcing:
         margin = (chosen - others)[..., 0]
         # greedy decoding takes the first of equals
         right = (margin > 0) | ((margin == 0) & (wanted < place)[..., 0])
-        sizes = on_device([len(row.target or ()) for row, _ in batch], right.device)
-        beyond = torch.arange(count, device=sizes.device) >= sizes[:, None]
+        counts = [0 if row.target is None else len(row.target) for row, _ in batch]
+        beyond = (
+            torch.arange(count, device=right.device) >= on_device(counts, right.device)[:, None]
+        )
         found = (
             right.masked_fill(beyond, True).all(-1).double(),
             log_likelihood.double().masked_fill(beyond, 0).sum(-1),
