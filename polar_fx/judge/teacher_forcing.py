@@ -404,7 +404,8 @@ class TeacherForcing:
         """Per row: whether every target token is the argmax, their log-probability, their smallest
         lead in logits.
         """
-        count = max(2, *(len(row.target) for row, _ in batch))  # type: ignore[arg-type]
+        counts = [len(row.target) for row, _ in batch if row.target is not None]
+        count = max(2, *counts)
         ids, positions, hidden, gold = [], [], [], []
         for row, node in batch:
             target = row.target
@@ -428,10 +429,8 @@ class TeacherForcing:
         margin = (chosen - others)[..., 0]
         # greedy decoding takes the first of equals
         right = (margin > 0) | ((margin == 0) & (wanted < place)[..., 0])
-        counts = [0 if row.target is None else len(row.target) for row, _ in batch]
-        beyond = (
-            torch.arange(count, device=right.device) >= on_device(counts, right.device)[:, None]
-        )
+        ends = on_device(counts, right.device)[:, None]
+        beyond = torch.arange(count, device=right.device) >= ends
         found = (
             right.masked_fill(beyond, True).all(-1).double(),
             log_likelihood.double().masked_fill(beyond, 0).sum(-1),
