@@ -410,8 +410,7 @@ class TeacherForcing:
         for row, node in batch:
             target = row.target
             assert target is not None
-            # logits that decide the answer stand at the prompt's last token and at every answer
-            # token but the stop
+            # what decides: logits of the prompt's last token and of the answer's, but the stop
             where = torch.arange(len(row.ids) - len(target), len(row.ids), device=target.device)
             where = torch.nn.functional.pad(where, (0, count - len(target)), value=len(row.ids) - 1)
             ids.append(row.ids[where])
