@@ -36,8 +36,9 @@ SETTINGS = ((1, 16), (1, 128), (1, 512), (1, 2048), (4, 64), (8, 64), (16, 64))
 OURS = "polar_fx"
 _WORKER = Path(__file__).parent / "peers_workers.py"
 _PATIENCE = 900.0  # seconds until a contender must be ready
+_DTYPES = ("float32", "bfloat16", "int8", "int4")
 # llama.cpp's names of precisions
-_GGUF = {"float32": "f32", "bfloat16": "bf16", "int8": "Q8_0", "int4": "Q4_K"}
+_GGUF = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "Q8_0", "int4": "Q4_K"}
 
 
 @dataclass(frozen=True)
@@ -135,14 +136,14 @@ def gguf(folder: Path, llama_cpp: Path, *, dtype: str) -> Path:
     target = folder / f"model-{_GGUF[dtype]}.gguf"
     if target.exists():
         return target
-    if dtype in ("float32", "bfloat16"):
+    if dtype in ("float32", "bfloat16", "float16"):
         converter = [sys.executable, str(llama_cpp / "convert_hf_to_gguf.py"), str(saved(folder))]
         command = [*converter, "--outtype", _GGUF[dtype], "--outfile", str(target)]
     else:
         whole = gguf(folder, llama_cpp, dtype="bfloat16")
         quantize = str(llama_cpp / "build" / "bin" / "llama-quantize")
         command = [quantize, str(whole), str(target), _GGUF[dtype]]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(command, check=True, capture_output=True)
     return target
 
 
@@ -153,7 +154,7 @@ def onnx(folder: Path, python: str, *, dtype: str) -> Path:
     if not (target / "genai_config.json").exists():
         builder = [python, "-m", "onnxruntime_genai.models.builder"]
         what = ["-i", str(saved(folder)), "-o", str(target), "-p", precision, "-e", "cpu"]
-        subprocess.run([*builder, *what], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([*builder, *what], check=True, capture_output=True)
     return target
 
 
@@ -172,8 +173,8 @@ def contenders(options: argparse.Namespace, folder: Path) -> Iterator[Contender]
         if plain and (python := pythons.get("vLLM")):
             yield Contender("vLLM", dtype, hf, python)
         if options.llama_cpp is not None and (python := pythons.get("OpenVINO")) and plain:
-            # its reader of GGUF files takes 16 bits, not bfloat16
-            model = gguf(folder, options.llama_cpp, dtype="float32")
+            # its reader takes no other GGUF files; it computes in the precision that is asked for
+            model = gguf(folder, options.llama_cpp, dtype="float16")
             yield Contender("OpenVINO GenAI", dtype, str(model), python)
         if dtype in ("float32", "int4") and (python := pythons.get("ONNX")):
             yield Contender(
