@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from .compiled import CompiledModel, compile
     from .library import LayerLibrary
     from .loading import load
-    from .models import load_default
+    from .models import load_default, merged
     from .program import Blend, Op, Program, Segment
 
 _LAZY = {
@@ -46,6 +46,7 @@ _LAZY = {
     "load": "loading",
     "load_bundle": "bundle",
     "load_default": "models",
+    "merged": "models",
 }
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "load",
     "load_bundle",
     "load_default",
+    "merged",
 ]
 
 

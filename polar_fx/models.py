@@ -147,6 +147,20 @@ def named_or_loaded(
     return model
 
 
+def merged(model: Any) -> PreTrainedModel:
+    """A copy of a PeftModel's base model with the active adapters in its weights; `model` stays as
+    it is, and the copy takes as much memory again.
+
+    Raises InputError for what is no PeftModel, or has an adapter that cannot be merged.
+    """
+    if not hasattr(model, "merge_and_unload"):
+        raise InputError(f"expected a PeftModel, got {type(model).__name__}; compile it as it is")
+    try:
+        return copy.deepcopy(model).merge_and_unload()
+    except (NotImplementedError, AttributeError, ValueError) as error:
+        raise InputError(f"the adapter cannot be merged: {first_line(error)}") from error
+
+
 def load_pretrained(
     auto: Any, source: str | os.PathLike[str], *, dtype: Dtype, what: str
 ) -> tuple[PreTrainedModel, Any]:

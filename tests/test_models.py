@@ -15,7 +15,7 @@ import polar_fx
 from polar_fx import models
 from polar_fx.capture.checked import warn_if_not_finite
 from polar_fx.environment import cache_dir
-from polar_fx.errors import InputError, ModelNotFoundError, ModelWarning
+from polar_fx.errors import InputError, ModelNotFoundError, ModelWarning, UnsupportedModelError
 from tiny_models import make
 
 
@@ -255,3 +255,21 @@ def test_damaged_packages_are_named(
     importlib.invalidate_caches()
     with pytest.raises(ModelNotFoundError, match="give no whole file: sha256 did not match"):
         polar_fx.load("parts")
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PEFT's own, of transformers
+def test_an_adapter_is_merged_into_a_copy() -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed (pip install peft)")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(make("llama"), config).eval()
+    with pytest.raises(UnsupportedModelError, match=r"compile polar_fx.merged\(model\)"):
+        polar_fx.compile(adapted, "eager", max_length=32, cache=False)
+    ids = torch.arange(3, 9)[None]
+    with torch.no_grad():
+        wanted = adapted(ids).logits
+    compiled = polar_fx.compile(polar_fx.merged(adapted), "eager", max_length=32, cache=False)
+    torch.testing.assert_close(compiled.forward(ids), wanted, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(adapted(ids).logits, wanted), "the model passed is as it was"
+    with pytest.raises(InputError, match="expected a PeftModel, got LlamaForCausalLM"):
+        polar_fx.merged(make("llama"))

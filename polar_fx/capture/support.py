@@ -165,6 +165,11 @@ def last_position(model: PreTrainedModel) -> int | None:
 
 def check_supported(model: Any) -> None:
     """Raise UnsupportedModelError for what can be told without running the model."""
+    if hasattr(model, "merge_and_unload"):  # as PEFT's models have
+        raise UnsupportedModelError(
+            f"a {type(model).__name__} keeps its adapter apart from the weights",
+            "compile polar_fx.merged(model), a copy with the adapter in its weights",
+        )
     if not isinstance(model, PreTrainedModel):
         raise UnsupportedModelError(
             f"expected a transformers PreTrainedModel, got {type(model).__name__}",

@@ -119,7 +119,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         )
         serve.run(build({k: v for k, v in given.items() if v is not None}))
         url = f"http://{options.host}:{options.port}"
-        about = f"serving {options.bundle} at {url}/v1; {url}/health, {url}/metrics; Ctrl-C ends it"
+        about = (
+            f"serving {options.bundle} at {url}/v1; {url}/ to try it in a browser, {url}/health, "
+            f"{url}/metrics; Ctrl-C ends it"
+        )
         status().print(about, markup=False, soft_wrap=True)
         threading.Event().wait()
     except KeyboardInterrupt:

@@ -3,11 +3,7 @@
 Shape legend: N questions, K programs of a menu, P policies.
 """
 
-import base64
-import hashlib
-import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..output.markup import Markup, escaped
+from ..output.page import filled, json_in_html
 from ..predictor.menu import Menu, Proposal
 from ..predictor.policy import Calibration, Policy
 from ..predictor.selector import Selector
@@ -25,7 +22,6 @@ from ..questions.question import Question
 from ..stats.intervals import Share
 
 _TEMPLATE = Path(__file__).with_name("page.html")
-_SCRIPT = re.compile(r"<script>(.*?)</script>", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,20 +65,17 @@ class Page:
 
     def html(self) -> str:
         """The whole page. Questions, answers and names are untrusted text, and stay text."""
-        template = _TEMPLATE.read_text(encoding="utf-8")
-        script = _SCRIPT.search(template)
-        assert script is not None, "the page has one script of its own"
+        strips = "".join(
+            f'<symbol id="strip-{k}">{program.strip().svg(ticks=False)}</symbol>'
+            for k, program in enumerate(self.menu.programs)
+        )
         parts = {
             "title": escaped(self.title),
-            "script-hash": _sha256(script[1]),
-            "legend": legend_svg(),
-            "strips": "".join(
-                f'<symbol id="strip-{k}">{program.strip().svg(ticks=False)}</symbol>'
-                for k, program in enumerate(self.menu.programs)
-            ),
-            "data": _json_in_html(self.data()),
+            "legend": Markup(legend_svg()),
+            "strips": Markup(strips),
+            "data": json_in_html(self.data()),
         }
-        return re.sub(r"\{\{([a-z-]+)\}\}", lambda found: parts[found[1]], template)
+        return filled(_TEMPLATE.read_text(encoding="utf-8"), parts)
 
     def data(self) -> dict[str, Any]:
         """What the page's script reads, as JSON values; programs are numbers, their places on the
@@ -144,14 +137,3 @@ class Page:
 def _share_of(steps: float, depth: int) -> str:
     """The share of `depth` that `steps` are, rounded up, so that a budget of it admits them."""
     return f"{math.ceil(1e4 * steps / depth - 1e-6) / 1e4:g}"
-
-
-def _json_in_html(value: Any) -> Markup:
-    """JSON that cannot end the script element which holds it."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    return Markup(text.replace("<", "\\u003c"))
-
-
-def _sha256(text: str) -> str:
-    """As a content security policy names a script."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()

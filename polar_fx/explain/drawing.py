@@ -110,11 +110,11 @@ def _laid_out(
 ) -> list[_Box]:
     """Boxes from top to bottom, the first below `y`."""
 
-    def end(name: str, about: str, y: int) -> _Box:
+    def end(name: str, about: str, *, y: int) -> _Box:
         small = f"   {about}" if about else ""
         return _Box(name, name, "", small, (), (), runs=True, is_end=True, y=y)
 
-    boxes = [end("prologue", ends[0], y)]
+    boxes = [end("prologue", ends[0], y=y)]
     heads = heads_of(blocks, segmented=segmented)
     for number, (block, (op, head)) in enumerate(zip(blocks, heads, strict=True)):
         y += boxes[-1].height + _SPACE
@@ -133,7 +133,7 @@ def _laid_out(
                 y=y,
             )
         )
-    return [*boxes, end("epilogue", ends[1], y + boxes[-1].height + _SPACE)]
+    return [*boxes, end("epilogue", ends[1], y=y + boxes[-1].height + _SPACE)]
 
 
 def _lines(run: Sequence[_Box], *, center: int) -> Iterator[str]:

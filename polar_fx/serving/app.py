@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray import serve
 
@@ -22,6 +22,7 @@ from ..bundle.settings import check_served
 from ..engine import Request as Running
 from .answers import CHAT, COMPLETION, Form, Reply, models, usage_event
 from .measures import Measures
+from .playground import playground
 from .requests import (
     MAX_BODY_BYTES,
     MAX_PROMPTS,
@@ -177,6 +178,10 @@ class Server:
         finally:
             running.cancel()
             count.end(status)
+
+    @app.get("/")
+    async def playground(self) -> Response:
+        return HTMLResponse(playground(self.service.bundle, self.service.name))
 
     @app.post("/v1/completions")
     async def completions(self, request: Request) -> Response:

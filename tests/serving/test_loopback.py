@@ -19,6 +19,7 @@ openai = pytest.importorskip(
     "openai", reason="the client library is not installed: pip install openai"
 )
 
+from browser import CHROMIUM, browser  # noqa: E402
 from polar_fx.bundle import export, load_bundle  # noqa: E402
 from polar_fx.cli import main  # noqa: E402
 from polar_fx.serving.service import Service  # noqa: E402
@@ -97,6 +98,37 @@ def count_of(url: str, name: str) -> float:
     """Sum of a metric over its labels."""
     lines = [line for line in get(f"{url}/metrics").splitlines() if line.startswith(name)]
     return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (apt install chromium)")
+def test_the_playground_shows_an_answer_beside_the_identitys(
+    url: str, folder: Path, tmp_path: Path
+) -> None:
+    service = Service(load_bundle(folder), "tiny")
+    texts = [
+        alone(service, [5, 6, 7], program=program, tokens=6) for program in ("skip 1", "identity")
+    ]
+    with browser(tmp_path / "profile") as chromium:
+        chromium.visit(f"{url}/")
+        assert chromium.value("document.title") == "tiny"
+        assert chromium.value("chat.checked") is True
+        chromium.value("chat.checked = false; prompt_.value = 'w5 w6 w7'; tokens.value = 6")
+        chromium.value("program.value = '1'; ask.requestSubmit()")
+        while chromium.value("go.disabled"):
+            pass
+        shown = chromium.value(
+            "[...answers.children].map(a => [a.querySelector('h2').textContent, "
+            "a.querySelector('.text').textContent, a.querySelector('.numbers').textContent])"
+        )
+        assert [each[:2] for each in shown] == [["skip 1", texts[0]], ["identity", texts[1]]]
+        assert shown[0][2].startswith("3 steps · 6 tokens") and "cut at the limit" in shown[0][2]
+        assert chromium.value("answers.querySelectorAll('svg').length") == 2
+        chromium.value("prompt_.value = 'w5 '.repeat(200); ask.requestSubmit()")
+        while chromium.value("go.disabled"):
+            pass
+        failed = "[...answers.querySelectorAll('.failed')].map(a => a.textContent)"
+        assert all("exceed the 63 tokens" in each for each in chromium.value(failed))
+        assert all("400" in each for each in chromium.complaints), "nothing else is complained of"
 
 
 def test_completions_are_those_of_the_bundle(client: Any, folder: Path) -> None:

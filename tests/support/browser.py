@@ -50,6 +50,12 @@ class Browser:
         while self.value("document.readyState + location.protocol") != "completefile:":
             pass
 
+    def visit(self, address: str) -> None:
+        """Go to a page of a server, and wait until its script has run."""
+        self._call("Page.navigate", url=address)
+        while self.value("document.readyState + location.protocol") != "completehttp:":
+            pass
+
     def value(self, expression: str) -> Any:
         """What a JavaScript expression gives, as JSON values."""
         found = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
