@@ -7,6 +7,7 @@ TORCH ?= torch==2.13.0
 TORCH_INDEX ?=
 INSTALLED := $(VENV)/.installed
 READY := $(VENV)/.ready
+DOCS := $(VENV)-docs
 JOBS ?= 2
 
 # Files of tests without a real model, each quick; of these, tests that start Python processes are left out by their mark.
@@ -18,7 +19,7 @@ FAST := evaluation/answers evaluation/choices evaluation/page evaluation/polar/d
 	questions/loaders questions/tasks search/formats search/lockstep search/mcts search/methods \
 	search/records stats/arms stats/calibration stats/figures stats/intervals stats/paired stats/tables
 
-.PHONY: help setup demo check lint types test fast bench predictor fuzz matrix clean
+.PHONY: help setup demo check lint types test fast bench docs predictor fuzz matrix clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -67,6 +68,12 @@ bench: setup ## Measure latency, many programs, warm start, dispatch and bundles
 	$(BIN)/python bench/bundle.py
 	$(BIN)/python bench/bundle.py --dtype bfloat16
 
+docs: ## Build the documentation site into build/site, with warnings as errors
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet --upgrade pip $(shell $(PYTHON) -c "import tomllib; print(' '.join(repr(r) for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']))")
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo build/site/index.html
+
 predictor: setup ## Make the predictor in the box anew, from train questions to its test: half an hour of two cores
 	OMP_NUM_THREADS=1 $(BIN)/python bench/default_predictor.py
 
@@ -78,4 +85,4 @@ matrix: ## Try pairs of torch and transformers versions, each in an environment 
 	$(PYTHON) tests/support/matrix.py $(ARGUMENTS)
 
 clean: ## Remove the virtual environment and build leftovers
-	rm -rf $(VENV) .matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(DOCS) .matrix build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -100,9 +100,8 @@ def compile(
         policy: how one is chosen: "identity", "accuracy", "steps<=0.9", "mean_steps<=0.9",
             "latency_ms<=30" or a program (default: the one saved with the predictor, else
             "accuracy").
-        device, dtype: where and in what type to load a model that is named, as `polar_fx.load`
-            takes them (default: on the CPU in float32). A model that is loaded already runs where
-            and as it is.
+        device: where to load a model that is named, as `polar_fx.load` takes it (default: CPU).
+        dtype: in what type (default: float32). A model that is loaded runs where and as it is.
         unprepared: what runs in place of a program that is not prepared: "identity", or the program
             all the same ("link").
 

@@ -64,3 +64,11 @@ def test_reports_name_date_commit_and_machine() -> None:
         head = path.read_text(encoding="utf-8")[:1500]
         assert re.search(r"20\d\d-\d\d-\d\d", head) and re.search(r"\b[0-9a-f]{7}\b", head), path
         assert re.search(r"EPYC|Xeon|H100|H200", head), path
+
+
+def test_every_document_is_in_the_navigation_of_the_site() -> None:
+    site = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    named = set(re.findall(r": ([\w./-]+\.md)$", site, flags=re.MULTILINE))
+    docs = ROOT / "docs"
+    own = {"index.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"}
+    assert named == own | {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
