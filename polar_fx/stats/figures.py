@@ -103,10 +103,11 @@ def pareto(rows: Sequence[ArmComparison]) -> Figure:
         axis.set_title(f"{task}, n = {_questions(group)}")
     for axis in axes.flat[len(panels) :]:
         axis.remove()
-    kinds = [kind for kind in _LOOKS if any(_kind(row, front=()) == kind for row in rows)]
-    kinds.insert(1, "front")  # of methods, there is one in each panel
+    there = {_kind(row, front=()) for row in rows} | {"front"}  # which each panel has
     handles = [
-        Line2D([], [], ls="", label=_NAMES[kind], **_LOOKS[kind]) for kind in dict.fromkeys(kinds)
+        Line2D([], [], ls="", label=_NAMES[kind], **look)
+        for kind, look in _LOOKS.items()
+        if kind in there
     ]
     figure.legend(handles=handles, loc="outside right upper", labelspacing=0.5)
     return figure
