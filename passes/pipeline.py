@@ -25,6 +25,7 @@ from .keep_kv_writes import KeepKvWrites
 from .linear_to_row_kernel import LinearToRowKernel
 from .matvec_to_reduction import MatvecToReduction
 from .outline_layers import OutlineLayers
+from .quantized_linear import QuantizedLinear
 from .schedule_layers import Blends, ScheduleLayers
 from .verify import verify, verify_region
 
@@ -42,6 +43,7 @@ PASSES: dict[str, type[Pass]] = {
         InlineLayers,
         KeepKvWrites,
         AddressKv,
+        QuantizedLinear,
         MatvecToReduction,
         LinearToRowKernel,
         AttentionToReduction,

@@ -26,6 +26,7 @@ from .predictor.menu import Menu
 from .predictor.policy import Policy
 from .predictor.shipped import dtype_of, load_named
 from .program import Program
+from .quantized import Quantize
 from .runtime.as_transformers import AsTransformers
 from .runtime.bound_weights import BoundWeights
 from .runtime.checked_runs import check_runs
@@ -67,6 +68,7 @@ def compile(
     unprepared: Unprepared = "identity",
     device: torch.device | str | None = None,
     dtype: torch.dtype | str | None = None,
+    quantize: Quantize | None = None,
 ) -> "CompiledModel":
     """Capture `model` once and return it as a `CompiledModel`.
 
@@ -80,8 +82,7 @@ def compile(
         max_length: tokens a row may hold, prompt and continuation (default: the model's own limit;
             at most 1,024 where keys and values lie in slots, see docs/engine.md).
         prefill_chunk: prompt tokens run at a time (default: 512 on the CPU, 4,096 on a GPU).
-        deterministic: run rows one by one, so that a row's logits have the same bits alone and in
-            any batch.
+        deterministic: run rows one by one: a row's logits then have the same bits in any batch.
         program: what calls without `program=` run (default: identity).
         check: compare the captured graph, and how it runs, with the model on a few tokens first.
         cache: whether to keep captures and compiled artifacts on disk and use those that are there;
@@ -102,8 +103,8 @@ def compile(
             "accuracy").
         device: where to load a model that is named, as `polar_fx.load` takes it (default: CPU).
         dtype: in what type (default: float32). A model that is loaded runs where and as it is.
-        unprepared: what runs in place of a program that is not prepared: "identity", or the program
-            all the same ("link").
+        quantize: "int8" or "int4" to hold the weights of a model that is named as integers.
+        unprepared: what runs for a program that is not prepared: "identity", or it itself ("link").
 
     Raises UnsupportedModelError, CaptureError, UnknownBackendError, InputError; CompileError for a
     backend that cannot run here.
@@ -117,7 +118,7 @@ def compile(
     from .models import named_or_loaded, token_limits
 
     dtype = dtype_of(predictor) if model is None and dtype is None else dtype
-    model = named_or_loaded(model, dtype, device=device)
+    model = named_or_loaded(model, dtype, device=device, quantize=quantize)
     check_supported(model)
     max_length, prefill_chunk = token_limits(model, max_length, prefill_chunk=prefill_chunk)
     if deterministic and tier == "auto":

@@ -12,6 +12,7 @@ from .bundle.manifest import read_manifest
 from .errors import InputError
 from .models import Device, Dtype
 from .output.plain_text import dtype_name
+from .quantized import Quantize
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,18 +20,30 @@ if TYPE_CHECKING:
 
 @overload
 def load(
-    source: None = None, dtype: Dtype | None = None, device: Device = None
+    source: None = None,
+    dtype: Dtype | None = None,
+    device: Device = None,
+    *,
+    quantize: Quantize | None = None,
 ) -> "tuple[PreTrainedModel, Any]": ...
 
 
 @overload
 def load(
-    source: str | os.PathLike[str], dtype: Dtype | None = None, device: Device = None
+    source: str | os.PathLike[str],
+    dtype: Dtype | None = None,
+    device: Device = None,
+    *,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, Any]: ...
 
 
 def load(
-    source: str | os.PathLike[str] | None = None, dtype: Dtype | None = None, device: Device = None
+    source: str | os.PathLike[str] | None = None,
+    dtype: Dtype | None = None,
+    device: Device = None,
+    *,
+    quantize: Quantize | None = None,
 ) -> tuple[Any, Any]:
     """A causal LM in eval mode, or the model of a bundle, and its tokenizer.
 
@@ -41,6 +54,8 @@ def load(
             is float32, and of a bundle what it was exported with.
         device: where to put the weights, such as "cuda"; None is the CPU, and of a bundle the
             device it was exported for.
+        quantize: "int8" or "int4" to hold the weights of linear layers as integers, at their own
+            size (docs/quantized.md); None leaves them as they are.
 
     Returns a `transformers.PreTrainedModel`, to be given to `polar_fx.compile`, and its tokenizer.
     If `source` is a folder that `export` wrote, it returns a `BundledModel`, ready to run, and its
@@ -50,11 +65,12 @@ def load(
     pickled checkpoint could run code. Load bundles that you trust; `load_bundle` takes the
     fingerprint that one must have.
 
-    Raises ModelNotFoundError naming the remedy, BundleError, and InputError for a dtype or device
-    that a bundle does not have, or that is not here.
+    Raises ModelNotFoundError naming the remedy, BundleError, UnsupportedModelError for a model that
+    cannot be quantized, and InputError for a dtype, device or way to quantize that is unknown, not
+    here, or not a bundle's.
     """
     if source is None or not models.is_bundle(source):
-        return models.load(source, dtype or torch.float32, device=device)
+        return models.load(source, dtype or torch.float32, device=device, quantize=quantize)
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
     if dtype not in (None, "auto") and manifest.dtype != dtype_name(dtype):
@@ -66,6 +82,11 @@ def load(
         raise InputError(
             f"{source} is a bundle for {manifest.device}, not {place.type}; leave device out, or "
             "export it from there"
+        )
+    if quantize is not None:
+        raise InputError(
+            f"{source} is a bundle, whose weights are as they were exported; leave "
+            f"quantize={quantize!r} out, or export the model so"
         )
     bundle = load_bundle(folder)
     return bundle, bundle.tokenizer if bundle.has_tokenizer else None

@@ -33,6 +33,7 @@ from .output.digest import digest
 from .output.files import replacing
 from .output.plain_text import first_line
 from .output.suggestions import did_you_mean
+from .quantized import checked_way, quantize_weights
 
 DEFAULT_NAME = "SmolLM2-135M-Instruct"
 _PACKAGED = Path(__file__).with_name("packaged_models.json")
@@ -55,6 +56,7 @@ def load(
     dtype: Dtype = torch.float32,
     *,
     device: Device = None,
+    quantize: str | None = None,
 ) -> tuple[PreTrainedModel, Any]:
     """A causal LM in eval mode and its tokenizer.
 
@@ -63,11 +65,14 @@ def load(
             model in `packaged_models.json` whose packages are installed, or a HuggingFace id.
         dtype: of the weights; "auto" is what they were saved in (of GGUF: float32).
         device: where to put them, such as "cuda" (default: the CPU).
+        quantize: "int8" or "int4" to hold the weights of linear layers as integers (quantized.py).
 
     Only safetensors are read: a pickled checkpoint could run code. Raises ModelNotFoundError naming
-    the remedy, and InputError for a dtype or device that is unknown or not here.
+    the remedy, InputError for a dtype, device or way to quantize that is unknown or not here, and
+    UnsupportedModelError for a model that cannot be quantized.
     """
     dtype, place = _checked_dtype(dtype), checked_device(device)
+    checked_way(quantize)
     if source is None:
         model, tokenizer = load_default(dtype)
     elif (file := _gguf_file(source)) is not None:
@@ -76,6 +81,8 @@ def load(
         model, tokenizer = load_pretrained(
             AutoModelForCausalLM, source, dtype=dtype, what="a causal language model"
         )
+    if quantize is not None:
+        model = quantize_weights(model, quantize)
     return model.to(place), tokenizer  # type: ignore[arg-type]
 
 
@@ -132,17 +139,21 @@ def named_or_loaded(
     dtype: Dtype | None,
     *,
     device: Device,
+    quantize: str | None,
 ) -> PreTrainedModel:
     """A model as it is, or the one that is named (`load`; in float32 unless `dtype` says else).
 
-    Raises ModelNotFoundError, and InputError if a model that is loaded already comes with either.
+    Raises ModelNotFoundError, and InputError if a model that is loaded already comes with one of
+    the others.
     """
     if model is None or isinstance(model, (str, os.PathLike)):
-        return load(model, torch.float32 if dtype is None else dtype, device=device)[0]
-    if device is not None or dtype is not None:
+        dtype = torch.float32 if dtype is None else dtype
+        return load(model, dtype, device=device, quantize=quantize)[0]
+    if device is not None or dtype is not None or quantize is not None:
         raise InputError(
-            f"device={device!r} and dtype={dtype!r} are for models that are named; this one is "
-            "loaded already: move it (model.to(...)) before it is compiled, and leave both out"
+            f"device={device!r}, dtype={dtype!r} and quantize={quantize!r} are for models that are "
+            "named; this one is loaded already: move it (model.to(...)) before it is compiled, or "
+            "load it so (polar_fx.load takes all three), and leave them out"
         )
     return model
 

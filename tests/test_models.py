@@ -95,7 +95,7 @@ def test_types_and_devices_that_are_unknown_or_not_here_are_refused(
     with pytest.raises(InputError, match=r"device 'cuda:2' is not here: torch sees 2 GPUs"):
         polar_fx.load(device="cuda:2")
     with pytest.raises(
-        InputError, match=r"device='cpu' and dtype=None are for models that are named.*model\.to"
+        InputError, match=r"device='cpu'.* are for models that are named.*model\.to"
     ):
         polar_fx.compile(make("llama"), device="cpu")
 

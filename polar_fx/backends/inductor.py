@@ -16,12 +16,14 @@ from ..passes.attention_to_reduction import AttentionToReduction
 from ..passes.base import Pass
 from ..passes.linear_to_row_kernel import LinearToRowKernel
 from ..passes.matvec_to_reduction import MatvecToReduction
+from ..passes.quantized_linear import QuantizedLinear
 from .base import Backend, Dynamic, Region
 from .specialize import compiler_options, example_values, graph_of, specialize
 
 # What pays on a region of known sizes (docs/performance.md); all leave graphs on other devices
 # alone.
 REGION_PASSES: tuple[Pass, ...] = (
+    QuantizedLinear(),  # before others see its linears
     MatvecToReduction(),
     LinearToRowKernel(),
     AttentionToReduction(),

@@ -4,22 +4,19 @@ into a region like its own.
 The adapter around torch's semi-public C++ templates; nothing else in the project touches them.
 """
 
-import functools
-import hashlib
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
 
 from ..passes.linear_to_row_kernel import row_linear
 
-_ROW_LINEAR: Any = torch.ops.polar_fx.row_linear.default
-assert row_linear._opoverload is _ROW_LINEAR
+ROW_LINEAR: Any = torch.ops.polar_fx.row_linear.default
+assert row_linear._opoverload is ROW_LINEAR
 
 # Shape legend: M rows of x, K their size, N rows of the weight.
-_SOURCE = r"""
-#ifndef POLAR_FX_ROW_LINEAR
-#define POLAR_FX_ROW_LINEAR
+SOURCE = r"""
+#ifndef POLAR_FXROW_LINEAR
+#define POLAR_FXROW_LINEAR
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <memory>
 #include <stdexcept>
@@ -207,10 +204,13 @@ struct View {
     ~View() { aoti_torch_delete_tensor_object(handle); }
 };
 
-// The library's product, for so many rows that its arithmetic counts, not reading the weight
+// The library's product, for so many rows that its arithmetic counts, not reading the weight;
+// `stride` lies between the rows of y
 template <typename T>
-void by_library(const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K) {
-    View given(x, M, K, K, 1), weight(w, K, N, 1, K), result(y, M, N, N, 1);
+void by_library(
+    const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int64_t stride
+) {
+    View given(x, M, K, K, 1), weight(w, K, N, 1, K), result(y, M, N, stride, 1);
     if (bias == nullptr) {
         check(aoti_torch_cpu_mm_out(result.handle, given.handle, weight.handle));
         return;
@@ -225,7 +225,7 @@ void by_library(const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t 
 #endif
 """
 
-_KERNEL = r"""
+KERNEL = r"""
 extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "bias": bias}, outputs={"y": y})}}
 {
     using T = {{kernel.dtype(w)}};
@@ -235,7 +235,7 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "bias": bias}, outputs={"
     const T* added = {% if bias is none %}nullptr{% else %}&{{kernel.index(bias, [0])}}{% endif %};
     const T* read = &{{kernel.index(x, [0, 0, 0])}};
     if (M > polar_fx::Step<T>::most) {
-        polar_fx::by_library(read, weight, added, y, M, N, K);
+        polar_fx::by_library(read, weight, added, y, M, N, K, N);
         return;
     }
     std::unique_ptr<X[]> place;
@@ -250,22 +250,7 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "bias": bias}, outputs={"
 """
 
 
-def kernel_options(graph_module: GraphModule) -> dict[str, Any]:
-    """The options to compile a graph with, for the sake of the kernel, which Inductor knows after
-    this. None if the graph has no use for it.
-
-    Inductor finds code again by its options: the kernel's own text is among them, as metadata.
-    """
-    if not graph_module.graph.find_nodes(op="call_function", target=_ROW_LINEAR):
-        return {}
-    _register()
-    text = hashlib.sha256((_SOURCE + _KERNEL).encode()).hexdigest()
-    # the kernel takes nothing in that follows it
-    return {"epilogue_fusion": False, "aot_inductor.metadata": {"row_linear": text}}
-
-
-@functools.cache
-def _register() -> None:
+def register() -> None:
     """Teach Inductor the kernel, in this process. Imports Inductor, which takes seconds."""
     from torch._inductor import ir
     from torch._inductor.lowering import register_lowering  # isort: skip (the template needs it)
@@ -279,8 +264,8 @@ def _register() -> None:
             x, w, *bias = self.input_nodes
             return (
                 self.header().getvalue()
-                + _SOURCE
-                + self._template_from_string(_KERNEL).render(
+                + SOURCE
+                + self._template_from_string(KERNEL).render(
                     kernel=kernel,
                     x=x,
                     w=w,
@@ -290,7 +275,7 @@ def _register() -> None:
                 )
             )
 
-    @register_lowering(_ROW_LINEAR, type_promotion_kind=None)
+    @register_lowering(ROW_LINEAR, type_promotion_kind=None)
     def _(x: Any, weight: Any, bias: Any = None) -> Any:
         require = ir.ExternKernel.require_contiguous
         operands = [require(ir.ExternKernel.realize_input(o)) for o in (x, weight, bias) if o]

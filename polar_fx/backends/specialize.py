@@ -20,7 +20,7 @@ from ..passes.matvec_to_reduction import is_single_row
 from ..passes.pipeline import region_pipeline
 from ..passes.verify import VerifyError
 from .base import Dynamic
-from .row_kernel import kernel_options
+from .kernels import kernel_options
 
 
 class _Body(torch.nn.Module):

@@ -52,7 +52,7 @@ def bundle_of(options: argparse.Namespace) -> tuple[Any, Any]:
     """
     from ..loading import load
 
-    for name in ("dtype", "device", "backend", "max_length", "predictor"):
+    for name in ("dtype", "quantize", "device", "backend", "max_length", "predictor"):
         if getattr(options, name, None):
             raise InputError(
                 f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its "

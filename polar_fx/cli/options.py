@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 _SHORTEST = 256
 _MAX_FILE_BYTES = 1 << 24
 DTYPES = ("float32", "bfloat16", "float16", "auto")
+QUANTIZE = ("int8", "int4")
 
 
 def whole(minimum: int) -> Any:
@@ -36,7 +37,7 @@ def whole(minimum: int) -> Any:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
-    """--model, --dtype, --device, --backend."""
+    """--model, --dtype, --quantize, --device, --backend."""
     parser.add_argument(
         "--model",
         metavar="ID_OR_FOLDER",
@@ -47,6 +48,11 @@ def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
         choices=DTYPES,
         default="float32",
         help="of the weights; auto: as saved (default: float32)",
+    )
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        help="hold the weights of linear layers as integers (default: as --dtype says)",
     )
     parser.add_argument(
         "--device", metavar="NAME", help="where to run: cpu, cuda, cuda:1 (default: cpu)"
@@ -104,7 +110,7 @@ def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
 
     logging.disable_progress_bar()
     with working("loading the model ..."):
-        return load(options.model, options.dtype, device=options.device)
+        return load(options.model, options.dtype, device=options.device, quantize=options.quantize)
 
 
 def compile_model(

@@ -90,6 +90,7 @@ def workplace_of(options: argparse.Namespace, **judging: Any) -> "Workplace":
     return Workplace(
         model=options.model,
         dtype=options.dtype,
+        quantize=options.quantize,
         backend=options.backend,
         device=options.device,
         **judging,

@@ -366,7 +366,7 @@ def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
         "ok": True,
         "predictor": job.predictor.name,
         "model": labeller.model_fingerprint,
-        "dtype": labeller.workplace.dtype,
+        "dtype": labeller.workplace.weights,
         "questions": len(subject.questions),
         "tasks": {task: counts[task] for task in labeller.templates},
         "trained_on": subject.notes["tasks"],

@@ -70,7 +70,7 @@ class Labeller:
             raise InputError(
                 f"the records are of a model of fingerprint {header.model[:12]}, this one's is "
                 f"{self.model_fingerprint[:12]} (dtype {header.prompt.get('dtype', 'not noted')} "
-                f"there, {self.workplace.dtype} here); name that model and dtype"
+                f"there, {self.workplace.weights} here); name that model and dtype"
             )
 
     def encode(self, questions: "Sequence[Question]", prompt: str) -> "list[EncodedQuestion]":
@@ -114,7 +114,7 @@ class Labeller:
         how: dict[str, Any] = {
             **prompt_keys(self.templates),
             "judge": "teacher-forcing",
-            "dtype": self.workplace.dtype,
+            "dtype": self.workplace.weights,
         }
         began = time.perf_counter()
         with progress_bar(self.console, path.stem) as bar:

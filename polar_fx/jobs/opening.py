@@ -67,12 +67,12 @@ def open_job(
     import torch
     from transformers.utils import logging
 
-    from ..models import load, position_limit
+    from ..models import position_limit
 
     logging.disable_progress_bar()  # the console says what is being done
 
     with console.status("loading the model ..."):
-        model, tokenizer = load(workplace.model, workplace.dtype, device=workplace.device)
+        model, tokenizer = workplace.load()
     encoded, measuring = (
         encode(tokenizer, questions, templates=templates),
         measuring_questions(questions),

@@ -184,7 +184,7 @@ def _header(
         "judge": place.workplace.evaluator,
         "deterministic": place.workplace.deterministic,
         "verify": place.workplace.verify,
-        "dtype": place.workplace.dtype,
+        "dtype": place.workplace.weights,
     }
     library = place.compiled.library
     return SearchHeader(library.model_fingerprint, place.compiled.depth, job.config, asked, prompt)

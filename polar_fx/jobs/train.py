@@ -115,7 +115,7 @@ def run(job: TrainJob, console: "Console | None" = None) -> dict[str, Any]:
         "model": labeller.model_fingerprint,
         "prompts": prompt_keys(templates),
         "seconds": time.perf_counter() - began,
-        "dtype": labeller.workplace.dtype,
+        "dtype": labeller.workplace.weights,
         "ok": True,
     }
     mined = json.dumps(sorted({record.question.id for record in usable}))

@@ -47,8 +47,8 @@ class PolarLM(TemplateLM):
     Args:
         pretrained: a folder or model id, None for the embedded default; or a `CompiledModel`, with
             its `tokenizer`.
-        dtype, backend, max_length, predictor, policy: as `polar_fx.compile` takes them; not with a
-            `CompiledModel`.
+        dtype, quantize, backend, max_length, predictor, policy: as `polar_fx.compile` takes them;
+            not with a `CompiledModel`.
         program: what every request runs; with a predictor or policy, requests are dispatched
             instead.
         batch_size: rows that run at once, all by one program.
@@ -66,6 +66,7 @@ class PolarLM(TemplateLM):
         tokenizer: Any = None,
         *,
         dtype: str | None = None,
+        quantize: str | None = None,
         backend: str | None = None,
         max_length: int | None = None,
         predictor: str | None = None,
@@ -88,6 +89,7 @@ class PolarLM(TemplateLM):
             )
         options = {
             "dtype": dtype,
+            "quantize": quantize,
             "backend": backend,
             "max_length": max_length,
             "predictor": predictor,
@@ -408,7 +410,7 @@ def _compiled(pretrained: str | None, options: Mapping[str, Any]) -> tuple[Compi
     dtype, device = options["dtype"], options["device"]
     if dtype is not None and dtype not in _DTYPES:
         raise InputError(f"dtype is {dtype!r}; use one of {', '.join(_DTYPES)}")
-    model, tokenizer = load(pretrained, _DTYPES[dtype or "float32"])
+    model, tokenizer = load(pretrained, _DTYPES[dtype or "float32"], quantize=options["quantize"])
     if device is not None and (torch.cuda.is_available() or not device.startswith("cuda")):
         _move(model, device)  # lm-eval's command line says cuda:0 on machines without, too
     compiled = compile(

@@ -48,6 +48,18 @@ class Workplace:
     templates: Mapping[str, Template] = field(default_factory=dict)
     programs: Mapping[str, tuple[Program, ...]] | None = None
     device: str | None = None
+    quantize: str | None = None
+
+    @property
+    def weights(self) -> str:
+        """How they are held, for records: "bfloat16", or "bfloat16, int4"."""
+        return ", ".join(filter(None, (self.dtype, self.quantize)))
+
+    def load(self) -> tuple[Any, Any]:
+        """The model and its tokenizer. Raises what `polar_fx.load` raises."""
+        from ..models import load
+
+        return load(self.model, self.dtype, device=self.device, quantize=self.quantize)
 
     def open(
         self, questions: Sequence[Question], loaded: tuple[Any, Any] | None = None
@@ -62,12 +74,11 @@ class Workplace:
         from ..compiled import compile
         from ..judge.by_generation import Generation
         from ..judge.teacher_forcing import TeacherForcing
-        from ..models import load
 
         logging.disable_progress_bar()
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        model, tokenizer = loaded or load(self.model, self.dtype, device=self.device)
+        model, tokenizer = loaded or self.load()
         compiled = compile(
             model, self.backend, max_length=self.max_length, deterministic=self.deterministic
         )

@@ -33,6 +33,7 @@ from polar_fx.predictor.menu import Menu
 from polar_fx.predictor.policy import Calibration
 from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
+from polar_fx.quantized import quantize_weights
 from polar_fx.store import ArtifactStore
 from portable_regions import use_graphs
 from tiny_bundles import DEPTH, LENGTH, PROGRAMS, compiled_model, tokenizer_of_words
@@ -320,6 +321,20 @@ def _bundled(
         deterministic=options.pop("exact", False),
     )
     return compiled, export(compiled, place, ["skip 1"], **options)
+
+
+def test_weights_as_integers_are_shipped_at_their_own_size(
+    tmp_path: Path, graphs: ArtifactStore
+) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "tie_word_embeddings": True}
+    model = quantize_weights(make("llama", **sizes), "int4")
+    compiled, manifest = _bundled(model, graphs, place=tmp_path / "bundle")
+    bundle = load_bundle(tmp_path / "bundle")
+    got, want = _answer(bundle, "skip 1"), _answer(compiled, "skip 1")
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+    (weights,) = (f.num_bytes for f in manifest.files if f.path.endswith(".safetensors"))
+    held = sum(p.numel() * p.element_size() for p in model.parameters())
+    assert held < weights < 1.5 * held and manifest.dtype == "float32"
 
 
 def _check(compiled: CompiledModel, bundle: CompiledModel, *, rows: Sequence[int]) -> None:

@@ -27,6 +27,7 @@ from polar_fx.bundle.manifest import FORMAT, write_manifest
 from polar_fx.compiled import compile
 from polar_fx.errors import ProgramError
 from polar_fx.program import Program
+from polar_fx.quantized import quantize_weights
 from tiny_bundles import compiled_hybrid, hybrid
 from tiny_models import make, prompts
 
@@ -44,18 +45,9 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pytest.skip("building the runner needs cmake and a C++ compiler")
     place = tmp_path_factory.mktemp("runner")
     ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
-    for command in (
-        [
-            "cmake",
-            *ninja,
-            "-S",
-            str(SOURCES),
-            "-B",
-            str(place),
-            f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}",
-        ],
-        ["cmake", "--build", str(place)],
-    ):
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    configure = ["cmake", *ninja, "-S", str(SOURCES), "-B", str(place), prefix]
+    for command in (configure, ["cmake", "--build", str(place)]):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
     return place / "polar_run"
@@ -179,6 +171,14 @@ def test_states_and_experts_run(runner: Path, tmp_path: Path) -> None:
         arguments = ("--tokens", _comma(row.tolist()), "--new", 8, "--program", str(program))
         got = _new_tokens(runner, tmp_path / "bundle", *arguments)
         assert got == _want(loaded, text, prompt=row.tolist(), new=8)
+
+
+def test_weights_as_integers_run(runner: Path, tmp_path: Path) -> None:
+    model = quantize_weights(make("llama", hidden_size=64, intermediate_size=128), "int4")
+    export(compile(model, "aot_inductor", max_length=31), tmp_path / "bundle", ["identity"])
+    want = _want(load_bundle(tmp_path / "bundle"), "identity", prompt=[5, 7, 9], new=8)
+    arguments = (tmp_path / "bundle", "--tokens", "5,7,9", "--new", 8)
+    assert _new_tokens(runner, *arguments) == want
 
 
 def test_a_row_that_would_be_computed_anew_is_refused(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from hand_made import flat, on_cpu, run, several_rows, single_query, single_row
+from hand_made import flat, on_cpu, over_integers, run, several_rows, single_query, single_row
 from places import ROOT, printed_in_processes
 from polar_fx.passes import (
     PASSES,
@@ -64,6 +64,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     ),
     "keep-kv-writes": (PASSES["keep-kv-writes"](), layer),
     "address-kv": (AddressKv(block=4), layer),
+    "quantized-linear": (PASSES["quantized-linear"](), lambda: on_cpu(over_integers())),
     "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
     "linear-to-row-kernel": (PASSES["linear-to-row-kernel"](), lambda: on_cpu(several_rows())),
     "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),

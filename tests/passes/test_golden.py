@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from hand_made import flat, on_cpu, several_rows, single_query, single_row
+from hand_made import flat, on_cpu, over_integers, several_rows, single_query, single_row
 from places import GOLDEN, printed_in_processes
 from polar_fx.passes import (
     PASSES,
@@ -52,6 +52,9 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     "assign-kv-slots": lambda: program_pipeline(PATH, BLENDS).run(library()).graph_module,
     "keep-kv-writes": lambda: PASSES["keep-kv-writes"]().run(_layer()).graph_module,
     "address-kv": lambda: AddressKv(block=4).run(_layer()).graph_module,
+    "quantized-linear": lambda: (
+        PASSES["quantized-linear"]().run(on_cpu(over_integers(torch.bfloat16))).graph_module
+    ),
     "matvec-to-reduction": lambda: (
         PASSES["matvec-to-reduction"]().run(on_cpu(single_row(torch.bfloat16))).graph_module
     ),

@@ -23,6 +23,7 @@ REGION = {
     "passes/matvec_to_reduction.py",
     "passes/attention_to_reduction.py",
     "passes/pipeline.py",
+    "passes/quantized_linear.py",
     "passes/text.py",
 }
 OTHER = (

@@ -25,6 +25,7 @@ ORDER = (
     {"child_process", "output"},
     {"passes", "program"},
     {"capture", "store", "stats", "region_names"},
+    {"quantized"},
     {"models"},
     {"library"},
     {"backends"},

@@ -147,6 +147,39 @@ def several_rows(dtype: torch.dtype = torch.float32, rows: int = 3) -> GraphModu
     return b.build(b.call(aten.linear.default, b.call(aten.linear.default, x, w1), w2, bias))
 
 
+def over_integers(dtype: torch.dtype = torch.float32) -> GraphModule:
+    """Three linears over [3, 2, d] whose weights are integers: two a byte, with a bias; int8; and
+    int8 as torchao's weight-only tensors are traced.
+    """
+    b = Builder()
+    x, scale, zero, bias, s2, s3 = (
+        b.placeholder(name, *shape, dtype=dtype)
+        for name, shape in {
+            "x": (3, 2, 32),
+            "scale": (64, 1, 1),
+            "zero": (64, 1, 1),
+            "bias": (64,),
+            "s2": (D, 1),
+            "s3": (V, 1),
+        }.items()
+    )
+    w1 = b.placeholder("w1", 64, 16, dtype=torch.uint8)
+    w2 = b.placeholder("w2", D, 64, dtype=torch.int8)
+    w3 = b.placeholder("w3", V, D, dtype=torch.int8)
+    low = b.call(aten.bitwise_and.Scalar, w1, 15)
+    high = b.call(aten.bitwise_right_shift.Tensor_Scalar, w1, 4)
+    pairs = b.call(aten.view.default, b.call(aten.stack.default, [low, high], -1), [64, 1, -1])
+    groups = b.call(aten.mul.Tensor, b.call(aten.to.dtype, pairs, dtype), scale)
+    made = b.call(aten.view.default, b.call(aten.add.Tensor, groups, zero), [64, -1])
+    first = b.call(aten.linear.default, x, made, bias)
+    made = b.call(aten.mul.Tensor, b.call(aten.to.dtype, w2, dtype), s2)
+    second = b.call(aten.reshape.default, b.call(aten.linear.default, first, made), [-1, D])
+    turned = b.call(aten.to.dtype, b.call(aten.t.default, w3), dtype)
+    product = b.call(aten.mm.default, second, turned)
+    factors = b.call(aten.flatten.using_ints, s3)
+    return b.build(b.call(aten.mul.Tensor, product, factors))
+
+
 def single_query(dtype: torch.dtype = torch.float32) -> GraphModule:
     """Attention of one token: four heads of queries on two of keys, behind a mask."""
     b = Builder()

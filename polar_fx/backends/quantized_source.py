@@ -1,0 +1,375 @@
+"""The functions of the kernel for `quantized_linear` (quantized_kernel.py), in C++. They use those
+of the kernel for weights in floats (row_kernel.py).
+"""
+
+# Shape legend: M rows of x, K their size, N rows of the weight.
+SOURCE = r"""
+#ifndef POLAR_FX_QUANTIZED_LINEAR
+#define POLAR_FX_QUANTIZED_LINEAR
+#include <cstring>
+namespace polar_fx {
+
+// A weight is read in blocks of so many numbers along K, which become `PARTS` vectors of floats.
+constexpr int BLOCK = 64, PARTS = BLOCK / Sums::size();
+constexpr int GROUP = 32;  // numbers that share a scale and a zero, where they are two a byte
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int W_ROWS_OF_INTEGERS = 2;
+#else
+constexpr int W_ROWS_OF_INTEGERS = 1;  // fewer registers
+#endif
+// For many rows of x the weight is made into floats, so many numbers at a time, and the library
+// multiplies.
+constexpr int64_t NUMBERS_AT_A_TIME = 1 << 20;
+
+// A scale, and a zero, for each of `groups` groups of a row; int8 has one scale a row, no zeros
+template <typename S> struct Scales {
+    const S *scale, *zero;
+    int64_t groups;
+};
+
+inline int64_t blocks_of(int64_t K) { return (K + BLOCK - 1) / BLOCK; }
+inline int64_t vectors_of(int64_t n) { return (n + Sums::size() - 1) / Sums::size(); }
+
+inline Sums floats(const float* p, int64_t n) { return Sums::loadu(p, n); }
+inline Sums floats(const at::BFloat16* p, int64_t n) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m256i halves = _mm256_maskz_loadu_epi16((__mmask16)((1u << n) - 1), p);
+    return Sums(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
+#else
+    float wide[Sums::size()] = {};
+    for (int64_t i = 0; i < n; ++i) wide[i] = p[i];
+    return Sums::loadu(wide);
+#endif
+}
+
+C10_ALWAYS_INLINE Sums widened(const int8_t* p) {
+#if defined(CPU_CAPABILITY_AVX512)
+    return Sums(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
+#else
+    float wide[Sums::size()];
+    for (int i = 0; i < Sums::size(); ++i) wide[i] = p[i];
+    return Sums::loadu(wide);
+#endif
+}
+
+// Numbers of a byte each, in order
+struct Bytes {
+    using Data = int8_t;
+    static constexpr int64_t bytes = BLOCK;
+    static constexpr bool grouped = false;
+    template <typename T> static void arrange(const T* from, float* to) {
+        #pragma omp simd
+        for (int k = 0; k < BLOCK; ++k) to[k] = from[k];
+    }
+    static int64_t row_bytes(int64_t K) { return K; }
+    C10_ALWAYS_INLINE static void load(const int8_t* p, Sums* part) {
+        #pragma GCC unroll 8
+        for (int i = 0; i < PARTS; ++i) part[i] = widened(p + i * Sums::size());
+    }
+};
+
+// Numbers of 0 to 15, two a byte. Four in a word become one lane of four vectors, where they lie:
+// as 1, 16, 256 and 4,096 times the number. x is brought into the same order, and divided by that.
+struct Nibbles {
+    using Data = uint8_t;
+    static constexpr int64_t bytes = BLOCK / 2;
+    static constexpr bool grouped = true;
+    template <typename T> static void arrange(const T* from, float* to) {
+        #pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const float part = 1.0f / (1 << 4 * i);
+            #pragma omp simd
+            for (int j = 0; j < BLOCK / 4; ++j) {
+                to[i * (BLOCK / 4) + j] = part * float(from[4 * j + i]);
+            }
+        }
+    }
+    static int64_t row_bytes(int64_t K) { return K / 2; }
+    C10_ALWAYS_INLINE static void load(const uint8_t* p, Sums* part) {
+#if defined(CPU_CAPABILITY_AVX512)
+        const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
+        #pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const __m512i four_bits = _mm512_set1_epi32(15 << 4 * i);
+            part[i] = Sums(_mm512_cvtepi32_ps(_mm512_and_si512(words, four_bits)));
+        }
+#else
+        float wide[BLOCK];
+        for (int i = 0; i < 4; ++i) {
+            for (int j = 0; j < BLOCK / 4; ++j) {
+                const int word = p[2 * j] | p[2 * j + 1] << 8;
+                wide[i * (BLOCK / 4) + j] = word & 15 << 4 * i;
+            }
+        }
+        for (int i = 0; i < PARTS; ++i) part[i] = Sums::loadu(wide + i * Sums::size());
+#endif
+    }
+};
+
+// The scales of a block's halves, in the lanes of its vector number i; its last half may be missing
+template <bool WHOLE, typename S> C10_ALWAYS_INLINE Sums of_halves(const S* scale, int i) {
+    const float first = scale[0], second = WHOLE ? float(scale[1]) : 0.0f;
+#if defined(CPU_CAPABILITY_AVX512)
+    return Sums(_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second)));
+#else
+    float lanes[BLOCK / 4];
+    for (int l = 0; l < BLOCK / 4; ++l) lanes[l] = l < BLOCK / 8 ? first : second;
+    return Sums::loadu(lanes + i * Sums::size() % (BLOCK / 4));
+#endif
+}
+#if defined(CPU_CAPABILITY_AVX512)
+template <bool WHOLE> C10_ALWAYS_INLINE Sums of_halves(const at::BFloat16* scale, int i) {
+    uint32_t both = scale[0].x;
+    if constexpr (WHOLE) std::memcpy(&both, scale, sizeof(both));
+    const __m512i pairs = _mm512_set1_epi32(both);
+    const __m512i high = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
+    return Sums(_mm512_castsi512_ps(_mm512_mask_slli_epi32(high, 0x00ff, pairs, 16)));
+}
+#endif
+
+// Rows of x as floats in the order of blocks, zeros after them; then the sums of their groups
+struct Given {
+    int64_t size, groups;
+    std::unique_ptr<float[]> memory;
+    float* data;
+    Given(int64_t M, int64_t size, int64_t groups)
+        : size(size), groups(groups), memory(new float[M * (size + groups) + 16]) {
+        // vectors must not lie in two lines of the cache: each is read once for each row of x
+        const auto address = reinterpret_cast<uintptr_t>(memory.get());
+        data = reinterpret_cast<float*>((address + 63) / 64 * 64);
+    }
+    float* row(int64_t m) const { return data + m * (size + groups); }
+    float* sums(int64_t m) const { return row(m) + size; }
+};
+
+template <typename W, typename T, typename S>
+inline Given given_of(const T* x, const Scales<S>& of, int64_t M, int64_t K) {
+    const int64_t groups = of.zero == nullptr ? 0 : vectors_of(of.groups) * Sums::size();
+    Given made(M, blocks_of(K) * BLOCK, groups);
+    for (int64_t m = 0; m < M; ++m) {
+        float *row = made.row(m), *sums = made.sums(m);
+        const T* from = x + m * K;
+        int64_t b = 0;
+        for (; b + BLOCK <= K; b += BLOCK) W::arrange(from + b, row + b);
+        if (b < K) {
+            T last[BLOCK] = {};
+            std::copy(from + b, from + K, last);
+            W::arrange(last, row + b);
+        }
+        for (int64_t g = 0; g < groups; ++g) {
+            float sum = 0;
+            if (g < of.groups) {
+                #pragma omp simd reduction(+ : sum)
+                for (int64_t k = 0; k < GROUP; ++k) sum += float(from[g * GROUP + k]);
+            }
+            sums[g] = sum;
+        }
+    }
+    return made;
+}
+
+// Block b of R rows of the weight, with M rows of x, added to their sums
+template <bool WHOLE, int M, int R, typename W, typename S>
+C10_ALWAYS_INLINE void add_block(
+    Sums (&sums)[M][R], const float* x, int64_t x_step, const typename W::Data* w, int64_t w_step,
+    const S* scale, int64_t groups, int64_t left
+) {
+    // whether the lanes of all vectors of a block have the same scales; few rows of x are scaled
+    // block by block, more by the weight
+    constexpr bool ALIKE = Sums::size() == BLOCK / 4, LATE = W::grouped && ALIKE && M <= 2;
+    Sums part[R][PARTS], scales[R];
+    #pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+        const typename W::Data* p = w + r * w_step;
+        typename W::Data last[W::bytes];
+        if constexpr (!WHOLE) {
+            std::memset(last, 0, sizeof(last));
+            std::memcpy(last, p, left);
+            p = last;
+        }
+        W::load(p, part[r]);
+        if constexpr (W::grouped) {
+            const S* own = scale + r * groups;
+            scales[r] = of_halves<WHOLE>(own, 0);
+            #pragma GCC unroll 8
+            for (int i = 0; i < PARTS && !LATE; ++i) {
+                part[r][i] = part[r][i] * (ALIKE ? scales[r] : of_halves<WHOLE>(own, i));
+            }
+        }
+    }
+    #pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        Sums of_block[R];
+        #pragma GCC unroll 8
+        for (int i = 0; i < PARTS; ++i) {
+            const Sums of_x = Sums::loadu(x + m * x_step + i * Sums::size());
+            #pragma GCC unroll 2
+            for (int r = 0; r < R; ++r) {
+                Sums& sum = LATE ? of_block[r] : sums[m][r];
+                sum = LATE && i == 0 ? part[r][i] * of_x : at::vec::fmadd(part[r][i], of_x, sum);
+            }
+        }
+        #pragma GCC unroll 2
+        for (int r = 0; r < R && LATE; ++r) {
+            sums[m][r] = at::vec::fmadd(of_block[r], scales[r], sums[m][r]);
+        }
+    }
+}
+
+// M rows of x from m0 on, times R of the weight from n0 on. Not inline: it is compiled once for all
+// linears of a region.
+template <int M, int R, typename W, typename T, typename S>
+C10_NOINLINE void multiply_integers(
+    const Given& x, int64_t m0, const typename W::Data* w, const Scales<S>& of, const T* bias,
+    T* y, int64_t n0, int64_t N, int64_t K, int64_t ahead
+) {
+    Sums sums[M][R];
+    #pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) sums[m][r] = Sums(0);
+    }
+    const int64_t w_step = W::row_bytes(K), x_step = x.size + x.groups;
+    const typename W::Data* rows = w + n0 * w_step;
+    const S* scale = of.scale + n0 * of.groups;
+    const float* given = x.row(m0);
+    if (W::grouped && ahead > 0) {
+        const int64_t far = n0 * of.groups + ahead / w_step * of.groups;
+        for (int64_t g = 0; g < R * of.groups; g += 64 / sizeof(S)) {
+            __builtin_prefetch(of.scale + far + g);
+            __builtin_prefetch(of.zero + far + g);
+        }
+    }
+    int64_t b = 0;
+    for (; (b + 1) * BLOCK <= K; ++b) {
+        for (int r = 0; r < R; ++r) __builtin_prefetch(rows + r * w_step + b * W::bytes + ahead);
+        add_block<true, M, R, W>(
+            sums, given + b * BLOCK, x_step, rows + b * W::bytes, w_step, scale + 2 * b,
+            of.groups, 0
+        );
+    }
+    if (b * BLOCK < K) {
+        add_block<false, M, R, W>(
+            sums, given + b * BLOCK, x_step, rows + b * W::bytes, w_step, scale + 2 * b, of.groups,
+            w_step - b * W::bytes
+        );
+    }
+    for (int64_t g = 0; g < x.groups; g += Sums::size()) {
+        for (int r = 0; r < R; ++r) {
+            const int64_t n = std::min<int64_t>(of.groups - g, Sums::size());
+            const Sums zeros = floats(of.zero + (n0 + r) * of.groups + g, n);
+            for (int m = 0; m < M; ++m) {
+                const Sums of_x = Sums::loadu(x.sums(m0 + m) + g);
+                sums[m][r] = at::vec::fmadd(zeros, of_x, sums[m][r]);
+            }
+        }
+    }
+    #pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+        #pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            float result = total(sums[m][r]);
+            if constexpr (!W::grouped) result *= float(of.scale[n0 + r]);
+            if (bias != nullptr) result += float(bias[n0 + r]);
+            y[(m0 + m) * N + n0 + r] = result;
+        }
+    }
+}
+
+// R rows of the weight from n0 on, read from memory once, with all M rows of x
+template <int R, typename W, typename T, typename S>
+inline void rows_of_integers(
+    const Given& x, const typename W::Data* w, const Scales<S>& of, const T* bias, T* y,
+    int64_t n0, int64_t M, int64_t N, int64_t K, int64_t ahead
+) {
+    int64_t m = 0;
+    for (; m + X_ROWS <= M; m += X_ROWS) {
+        multiply_integers<X_ROWS, R, W>(x, m, w, of, bias, y, n0, N, K, m == 0 ? ahead : 0);
+    }
+    if (X_ROWS > 4 && m + 4 <= M) {
+        multiply_integers<4, R, W>(x, m, w, of, bias, y, n0, N, K, m == 0 ? ahead : 0);
+        m += 4;
+    }
+    if (m + 2 <= M) {
+        multiply_integers<2, R, W>(x, m, w, of, bias, y, n0, N, K, m == 0 ? ahead : 0);
+        m += 2;
+    }
+    if (m < M) multiply_integers<1, R, W>(x, m, w, of, bias, y, n0, N, K, m == 0 ? ahead : 0);
+}
+
+// Weight rows from n0 on, W_ROWS_OF_INTEGERS at a time
+template <typename W, typename T, typename S>
+inline void group_of_integers(
+    int64_t n0, const Given& x, const typename W::Data* w, const Scales<S>& of, const T* bias,
+    T* y, int64_t M, int64_t N, int64_t K
+) {
+    constexpr int R = W_ROWS_OF_INTEGERS;
+    const int64_t bytes = R * W::row_bytes(K);
+    const int64_t ahead = (AHEAD + bytes - 1) / bytes * bytes;
+    if (n0 + R <= N) {
+        rows_of_integers<R, W>(x, w, of, bias, y, n0, M, N, K, ahead);
+        return;
+    }
+    for (int64_t n = n0; n < N; ++n) rows_of_integers<1, W>(x, w, of, bias, y, n, M, N, K, 0);
+}
+
+// Two vectors of floats as numbers of type T
+inline void store(const Sums& first, const Sums& second, float* p) {
+    first.store(p);
+    second.store(p + Sums::size());
+}
+inline void store(const Sums& first, const Sums& second, at::BFloat16* p) {
+    at::vec::convert_from_float<at::BFloat16>(first, second).store(p);
+}
+
+// The numbers of a group, a byte each
+inline void in_order(const uint8_t* pairs, int8_t* bytes) {
+#if defined(CPU_CAPABILITY_AVX512)
+    const __m128i both = _mm_loadu_si128((const __m128i*)pairs), four_bits = _mm_set1_epi8(15);
+    const __m128i low = _mm_and_si128(both, four_bits);
+    const __m128i high = _mm_and_si128(_mm_srli_epi16(both, 4), four_bits);
+    _mm_store_si128((__m128i*)bytes, _mm_unpacklo_epi8(low, high));
+    _mm_store_si128((__m128i*)bytes + 1, _mm_unpackhi_epi8(low, high));
+#else
+    for (int64_t i = 0; i < GROUP / 2; ++i) {
+        bytes[2 * i] = pairs[i] & 15;
+        bytes[2 * i + 1] = pairs[i] >> 4;
+    }
+#endif
+}
+
+// Row n of the weight as numbers of type T [K]
+template <typename W, typename T, typename S>
+inline void as_floats(
+    T* made, const typename W::Data* w, const Scales<S>& of, int64_t n, int64_t K
+) {
+    const typename W::Data* row = w + n * W::row_bytes(K);
+    constexpr int64_t PAIR = 2 * Sums::size();
+    alignas(16) int8_t bytes[GROUP];
+    const int64_t step = W::grouped ? int64_t(GROUP) : K;
+    for (int64_t g = 0; g < of.groups; ++g) {
+        const float scale = of.scale[n * of.groups + g];
+        const float zero = W::grouped ? float(of.zero[n * of.groups + g]) : 0.0f;
+        const auto* numbers = reinterpret_cast<const int8_t*>(row);
+        if constexpr (W::grouped) {
+            in_order(row + g * (GROUP / 2), bytes);
+            numbers = bytes;
+        }
+        T* to = made + g * step;
+        int64_t k = 0;
+        for (; k + PAIR <= step; k += PAIR) {
+            Sums pair[2];
+            for (int i = 0; i < 2; ++i) {
+                pair[i] = at::vec::fmadd(
+                    widened(numbers + k + i * Sums::size()), Sums(scale), Sums(zero)
+                );
+            }
+            store(pair[0], pair[1], to + k);
+        }
+        for (; k < step; ++k) to[k] = float(numbers[k]) * scale + zero;
+    }
+}
+
+}  // namespace polar_fx
+#endif
+"""

@@ -1,0 +1,38 @@
+"""Linears over integer weights: what becomes of them, and which stay.
+
+Shape legend: N rows of a weight, K their size.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from hand_made import on_cpu, over_integers
+from polar_fx.backends.specialize import graph_of, specialize
+from polar_fx.passes.quantized_linear import QuantizedLinear, dequantize
+from polar_fx.quantized import integers_of
+
+
+class _Linear(torch.nn.Module):
+    def forward(self, x: Tensor, *parts: Tensor) -> tuple[Tensor]:
+        return (linear(x, dequantize(*parts)),)
+
+
+@pytest.mark.parametrize("way", ["int8", "int4"])
+def test_what_dequantize_traces_becomes_one_operator_for_any_rows(way: str) -> None:
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(0))
+    parts = integers_of(x[0, :, :].repeat(4, 1), way)
+    dynamic = [{0: "batch", 1: "tokens"}, *({} for _ in parts)]
+    gm = graph_of(specialize(_Linear(), [x, *parts], dynamic=dynamic))
+    result = QuantizedLinear().run(gm)
+    called = [str(n.target) for n in result.graph_module.graph.nodes if n.op == "call_function"]
+    noted = "aten._assert_tensor_metadata.default"  # by torch.export, of an operand
+    assert [name for name in called if name != noted] == ["polar_fx.quantized_linear.default"]
+    more = torch.cat([x, x])
+    assert torch.equal(result.graph_module(more, *parts)[0], linear(more, dequantize(*parts)))
+
+
+def test_linears_elsewhere_or_of_other_dtypes_stay() -> None:
+    assert not QuantizedLinear().run(over_integers()).modified, "on meta, not the CPU"
+    assert not QuantizedLinear().run(on_cpu(over_integers(torch.float16))).modified
