@@ -22,8 +22,8 @@ def from_mergekit(recipe: str | os.PathLike[str] | Mapping[str, Any], depth: int
     for what is no recipe of slices of one model, and ProgramError for layers that are not there.
     """
     said = recipe if isinstance(recipe, Mapping) else _read(recipe)
-    slices = said.get("slices")
-    if not isinstance(slices, list) or not slices:
+    slices: Any = said.get("slices")
+    if not _is_list(slices) or not slices:
         raise InputError(
             "the recipe has no list `slices`; give one of mergekit's passthrough merges"
         )
@@ -33,7 +33,8 @@ def from_mergekit(recipe: str | os.PathLike[str] | Mapping[str, Any], depth: int
             f"merge_method is {method!r}, which changes weights; a program can only stack layers, "
             "as 'passthrough' does"
         )
-    sources = list(map(_source, slices))
+    several: list[Any] = slices
+    sources = list(map(_source, several))
     names = {str(source.get("model")) for source in sources}
     if len(names) > 1:
         raise InputError(
@@ -81,34 +82,38 @@ def _read(recipe: str | os.PathLike[str]) -> Mapping[str, Any]:
         except (OSError, ValueError) as error:
             raise InputError(f"the recipe {path} cannot be read: {error}") from error
     try:
-        found = yaml.safe_load(text)
+        found: Any = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"the recipe is no YAML: {error}") from error
-    if not isinstance(found, Mapping):
+    if not _is_mapping(found):
         raise InputError("the recipe is no YAML mapping with a list `slices`")
     return found
 
 
 def _source(each: Any) -> Mapping[str, Any]:
     """The one source of a slice. Raises InputError."""
-    sources = each.get("sources") if isinstance(each, Mapping) else None
-    if not isinstance(sources, list) or len(sources) != 1 or not isinstance(sources[0], Mapping):
+    slice_: Mapping[str, Any] = each if _is_mapping(each) else {}
+    sources: Any = slice_.get("sources")
+    one: Any = sources[0] if _is_list(sources) and len(sources) == 1 else None
+    if not _is_mapping(one):
         raise InputError(f"a slice has to name one source, got {each!r}")
-    if sources[0].get("parameters") or each.get("parameters"):
+    source: Mapping[str, Any] = one
+    if source.get("parameters") or slice_.get("parameters"):
         raise InputError(
             "a slice has `parameters`, which change weights; a program runs layers as they are"
         )
-    return sources[0]
+    return source
 
 
 def _layers(span: Any, depth: int) -> range:
     """`layer_range`, whose end does not count. Raises InputError and ProgramError."""
-    whole = isinstance(span, list) and len(span) == 2 and all(type(n) is int for n in span)
-    if not whole or not 0 <= span[0] < span[1]:
+    ends: list[Any] = span if _is_list(span) and len(span) == 2 else [None, None]
+    start, stop = ends
+    if type(start) is not int or type(stop) is not int or not 0 <= start < stop:
         raise InputError(f"layer_range is {span!r}; give [first, last + 1], such as [0, 24]")
-    if span[1] > depth:
+    if stop > depth:
         raise ProgramError(f"layer_range {span!r} ends after the model's {depth} layers")
-    return range(*span)
+    return range(start, stop)
 
 
 def _runs(path: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -118,3 +123,11 @@ def _runs(path: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         if at == len(path) or path[at] != path[at - 1] + 1:
             yield path[start], path[at - 1] + 1
             start = at
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)

@@ -77,6 +77,7 @@ def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
         "polar_fx/py.typed",
         "polar_fx/packaged_models.json",
         "polar_fx/evaluation/page.html",
+        "polar_fx/serving/playground.html",
         "polar_fx/predictor/default/predictor.json",
         "polar_fx/predictor/default/predictor.safetensors",
     }
