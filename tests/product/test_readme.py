@@ -90,7 +90,7 @@ def test_commands_print_what_is_shown(
     """On the model that the blocks captured, which takes a while."""
     names = ran.names
     monkeypatch.setattr(run, "load_model", lambda *a: (names["model"], names["tokenizer"]))
-    monkeypatch.setattr(run, "compile_model", lambda *a, **k: names["compiled"])
+    monkeypatch.setattr(run, "compiled_or_interpreted", lambda *a, **k: names["compiled"])
     found = list(commands())
     assert found
     for command, shown in found:
