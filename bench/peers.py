@@ -32,8 +32,18 @@ import polar_fx
 from measure import RESULTS, machine, paired_ratio, spread, write, write_json
 
 # Rows and tokens of each prompt.
-SETTINGS = ((1, 16), (1, 128), (1, 512), (1, 2048), (4, 64), (8, 64), (16, 64))
+Setting = tuple[int, int]
+SETTINGS: tuple[Setting, ...] = (
+    (1, 16),
+    (1, 128),
+    (1, 512),
+    (1, 2048),
+    (4, 64),
+    (8, 64),
+    (16, 64),
+)
 OURS = "polar_fx"
+KINDS = (OURS, "HF eager", "llama.cpp", "vLLM", "OpenVINO GenAI", "ONNX Runtime GenAI")
 _WORKER = Path(__file__).parent / "peers_workers.py"
 _PATIENCE = 900.0  # seconds until a contender must be ready
 _DTYPES = ("float32", "bfloat16", "int8", "int4")
@@ -67,7 +77,7 @@ class Running:
     contender: Contender
     process: "subprocess.Popen[str]"
     start: dict[str, float]
-    found: dict[tuple[int, int], list[dict[str, float]]] = field(default_factory=dict)
+    found: dict[Setting, list[dict[str, float]]] = field(default_factory=dict)
 
     def measure(self, rows: int, tokens: int) -> None:
         """One measurement. Raises RuntimeError if the contender ended."""
@@ -158,28 +168,35 @@ def onnx(folder: Path, python: str, *, dtype: str) -> Path:
     return target
 
 
-def contenders(options: argparse.Namespace, folder: Path) -> Iterator[Contender]:
-    """Those that were asked for; making the files of one may raise CalledProcessError."""
+def contender_of(
+    kind: str, dtype: str, *, options: argparse.Namespace, folder: Path
+) -> Contender | None:
+    """One of the kinds in a precision, its files made; None if it was not asked for or has no such.
+
+    Raises CalledProcessError if its files cannot be made.
+    """
     hf, pythons = str(saved(folder)), dict(each.split("=", 1) for each in options.python)
-    for dtype in options.dtypes:
-        plain = dtype in ("float32", "bfloat16")
-        yield Contender(OURS, dtype, hf)
-        if plain:
-            yield Contender("HF eager", dtype, hf)
-        if options.llama_cpp is not None:
-            tool = options.llama_cpp / "build" / "bin" / "llama-batched-bench"
-            model = gguf(folder, options.llama_cpp, dtype=dtype)
-            yield Contender("llama.cpp", dtype, str(model), tool=str(tool))
-        if plain and (python := pythons.get("vLLM")):
-            yield Contender("vLLM", dtype, hf, python)
-        if options.llama_cpp is not None and (python := pythons.get("OpenVINO")) and plain:
-            # its reader takes no other GGUF files; it computes in the precision that is asked for
-            model = gguf(folder, options.llama_cpp, dtype="float16")
-            yield Contender("OpenVINO GenAI", dtype, str(model), python)
-        if dtype in ("float32", "int4") and (python := pythons.get("ONNX")):
-            yield Contender(
-                "ONNX Runtime GenAI", dtype, str(onnx(folder, python, dtype=dtype)), python
-            )
+    plain, python = dtype in ("float32", "bfloat16"), pythons.get(kind.split()[0], sys.executable)
+    if kind not in (OURS, "HF eager", "llama.cpp") and python == sys.executable:
+        return None
+    if kind == OURS:
+        return Contender(kind, dtype, hf)
+    if kind in ("HF eager", "vLLM"):
+        return Contender(kind, dtype, hf, python) if plain else None
+    if kind == "ONNX Runtime GenAI":
+        if dtype not in ("float32", "int4"):
+            return None
+        return Contender(kind, dtype, str(onnx(folder, python, dtype=dtype)), python)
+    if options.llama_cpp is None:
+        return None
+    if kind == "OpenVINO GenAI":
+        if not plain:
+            return None
+        # its reader takes no other GGUF files; it computes in the precision that is asked for
+        model = gguf(folder, options.llama_cpp, dtype="float16")
+        return Contender(kind, dtype, str(model), python)
+    tool = options.llama_cpp / "build" / "bin" / "llama-batched-bench"
+    return Contender(kind, dtype, str(gguf(folder, options.llama_cpp, dtype=dtype)), tool=str(tool))
 
 
 # ---------------------------------------------------------------------------------------- results
@@ -205,9 +222,15 @@ def summary(running: Sequence[Running]) -> dict[str, Any]:
     return found
 
 
-def table(found: dict[str, Any]) -> str:
+def setting(text: str) -> Setting:
+    """Rows and tokens of "8x64". Raises ValueError."""
+    rows, _, tokens = text.partition("x")
+    return int(rows), int(tokens)
+
+
+def table(found: dict[str, Any], asked: Sequence[Setting]) -> str:
     """The medians, a row a contender."""
-    settings = [f"{rows} x {tokens}" for rows, tokens in SETTINGS]
+    settings = [f"{rows} x {tokens}" for rows, tokens in asked]
     heads = ["contender", "first token after, s", "memory, MB"]
     for what in ("prompt", "token"):
         heads += [f"{what} {each}, ms" for each in settings]
@@ -231,6 +254,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--settings", nargs="+", type=setting, default=SETTINGS, metavar="ROWSxTOKENS"
+    )
     parser.add_argument("--llama-cpp", type=Path, help="a checkout with build/bin")
     parser.add_argument("--python", action="append", default=[], metavar="vLLM|OpenVINO|ONNX=PATH")
     parser.add_argument("--folder", type=Path, help="where files of weights are kept")
@@ -241,18 +267,28 @@ def main() -> None:
         folder = options.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         running: list[Running] = []
-        for contender in contenders(options, folder):
+        for dtype, kind in itertools.product(options.dtypes, KINDS):
             try:
-                running.append(stack.enter_context(started(contender, options.threads)))
-                print(contender.name, "is ready:", running[-1].start, flush=True)
-            except (RuntimeError, OSError) as error:
-                left_out.append(str(error))
-                print(error, flush=True)
+                contender = contender_of(kind, dtype, options=options, folder=folder)
+                if contender is not None:
+                    running.append(stack.enter_context(started(contender, options.threads)))
+                    print(contender.name, "is ready:", running[-1].start, flush=True)
+            except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+                if kind == OURS:
+                    raise
+                left_out.append(f"{kind}, {dtype}: {error}")
+                print(left_out[-1], flush=True)
         begin = time.perf_counter()
         for number in range(options.rounds + 1):
-            for rows, tokens in SETTINGS:
-                for each in running:
-                    each.measure(rows, tokens)
+            for rows, tokens in options.settings:
+                for each in list(running):
+                    try:
+                        each.measure(rows, tokens)
+                    except RuntimeError as error:
+                        if each.contender.kind == OURS:
+                            raise
+                        running.remove(each)
+                        left_out.append(str(error))
             if number == 0:  # shapes that are new are compiled, planned, allocated
                 for each in running:
                     each.found.clear()
@@ -263,8 +299,8 @@ def main() -> None:
         found = summary(running)
     result = {"machine": machine(torch.device("cpu")), "threads": options.threads}
     write_json(options.out, {**result, "left_out": left_out, "contenders": found})
-    write(options.out.with_suffix(".md"), table(found))
-    print(table(found))
+    write(options.out.with_suffix(".md"), table(found, options.settings))
+    print(table(found, options.settings))
 
 
 if __name__ == "__main__":

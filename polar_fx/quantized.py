@@ -29,24 +29,29 @@ WAYS: tuple[str, ...] = get_args(Quantize)
 class QuantizedLinear(nn.Module):
     """A linear layer whose weight [N, K] is held as integers.
 
-    `weight` int8[N, K] and `scale` [N, 1]; or `weight` uint8[N, K / 2], and `scale` and `zero`
+    `integers` int8[N, K] and `scale` [N, 1]; or `integers` uint8[N, K / 2], and `scale` and `zero`
     [N, G, 1].
     """
 
     def __init__(self, integers: tuple[Tensor, ...], bias: nn.Parameter | None) -> None:
         super().__init__()
-        weight, scale, *zero = (nn.Parameter(part, requires_grad=False) for part in integers)
-        self.weight, self.scale, self.bias = weight, scale, bias
+        whole, scale, *zero = (nn.Parameter(part, requires_grad=False) for part in integers)
+        self.integers, self.scale, self.bias = whole, scale, bias
         self.zero = zero[0] if zero else None
-        size = weight.shape[1] * (2 if zero else 1)
-        self.in_features, self.out_features = size, weight.shape[0]
+        size = whole.shape[1] * (2 if zero else 1)
+        self.in_features, self.out_features = size, whole.shape[0]
+
+    @property
+    def weight(self) -> Tensor:
+        """The numbers [N, K] that the integers stand for: models ask for their dtype and shape."""
+        return dequantize(self.integers, self.scale, self.zero)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]"""
-        return functional.linear(x, dequantize(self.weight, self.scale, self.zero), self.bias)
+        return functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, {self.weight.dtype}"
+        return f"{self.in_features}, {self.out_features}, {self.integers.dtype}"
 
 
 class QuantizedEmbedding(nn.Module):
@@ -54,7 +59,7 @@ class QuantizedEmbedding(nn.Module):
 
     def __init__(self, head: QuantizedLinear) -> None:
         super().__init__()
-        self.weight, self.scale = head.weight, head.scale
+        self.weight, self.scale = head.integers, head.scale
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids i64[...] -> [..., K]"""

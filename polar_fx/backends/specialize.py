@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.exc import UserError
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -65,16 +66,24 @@ def specialize(
     shapes = tuple(map(dims_of, dynamic))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
-        exported = torch.export.export(
-            _Body(body),
-            (tuple(example),),
-            dynamic_shapes=(shapes,),
-            strict=False,
-            prefer_deferred_runtime_asserts_over_guards=True,  # as when a model is traced
-        )
+        exported = exported_graph(_Body(body), (tuple(example),), shapes=(shapes,))
     if exported.graph_signature.buffers_to_mutate or exported.constants:
         raise CaptureError(f"region {body} holds state of its own; report this model")
     return exported
+
+
+def exported_graph(module: torch.nn.Module, example: Any, *, shapes: Any) -> ExportedProgram:
+    """`torch.export` of a module; `shapes` name the sizes that may vary.
+
+    Where torch cannot prove a relation of sizes, such as min(16 * L, 32 * L) == 16 * L before 2.13,
+    it is left to be asserted at runtime: the sizes that our tables hand over fulfil it.
+    """
+    how: dict[str, Any] = {"dynamic_shapes": shapes, "strict": False}
+    try:
+        return torch.export.export(module, example, **how)
+    except UserError:
+        how["prefer_deferred_runtime_asserts_over_guards"] = True
+        return torch.export.export(module, example, **how)
 
 
 def save(exported: ExportedProgram, path: Path) -> None:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ..backends.specialize import exported_graph
 from ..bundle.errors import BundleError
 from ..bundle.files import os_errors
 from ..bundle.loader import BundledModel
@@ -100,13 +101,7 @@ def export_program(
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals
         try:
-            exported = torch.export.export(
-                _Flat(library.flat_graph(chosen)),
-                example,
-                dynamic_shapes=shapes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=True,  # as when a model is traced
-            )
+            exported = exported_graph(_Flat(library.flat_graph(chosen)), example, shapes=shapes)
         except Exception as error:
             raise CaptureError(
                 f"torch.export cannot take program {chosen}: {type(error).__name__}: "

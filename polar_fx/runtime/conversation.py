@@ -90,6 +90,8 @@ class Conversation(Uncopied):
         with self._unless_it_fails():
             output = self.generator.go_on(call, self._session())[0, len(said) :].cpu()
         self.tokens = [*said, *output.tolist()]
+        if self._row.length >= len(self.tokens):  # the loop went on beyond the end
+            self._crop(len(self.tokens) - 1)
         return output
 
     def crop(self, length: int) -> None:

@@ -92,7 +92,7 @@ class CudaGraphs:
         with self.cache.lock:
             captured = self.cache.find(key)
             if captured is None:
-                worthwhile = self.cache.is_worthwhile(linked.program, batch)
+                worthwhile = self.cache.is_worthwhile((linked.program, batch))
                 loaded = worthwhile and self._is_loaded(linked, batch)
                 out = self._outputs.get(batch) if loaded else None
                 if out is not None:
@@ -140,6 +140,7 @@ class CudaGraphs:
             program=linked.program,
             batch=len(inputs.ids),
             held=_Held(linked, buffers),
+            subject=(linked.program, len(inputs.ids)),
         )
 
     def _static(self, inputs: StepInputs, out: _Output) -> _Buffers:

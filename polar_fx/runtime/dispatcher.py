@@ -324,7 +324,8 @@ def measure_costs(
     times: dict[Program, list[float]] = {program: [] for program in menu.programs}
     for _ in range(_COST_ROUNDS + 1):
         for program, taken in times.items():
-            with runner.open(program, 1) as session:
+            together = runner.open_together if runner.together else runner.open_rows
+            with together([program]) as session:  # as dispatched rows run
                 start = time.perf_counter()
                 runner.prefill(session, rows)
                 runner.decode(session, torch.zeros(1, dtype=torch.long))

@@ -5,7 +5,6 @@ this adapter only answers its forward calls. Its overhead per token is measured 
 """
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from ..capture import CACHE
 from ..errors import InputError, KvOverflowError, ModelWarning
 from ..program import Program
 from .generation_settings import refuse_settings, without_chunks
-from .greedy import continued, is_plain
+from .greedy import Greedy, continued, plain
 from .runner import Runner, Session
 from .trunk import Trunk, session_after
 from .unguided import Unguided, check_guidance, check_room, default_unguided, of_rows
@@ -164,9 +163,8 @@ class Call:
     """A generate call that was checked.
 
     `input_ids` and `mask` i64[B, T] are on the model's device, `rows` the real tokens of each row.
-    `settings` are those that it runs by, `kwargs` what is left to pass to transformers, `new` the
-    most tokens that may follow; `is_plain` if these are the likeliest and nothing looks at them
-    meanwhile.
+    `settings` are those that it runs by, `kwargs` what is left to pass to transformers; `greedy` if
+    the likeliest tokens are all that is asked for, and nothing looks at them meanwhile.
     """
 
     input_ids: Tensor
@@ -174,8 +172,7 @@ class Call:
     rows: list[Tensor]
     settings: GenerationConfig
     kwargs: dict[str, Any]
-    new: int
-    is_plain: bool
+    greedy: Greedy | None
 
     @property
     def copies(self) -> int:
@@ -227,8 +224,8 @@ class Generator:
         """The same in a session of the caller's, which may hold the first tokens of its row."""
         own = without_chunks(self._defaults)
         running: Any = _Running(self.runner, own, prompt=prompt, unguided=unguided)
-        if call.is_plain:
-            return self._greedy(running, call, session=session)
+        if call.greedy is not None:
+            return self._greedy(running, call, asked=call.greedy, session=session)
         return running.generate(
             call.input_ids,
             attention_mask=call.mask,
@@ -238,18 +235,15 @@ class Generator:
         )
 
     @torch.no_grad()
-    def _greedy(self, running: "_Running", call: Call, *, session: Session) -> Tensor:
+    def _greedy(
+        self, running: "_Running", call: Call, *, asked: Greedy, session: Session
+    ) -> Tensor:
         """The same where the likeliest tokens are all that is asked for."""
-        ends = call.settings.eos_token_id
         given: Any = {CACHE: session}
         logits = running.forward(call.input_ids, call.mask, **given).logits
         assert logits is not None
         new = continued(
-            logits[:, -1],
-            lambda tokens: self.runner.decode(session, tokens),
-            new=call.new,
-            ends=[] if ends is None else ends if isinstance(ends, list) else [ends],
-            pad=pad_token(call.settings),
+            logits[:, -1], lambda tokens: self.runner.decode(session, tokens), asked=asked
         )
         return torch.cat((call.input_ids, new), 1)
 
@@ -282,11 +276,7 @@ class Generator:
         if given_mask is None:
             rows, mask = self.runner.rows(input_ids, _inferred_mask(input_ids, settings))
         prompt, longest = input_ids.shape[1], max(len(r) for r in rows)
-        new = (
-            settings.max_new_tokens
-            if settings.max_new_tokens is not None
-            else (settings.max_length or prompt + 20) - prompt
-        )
+        new = self._most_new(settings, prompt, kwargs=kwargs)
         most = self.runner.max_length
         if longest + new - 1 > most:  # the last token is never fed back
             raise KvOverflowError(
@@ -302,16 +292,22 @@ class Generator:
             kwargs["generation_config"] = without_chunks(given)
         # transformers appends what comes from the model's device to what it was given
         device = self.runner.device
-        ids, mask = input_ids.to(device), mask.long().to(device)
-        return Call(
-            ids, mask, rows, settings, kwargs, new, self._is_plain(settings, kwargs, new=new)
-        )
-
-    def _is_plain(self, settings: GenerationConfig, kwargs: dict[str, Any], *, new: int) -> bool:
         running: Any = _Running(self.runner, self._defaults)
-        prepared = copy.deepcopy(settings)
-        running._prepare_special_tokens(prepared, True, device="cpu")
-        return new > 0 and is_plain(running, prepared, kwargs=kwargs)
+        greedy = plain(running, settings, kwargs=kwargs)
+        return Call(input_ids.to(device), mask.long().to(device), rows, settings, kwargs, greedy)
+
+    def _most_new(self, settings: GenerationConfig, prompt: int, *, kwargs: dict[str, Any]) -> int:
+        """How many tokens may follow prompts of so many, padding included: as transformers counts,
+        to whom 20 is the default, as far as the model's own limit.
+        """
+        if settings.max_new_tokens is not None:
+            return settings.max_new_tokens
+        given = kwargs.get("generation_config")
+        stated = (kwargs.get("max_length"), given and given.max_length, self._defaults.max_length)
+        if any(length is not None for length in stated):
+            return (settings.max_length or 0) - prompt
+        limit = getattr(self.runner.info.config, "max_position_embeddings", None)
+        return min(20, limit - prompt) if limit is not None else 20
 
     def pad_token(self, **kwargs: Any) -> int:
         """What a call fills shorter continuations with: the pad token, else the end of the text,
@@ -350,9 +346,16 @@ class Generator:
 
 def pad_token(config: GenerationConfig) -> int:
     """What fills shorter continuations under these settings."""
-    ends = config.eos_token_id
-    end = ends[0] if isinstance(ends, list) else ends
-    return next((t for t in (config.pad_token_id, end) if t is not None), 0)
+    pad = config.pad_token_id
+    return int(pad) if pad is not None else next(iter(_ends(config)), 0)
+
+
+def _ends(config: GenerationConfig) -> list[int]:
+    """The tokens that end a text: a number, several, or a tensor of them, as transformers takes
+    them.
+    """
+    ends: Any = config.eos_token_id
+    return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
 
 
 def _inferred_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor | None:
@@ -362,8 +365,7 @@ def _inferred_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor | None
     Warns (ModelWarning) of a row among several that begins or ends with a pad token that is also
     the end of the text.
     """
-    end = config.eos_token_id
-    ends = end if isinstance(end, list) else [] if end is None else [end]
+    ends = _ends(config)
     pad = config.pad_token_id if config.pad_token_id is not None else next(iter(ends), None)
     if pad is None:
         return None

@@ -59,7 +59,7 @@ class GraphCache:
         self.limit, self.lock = limit, threading.RLock()
         self._api, self._pool = api, api.new_pool()
         self._graphs: OrderedDict[Hashable, Captured] = OrderedDict()
-        self._failed: dict[tuple[Program, int], None] = {}
+        self._failed: dict[Hashable, None] = {}
         self._records: deque[GraphRecord] = deque(maxlen=_MAX_REMEMBERED)
         self._num_runs = self._num_captured = 0
 
@@ -81,9 +81,11 @@ class GraphCache:
         self._num_runs += 1
         return self._graphs.get(key)
 
-    def is_worthwhile(self, program: Program, batch: int) -> bool:
-        """Whether a run that has no graph should be captured."""
-        if self.limit < 1 or (program, batch) in self._failed:
+    def is_worthwhile(self, subject: Hashable) -> bool:
+        """Whether a run that has no graph should be captured; `subject` is what a failure of it
+        would be remembered by.
+        """
+        if self.limit < 1 or subject in self._failed:
             return False
         if not self._num_captured and len(self._failed) >= _TRIES:
             return False
@@ -100,6 +102,7 @@ class GraphCache:
         program: Program,
         batch: int,
         held: Any,
+        subject: Hashable,
     ) -> Captured | None:
         """Capture what `function` launches; None on failure, whose reason is kept and logged."""
         handled, start = sys.exception(), time.perf_counter()
@@ -111,7 +114,8 @@ class GraphCache:
         milliseconds = 1e3 * (time.perf_counter() - start)
         self._records.append(GraphRecord(program, batch, milliseconds, self._pool, reason))
         if graph is None:
-            self._fail(program, batch, reason=reason)
+            log.warning("%s runs without a CUDA graph for batch %d: %s", program, batch, reason)
+            self._fail(subject)
             return None
         log.info("captured %s for batch %d in %.1f ms", program, batch, milliseconds)
         self._num_captured += 1
@@ -142,9 +146,8 @@ class GraphCache:
         self._api.synchronize()  # it may still be running on another stream
         self._graphs.pop(key).graph.reset()
 
-    def _fail(self, program: Program, batch: int, *, reason: str | None) -> None:
-        log.warning("%s runs without a CUDA graph for batch %d: %s", program, batch, reason)
-        self._failed[program, batch] = None
+    def _fail(self, subject: Hashable) -> None:
+        self._failed[subject] = None
         if len(self._failed) > _MAX_REMEMBERED:
             del self._failed[next(iter(self._failed))]
         if not self._num_captured and len(self._failed) == _TRIES:

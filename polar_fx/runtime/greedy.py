@@ -8,8 +8,10 @@ others are transformers' own.
 Shape legend: B rows, N new tokens, V vocabulary.
 """
 
+import copy
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,46 +31,67 @@ AHEAD = 4
 _PLAIN = (MaxLengthCriteria, EosTokenCriteria)
 
 
-def is_plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -> bool:
-    """Whether the settings and arguments of a call ask for greedy tokens alone.
+@dataclass(frozen=True)
+class Greedy:
+    """A plain call: at most `new` tokens, which of them end a row, and what fills it after that."""
+
+    new: int
+    ends: tuple[int, ...]
+    pad: int
+
+
+def plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -> Greedy | None:
+    """What is to be generated, if the settings and arguments of a call ask for so many greedy
+    tokens and for nothing else; None for all other calls.
 
     `running` is a transformers GenerationMixin: it says itself which processors and stopping
-    criteria it would use. `settings` are prepared.
+    criteria it would use.
     """
     known = {*GenerationConfig().to_dict(), "generation_config"}
     if any(value is not None and name not in known for name, value in kwargs.items()):
-        return False
+        return None
+    given = kwargs.get("generation_config")
+    lengths = (kwargs.get("max_length"), given and given.max_length)
+    if not settings.max_new_tokens or any(length is not None for length in lengths):
+        return None  # transformers warns of lengths that are its own or do not agree
     if settings.get_generation_mode().value != "greedy_search" or settings.return_dict_in_generate:
-        return False
+        return None
     if settings.stop_strings is not None or (settings.num_return_sequences or 1) > 1:
-        return False
-    criteria = running._get_stopping_criteria(settings, StoppingCriteriaList())
+        return None
+    prepared = copy.deepcopy(settings)
+    running._prepare_special_tokens(prepared, True, device="cpu")
+    criteria = running._get_stopping_criteria(prepared, StoppingCriteriaList())
     processors = running._get_logits_processor(
-        settings,
+        prepared,
         1,
         torch.zeros(1, 1, dtype=torch.long),
         device="cpu",
         model_kwargs={"attention_mask": None},
         logits_processor=LogitsProcessorList(),
     )
-    return all(isinstance(criterion, _PLAIN) for criterion in criteria) and not processors
+    if processors or not all(isinstance(criterion, _PLAIN) for criterion in criteria):
+        return None
+    ends, pad = prepared._eos_token_tensor, prepared._pad_token_tensor
+    return Greedy(
+        settings.max_new_tokens,
+        () if ends is None else tuple(ends.flatten().tolist()),
+        0 if pad is None else int(pad),
+    )
 
 
 def continued(
     logits: Tensor,
     decode: Callable[[Tensor], Tensor],
     *,
-    new: int,
-    ends: Sequence[int],
-    pad: int,
+    asked: Greedy,
     watch: "Watch | None" = None,
 ) -> Tensor:
-    """The likeliest tokens i64[B, N], N <= `new`, after logits [B, V]; `decode` gives the logits
-    that follow tokens i64[B].
+    """The likeliest tokens i64[B, N] after logits [B, V], N <= `asked.new`; `decode` gives the
+    logits that follow tokens i64[B], and may be asked for some more.
 
-    A row ends with one of `ends`, and is filled with `pad` from then on; `watch` tells when all
-    have ended (default: what suits the device).
+    `watch` tells when all rows have ended (default: what suits the device).
     """
+    ends = asked.ends
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     stops = torch.tensor(ends, device=logits.device)
     if watch is None:
@@ -77,10 +100,10 @@ def continued(
     while True:
         token = logits.argmax(-1)
         if ends:
-            token = token.masked_fill(ended, pad)
+            token = token.masked_fill(ended, asked.pad)
             ended = ended | torch.isin(token, stops)
         tokens.append(token)
-        if len(tokens) == new or (ends and watch.all_ended(ended)):
+        if len(tokens) == asked.new or (ends and watch.all_ended(ended)):
             break
         logits = decode(token)
     found = torch.stack(tokens, 1)

@@ -47,28 +47,28 @@ class _Store:
 
     def __init__(self, spec: KvSpec, device: torch.device, *, growth: Growth) -> None:
         self.spec, self.device, self.growth = spec, device, growth
-        self.keys, self.values = self._zeros(1)
+        self.keys, self.values = (
+            torch.zeros(1, spec.heads, BLOCK, size, dtype=spec.dtype, device=device)
+            for size in (spec.key_size, spec.value_size)
+        )
         self.free: list[int] = []
         self.holders: Counter[int] = Counter()
 
-    def _zeros(self, blocks: int) -> tuple[Tensor, Tensor]:
-        # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-        keys, values = (
-            torch.zeros(
-                blocks, self.spec.heads, BLOCK, size, dtype=self.spec.dtype, device=self.device
-            )
-            for size in (self.spec.key_size, self.spec.value_size)
-        )
-        return keys, values
+    def _grow(self, blocks: int) -> None:
+        """Hold so many blocks in all; keys and values move one after the other."""
+        self.keys = _grown(self.keys, blocks)
+        self.values = _grown(self.values, blocks)
 
     def take(self, count: int) -> list[int]:
         missing = count - len(self.free)
         if missing > 0:
             first = len(self.keys)
             more = max(missing, first // self.growth.part, self.growth.least - first)
-            keys, values = self._zeros(more)
-            self.keys = torch.cat((self.keys, keys))
-            self.values = torch.cat((self.values, values))
+            try:
+                self._grow(first + more)
+            except torch.OutOfMemoryError:  # less may do
+                more = missing
+                self._grow(first + more)
             self.free += range(first + more - 1, first - 1, -1)
         taken = [self.free.pop() for _ in range(count)]
         self.holders.update(taken)
@@ -83,6 +83,16 @@ class _Store:
         for tensor in (self.keys, self.values):
             tensor.index_fill_(0, where, 0)  # a later row must not meet a NaN of this one
         self.free += reversed(unheld)
+
+
+def _grown(held: Tensor, blocks: int) -> Tensor:
+    """A tensor of so many blocks with what was held, and zeros after it."""
+    if len(held) == blocks:
+        return held
+    # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
+    grown = held.new_zeros(blocks, *held.shape[1:])
+    grown[: len(held)] = held
+    return grown
 
 
 class KvStore:
@@ -116,7 +126,7 @@ class KvStore:
     @property
     def num_blocks(self) -> int:
         """Blocks that rows hold now."""
-        return sum(len(s.holders) for s in tuple(self._stores.values()))
+        return sum(len(s.holders) for s in tuple(self._stores.values())) - len(self._spares)
 
     @torch.inference_mode(False)  # stores outlive the mode they grow in
     def take(self, spec: KvSpec, count: int) -> list[int]:

@@ -113,7 +113,8 @@ class Lockstep:
         )
         for row, count in zip(batch.rows, counts, strict=True):
             row.make_room(count)
-        if self.graphs is not None and part == DECODE and wants == "last" and after is None:
+        decodes = part == DECODE and wants == "last" and after is None and min(counts) == 1
+        if self.graphs is not None and decodes:
             logits = self.graphs.run(batch, ids)
             if logits is not None:
                 batch.advance(counts)

@@ -156,7 +156,7 @@ class LockstepGraphs:
             key = _KIND, order.kind, sizes
             captured = self.cache.find(key)
             if captured is None:
-                if not self.cache.is_worthwhile(order.union, rows):
+                if not self.cache.is_worthwhile((_KIND, order.kind, rows)):
                     return None
                 held = _Held(order, _Buffers.of(sizes, self.store.device))
             else:
@@ -195,6 +195,7 @@ class LockstepGraphs:
             program=held.order.union,
             batch=sizes.rows,
             held=held,
+            subject=(_KIND, held.order.kind, sizes.rows),
         )
         return captured, logits
 

@@ -72,6 +72,8 @@ class Runner(Uncopied):
         self.deterministic, self.tiers = deterministic, tiers
         self.bound = bound
         self.lockstep = Lockstep(library, regions)
+        # whether regions take keys and values by address; not if a row is computed by its length
+        self.addresses = self.lockstep.possible and self.switch is None
         self.graphs = graphs
         self.linker = Linker(library, regions, pool=pool)
 
@@ -141,13 +143,6 @@ class Runner(Uncopied):
     # --------------------------------------------------------------------------- sessions and rows
 
     @property
-    def addresses(self) -> bool:
-        """Whether regions can take keys and values by address here: where they take blocks, but for
-        models that compute a row by its length.
-        """
-        return self.lockstep.possible and self.switch is None
-
-    @property
     def together(self) -> bool:
         """Whether rows run in lock-step, on keys and values by address; else they run in slots, as
         also where whole programs are compiled.
@@ -167,7 +162,7 @@ class Runner(Uncopied):
         return (
             f"rows do not run in lock-step here: backend {self.backend.name!r} on "
             f"{self.device}, tier {self.tiers.tier!r}, {self.info.architecture}; use generate(), "
-            "or a model compiled for the CPU with tier='linked' (docs/engine.md)"
+            "or a model compiled with tier='linked' (docs/engine.md)"
         )
 
     def open(self, program: Program, batch: int) -> AbstractContextManager[Session]:
@@ -395,10 +390,14 @@ class Runner(Uncopied):
         tokens = min(2, self.max_length)
         rows = [torch.zeros(tokens, dtype=torch.long)] * batch
         for program in programs:
-            with self.open(program, batch) as session:
-                self.prefill(session, rows)
-                if tokens < self.max_length:
-                    self.decode(session, torch.zeros(batch, dtype=torch.long))
+            ways = [self.open(program, batch)]
+            if self.together and self.uniform_in_slots:  # engines, conversations, mixed rows
+                ways.append(self.open_together([program] * batch))
+            for opened in ways:
+                with opened as session:
+                    self.prefill(session, rows)
+                    if tokens < self.max_length:
+                        self.decode(session, torch.zeros(batch, dtype=torch.long))
 
     @torch.no_grad()
     def _run(

@@ -308,7 +308,7 @@ def test_prompts_programs_and_limits_that_cannot_be() -> None:
 
 def test_rows_that_cannot_run_in_lock_step_take_turns() -> None:
     model = compile(make("llama"), "eager", max_length=100, cache=False)
-    model.runner.lockstep.possible = False
+    model.runner.addresses = False
     with pytest.raises(InputError, match="rows do not run in lock-step here: backend 'eager'"):
         model.start()
     engine, pick = model.engine(max_rows=3), random.Random(7)

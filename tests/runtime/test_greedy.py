@@ -3,6 +3,7 @@
 That it gives the tokens of the model itself is tested in test_generator.py.
 """
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,8 +14,10 @@ from transformers import LogitsProcessorList, StoppingCriteriaList, TemperatureL
 
 from captured_decodes import FakeApi, HostWork
 from polar_fx.compiled import CompiledModel, compile
+from polar_fx.errors import KvOverflowError
+from polar_fx.runtime import greedy
 from polar_fx.runtime.cuda_graphs import CudaGraphs
-from polar_fx.runtime.greedy import AHEAD, continued
+from polar_fx.runtime.greedy import AHEAD, Greedy, continued
 from tiny_models import make
 
 PAD, END = 0, 9
@@ -30,7 +33,8 @@ def model() -> CompiledModel:
     [
         ({}, True),
         ({"eos_token_id": [3, 5]}, True),
-        ({"max_length": 20}, True),
+        ({"eos_token_id": torch.tensor([3, 5])}, True),
+        ({"max_length": 20}, False),
         ({"logits_processor": None, "streamer": None}, True),
         ({"do_sample": True}, False),
         ({"num_beams": 2}, False),
@@ -48,7 +52,7 @@ def test_calls_that_ask_for_more_are_left_to_transformers(
 ) -> None:
     length = {} if "max_length" in asked else {"max_new_tokens": 4}
     call = model.generator.check(torch.tensor([[3, 4, 5]]), **length, **asked)
-    assert call.is_plain is is_plain
+    assert (call.greedy is not None) is is_plain
 
 
 def logits_of(tokens: list[list[int]]) -> Iterator[Tensor]:
@@ -77,7 +81,7 @@ def test_rows_end_by_themselves_and_all_ends_with_the_last(watch: Any) -> None:
         calls.append(tokens.tolist())
         return next(rows)
 
-    found = continued(next(rows), decode, new=10, ends=[END, 11], pad=PAD, watch=watch)
+    found = continued(next(rows), decode, asked=Greedy(10, (END, 11), PAD), watch=watch)
     assert found.tolist() == [[4, END, PAD, PAD], [7, 7, 7, END]]
     assert calls[:3] == [[4, 7], [END, 7], [PAD, 7]]
     assert len(calls) == 3 + (AHEAD if watch else 0), "little is computed in vain"
@@ -85,7 +89,7 @@ def test_rows_end_by_themselves_and_all_ends_with_the_last(watch: Any) -> None:
 
 def test_without_an_end_there_are_as_many_tokens_as_asked_for() -> None:
     rows = logits_of([[4, END, 5], [7, 7, 7]])
-    found = continued(next(rows), lambda tokens: next(rows), new=3, ends=[], pad=PAD)
+    found = continued(next(rows), lambda tokens: next(rows), asked=Greedy(3, (), PAD))
     assert found.tolist() == [[4, END, 5], [7, 7, 7]]
 
 
@@ -94,9 +98,9 @@ class _Never:
         return False
 
 
-@pytest.mark.parametrize("ends", [[], [END]])
+@pytest.mark.parametrize("ends", [(), (END,)])
 def test_32_tokens_are_launched_before_the_host_waits(
-    model: CompiledModel, ends: list[int]
+    model: CompiledModel, ends: tuple[int, ...]
 ) -> None:
     model.graphs = CudaGraphs(FakeApi(keep=False))  # replays nothing: what is left is around it
     runner, rows = model.runner, [torch.tensor([3, 4]), torch.tensor([5, 6])]
@@ -107,9 +111,7 @@ def test_32_tokens_are_launched_before_the_host_waits(
             found = continued(
                 logits,
                 lambda tokens: runner.decode(session, tokens),
-                new=32,
-                ends=ends,
-                pad=PAD,
+                asked=Greedy(32, ends, PAD),
                 watch=_Never(),
             )
         assert session.lengths == [2 + 1 + 31] * 2
@@ -118,3 +120,31 @@ def test_32_tokens_are_launched_before_the_host_waits(
     assert len(waits) == len(ends), "at the end alone: how many tokens are needed"
     assert seen.found.count("aten.lift_fresh.default") == 1, "the ends of a text are copied there"
     assert found.shape[0] == 2 and found.shape[1] <= 32
+
+
+@pytest.mark.parametrize("length", [5, 19, 20, 45])
+def test_without_a_length_there_are_as_many_tokens_as_from_the_model(length: int) -> None:
+    hf, ids = make("llama"), torch.arange(3, 3 + length)[None]
+    compiled = compile(hf, "eager", max_length=63, cache=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the default length
+        want = hf.generate(ids, do_sample=False, pad_token_id=0)
+        if length + 20 - 1 <= compiled.runner.max_length:
+            assert torch.equal(compiled.generate(ids, do_sample=False, pad_token_id=0), want)
+        else:
+            with pytest.raises(KvOverflowError):
+                compiled.generate(ids, do_sample=False)
+
+
+def test_a_conversation_holds_what_was_said_although_the_loop_went_on(
+    model: CompiledModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(greedy, "_AtOnce", _Late)
+    ids = torch.tensor([[3, 4, 5]])
+    end = int(model.generate(ids, max_new_tokens=2, eos_token_id=None)[0, -1])
+    with model.start() as late, model.start() as fresh:
+        said = late.generate([3, 4, 5], max_new_tokens=20, eos_token_id=end, pad_token_id=0)
+        assert len(said) <= 2
+        got = late.append([7, 8, 9])
+        want = fresh.append([3, 4, 5, *said.tolist(), 7, 8, 9])
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
