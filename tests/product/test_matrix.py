@@ -111,6 +111,9 @@ def test_the_tests_it_runs_exist() -> None:
         file, _, name = one.partition("::")
         text = (matrix.ROOT / file).read_text(encoding="utf-8")
         assert not name or f"def {name.partition('[')[0]}(" in text, one
+    families = (matrix.ROOT / "tests/product/test_families.py").read_text(encoding="utf-8")
+    refused = families.partition("\nREFUSED")[2].partition("\n}\n")[0]
+    assert all(f'"{family}": (' in refused for family in matrix.REFUSED)
 
 
 def test_the_table_in_the_docs_is_that_of_the_results() -> None:
