@@ -24,8 +24,10 @@ from ..passes.pipeline import library_pipeline
 from ..passes.sources import digest_of_files
 
 _OURS = ("capture", "passes", "library/symbols.py", "library/library.py")
-# code that a version stands for
+# code that a version stands for, or that fetches and reads files and computes nothing: it keeps
+# what it found out in globals, which change while a process runs
 _VERSIONED = sys.stdlib_module_names | {"torch", "numpy", "transformers"}
+_VERSIONED |= {"huggingface_hub", "safetensors", "packaging", "tqdm", "httpx", "requests"}
 # nn.Module's own bookkeeping; hooks are refused elsewhere, tensors and submodules are looked at one
 # by one
 _BOOKKEEPING = frozenset(nn.Module().__dict__)

@@ -108,3 +108,12 @@ def test_what_parses_but_is_no_table_is_traced(store: ArtifactStore, monkeypatch
     )
     assert traces(small(), store)
     assert traces(small(), store), "of no use, though it is what was stored"
+
+
+def test_what_a_hub_client_found_out_is_no_fact(monkeypatch: Patch) -> None:
+    """It keeps that in globals, which calls of the hub and settings change."""
+    before = model_facts(make("llama"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.utils._auth._IS_GOOGLE_COLAB_CHECKED", True)
+    monkeypatch.setattr("huggingface_hub.file_download._are_symlinks_supported_in_dir", {"x": True})
+    assert model_facts(make("llama")) == before
