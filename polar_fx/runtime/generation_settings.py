@@ -1,6 +1,7 @@
 """Which settings of transformers' `generate` can be followed."""
 
 import copy
+import functools
 
 from transformers import GenerationConfig
 
@@ -29,6 +30,12 @@ _SAME_NUMBERS = (
     "hybrid_chunked",
 )
 _MODES = ("greedy_search", "sample", "beam_search", "beam_sample")
+
+
+@functools.cache
+def setting_names() -> frozenset[str]:
+    """The arguments of `generate` that are settings."""
+    return frozenset(GenerationConfig().to_dict())
 
 
 def refuse_settings(config: GenerationConfig) -> None:

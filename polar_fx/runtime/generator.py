@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from ..capture import CACHE
 from ..errors import InputError, KvOverflowError, ModelWarning
 from ..program import Program
-from .generation_settings import refuse_settings, without_chunks
+from .generation_settings import refuse_settings, setting_names, without_chunks
 from .greedy import Greedy, continued, plain
 from .runner import Runner, Session
 from .trunk import Trunk, session_after
@@ -384,5 +384,4 @@ def _inferred_mask(input_ids: Tensor, config: GenerationConfig) -> Tensor | None
 
 
 def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
-    known = GenerationConfig().to_dict()
-    return {name: value for name, value in kwargs.items() if name in known}
+    return {name: value for name, value in kwargs.items() if name in setting_names()}

@@ -24,6 +24,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from .generation_settings import setting_names
+
 # On a GPU, so many tokens are launched before the host looks whether all rows had ended: enough
 # that the device has always something to do, few enough that little is computed in vain.
 AHEAD = 4
@@ -47,7 +49,7 @@ def plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -
     `running` is a transformers GenerationMixin: it says itself which processors and stopping
     criteria it would use.
     """
-    known = {*GenerationConfig().to_dict(), "generation_config"}
+    known = setting_names() | {"generation_config"}
     if any(value is not None and name not in known for name, value in kwargs.items()):
         return None
     given = kwargs.get("generation_config")
