@@ -18,9 +18,7 @@ import hashlib
 import json
 import os
 import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +28,10 @@ from transformers import PreTrainedModel
 
 import polar_fx
 from contenders import Contender, Ours
-from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, write, write_json
+from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread
 from polar_fx.quantized import Quantize
 from polar_fx.store import ArtifactStore
-from small_batches import Samples, run_rounds
+from small_batches import Samples, add_arguments, measured, write_report
 
 CPU = torch.device("cpu")
 WAYS: tuple[Quantize | None, ...] = (None, "int8", "int4")
@@ -179,16 +177,7 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
             found[name_of(way)] = quality(mine, reference, windows=windows)
         compiled = polar_fx.compile(model, cache=store, check=False)
         contenders[name_of(way)] = Ours(compiled, name_of(way), program=compiled.default_program)
-    rows = sorted({1, *options.rows})
-    prompts = torch.randint(
-        0, 1000, (rows[-1], options.prompt_tokens), generator=torch.Generator().manual_seed(0)
-    )
-    start = time.perf_counter()
-    run_rounds(contenders, prompts, rows=rows, tokens=2, rounds=2)
-    print(f"compiled and warm after {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    samples = run_rounds(
-        contenders, prompts, rows=rows, tokens=options.tokens, rounds=options.rounds
-    )
+    _, samples = measured(contenders, options)
     theirs = peers(
         options.peers, rounds=options.rounds, tokens=options.tokens, threads=torch.get_num_threads()
     )
@@ -208,28 +197,17 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
         "llama.cpp": theirs,
     }
     output = options.output or RESULTS / "quantized-cpu.json"
-    write_json(output, report)
-    write(output.with_suffix(".md"), table(report))
-    print(table(report))
+    write_report(output, report, table=table(report))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", help="folder or model id (default: the embedded SmolLM2-135M-Instruct)"
-    )
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=16, help="decoded tokens a round")
-    parser.add_argument("--rounds", type=int, default=15)
+    add_arguments(parser, tokens=16)
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, for quality")
     parser.add_argument("--no-quality", dest="quality", action="store_false")
     parser.add_argument("--peers", type=Path, help="folder of llama-bench and GGUF files")
-    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
-    parser.add_argument("--store", type=Path, help="keep compiled code in this folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         measure_all(options, ArtifactStore(options.store or Path(place)))

@@ -137,6 +137,45 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measured(
+    contenders: dict[str, Contender], options: argparse.Namespace
+) -> tuple[Tensor, Samples]:
+    """Prompts i64[B, T] as the options of `add_arguments` ask for them, and what the contenders
+    took for them, compiled and warm.
+    """
+    rows = sorted({1, *options.rows})
+    prompts = torch.randint(
+        0, 1000, (rows[-1], options.prompt_tokens), generator=torch.Generator().manual_seed(0)
+    )
+    start = time.perf_counter()
+    run_rounds(contenders, prompts, rows=rows, tokens=2, rounds=2)
+    print(f"compiled and warm after {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return prompts, run_rounds(
+        contenders, prompts, rows=rows, tokens=options.tokens, rounds=options.rounds
+    )
+
+
+def write_report(output: Path, report: dict[str, Any], *, table: str) -> None:
+    """Write the JSON file and the table beside it, and show the table."""
+    write_json(output, report)
+    write(output.with_suffix(".md"), table)
+    print(table)
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, tokens: int) -> None:
+    """What is run, how often, and where the results go; so many tokens a round by default."""
+    parser.add_argument(
+        "--model", help="folder or model id (default: the embedded SmolLM2-135M-Instruct)"
+    )
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--prompt-tokens", type=int, default=32)
+    parser.add_argument("--tokens", type=int, default=tokens, help="decoded tokens a round")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
+    parser.add_argument("--store", type=Path, help="keep compiled code in this folder")
+
+
 def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     """Run everything the options ask for; writes the report."""
     if options.threads:
@@ -149,16 +188,7 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     for name, passes in ((BEFORE, before), (AFTER, REGION_PASSES)):
         compiled = polar_fx.compile(model, backend(passes=passes), cache=store, check=False)
         contenders[name] = Ours(compiled, name, program=compiled.default_program)
-    rows = sorted({1, *options.rows})
-    prompts = torch.randint(
-        0, 1000, (rows[-1], options.prompt_tokens), generator=torch.Generator().manual_seed(0)
-    )
-    start = time.perf_counter()
-    run_rounds(contenders, prompts, rows=rows, tokens=2, rounds=2)
-    print(f"compiled and warm after {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    samples = run_rounds(
-        contenders, prompts, rows=rows, tokens=options.tokens, rounds=options.rounds
-    )
+    prompts, samples = measured(contenders, options)
     report = {
         "benchmark": "small_batches",
         "model": options.model or polar_fx.models.DEFAULT_NAME,
@@ -175,31 +205,20 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
         "contenders": rows_of(samples),
     }
     output = options.output or RESULTS / f"small-batches-cpu-{options.dtype}.json"
-    write_json(output, report)
-    write(output.with_suffix(".md"), table(report))
-    print(table(report))
+    write_report(output, report, table=table(report))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--model", help="folder or model id (default: the embedded SmolLM2-135M-Instruct)"
-    )
+    add_arguments(parser, tokens=12)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's own choice)")
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument(
         "--in-process",
         action="store_true",
         help="regions by the backend inductor, which compiles sooner and calls more slowly",
     )
-    parser.add_argument("--prompt-tokens", type=int, default=32)
-    parser.add_argument("--tokens", type=int, default=12, help="decoded tokens a round")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, help="JSON file; the table goes beside it as .md")
-    parser.add_argument("--store", type=Path, help="keep compiled code in this folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         measure_all(options, ArtifactStore(options.store or Path(place)))
