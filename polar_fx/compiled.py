@@ -131,7 +131,7 @@ def compile(
     examine = functools.partial(check_runs, model, max_length=max_length) if check else None
     library = load_library(model, check, store=store, examine=examine)
     code = get_backend(backend, library.device)
-    max_length = max_length or default_row_length(model.config, library, backend=code, tier=tier)
+    max_length = max_length or default_row_length(model, library, backend=code, tier=tier)
     regions = RegionTable(library, code, max_length=max_length, store=store, workers=workers)
     runner = Runner.of_model(
         model,

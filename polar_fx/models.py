@@ -209,7 +209,7 @@ def load_pretrained(
 
 def position_limit(model: PreTrainedModel) -> int | None:
     """Token positions the model was built for; None if its config names none."""
-    return limit_of(model.config)
+    return limit_of(model)
 
 
 def longest_row(model: PreTrainedModel, most: int) -> int:

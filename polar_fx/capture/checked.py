@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from ..errors import CaptureError, ModelWarning
 from . import CapturedModel, attention_variants, capture, embedding_weight, shared_view
-from .support import without_autocast
+from .support import first_position, without_autocast
 from .trace import TRACING
 
 log = logging.getLogger("polar_fx.check")
@@ -34,6 +34,18 @@ def tolerance(model: PreTrainedModel) -> float:
     return max((_TOLERANCE[dtype] for dtype in found), default=_TOLERANCE[torch.float32])
 
 
+def random_tokens(
+    model: PreTrainedModel, count: int, *, generator: torch.Generator
+) -> torch.Tensor:
+    """Token ids i64[count]; none of padding, where the model counts positions without it."""
+    vocab = embedding_weight(model).shape[0]
+    tokens = torch.randint(vocab, (count,), generator=generator)
+    if first_position(model):
+        padding = model.config.get_text_config(decoder=True).pad_token_id
+        tokens[tokens == padding] = (padding + 1) % vocab
+    return tokens
+
+
 @torch.no_grad()
 def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[float, float]:
     """(largest absolute logit difference, largest absolute logit) of identity against the model
@@ -44,9 +56,9 @@ def max_difference(model: PreTrainedModel, captured: CapturedModel) -> tuple[flo
     KV slots.
     """
     reference = shared_view(model, model.config._attn_implementation)
-    device, vocab = captured.device, embedding_weight(model).shape[0]
+    device = captured.device
     generator = torch.Generator().manual_seed(0)
-    rows = [torch.randint(0, vocab, (n,), generator=generator).to(device) for n in _LENGTHS]
+    rows = [random_tokens(model, n, generator=generator).to(device) for n in _LENGTHS]
     length = 16
     slots = [
         part for spec in captured.kv_specs for part in spec.slot(2, length=length, device=device)

@@ -21,6 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import CaptureError, UnsupportedModelError
 from .reasons import OtherStateError
+from .row_values import Past
 
 SDPA, EAGER = "polar_fx_sdpa", "polar_fx_eager"
 
@@ -165,12 +166,15 @@ class _TracingCache(Cache):
 
     is_compileable = True  # type: ignore[assignment]
 
+    limit: int | None = None  # tokens of a row, at most
+
     def __init__(self, positions: Tensor, length: Any, *, depth: int) -> None:
         self.layers = _NoLayers()
         self.positions, self.length, self.depth = positions, length, depth
+        self.places = positions  # where models look positions up
 
-    def get_seq_length(self, layer_idx: int = 0) -> Any:
-        return self.positions[:, :1]
+    def get_seq_length(self, layer_idx: int = 0) -> Past:
+        return Past(self.places, self.limit)
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.positions
@@ -246,16 +250,23 @@ class Slots(_TracingCache):
     """Writes to slots that are graph inputs: keys and values at the given positions, states over
     those that were there.
 
-    `parts` are the tensors of each layer's slot by what they are. Tokens at the last position are
-    padding, after a row's own: they leave states as they are, if there are any.
+    `parts` are the tensors of each layer's slot by what they are, `places` the positions that the
+    model looks up. Tokens at the last position are padding, after a row's own: they leave states as
+    they are, if there are any.
     """
 
     real: Tensor  # bool[B, T]: false at padding
 
     def __init__(
-        self, positions: Tensor, kv_index: Tensor, *, parts: list[dict[Part, list[Tensor]]]
+        self,
+        positions: Tensor,
+        kv_index: Tensor,
+        *,
+        places: Tensor,
+        parts: list[dict[Part, list[Tensor]]],
     ) -> None:
         super().__init__(positions, kv_index.shape[0], depth=len(parts))
+        self.places = places
         self.parts = parts
         if any(part != KV for own in parts for part in own):
             self.real = positions != kv_index[-1:]

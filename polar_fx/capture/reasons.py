@@ -17,6 +17,13 @@ class OtherStateError(Exception):
     """A layer asks its cache for something else than keys and values."""
 
 
+class RowLengthError(Exception):
+    """Code computes with the number of tokens that came before as if it were one for all rows."""
+
+
+_BY_ROW = "computes with how many tokens came before, which differs from row to row"
+
+
 def _part(error: Exception, model: nn.Module) -> str | None:
     """The innermost module of the model that ran when the error was raised: its class and path."""
     paths = {id(m): name for name, m in model.named_modules() if name}
@@ -34,6 +41,8 @@ def why_it_does_not_run(error: Exception, view: PreTrainedModel) -> str:
     part = _part(error, view) or "a layer"
     if isinstance(error, OtherStateError):
         return f"{part} keeps recurrent or convolutional state"
+    if isinstance(error, RowLengthError):
+        return f"{part} {_BY_ROW}"
     for module in view.modules():  # the attention of its own, which asks for no mask of ours
         if isinstance(config := getattr(module, "config", None), PreTrainedConfig):
             config._attn_implementation_internal = "eager"
@@ -50,7 +59,9 @@ def why_it_does_not_run(error: Exception, view: PreTrainedModel) -> str:
 def why_it_is_not_traced(error: Exception, view: nn.Module) -> str:
     """Of an error while the whole model was traced."""
     part = _part(error, view)
-    if isinstance(error, GuardOnDataDependentSymNode):
+    if isinstance(error, RowLengthError):
+        what = _BY_ROW
+    elif isinstance(error, GuardOnDataDependentSymNode):
         what = "decides by the values of tensors, such as the largest position of a batch"
     elif part is None or isinstance(error, UserError):
         # found after the last operator: no module is running any more

@@ -19,7 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import UnsupportedModelError
 from .captured import KvSpec, StateSpec
 from .extension import CACHE, EAGER, KV, SDPA, Part, Recorder
-from .reasons import why_it_does_not_run
+from .reasons import RowLengthError, why_it_does_not_run
 
 log = logging.getLogger("polar_fx.capture")
 
@@ -125,10 +125,15 @@ def find_stack(model: PreTrainedModel) -> str:
     return max(fits, key=lambda n: sum(p.numel() for p in outermost[n].parameters()))
 
 
-def position_limit(config: Any) -> int | None:
-    """Token positions the model of this configuration was built for; None if it names none, or
-    none by a number such as -1.
+def position_limit(model: PreTrainedModel) -> int | None:
+    """How many tokens of a row the model was built for; None if its configuration names no number,
+    or one such as -1.
     """
+    limit = _limit(model.config)
+    return None if limit is None else limit - first_position(model)
+
+
+def _limit(config: Any) -> int | None:
     try:
         limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     except NotImplementedError:  # so say configurations of models without a limit
@@ -143,24 +148,44 @@ def last_position(model: PreTrainedModel) -> int | None:
     A table is known by its length: that of the config, or a few rows more. To take something else
     for one costs an operator.
     """
-    limit = position_limit(model.config)
+    limit = _limit(model.config)
     if limit is None:
         return None
+    if _position_tables(model):
+        return limit - 1 - first_position(model)
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            found = (
-                module is not model.get_input_embeddings()
-                and limit <= module.num_embeddings < limit + _MORE_ROWS
-            )
-        else:
+        if not isinstance(module, nn.Embedding):
             own = (*module._buffers.values(), *vars(module).values())
             found = any(
                 isinstance(t, Tensor) and t.dim() > 1 and limit <= t.shape[-2] < limit + _MORE_ROWS
                 for t in own
             )
-        if found:
-            return limit - 1
+            if found:
+                return limit - 1
     return None
+
+
+def _position_tables(model: PreTrainedModel) -> list[nn.Embedding]:
+    """The tables of positions that a model has learned."""
+    limit = _limit(model.config)
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.Embedding)
+        and limit is not None
+        and module is not model.get_input_embeddings()
+        and limit <= module.num_embeddings < limit + _MORE_ROWS
+    ]
+
+
+def first_position(model: PreTrainedModel) -> int:
+    """What a model calls the position of a row's first token.
+
+    Where a learned table has a place for padding, positions of tokens begin after it: so count
+    models of RoBERTa's kind, from the tokens, unless they are given positions.
+    """
+    tables = _position_tables(model)
+    return max((t.padding_idx + 1 for t in tables if t.padding_idx is not None), default=0)
 
 
 def check_supported(model: Any) -> None:
@@ -281,11 +306,13 @@ def probe(view: PreTrainedModel, stack: str, *, depth: int) -> "Stored":
     device = embedding_weight(view).device
     positions = torch.arange(2, device=device)[None]
     recorder = Recorder(positions, 2, depth=depth)
+    recorder.limit = position_limit(view)
     try:
         layers = cast(nn.ModuleList, view.get_submodule(stack))
         with torch.no_grad(), _ReadOnlyWeights(view), _handed_on(layers) as states:
             view(
                 input_ids=torch.zeros_like(positions),
+                attention_mask=torch.ones_like(positions),
                 position_ids=positions,
                 use_cache=True,
                 **{CACHE: recorder},
@@ -297,7 +324,9 @@ def probe(view: PreTrainedModel, stack: str, *, depth: int) -> "Stored":
         raise UnsupportedModelError(
             f"{type(view).__name__} does not run with one slot per layer: "
             f"{why_it_does_not_run(error, view)}",
-            "use one that hands what its layers keep to its cache, as models of transformers "
+            "use one whose positions are the same sums for any row"
+            if isinstance(error, RowLengthError)
+            else "use one that hands what its layers keep to its cache, as models of transformers "
             "5.24 do",
         ) from error
     stored = Stored(view, recorder.calls, depth=depth)

@@ -36,8 +36,10 @@ from .support import (
     check_supported,
     embedding_weight,
     find_stack,
+    first_position,
     give_layers_modules_of_their_own,
     last_position,
+    position_limit,
     probe,
     shared_view,
     unwrapped,
@@ -54,16 +56,24 @@ _B, _T, _L = 3, 7, 23
 
 class _Traced(nn.Module):
     def __init__(
-        self, model: nn.Module, last: int | None, *, by_length: bool, stored: Stored
+        self, model: PreTrainedModel, last: int | None, *, by_length: bool, stored: Stored
     ) -> None:
         super().__init__()
         self.model, self.last, self.by_length, self.stored = model, last, by_length, stored
         self.recurrences = replace_recurrences(model)
+        self.limit = position_limit(model)
+        self.first = first_position(model)
 
     def forward(
         self, input_ids: Tensor, positions: Tensor, kv_index: Tensor, kv: list[Tensor]
     ) -> Tensor:
-        cache = Slots(positions, kv_index, parts=self.stored.slots(kv))
+        # padding is written to a spare column, which may lie beyond the model's own table of
+        # positions: only the table is spared
+        places = positions if self.last is None else positions.clamp(max=self.last)
+        if self.by_length:  # padding must not count for the length of its row
+            places = torch.where(positions == kv_index[-1:], 0, places)
+        cache = Slots(positions, kv_index, places=places, parts=self.stored.slots(kv))
+        cache.limit = self.limit
         self.recurrences.rows = cache
         # "no padding", for code that would otherwise make such a mask from a length it believes to
         # be a number
@@ -71,13 +81,12 @@ class _Traced(nn.Module):
         if any(spec.states for spec in self.stored.specs):  # these want a mask of the new tokens
             mask = torch.ones_like(input_ids)
         given: dict[str, Any] = {CACHE: cache}
-        # padding is written to a spare column, which may lie beyond the model's own table of
-        # positions: only the table is spared
-        places = positions if self.last is None else positions.clamp(max=self.last)
-        if self.by_length:  # padding must not count for the length of its row
-            places = torch.where(positions == kv_index[-1:], 0, places)
         return self.model(
-            input_ids=input_ids, attention_mask=mask, position_ids=places, use_cache=True, **given
+            input_ids=input_ids,
+            attention_mask=mask,
+            position_ids=places + self.first if self.first else places,
+            use_cache=True,
+            **given,
         ).logits
 
 

@@ -20,9 +20,9 @@ from transformers import DynamicCache, PreTrainedModel
 
 from ..backends import EagerBackend
 from ..capture import CACHE, KvSpec
-from ..capture.checked import REMEDY, tolerance
+from ..capture.checked import REMEDY, random_tokens, tolerance
 from ..capture.rotary import frequency_switch
-from ..capture.support import embedding_weight, position_limit, shared_view, without_autocast
+from ..capture.support import position_limit, shared_view, without_autocast
 from ..errors import CaptureError
 from ..library import LayerLibrary
 from ..passes.address_kv import BLOCK
@@ -47,7 +47,7 @@ def check_runs(model: PreTrainedModel, library: LayerLibrary, *, max_length: int
     """Raise CaptureError, with what was run and the difference, if the identity does not give the
     model's logits. Without `max_length`, rows are as short as they may be in slots.
     """
-    max_length = max_length or min(IN_SLOTS, position_limit(model.config) or IN_SLOTS)
+    max_length = max_length or min(IN_SLOTS, position_limit(model) or IN_SLOTS)
     regions = RegionTable(library, EagerBackend(), max_length=max_length, store=None, workers=0)
     runner = Runner.of_model(model, regions, prefill_chunk=_PART)
     reference = shared_view(model, model.config._attn_implementation)
@@ -88,7 +88,7 @@ def _check_after(
         return
     generator = torch.Generator().manual_seed(0)
     before = [_made_up(spec, held, generator=generator, device=runner.device) for spec in specs]
-    tail = torch.randint(embedding_weight(model).shape[0], (_AFTER,), generator=generator)
+    tail = random_tokens(model, _AFTER, generator=generator)
     cache = DynamicCache()
     for layer, (keys, values) in enumerate(before):
         cache.update(keys, values, layer)
@@ -144,9 +144,8 @@ def _rows(model: PreTrainedModel, max_length: int) -> list[Tensor]:
     near = [n for n in (*_windows(model), _switch(model)) if 0 < n <= _MOST]
     long = min(max_length, max([_FEW, *(n + 3 for n in near)]))
     generator = torch.Generator().manual_seed(0)
-    weight = embedding_weight(model)
     lengths = [long, max(1, long - 2 if near else long // 2)]
-    return [torch.randint(weight.shape[0], (n,), generator=generator) for n in lengths]
+    return [random_tokens(model, n, generator=generator) for n in lengths]
 
 
 def _late(model: PreTrainedModel, max_length: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Where keys and values lie in blocks, and how long a row may be unless the user says so."""
 
-from typing import Any
+from transformers import PreTrainedModel
 
 from ..backends import Backend
 from ..capture.rotary import frequency_switch
@@ -23,13 +23,15 @@ def takes_blocks(library: LayerLibrary, backend: Backend) -> bool:
     return by_address and library.table.batch_axes() is not None
 
 
-def default_row_length(config: Any, library: LayerLibrary, *, backend: Backend, tier: Tier) -> int:
+def default_row_length(
+    model: PreTrainedModel, library: LayerLibrary, *, backend: Backend, tier: Tier
+) -> int:
     """The model's own limit where keys and values lie in blocks, which cost what is there; up to
     where it would compute rows with other rotary frequencies, which takes slots.
 
     In slots, which on a GPU hold rows of one program, or without a limit, at most 1,024.
     """
-    limit, switch = position_limit(config), frequency_switch(config)
+    limit, switch = position_limit(model), frequency_switch(model.config)
     in_slots = library.device.type == "cuda" or not takes_blocks(library, backend)
     if limit is None or tier != "linked" or in_slots:
         return min(IN_SLOTS, limit or IN_SLOTS)

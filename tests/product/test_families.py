@@ -203,17 +203,12 @@ REFUSED = {
     # code that computes with the length of the cache as a number
     "mpt": (
         dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=256),
-        "MptForCausalLM is not supported",
-        _CURRENT,
+        "MptForCausalLM does not run with one slot per layer",
+        "use one whose positions are the same sums for any row",
     ),
     "gpt_neo": (
         dict(num_layers=4, num_heads=4, attention_types=[[["global", "local"], 2]], window_size=8),
         "GPTNeoForCausalLM is not supported",
-        _CURRENT,
-    ),
-    "llama4_text": (
-        dict(num_local_experts=2, head_dim=8, intermediate_size_mlp=64, attention_chunk_size=16),
-        "Llama4ForCausalLM is not supported",
         _CURRENT,
     ),
 }
@@ -235,7 +230,10 @@ def test_refused_with_reason_and_remedy(family: str) -> None:
     ("family", "part"),
     [
         ("minimax", "its MiniMaxModel model asks its cache for more than keys and values"),
-        ("mpt", "its MptAttention transformer.blocks.0.attn computes with sizes or lengths"),
+        (
+            "mpt",
+            "its MptAttention transformer.blocks.0.attn computes with how many tokens came before",
+        ),
         ("deepseek_v2", "the model itself cannot run two tokens, with no cache either: The size"),
     ],
 )
