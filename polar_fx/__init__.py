@@ -26,20 +26,23 @@ from .errors import (
 from .version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from .bundle import BundleError, export, load_bundle
+    from .bundle import BundledModel, BundleError, export, load_bundle
     from .compiled import CompiledModel, compile
     from .library import LayerLibrary
     from .loading import load
     from .models import load_default, merged
+    from .predictor.saved_predictor import SavedPredictor
     from .program import Blend, Op, Program, Segment
 
 _LAZY = {
     "Blend": "program",
     "BundleError": "bundle",
+    "BundledModel": "bundle",
     "CompiledModel": "compiled",
     "LayerLibrary": "library",
     "Op": "program",
     "Program": "program",
+    "SavedPredictor": "predictor.saved_predictor",
     "Segment": "program",
     "compile": "compiled",
     "export": "bundle",
@@ -52,6 +55,7 @@ _LAZY = {
 __all__ = [
     "Blend",
     "BundleError",
+    "BundledModel",
     "CacheError",
     "CaptureError",
     "CompiledModel",
@@ -67,6 +71,7 @@ __all__ = [
     "Program",
     "ProgramError",
     "ProgramTextError",
+    "SavedPredictor",
     "Segment",
     "UnknownBackendError",
     "UnsupportedModelError",

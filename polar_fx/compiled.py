@@ -24,7 +24,7 @@ from .library import LayerLibrary
 from .library.cached import load_library
 from .predictor.menu import Menu
 from .predictor.policy import Policy
-from .predictor.shipped import dtype_of, load_named
+from .predictor.shipped import SavedPredictor, dtype_of, load_named
 from .program import Program
 from .quantized import Quantize
 from .runtime.as_transformers import AsTransformers
@@ -62,7 +62,7 @@ def compile(
     workers: int | None = None,
     tier: Tier = "linked",
     tier_policy: TierPolicy | None = None,
-    predictor: Predictor | str | PathLike[str] | None = None,
+    predictor: Predictor | SavedPredictor | str | PathLike[str] | None = None,
     menu: Menu | Iterable[ProgramLike] | None = None,
     policy: str | Policy | None = None,
     unprepared: Unprepared = "identity",
@@ -117,7 +117,7 @@ def compile(
     get_backend(backend)  # refuse an unknown one before anything is loaded
     from .models import named_or_loaded, token_limits
 
-    dtype = dtype_of(predictor) if model is None and dtype is None else dtype
+    dtype = dtype_of(predictor, model) if dtype is None else dtype
     model = named_or_loaded(model, dtype, device=device, quantize=quantize)
     check_supported(model)
     max_length, prefill_chunk = token_limits(model, max_length, prefill_chunk=prefill_chunk)
@@ -358,7 +358,7 @@ class CompiledModel(Uncopied, AsTransformers):
 
     def dispatch_by(
         self,
-        predictor: Predictor | str | PathLike[str] | None = None,
+        predictor: Predictor | SavedPredictor | str | PathLike[str] | None = None,
         menu: Menu | Iterable[ProgramLike] | None = None,
         policy: str | Policy | None = None,
         unprepared: Unprepared = "identity",
@@ -368,7 +368,7 @@ class CompiledModel(Uncopied, AsTransformers):
         Raises InputError for a predictor of another model, and ProgramError for a program that does
         not share its first steps.
         """
-        if isinstance(predictor, (str, PathLike)):
+        if isinstance(predictor, (str, PathLike, SavedPredictor)):
             predictor, saved = load_named(predictor, self.library)
             policy = saved if policy is None else policy
         if menu is not None and not isinstance(menu, Menu):

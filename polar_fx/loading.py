@@ -35,6 +35,8 @@ def load(
     device: Device = None,
     *,
     quantize: Quantize | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> tuple[Any, Any]: ...
 
 
@@ -44,6 +46,8 @@ def load(
     device: Device = None,
     *,
     quantize: Quantize | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> tuple[Any, Any]:
     """A causal LM in eval mode, or the model of a bundle, and its tokenizer.
 
@@ -56,6 +60,9 @@ def load(
             device it was exported for.
         quantize: "int8" or "int4" to hold the weights of linear layers as integers, at their own
             size (docs/quantized.md); None leaves them as they are.
+
+        revision: a branch, tag or commit of a HuggingFace id.
+        local_files_only: take what the hub's local cache holds, and do not ask the hub.
 
     Returns a `transformers.PreTrainedModel`, to be given to `polar_fx.compile`, and its tokenizer.
     If `source` is a folder that `export` wrote, it returns a `BundledModel`, ready to run, and its
@@ -70,7 +77,14 @@ def load(
     here, or not a bundle's.
     """
     if source is None or not models.is_bundle(source):
-        return models.load(source, dtype or torch.float32, device=device, quantize=quantize)
+        return models.load(
+            source,
+            dtype or torch.float32,
+            device=device,
+            quantize=quantize,
+            revision=revision,
+            local_files_only=local_files_only,
+        )
     folder = Path(source).expanduser()
     manifest = read_manifest(folder)
     if dtype not in (None, "auto") and manifest.dtype != dtype_name(dtype):
@@ -87,6 +101,11 @@ def load(
         raise InputError(
             f"{source} is a bundle, whose weights are as they were exported; leave "
             f"quantize={quantize!r} out, or export the model so"
+        )
+    if revision is not None:
+        raise InputError(
+            f"{source} is a bundle in a local folder, which has no revision {revision!r}; leave it "
+            "out, or take one from the hub with BundledModel.from_pretrained"
         )
     bundle = load_bundle(folder)
     return bundle, bundle.tokenizer if bundle.has_tokenizer else None

@@ -57,6 +57,8 @@ def load(
     *,
     device: Device = None,
     quantize: str | None = None,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """A causal LM in eval mode and its tokenizer.
 
@@ -66,6 +68,8 @@ def load(
         dtype: of the weights; "auto" is what they were saved in (of GGUF: float32).
         device: where to put them, such as "cuda" (default: the CPU).
         quantize: "int8" or "int4" to hold the weights of linear layers as integers (quantized.py).
+        revision, local_files_only: of a HuggingFace id, as `from_pretrained` of transformers has
+            them.
 
     Only safetensors are read: a pickled checkpoint could run code. Raises ModelNotFoundError naming
     the remedy, InputError for a dtype, device or way to quantize that is unknown or not here, and
@@ -73,13 +77,25 @@ def load(
     """
     dtype, place = _checked_dtype(dtype), checked_device(device)
     checked_way(quantize)
+    file = None if source is None else _gguf_file(source)
+    is_here = source is None or file is not None or Path(source).expanduser().is_dir()
+    if revision is not None and is_here:
+        raise InputError(
+            f"revision={revision!r} is for models of the hub, and "
+            f"{source or 'the default model'} is here; leave it out, or name a HuggingFace id"
+        )
     if source is None:
         model, tokenizer = load_default(dtype)
-    elif (file := _gguf_file(source)) is not None:
+    elif file is not None:
         model, tokenizer = load_gguf(file, dtype)
     else:
         model, tokenizer = load_pretrained(
-            AutoModelForCausalLM, source, dtype=dtype, what="a causal language model"
+            AutoModelForCausalLM,
+            source,
+            dtype=dtype,
+            what="a causal language model",
+            revision=revision,
+            local_files_only=local_files_only,
         )
     if quantize is not None:
         model = quantize_weights(model, quantize)
@@ -173,7 +189,13 @@ def merged(model: Any) -> PreTrainedModel:
 
 
 def load_pretrained(
-    auto: Any, source: str | os.PathLike[str], *, dtype: Dtype, what: str
+    auto: Any,
+    source: str | os.PathLike[str],
+    *,
+    dtype: Dtype,
+    what: str,
+    revision: str | None = None,
+    local_files_only: bool = False,
 ) -> tuple[PreTrainedModel, Any]:
     """What `auto` (a class such as AutoModel) makes of a local folder or HuggingFace id, in eval
     mode, and its tokenizer.
@@ -190,11 +212,12 @@ def load_pretrained(
                 f"polar_fx.load_bundle({name!r})"
             )
         _require_safetensors(Path(name))
+    where: dict[str, Any] = {"local_files_only": local_files_only, "trust_remote_code": False}
+    if revision is not None:
+        where["revision"] = revision
     try:
-        model = auto.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model = auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"cannot load {name!r}: {first_line(error)}; name a folder written by "

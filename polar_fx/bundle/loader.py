@@ -39,6 +39,7 @@ from ..runtime.tiers import TierPolicy, Tiers
 from .contents import check_regions, read_table
 from .errors import BundleError
 from .files import verified
+from .hub import BundleOnTheHub
 from .manifest import (
     CONFIG,
     GENERATION,
@@ -185,12 +186,12 @@ def _check_target(path: Path, manifest: Manifest) -> None:
         raise BundleError(path, what, remedy="export the bundle with this polar_fx")
 
 
-class BundledModel(CompiledModel):
+class BundledModel(BundleOnTheHub, CompiledModel):
     """A model from a bundle: `forward`, `generate`, `warmup` and all else of `CompiledModel`, over
     its own programs.
 
     `programs` are those of the manifest, the first the default one. Without regions for many rows,
-    rows run one by one.
+    rows run one by one. `from_pretrained` takes one from the hub, `push_to_hub` brings it there.
     """
 
     def __init__(

@@ -64,13 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--no-figures", action="store_true", help="tables and numbers only")
     add_running_arguments(parser, "judge")
+    parser.set_defaults(dtype=None)  # the predictor's own, unless it is given
 
 
 def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate; writes the report, returns the results."""
     began = time.perf_counter()
     from ..jobs.evaluate import EvaluateJob, run
+    from ..predictor.shipped import dtype_of
 
+    own = dtype_of(options.predictor, options.model)
+    options.dtype = options.dtype or own or "float32"
     job = EvaluateJob(
         predictor=options.predictor,
         records=tuple(options.records or ()),

@@ -102,7 +102,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     check_target(options.out, options.overwrite)  # before anything is loaded
     from ..predictor.shipped import dtype_of
 
-    own = dtype_of(options.predictor) if options.model is None else None
+    own = dtype_of(options.predictor, options.model)
     options.dtype = options.dtype or own or "float32"
     model, tokenizer = load_model(options)
     compiled = compile_model(model, options, max_length=options.max_length or row_length(model))

@@ -47,7 +47,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, backend: str) -> None:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="of the weights; auto: as saved (default: float32)",
+        help="of the weights; auto: as saved (default: float32, or what a predictor is for)",
     )
     parser.add_argument(
         "--quantize",

@@ -157,7 +157,7 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
         return bundle, tokenizer, ids
     from ..predictor.shipped import dtype_of
 
-    own = dtype_of(options.predictor) if options.model is None else None
+    own = dtype_of(options.predictor, options.model)
     options.dtype = options.dtype or own or "float32"
     model, tokenizer = load_model(options)
     ids = _encode(tokenizer, text, raw=options.raw)

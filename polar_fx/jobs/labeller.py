@@ -64,6 +64,14 @@ class Labeller:
         self.encoded = {e.id: e for e in self._job.encoded}
         self._config = SearchConfig(method="listed")
 
+    def model_names(self) -> dict[str, str]:
+        """What the model is called, and in what dtype it is; for notes that people read."""
+        from ..models import DEFAULT_NAME
+
+        named = self.workplace.model or DEFAULT_NAME
+        name = Path(named).name if Path(named).exists() else named
+        return {"model_name": name, "dtype": self.workplace.dtype}
+
     def check_model(self, header: "SearchHeader") -> None:
         """Raise InputError if records with this header are of another model."""
         if header.model != self.model_fingerprint:

@@ -121,6 +121,7 @@ def run(job: TrainJob, console: "Console | None" = None) -> dict[str, Any]:
     mined = json.dumps(sorted({record.question.id for record in usable}))
     replace_file(folder_of(job.out) / MINED, [mined.encode()])
     notes = _notes(job, asked.prompt_name(questions.all), templates=templates)
+    notes |= labeller.model_names()
     save_selector(selector, job.out, model=labeller.model_fingerprint, policy=policy, notes=notes)
     text = json.dumps(results, indent=1, default=str)
     replace_file(job.out / "results.json", [text.encode() + b"\n"])

@@ -25,7 +25,7 @@ from .policy import Calibration, Policy
 from .selector import Selector, SelectorNetwork
 
 FORMAT, VERSION = "polar_fx.predictor", 1
-_JSON, _TENSORS = "predictor.json", "predictor.safetensors"
+FILES = _JSON, _TENSORS = "predictor.json", "predictor.safetensors"
 
 
 def save_selector(
@@ -91,11 +91,14 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
     """
     path = Path(folder) / _JSON
     fields = _described(path)
-    if model is not None and fields.get("model") != model:
+    if not isinstance(fields.get("model"), str):
+        raise _damaged(path, "it names no model")
+    if model is not None and fields["model"] != model:
+        about = trained_for(_notes_of(fields), str(fields["model"]))
         raise InputError(
-            f"the predictor in {folder} was trained for a model of fingerprint "
-            f"{str(fields.get('model'))[:12]}..., this one's is {model[:12]}... (another dtype is "
-            "another one too); train one for this model, or load that model"
+            f"the predictor in {folder} was {about}, and this model's fingerprint is "
+            f"{model[:12]}... (another dtype is another one too); load the model and dtype that it "
+            "is for, or train a predictor for this one"
         )
     try:
         depth = fields["depth"]
@@ -183,3 +186,27 @@ def read_notes(folder: str | Path) -> dict[str, Any]:
     if not isinstance(fields, dict) or not isinstance(fields.get("notes"), dict):
         raise _damaged(path, "it has no notes")
     return fields["notes"]
+
+
+def read_model(folder: str | Path) -> str:
+    """The fingerprint of the model that a predictor was trained for, without its weights.
+
+    Raises InputError.
+    """
+    path = Path(folder) / _JSON
+    fields = _read(path)
+    if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
+        raise _damaged(path, "it names no model")
+    return fields["model"]
+
+
+def trained_for(notes: Mapping[str, Any], model: str) -> str:
+    """What it was trained for, in words: by its notes, and the fingerprint of the model."""
+    name = notes.get("model_name", "a model")
+    dtype = f" in {notes['dtype']}" if "dtype" in notes else ""
+    return f"trained for {name}{dtype}, of fingerprint {model[:12]}..."
+
+
+def _notes_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    notes = fields.get("notes")
+    return notes if isinstance(notes, dict) else {}

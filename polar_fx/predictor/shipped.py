@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from .policy import Policy
 from .saved import load_selector, read_notes
+from .saved_predictor import SavedPredictor
 from .selector import Selector
 
 if TYPE_CHECKING:
@@ -25,11 +26,17 @@ DTYPE = "bfloat16"
 FOLDER = Path(__file__).with_name("default")
 
 
-def load_named(named: str | os.PathLike[str], library: "LayerLibrary") -> tuple[Selector, Policy]:
-    """The predictor of a folder, or the shipped one by its name, and the policy saved with it.
+def load_named(
+    named: str | os.PathLike[str] | SavedPredictor, library: "LayerLibrary"
+) -> tuple[Selector, Policy]:
+    """The predictor of a folder, a loaded one, or the shipped one by its name, and the policy saved
+    with it.
 
     Raises InputError as `load_selector`, and where the model is not the one it was made for.
     """
+    if isinstance(named, SavedPredictor):
+        named.require_model(library)
+        return named.selector, named.policy
     if os.fspath(named) != DEFAULT:
         return load_selector(Path(named), library.model_fingerprint)
     notes = read_notes(FOLDER)
@@ -43,9 +50,21 @@ def load_named(named: str | os.PathLike[str], library: "LayerLibrary") -> tuple[
     return load_selector(FOLDER)
 
 
-def dtype_of(named: Any) -> str | None:
-    """The dtype to load the default model in for this predictor; None: whichever."""
-    return DTYPE if isinstance(named, str) and named == DEFAULT else None
+def dtype_of(named: Any, model: Any = None) -> str | None:
+    """The dtype to load the model in that a predictor is for; None: whichever.
+
+    `model` is what is asked for: None (the default model), a name, or a model that is loaded
+    already. Raises InputError for a folder that holds no predictor.
+    """
+    if isinstance(named, SavedPredictor):
+        noted = named.notes.get("dtype")
+    elif not isinstance(named, (str, os.PathLike)):
+        return None
+    elif os.fspath(named) == DEFAULT:
+        noted = DTYPE if model is None else None
+    else:
+        noted = read_notes(Path(named)).get("dtype")
+    return noted if model is None or isinstance(model, (str, os.PathLike)) else None
 
 
 def about() -> dict[str, Any]:

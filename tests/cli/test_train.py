@@ -199,7 +199,7 @@ def _check_report(
     assert world[0] == asked, "the report is made of what is there"
     other = ["evaluate", str(out), *arguments(folder), "--dtype", "bfloat16"]
     assert main([*other, "--out", str(report)]) == 2
-    assert "was trained for a model of fingerprint" in capsys.readouterr().err
+    assert " in float32, of fingerprint" in capsys.readouterr().err
 
 
 def _check_tasks_not_trained_on(

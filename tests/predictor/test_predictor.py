@@ -268,7 +268,7 @@ def _spoil(folder: Path, name: str) -> None:
     [
         (lambda f: _edit(f, version=2), "version 2"),
         (lambda f: _edit(f, format="other"), "describes no predictor"),
-        (lambda f: _edit(f, model="model y"), "trained for a model of fingerprint model y"),
+        (lambda f: _edit(f, model="model y"), "trained for a model, of fingerprint model y"),
         (lambda f: _edit(f, menu=["skip 1 /6"]), "damaged.*begins with the identity"),
         (lambda f: _edit(f, menu=["0-5 /6", "no program"]), "damaged"),
         (lambda f: _edit(f, depth=...), "damaged.*depth"),

@@ -23,6 +23,7 @@ LIBRARY = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("polar_fx", "p
 ORDER = (
     {"errors", "environment", "version"},
     {"child_process", "output"},
+    {"hub"},
     {"passes", "program"},
     {"capture", "store", "stats", "region_names"},
     {"quantized"},
