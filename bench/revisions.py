@@ -1,12 +1,14 @@
-"""Decode and prefill of several checkouts of the project, in turns, each time in a process of its
-own.
+"""Decode, prefill and many requests of several checkouts of the project, in turns, each time in a
+process of its own.
 
     git worktree add ../before COMMIT
     python bench/revisions.py before=../before now=. --output bench/results/house-cpu.json
 
 Every round runs each checkout once, in a shuffled order: `generate` of one token and of several
-after one prompt, by the default backend, from regions that a first process compiled. Ratios are
-taken within rounds, to the checkout named first. Shape legend: T tokens.
+after one prompt, by the default backend, from regions that a first process compiled. `--requests`
+adds the seconds that so many requests of five programs take, all at once: by the engine of a
+checkout that has one, in batches of one program in one that has none. Ratios are taken within
+rounds, to the checkout named first. Shape legend: B rows, T tokens.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import random
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +44,70 @@ decode = [(b - a) / tokens * 1e3 for a, b in zip(first, all_)]
 print(json.dumps({"prefill": statistics.median(first) * 1e3, "decode": statistics.median(decode)}))
 """
 
+# Prompts of 8 to 63 tokens, answers of 4 to 48; the second of two runs counts.
+_REQUESTS = """
+import json, random, sys, time
+import torch, polar_fx
+from polar_fx import Program
+dtype, threads, count = sys.argv[1], *map(int, sys.argv[2:])
+torch.set_num_threads(threads)
+model, _ = polar_fx.load(None, getattr(torch, dtype))
+compiled = polar_fx.compile(model, max_length=512)
+own = Program.identity(model.config.num_hidden_layers)
+short = own.skip(17, 2)
+menu = [own, own.skip(5, 1), short, own.repeat(20, 3, 2), short.repeat(20, 1, 2)]
+pick = random.Random(0)
+asked = [
+    ([pick.randrange(3, 40000) for _ in range(pick.randint(8, 63))], i % 5, pick.randint(4, 48))
+    for i in range(count)
+]
 
-def measured(folder: Path, dtype: str, *, options: argparse.Namespace) -> dict[str, float]:
-    """Milliseconds of a prefill and of a decoded token, each the median of one process."""
-    numbers = (options.threads, options.prompt_tokens, options.tokens, options.repeats)
+class First:  # a stopping criterion that notes when a batch has its first tokens
+    at = None
+    def __call__(self, ids, scores, **_):
+        self.at = self.at or time.perf_counter()
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+def by_batches(start):
+    firsts = []
+    for program in range(5):
+        rows = [a for a in asked if a[1] == program]
+        for part in (rows[i : i + 16] for i in range(0, len(rows), 16)):
+            width = max(len(ids) for ids, *_ in part)
+            ids = torch.tensor([[0] * (width - len(a[0])) + a[0] for a in part])
+            mask = torch.tensor([[0] * (width - len(a[0])) + [1] * len(a[0]) for a in part])
+            new, first = max(a[2] for a in part), First()
+            compiled.generate(
+                ids, attention_mask=mask, program=menu[program], max_new_tokens=new,
+                eos_token_id=None, do_sample=False, pad_token_id=0, stopping_criteria=[first],
+            )
+            firsts += [first.at - start] * len(part)
+    return firsts
+
+def by_engine(start):
+    from polar_fx.engine import Sampling
+    engine, firsts, more = compiled.engine(max_rows=16), {}, True
+    for ids, program, new in asked:
+        firsts[engine.add(ids, menu[program], Sampling(max_new_tokens=new))] = None
+    while more:
+        more = engine.step()
+        for request, at in firsts.items():
+            if at is None and request.tokens:
+                firsts[request] = time.perf_counter() - start
+    return list(firsts.values())
+
+for _ in range(2):
+    start = time.perf_counter()
+    firsts = sorted((by_engine if hasattr(compiled, "engine") else by_batches)(start))
+    seconds = time.perf_counter() - start
+print(json.dumps({"requests": seconds * 1e3, "first token": firsts[len(firsts) // 2] * 1e3}))
+"""
+
+
+def measured(folder: Path, dtype: str, *, child: str, numbers: Sequence[int]) -> dict[str, float]:
+    """Milliseconds by kind of call, of one process that runs the code `child`."""
     done = subprocess.run(
-        [sys.executable, "-c", _CHILD, dtype, *map(str, numbers)],
+        [sys.executable, "-c", child, dtype, *map(str, numbers)],
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
@@ -69,22 +130,30 @@ def compare(
     places: dict[str, Path], dtype: str, *, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Times and ratios to the first checkout, by checkout and kind of call."""
+    work: list[tuple[str, tuple[int, ...]]] = [
+        (_CHILD, (options.threads, options.prompt_tokens, options.tokens, options.repeats))
+    ]
+    if options.requests:
+        work.append((_REQUESTS, (options.threads, options.requests)))
     for folder in places.values():  # compiles what is missing
-        measured(folder, dtype, options=options)
+        measured(folder, dtype, child=_CHILD, numbers=work[0][1])
     times: dict[str, list[dict[str, float]]] = {name: [] for name in places}
     order = list(places)
     for number in range(options.rounds):
         random.Random(number).shuffle(order)
         for name in order:
-            times[name].append(measured(places[name], dtype, options=options))
+            times[name].append({})
+            for child, numbers in work:
+                found = measured(places[name], dtype, child=child, numbers=numbers)
+                times[name][-1].update(found)
         print(f"{dtype}: round {number + 1} of {options.rounds}", file=sys.stderr)
     base, found = next(iter(places)), {}
     for name in places:
-        for kind in ("prefill", "decode"):
+        for kind in times[name][0]:
             own = [t[kind] for t in times[name]]
             ratio = paired_ratio(own, [t[kind] for t in times[base]])
             found[f"{name} {kind}"] = {"ms": spread(own), "ratio": ratio, "each_ms": own}
-            print(f"{dtype} {name:8} {kind:8} {statistics.median(own):8.2f} ms  {ratio}")
+            print(f"{dtype} {name:8} {kind:11} {statistics.median(own):8.2f} ms  {ratio}")
     return found
 
 
@@ -97,6 +166,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="decoded tokens a measurement")
     parser.add_argument("--repeats", type=int, default=5, help="measurements a process")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--requests", type=int, default=0, help="requests at once, of 5 programs")
     parser.add_argument("--output", type=Path, default=RESULTS / "revisions.json")
     options = parser.parse_args()
     places: dict[str, Path] = {}

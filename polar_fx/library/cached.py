@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ..capture import CapturedModel
 from ..capture.checked import capture_checked
 from ..capture.trace import TRACING
+from ..huge_pages import hold_in_huge_pages, model_tensors
 from ..output.digest import digest
 from ..store import ArtifactStore
 from .library import LayerLibrary
@@ -42,8 +43,10 @@ def load_library(
     there.
 
     `check` as in `compile`: a table is only taken if it was checked then. A library that is traced
-    here is handed to `examine` before its table is kept; what that raises is raised.
+    here is handed to `examine` before its table is kept; what that raises is raised. Weights on the
+    CPU move into huge pages where the machine has them.
     """
+    hold_in_huge_pages(model_tensors(model))
     # also for what is done with a graph's symbolic sizes: while one thread traces, they fail in any
     # other
     with TRACING:

@@ -22,7 +22,7 @@ LIBRARY = [p for p in SOURCES if p.relative_to(ROOT).parts[0] in ("polar_fx", "p
 # Each room may import from rooms in earlier lines, from its own line and from itself.
 ORDER = (
     {"errors", "environment", "version"},
-    {"child_process", "output"},
+    {"child_process", "output", "huge_pages"},
     {"hub"},
     {"passes", "program"},
     {"capture", "store", "stats", "region_names"},

@@ -5,7 +5,6 @@
 
 #include <ATen/Tensor.h>
 #include <ATen/Version.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_strided.h>
 #include <sys/utsname.h>
 
@@ -22,6 +21,7 @@
 #include "json.h"
 #include "refused.h"
 #include "sha256.h"
+#include "weight_memory.h"
 
 namespace fs = std::filesystem;
 
@@ -291,9 +291,10 @@ class Bundle {
   at::Tensor read_weight(const std::string& name, const Layout& layout) {
     const std::string path = (folder_ / "weights.safetensors").string();
     const Stored& stored = find_weight(name, layout);
-    at::Tensor dense = at::empty(stored.size, stored.dtype);
     const int64_t num_bytes = stored.end - stored.begin;
-    if (static_cast<int64_t>(dense.nbytes()) != num_bytes) throw Refused(path, "holds too many or too few bytes of " + name);
+    if (static_cast<int64_t>(WeightMemory::bytes_of(stored.size, stored.dtype)) != num_bytes)
+      throw Refused(path, "holds too many or too few bytes of " + name);
+    const at::Tensor dense = weight_memory_.take(stored.size, stored.dtype);
     weights_file_.seekg(first_byte_ + stored.begin);
     if (!weights_file_.read(static_cast<char*>(dense.data_ptr()), num_bytes)) throw Refused(path, "cannot be read");
     if (dense.strides() == layout.stride) return dense;
@@ -352,5 +353,6 @@ class Bundle {
   std::ifstream weights_file_;
   int64_t first_byte_ = 0;
   std::map<std::string, Stored> stored_;
+  WeightMemory weight_memory_;
   std::map<std::string, at::Tensor> weights_;
 };

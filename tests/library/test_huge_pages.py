@@ -1,0 +1,130 @@
+"""Weights in huge pages are the same tensors with the same values, and lie there once."""
+
+import gc
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import polar_fx
+from cached_models import small
+from polar_fx import huge_pages
+from polar_fx.huge_pages import hold_in_huge_pages, model_tensors, page_size
+from polar_fx.program import Program
+
+needs_pages = pytest.mark.skipif(page_size() is None, reason="no transparent huge pages here")
+
+
+@pytest.fixture
+def few_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let small models move as well."""
+    monkeypatch.setattr(huge_pages, "_LEAST_PAGES", 0)
+
+
+def large() -> list[Tensor]:
+    return [torch.randn(1024, 1024) for _ in range(8)]
+
+
+def huge_kilobytes(tensor: Tensor) -> int:
+    """Of the mapping that holds the tensor, how much lies in huge pages."""
+    inside, address = False, tensor.data_ptr()
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= address < int(found[2], 16)
+        elif inside and line.startswith("AnonHugePages"):
+            return int(line.split()[1])
+    raise AssertionError("the tensor lies in no mapping")
+
+
+@needs_pages
+def test_values_move_into_huge_pages_and_tensors_stay() -> None:
+    tensors = large()
+    before = [(t, t.clone(), t.data_ptr()) for t in tensors]
+    assert hold_in_huge_pages(tensors) == 8 * 4 * 1024 * 1024
+    for tensor, values, address in before:
+        assert torch.equal(tensor, values) and tensor.data_ptr() != address
+        assert tensor.data_ptr() % 64 == 0
+        assert tensor.untyped_storage().nbytes() == values.untyped_storage().nbytes()
+    assert huge_kilobytes(tensors[0]) > 0
+
+
+@needs_pages
+def test_what_lies_there_stays_and_is_let_go_with_its_tensors() -> None:
+    tensors = large()
+    hold_in_huge_pages(tensors)
+    addresses, maps = [t.data_ptr() for t in tensors], len(huge_pages._held)
+    assert hold_in_huge_pages(tensors) == 0
+    assert [t.data_ptr() for t in tensors] == addresses
+    tensors.clear()
+    gc.collect()
+    assert len(huge_pages._held) == maps - 1
+
+
+@needs_pages
+def test_tensors_that_share_memory_go_on_sharing_it(few_pages: None) -> None:
+    whole = torch.arange(24.0).reshape(4, 6)
+    part, turned = whole[1:3, 2:], whole.t()
+    assert hold_in_huge_pages([whole, part, turned])
+    whole[1, 2] = -1
+    assert part[0, 0] == -1 and turned[2, 1] == -1 and part.stride() == (6, 1)
+
+
+@needs_pages
+def test_what_other_processes_share_or_torch_may_not_change_stays(few_pages: None) -> None:
+    shared, empty = torch.ones(8).share_memory_(), torch.ones(0)
+    with torch.inference_mode():
+        frozen = torch.ones(8)
+    addresses = [t.data_ptr() for t in (shared, frozen)]
+    assert hold_in_huge_pages([shared, frozen, empty, torch.ones(8, device="meta")]) == 0
+    assert [t.data_ptr() for t in (shared, frozen)] == addresses
+
+
+@pytest.mark.parametrize("setting", ["always madvise [never]\n", None])
+def test_nothing_moves_where_the_system_has_no_huge_pages(
+    setting: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if setting is not None:
+        (tmp_path / "enabled").write_text(setting)
+        (tmp_path / "hpage_pmd_size").write_text("2097152\n")
+    monkeypatch.setattr(huge_pages, "_SETTINGS", tmp_path)
+    assert hold_in_huge_pages(large()) == 0
+
+
+@needs_pages
+def test_nothing_moves_where_memory_is_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 99999999 kB\nMemAvailable:   20000 kB\n")
+    monkeypatch.setattr(huge_pages, "_MEMORY", tmp_path / "meminfo")
+    assert hold_in_huge_pages(large()) == 0
+
+
+@needs_pages
+def test_a_compiled_model_reads_its_parameters_there(few_pages: None) -> None:
+    """A second compilation leaves them, so that the first goes on; what is written into them in
+    place is seen, and tied weights stay tied.
+    """
+    model = small(tie_word_embeddings=True)
+    names, ids = dict(model.named_parameters()), torch.arange(5)[None]
+    expected = model(ids).logits
+    first = polar_fx.compile(model, "eager", cache=False)
+    second = polar_fx.compile(model, "eager", cache=False)
+    assert all(names[n] is p for n, p in model.named_parameters())
+    assert all(any(p.data_ptr() in r for r in huge_pages._held.values()) for p in names.values())
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    program = Program.identity(first.depth)
+    for compiled in (first, second):
+        torch.testing.assert_close(compiled.forward(ids, program=program), expected)
+    with torch.no_grad():
+        model.model.norm.weight.mul_(2)
+    torch.testing.assert_close(first.forward(ids, program=program), 2 * expected)
+
+
+@needs_pages
+def test_buffers_that_share_memory_with_a_parameter_are_given_with_it(few_pages: None) -> None:
+    module = nn.Linear(4, 4)
+    module.register_buffer("same", module.weight.data)
+    hold_in_huge_pages(model_tensors(module))
+    assert module.same.data_ptr() == module.weight.data_ptr()  # type: ignore[operator]
