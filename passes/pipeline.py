@@ -22,6 +22,7 @@ from .eliminate_dead_code import EliminateDeadCode
 from .eliminate_noops import EliminateNoops
 from .inline_layers import InlineLayers
 from .keep_kv_writes import KeepKvWrites
+from .linear_to_onednn import LinearToOneDnn
 from .linear_to_row_kernel import LinearToRowKernel
 from .matvec_to_reduction import MatvecToReduction
 from .outline_layers import OutlineLayers
@@ -46,6 +47,7 @@ PASSES: dict[str, type[Pass]] = {
         QuantizedLinear,
         MatvecToReduction,
         LinearToRowKernel,
+        LinearToOneDnn,
         AttentionToReduction,
     )
 }

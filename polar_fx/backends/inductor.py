@@ -14,9 +14,11 @@ from torch.fx import GraphModule
 
 from ..passes.attention_to_reduction import AttentionToReduction
 from ..passes.base import Pass
+from ..passes.linear_to_onednn import LinearToOneDnn
 from ..passes.linear_to_row_kernel import LinearToRowKernel
 from ..passes.matvec_to_reduction import MatvecToReduction
 from ..passes.quantized_linear import QuantizedLinear
+from . import onednn_linear
 from .base import Backend, Dynamic, Region
 from .specialize import compiler_options, example_values, graph_of, specialize
 
@@ -26,6 +28,7 @@ REGION_PASSES: tuple[Pass, ...] = (
     QuantizedLinear(),  # before others see its linears
     MatvecToReduction(),
     LinearToRowKernel(),
+    *([LinearToOneDnn()] if onednn_linear.is_faster() else []),
     AttentionToReduction(),
 )
 

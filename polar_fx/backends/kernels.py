@@ -1,4 +1,6 @@
-"""Kernels of ours for the CPU, which Inductor compiles into the regions that call them."""
+"""Operators that Inductor is taught for the CPU: kernels of ours, which it compiles into the
+regions that call them, and a call of a library.
+"""
 
 import functools
 import hashlib
@@ -7,10 +9,11 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from . import quantized_kernel, row_kernel
+from . import onednn_linear, quantized_kernel, row_kernel
 
-# By operator: how Inductor is taught its kernel, and the kernel's text
-_KERNELS: dict[Any, tuple[Callable[[], None], str]] = {
+# By operator: how Inductor is taught it, and the text of its kernel if it has one
+_KNOWN: dict[Any, tuple[Callable[[], None], str | None]] = {
+    onednn_linear.ONEDNN_LINEAR: (onednn_linear.register, None),
     row_kernel.ROW_LINEAR: (row_kernel.register, row_kernel.SOURCE + row_kernel.KERNEL),
     quantized_kernel.QUANTIZED_LINEAR: (
         quantized_kernel.register,
@@ -20,15 +23,17 @@ _KERNELS: dict[Any, tuple[Callable[[], None], str]] = {
 
 
 def kernel_options(graph_module: GraphModule) -> dict[str, Any]:
-    """The options to compile a graph with, for the sake of the kernels it calls, which Inductor
-    knows after this; none if it calls none.
+    """The options to compile a graph with, for the sake of the kernels it calls; none if it calls
+    none. Inductor knows all operators of the graph after this.
 
     Inductor finds code again by its options: the kernels' own text is among them, as metadata.
     """
     texts: dict[str, str] = {}
-    for target, (_, text) in _KERNELS.items():
-        if graph_module.graph.find_nodes(op="call_function", target=target):
-            _register(target)
+    for target, (_, text) in _KNOWN.items():
+        if not graph_module.graph.find_nodes(op="call_function", target=target):
+            continue
+        _register(target)
+        if text is not None:
             texts[target._opname] = hashlib.sha256(text.encode()).hexdigest()
     # the kernels take nothing in that follows them
     return {"epilogue_fusion": False, "aot_inductor.metadata": texts} if texts else {}
@@ -36,4 +41,4 @@ def kernel_options(graph_module: GraphModule) -> dict[str, Any]:
 
 @functools.cache
 def _register(target: Any) -> None:
-    _KERNELS[target][0]()
+    _KNOWN[target][0]()

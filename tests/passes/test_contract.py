@@ -67,6 +67,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "quantized-linear": (PASSES["quantized-linear"](), lambda: on_cpu(over_integers())),
     "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
     "linear-to-row-kernel": (PASSES["linear-to-row-kernel"](), lambda: on_cpu(several_rows())),
+    "linear-to-onednn": (PASSES["linear-to-onednn"](), lambda: on_cpu(several_rows())),
     "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),
     "inline-layers": (PASSES["inline-layers"](), step_graph),
 }

@@ -64,6 +64,7 @@ def test_so_is_what_these_passes_make_of_a_layer(name: str) -> None:
     [
         ("matvec-to-reduction", single_row),
         ("linear-to-row-kernel", several_rows),
+        ("linear-to-onednn", several_rows),
         ("attention-to-reduction", single_query),
     ],
 )

@@ -19,6 +19,7 @@ REGION = {
     "runtime/regions.py",
     "passes/base.py",
     "passes/keep_kv_writes.py",
+    "passes/linear_to_onednn.py",
     "passes/linear_to_row_kernel.py",
     "passes/matvec_to_reduction.py",
     "passes/attention_to_reduction.py",

@@ -1,0 +1,44 @@
+"""`onednn_linear` (passes/linear_to_onednn.py) in regions: a call of oneDNN from Inductor's code.
+
+The adapter around Inductor's node for that call, which it makes itself only for weights that are
+constants of the graph; nothing else in the project touches it.
+"""
+
+import functools
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..passes.linear_to_onednn import onednn_linear
+
+ONEDNN_LINEAR: Any = torch.ops.polar_fx.onednn_linear.default
+assert onednn_linear._opoverload is ONEDNN_LINEAR
+
+_PROCESSOR = Path("/proc/cpuinfo")
+
+
+@functools.cache
+def is_faster() -> bool:
+    """Whether oneDNN multiplies float32 matrices faster here than what torch takes for them: MKL,
+    on a processor that MKL does not know well.
+    """
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
+        return False
+    if platform.machine() not in ("x86_64", "AMD64") or not _PROCESSOR.exists():
+        return False
+    lines = _PROCESSOR.read_text(encoding="utf-8").splitlines()
+    makers = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
+    return bool(makers) and "GenuineIntel" not in makers
+
+
+def register() -> None:
+    """Teach Inductor the call, in this process. Imports Inductor, which takes seconds."""
+    from torch._inductor import ir
+    from torch._inductor.lowering import register_lowering  # isort: skip (mkldnn_ir needs it)
+    from torch._inductor.mkldnn_ir import LinearUnary
+
+    @register_lowering(ONEDNN_LINEAR, type_promotion_kind=None)
+    def _(x: Any, weight: Any, bias: Any = None) -> Any:
+        return ir.TensorBox.create(LinearUnary.create(x, weight, bias, "none", [], ""))
