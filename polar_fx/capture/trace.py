@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import UserError
 from torch.export.graph_signature import InputKind
 from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
@@ -25,7 +26,7 @@ from transformers import PreTrainedModel
 from ..errors import CaptureError, UnsupportedModelError
 from ..passes.base import storage, writes
 from ..passes.outline_layers import is_size
-from .captured import CapturedModel, KvSpec
+from .captured import ALIGNMENT, CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
 from .reasons import why_it_is_not_traced
 from .recurrences import replace_recurrences
@@ -101,8 +102,9 @@ def _quiet() -> Iterator[None]:
 
 
 def _export(
-    view: PreTrainedModel, stored: Stored, *, by_length: bool
+    view: PreTrainedModel, stored: Stored, *, by_length: bool, shortest: int | None = None
 ) -> torch.export.ExportedProgram:
+    """The traced view, for slots of `shortest` columns or more."""
     device = embedding_weight(view).device
     positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
     specs = stored.specs
@@ -110,7 +112,7 @@ def _export(
     batch, tokens, length = (
         torch.export.Dim("batch"),
         torch.export.Dim("tokens"),
-        torch.export.Dim("length"),
+        torch.export.Dim("length", min=shortest),
     )
     rows = {0: batch, 1: tokens}
     varies = {"kv": {0: batch, 2: length}, "state": {0: batch}}
@@ -243,7 +245,12 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     by_length = choose_frequencies_by_row(view)
     stored = probe(view, stack, depth=depth)
     try:
-        exported = _export(view, stored, by_length=by_length)
+        try:
+            exported = _export(view, stored, by_length=by_length)
+        except UserError as error:  # code may take two columns or three for a case of their own
+            if "(length)" not in str(error):
+                raise
+            exported = _export(view, stored, by_length=by_length, shortest=ALIGNMENT)
     except UnsupportedModelError:
         raise
     except Exception as error:
