@@ -44,26 +44,22 @@ def _mask(
     """Boolean mask [B, 1, T, L] from the model's own mask rule, with one position per row and
     token.
 
-    `q_offset` is what our cache answers for the query offset: the positions [B, T] themselves.
+    `q_offset` is what our cache answers for the query offset: it knows the positions [B, T].
     Where no cache was asked and nothing is hidden the mask is empty: decoders make such a one for
     the tokens of an encoder, of which there are none here; attention with it is refused.
     """
-    if mask_function is bidirectional_mask_function and not isinstance(q_offset, Tensor):
+    if mask_function is bidirectional_mask_function and not isinstance(q_offset, Past):
         return torch.empty(0, dtype=torch.bool)
-    if (
-        not isinstance(q_offset, Tensor)
-        or q_offset.dim() != 2
-        or mask_function is None
-        or kv_offset != 0
-    ):
+    if not isinstance(q_offset, Past) or mask_function is None or kv_offset != 0:
         raise CaptureError(
             "the model computes its attention mask in a way that per-row positions cannot follow"
         )
-    device = q_offset.device
+    positions = q_offset.positions
+    device = positions.device
     rows = torch.arange(batch_size, device=device)[:, None, None, None]
     heads = torch.zeros(1, dtype=torch.long, device=device)[None, :, None, None]
     columns = torch.arange(kv_length, device=device)[None, None, None, :]
-    mask = mask_function(rows, heads, q_offset[:, None, :, None], columns)
+    mask = mask_function(rows, heads, positions[:, None, :, None], columns)
     return mask.expand(batch_size, -1, q_length, kv_length)
 
 
@@ -176,8 +172,8 @@ class _TracingCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> Past:
         return Past(self.places, self.limit)
 
-    def get_query_offset(self, layer_idx: int = 0) -> Any:
-        return self.positions
+    def get_query_offset(self, layer_idx: int = 0) -> Past:
+        return Past(self.positions, self.limit)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[Any, int]:
         return self.length, 0

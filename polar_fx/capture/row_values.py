@@ -91,9 +91,10 @@ class RowValues:
     def view(self, *sizes: Any) -> "Tensor | RowValues":
         """Rows take the first axis if its size is one."""
         first, *rest = sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes
+        rows = self.value.shape[0]
         if rest and isinstance(first, int) and first == 1:
-            return self.value.reshape(-1, *rest)
-        return RowValues(self.value.reshape(self.value.shape[0], first, *rest))
+            return self.value.reshape(rows, *rest)
+        return RowValues(self.value.reshape(rows, first, *rest))
 
     reshape = view
 
@@ -157,6 +158,8 @@ def _operator(name: str) -> Callable[..., Any]:
     return method
 
 
-_ARITHMETIC = "add radd sub rsub mul rmul truediv rtruediv floordiv pow neg lt le gt ge"
+_ARITHMETIC = (
+    "add radd sub rsub mul rmul truediv rtruediv floordiv pow neg lt le gt ge and or invert"
+)
 for _name in _ARITHMETIC.split():
     setattr(RowValues, f"__{_name}__", _operator(f"__{_name}__"))

@@ -102,17 +102,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _export(
-    view: PreTrainedModel, stored: Stored, *, by_length: bool, shortest: int | None = None
+    view: PreTrainedModel, stored: Stored, *, by_length: bool, sizes: dict[str, Any]
 ) -> torch.export.ExportedProgram:
-    """The traced view, for slots of `shortest` columns or more."""
+    """The traced view; `sizes` has the least or the most columns of slots, or tokens of a call, as
+    arguments of `Dim`, where it is not for any number.
+    """
     device = embedding_weight(view).device
     positions = torch.arange(_T, device=device) + torch.arange(_B, device=device)[:, None]
     specs = stored.specs
     slots = [part for spec in specs for part in spec.slot(_B, length=_L, device=device)]
     batch, tokens, length = (
         torch.export.Dim("batch"),
-        torch.export.Dim("tokens"),
-        torch.export.Dim("length", min=shortest),
+        torch.export.Dim("tokens", **sizes.get("tokens", {})),
+        torch.export.Dim("length", **sizes.get("length", {})),
     )
     rows = {0: batch, 1: tokens}
     varies = {"kv": {0: batch, 2: length}, "state": {0: batch}}
@@ -130,6 +132,24 @@ def _export(
             # fulfil them
             prefer_deferred_runtime_asserts_over_guards=True,
         )
+
+
+def _export_in_bounds(
+    view: PreTrainedModel, stored: Stored, *, by_length: bool
+) -> torch.export.ExportedProgram:
+    """The view traced for any sizes; if its code takes some for a case of their own, for those that
+    there are: slots are no shorter than `ALIGNMENT`, and a row is no longer than it may be.
+    """
+    sizes: dict[str, Any] = {}
+    while True:
+        try:
+            return _export(view, stored, by_length=by_length, sizes=sizes)
+        except UserError as error:
+            bounds = {"length": {"min": ALIGNMENT}, "tokens": {"max": position_limit(view)}}
+            named = [n for n in bounds if f"({n})" in str(error).partition("\n")[0]]
+            if not named or sizes.keys() >= {*named}:
+                raise
+            sizes = {**sizes, **{name: bounds[name] for name in named}}
 
 
 def _flatten(
@@ -245,12 +265,7 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     by_length = choose_frequencies_by_row(view)
     stored = probe(view, stack, depth=depth)
     try:
-        try:
-            exported = _export(view, stored, by_length=by_length)
-        except UserError as error:  # code may take two columns or three for a case of their own
-            if "(length)" not in str(error):
-                raise
-            exported = _export(view, stored, by_length=by_length, shortest=ALIGNMENT)
+        exported = _export_in_bounds(view, stored, by_length=by_length)
     except UnsupportedModelError:
         raise
     except Exception as error:

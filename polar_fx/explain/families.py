@@ -83,7 +83,7 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "n_input_layers n_output_layers n_group topk_group first_k_dense_replace "
         "num_shared_experts n_shared_experts pretraining_tp num_dense_layers indexer_kv_heads",
     ),
-    (100, "vocab_size vocab_size_per_layer_input"),
+    (100, "vocab_size vocab_size_per_layer_input encoder_hash_byte_group_vocab"),
     (
         256,
         "max_position_embeddings n_positions max_seq_len max_sequence_length n_ctx seq_length "
@@ -218,7 +218,7 @@ def _asked_for(error: Exception, config: PreTrainedConfig) -> list[_Asked]:
     if isinstance(error, AttributeError) and isinstance(error.obj, PreTrainedConfig):
         return [_Asked(n, v, type(error.obj)) for n, v in _ROPE.items() if n == error.name]
     if isinstance(error, KeyError) and error.args[0] in kinds:
-        return [_Asked("rope_parameters", {kind: _ROPE for kind in kinds}, type(config))]
+        return [_Asked("rope_parameters", dict.fromkeys(kinds, _ROPE), type(config))]
     if said := re.search(r"(\w+) must be (\d+)", str(error)):
         return [_Asked(said[1], int(said[2]))]
     return []

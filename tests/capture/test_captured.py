@@ -108,6 +108,30 @@ def test_one_graph_for_every_shape(batch: int, tokens: int, length: int) -> None
         torch.testing.assert_close(got, t.model(ids).logits, rtol=0, atol=1e-4)
 
 
+class Long(torch.nn.Module):
+    """A norm that treats more tokens than `most` in another way."""
+
+    def __init__(self, inner: torch.nn.Module, most: int) -> None:
+        super().__init__()
+        self.inner, self.most = inner, most
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x if x.shape[1] <= self.most else 2 * x)
+
+
+def test_sizes_that_no_call_has_may_be_a_case_of_their_own() -> None:
+    """More tokens than a row may have; slots that are shorter than any."""
+    model = make("llama", num_hidden_layers=1)
+    norm = model.model.norm
+    model.model.norm = Long(norm, 256)
+    assert _worst(model, capture(model)) < 1e-4
+    model.model.norm = Long(norm, 255)
+    with pytest.raises(CaptureError, match="its code fixes the number of rows, tokens or KV"):
+        capture(model)
+    doge = make("doge", num_hidden_layers=1, head_dim=8, keep_window_size=8)
+    assert _worst(doge, capture(doge)) < 1e-4
+
+
 # --------------------------------------------------------------------------- the state of the model
 
 
