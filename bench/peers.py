@@ -62,12 +62,13 @@ class Contender:
     model: str
     python: str = sys.executable
     tool: str = ""
+    weights: str = ""  # their precision, where it is another one
 
     @property
     def name(self) -> str:
         """As the results have it."""
         shown = _GGUF[self.dtype] if self.kind == "llama.cpp" else self.dtype
-        return f"{self.kind}, {shown}"
+        return f"{self.kind}, {shown}" + (f" (weights {self.weights})" if self.weights else "")
 
 
 @dataclass
@@ -194,7 +195,7 @@ def contender_of(
             return None
         # its reader takes no other GGUF files; it computes in the precision that is asked for
         model = gguf(folder, options.llama_cpp, dtype="float16")
-        return Contender(kind, dtype, str(model), python)
+        return Contender(kind, dtype, str(model), python, weights="float16")
     tool = options.llama_cpp / "build" / "bin" / "llama-batched-bench"
     return Contender(kind, dtype, str(gguf(folder, options.llama_cpp, dtype=dtype)), tool=str(tool))
 

@@ -6,6 +6,7 @@ B rows, T tokens of each prompt, N new tokens.
 """
 
 import importlib
+import itertools
 import json
 import os
 import random
@@ -23,16 +24,22 @@ Generate = Callable[[list[list[int]], int], object]
 _SHORT, _LONG = 1, 33  # new tokens of the two calls whose difference is decoding
 
 
+_calls = itertools.count()
+
+
 def prompts_of(rows: int, tokens: int) -> list[list[int]]:
-    """Random token ids, the same for every contender."""
-    pick = random.Random(1000 * rows + tokens)
+    """Random token ids, the same for every contender's nth call, and other ones at each call: some
+    find the keys and values of an earlier prompt again.
+    """
+    pick = random.Random(next(_calls))
     return [pick.choices(range(1000, 40000), k=tokens) for _ in range(rows)]
 
 
 def by_generating(generate: Generate, *, rows: int, tokens: int) -> dict[str, float]:
     """Milliseconds of a call for one new token, and of each further one of a longer call."""
-    prompts, taken = prompts_of(rows, tokens), dict[int, float]()
+    taken: dict[int, float] = {}
     for new in (_SHORT, _LONG):
+        prompts = prompts_of(rows, tokens)
         start = time.perf_counter()
         generate(prompts, new)
         taken[new] = 1e3 * (time.perf_counter() - start)
