@@ -2,7 +2,9 @@
 that reads those weights at their own size.
 
 Left as they are traced, the weight is made into floats, which are written to memory and read again:
-more bytes than a weight that was never quantized.
+more bytes than a weight that was never quantized. Layers over the same input, such as those that
+make queries, keys and values, become one call: starting a parallel loop takes a share of one row's
+token.
 
 Shape legend: N rows of a weight, K their size, G groups of 32 numbers in a row.
 """
@@ -40,17 +42,33 @@ def dequantize(weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Ten
 
 @torch.library.custom_op("polar_fx::quantized_linear", mutates_args=())
 def quantized_linear(
-    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor],
 ) -> Tensor:
-    """x [..., K] times the rows of what `dequantize` makes of the weight, plus bias [N]: [..., N]
-    in the dtype of x, one of `DTYPES`. Raises what `torch.nn.functional.linear` raises.
+    """x [..., K] times the rows of what `dequantize` makes of each weight, plus its bias [N], side
+    by side: [..., sum of N] in the dtype of x, one of `DTYPES`. There are no zeros for int8
+    weights, and a bias for each weight or for none. Raises what `torch.nn.functional.linear`
+    raises.
     """
-    return torch.nn.functional.linear(x, dequantize(weight, scale, zero).to(x.dtype), bias)
+    parts: list[Tensor] = []
+    for i, weight in enumerate(weights):
+        made = dequantize(weight, scales[i], zeros[i] if zeros else None).to(x.dtype)
+        parts.append(torch.nn.functional.linear(x, made, biases[i] if biases else None))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 @cast(Any, quantized_linear).register_fake
-def _(x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, bias: Tensor | None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    zeros: Sequence[Tensor],
+    biases: Sequence[Tensor],
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
 
 
 @dataclass(frozen=True)
@@ -66,12 +84,19 @@ class _Found:
     def nodes(self) -> tuple[Node | None, ...]:
         return self.x, self.weight, self.scale, self.zero, self.bias
 
+    def alike(self) -> tuple[Any, ...]:
+        """The same for linears that one call can make together, where the first of them is."""
+        others = [node for node in self.nodes()[1:] if node is not None]
+        alone = None if all(map(_is_operand, others)) else self
+        dtype = self.scale.meta["val"].dtype
+        return self.x, self.zero is None, self.bias is None, dtype, alone
+
 
 @dataclass(frozen=True)
 class QuantizedLinear(Pass):
-    """Rewrite linear(x, dequantize(weight, scale, zero), bias) on the CPU as `quantized_linear`;
-    and what torchao's int8 weight-only tensors are traced as, a product with the integers that is
-    scaled after it.
+    """Rewrite linear(x, dequantize(weight, scale, zero), bias) on the CPU as `quantized_linear`,
+    those of the same x as one call; and what torchao's int8 weight-only tensors are traced as, a
+    product with the integers that is scaled after it.
     """
 
     name: ClassVar[str] = "quantized-linear"
@@ -81,21 +106,39 @@ class QuantizedLinear(Pass):
         if not any(map(_find, gm.graph.nodes)):
             return PassResult(gm, False)
         new, graph = copy_graph_module(gm)
-        count = 0
-        for node in list(graph.nodes):
-            linear = _find(node)
-            if linear is None:
-                continue
-            with graph.inserting_before(node):
-                call = Caller(graph, node)
-                x, *others = linear.nodes()
-                assert x is not None
-                target = torch.ops.polar_fx.quantized_linear.default
-                node.replace_all_uses_with(call(target, call.dense(x), *others))
-            _erase(graph, node)
-            count += 1
+        groups: dict[tuple[Any, ...], list[Node]] = {}
+        for node in graph.nodes:
+            if (linear := _find(node)) is not None:
+                groups.setdefault(linear.alike(), []).append(node)
+        for nodes in groups.values():
+            _rewrite(graph, nodes)
         new.recompile()
-        return PassResult(new, True, {"linears rewritten": count})
+        counts: dict[str, int | str] = {
+            "linears rewritten": sum(map(len, groups.values())),
+            "calls": len(groups),
+        }
+        return PassResult(new, True, counts)
+
+
+def _rewrite(graph: Graph, nodes: Sequence[Node]) -> None:
+    """Replace linears by one call, where the first of them is."""
+    # found anew: what they are over may have been rewritten since
+    linears = [linear for linear in map(_find, nodes) if linear is not None]
+    with graph.inserting_before(nodes[0]):
+        call = Caller(graph, nodes[0])
+        operands: list[list[Node]] = []
+        for column in zip(*(linear.nodes()[1:] for linear in linears), strict=True):
+            operands.append([node for node in column if node is not None])
+        target = torch.ops.polar_fx.quantized_linear.default
+        result = call(target, call.dense(linears[0].x), *operands)
+        end, parts = 0, list[Node]()
+        for linear in linears:
+            start, end = end, end + linear.weight.meta["val"].shape[0]
+            whole = len(linears) == 1
+            parts.append(result if whole else call(aten.slice.Tensor, result, -1, start, end))
+    for node, part in zip(nodes, parts, strict=True):
+        node.replace_all_uses_with(part)
+        _erase(graph, node)
 
 
 def _erase(graph: Graph, node: Node) -> None:

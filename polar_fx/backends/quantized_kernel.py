@@ -3,6 +3,7 @@ into a region like its own. What it shares with the kernel for weights in floats
 row_kernel.py.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,45 +17,65 @@ QUANTIZED_LINEAR: Any = torch.ops.polar_fx.quantized_linear.default
 assert quantized_linear._opoverload is QUANTIZED_LINEAR
 
 KERNEL = r"""
-extern "C" {{kernel.def_kernel(
-    inputs={"x": x, "w": w, "scale": scale, "zero": zero, "bias": bias}, outputs={"y": y}
-)}}
+extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
 {
     using T = {{kernel.dtype(x)}};
-    using W = polar_fx::{{"Bytes" if zero is none else "Nibbles"}};
+    using S = {{kernel.dtype(scales[0])}};
+    using W = polar_fx::{{"Nibbles" if zeros else "Bytes"}};
     int64_t M = 1;
     {%- for axis in axes %}
     M *= {{kernel.size(x, axis)}};
     {%- endfor %}
-    const int64_t N = {{kernel.size(w, 0)}}, K = {{kernel.size(x, -1)}};
-    const auto* weight = (const W::Data*)w;
-    const polar_fx::Scales<{{kernel.dtype(scale)}}> of{
-        scale, {{"nullptr" if zero is none else "zero"}}, {{groups}}
+    const int64_t K = {{kernel.size(x, -1)}};
+    int64_t total = 0, groups = 0;
+    const auto weight_of = [&](
+        const auto* data, const S* scale, const S* zero, const T* bias, int64_t N
+    ) {
+        const int64_t first = total;
+        total += N;
+        groups += polar_fx::groups_of_rows(N);
+        return polar_fx::Weight<W::Data, S, T>{
+            (const W::Data*)data, {scale, zero, {{groups}}}, bias, N, first
+        };
     };
-    const T* added = {{"nullptr" if bias is none else "bias"}};
+    const polar_fx::Weight<W::Data, S, T> weights[] = {
+        {%- for w in weights %}
+        weight_of(
+            w{{loop.index0}}, scale{{loop.index0}},
+            {{"zero%d" % loop.index0 if zeros else "nullptr"}},
+            {{"bias%d" % loop.index0 if biases else "nullptr"}},
+            {{kernel.size(w, 0)}}
+        ),
+        {%- endfor %}
+    };
     if (M > polar_fx::Step<T>::most) {
         const int64_t most = std::max<int64_t>(1, polar_fx::NUMBERS_AT_A_TIME / K);
-        std::unique_ptr<T[]> made(new T[std::min(most, N) * K]);
-        for (int64_t first = 0; first < N; first += most) {
-            const int64_t count = std::min(most, N - first);
-            {%- if threads > 1 %}
-            #pragma omp parallel for num_threads({{threads}}) schedule(static)
-            {%- endif %}
-            for (int64_t n = 0; n < count; ++n) {
-                polar_fx::as_floats<W>(made.get() + n * K, weight, of, first + n, K);
+        std::unique_ptr<T[]> made(new T[std::min(most, total) * K]);
+        for (const auto& weight : weights) {
+            for (int64_t first = 0; first < weight.N; first += most) {
+                const int64_t count = std::min(most, weight.N - first);
+                {%- if threads > 1 %}
+                #pragma omp parallel for num_threads({{threads}}) schedule(static)
+                {%- endif %}
+                for (int64_t n = 0; n < count; ++n) {
+                    polar_fx::as_floats<W>(
+                        made.get() + n * K, weight.data, weight.of, first + n, K
+                    );
+                }
+                const T* added = weight.bias == nullptr ? nullptr : weight.bias + first;
+                polar_fx::by_library(
+                    x, made.get(), added, y + weight.first + first, M, count, K, total
+                );
             }
-            polar_fx::by_library(
-                x, made.get(), added == nullptr ? added : added + first, y + first, M, count, K, N
-            );
         }
         return;
     }
-    const auto given = polar_fx::given_of<W>(x, of, M, K);
+    const auto given = polar_fx::given_of<W>(x, weights[0].of, M, K);
     {%- if threads > 1 %}
     #pragma omp parallel for num_threads({{threads}}) schedule(static)
     {%- endif %}
-    for (int64_t n = 0; n < N; n += polar_fx::W_ROWS_OF_INTEGERS) {
-        polar_fx::group_of_integers<W>(n, given, weight, of, added, y, M, N, K);
+    for (int64_t g = 0; g < groups; ++g) {
+        polar_fx::group_of_integers<W>(g, given, weights, y, total, M, K);
     }
 }
 """
@@ -68,42 +89,48 @@ def register() -> None:
     from torch._inductor.utils import parallel_num_threads
 
     class Template(CppTemplate):
-        """`quantized_linear` as C++; `operands` are x, weight, scale, zero, bias or None each."""
+        """`quantized_linear` as C++, of so many weights, which may have zeros and biases."""
 
-        operands: Sequence[Any]
+        counts: Sequence[int]
 
         def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:  # type: ignore[override]
-            given = iter(self.input_nodes)
-            x, w, scale, zero, bias = (o and next(given) for o in self.operands)
+            x, *left = self.input_nodes
+            inputs, lists = {"x": x}, []
+            for name, count in zip(("w", "scale", "zero", "bias"), self.counts, strict=True):
+                lists.append(left[:count])
+                inputs |= {f"{name}{i}": node for i, node in enumerate(left[:count])}
+                left = left[count:]
+            weights, scales, zeros, biases = lists
             return (
                 self.header().getvalue()
                 + SHARED
                 + SOURCE
                 + self._template_from_string(KERNEL).render(
                     kernel=kernel,
+                    inputs=inputs,
                     x=x,
-                    w=w,
-                    scale=scale,
-                    zero=zero,
-                    bias=bias,
+                    weights=weights,
+                    scales=scales,
+                    zeros=zeros,
+                    biases=biases,
                     y=template_buffer_node or self.output_node,
                     axes=range(len(x.get_size()) - 1),
-                    groups=1 if zero is None else kernel.size(scale, 1),
+                    groups=kernel.size(scales[0], 1) if zeros else 1,
                     threads=self.num_threads,
                 )
             )
 
     @register_lowering(QUANTIZED_LINEAR, type_promotion_kind=None)
-    def _(x: Any, weight: Any, scale: Any, zero: Any, bias: Any) -> Any:
+    def _(x: Any, weights: Any, scales: Any, zeros: Any, biases: Any) -> Any:
         require = ir.ExternKernel.require_contiguous
+        lists = (weights, scales, zeros, biases)
         operands = [
-            o and require(ir.ExternKernel.realize_input(o)) for o in (x, weight, scale, zero, bias)
+            require(ir.ExternKernel.realize_input(o)) for o in (x, *itertools.chain(*lists))
         ]
-        size = [*x.get_size()[:-1], weight.get_size()[0]]
+        size = [*x.get_size()[:-1], sum(weight.get_size()[0] for weight in weights)]
         layout = ir.FixedLayout(
             x.get_device(), x.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
         )
-        given = [o for o in operands if o is not None]
-        template = Template("quantized_linear", given, layout, parallel_num_threads())
-        template.operands = operands
+        template = Template("quantized_linear", operands, layout, parallel_num_threads())
+        template.counts = [len(each) for each in lists]
         return template.generate().output_node()

@@ -27,6 +27,14 @@ template <typename S> struct Scales {
     int64_t groups;
 };
 
+// One of several weights over the same x: N rows, whose results begin at `first` in a row of y
+template <typename D, typename S, typename T> struct Weight {
+    const D* data;
+    Scales<S> of;
+    const T* bias;
+    int64_t N, first;
+};
+
 inline int64_t blocks_of(int64_t K) { return (K + BLOCK - 1) / BLOCK; }
 inline int64_t vectors_of(int64_t n) { return (n + Sums::size() - 1) / Sums::size(); }
 
@@ -218,11 +226,12 @@ C10_ALWAYS_INLINE void add_block(
 
 // M rows of x from m0 on, times R of the weight from n0 on. Not inline: it is compiled once for all
 // linears of a region.
-template <int M, int R, typename W, typename T, typename S>
+template <int M, int R, typename W, typename S, typename T>
 C10_NOINLINE void multiply_integers(
-    const Given& x, int64_t m0, const typename W::Data* w, const Scales<S>& of, const T* bias,
-    T* y, int64_t n0, int64_t N, int64_t K, int64_t ahead
+    const Given& x, int64_t m0, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
+    int64_t n0, int64_t K, int64_t ahead
 ) {
+    const auto& of = weight.of;
     Sums sums[M][R];
     #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -230,7 +239,7 @@ C10_NOINLINE void multiply_integers(
         for (int r = 0; r < R; ++r) sums[m][r] = Sums(0);
     }
     const int64_t w_step = W::row_bytes(K), x_step = x.size + x.groups;
-    const typename W::Data* rows = w + n0 * w_step;
+    const typename W::Data* rows = weight.data + n0 * w_step;
     const S* scale = of.scale + n0 * of.groups;
     const float* given = x.row(m0);
     if (W::grouped && ahead > 0) {
@@ -270,47 +279,54 @@ C10_NOINLINE void multiply_integers(
         for (int r = 0; r < R; ++r) {
             float result = total(sums[m][r]);
             if constexpr (!W::grouped) result *= float(of.scale[n0 + r]);
-            if (bias != nullptr) result += float(bias[n0 + r]);
-            y[(m0 + m) * N + n0 + r] = result;
+            if (weight.bias != nullptr) result += float(weight.bias[n0 + r]);
+            y[(m0 + m) * stride + weight.first + n0 + r] = result;
         }
     }
 }
 
 // R rows of the weight from n0 on, read from memory once, with all M rows of x
-template <int R, typename W, typename T, typename S>
+template <int R, typename W, typename S, typename T>
 inline void rows_of_integers(
-    const Given& x, const typename W::Data* w, const Scales<S>& of, const T* bias, T* y,
-    int64_t n0, int64_t M, int64_t N, int64_t K, int64_t ahead
+    const Given& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride, int64_t n0,
+    int64_t M, int64_t K, int64_t ahead
 ) {
     int64_t m = 0;
     for (; m + X_ROWS <= M; m += X_ROWS) {
-        multiply_integers<X_ROWS, R, W>(x, m, w, of, bias, y, n0, N, K, m == 0 ? ahead : 0);
+        multiply_integers<X_ROWS, R, W>(x, m, weight, y, stride, n0, K, m == 0 ? ahead : 0);
     }
     if (X_ROWS > 4 && m + 4 <= M) {
-        multiply_integers<4, R, W>(x, m, w, of, bias, y, n0, N, K, m == 0 ? ahead : 0);
+        multiply_integers<4, R, W>(x, m, weight, y, stride, n0, K, m == 0 ? ahead : 0);
         m += 4;
     }
     if (m + 2 <= M) {
-        multiply_integers<2, R, W>(x, m, w, of, bias, y, n0, N, K, m == 0 ? ahead : 0);
+        multiply_integers<2, R, W>(x, m, weight, y, stride, n0, K, m == 0 ? ahead : 0);
         m += 2;
     }
-    if (m < M) multiply_integers<1, R, W>(x, m, w, of, bias, y, n0, N, K, m == 0 ? ahead : 0);
+    if (m < M) multiply_integers<1, R, W>(x, m, weight, y, stride, n0, K, m == 0 ? ahead : 0);
 }
 
-// Weight rows from n0 on, W_ROWS_OF_INTEGERS at a time
-template <typename W, typename T, typename S>
+inline int64_t groups_of_rows(int64_t N) {
+    return (N + W_ROWS_OF_INTEGERS - 1) / W_ROWS_OF_INTEGERS;
+}
+
+// Group number g of the rows of all weights, W_ROWS_OF_INTEGERS at a time
+template <typename W, typename S, typename T>
 inline void group_of_integers(
-    int64_t n0, const Given& x, const typename W::Data* w, const Scales<S>& of, const T* bias,
-    T* y, int64_t M, int64_t N, int64_t K
+    int64_t g, const Given& x, const Weight<typename W::Data, S, T>* weights, T* y, int64_t stride,
+    int64_t M, int64_t K
 ) {
+    for (; g >= groups_of_rows(weights->N); ++weights) g -= groups_of_rows(weights->N);
+    const auto& weight = *weights;
+    const int64_t n0 = g * W_ROWS_OF_INTEGERS, N = weight.N;
     constexpr int R = W_ROWS_OF_INTEGERS;
     const int64_t bytes = R * W::row_bytes(K);
     const int64_t ahead = (AHEAD + bytes - 1) / bytes * bytes;
     if (n0 + R <= N) {
-        rows_of_integers<R, W>(x, w, of, bias, y, n0, M, N, K, ahead);
+        rows_of_integers<R, W>(x, weight, y, stride, n0, M, K, ahead);
         return;
     }
-    for (int64_t n = n0; n < N; ++n) rows_of_integers<1, W>(x, w, of, bias, y, n, M, N, K, 0);
+    for (int64_t n = n0; n < N; ++n) rows_of_integers<1, W>(x, weight, y, stride, n, M, K, 0);
 }
 
 // Two vectors of floats as numbers of type T

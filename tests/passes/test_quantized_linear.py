@@ -33,6 +33,29 @@ def test_what_dequantize_traces_becomes_one_operator_for_any_rows(way: str) -> N
     assert torch.equal(result.graph_module(more, *parts)[0], linear(more, dequantize(*parts)))
 
 
+class _Three(torch.nn.Module):
+    """Two linears over x, and one over what the first of them gives."""
+
+    def forward(self, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+        size = len(parts) // 3
+        first, second, third = (parts[i * size : (i + 1) * size] for i in range(3))
+        a, b = linear(x, dequantize(*first)), linear(x, dequantize(*second))
+        return a, b, linear(a, dequantize(*third))
+
+
+@pytest.mark.parametrize("way", ["int8", "int4"])
+def test_linears_over_the_same_become_one_call(way: str) -> None:
+    torch.manual_seed(0)
+    x, sizes = torch.randn(3, 1, 64), ((32, 64), (5, 64), (7, 32))
+    parts = [part for size in sizes for part in integers_of(torch.randn(size), way)]
+    operands = [x, *parts]
+    gm = graph_of(specialize(_Three(), operands, dynamic=[{}] * len(operands)))
+    result = QuantizedLinear().run(gm)
+    assert result.counts == {"linears rewritten": 3, "calls": 2}
+    for got, want in zip(result.graph_module(x, *parts), _Three()(x, *parts), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_linears_elsewhere_or_of_other_dtypes_stay() -> None:
     assert not QuantizedLinear().run(over_integers()).modified, "on meta, not the CPU"
     assert not QuantizedLinear().run(on_cpu(over_integers(torch.float16))).modified
