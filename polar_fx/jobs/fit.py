@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 Preset = Literal["quick", "full"]
 _PROBED = 2  # questions that tell how long all will take
+_MOST_PROBES = 4
+_ALIKE = 1.5  # a probe that is not faster than the one before it by this compiled nothing
 _TASKS = ("addition", "subtraction", "multiplication", "word-problems", "sequences")
 
 
@@ -224,11 +226,16 @@ def _search_job(job: FitJob, asked: Asked, *, size: FitSize, out: Path) -> searc
 
 
 def _evaluations_per_second(job: FitJob, asked: Asked) -> float:
-    """Of a short search, whose records are not kept, after one that compiles what it needs."""
+    """Of a short search, whose records are not kept. It is repeated until it compiles no more,
+    which one search may leave to the next.
+    """
     size, asked = replace(PRESETS[job.preset], simulations=32), replace(asked, count=_PROBED)
     rate = 0.0
-    for _ in range(2):
+    for _ in range(_MOST_PROBES):
+        before = rate
         with tempfile.TemporaryDirectory() as folder:
             probed = _search_job(job, asked, size=size, out=Path(folder) / "probe.jsonl")
             rate = search.run(replace(probed, workers=1)).evaluations_per_second
+        if rate < _ALIKE * before:
+            break
     return rate
