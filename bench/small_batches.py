@@ -1,8 +1,9 @@
-"""Decoding of several rows at a time: HF eager, polar_fx, and polar_fx without its kernel for a few
-rows (linear-to-row-kernel), which is how it was before.
+"""Decoding of several rows at a time: HF eager, polar_fx, and polar_fx as it was before one of the
+things that make it faster: its kernel for a few rows, huge pages, or oneDNN for float32 prompts.
 
     python bench/small_batches.py                     # SmolLM2-135M-Instruct, fp32
-    python bench/small_batches.py --dtype bfloat16
+    python bench/small_batches.py --dtype bfloat16 --without pages
+    python bench/small_batches.py --without onednn --rows 1 --prompt-tokens 512
     python bench/small_batches.py --rows 1 8 --rounds 4 --tokens 6  # a quick look
     python bench/small_batches.py --threads 1 --in-process --prompt-tokens 1  # on a busy machine
 
@@ -22,22 +23,33 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
+from transformers import PreTrainedModel
 
 import polar_fx
 from contenders import Contender, HfEager, Ours
 from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, write, write_json
+from polar_fx import huge_pages
 from polar_fx.backends import AotInductorBackend, InductorBackend
 from polar_fx.backends.inductor import REGION_PASSES
+from polar_fx.passes.base import Pass
+from polar_fx.passes.linear_to_onednn import LinearToOneDnn
 from polar_fx.passes.linear_to_row_kernel import LinearToRowKernel
 from polar_fx.store import ArtifactStore
 
 CPU = torch.device("cpu")
-AFTER, BEFORE, HF = "polar_fx", "without the kernel for a few rows", "HF eager"
+AFTER, BEFORE, HF = "polar_fx", "before", "HF eager"
+# What is left out before: a pass, or None for pages
+WITHOUT: dict[str, type[Pass] | None] = {
+    "kernel": LinearToRowKernel,
+    "onednn": LinearToOneDnn,
+    "pages": None,
+}
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -116,7 +128,8 @@ def table(report: dict[str, Any]) -> str:
     """The report as Markdown."""
     about = report["machine"]
     lines = [
-        f"{report['model']}, {report['dtype']}, prompts of {report['prompt_tokens']} tokens; "
+        f"{report['model']}, {report['dtype']}, before: {report['before']}; prompts of "
+        f"{report['prompt_tokens']} tokens; "
         f"{about['cpu']}, {about['threads']} threads, {report['clock']}, torch "
         f"{about['torch']}, commit {about['commit']}; {report['rounds']} interleaved "
         "rounds, medians [quartiles]. Load of "
@@ -182,17 +195,28 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
         torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]
     model, _ = polar_fx.load(options.model, dtype=getattr(torch, options.dtype))
-    before = [p for p in REGION_PASSES if not isinstance(p, LinearToRowKernel)]
-    contenders: dict[str, Contender] = {HF: HfEager(model)}
     backend = InductorBackend if options.in_process else AotInductorBackend
-    for name, passes in ((BEFORE, before), (AFTER, REGION_PASSES)):
-        compiled = polar_fx.compile(model, backend(passes=passes), cache=store, check=False)
-        contenders[name] = Ours(compiled, name, program=compiled.default_program)
+    left_out = WITHOUT[options.without]
+    before = [p for p in REGION_PASSES if left_out is None or not isinstance(p, left_out)]
+
+    def ours(name: str, of: PreTrainedModel, *, passes: Sequence[Pass]) -> Contender:
+        compiled = polar_fx.compile(of, backend(passes=passes), cache=store, check=False)
+        return Ours(compiled, name, program=compiled.default_program)
+
+    contenders: dict[str, Contender] = {HF: HfEager(model)}
+    if left_out is None:
+        with mock.patch.object(huge_pages, "page_size", return_value=None):
+            contenders[BEFORE] = ours(BEFORE, model, passes=before)
+        model, _ = polar_fx.load(options.model, dtype=getattr(torch, options.dtype))
+    else:
+        contenders[BEFORE] = ours(BEFORE, model, passes=before)
+    contenders[AFTER] = ours(AFTER, model, passes=REGION_PASSES)
     prompts, samples = measured(contenders, options)
     report = {
         "benchmark": "small_batches",
         "model": options.model or polar_fx.models.DEFAULT_NAME,
         "dtype": options.dtype,
+        "before": f"without {options.without}",
         "machine": machine(CPU),
         "backend": backend.name,
         "clock": "CPU time" if torch.get_num_threads() == 1 else "by the clock",
@@ -204,7 +228,8 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
         "max_difference_to_hf": differences(contenders, prompts),
         "contenders": rows_of(samples),
     }
-    output = options.output or RESULTS / f"small-batches-cpu-{options.dtype}.json"
+    what = "small-batches" if options.without == "kernel" else f"without-{options.without}"
+    output = options.output or RESULTS / f"{what}-cpu-{options.dtype}.json"
     write_report(output, report, table=table(report))
 
 
@@ -214,6 +239,7 @@ def main() -> None:
     )
     add_arguments(parser, tokens=12)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--without", choices=tuple(WITHOUT), default="kernel")
     parser.add_argument(
         "--in-process",
         action="store_true",
