@@ -19,7 +19,7 @@ FAST := evaluation/answers evaluation/choices evaluation/page evaluation/polar/d
 	questions/loaders questions/tasks search/formats search/lockstep search/mcts search/methods \
 	search/records stats/arms stats/calibration stats/figures stats/intervals stats/paired stats/tables
 
-.PHONY: help setup demo check lint types test fast bench docs predictor fuzz matrix clean
+.PHONY: help setup demo check lint types test fast bench docs package predictor fuzz matrix clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
@@ -73,6 +73,20 @@ docs: ## Build the documentation site into build/site, with warnings as errors
 	$(DOCS)/bin/pip install --quiet --upgrade pip $(shell $(PYTHON) -c "import tomllib; print(' '.join(repr(r) for r in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['docs']))")
 	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
 	@echo build/site/index.html
+
+# The wheel is built from the sdist, and installed with what it asks for into an environment without the checkout.
+package: ## Build wheel and sdist into build/dist, check them, and install the wheel into a clean environment
+	rm -rf build/dist build/clean
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/pip install --quiet --upgrade pip build twine
+	build/clean/bin/python -m build --outdir build/dist . > build/package.txt
+	build/clean/bin/twine check --strict build/dist/*
+	rm -rf build/clean
+	$(PYTHON) -m venv build/clean
+	$(if $(TORCH_INDEX),build/clean/bin/pip install --quiet --index-url $(TORCH_INDEX) "$(TORCH)")
+	build/clean/bin/pip install --quiet build/dist/*.whl
+	cd build && clean/bin/polar-fx --help > help.txt && clean/bin/polar-fx env
+	cd build && clean/bin/python -c "import polar_fx; from polar_fx.passes import PASSES; print(polar_fx.compile, len(PASSES), 'passes')"
 
 predictor: setup ## Make the predictor in the box anew, from train questions to its test: half an hour of two cores
 	OMP_NUM_THREADS=1 $(BIN)/python bench/default_predictor.py

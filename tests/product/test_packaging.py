@@ -1,13 +1,25 @@
-"""The wheel holds each file once, and works away from the checkout; imports stay light."""
+"""The wheel holds each file once, and works away from the checkout; imports stay light. What a
+release needs fits together: versions, classifiers, workflow, image.
+"""
 
+import json
+import re
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
+import version_check
 from places import ROOT
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+WORKFLOW = ROOT / ".github" / "workflows" / "release.yml"
+DOCKERFILE = (ROOT / "docs" / "examples" / "Dockerfile").read_text(encoding="utf-8")
 
 
 def _python(code: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -16,20 +28,16 @@ def _python(code: str, *flags: str, cwd: Path = ROOT) -> subprocess.CompletedPro
     )
 
 
+def _built(kind: str, source: Path, *, out: Path) -> Path:
+    """What setuptools makes of a source folder: an sdist or a wheel."""
+    code = f"from setuptools import build_meta as m; print(m.build_{kind}({str(out)!r}))"
+    done = _python(code, cwd=source)
+    assert done.returncode == 0, done.stderr
+    return out / done.stdout.splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--wheel-dir",
-        str(out),
-    ]
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # from a copy: building leaves files in the source folder
     copy = tmp_path_factory.mktemp("source") / "polar_fx"
     files = subprocess.run(
@@ -42,9 +50,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             target.symlink_to(source.readlink())
         elif source.exists():
             target.write_bytes(source.read_bytes())
-    done = subprocess.run([*command, str(copy)], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return next(out.glob("*.whl"))
+    return _built("sdist", copy, out=tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As a release has it: of what the sdist holds."""
+    place = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place, filter="data")
+    (source,) = place.iterdir()
+    return _built("wheel", source, out=tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_holds_every_module_once(wheel: Path) -> None:
@@ -118,3 +134,39 @@ def test_public_names_load_and_compile_is_the_function() -> None:
     result = _python(code)
     assert result.returncode == 0, result.stderr
     assert "no attribute 'compil'" in _python("import polar_fx; polar_fx.compil").stderr
+
+
+def test_versions_agree_and_a_tag_is_held_against_them() -> None:
+    assert version_check.problems() == []
+    version = PROJECT["version"]
+    assert any("the tag is 'v9.9'" in line for line in version_check.problems("v9.9"))
+    told = [line for line in version_check.problems(f"v{version}") if "CHANGELOG" not in line]
+    assert told == []
+
+
+def test_classifiers_are_what_was_tried() -> None:
+    tried = json.loads((ROOT / "bench" / "results" / "versions-cpu.json").read_text())["pairs"]
+    pythons = {".".join(pair["python"].split(".")[:2]) for pair in tried}
+    named = re.findall(r"Python :: (3\.\d+)", "\n".join(PROJECT["classifiers"]))
+    assert set(named) == pythons
+
+
+def test_the_release_workflow_runs_targets_that_are_there() -> None:
+    jobs = yaml.safe_load(WORKFLOW.read_text(encoding="utf-8"))["jobs"]
+    commands = [step["run"] for step in jobs["build"]["steps"] if "run" in step]
+    targets = {target for line in commands for target in re.findall(r"make (\w+)", line)}
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert targets == {"check", "docs", "package"}
+    assert all(f"\n{target}: " in makefile for target in targets)
+    assert any("version_check.py" in line for line in commands)
+    publish = jobs["publish"]
+    assert publish["needs"] == "build" and publish["permissions"] == {"id-token": "write"}
+
+
+def test_the_image_copies_what_is_there() -> None:
+    copied = re.findall(r"^COPY (.+) \S+$", DOCKERFILE, flags=re.MULTILINE)
+    names = [name for line in copied for name in line.split()]
+    assert {"pyproject.toml", "README.md", "LICENSE", "polar_fx", "passes"} == set(names)
+    assert all((ROOT / name).exists() for name in names)
+    torch = re.search(r"^TORCH \?= (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    assert torch and f"ARG TORCH={torch[1]}" in DOCKERFILE

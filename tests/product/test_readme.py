@@ -1,10 +1,12 @@
 """Every Python block of the README runs, in order, in one namespace, and prints what the text block
-after it shows; commands print what stands under them.
+after it shows; commands print what stands under them. So does the notebook of the examples.
 """
 
+import ast
 import contextlib
 import doctest
 import io
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -74,6 +76,40 @@ def test_the_first_numbers_are_measured() -> None:
         assert f"| {gain} {interval} |" in results
     for share in ("13.7 %", "16.7 %", "85.5 %"):
         assert share in first and share in results
+
+
+NOTEBOOK = ROOT / "docs" / "examples" / "programs.ipynb"
+
+
+def cells() -> Iterator[tuple[str, str]]:
+    """Each code cell of the notebook, and what it shows as printed."""
+    for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            streams = [out["text"] for out in cell["outputs"] if out["output_type"] == "stream"]
+            yield "".join(cell["source"]), "".join("".join(text) for text in streams)
+
+
+def run_cell(code: str, names: dict[str, Any]) -> Any:
+    """Run a cell as a notebook does; returns the value of a last line that is an expression."""
+    tree = ast.parse(code)
+    last = tree.body.pop() if isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, NOTEBOOK.name, "exec"), names)
+    if isinstance(last, ast.Expr):
+        return eval(compile(ast.Expression(last.value), NOTEBOOK.name, "eval"), names)
+    return None
+
+
+def test_the_notebook_prints_what_it_shows(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the model that the README's blocks captured."""
+    model, tokenizer = ran.names["model"], ran.names["tokenizer"]
+    monkeypatch.setattr("polar_fx.load", lambda: (model, tokenizer))
+    names, shown_last = dict[str, Any](), 0
+    for code, shown in cells():
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            value = run_cell(code, names)
+        assert same(shown, out.getvalue()), f"{code} prints\n{out.getvalue()}"
+        shown_last += hasattr(value, "_repr_html_") and "<" in value._repr_html_()
+    assert shown_last == 2, "a program and a report are shown as pictures"
 
 
 def commands() -> Iterator[tuple[str, str]]:
