@@ -170,9 +170,9 @@ def tiny_model(kind: str) -> PreTrainedModel:
 def _text_part(kind: str) -> PreTrainedConfig:
     """The usual configuration of this type, or the part of it that the causal model takes."""
     config = CONFIG_MAPPING[kind]()
-    wanted = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].config_class
+    causal: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     parts = [config, *(p for p in vars(config).values() if isinstance(p, PreTrainedConfig))]
-    return next((part for part in parts if type(part) is wanted), config)
+    return next((part for part in parts if type(part) is causal.config_class), config)
 
 
 def _running(model: PreTrainedModel) -> PreTrainedModel:
@@ -191,7 +191,7 @@ def _running(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _model(kind: str, config: PreTrainedConfig) -> PreTrainedModel:
-    made = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]]
+    made: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[kind]]
     with torch.device("meta"):
         size = sum(p.numel() for p in made._from_config(config).parameters())
     if size > _MOST_PARAMETERS:
