@@ -49,6 +49,16 @@ def log_level() -> int | None:
     return _LEVELS.get(text)
 
 
+def park_waiting_threads() -> None:
+    """Let compute threads sleep while they wait for one another, unless the user said how they do.
+
+    Else they spin, on cores that other processes would use. OpenMP reads it once, when torch is
+    loaded. What it is worth: docs/performance.md.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
 def environment_variables() -> dict[str, str]:
     """Those of polar_fx that are set."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIX)}

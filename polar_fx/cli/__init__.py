@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import argcomplete
 
+from ..environment import park_waiting_threads
 from ..errors import PolarError
 from ..output.suggestions import did_you_mean
 from .checks import check_names
@@ -88,6 +89,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    if "torch" not in sys.modules:  # which reads it when it is loaded
+        park_waiting_threads()
     parser, commands = _parser()
     argcomplete.autocomplete(parser)  # answers a shell that asks, and ends; else does nothing
     options, rest = parser.parse_known_args(argv)

@@ -6,6 +6,7 @@ the machine does falls on all of them alike. Compiling is not part of the times.
 Examples:
   python -m polar_fx bench
   python -m polar_fx bench --program identity --program "skip 3-9" --rows 1 --json
+  python -m polar_fx bench --threads 1 2             # which number of threads is faster here
   python -m polar_fx bench --model ./my-model --dtype bfloat16 --prompt-tokens 512 --rounds 9
 """
 
@@ -15,6 +16,7 @@ import platform
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ from .options import (
     warm_up,
     whole,
 )
+from .threads import BUSY, advice, load_of_others, on_threads
 from .verbosity import status, working
 
 if TYPE_CHECKING:
@@ -38,12 +41,23 @@ if TYPE_CHECKING:
     from ..compiled import CompiledModel
 
 HF = "HF eager"
-_BUSY = 0.5  # runnable threads of others, for each core, from which times are not to be trusted
 
 # Takes prompts i64[B, T] and a streamer, and generates.
 Generate = Callable[..., Any]
 # By phase, "prefill" and "decode": milliseconds, a round each.
 Samples = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """What takes its turns: steps of its program, compute threads, and whose times it is held
+    against, HuggingFace's by as many threads.
+    """
+
+    generate: Generate
+    steps: int
+    threads: int
+    beside: str
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +75,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[1, 8],
         metavar="N",
         help="rows at a time (default: 1 8)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=whole(1),
+        nargs="+",
+        metavar="N",
+        help="compute threads; several are measured in turns, each compiled for itself (default: "
+        "as many as torch takes)",
     )
     for name, default, what in (
         ("--prompt-tokens", 128, "tokens of a prompt"),
@@ -88,7 +110,10 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
             f"{options.model} is a bundle, which HuggingFace cannot run; name the model it was "
             "exported from"
         )
-    load = _load_of_others()
+    import torch
+
+    load, before = load_of_others(), torch.get_num_threads()
+    numbers = list(dict.fromkeys(options.threads or [before]))
     model, _ = load_model(options)
     needed = options.prompt_tokens + options.new_tokens - 1  # the last one is never fed back
     length = options.max_length or row_length(model, needed)
@@ -97,20 +122,54 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
             f"--max-length {length} is too short for --prompt-tokens {options.prompt_tokens} and "
             f"--new-tokens {options.new_tokens}; name at least {needed}"
         )
-    compiled = compile_model(model, options, max_length=length)
+    try:
+        contenders: dict[str, Contender] = {}
+        for number in numbers:
+            torch.set_num_threads(number)  # compiled code is for so many
+            compiled = compile_model(model, options, max_length=length)
+            name = f", {count(number, 'thread')}" if len(numbers) > 1 else ""
+            contenders |= _contenders(options, model, compiled=compiled, name=name)
+        lines = [
+            line
+            for rows in options.rows
+            for line in _measured(options, contenders, rows=rows, vocab_size=compiled.vocab_size)
+        ]
+        about = _about(options, compiled, load=load)
+    finally:
+        torch.set_num_threads(before)
+    if not options.json:
+        print("\n".join(_text(about, lines)))
+        if len(numbers) > 1:
+            print("\n" + advice(lines, HF))
+        if load is not None and load > BUSY:
+            status().print(
+                f"other processes kept {load:.1f} threads for each core busy: do not trust these "
+                "times"
+            )
+    return {**about, "results": lines}
+
+
+def _contenders(
+    options: argparse.Namespace, model: Any, *, compiled: "CompiledModel", name: str
+) -> dict[str, Contender]:
+    """HuggingFace's and each program's, by as many threads as torch has now; `name` ends theirs."""
+    import torch
+
     programs = {text: compiled.resolve(text) for text in options.program or ["identity"]}
     for rows in {min(rows, 2) for rows in options.rows}:
         warm_up(compiled, programs.values(), batch=rows)
-    contenders = {HF: _of_hf(model)}
-    steps = {HF: compiled.depth}
+    number, theirs = torch.get_num_threads(), HF + name
+    found = {theirs: Contender(on_threads(number, _of_hf(model)), compiled.depth, number, theirs)}
     for text, program in programs.items():
-        contenders[text] = _of_program(compiled, text)
-        steps[text] = program.num_steps
-    results = [
-        _measured(options, contenders, rows=rows, steps=steps, vocab_size=compiled.vocab_size)
-        for rows in options.rows
-    ]
-    about = {
+        generate = on_threads(number, _of_program(compiled, text))
+        found[text + name] = Contender(generate, program.num_steps, number, theirs)
+    return found
+
+
+def _about(
+    options: argparse.Namespace, compiled: "CompiledModel", *, load: float | None
+) -> dict[str, Any]:
+    return {
         "model": compiled.architecture,
         "layers": compiled.depth,
         "dtype": dtype_name(compiled.dtype),
@@ -121,23 +180,13 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "new_tokens": options.new_tokens,
         "rounds": options.rounds,
     }
-    lines = [line for result in results for line in result]
-    if not options.json:
-        print("\n".join(_text(about, lines)))
-        if load is not None and load > _BUSY:
-            status().print(
-                f"other processes kept {load:.1f} threads for each core busy: do not trust these "
-                "times"
-            )
-    return {**about, "results": lines}
 
 
 def _measured(
     options: argparse.Namespace,
-    contenders: Mapping[str, Generate],
+    contenders: Mapping[str, Contender],
     *,
     rows: int,
-    steps: Mapping[str, int],
     vocab_size: int,
 ) -> list[dict[str, Any]]:
     """A line for each contender, for so many rows of drawn tokens."""
@@ -146,8 +195,9 @@ def _measured(
     draw = torch.Generator().manual_seed(rows)
     ids = torch.randint(vocab_size, (rows, options.prompt_tokens), generator=draw)
     with working(f"measuring {count(rows, 'row')} ..."):
-        samples = run_rounds(contenders, ids, tokens=options.new_tokens, rounds=options.rounds)
-    return [_line(name, samples, rows=rows, steps=steps[name]) for name in contenders]
+        turns = {name: contender.generate for name, contender in contenders.items()}
+        samples = run_rounds(turns, ids, tokens=options.new_tokens, rounds=options.rounds)
+    return [_line(name, samples, rows=rows, about=about) for name, about in contenders.items()]
 
 
 def run_rounds(
@@ -199,13 +249,16 @@ def _of_program(compiled: "CompiledModel", program: str) -> Generate:
     return generate
 
 
-def _line(name: str, samples: Mapping[str, Samples], *, rows: int, steps: int) -> dict[str, Any]:
+def _line(
+    name: str, samples: Mapping[str, Samples], *, rows: int, about: Contender
+) -> dict[str, Any]:
     """JSON values: medians, every sample, and the median ratio to HuggingFace's of the same
     round.
     """
-    line: dict[str, Any] = {"contender": name, "rows": rows, "steps": steps}
+    line: dict[str, Any] = {"contender": name, "rows": rows, "steps": about.steps}
+    line["threads"] = about.threads
     for phase in ("prefill", "decode"):
-        mine, theirs = samples[name][phase], samples[HF][phase]
+        mine, theirs = samples[name][phase], samples[about.beside][phase]
         ratios = [a / b for a, b in zip(mine, theirs, strict=True)]
         line[f"{phase}_ms"] = statistics.median(mine)
         line[f"{phase}_of_hf"] = statistics.median(ratios)
@@ -279,13 +332,3 @@ def _processor() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
-
-
-def _load_of_others() -> float | None:
-    """Threads that wanted to run in the last minute, for each core; None where the system does not
-    tell.
-    """
-    try:
-        return os.getloadavg()[0] / (os.cpu_count() or 1)
-    except (AttributeError, OSError):
-        return None

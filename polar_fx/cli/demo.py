@@ -30,6 +30,7 @@ from .options import (
     warm_up,
     whole,
 )
+from .threads import warn_if_busy
 from .verbosity import status
 
 FEW_SHOT = "2 * 3 = 6\n7 * 4 = 28\n5 * 5 = 25\n"
@@ -104,6 +105,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     prompts = [f"{FEW_SHOT}{a} * {b} =" for a, b in QUESTIONS[: options.questions]]
     truth = [str(a * b) for a, b in QUESTIONS[: options.questions]]
     encoded = [tokenizer(p, return_tensors="pt").input_ids for p in prompts]
+    warn_if_busy()
     compiled = compile_model(
         model, options, max_length=row_length(model, max(e.shape[1] for e in encoded) + NEW_TOKENS)
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
 from .options import compile_model
+from .threads import warn_if_busy
 from .verbosity import status, working
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ def compiled_or_interpreted(
     """By the backend that is asked for; or else on compiled regions, if all that the programs need
     are in the store, and interpreted if not.
     """
+    warn_if_busy()
     if options.backend is None:
         options.backend = "auto"
         if model.device.type == "cpu" and _any_compiled():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from places import ROOT
-from polar_fx.cli import bench, main
+from polar_fx.cli import bench, main, threads
 from tiny_bundles import tokenizer_of_words
 from tiny_models import make
 
@@ -81,3 +81,48 @@ def test_what_cannot_be_measured_is_refused(
     for given, message in cases.items():
         assert main(["bench", *given]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_several_numbers_of_threads_take_turns(
+    folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = torch.get_num_threads()
+    arguments = ["--model", folder, "--backend", "eager", "--prompt-tokens", "5", "--rows", "1"]
+    arguments += ["--new-tokens", "3", "--rounds", "1", "--threads", "1", "2"]
+    assert main(["bench", *arguments, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["results"]
+    assert [(line["contender"], line["threads"]) for line in told] == [
+        ("HF eager, 1 thread", 1),
+        ("identity, 1 thread", 1),
+        ("HF eager, 2 threads", 2),
+        ("identity, 2 threads", 2),
+    ]
+    assert [line["decode_of_hf"] for line in told[::2]] == [1, 1]
+    assert torch.get_num_threads() == before
+    lines = [
+        {"contender": name, "rows": rows, "threads": number, "decode_ms": ms}
+        for name, rows, number, ms in (
+            ("HF eager, 1 thread", 1, 1, 1.0),
+            ("identity, 1 thread", 1, 1, 5.0),
+            ("identity, 2 threads", 1, 2, 9.0),
+            ("identity, 2 threads", 8, 2, 4.0),
+        )
+    ]
+    text = threads.advice(lines, "HF eager")
+    assert text == "fastest here and now: 1 thread; OMP_NUM_THREADS=1 sets that"
+
+
+def test_a_busy_machine_is_told_where_threads_wait(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(threads, "load_of_others", lambda: 0.5)
+    threads.warn_if_busy()
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(threads, "load_of_others", lambda: 1.5)
+    threads.warn_if_busy()
+    told = capsys.readouterr().err
+    assert "1.5 threads for each core" in told and "bench --threads 1 2" in told
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    threads.warn_if_busy()
+    assert capsys.readouterr().err == ""

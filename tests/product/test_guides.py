@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from polar_fx.environment import (
     cache_limit_bytes,
     environment_variables,
     log_level,
+    park_waiting_threads,
 )
 
 DEBUGGING = (ROOT / "docs" / "debugging.md").read_text(encoding="utf-8")
@@ -64,6 +66,18 @@ def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_pat
     monkeypatch.setenv(names[2], "loud")
     with pytest.raises(polar_fx.PolarError, match="use one of debug, info, warning, error"):
         log_level()
+
+
+def test_threads_are_parked_unless_the_user_said_how_they_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.setattr(os, "environ", {name: "given"})
+        park_waiting_threads()
+        assert os.environ == {name: "given"} and name in DEBUGGING
+    monkeypatch.setattr(os, "environ", {})
+    park_waiting_threads()
+    assert os.environ == {"OMP_WAIT_POLICY": "passive"}
 
 
 def test_the_map_leads_to_files() -> None:
