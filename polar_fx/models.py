@@ -212,6 +212,11 @@ def load_pretrained(
                 f"polar_fx.load_bundle({name!r})"
             )
         _require_safetensors(Path(name))
+    elif name.startswith((".", "/", "~")):  # which no model id does
+        raise ModelNotFoundError(
+            f"there is no folder {name}; name one written by save_pretrained, or a model id that "
+            f"the HuggingFace hub, or its local cache, has as {what}"
+        )
     where: dict[str, Any] = {"local_files_only": local_files_only, "trust_remote_code": False}
     if revision is not None:
         where["revision"] = revision

@@ -144,7 +144,7 @@ def test_a_folder_of_pickles_is_refused(tmp_path: Path) -> None:
 def test_an_empty_folder_and_an_unknown_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelNotFoundError, match="holds no"):
         models.load(tmp_path)
-    with pytest.raises(ModelNotFoundError, match="cannot load '/no/such/folder'"):
+    with pytest.raises(ModelNotFoundError, match="there is no folder /no/such/folder"):
         models.load("/no/such/folder")
 
 

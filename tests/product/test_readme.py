@@ -11,6 +11,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -76,6 +77,26 @@ def test_the_first_numbers_are_measured() -> None:
         assert f"| {gain} {interval} |" in results
     for share in ("13.7 %", "16.7 %", "85.5 %"):
         assert share in first and share in results
+
+
+def test_blocks_of_the_guides_print_what_they_show(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that show something run; the others, which need a model or a GPU, are Python."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "polar_fx").symlink_to(ROOT / "polar_fx")
+    shown = 0
+    for document in sorted((ROOT / "docs").rglob("*.md")):
+        for block in BLOCK.finditer(document.read_text(encoding="utf-8")):
+            code = compile(block["code"], document.name, "exec")
+            if block["shown"]:
+                with contextlib.redirect_stdout(io.StringIO()) as out:
+                    exec(code, {})
+                assert same(block["shown"], out.getvalue()), (
+                    f"{document.name} prints {out.getvalue()}"
+                )
+                shown += 1
+    assert shown
 
 
 NOTEBOOK = ROOT / "docs" / "examples" / "programs.ipynb"
