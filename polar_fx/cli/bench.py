@@ -124,17 +124,19 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         )
     try:
         contenders: dict[str, Contender] = {}
+        models: list[CompiledModel] = []
         for number in numbers:
             torch.set_num_threads(number)  # compiled code is for so many
             compiled = compile_model(model, options, max_length=length)
             name = f", {count(number, 'thread')}" if len(numbers) > 1 else ""
             contenders |= _contenders(options, model, compiled=compiled, name=name)
+            models.append(compiled)
         lines = [
             line
             for rows in options.rows
-            for line in _measured(options, contenders, rows=rows, vocab_size=compiled.vocab_size)
+            for line in _measured(options, contenders, rows=rows, vocab_size=models[0].vocab_size)
         ]
-        about = _about(options, compiled, load=load)
+        about = _about(options, models[0], load=load)
     finally:
         torch.set_num_threads(before)
     if not options.json:
