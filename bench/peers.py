@@ -16,6 +16,7 @@ import argparse
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -115,6 +116,7 @@ def started(contender: Contender, threads: int) -> Iterator[Running]:
             stderr=printed,
             text=True,
             env={**os.environ, **settings},
+            start_new_session=True,  # some start processes of their own, which have to end with it
         )
         try:
             assert process.stdout is not None
@@ -125,7 +127,7 @@ def started(contender: Contender, threads: int) -> Iterator[Running]:
                 raise RuntimeError(f"{contender.name} does not start: {' | '.join(last)[:400]}")
             yield Running(contender, process, json.loads(line))
         finally:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
