@@ -1,4 +1,4 @@
-"""Linear layers in float32 over several tokens become calls of oneDNN.
+"""Linear layers in float32 become calls of oneDNN.
 
 torch multiplies float32 matrices by MKL, which leaves the wider vectors of processors other than
 Intel's unused; oneDNN, which torch brings along as well, makes its code for the processor that it
@@ -32,7 +32,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-def _is_of_tokens(node: Node) -> bool:
+def _is_float32(node: Node) -> bool:
     """A linear in float32 on the CPU, with a weight as it lies in memory."""
     if node.op != "call_function" or node.target is not aten.linear.default:
         return False
@@ -54,10 +54,10 @@ class LinearToOneDnn(Pass):
     preserves_numerics: ClassVar[bool] = False  # another library sums in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        if not any(_is_of_tokens(n) for n in gm.graph.nodes):
+        if not any(_is_float32(n) for n in gm.graph.nodes):
             return PassResult(gm, False)
         new, graph = copy_graph_module(gm)
-        found = [n for n in graph.nodes if _is_of_tokens(n)]
+        found = [n for n in graph.nodes if _is_float32(n)]
         for node in found:
             with graph.inserting_before(node):
                 call = Caller(graph, node)

@@ -107,9 +107,15 @@ class QuantizedLinear(Pass):
             return PassResult(gm, False)
         new, graph = copy_graph_module(gm)
         groups: dict[tuple[Any, ...], list[Node]] = {}
+        taken: dict[tuple[Any, ...], set[Node | None]] = {}
         for node in graph.nodes:
-            if (linear := _find(node)) is not None:
-                groups.setdefault(linear.alike(), []).append(node)
+            if (linear := _find(node)) is None:
+                continue
+            key, weights = linear.alike(), {*linear.nodes()[1:]} - {None}
+            if weights & taken.setdefault(key, set()):  # a kernel names each of its operands once
+                key = (*key, node)
+            taken.setdefault(key, set()).update(weights)
+            groups.setdefault(key, []).append(node)
         for nodes in groups.values():
             _rewrite(graph, nodes)
         new.recompile()
@@ -137,6 +143,9 @@ def _rewrite(graph: Graph, nodes: Sequence[Node]) -> None:
             whole = len(linears) == 1
             parts.append(result if whole else call(aten.slice.Tensor, result, -1, start, end))
     for node, part in zip(nodes, parts, strict=True):
+        for user in node.users if len(nodes) > 1 else ():
+            if user.target is aten.view.default:  # there are gaps between the rows of a part
+                user.target = aten.reshape.default
         node.replace_all_uses_with(part)
         _erase(graph, node)
 

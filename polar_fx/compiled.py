@@ -73,8 +73,8 @@ def compile(
     """Capture `model` once and return it as a `CompiledModel`.
 
     Args:
-        model: a causal LM, a local folder or a model id; None loads the embedded default. It is not
-            changed, and its weights are shared, not copied.
+        model: a causal LM, a local folder or a model id; None loads the embedded default. Its
+            weights are shared; on the CPU they move in memory: nothing else may run it meanwhile.
         backend: "aot_inductor" compiles each distinct layer graph once per shape class, ahead of
             time, into files that later processes load; "inductor" compiles them in this process;
             "eager" interprets; "tensorrt" builds engines (docs/tensorrt.md). "auto" is

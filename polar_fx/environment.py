@@ -10,6 +10,8 @@ import logging
 import math
 import os
 import re
+import statistics
+import time
 from decimal import Decimal
 from pathlib import Path
 
@@ -39,6 +41,9 @@ _LEVELS = {
     "error": logging.ERROR,
 }
 _PREFIX = "POLAR_FX_"
+_RUNNABLE = Path("/proc/loadavg")
+_LOOKS, _PAUSE = 5, 0.004  # how often is looked, and seconds in between
+_BUSY = 0.5  # threads of others for each core
 
 
 def log_level() -> int | None:
@@ -50,13 +55,28 @@ def log_level() -> int | None:
 
 
 def park_waiting_threads() -> None:
-    """Let compute threads sleep while they wait for one another, unless the user said how they do.
+    """Let compute threads sleep while they wait for one another, where other processes keep the
+    cores busy now and the user did not say how they wait.
 
-    Else they spin, on cores that other processes would use. OpenMP reads it once, when torch is
-    loaded. What it is worth: docs/performance.md.
+    Spinning is faster on free cores, and takes them from what the thread that is waited for needs
+    on busy ones. OpenMP reads it once, when torch is loaded. What it is worth: docs/performance.md.
     """
-    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+    said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if not said and _running_elsewhere() >= _BUSY * (os.cpu_count() or 1):
         os.environ["OMP_WAIT_POLICY"] = "passive"
+
+
+def _running_elsewhere() -> float:
+    """Threads of others that want to run, the median of a few looks; 0 where Linux does not say."""
+    looks: list[int] = []
+    for _ in range(_LOOKS):
+        try:
+            runnable = _RUNNABLE.read_text().split()[3].partition("/")[0]
+        except OSError:
+            return 0
+        looks.append(int(runnable) - 1)  # without the thread that looks
+        time.sleep(_PAUSE)
+    return statistics.median(looks)
 
 
 def environment_variables() -> dict[str, str]:

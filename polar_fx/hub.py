@@ -15,7 +15,7 @@ from .output.files import write_whole
 from .output.plain_text import first_line
 
 CARD = "README.md"
-_CODE = "https://arxiv.org/abs/2606.06574"
+_PAPER = "https://arxiv.org/abs/2606.06574"
 
 
 class OnTheHub:
@@ -69,11 +69,13 @@ class OnTheHub:
     def save_pretrained(self, folder: str | os.PathLike[str], *, about: str = "") -> Path:
         """Write the folder, with a model card (`README.md`), and return it.
 
-        `about` is Markdown that follows the card's first lines, such as what was measured. Raises
-        InputError, and BundleError for a bundle.
+        `about` is Markdown that follows the card's first lines, such as what was measured. A card
+        that is there stays, unless `about` is given. Raises InputError, and BundleError for a
+        bundle.
         """
         place = self._write_folder(Path(folder).expanduser())
-        write_whole(self._card(about).encode(), place / CARD)
+        if about or not (place / CARD).exists():
+            write_whole(self._card(about).encode(), place / CARD)
         return place
 
     def push_to_hub(
@@ -170,6 +172,6 @@ def card(title: str, *, tags: tuple[str, ...], parts: tuple[str, ...]) -> str:
     facts = ModelCardData(
         library_name="polar_fx", pipeline_tag="text-generation", tags=["polar_fx", *tags]
     )
-    source = f"Made with polar_fx, which runs programs of layers ([PoLar]({_CODE}))."
+    source = f"Made with polar_fx, which runs programs of layers ([PoLar]({_PAPER}))."
     paragraphs = [f"# {title}", *filter(None, parts), source]
     return f"---\n{facts.to_yaml()}\n---\n\n" + "\n\n".join(paragraphs) + "\n"

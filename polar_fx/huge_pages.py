@@ -13,6 +13,7 @@ import threading
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +43,9 @@ def hold_in_huge_pages(tensors: Iterable[Tensor]) -> int:
     """Move the values of tensors on the CPU into huge pages, and return how many bytes moved.
 
     Each tensor stays the object it is and keeps its shape, strides and values; its address is
-    another one. All tensors that share memory have to be given. What is smaller than a few pages in
-    all, lies there already, is shared with other processes, or would not fit twice into the memory
-    that is free, stays where it is.
+    another one, and no other thread may compute with it meanwhile. What is smaller than a few pages
+    in all, lies there already, is shared with other processes or with tensors that are not given,
+    or would not fit twice into the memory that is free, stays where it is.
     """
     page = page_size()
     if page is None:
@@ -83,7 +84,15 @@ def _groups(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     for tensor in tensors:
         if _is_plain(tensor) and not _lies_in_huge_pages(tensor):
             found.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
-    return list(found.values())
+    return [group for group in found.values() if not _has_other_owners(group)]
+
+
+def _has_other_owners(group: list[Tensor]) -> bool:
+    """Whether tensors that are not given share the memory: they would go on with the old one."""
+    storage = group[0].untyped_storage()
+    # one of each tensor, and one of the object `storage`
+    count: Any = torch._C._storage_Use_Count  # type: ignore[attr-defined]
+    return count(storage._cdata) > len(group) + 1
 
 
 def _is_plain(tensor: Tensor) -> bool:

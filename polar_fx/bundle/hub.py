@@ -134,12 +134,18 @@ def _without_links(snapshot: Path) -> Path:
     with os_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{target}.lock"):
-            if target.is_dir():  # of this very commit
+            if _sizes(target) == _sizes(snapshot):
                 return target
             with replacing(target) as work:
                 for path in sorted(p for p in snapshot.rglob("*") if p.is_file()):
                     _link_or_copy(path.resolve(), work / path.relative_to(snapshot))
     return target
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Of its files, by path; of what links lead to."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -58,7 +58,8 @@ def load_weights(folder: Path, manifest: Manifest, *, table: SymbolTable) -> dic
                 if stride == _dense(size)
                 else torch.empty_strided(size, stride, dtype=dtype).copy_(tensor)
             )
-    hold_in_huge_pages(loaded.values())
+    if manifest.device == "cpu":
+        hold_in_huge_pages(loaded.values())
     return {name: loaded[manifest.ties.get(name, name)] for name in operands}
 
 

@@ -42,7 +42,8 @@ def random_tokens(
     tokens = torch.randint(vocab, (count,), generator=generator)
     if first_position(model):
         padding = model.config.get_text_config(decoder=True).pad_token_id
-        tokens[tokens == padding] = (padding + 1) % vocab
+        if padding is not None:
+            tokens[tokens == padding] = (padding + 1) % vocab
     return tokens
 
 

@@ -33,7 +33,9 @@ class Past:
             return Past(self.positions, self.limit, more=self.more + other)
         tokens = self.positions.shape[1]
         if isinstance(other, Tensor) and other.dim() == 1 and other.shape[0] == tokens:
-            return RowValues(self.positions + self.more)  # the numbers of the new tokens
+            # the numbers of the new tokens, from wherever they are counted
+            counted = other - torch.arange(tokens, device=other.device)
+            return RowValues(self.positions + self.more + counted)
         return self.positions[:, :1] + self.more + other
 
     __add__ = __radd__ = _plus
@@ -64,7 +66,8 @@ class Past:
         if func is torch.arange and len(args) == 2 and all(isinstance(a, cls) for a in args):
             start, stop = args
             if stop.more - start.more == start.positions.shape[1]:
-                return RowValues(start.positions + start.more)
+                dtype = (kwargs or {}).get("dtype") or torch.long
+                return RowValues((start.positions + start.more).to(dtype))
         raise RowLengthError
 
 
@@ -118,6 +121,12 @@ class RowValues:
             return self.value[(slice(None), *own[1:])]
         return RowValues(self.value[(slice(None), *own)])
 
+    def _unknown(self, *args: Any) -> Any:
+        raise RowLengthError
+
+    __bool__ = __int__ = __index__ = __float__ = _unknown
+    __hash__ = None  # type: ignore[assignment]
+
     def _of_rank(self, rank: int) -> Tensor:
         return self.value[(slice(None), *(None,) * (rank - self.value.dim()))]
 
@@ -137,9 +146,28 @@ class RowValues:
         return _of_each_row(func, *args, **(kwargs or {}))
 
 
+# What computes along axes, or moves them; rows are an axis in front of those that code counts.
+_AXES = (
+    "all amax amin any argmax argmin argsort cat chunk concat concatenate cumprod cumsum diff "
+    "flatten flip gather index_select logsumexp max mean median min movedim narrow norm permute "
+    "prod roll scatter softmax sort split squeeze stack std sum swapaxes t topk transpose tril "
+    "triu unbind unflatten var T"
+)
+_ALONG_AXES = frozenset(_AXES.split())
+
+
 def _of_each_row(func: Any, *args: Any, **kwargs: Any) -> Any:
-    """An operator on each element, or a look-up of each: a tensor if it meets one with rows."""
+    """An operator on each element, or a look-up of each: a tensor if it meets one with rows.
+
+    Raises RowLengthError for one along axes, unless they are counted from the last.
+    """
     given = tree_flatten(args)[0]
+    if getattr(func, "__name__", "").strip("_") in _ALONG_AXES:
+        numbers = [a for a in (*given, *tree_flatten(kwargs)[0]) if type(a) is int]
+        if not numbers or max(numbers) >= 0:
+            raise RowLengthError
+    if any(isinstance(a, RowValues) for a in tree_flatten(kwargs)[0]):
+        raise RowLengthError
     rank = max(a.value.dim() for a in given if isinstance(a, RowValues))
     looks_up = func is torch.nn.functional.embedding
     others = [a.dim() for a in given if isinstance(a, Tensor)] if not looks_up else []
@@ -159,7 +187,7 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 _ARITHMETIC = (
-    "add radd sub rsub mul rmul truediv rtruediv floordiv pow neg lt le gt ge and or invert"
+    "add radd sub rsub mul rmul truediv rtruediv floordiv pow neg eq ne lt le gt ge and or invert"
 )
 for _name in _ARITHMETIC.split():
     setattr(RowValues, f"__{_name}__", _operator(f"__{_name}__"))

@@ -69,7 +69,8 @@ class Labeller:
         from ..models import DEFAULT_NAME
 
         named = self.workplace.model or DEFAULT_NAME
-        name = Path(named).name if Path(named).exists() else named
+        place = Path(named).expanduser()
+        name = place.resolve().name if place.exists() else named
         return {"model_name": name, "dtype": self.workplace.dtype}
 
     def check_model(self, header: "SearchHeader") -> None:

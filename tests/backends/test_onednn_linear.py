@@ -48,13 +48,14 @@ def test_which_processors_it_is_for(
     described = "processor\t: 0\n" + (f"vendor_id\t: {maker}\n" if maker else "")
     (tmp_path / "cpuinfo").write_text(described, encoding="utf-8")
     monkeypatch.setattr(onednn_linear, "_PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
     assert onednn_linear.is_faster.__wrapped__() is expected
 
 
-@pytest.mark.parametrize("missing", ["mkl", "mkldnn", "processor", "x86"])
+@pytest.mark.parametrize("missing", ["mkl", "mkldnn", "processor", "x86", "AVX-512"])
 def test_it_is_not_for_other_builds_and_machines(
     missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +64,8 @@ def test_it_is_not_for_other_builds_and_machines(
     monkeypatch.setattr(onednn_linear, "_PROCESSOR", tmp_path / there)
     machine = "aarch64" if missing == "x86" else "x86_64"
     monkeypatch.setattr("platform.machine", lambda: machine)
+    capability = "AVX2" if missing == "AVX-512" else "AVX512"
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     for library in ("mkl", "mkldnn"):
         found = missing != library
         monkeypatch.setattr(f"torch.backends.{library}.is_available", lambda found=found: found)

@@ -10,6 +10,7 @@ import pytest
 
 import polar_fx
 from places import ROOT, TESTS
+from polar_fx import environment
 from polar_fx.environment import (
     cache_dir,
     cache_limit_bytes,
@@ -68,9 +69,13 @@ def test_environment_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_pat
         log_level()
 
 
-def test_threads_are_parked_unless_the_user_said_how_they_wait(
-    monkeypatch: pytest.MonkeyPatch,
+def test_threads_are_parked_beside_others_unless_the_user_said_how_they_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    load = tmp_path / "loadavg"
+    monkeypatch.setattr(environment, "_RUNNABLE", load)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    load.write_text("9.00 9.00 9.00 4/300 1234\n")
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
         monkeypatch.setattr(os, "environ", {name: "given"})
         park_waiting_threads()
@@ -78,6 +83,13 @@ def test_threads_are_parked_unless_the_user_said_how_they_wait(
     monkeypatch.setattr(os, "environ", {})
     park_waiting_threads()
     assert os.environ == {"OMP_WAIT_POLICY": "passive"}
+    os.environ.clear()
+    load.write_text("9.00 9.00 9.00 2/300 1234\n")
+    park_waiting_threads()
+    assert not os.environ, "one other thread for four cores"
+    load.unlink()
+    park_waiting_threads()
+    assert not os.environ
 
 
 def test_the_map_leads_to_files() -> None:

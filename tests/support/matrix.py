@@ -49,6 +49,9 @@ def _of_families(test: str, families: Sequence[str]) -> list[str]:
 # Capture, families, forward and generate, compiled regions, bundles, passes.
 SUBSET = (
     "tests/capture/test_captured.py",
+    "tests/capture/test_row_values.py",
+    "tests/backends/test_onednn_linear.py",
+    "tests/backends/test_quantized_kernel.py",
     *_of_families("test_identity_is_the_model", FAMILIES),
     "tests/product/test_families.py::test_rotary_frequencies_that_depend_on_the_length",
     "tests/product/test_families.py::test_rotary_frequencies_of_some_layers_that_depend_on_the_length",
