@@ -22,6 +22,7 @@ from ..backends.aot_inductor import REGION
 from ..backends.base import RegionName
 from ..compiled import CompiledModel, ProgramLike
 from ..errors import InputError, ProgramError
+from ..huge_pages import hold_in_huge_pages
 from ..library import LayerLibrary
 from ..library.symbols import SymbolTable
 from ..output.plain_text import count, first_line
@@ -92,7 +93,9 @@ def load_bundle(
     with tempfile.TemporaryDirectory(prefix="polar_fx-") as packages:
         contents = _verified(place, fingerprint, target=True, packages=Path(packages))
         weights = load_weights(place, contents.manifest, table=contents.table)
-        if contents.manifest.device != "cpu":
+        if contents.manifest.device == "cpu":
+            hold_in_huge_pages({id(t): t for t in weights.values()}.values())
+        else:
             # shared ones stay shared
             moved = {id(t): t.to(contents.manifest.device) for t in weights.values()}
             weights = {name: moved[id(t)] for name, t in weights.items()}

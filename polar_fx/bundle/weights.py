@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..huge_pages import hold_in_huge_pages
 from ..library.symbols import SymbolTable
 from .contents import DTYPES, NAMES, layout, num_elements, weight_operands
 from .errors import BundleError
@@ -38,9 +37,8 @@ def load_weights(folder: Path, manifest: Manifest, *, table: SymbolTable) -> dic
     """The weights by name, checked as in `check_weights` while they are read; tied names share a
     tensor.
 
-    Each is in memory of its own, laid out as the code reads it, in huge pages where the machine has
-    them. Not mapped from the file: that would be slower to read at every token, and could change
-    under us. Raises BundleError.
+    Each is in memory of its own, laid out as the code reads it. Not mapped from the file: that
+    would be slower to read at every token, and could change under us. Raises BundleError.
     """
     file = manifest.file(WEIGHTS)
     with verified(folder, WEIGHTS, num_bytes=file.num_bytes, sha256=file.sha256) as reader:
@@ -58,8 +56,6 @@ def load_weights(folder: Path, manifest: Manifest, *, table: SymbolTable) -> dic
                 if stride == _dense(size)
                 else torch.empty_strided(size, stride, dtype=dtype).copy_(tensor)
             )
-    if manifest.device == "cpu":
-        hold_in_huge_pages(loaded.values())
     return {name: loaded[manifest.ties.get(name, name)] for name in operands}
 
 

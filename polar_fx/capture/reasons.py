@@ -69,10 +69,10 @@ def why_it_is_not_traced(error: Exception, view: nn.Module) -> str:
         part = part or "its code"
     else:
         what = "computes with sizes or lengths in a way that one graph for all sizes cannot hold"
-    return f"{part or 'its code'} {what}{_replaced(view)}"
+    return f"{part or 'its code'} {what}{replaced_forward(view)}"
 
 
-def _replaced(view: nn.Module) -> str:
+def replaced_forward(view: nn.Module) -> str:
     """A remark on the first module whose forward is a function of somebody's own, if there is one:
     a function is not copied, and holds on to the modules that it was made with.
     """

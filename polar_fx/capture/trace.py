@@ -28,7 +28,7 @@ from ..passes.base import storage, writes
 from ..passes.outline_layers import is_size
 from .captured import ALIGNMENT, CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
-from .reasons import why_it_is_not_traced
+from .reasons import replaced_forward, why_it_is_not_traced
 from .recurrences import replace_recurrences
 from .rotary import choose_frequencies_by_row
 from .support import (
@@ -275,6 +275,9 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
             f"{why_it_is_not_traced(error, view)}"
         ) from error
     flat = _flatten(exported, stack, specs=stored.specs)
+    runs_layers = any(node.meta.get("layer") is not None for node in flat.graph.nodes)
+    if not runs_layers and (remark := replaced_forward(view)):
+        raise CaptureError(f"the trace of {type(model).__name__} runs none of its layers{remark}")
     _check_silent(flat, stored)
     seconds = time.perf_counter() - start
     log.info(

@@ -297,6 +297,7 @@ def test_the_check_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch, what: str) 
     rows differ.
     """
     from polar_fx.capture import extension as module
+    from polar_fx.capture.row_values import Past
 
     original, cache = module._mask, module._TracingCache
     if what == "mask":
@@ -309,7 +310,7 @@ def test_the_check_sees_a_wrong_row(monkeypatch: pytest.MonkeyPatch, what: str) 
         monkeypatch.setattr(
             cache,
             "get_query_offset",
-            lambda self, layer_idx=0: self.positions[:1].expand_as(self.positions),
+            lambda self, layer_idx=0: Past(self.positions[:1].expand_as(self.positions), None),
         )
     with pytest.raises(CaptureError, match="logits differ"):
         capture_checked(make("llama"))

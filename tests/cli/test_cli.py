@@ -80,7 +80,8 @@ def test_prompts_of_many_lengths_run_at_one(
 
 def test_row_lengths_are_powers_of_two_within_the_models_limit() -> None:
     def length(tokens: int, **config: Any) -> int:
-        return row_length(SimpleNamespace(config=PreTrainedConfig(**config)), tokens)
+        model = SimpleNamespace(config=PreTrainedConfig(**config), modules=lambda: ())
+        return row_length(model, tokens)
 
     assert [length(n, max_position_embeddings=600) for n in (1, 256, 257, 512, 513, 700)] == [
         256,
