@@ -48,10 +48,8 @@ def run(compiled: CompiledModel, program: str, tokens: int = 6) -> Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_whole_programs_equal_linked_ones(
-    program: str, store: ArtifactStore, linked: CompiledModel
-) -> None:
+def test_a_whole_program_equals_the_linked_one(store: ArtifactStore, linked: CompiledModel) -> None:
+    program = PROGRAMS[-1]  # repeats and damping
     whole = compile(tiny(), max_length=31, cache=store, tier="whole")
     assert (run(whole, program) - run(linked, program)).abs().max() < 1e-4
     assert {(r.phase, r.state) for r in whole.tiers.records} == {
