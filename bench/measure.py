@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from polar_fx.environment import processor_name
 from polar_fx.output.files import made_folder, write_whole
 
 RESULTS = Path(__file__).parent / "results"
@@ -79,7 +80,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "cpu": _cpu_name(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
@@ -90,20 +91,6 @@ def machine(device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         described |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
     return described
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [
-            line.partition(":")[2].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return names[0] if names else platform.processor()
 
 
 def _git(*arguments: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassResult, copy_graph_module
+from .base import Caller, Pass, PassResult, replace_each
 
 aten = torch.ops.aten
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
@@ -104,18 +104,11 @@ class AttentionToReduction(Pass):
     preserves_numerics: ClassVar[bool] = False  # the same products, summed in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        if not any(_is_single_query(n) for n in gm.graph.nodes):
-            return PassResult(gm, False)
-        new, graph = copy_graph_module(gm)
-        found = [n for n in graph.nodes if _is_single_query(n)]
-        for node in found:
-            with graph.inserting_before(node):
-                by_address = _blocks_of(_arguments(node)["key"]) is not None
-                reduce = self._reduce_blocks if by_address else self._reduce
-                node.replace_all_uses_with(reduce(graph, node))
-            graph.erase_node(node)
-        new.recompile()
-        return PassResult(new, True, {"attentions rewritten": len(found)})
+        def reduce(graph: Graph, node: Node) -> Node:
+            by_address = _blocks_of(_arguments(node)["key"]) is not None
+            return (self._reduce_blocks if by_address else self._reduce)(graph, node)
+
+        return replace_each(gm, _is_single_query, make=reduce, what="attentions rewritten")
 
     @staticmethod
     def _reduce(graph: Graph, node: Node) -> Node:

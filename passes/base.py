@@ -12,7 +12,7 @@ import operator
 import sys
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -97,6 +97,28 @@ def copy_graph_module(gm: GraphModule) -> tuple[GraphModule, Graph]:
     value, old = cast(tuple[Node, Node], graph.graph_copy(gm.graph, {}, return_output_node=True))
     graph.output(value).meta.update(old.meta)
     return GraphModule(gm, graph), graph
+
+
+def replace_each(
+    gm: GraphModule,
+    wanted: Callable[[Node], bool],
+    *,
+    make: Callable[[Graph, Node], Node],
+    what: str,
+) -> PassResult:
+    """Replace each wanted node by what `make` adds to the graph before it; `what` names their count
+    in the result.
+    """
+    if not any(map(wanted, gm.graph.nodes)):
+        return PassResult(gm, False)
+    new, graph = copy_graph_module(gm)
+    found = list(filter(wanted, graph.nodes))
+    for node in found:
+        with graph.inserting_before(node):
+            node.replace_all_uses_with(make(graph, node))
+        graph.erase_node(node)
+    new.recompile()
+    return PassResult(new, True, {what: len(found)})
 
 
 class Caller:

@@ -5,17 +5,15 @@ Intel's unused; oneDNN, which torch brings along as well, makes its code for the
 finds (docs/performance.md has the figures). Lower precisions go to oneDNN anyway.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassResult, copy_graph_module
-
-aten = torch.ops.aten
+from .base import Caller, Pass, PassResult, replace_each
+from .linear_to_row_kernel import linear_operands
 
 
 @torch.library.custom_op("polar_fx::onednn_linear", mutates_args=())
@@ -34,16 +32,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def _is_float32(node: Node) -> bool:
     """A linear in float32 on the CPU, with a weight as it lies in memory."""
-    if node.op != "call_function" or node.target is not aten.linear.default:
-        return False
-    operands = [a.meta.get("val") for a in node.args if isinstance(a, Node)]
-    if not all(
-        isinstance(o, Tensor) and o.device.type == "cpu" and o.dtype == torch.float32
-        for o in operands
-    ):
-        return False
-    x, weight = cast(Sequence[Tensor], operands[:2])
-    return x.dim() >= 2 and weight.dim() == 2 and weight.is_contiguous()
+    operands = linear_operands(node, (torch.float32,))
+    return operands is not None and operands[0].dim() >= 2
 
 
 @dataclass(frozen=True)
@@ -54,15 +44,8 @@ class LinearToOneDnn(Pass):
     preserves_numerics: ClassVar[bool] = False  # another library sums in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        if not any(_is_float32(n) for n in gm.graph.nodes):
-            return PassResult(gm, False)
-        new, graph = copy_graph_module(gm)
-        found = [n for n in graph.nodes if _is_float32(n)]
-        for node in found:
-            with graph.inserting_before(node):
-                call = Caller(graph, node)
-                target = torch.ops.polar_fx.onednn_linear.default
-                node.replace_all_uses_with(call(target, *node.args))
-            graph.erase_node(node)
-        new.recompile()
-        return PassResult(new, True, {"linears rewritten": len(found)})
+        return replace_each(gm, _is_float32, make=_by_onednn, what="linears rewritten")
+
+
+def _by_onednn(graph: Graph, node: Node) -> Node:
+    return Caller(graph, node)(torch.ops.polar_fx.onednn_linear.default, *node.args)

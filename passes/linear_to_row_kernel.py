@@ -13,9 +13,9 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassResult, copy_graph_module
+from .base import Caller, Pass, PassResult, replace_each
 
 aten = torch.ops.aten
 
@@ -37,20 +37,26 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
+def linear_operands(node: Node, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, Tensor] | None:
+    """x [..., K] and the weight [N, K], which is contiguous, of a linear on the CPU whose operands
+    are all of one of these dtypes; None of any other node.
+    """
+    if node.op != "call_function" or node.target is not aten.linear.default:
+        return None
+    operands = [a.meta.get("val") for a in node.args if isinstance(a, Node)]
+    if not all(isinstance(o, Tensor) and o.device.type == "cpu" for o in operands):
+        return None
+    x, weight, *_ = cast(Sequence[Tensor], operands)
+    alike = x.dtype in dtypes and {o.dtype for o in cast(Sequence[Tensor], operands)} == {x.dtype}
+    return (x, weight) if alike and weight.dim() == 2 and weight.is_contiguous() else None
+
+
 def _is_of_rows(node: Node) -> bool:
     """A linear on the CPU of one token of each of several rows, or of an unknown number of them."""
-    if node.op != "call_function" or node.target is not aten.linear.default:
+    operands = linear_operands(node, DTYPES)
+    if operands is None or operands[0].dim() != 3:
         return False
-    operands = [a.meta.get("val") for a in node.args if isinstance(a, Node)]
-    if not all(
-        isinstance(o, Tensor) and o.device.type == "cpu" and o.dtype in DTYPES for o in operands
-    ):
-        return False
-    x, weight = cast(Sequence[Tensor], operands[:2])
-    if len({o.dtype for o in cast(Sequence[Tensor], operands)}) != 1:
-        return False
-    if x.dim() != 3 or weight.dim() != 2 or not weight.is_contiguous():
-        return False
+    x, weight = operands
     rows, tokens = cast(Sequence[int | torch.SymInt], x.shape[:2])
     sizes = cast(Sequence[int | torch.SymInt], weight.shape)
     # not `rows != 1`, which would settle a size that may vary
@@ -71,17 +77,11 @@ class LinearToRowKernel(Pass):
     preserves_numerics: ClassVar[bool] = False  # a kernel for it sums in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        if not any(_is_of_rows(n) for n in gm.graph.nodes):
-            return PassResult(gm, False)
-        new, graph = copy_graph_module(gm)
-        found = [n for n in graph.nodes if _is_of_rows(n)]
-        for node in found:
-            with graph.inserting_before(node):
-                call = Caller(graph, node)
-                x, *others = node.args
-                assert isinstance(x, Node)
-                result = call(torch.ops.polar_fx.row_linear.default, call.dense(x), *others)
-                node.replace_all_uses_with(result)
-            graph.erase_node(node)
-        new.recompile()
-        return PassResult(new, True, {"linears rewritten": len(found)})
+        return replace_each(gm, _is_of_rows, make=_by_kernel, what="linears rewritten")
+
+
+def _by_kernel(graph: Graph, node: Node) -> Node:
+    call = Caller(graph, node)
+    x, *others = node.args
+    assert isinstance(x, Node)
+    return call(torch.ops.polar_fx.row_linear.default, call.dense(x), *others)

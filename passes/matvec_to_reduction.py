@@ -12,7 +12,7 @@ from typing import ClassVar, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassResult, copy_graph_module
+from .base import Caller, Pass, PassResult, replace_each
 
 aten = torch.ops.aten
 
@@ -60,17 +60,13 @@ class MatvecToReduction(Pass):
             raise ValueError(f"streams must be at least 1, got {self.streams}")
 
     def run(self, gm: GraphModule) -> PassResult:
-        if not any(is_single_row(n, "cpu") for n in gm.graph.nodes):
-            return PassResult(gm, False)
-        new, graph = copy_graph_module(gm)
-        found = [n for n in graph.nodes if is_single_row(n, "cpu")]
         rows: dict[Node, Node] = {}
-        for node in found:
-            with graph.inserting_before(node):
-                node.replace_all_uses_with(self._reduce(graph, node, rows=rows))
-            graph.erase_node(node)
-        new.recompile()
-        return PassResult(new, True, {"linears rewritten": len(found)})
+        return replace_each(
+            gm,
+            lambda node: is_single_row(node, "cpu"),
+            make=lambda graph, node: self._reduce(graph, node, rows=rows),
+            what="linears rewritten",
+        )
 
     def _reduce(self, graph: Graph, node: Node, *, rows: dict[Node, Node]) -> Node:
         call = Caller(graph, node)

@@ -9,6 +9,7 @@ warning or error | warning |
 import logging
 import math
 import os
+import platform
 import re
 import statistics
 import time
@@ -43,7 +44,9 @@ _LEVELS = {
 _PREFIX = "POLAR_FX_"
 _RUNNABLE = Path("/proc/loadavg")
 _LOOKS, _PAUSE = 5, 0.004  # how often is looked, and seconds in between
-_BUSY = 0.5  # threads of others for each core
+_PROCESSOR = Path("/proc/cpuinfo")
+BUSY = 0.5
+"""Runnable threads of others, for each core, from which threads wait for one another."""
 
 
 def log_level() -> int | None:
@@ -62,21 +65,34 @@ def park_waiting_threads() -> None:
     on busy ones. OpenMP reads it once, when torch is loaded. What it is worth: docs/performance.md.
     """
     said = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if not said and _running_elsewhere() >= _BUSY * (os.cpu_count() or 1):
+    if not said and _running_elsewhere() >= BUSY * (os.cpu_count() or 1):
         os.environ["OMP_WAIT_POLICY"] = "passive"
 
 
 def _running_elsewhere() -> float:
     """Threads of others that want to run, the median of a few looks; 0 where Linux does not say."""
     looks: list[int] = []
-    for _ in range(_LOOKS):
+    for look in range(_LOOKS):
+        if look:
+            time.sleep(_PAUSE)
         try:
             runnable = _RUNNABLE.read_text().split()[3].partition("/")[0]
         except OSError:
             return 0
         looks.append(int(runnable) - 1)  # without the thread that looks
-        time.sleep(_PAUSE)
     return statistics.median(looks)
+
+
+def processor_lines() -> list[str]:
+    """What Linux says of the processors, "name : value" a line; empty where it says nothing."""
+    return _PROCESSOR.read_text(encoding="utf-8").splitlines() if _PROCESSOR.exists() else []
+
+
+def processor_name() -> str:
+    """As the system calls it."""
+    lines = processor_lines()
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def environment_variables() -> dict[str, str]:

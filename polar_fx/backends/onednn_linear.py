@@ -6,17 +6,15 @@ constants of the graph; nothing else in the project touches it.
 
 import functools
 import platform
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..environment import processor_lines
 from ..passes.linear_to_onednn import onednn_linear
 
 ONEDNN_LINEAR: Any = torch.ops.polar_fx.onednn_linear.default
 assert onednn_linear._opoverload is ONEDNN_LINEAR
-
-_PROCESSOR = Path("/proc/cpuinfo")
 
 
 @functools.cache
@@ -28,9 +26,9 @@ def is_faster() -> bool:
         return False
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    if platform.machine() not in ("x86_64", "AMD64") or not _PROCESSOR.exists():
+    if platform.machine() not in ("x86_64", "AMD64"):
         return False
-    lines = _PROCESSOR.read_text(encoding="utf-8").splitlines()
+    lines = processor_lines()
     makers = {line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")}
     return bool(makers) and "GenuineIntel" not in makers
 

@@ -93,11 +93,11 @@ def load_bundle(
     with tempfile.TemporaryDirectory(prefix="polar_fx-") as packages:
         contents = _verified(place, fingerprint, target=True, packages=Path(packages))
         weights = load_weights(place, contents.manifest, table=contents.table)
+        own = {id(t): t for t in weights.values()}  # shared ones are there once, and stay shared
         if contents.manifest.device == "cpu":
-            hold_in_huge_pages({id(t): t for t in weights.values()}.values())
+            hold_in_huge_pages(own.values())
         else:
-            # shared ones stay shared
-            moved = {id(t): t.to(contents.manifest.device) for t in weights.values()}
+            moved = {key: t.to(contents.manifest.device) for key, t in own.items()}
             weights = {name: moved[id(t)] for name, t in weights.items()}
         return BundledModel(
             place, contents, weights=weights, packages=Path(packages), any_program=any_program

@@ -89,13 +89,13 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    if "torch" not in sys.modules:  # which reads it when it is loaded
-        park_waiting_threads()
     parser, commands = _parser()
     argcomplete.autocomplete(parser)  # answers a shell that asks, and ends; else does nothing
     options, rest = parser.parse_known_args(argv)
     if rest:
         commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    if "torch" not in sys.modules:  # which reads it when it is loaded
+        park_waiting_threads()
     try:
         set_up(options)
         check_names(options)

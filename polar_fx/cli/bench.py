@@ -12,15 +12,14 @@ Examples:
 
 import argparse
 import os
-import platform
 import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..environment import BUSY, processor_name
 from ..errors import InputError
 from ..output.plain_text import count, dtype_name, table
 from .options import (
@@ -32,7 +31,7 @@ from .options import (
     warm_up,
     whole,
 )
-from .threads import BUSY, advice, load_of_others, on_threads
+from .threads import advice, load_of_others, on_threads
 from .verbosity import status, working
 
 if TYPE_CHECKING:
@@ -316,7 +315,7 @@ def _machine(compiled: "CompiledModel") -> dict[str, Any]:
     import transformers
 
     on_gpu = compiled.device.type == "cuda"
-    name = torch.cuda.get_device_name(compiled.device) if on_gpu else _processor()
+    name = torch.cuda.get_device_name(compiled.device) if on_gpu else processor_name()
     return {
         "device": str(compiled.device),
         "processor": name,
@@ -326,11 +325,3 @@ def _machine(compiled: "CompiledModel") -> dict[str, Any]:
         "transformers": transformers.__version__,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
-
-
-def _processor() -> str:
-    """As the system calls it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(named, platform.processor() or platform.machine())

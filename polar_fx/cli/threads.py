@@ -4,11 +4,9 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..environment import BUSY
 from ..output.plain_text import count
 from .verbosity import status
-
-BUSY = 0.5
-"""Runnable threads of others, for each core, from which threads wait for one another."""
 
 
 def load_of_others() -> float | None:

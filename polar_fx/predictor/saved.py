@@ -181,11 +181,7 @@ def read_notes(folder: str | Path) -> dict[str, Any]:
 
     Raises InputError.
     """
-    path = Path(folder) / _JSON
-    fields = _read(path)
-    if not isinstance(fields, dict) or not isinstance(fields.get("notes"), dict):
-        raise _damaged(path, "it has no notes")
-    return fields["notes"]
+    return _field(folder, "notes", kind=dict, missing="it has no notes")
 
 
 def read_model(folder: str | Path) -> str:
@@ -193,11 +189,16 @@ def read_model(folder: str | Path) -> str:
 
     Raises InputError.
     """
+    return _field(folder, "model", kind=str, missing="it names no model")
+
+
+def _field(folder: str | Path, name: str, *, kind: type, missing: str) -> Any:
+    """One of the fields of a predictor. Raises InputError."""
     path = Path(folder) / _JSON
     fields = _read(path)
-    if not isinstance(fields, dict) or not isinstance(fields.get("model"), str):
-        raise _damaged(path, "it names no model")
-    return fields["model"]
+    if not isinstance(fields, dict) or not isinstance(fields.get(name), kind):
+        raise _damaged(path, missing)
+    return fields[name]
 
 
 def trained_for(notes: Mapping[str, Any], model: str) -> str:

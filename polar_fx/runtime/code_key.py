@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ..backends.base import Backend, Region, ShapeClass
+from ..environment import processor_lines
 from ..output.digest import digest
 from ..passes.pipeline import PassRecord
 from ..passes.sources import digest_of_files, with_imports
@@ -31,8 +32,7 @@ def target_of(device: torch.device) -> str:
     if device.type != "cpu":
         return device.type
     # Inductor compiles for the very processor it runs on
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    lines = processor_lines()
     flags = next(
         (line for line in lines if line.lower().startswith(("flags", "features"))),
         platform.processor(),

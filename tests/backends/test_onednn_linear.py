@@ -47,7 +47,7 @@ def test_which_processors_it_is_for(
 ) -> None:
     described = "processor\t: 0\n" + (f"vendor_id\t: {maker}\n" if maker else "")
     (tmp_path / "cpuinfo").write_text(described, encoding="utf-8")
-    monkeypatch.setattr(onednn_linear, "_PROCESSOR", tmp_path / "cpuinfo")
+    monkeypatch.setattr("polar_fx.environment._PROCESSOR", tmp_path / "cpuinfo")
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     monkeypatch.setattr("torch.backends.mkl.is_available", lambda: True)
@@ -61,7 +61,7 @@ def test_it_is_not_for_other_builds_and_machines(
 ) -> None:
     (tmp_path / "cpuinfo").write_text("vendor_id : AuthenticAMD\n", encoding="utf-8")
     there = "nothing" if missing == "processor" else "cpuinfo"
-    monkeypatch.setattr(onednn_linear, "_PROCESSOR", tmp_path / there)
+    monkeypatch.setattr("polar_fx.environment._PROCESSOR", tmp_path / there)
     machine = "aarch64" if missing == "x86" else "x86_64"
     monkeypatch.setattr("platform.machine", lambda: machine)
     capability = "AVX2" if missing == "AVX-512" else "AVX512"

@@ -137,3 +137,20 @@ def test_a_length_is_no_number() -> None:
     assert (rows.dim(), rows.shape, rows.size(0), rows.dtype) == (2, (3, 5), 3, torch.float32)
     assert rows[:, None].shape == (3, 1, 5) and rows.unsqueeze(-1).shape == (3, 5, 1)
     assert rows.view(15).shape == (15,) and rows.expand(2, 4, 3, 5).shape == (2, 4, 3, 5)
+
+
+def test_values_of_rows_have_no_one_truth_and_no_counted_axes() -> None:
+    values: Any = RowValues(torch.tensor([[1, 2], [3, 4]]))
+    assert torch.equal((values == 3).value, torch.tensor([[False, False], [True, False]]))
+    assert torch.equal((values != 3).value, torch.tensor([[True, True], [False, True]]))
+    assert torch.equal(values.sum(-1).value, torch.tensor([3, 7]))
+    for wrong in (bool, int, float, lambda v: v.max(), lambda v: v.sum(0), torch.flatten):
+        with pytest.raises(RowLengthError):
+            wrong(values)
+
+
+def test_numbers_of_new_tokens_are_counted_from_where_they_begin() -> None:
+    past: Any = Past(torch.tensor([[4, 5], [7, 8]]), None)
+    assert torch.equal((torch.arange(2) + past).value, past.positions)
+    assert torch.equal((torch.arange(1, 3) + past).value, past.positions + 1)
+    assert torch.arange(past, past + 2, dtype=torch.float32).value.dtype == torch.float32  # type: ignore[call-overload]

@@ -56,6 +56,25 @@ def test_linears_over_the_same_become_one_call(way: str) -> None:
         torch.testing.assert_close(got, want)
 
 
+def test_a_part_of_a_call_may_be_folded_and_a_weight_is_read_once_in_it() -> None:
+    """Rows of a part have gaps between them; a kernel names each of its operands once."""
+
+    class Body(torch.nn.Module):
+        def forward(self, x: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:
+            first, second = parts[:2], parts[2:]
+            a, b = linear(x, dequantize(*first)), linear(x, dequantize(*second))
+            return a.view(-1, 4), b, linear(x, dequantize(*first)) + 1
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 2, 64)
+    parts = [part for n in (8, 6) for part in integers_of(torch.randn(n, 64), "int8")]
+    operands = [x, *parts]
+    result = QuantizedLinear().run(graph_of(specialize(Body(), operands, dynamic=[{}] * 5)))
+    assert result.counts == {"linears rewritten": 3, "calls": 2}
+    for got, want in zip(result.graph_module(*operands), Body()(*operands), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_linears_elsewhere_or_of_other_dtypes_stay() -> None:
     assert not QuantizedLinear().run(over_integers()).modified, "on meta, not the CPU"
     assert not QuantizedLinear().run(on_cpu(over_integers(torch.float16))).modified

@@ -45,7 +45,6 @@ BY_POSITION = {
     ("bench/fuzz_calls.py", "Judge.of_tokens"): CALLED,
     ("passes/linear_to_onednn.py", "_"): CALLED,
     ("passes/linear_to_row_kernel.py", "_"): CALLED,
-    ("passes/quantized_linear.py", "_"): CALLED,
     ("passes/quantized_linear.py", "dequantize"): CALLED,
     ("polar_fx/backends/onednn_linear.py", "register._"): CALLED,
     ("polar_fx/backends/quantized_kernel.py", "register._"): CALLED,

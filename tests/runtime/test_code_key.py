@@ -119,7 +119,7 @@ def test_the_processors_instructions_are_part_of_a_key(
     info.write_text(
         "processor : 0\nflags : sse2 avx2 an_instruction_of_its_own\n", encoding="utf-8"
     )
-    monkeypatch.setattr("polar_fx.runtime.code_key.Path", lambda name: info)
+    monkeypatch.setattr("polar_fx.environment._PROCESSOR", info)
     target_of.cache_clear()
     try:
         assert _changed(_key(), before) == {"target"}
