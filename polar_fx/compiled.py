@@ -24,7 +24,7 @@ from .library import LayerLibrary
 from .library.cached import load_library
 from .predictor.menu import Menu
 from .predictor.policy import Policy
-from .predictor.shipped import SavedPredictor, dtype_of, load_named
+from .predictor.shipped import SavedPredictor, load_named, trained_on
 from .program import Program
 from .quantized import Quantize
 from .runtime.as_transformers import AsTransformers
@@ -117,7 +117,7 @@ def compile(
     get_backend(backend)  # refuse an unknown one before anything is loaded
     from .models import named_or_loaded, token_limits
 
-    dtype = dtype_of(predictor, model) if dtype is None else dtype
+    dtype, quantize = trained_on(predictor, model).unless(dtype, quantize)
     model = named_or_loaded(model, dtype, device=device, quantize=quantize)
     check_supported(model)
     max_length, prefill_chunk = token_limits(model, max_length, prefill_chunk=prefill_chunk)

@@ -73,10 +73,7 @@ class OnTheHub:
         that is there stays, unless `about` is given. Raises InputError, and BundleError for a
         bundle.
         """
-        place = self._write_folder(Path(folder).expanduser())
-        if about or not (place / CARD).exists():
-            write_whole(self._card(about).encode(), place / CARD)
-        return place
+        return self._with_card(self._write_folder(Path(folder).expanduser()), about)
 
     def push_to_hub(
         self,
@@ -98,7 +95,7 @@ class OnTheHub:
         from huggingface_hub.errors import HTTPError
 
         with tempfile.TemporaryDirectory(prefix="polar_fx-") as spare:
-            place = self.save_pretrained(Path(spare) / "folder", about=about)
+            place = self._with_card(self._upload_folder(Path(spare) / "folder"), about)
             api = HfApi(token=token)
             try:
                 made = api.create_repo(repo_id, private=private, exist_ok=True)
@@ -126,6 +123,16 @@ class OnTheHub:
 
     def _write_folder(self, place: Path) -> Path:
         raise NotImplementedError
+
+    def _upload_folder(self, place: Path) -> Path:
+        """A folder to be uploaded, which may hold links to files that lie elsewhere."""
+        return self._write_folder(place)
+
+    def _with_card(self, place: Path, about: str) -> Path:
+        """The folder, with a model card in it."""
+        if about or not (place / CARD).exists():
+            write_whole(self._card(about).encode(), place / CARD)
+        return place
 
     def _card(self, about: str) -> str:
         """The text of the model card."""

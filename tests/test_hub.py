@@ -3,6 +3,7 @@
 No hub is asked: uploads are caught, and what was fetched lies in a cache folder of the hub's form.
 """
 
+import dataclasses
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +17,11 @@ from huggingface_hub.errors import RepositoryNotFoundError
 
 import polar_fx
 from polar_fx.bundle import BundledModel, BundleError
+from polar_fx.compiled import compile
 from polar_fx.errors import InputError, ModelNotFoundError
 from polar_fx.predictor.saved_predictor import SavedPredictor
-from polar_fx.predictor.shipped import FOLDER, dtype_of
+from polar_fx.predictor.shipped import FOLDER, TrainedOn, load_named, trained_on
+from tiny_models import make
 
 COMMIT = "0" * 40
 Uploads = list[dict[str, Any]]
@@ -39,7 +42,8 @@ def uploads(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Uploads:
 
     def upload(self: HfApi, *, folder_path: Path, **asked: Any) -> str:
         kept = shutil.copytree(folder_path, tmp_path / f"uploaded-{len(made)}")
-        made.append({**asked, "folder": kept})
+        linked = {path.name for path in Path(folder_path).rglob("*") if path.is_symlink()}
+        made.append({**asked, "folder": kept, "linked": linked})
         return f"https://huggingface.co/{asked['repo_id']}/commit/{COMMIT}"
 
     monkeypatch.setattr(HfApi, "create_repo", create)
@@ -142,15 +146,43 @@ def test_a_revision_is_for_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_predictor_says_for_which_dtype_it_is(predictor: SavedPredictor) -> None:
-    from polar_fx.compiled import compile
-    from tiny_models import make
-
-    assert dtype_of(FOLDER) == dtype_of(predictor) == dtype_of(FOLDER, "a-model") == "bfloat16"
+    for named, model in ((FOLDER, None), (predictor, None), (FOLDER, "a-model")):
+        assert trained_on(named, model) == TrainedOn("bfloat16")
     model = make("llama")
-    assert dtype_of(predictor, model) is None
+    assert trained_on(predictor, model) == TrainedOn()
     for named in (FOLDER, predictor):
         with pytest.raises(InputError, match="trained for SmolLM2-135M-Instruct in bfloat16"):
             compile(model, "eager", max_length=63, predictor=named)
+
+
+def test_a_predictor_of_quantized_weights_has_the_model_loaded_so(
+    predictor: SavedPredictor, tmp_path: Path
+) -> None:
+    made = dataclasses.replace(predictor, notes={**predictor.notes, "quantize": "int8"})
+    place = made.save_pretrained(tmp_path / "mine")
+    assert trained_on(place) == trained_on(made) == TrainedOn("bfloat16", "int8")
+    assert "in bfloat16, int8" in repr(made)
+    with pytest.raises(InputError, match="trained for SmolLM2-135M-Instruct in bfloat16, int8"):
+        compile(make("llama"), "eager", max_length=63, predictor=place)
+
+
+def test_a_predictor_is_known_by_its_weights_from_a_folder_too(
+    predictor: SavedPredictor, tmp_path: Path
+) -> None:
+    library = compile(make("llama"), "eager", max_length=63).library
+    known = {**predictor.notes, "weights": library.weights_fingerprint}
+    place = dataclasses.replace(predictor, model="0", notes=known).save_pretrained(tmp_path / "p")
+    for named in (place, SavedPredictor.from_pretrained(place)):
+        assert load_named(named, library)[1] == predictor.policy
+
+
+def test_a_bundle_does_not_take_a_folder_that_holds_something(
+    whole_bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "note").touch()
+    with pytest.raises(BundleError, match="not empty.*another folder"):
+        BundledModel.from_pretrained(whole_bundle).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["note"]
 
 
 def test_a_bundle_goes_to_the_hub_and_comes_back(
@@ -159,6 +191,7 @@ def test_a_bundle_goes_to_the_hub_and_comes_back(
     bundle = BundledModel.from_pretrained(whole_bundle)
     bundle.push_to_hub("me/mine", about="Measured nowhere.")
     folder = uploads[0]["folder"]
+    assert "weights.safetensors" in uploads[0]["linked"]  # no second copy on disk
     fingerprint = bundle.manifest.fingerprint
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert fingerprint in text and "Measured nowhere." in text

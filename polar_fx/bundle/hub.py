@@ -1,6 +1,7 @@
 """A bundle on the HuggingFace hub: its files, its card, and whose code is run."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,6 +12,7 @@ from ..errors import InputError
 from ..hub import OnTheHub, card
 from ..output.files import copy_file, replacing
 from ..output.plain_text import size
+from .errors import BundleError
 from .files import os_errors
 from .manifest import (
     CONFIG,
@@ -88,13 +90,24 @@ class BundleOnTheHub(OnTheHub):
         return cls._read_folder(_without_links(place), **options)
 
     def _write_folder(self, place: Path) -> Path:
-        files = [file.path for file in read_manifest(self.folder).files]
+        if place.is_dir() and any(place.iterdir()):
+            raise BundleError(
+                place, "is there and not empty", remedy="name another folder, or empty it"
+            )
         with os_errors(place), replacing(place) as work:
-            for path in (*files, MANIFEST):
-                target = work / path
-                target.parent.mkdir(parents=True, exist_ok=True)
-                copy_file(self.folder / path, target)
+            self._each_file(work, copy_file)
         return place
+
+    def _upload_folder(self, place: Path) -> Path:
+        self._each_file(place, lambda source, target: target.symlink_to(source.resolve()))
+        return place
+
+    def _each_file(self, folder: Path, take: Callable[[Path, Path], Any]) -> None:
+        """Each file of the bundle, and where it lies in that folder, whose folders are made."""
+        for path in (*(file.path for file in read_manifest(self.folder).files), MANIFEST):
+            target = folder / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            take(self.folder / path, target)
 
     def _card(self, about: str) -> str:
         manifest = read_manifest(self.folder)

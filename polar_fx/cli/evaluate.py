@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .options import whole
+from .options import weights_as_trained, whole
 from .questions import add_question_arguments, add_running_arguments, job_settings
 from .verbosity import status
 
@@ -71,10 +71,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate; writes the report, returns the results."""
     began = time.perf_counter()
     from ..jobs.evaluate import EvaluateJob, run
-    from ..predictor.shipped import dtype_of
 
-    own = dtype_of(options.predictor, options.model)
-    options.dtype = options.dtype or own or "float32"
+    weights_as_trained(options)
     job = EvaluateJob(
         predictor=options.predictor,
         records=tuple(options.records or ()),

@@ -31,6 +31,7 @@ from .options import (
     load_model,
     program_texts,
     row_length,
+    weights_as_trained,
     whole,
 )
 from .verbosity import working
@@ -100,10 +101,8 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     from ..bundle.writer import check_target
 
     check_target(options.out, options.overwrite)  # before anything is loaded
-    from ..predictor.shipped import dtype_of
 
-    own = dtype_of(options.predictor, options.model)
-    options.dtype = options.dtype or own or "float32"
+    weights_as_trained(options)
     model, tokenizer = load_model(options)
     compiled = compile_model(model, options, max_length=options.max_length or row_length(model))
     if options.predictor is not None:

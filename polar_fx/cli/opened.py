@@ -60,6 +60,7 @@ def bundle_of(options: argparse.Namespace) -> tuple[Any, Any]:
                 f"--{name.replace('_', '-')} is for models; the bundle {options.model} has its "
                 "own, leave it out"
             )
+    warn_if_busy()
     with working("loading the bundle ..."):
         bundle, tokenizer = load(options.model)
     if tokenizer is None:

@@ -102,6 +102,16 @@ def row_length(model: Any, tokens: int = 1) -> int:
     return max(tokens, longest_row(model, length))
 
 
+def weights_as_trained(options: argparse.Namespace) -> None:
+    """Fill in --dtype and --quantize, where they are not given, by what the predictor was trained
+    on. Raises InputError for a folder that holds none.
+    """
+    from ..predictor.shipped import trained_on
+
+    found = trained_on(options.predictor, options.model).unless(options.dtype, options.quantize)
+    options.dtype, options.quantize = found.dtype or "float32", found.quantize
+
+
 def load_model(options: argparse.Namespace) -> tuple[Any, Any]:
     """The model and tokenizer that the options name. Raises ModelNotFoundError."""
     from transformers.utils import logging

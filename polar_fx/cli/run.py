@@ -31,6 +31,7 @@ from .options import (
     row_length,
     sampling,
     warm_up,
+    weights_as_trained,
     whole,
 )
 from .shown import Shown
@@ -155,10 +156,8 @@ def _open(options: argparse.Namespace, text: str) -> tuple["CompiledModel", Any,
                 f"for fewer tokens, or export it with --max-length {needed}"
             )
         return bundle, tokenizer, ids
-    from ..predictor.shipped import dtype_of
 
-    own = dtype_of(options.predictor, options.model)
-    options.dtype = options.dtype or own or "float32"
+    weights_as_trained(options)
     model, tokenizer = load_model(options)
     ids = _encode(tokenizer, text, raw=options.raw)
     needed = _tokens_needed(options, ids)

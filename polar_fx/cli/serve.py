@@ -24,6 +24,7 @@ from ..environment import install_command
 from ..errors import InputError
 from ..program import Program
 from .options import whole
+from .threads import warn_if_busy
 from .verbosity import status, working
 
 if TYPE_CHECKING:
@@ -97,11 +98,13 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(
             f"serving needs ray, which is not installed; {install_command('serve')}"
         ) from error
+    threads = options.threads or manifest.threads or 1
+    warn_if_busy(threads, option="--threads")  # before ray's own start keeps them busy
     given = {
         "bundle": str(options.bundle),
         "name": options.name,
         "fingerprint": options.fingerprint,
-        "threads": options.threads or manifest.threads or 1,
+        "threads": threads,
         "max_batch": options.max_batch,
         "policy": options.policy,
     }

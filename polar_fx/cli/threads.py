@@ -21,18 +21,23 @@ def load_of_others() -> float | None:
         return None
 
 
-def warn_if_busy() -> None:
-    """Say so on stderr where others keep the cores busy, and what helps."""
-    import torch
+def warn_if_busy(threads: int | None = None, *, option: str = "OMP_NUM_THREADS") -> None:
+    """Say so on stderr where others keep the cores busy, and what helps.
 
-    load, threads = load_of_others(), torch.get_num_threads()
+    `threads` compute (default: torch's number), and `option` sets how many.
+    """
+    if threads is None:
+        import torch
+
+        threads = torch.get_num_threads()
+    load = load_of_others()
     if load is None or load <= BUSY or threads == 1:
         return
     text = (
         f"other processes keep {load:.1f} threads for each core busy: {count(threads, 'thread')} "
         "here wait for one another, and a token may take several times as long; "
         f"`python -m polar_fx bench --threads 1 {threads}` measures which number is faster, and "
-        "OMP_NUM_THREADS sets it"
+        f"{option} sets it"
     )
     status().print(text, style="dim", markup=False, soft_wrap=True)
 

@@ -58,17 +58,17 @@ class Choice:
             )
 
 
-def by_policy(name: str, selector: Selector, *, policy: Policy, chances: np.ndarray) -> Choice:
-    """A selector's choices under a policy, of probabilities f64[N, K]."""
+def by_policy(
+    name: str, selector: Selector, *, policy: Policy, proposals: Sequence[Proposal]
+) -> Choice:
+    """A selector's choices under a policy, of its proposals for N questions."""
     menu, calibration = selector.menu, selector.calibration
     policy.check(calibration, None)
     if policy.kind not in ("accuracy", "mean_steps", "steps"):
         raise InputError(
             f"policy {policy} is not compared here; use accuracy, steps<= or mean_steps<="
         )
-    chosen = [
-        policy.choose(Proposal(menu.programs, menu.steps, row), calibration) for row in chances
-    ]
+    chosen = [policy.choose(proposal, calibration) for proposal in proposals]
     return Choice.single(name, [menu.programs[k] for k in chosen])
 
 
@@ -83,16 +83,18 @@ def likeliest(name: str, menu: Menu, *, chances: np.ndarray) -> Choice:
     )
 
 
-def selector_choices(selector: Selector, chances: np.ndarray) -> list[Choice]:
-    """A selector's choices by every policy that is compared, of probabilities f64[N, K], and what
-    the answer key would choose among its programs.
+def selector_choices(selector: Selector, proposals: Sequence[Proposal]) -> list[Choice]:
+    """A selector's choices by every policy that is compared, of its proposals for N questions, and
+    what the answer key would choose among its programs.
     """
+    chances = np.stack([proposal.probabilities for proposal in proposals])
     menu, prices = selector.menu, selector.calibration.prices
     policies = {SELECTOR_ACCURACY: Policy("accuracy")}
     policies |= {f"{SELECTOR_PRICED}{f:g}": Policy("mean_steps", f) for f in prices}
     policies[f"selector: steps <= {_STEPS:g}"] = Policy("steps", _STEPS)
     choices = [
-        by_policy(name, selector, policy=each, chances=chances) for name, each in policies.items()
+        by_policy(name, selector, policy=each, proposals=proposals)
+        for name, each in policies.items()
     ]
     choices.insert(1, likeliest(SELECTOR_LIKELIEST, menu, chances=chances))
     choices.append(oracle("any program of the menu", menu, n=len(chances)))

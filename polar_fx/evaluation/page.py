@@ -28,7 +28,7 @@ _TEMPLATE = Path(__file__).with_name("page.html")
 class Page:
     """What the page shows: a menu's programs on N questions.
 
-    `chances` f64[N, K] are the predicted probabilities of a right answer, `right` bool[N, K] what
+    `proposals` are N, with the predicted probabilities of a right answer, `right` bool[N, K] what
     came true. `answers` are generated texts by the place of their question; those of programs
     beside the menu are left out.
     """
@@ -37,7 +37,7 @@ class Page:
     menu: Menu
     calibration: Calibration
     questions: Sequence[Question]
-    chances: np.ndarray
+    proposals: Sequence[Proposal]
     right: np.ndarray
     answers: Mapping[int, Mapping[Program, str]] = field(default_factory=dict)
 
@@ -48,7 +48,7 @@ class Page:
         *,
         title: str,
         questions: Sequence[Question],
-        chances: np.ndarray,
+        proposals: Sequence[Proposal],
         right: np.ndarray,
         answers: Mapping[int, Mapping[Program, str]],
     ) -> "Page":
@@ -58,7 +58,7 @@ class Page:
             menu=selector.menu,
             calibration=selector.calibration,
             questions=questions,
-            chances=chances,
+            proposals=proposals,
             right=right,
             answers=answers,
         )
@@ -101,7 +101,7 @@ class Page:
             "task": question.task,
             "question": question.question,
             "accepted": question.answers[0],
-            "chances": [round(float(p), 3) for p in self.chances[place]],
+            "chances": [round(float(p), 3) for p in self.proposals[place].probabilities],
             "right": list(map(int, self.right[place])),
             "answers": answers,
         }
@@ -116,10 +116,7 @@ class Page:
         found = []
         for text in texts:
             policy = Policy.parse(text, self.menu.depth)
-            chosen = [
-                policy.choose(Proposal(self.menu.programs, self.menu.steps, row), self.calibration)
-                for row in self.chances
-            ]
+            chosen = [policy.choose(each, self.calibration) for each in self.proposals]
             share = Share.of(self.right[np.arange(len(chosen)), chosen]).to_dict()
             found.append(
                 {

@@ -40,7 +40,9 @@ from ..evaluation.polar.text_encoder import TextEncoder
 from ..evaluation.report import against, distributions, selector_report, write_report
 from ..evaluation.votes import GeneratedArms, generated_arms
 from ..output.files import write_whole
-from ..predictor.saved import load_selector, read_notes
+from ..predictor.menu import Proposal
+from ..predictor.saved import read_notes
+from ..predictor.saved_predictor import SavedPredictor
 from ..predictor.selector import Selector
 from ..program import Program
 from ..questions import Question
@@ -111,7 +113,12 @@ class _Subject:
     rows: Rows
     known: TrainingRecords
     states: list[Tensor]  # N of [T, d]
-    chances: np.ndarray  # f64[N, K]
+    proposals: list[Proposal]
+
+    @property
+    def chances(self) -> np.ndarray:
+        """The probabilities, f64[N, K]."""
+        return np.stack([proposal.probabilities for proposal in self.proposals])
 
     @property
     def questions(self) -> list[Question]:
@@ -203,7 +210,9 @@ def _open(job: EvaluateJob, console: "Console") -> _Subject:
         generated=job.answers > 0,
         other=OtherQuestions(questions=learned, prompt=notes["prompt"]),
     )
-    selector, _ = load_selector(job.predictor, labeller.model_fingerprint)
+    predictor = SavedPredictor.of_folder(job.predictor)
+    predictor.require_model(labeller.compiled.library)
+    selector = predictor.selector
     rows = [(q, labeller.encoded[q.id]) for q in labeller.with_difficulty(questions)]
     known = training_records(
         trained_on,
@@ -220,7 +229,7 @@ def _open(job: EvaluateJob, console: "Console") -> _Subject:
         rows=rows,
         known=known,
         states=states,
-        chances=selector.probabilities(pooled),
+        proposals=selector.proposals(pooled),
     )
 
 
@@ -262,7 +271,7 @@ def _own_choices(subject: _Subject) -> list[Choice]:
     identity = Program.identity(subject.labeller.depth)
     return [
         static(IDENTITY, identity, n=len(subject.rows)),
-        *selector_choices(subject.selector, subject.chances),
+        *selector_choices(subject.selector, subject.proposals),
         *static_choices(subject.known, subject.selector, questions=subject.questions),
     ]
 
@@ -351,7 +360,7 @@ def _write_page(
         subject.selector,
         title=f"{job.predictor.name} on {len(subject.rows)} questions",
         questions=subject.questions,
-        chances=subject.chances,
+        proposals=subject.proposals,
         right=right,
         answers=answers,
     )
@@ -373,6 +382,7 @@ def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
         "out_of_distribution": subject.unseen,
         "prompts": prompt_keys(labeller.templates),
         "threshold": subject.selector.calibration.threshold,
+        "threshold_by_task": dict(subject.selector.calibration.by_task),
     }
 
 

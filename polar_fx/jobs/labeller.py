@@ -65,13 +65,18 @@ class Labeller:
         self._config = SearchConfig(method="listed")
 
     def model_names(self) -> dict[str, str]:
-        """What the model is called, and in what dtype it is; for notes that people read."""
+        """What the model is called, in what dtype it is, and how its weights are quantized, if they
+        are; for a predictor's notes.
+        """
         from ..models import DEFAULT_NAME
 
         named = self.workplace.model or DEFAULT_NAME
         place = Path(named).expanduser()
         name = place.resolve().name if place.exists() else named
-        return {"model_name": name, "dtype": self.workplace.dtype}
+        names = {"model_name": name, "dtype": self.workplace.dtype}
+        if self.workplace.quantize is not None:
+            names["quantize"] = self.workplace.quantize
+        return names
 
     def check_model(self, header: "SearchHeader") -> None:
         """Raise InputError if records with this header are of another model."""

@@ -76,9 +76,11 @@ class Proposal:
     f64[K].
 
     `steps` is what each costs, f64[K]. The identity is first. Probabilities of a predictor without
-    calibrated ones are scores, and only their order means something.
+    calibrated ones are scores, and only their order means something. `task` is the one of those
+    trained on that the input was recognized as; empty if it is none of them.
     """
 
     programs: Sequence[Program]
     steps: np.ndarray
     probabilities: np.ndarray
+    task: str = ""

@@ -28,11 +28,18 @@ class Calibration:
     `threshold`: another program than the identity runs only if its predicted gain (difference of
     the two probabilities) reaches it; inf: never. `prices`: by budget, a fraction of the identity's
     steps, the price per `depth` steps, in probability: a longer program must gain at least this
-    much; chosen so that mean steps meet the budget.
+    much; chosen so that mean steps meet the budget. `by_task`: where it is not empty, the
+    threshold of each task that inputs are recognized as, in place of the one of all; other inputs
+    run the identity.
     """
 
     threshold: float = math.inf
     prices: Mapping[float, float] = field(default_factory=dict)
+    by_task: Mapping[str, float] = field(default_factory=dict)
+
+    def threshold_for(self, task: str) -> float:
+        """That of an input recognized as this task."""
+        return self.by_task.get(task, math.inf) if self.by_task else self.threshold
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,7 @@ class Policy:
 
     - `identity`: always that.
     - `accuracy`: the likeliest to answer right, if its predicted gain over the identity reaches the
-    threshold.
+    threshold; that of the input's task, where each has one.
     - `steps<=f`: the likeliest with at most f x depth steps, for each input (a compute budget as in
     BUDDY, arXiv 2606.09514).
     - `mean_steps<=f`: likeliest at a price for steps, set on validation so that their mean is at
@@ -129,7 +136,8 @@ class Policy:
         depth = proposal.programs[0].depth
         if self.kind == "accuracy":
             best = _best(chances, proposal.steps)
-            return best if chances[best] - chances[0] >= calibration.threshold else 0
+            least = calibration.threshold_for(proposal.task)
+            return best if chances[best] - chances[0] >= least else 0
         if self.kind == "mean_steps":
             return _best(
                 chances - calibration.prices[self.limit] * proposal.steps / depth, proposal.steps

@@ -15,16 +15,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
+from torch import Tensor
 
 from ..errors import InputError, ProgramError
 from ..output.files import replacing
 from ..program import Program
 from .features import Features
+from .known_tasks import KnownTasks
 from .menu import Menu
 from .policy import Calibration, Policy
 from .selector import Selector, SelectorNetwork
 
 FORMAT, VERSION = "polar_fx.predictor", 1
+_TASKS = "tasks."  # before the names of the tensors of KnownTasks
 FILES = _JSON, _TENSORS = "predictor.json", "predictor.safetensors"
 
 
@@ -43,9 +46,14 @@ def save_selector(
     InputError if it cannot be written.
     """
     folder = Path(folder)
-    tensors = {name: t.contiguous() for name, t in selector.network.state_dict().items()}
-    tensors |= {"slopes": selector.slopes.contiguous(), "shifts": selector.shifts.contiguous()}
+    tensors = dict(selector.network.state_dict())
+    tensors |= {"slopes": selector.slopes, "shifts": selector.shifts}
+    if selector.tasks is not None:
+        tensors |= {f"{_TASKS}{n}": getattr(selector.tasks, n) for n in KnownTasks.tensors}
+    tensors = {name: t.contiguous() for name, t in tensors.items()}
     calibration = selector.calibration
+    prices = {str(f): price for f, price in calibration.prices.items()}
+    by_task = {task: _finite(tau) for task, tau in calibration.by_task.items()}
     inner = selector.network.inner
     fields = {
         "format": FORMAT,
@@ -60,9 +68,11 @@ def save_selector(
             "width": 0 if inner is None else inner.out_features,
         },
         "calibration": {
-            "threshold": None if math.isinf(calibration.threshold) else calibration.threshold,
-            "prices": {str(f): price for f, price in calibration.prices.items()},
+            "threshold": _finite(calibration.threshold),
+            "prices": prices,
+            "by_task": by_task,
         },
+        "tasks": [] if selector.tasks is None else list(selector.tasks.names),
         "policy": str(policy or Policy("accuracy")),
         "notes": dict(notes or {}),
     }
@@ -107,17 +117,15 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
             fields["network"]["num_features"], len(menu), width=fields["network"]["width"]
         )
         tensors = load_file(path.with_name(_TENSORS))
-        slopes, shifts = tensors.pop("slopes"), tensors.pop("shifts")
-        network.load_state_dict(tensors)
-        threshold = fields["calibration"]["threshold"]
-        calibration = Calibration(
-            math.inf if threshold is None else float(threshold),
-            {float(f): float(price) for f, price in fields["calibration"]["prices"].items()},
-        )
-        if not all(
-            bool(torch.isfinite(t).all()) and t.numel() for t in (*tensors.values(), slopes, shifts)
-        ):
+        if not all(bool(torch.isfinite(t).all()) and t.numel() for t in tensors.values()):
             raise ValueError("a weight is not finite")
+        slopes, shifts = tensors.pop("slopes"), tensors.pop("shifts")
+        tasks = _known_tasks(fields.get("tasks", ()), tensors)
+        network.load_state_dict(tensors)
+        numbers = fields["calibration"]
+        prices = {float(f): float(price) for f, price in numbers["prices"].items()}
+        by_task = {str(t): _threshold(tau) for t, tau in numbers.get("by_task", {}).items()}
+        calibration = Calibration(_threshold(numbers["threshold"]), prices, by_task)
         selector = Selector(
             menu,
             Features(**fields["features"]),
@@ -125,6 +133,7 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
             calibration=calibration,
             slopes=slopes,
             shifts=shifts,
+            tasks=tasks,
         )
         return selector, Policy.parse(fields["policy"], depth)
     except (
@@ -137,6 +146,23 @@ def load_selector(folder: str | Path, model: str | None = None) -> tuple[Selecto
         ProgramError,
     ) as error:
         raise _damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def _known_tasks(names: Any, tensors: dict[str, Tensor]) -> KnownTasks | None:
+    """Takes what belongs to it out of the tensors; None where no task has a name."""
+    if not names:
+        return None
+    own = {name: tensors.pop(f"{_TASKS}{name}") for name in KnownTasks.tensors}
+    return KnownTasks(tuple(map(str, names)), **own)
+
+
+def _finite(threshold: float) -> float | None:
+    """As JSON has it, which knows no infinity."""
+    return None if math.isinf(threshold) else threshold
+
+
+def _threshold(noted: Any) -> float:
+    return math.inf if noted is None else float(noted)
 
 
 def _described(path: Path) -> dict[str, Any]:
@@ -203,9 +229,14 @@ def _field(folder: str | Path, name: str, *, kind: type, missing: str) -> Any:
 
 def trained_for(notes: Mapping[str, Any], model: str) -> str:
     """What it was trained for, in words: by its notes, and the fingerprint of the model."""
-    name = notes.get("model_name", "a model")
-    dtype = f" in {notes['dtype']}" if "dtype" in notes else ""
-    return f"trained for {name}{dtype}, of fingerprint {model[:12]}..."
+    return f"trained for {model_of(notes)}, of fingerprint {model[:12]}..."
+
+
+def model_of(notes: Mapping[str, Any]) -> str:
+    """The model that notes are about, and how its weights are held, in words."""
+    name = notes.get("model_name", "a model without a name")
+    weights = ", ".join(str(notes[key]) for key in ("dtype", "quantize") if key in notes)
+    return f"{name} in {weights}" if weights else str(name)
 
 
 def _notes_of(fields: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, Self
 from ..errors import InputError
 from ..hub import OnTheHub, card
 from .policy import Policy
-from .saved import FILES, load_selector, read_model, read_notes, save_selector, trained_for
+from .saved import (
+    FILES,
+    load_selector,
+    model_of,
+    read_model,
+    read_notes,
+    save_selector,
+    trained_for,
+)
 from .selector import Selector
 
 if TYPE_CHECKING:
@@ -33,7 +41,14 @@ class SavedPredictor(OnTheHub):
     hub_files = FILES
 
     def __repr__(self) -> str:
-        return f"SavedPredictor({self._of}, {len(self.selector.menu)} programs, {self.policy})"
+        programs = f"{len(self.selector.menu)} programs"
+        return f"SavedPredictor({model_of(self.notes)}, {programs}, {self.policy})"
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self:
+        """What `train` wrote there. Raises InputError."""
+        selector, policy = load_selector(folder)
+        return cls(selector, policy, read_model(folder), read_notes(folder))
 
     def require_model(self, library: "LayerLibrary") -> None:
         """Raise InputError unless it was trained for this model."""
@@ -47,18 +62,11 @@ class SavedPredictor(OnTheHub):
             "or train a predictor for this one"
         )
 
-    @property
-    def _of(self) -> str:
-        """The model it is for, in words."""
-        known = [str(self.notes[key]) for key in ("model_name", "dtype") if key in self.notes]
-        return " in ".join(known) or "a model without a name"
-
     @classmethod
     def _read_folder(cls, place: Path, **options: Any) -> Self:
         if options:
             raise InputError(f"a predictor takes no {', '.join(options)}; leave that out")
-        selector, policy = load_selector(place)
-        return cls(selector, policy, read_model(place), read_notes(place))
+        return cls.of_folder(place)
 
     def _write_folder(self, place: Path) -> Path:
         return save_selector(
@@ -73,7 +81,7 @@ class SavedPredictor(OnTheHub):
         ]
         tasks = ", ".join(map(str, self.notes.get("tasks", ()))) or "questions without a name"
         return card(
-            f"A predictor of programs of layers for {self._of}",
+            f"A predictor of programs of layers for {model_of(self.notes)}",
             tags=("layer-skipping", "dynamic-depth"),
             parts=(
                 "It chooses for each input which of these programs of the model's layers runs, by "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError
 from .features import Features
+from .known_tasks import UNKNOWN, KnownTasks
 from .menu import Menu, Proposal
 from .policy import Calibration
 
@@ -94,7 +95,8 @@ class SelectorNetwork(nn.Module):
 class Selector:
     """A trained selector over a menu.
 
-    `slopes` and `shifts` f32[K] calibrate the logits (Platt scaling on validation).
+    `slopes` and `shifts` f32[K] calibrate the logits (Platt scaling on validation). `tasks` tells
+    inputs of the tasks it was trained on apart; without it there is one threshold for all.
     """
 
     kind = "selector"
@@ -108,8 +110,10 @@ class Selector:
         calibration: Calibration | None = None,
         slopes: Tensor | None = None,
         shifts: Tensor | None = None,
+        tasks: KnownTasks | None = None,
     ) -> None:
         self.menu, self.features, self.network = menu, features, network.eval()
+        self.tasks = tasks
         self.calibration = calibration or Calibration()
         self.slopes = torch.ones(len(menu)) if slopes is None else slopes
         self.shifts = torch.zeros(len(menu)) if shifts is None else shifts
@@ -136,7 +140,15 @@ class Selector:
     @torch.no_grad()
     def propose(self, hidden: Sequence[Tensor]) -> list[Proposal]:
         """A proposal a row, of its hidden states [T, d] after the features' steps."""
-        pooled = torch.stack([self.features.pooled(h) for h in hidden]).cpu()
+        return self.proposals(torch.stack([self.features.pooled(h) for h in hidden]).cpu())
+
+    def proposals(self, features: Tensor) -> list[Proposal]:
+        """A proposal a row of pooled features f32[B, F]."""
+        chances = self.probabilities(features)
+        known = [UNKNOWN] * len(chances)
+        if self.tasks is not None:
+            known = self.tasks.recognized(features)
         return [
-            Proposal(self.menu.programs, self.menu.steps, row) for row in self.probabilities(pooled)
+            Proposal(self.menu.programs, self.menu.steps, row, task)
+            for row, task in zip(chances, known, strict=True)
         ]

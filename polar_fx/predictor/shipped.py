@@ -6,11 +6,11 @@ is in its notes.
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import InputError
 from .policy import Policy
-from .saved import load_selector, read_notes
+from .saved import read_notes
 from .saved_predictor import SavedPredictor
 from .selector import Selector
 
@@ -34,37 +34,49 @@ def load_named(
 
     Raises InputError as `load_selector`, and where the model is not the one it was made for.
     """
-    if isinstance(named, SavedPredictor):
-        named.require_model(library)
-        return named.selector, named.policy
-    if os.fspath(named) != DEFAULT:
-        return load_selector(Path(named), library.model_fingerprint)
-    notes = read_notes(FOLDER)
-    # the weights alone: graphs differ between versions of torch and transformers
-    if notes["weights"] != library.weights_fingerprint:
+    shipped = not isinstance(named, SavedPredictor) and os.fspath(named) == DEFAULT
+    if shipped and read_notes(FOLDER)["weights"] != library.weights_fingerprint:
         raise InputError(
             f"the predictor {DEFAULT!r} is for the embedded default model in {DTYPE}, and this "
             f"model is another one or in another dtype ({library.dtype}); name neither model nor "
             "dtype, or train a predictor for this model (docs/dispatch.md)"
         )
-    return load_selector(FOLDER)
+    if not isinstance(named, SavedPredictor):
+        named = SavedPredictor.of_folder(FOLDER if shipped else Path(named))
+    named.require_model(library)
+    return named.selector, named.policy
 
 
-def dtype_of(named: Any, model: Any = None) -> str | None:
-    """The dtype to load the model in that a predictor is for; None: whichever.
+class TrainedOn(NamedTuple):
+    """How the weights were held that a predictor was trained on; None: as they are, or not
+    known.
+    """
+
+    dtype: str | None = None
+    quantize: Any = None
+
+    def unless(self, dtype: Any, quantize: Any) -> "TrainedOn":
+        """These, but what is given instead."""
+        return TrainedOn(dtype or self.dtype, quantize or self.quantize)
+
+
+def trained_on(named: Any, model: Any = None) -> TrainedOn:
+    """How to load the model that a predictor is for.
 
     `model` is what is asked for: None (the default model), a name, or a model that is loaded
-    already. Raises InputError for a folder that holds no predictor.
+    already, which stays as it is. Raises InputError for a folder that holds no predictor.
     """
+    if not (model is None or isinstance(model, (str, os.PathLike))):
+        return TrainedOn()
     if isinstance(named, SavedPredictor):
-        noted = named.notes.get("dtype")
+        notes = named.notes
     elif not isinstance(named, (str, os.PathLike)):
-        return None
+        return TrainedOn()
     elif os.fspath(named) == DEFAULT:
-        noted = DTYPE if model is None else None
+        return TrainedOn(DTYPE if model is None else None)
     else:
-        noted = read_notes(Path(named)).get("dtype")
-    return noted if model is None or isinstance(model, (str, os.PathLike)) else None
+        notes = read_notes(Path(named))
+    return TrainedOn(notes.get("dtype"), notes.get("quantize"))
 
 
 def about() -> dict[str, Any]:

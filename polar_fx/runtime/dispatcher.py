@@ -8,7 +8,7 @@ import logging
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -258,7 +258,12 @@ class Dispatcher:
             return proposal
         kept = [i for i, p in enumerate(proposal.programs) if p in self._on]
         programs = [proposal.programs[i] for i in kept]
-        return Proposal(programs, proposal.steps[kept], proposal.probabilities[kept])
+        return replace(
+            proposal,
+            programs=programs,
+            steps=proposal.steps[kept],
+            probabilities=proposal.probabilities[kept],
+        )
 
     def choose(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> list[Decision]:
         """What each row of i64[B, T] would run; only the shared steps run.

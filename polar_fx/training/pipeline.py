@@ -17,6 +17,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..output.files import made_folder
 from ..predictor.features import Features
+from ..predictor.known_tasks import KnownTasks
 from ..predictor.menu import Menu
 from ..predictor.policy import Calibration
 from ..predictor.selector import Selector
@@ -24,7 +25,7 @@ from ..program import Program
 from ..runtime.trunk import check_trunk
 from ..search.records.records import SearchRecord
 from ..stats.calibration import ece, fit_platt, log_loss
-from ..stats.risk import least_questions, risk_controlled_threshold
+from ..stats.risk import RiskThreshold, least_questions, risk_controlled_threshold
 from .mining import BUDGETS, best_static, candidates, edits_as_programs, finalists, mine, variations
 from .selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
 from .verdict_table import Rows, VerdictTable
@@ -131,8 +132,9 @@ def fit(
     """A calibrated selector, and what was measured on validation.
 
     Half of the validation questions choose the epoch and scale the probabilities, the others set
-    threshold and prices: what chose the predictor cannot certify it. Raises InputError for labels
-    that nothing can be learned from.
+    thresholds and prices: what chose the predictor cannot certify it. Where the labels are of
+    several tasks, each task has a threshold, and these hold together at 1 - delta. Raises
+    InputError for labels that nothing can be learned from.
     """
     fitting, setting = _halves(validation, config.selector.seed)
     network, history = train_selector(train, fitting, config=config.selector, progress=progress)
@@ -153,22 +155,16 @@ def fit(
     )
     chances = selector.probabilities(setting.features)
     before = 1 / (1 + np.exp(-others))
-    best = choose_all(chances, menu.steps, depth=menu.depth, threshold=-np.inf)
-    rows = np.arange(len(best))
-    gains = chances[rows, best] - chances[:, 0]
-    chosen_right, identity_right = setting.right[rows, best], setting.right[:, 0]
-    bound = risk_controlled_threshold(
-        gains,
-        chosen_right,
-        identity_right=identity_right,
-        epsilon=config.risk,
-        delta=config.delta,
-        starts=_STARTS,
-    )
+    if len(set(train.tasks)) > 1:
+        selector.tasks = KnownTasks.learn(
+            train.features, train.tasks, others=fitting.features, tasks_of_others=fitting.tasks
+        )
+    bound, by_task = _thresholds(selector, setting, config=config)
     prices = {f: price_of(chances, menu.steps, depth=menu.depth, budget=f) for f in config.budgets}
-    selector.calibration = Calibration(
-        bound.tau, {f: price for f, price in prices.items() if price is not None}
-    )
+    set_prices = {f: price for f, price in prices.items() if price is not None}
+    taus = {name: found.tau for name, found in by_task.items()}
+    selector.calibration = Calibration(bound.tau, set_prices, taus)
+    by_task_as_json = {name: found.to_dict() for name, found in by_task.items()}
     measured = {
         "training": history,
         "scaling": scaling.to_dict(),
@@ -182,10 +178,39 @@ def fit(
             "after": log_loss(chances, setting.right),
         },
         "threshold": bound.to_dict(),
-        "budgets_out_of_reach": [f for f, price in prices.items() if price is None],
+        "threshold_by_task": by_task_as_json,
+        "budgets_out_of_reach": sorted(set(prices) - set(set_prices), reverse=True),
         "validation": _accuracies(selector, setting, train=train),
     }
     return selector, measured
+
+
+def _thresholds(
+    selector: Selector, setting: Labels, *, config: TrainingConfig
+) -> tuple[RiskThreshold, dict[str, RiskThreshold]]:
+    """That of all questions together, and those of each task that is told from others."""
+    menu, chances = selector.menu, selector.probabilities(setting.features)
+    best = choose_all(chances, menu.steps, depth=menu.depth, threshold=-np.inf)
+    rows = np.arange(len(best))
+    gains, right = chances[rows, best] - chances[:, 0], setting.right[rows, best]
+
+    def bound_of(places: np.ndarray, delta: float) -> RiskThreshold:
+        return risk_controlled_threshold(
+            gains[places],
+            right[places],
+            identity_right=setting.right[places, 0],
+            epsilon=config.risk,
+            delta=delta,
+            starts=_STARTS,
+        )
+
+    by_task: dict[str, RiskThreshold] = {}
+    if selector.tasks is not None:
+        known = np.array(selector.tasks.recognized(setting.features))
+        names = selector.tasks.names
+        for name in names:
+            by_task[name] = bound_of(np.flatnonzero(known == name), config.delta / len(names))
+    return bound_of(rows, config.delta), by_task
 
 
 def too_few_to_certify(validation: int, config: TrainingConfig) -> str:
@@ -211,11 +236,7 @@ def _halves(labels: Labels, seed: int) -> tuple[Labels, Labels]:
         )
     order = np.random.default_rng(seed).permutation(len(labels.right))
     parts = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
-    first, second = (
-        Labels(labels.features[torch.tensor(p)], labels.right[p], labels.log_likelihood[p])
-        for p in parts
-    )
-    return first, second
+    return labels.at(parts[0]), labels.at(parts[1])
 
 
 def _accuracies(selector: Selector, validation: Labels, *, train: Labels) -> dict[str, Any]:
@@ -232,6 +253,8 @@ def _accuracies(selector: Selector, validation: Labels, *, train: Labels) -> dic
         }
 
     steps, depth, calibration = menu.steps, menu.depth, selector.calibration
+    proposals = selector.proposals(validation.features)
+    least = np.array([calibration.threshold_for(proposal.task) for proposal in proposals])
     static = int(train.right.mean(0).argmax())
     return {
         "identity": of(np.zeros(len(rows), int)),
@@ -240,7 +263,7 @@ def _accuracies(selector: Selector, validation: Labels, *, train: Labels) -> dic
             "program": str(menu.programs[static]),
         },
         "likeliest": of(choose_all(chances, steps, depth=depth, threshold=-np.inf)),
-        "accuracy": of(choose_all(chances, steps, depth=depth, threshold=calibration.threshold)),
+        "accuracy": of(choose_all(chances, steps, depth=depth, threshold=least)),
         **{
             f"mean_steps<={f:g}": of(
                 choose_all(chances, steps, depth=depth, threshold=-np.inf, price=p)
@@ -253,7 +276,8 @@ def _accuracies(selector: Selector, validation: Labels, *, train: Labels) -> dic
 
 def labels_of(table: VerdictTable, features: Tensor) -> Labels:
     """The table's verdicts beside features f32[N, F] of the same questions."""
-    return Labels(features, table.right, table.log_likelihood)
+    tasks = [question.task for question in table.questions]
+    return Labels(features, table.right, table.log_likelihood, tasks)
 
 
 def train_predictor(

@@ -7,6 +7,7 @@ best answer of a network that sees nothing; what is learned beyond has to lower 
 Shape legend: N questions, F features, K programs.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from typing import Any
@@ -60,7 +61,8 @@ class SelectorConfig:
 
 @dataclass(frozen=True, eq=False)
 class Labels:
-    """`features` f32[N, F], `right` bool[N, K], `log_likelihood` f64[N, K].
+    """`features` f32[N, F], `right` bool[N, K], `log_likelihood` f64[N, K]; `tasks` names the task
+    of each question, or is empty where none is told from another.
 
     Raises InputError if they do not fit each other, or features are not finite.
     """
@@ -68,12 +70,18 @@ class Labels:
     features: Tensor
     right: np.ndarray
     log_likelihood: np.ndarray
+    tasks: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if len(self.features) != len(self.right) or self.right.shape != self.log_likelihood.shape:
             raise InputError(
                 f"{tuple(self.features.shape)} features, {self.right.shape} labels and "
                 f"{self.log_likelihood.shape} likelihoods do not fit; give one row a question"
+            )
+        if self.tasks and len(self.tasks) != len(self.features):
+            raise InputError(
+                f"{len(self.tasks)} tasks are named for {len(self.features)} questions; name one "
+                "for each, or none"
             )
         if not len(self.features):
             raise InputError("there is no labelled question; train on at least one")
@@ -83,6 +91,15 @@ class Labels:
                 f"the features of question number {row} are not finite; leave it out, or train in "
                 "another dtype"
             )
+
+    def at(self, places: np.ndarray) -> "Labels":
+        """Some of the questions, by their places i64[M]."""
+        return Labels(
+            self.features[torch.tensor(places)],
+            self.right[places],
+            self.log_likelihood[places],
+            [self.tasks[int(i)] for i in places] if self.tasks else (),
+        )
 
     def targets(self, likelihood_weight: float) -> Tensor:
         """f32[N, K] in 0..1."""
@@ -171,11 +188,11 @@ def choose_all(
     steps: np.ndarray,
     *,
     depth: int,
-    threshold: float,
+    threshold: float | np.ndarray,
     price: float = 0.0,
 ) -> np.ndarray:
     """What each row of f64[N, K] would run at this price for steps, i64[N]: as `Policy` chooses,
-    for all rows at once.
+    for all rows at once. `threshold` is one for all, or f64[N].
     """
     scores = probabilities - price * steps / depth
     ties = scores == scores.max(1, keepdims=True)

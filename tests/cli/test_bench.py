@@ -123,6 +123,10 @@ def test_a_busy_machine_is_told_where_threads_wait(
     threads.warn_if_busy()
     told = capsys.readouterr().err
     assert "1.5 threads for each core" in told and "bench --threads 1 2" in told
+    assert "OMP_NUM_THREADS sets it" in told
+    threads.warn_if_busy(4, option="--threads")  # what a server says before it starts
+    told = capsys.readouterr().err
+    assert "bench --threads 1 4" in told and told.endswith("--threads sets it\n")
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     threads.warn_if_busy()
     assert capsys.readouterr().err == ""

@@ -11,6 +11,7 @@ from evaluation_samples import (
     IDENTITY,
     LONG,
     MENU,
+    PROPOSALS,
     QUESTIONS,
     RECORDS,
     SHORT,
@@ -60,16 +61,16 @@ def test_a_choice_on_some_questions() -> None:
 def test_a_policy_by_hand(
     policy: Policy, calibration: Calibration, expected: list[Program]
 ) -> None:
-    found = choices.by_policy("it", selector(calibration), policy=policy, chances=CHANCES)
+    found = choices.by_policy("it", selector(calibration), policy=policy, proposals=PROPOSALS)
     assert singles(found) == expected and not found.oracle
 
 
 def test_policies_that_need_no_probabilities_are_not_compared() -> None:
     with pytest.raises(InputError, match=r"policy identity is not compared here; use accuracy"):
-        choices.by_policy("it", selector(), policy=Policy("identity"), chances=CHANCES)
+        choices.by_policy("it", selector(), policy=Policy("identity"), proposals=PROPOSALS)
     with pytest.raises(InputError, match="0.9"):
         choices.by_policy(
-            "it", selector(), policy=Policy("mean_steps", 0.9), chances=CHANCES
+            "it", selector(), policy=Policy("mean_steps", 0.9), proposals=PROPOSALS
         )  # has no price
 
 
@@ -114,7 +115,7 @@ def test_oracles_by_hand() -> None:
 
 
 def test_all_that_is_compared_of_a_selector() -> None:
-    found = choices.selector_choices(selector(Calibration(0.35, {0.9: 0.6})), CHANCES)
+    found = choices.selector_choices(selector(Calibration(0.35, {0.9: 0.6})), PROPOSALS)
     assert [(c.name, c.oracle) for c in found] == [
         ("selector: accuracy", False),
         ("selector: likeliest", False),

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from browser import CHROMIUM, Browser, browser
-from evaluation_samples import CHANCES, IDENTITY, LONG, QUESTIONS, RIGHT, SHORT, selector
+from evaluation_samples import IDENTITY, LONG, PROPOSALS, QUESTIONS, RIGHT, SHORT, selector
 from polar_fx.evaluation.page import Page
-from polar_fx.predictor.menu import Menu
+from polar_fx.predictor.menu import Menu, Proposal
 from polar_fx.predictor.policy import Calibration
 from polar_fx.program import Program
 from polar_fx.questions import Question
@@ -27,7 +27,7 @@ def page() -> Page:
         selector(CALIBRATION),
         title="a <predictor>",
         questions=rows,
-        chances=CHANCES,
+        proposals=PROPOSALS,
         right=RIGHT,
         answers={1: {IDENTITY: "4", SHORT: "3"}, 3: {LONG: EVIL, Program.parse("0", 6): "?"}},
     )
@@ -59,7 +59,8 @@ def test_a_budget_admits_the_steps_it_was_made_of() -> None:
             menu=menu,
             calibration=Calibration(),
             questions=rows,
-            chances=np.tile(menu.steps / (depth + 1), (n, 1)),  # more steps are always likelier
+            # more steps are always likelier
+            proposals=[Proposal(menu.programs, menu.steps, menu.steps / (depth + 1))] * n,
             right=np.ones((n, n), dtype=bool),
         )
         budgets = [p["steps"] for p in whole.policies() if p["policy"].startswith("steps")]

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from polar_fx.errors import InputError
 from polar_fx.predictor.features import Features
+from polar_fx.predictor.known_tasks import KnownTasks
 from polar_fx.predictor.menu import Menu, Proposal
 from polar_fx.predictor.policy import Calibration, Policy
 from polar_fx.predictor.saved import load_selector, read_notes, save_selector
@@ -132,6 +134,17 @@ def test_policies_say_what_they_lack() -> None:
         Policy.parse("latency_ms<=3", DEPTH).check(Calibration(), {})
 
 
+def test_the_threshold_is_that_of_the_task_an_input_was_recognized_as() -> None:
+    accuracy = Policy("accuracy")
+    one, each = Calibration(0.1), Calibration(0.1, by_task={"add": 0.3, "never": math.inf})
+    gain = proposal(0.2, 0.4, 0.1, 0.1, 0.1)
+    assert accuracy.choose(gain, one) == 1
+    told = [accuracy.choose(replace(gain, task=task), each) for task in ("add", "never", "")]
+    assert told == [0, 0, 0], "a gain of 0.2 is not enough, and what is unknown stays as it is"
+    sure = proposal(0.2, 0.6, 0.1, 0.1, 0.1)
+    assert accuracy.choose(replace(sure, task="add"), each) == 1
+
+
 @given(
     st.lists(st.floats(0, 1), min_size=5, max_size=5),
     st.floats(-1, 1),
@@ -245,6 +258,14 @@ def test_saved_and_loaded(width: int, tmp_path: Path) -> None:
         "predictor.json",
         "predictor.safetensors",
     ]
+    features, tasks = torch.randn(9, 4), ["a", "b", "c"] * 3
+    made.tasks = KnownTasks.learn(features, tasks, others=features, tasks_of_others=tasks)
+    made.calibration = replace(made.calibration, by_task={"a": 0.25, "b": math.inf, "c": 0.0})
+    save_selector(made, folder, model="model x")
+    again = load_selector(folder)[0]
+    assert again.calibration == made.calibration and again.tasks is not None
+    found = [p.task for p in again.proposals(features)]
+    assert found == [p.task for p in made.proposals(features)] and set(found) <= {*tasks, ""}
     never = selector(width)
     never.calibration = Calibration()
     save_selector(never, folder, model="model x")
@@ -268,13 +289,17 @@ def _spoil(folder: Path, name: str) -> None:
     [
         (lambda f: _edit(f, version=2), "version 2"),
         (lambda f: _edit(f, format="other"), "describes no predictor"),
-        (lambda f: _edit(f, model="model y"), "trained for a model, of fingerprint model y"),
+        (
+            lambda f: _edit(f, model="model y"),
+            "trained for a model without a name, of fingerprint model y",
+        ),
         (lambda f: _edit(f, menu=["skip 1 /6"]), "damaged.*begins with the identity"),
         (lambda f: _edit(f, menu=["0-5 /6", "no program"]), "damaged"),
         (lambda f: _edit(f, depth=...), "damaged.*depth"),
         (lambda f: _edit(f, features={"num_steps": -2, "window": 3}), "damaged.*num_steps"),
         (lambda f: _edit(f, network={"num_features": 9, "width": 3}), "damaged"),
         (lambda f: _edit(f, calibration={"threshold": "low", "prices": {}}), "damaged"),
+        (lambda f: _edit(f, tasks=["a"]), "damaged.*tasks.center"),
         (lambda f: _edit(f, policy="fastest"), "damaged.*fastest"),
         (lambda f: (f / "predictor.json").write_text("{"), "not JSON"),
         (lambda f: _spoil(f, "predictor.safetensors"), "sha256"),

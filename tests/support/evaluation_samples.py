@@ -7,7 +7,7 @@ import torch
 
 from polar_fx.judge.verdict import Verdict
 from polar_fx.predictor.features import Features
-from polar_fx.predictor.menu import Menu
+from polar_fx.predictor.menu import Menu, Proposal
 from polar_fx.predictor.policy import Calibration
 from polar_fx.predictor.selector import Selector, SelectorNetwork
 from polar_fx.program import Program
@@ -24,6 +24,7 @@ RIGHT = np.array(
     [[True, True, False], [False, True, True], [False, False, True], [True, False, True]]
 )
 CHANCES = np.array([[0.6, 0.5, 0.1], [0.2, 0.7, 0.6], [0.3, 0.3, 0.3], [0.1, 0.4, 0.9]])
+PROPOSALS = [Proposal(MENU.programs, MENU.steps, row) for row in CHANCES]
 QUESTIONS = [
     Question("a1", "add", "1+1", ("2",), difficulty=1),
     Question("a2", "add", "1+2", ("3",), difficulty=2),

@@ -2,6 +2,7 @@
 answer.
 """
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from polar_fx.errors import InputError
 from polar_fx.predictor.features import Features
 from polar_fx.predictor.menu import Menu
+from polar_fx.predictor.policy import Policy
 from polar_fx.predictor.selector import SelectorNetwork
 from polar_fx.training.pipeline import TrainingConfig, fit
 from polar_fx.training.selector_training import (
@@ -135,6 +137,49 @@ def test_without_a_signal_the_identity_stays() -> None:
         and measured["validation"]["accuracy"]["accuracy"]
         >= measured["validation"]["identity"]["accuracy"] - 0.01
     )
+
+
+def of_two_tasks(n: int, seed: int) -> Labels:
+    """Questions of two tasks, told apart by the third feature: A gains on one, and loses on the
+    other, where the first feature promises the same.
+    """
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(n, 6))
+    adding = rng.random(n) < 0.5
+    x[:, 2] = np.where(adding, 6, -6) + rng.normal(size=n)
+    right = np.stack(
+        [rng.random(n) < 0.3, rng.random(n) < np.where(adding, 0.8, 0.2), rng.random(n) < 0.1], 1
+    )
+    tasks = ["add" if each else "mul" for each in adding]
+    features = torch.tensor(x, dtype=torch.float32)
+    return Labels(features, right, np.where(right, -0.2, -2.0), tasks)
+
+
+def test_each_task_has_a_threshold_that_holds_for_it() -> None:
+    menu = Menu.of([A, B])
+    blind = replace(CONFIG, selector=replace(CONFIG.selector, epochs=1, learning_rate=1e-6))
+    selector, measured = fit(
+        menu, of_two_tasks(800, 0), validation=of_two_tasks(1600, 1), config=blind
+    )
+    # a network that learned nothing proposes A everywhere, and for all together that is a gain
+    calibration = selector.calibration
+    assert calibration.threshold <= 0.2 and calibration.by_task["mul"] == math.inf
+    assert calibration.by_task["add"] <= 0.2
+    test = of_two_tasks(2000, 2)
+    chosen = [Policy("accuracy").choose(p, calibration) for p in selector.proposals(test.features)]
+    of_mul = np.array([task == "mul" for task in test.tasks])
+    assert not np.array(chosen)[of_mul].any() and np.array(chosen)[~of_mul].all()
+    assert set(measured["threshold_by_task"]) == {"add", "mul"}
+    accuracy = measured["validation"]["accuracy"]["accuracy"]
+    assert accuracy > measured["validation"]["identity"]["accuracy"] + 0.15
+
+
+def test_labels_name_a_task_for_each_question_or_none() -> None:
+    labels = of_two_tasks(10, 0)
+    part = labels.at(np.array([3, 1]))
+    assert part.tasks == [labels.tasks[3], labels.tasks[1]] and len(part.features) == 2
+    with pytest.raises(InputError, match="9 tasks are named for 10 questions"):
+        replace(labels, tasks=labels.tasks[1:])
 
 
 def test_likelihood_is_a_softer_label() -> None:
