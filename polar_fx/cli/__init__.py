@@ -33,6 +33,7 @@ COMMANDS = (
     "analyze",
     "train",
     "evaluate",
+    "exits",
     "export",
     "bundle",
     "serve",

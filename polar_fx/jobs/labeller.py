@@ -65,18 +65,8 @@ class Labeller:
         self._config = SearchConfig(method="listed")
 
     def model_names(self) -> dict[str, str]:
-        """What the model is called, in what dtype it is, and how its weights are quantized, if they
-        are; for a predictor's notes.
-        """
-        from ..models import DEFAULT_NAME
-
-        named = self.workplace.model or DEFAULT_NAME
-        place = Path(named).expanduser()
-        name = place.resolve().name if place.exists() else named
-        names = {"model_name": name, "dtype": self.workplace.dtype}
-        if self.workplace.quantize is not None:
-            names["quantize"] = self.workplace.quantize
-        return names
+        """`named_model` of the workplace."""
+        return named_model(self.workplace)
 
     def check_model(self, header: "SearchHeader") -> None:
         """Raise InputError if records with this header are of another model."""
@@ -180,3 +170,20 @@ class Labeller:
             return pooled_features(
                 self.compiled, [encoded for _, encoded in rows], features=features
             )
+
+
+def named_model(workplace: "Workplace") -> dict[str, str]:
+    """What the model is called, in what dtype it is, and how its weights are quantized, if they
+    are; for notes that people read.
+    """
+    from ..models import DEFAULT_NAME
+
+    named = workplace.model or DEFAULT_NAME
+    place = Path(named).expanduser()
+    names = {
+        "model_name": place.resolve().name if place.exists() else named,
+        "dtype": workplace.dtype,
+    }
+    if workplace.quantize is not None:
+        names["quantize"] = workplace.quantize
+    return names

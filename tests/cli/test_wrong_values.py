@@ -27,6 +27,7 @@ NEEDED = {
     "analyze": ["{here}/text.txt"],
     "train": ["{here}/text.txt", "--out", "{here}/predictor"],
     "evaluate": ["{here}", "--out", "{here}/report"],
+    "exits": ["--data", "{here}/text.txt", "--out", "{here}/exits"],
     "export": ["--out", "{here}/bundle"],
     "bundle": ["show", "{here}"],
     "serve": ["{here}"],

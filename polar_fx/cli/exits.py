@@ -1,0 +1,87 @@
+"""Learn after how many layers questions with choices may be answered, and test it on others.
+
+Where the first layers are sure enough to choose what the whole model would, the others do not run.
+Learning needs no answers; those of the test questions are looked at once, in the end. Questions are
+for train, validation or test by what their lines say, else by their ids.
+
+Examples:
+  python -m polar_fx exits --data questions.jsonl --out exits
+  python -m polar_fx exits --data questions.jsonl --prompt choices-norm --budget 0.8 --out exits
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .options import add_model_arguments
+from .verbosity import status
+
+if TYPE_CHECKING:
+    from ..jobs.exits import ExitsResult
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument(
+        "--data",
+        action="append",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON lines with question, choices, answer and, if they have one, task and split",
+    )
+    parser.add_argument(
+        "--prompt",
+        choices=("choices", "choices-norm"),
+        default="choices",
+        help="compare log-likelihoods as they are, or a character (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--budget",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="mean steps that may run, of the model's layers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="exits, scores and results"
+    )
+    add_model_arguments(parser, backend="auto")
+
+
+def execute(options: argparse.Namespace) -> dict[str, Any]:
+    """Learn and test; prints a line a task."""
+    from ..jobs.exits import ExitsJob, run
+    from ..jobs.questions import Asked
+    from .questions import workplace_of
+
+    job = ExitsJob(
+        out=options.out,
+        asked=Asked(data=tuple(options.data), prompt=options.prompt),
+        budget=options.budget,
+        workplace=workplace_of(options),
+    )
+    result = run(job, status())
+    if not options.json:
+        print("\n".join(told(result)))
+        print(f"all numbers: {options.out / 'results.json'}; the exits: {result.path}")
+    return result.to_dict()
+
+
+def told(result: "ExitsResult") -> list[str]:
+    """A line for each task, and for all of them."""
+    from ..jobs.exits import ARM
+
+    lines = []
+    for row in result.compared:
+        paired = row.paired
+        if row.arm.name != ARM or paired.step_ratio is None:
+            continue
+        rule, gain = result.exits.tasks.get(row.arm.task), paired.gain
+        after = "" if rule is None else f" after {rule.num_steps} layers"
+        lines.append(
+            f"{row.arm.task}, n = {paired.n}: {100 * (paired.identity.value or 0):.1f} % right by "
+            f"the whole model, {gain.value:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}] points with "
+            f"exits{after}, at {100 * paired.step_ratio.value:.1f} % of the steps"
+        )
+    return lines or ["no question is for the test; name the split of some lines to test the exits"]

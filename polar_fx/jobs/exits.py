@@ -1,0 +1,235 @@
+"""Learning early exits of questions with choices, and testing them once on others.
+
+Scores are kept in a file, and an interrupted job goes on from there.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import InputError
+from ..judge.choosing import choice_scores, first_layers
+from ..judge.early_exit import ChoiceScores, EarlyExit, EarlyExits
+from ..output.digest import digest
+from ..output.files import made_folder, replace_file
+from ..search.workers import Workplace
+from ..stats.arms import IDENTITY, ArmResult, compare_arms
+from ..stats.tables import write_compared
+from ..training.exit_learning import learn_exit
+from .labeller import named_model
+from .opening import open_job
+from .progress import progress_bar, silent_console
+from .questions import Asked, own_split
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..questions import EncodedQuestion, Question
+    from ..stats.arms import ArmComparison
+    from .opening import OpenJob
+
+ARM = "early exit"
+RULES = "early_exits.json"
+# of the layers; every model tries exits after so many
+_PARTS = (0.07, 0.13, 0.2, 0.27, 0.4, 0.53, 0.67, 0.8)
+_PART = 32  # questions scored at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitsJob:
+    """Settings: questions with choices (`asked.data`), whose test ones are apart by what their
+    lines say, else by their ids; mean steps of `budget` x depth; and where results go.
+    """
+
+    out: Path
+    asked: Asked
+    budget: float = 0.9
+    workplace: Workplace = field(default_factory=Workplace)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExitsResult:
+    """The exits, where they were written, and how they compare with the whole model on test
+    questions.
+    """
+
+    exits: EarlyExits
+    path: Path
+    compared: list["ArmComparison"]
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        rows = [
+            {"arm": row.label, "task": row.arm.task, **row.paired.to_dict()}
+            for row in self.compared
+        ]
+        tasks = {name: asdict(each) for name, each in self.exits.tasks.items()}
+        return {"path": str(self.path), "exits": tasks, "arms": rows, "seconds": self.seconds}
+
+
+def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
+    """Score, learn on train and validation questions without looking at their answers, test.
+
+    Raises InputError for questions without choices, too few of a task, or a budget that cannot be
+    kept, and what `polar_fx.load` and `polar_fx.compile` raise.
+    """
+    began = time.perf_counter()
+    console = console or silent_console()
+    questions = job.asked.questions()
+    if without := next((q for q in questions if not q.choices), None):
+        raise InputError(
+            f"question {without.id!r} has no choices; early exits compare the scores of choices, "
+            "so name questions that have them"
+        )
+    opened = open_job(
+        job.workplace, questions, templates=job.asked.templates(questions), console=console
+    )
+    table = _Scores(job, opened, questions=questions)
+    table.fill(console)
+    exits = _learned(job, opened, table=table, questions=questions)
+    path = exits.save(made_folder(job.out) / RULES)
+    asked = [q for q in questions if own_split(q) == "test"]
+    arms = [arm for task in exits.tasks for arm in _tested(task, exits, table=table, asked=asked)]
+    result = ExitsResult(
+        exits=exits,
+        path=path,
+        compared=compare_arms(arms) if arms else [],
+        seconds=time.perf_counter() - began,
+    )
+    replace_file(job.out / "results.json", [json.dumps(result.to_dict(), indent=1).encode()])
+    if arms:
+        write_compared(result.compared, job.out)
+    return result
+
+
+class _Scores:
+    """Scores of every question after each number of layers that is tried, and after all."""
+
+    def __init__(
+        self, job: ExitsJob, opened: "OpenJob", *, questions: "Sequence[Question]"
+    ) -> None:
+        self.forcing, self.depth = opened.place.forcing, opened.place.compiled.depth
+        self.asked = list(zip(questions, opened.encoded, strict=True))
+        tried = {max(1, round(part * self.depth)) for part in _PARTS} - {self.depth}
+        self.num_steps = (*sorted(tried), self.depth)
+        facts = {
+            "weights": opened.place.compiled.library.weights_fingerprint,
+            "steps": list(self.num_steps),
+            "prompt": job.asked.prompt_name(questions),
+        }
+        self.path = made_folder(job.out) / f"scores-{digest(facts)[:12]}.jsonl"
+        self.known: dict[str, dict[int, ChoiceScores]] = {}
+
+    def fill(self, console: "Console") -> None:
+        """Score what is not in the file yet."""
+        by_id = {encoded.id: encoded for _, encoded in self.asked}
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        for line in text.splitlines():
+            row = _row(line)
+            encoded = None if row is None else by_id.get(row["id"])
+            if row is not None and encoded is not None and row["asked"] == _asked(encoded):
+                self._take(encoded, row["scores"])
+        left = [encoded for _, encoded in self.asked if encoded.id not in self.known]
+        with (
+            self.path.open("a", encoding="utf-8") as file,
+            progress_bar(console, "questions") as bar,
+        ):
+            if text and not text.endswith("\n"):  # of a job that was killed
+                file.write("\n")
+            line = bar.add_task("", total=len(self.asked), completed=len(self.known))
+            for start in range(0, len(left), _PART):
+                part = left[start : start + _PART]
+                for encoded, scores in zip(part, self._scored(part), strict=True):
+                    row = {"id": encoded.id, "asked": _asked(encoded), "scores": scores}
+                    file.write(json.dumps(row) + "\n")
+                    self._take(encoded, scores)
+                file.flush()
+                bar.update(line, completed=len(self.known))
+
+    def of(self, asked: "Sequence[Question]", num_steps: int) -> list[ChoiceScores]:
+        """Of these questions after so many layers."""
+        return [self.known[question.id][num_steps] for question in asked]
+
+    def _scored(self, part: "Sequence[EncodedQuestion]") -> list[list[tuple[float, ...]]]:
+        """Of each question the scores after each number of layers."""
+        columns = [
+            choice_scores(self.forcing, part, program=first_layers(steps, self.depth))
+            for steps in self.num_steps
+        ]
+        self.forcing.forget([encoded.id for encoded in part])
+        return [_only_scores(row) for row in zip(*columns, strict=True)]
+
+    def _take(self, encoded: "EncodedQuestion", scores: Sequence[Sequence[float]]) -> None:
+        assert encoded.choice is not None
+        tokens = encoded.choice.scored
+        self.known[encoded.id] = {
+            steps: ChoiceScores(tuple(each), tokens)
+            for steps, each in zip(self.num_steps, scores, strict=True)
+        }
+
+
+def _only_scores(row: Sequence[ChoiceScores]) -> list[tuple[float, ...]]:
+    return [each.scores for each in row]
+
+
+def _asked(encoded: "EncodedQuestion") -> str:
+    """What tells these tokens from those of another question of the same id."""
+    return digest({"prompt": encoded.prompt, "targets": encoded.targets})[:16]
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line of the file; None for the last one of a job that was killed while it wrote it."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def _learned(
+    job: ExitsJob, opened: "OpenJob", *, table: _Scores, questions: "Sequence[Question]"
+) -> EarlyExits:
+    """An exit of each task, of all questions but those of the test."""
+    learning = [q for q in questions if own_split(q) != "test"]
+    tasks: dict[str, EarlyExit] = {}
+    for task in dict.fromkeys(q.task for q in questions):
+        asked = [q for q in learning if q.task == task]
+        candidates = {steps: table.of(asked, steps) for steps in table.num_steps[:-1]}
+        try:
+            tasks[task] = learn_exit(
+                candidates,
+                table.of(asked, table.depth),
+                depth=table.depth,
+                budget=job.budget,
+            )
+        except InputError as error:
+            raise InputError(f"task {task!r}: {error}") from error
+    notes = {**named_model(job.workplace), "budget": job.budget, "learned_from": len(learning)}
+    weights = opened.place.compiled.library.weights_fingerprint
+    return EarlyExits(tasks, weights, job.asked.prompt_name(questions), notes)
+
+
+def _tested(
+    task: str, exits: EarlyExits, *, table: _Scores, asked: "Sequence[Question]"
+) -> list[ArmResult]:
+    """The whole model and the exit on the test questions of a task; nothing if there are none."""
+    of_task = [q for q in asked if q.task == task]
+    if not of_task:
+        return []
+    rule, depth = exits.tasks[task], table.depth
+    whole, early = table.of(of_task, depth), table.of(of_task, rule.num_steps)
+    key = np.array([q.choices.index(q.right_choice) for q in of_task])
+    own = np.array([each.best for each in whole]) == key
+    leaves = rule.leaves(early)
+    right = np.where(leaves, np.array([each.best for each in early]) == key, own)
+    all_steps = np.full(len(own), float(depth))
+    steps = np.where(leaves, float(rule.num_steps), all_steps)
+    return [
+        ArmResult(IDENTITY, task, own, own, all_steps, all_steps),
+        ArmResult(ARM, task, right, own, steps, all_steps),
+    ]

@@ -1,0 +1,92 @@
+"""Early exits learned from planted scores: the surest questions leave; no answer is looked at."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from polar_fx.errors import InputError
+from polar_fx.judge.early_exit import ChoiceScores, EarlyExit, EarlyExits
+from polar_fx.training.exit_learning import learn_exit
+
+DEPTH = 20
+
+
+def planted(n: int, seed: int) -> tuple[dict[int, list[ChoiceScores]], list[ChoiceScores]]:
+    """After 5 layers a lead of more than 2 tells what all layers choose, a smaller one tells
+    nothing; after 10 nothing is told at all.
+    """
+    rng = np.random.default_rng(seed)
+    early, late, whole = [], [], []
+    for _ in range(n):
+        place, sure = int(rng.integers(3)), rng.random() < 0.4
+        lead = rng.uniform(2.2, 4) if sure else rng.uniform(0, 1.8)
+        shown = place if sure else int(rng.integers(3))
+        early.append(scores_of(shown, lead))
+        late.append(scores_of(int(rng.integers(3)), rng.uniform(0, 4)))
+        whole.append(scores_of(place, rng.uniform(0, 9)))
+    return {5: early, 10: late}, whole
+
+
+def scores_of(place: int, lead: float) -> ChoiceScores:
+    scores = [-9.0, -9.0, -9.0]
+    scores[place] += lead
+    return ChoiceScores(tuple(scores), (2, 3, 2))
+
+
+def test_the_surest_questions_leave_and_choose_as_the_whole_model() -> None:
+    candidates, whole = planted(600, 0)
+    found = learn_exit(candidates, whole, depth=DEPTH, budget=0.8)
+    assert found.num_steps == 5, "nothing is known after 10"
+    # to keep 80 % of the steps, 0.2 / (1 - 5/20) of the questions leave
+    assert found.expected["leave"] == pytest.approx(0.2 / 0.75, abs=0.01)
+    assert found.expected["steps"] == pytest.approx(0.8, abs=0.01)
+    assert found.expected["same"] > 0.98 and found.expected["differ"] < 0.01
+    others, truth = planted(600, 1)
+    leaves = found.leaves(others[5])
+    same = np.array([a.best == b.best for a, b in zip(others[5], truth, strict=True)])
+    assert 0.2 < leaves.mean() < 0.34 and same[leaves].mean() > 0.97 > same.mean() + 0.3
+
+
+def test_a_smaller_budget_sends_more_away() -> None:
+    candidates, whole = planted(400, 2)
+    shares = [
+        learn_exit(candidates, whole, depth=DEPTH, budget=budget).expected["leave"]
+        for budget in (0.95, 0.9, 0.7)
+    ]
+    assert shares == sorted(shares)
+
+
+def test_scores_that_are_no_numbers_are_never_best() -> None:
+    found = ChoiceScores((float("nan"), -3.0, float("-inf")), (1, 2, 3))
+    assert found.best == 1 and np.isfinite(found.features()).all()
+
+
+@pytest.mark.parametrize(
+    ("budget", "n", "match"),
+    [(1.0, 50, "a budget of 1.0"), (0.2, 50, "no exit after 5, 10 of 20"), (0.8, 9, "9 train")],
+)
+def test_what_cannot_be_learned(budget: float, n: int, match: str) -> None:
+    candidates, whole = planted(n, 3)
+    with pytest.raises(InputError, match=match):
+        learn_exit(candidates, whole, depth=DEPTH, budget=budget)
+
+
+def test_saved_and_loaded(tmp_path: Path) -> None:
+    candidates, whole = planted(100, 4)
+    made = learn_exit(candidates, whole, depth=DEPTH, budget=0.8)
+    exits = EarlyExits({"a": made}, "0" * 64, "choices", {"model_name": "tiny"})
+    path = exits.save(tmp_path / "exits.json")
+    again = EarlyExits.load(path)
+    assert again == exits
+    assert np.array_equal(again.tasks["a"].sureness(whole), made.sureness(whole))
+    path.write_text('{"format": "other"}')
+    with pytest.raises(InputError, match="holds no early exits: it is no polar_fx"):
+        EarlyExits.load(path)
+    path.write_text(path.read_text()[:5])
+    with pytest.raises(InputError, match="holds no early exits"):
+        EarlyExits.load(path)
+    with pytest.raises(InputError, match="cannot read"):
+        EarlyExits.load(tmp_path / "none.json")
+    with pytest.raises(InputError, match="does not fit"):
+        EarlyExit(4, 0.5, (0.0,), (1.0,), (1.0,), {})
