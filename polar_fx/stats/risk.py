@@ -74,10 +74,11 @@ def risk_controlled_threshold(
     Learn then Test (Angelopoulos et al., arXiv 2110.01052): each threshold is a hypothesis "the
     risk exceeds epsilon", tested by `risk_p_value` from the largest on until one fails. That keeps
     all errors together at delta without dividing it among thresholds. With `starts` > 1 such
-    sequences begin at that many evenly spaced places, each at delta / starts (their Algorithm 1):
-    for an epsilon that the first thresholds, at which hardly a question deviates, cannot be
-    certified for. Where no question was gained or lost, that takes more than ln(4 starts / delta) /
-    epsilon questions; epsilon = 0 takes gains. Raises InputError.
+    sequences begin at that many evenly spaced places, the first and the last threshold among them,
+    each at delta / starts (their Algorithm 1): for an epsilon that the first thresholds, at which
+    hardly a question deviates, cannot be certified for, and for gains that are large where most
+    questions deviate. Where no question was gained or lost, that takes more than
+    ln(4 starts / delta) / epsilon questions; epsilon = 0 takes gains. Raises InputError.
     """
     g = numbers("gains", gains)
     n = len(g)
@@ -99,7 +100,7 @@ def risk_controlled_threshold(
     level = delta / starts
     tested: dict[float, CheckedThreshold] = {}
     for start in range(starts):
-        for tau in taus[len(taus) * start // starts :]:
+        for tau in taus[(len(taus) - 1) * start // max(1, starts - 1) :]:
             if tau not in tested:
                 chosen = g >= tau
                 gained, lost = (

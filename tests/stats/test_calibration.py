@@ -324,6 +324,19 @@ def test_testing_stops_at_the_first_failure() -> None:
     assert again.tau == 0.1 and [each.tau for each in again.tested] == [0.6, 0.3, 0.1]
 
 
+def test_the_last_threshold_is_one_of_the_starts() -> None:
+    """Small predicted gains, many of them right: only where nearly all deviate is that seen."""
+    rng = np.random.default_rng(5)
+    gains, draw = rng.uniform(0, 0.1, 500), rng.random(500)
+    method, identity = draw < 0.12, (draw > 0.1) & (draw < 0.14)
+    one, several = (
+        risk_controlled_threshold(gains, method, identity_right=identity, delta=0.01, starts=starts)
+        for starts in (1, 4)
+    )
+    assert one.tau == math.inf and several.tau == 0
+    assert {0.5, 0.34, 0.18, 0.0} <= {each.tau for each in several.tested}
+
+
 def test_no_loss_at_all_takes_gains_and_a_second_start() -> None:
     gains = np.full(200, 0.2)
     identity = np.zeros(200, bool)
