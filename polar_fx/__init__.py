@@ -28,6 +28,8 @@ from .version import __version__ as __version__
 if TYPE_CHECKING:
     from .bundle import BundledModel, BundleError, export, load_bundle
     from .compiled import CompiledModel, compile
+    from .judge.choosing import Chooser
+    from .judge.early_exit import EarlyExits
     from .library import LayerLibrary
     from .loading import load
     from .models import load_default, merged
@@ -38,7 +40,9 @@ _LAZY = {
     "Blend": "program",
     "BundleError": "bundle",
     "BundledModel": "bundle",
+    "Chooser": "judge.choosing",
     "CompiledModel": "compiled",
+    "EarlyExits": "judge.early_exit",
     "LayerLibrary": "library",
     "Op": "program",
     "Program": "program",
@@ -58,7 +62,9 @@ __all__ = [
     "BundledModel",
     "CacheError",
     "CaptureError",
+    "Chooser",
     "CompiledModel",
+    "EarlyExits",
     "InputError",
     "KvOverflowError",
     "LayerLibrary",

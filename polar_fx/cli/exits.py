@@ -44,6 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="mean steps that may run, of the model's layers (default: %(default)s)",
     )
     parser.add_argument(
+        "--risk",
+        type=float,
+        default=0.02,
+        metavar="SHARE",
+        help="of all questions, whose choice may change; where the budget would change more, fewer "
+        "leave (default: %(default)s)",
+    )
+    parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="exits, scores and results"
     )
     add_model_arguments(parser, backend="auto")
@@ -59,6 +67,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         out=options.out,
         asked=Asked(data=tuple(options.data), prompt=options.prompt),
         budget=options.budget,
+        risk=options.risk,
         workplace=workplace_of(options),
     )
     result = run(job, status())
@@ -79,6 +88,8 @@ def told(result: "ExitsResult") -> list[str]:
             continue
         rule, gain = result.exits.tasks.get(row.arm.task), paired.gain
         after = "" if rule is None else f" after {rule.num_steps} layers"
+        if rule is not None and not rule.expected["leave"]:
+            after = " nowhere: the first layers are not sure enough"
         lines.append(
             f"{row.arm.task}, n = {paired.n}: {100 * (paired.identity.value or 0):.1f} % right by "
             f"the whole model, {gain.value:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}] points with "

@@ -6,7 +6,7 @@ Scores are kept in a file, and an interrupted job goes on from there.
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +43,14 @@ _PART = 32  # questions scored at a time
 @dataclass(frozen=True, kw_only=True)
 class ExitsJob:
     """Settings: questions with choices (`asked.data`), whose test ones are apart by what their
-    lines say, else by their ids; mean steps of `budget` x depth; and where results go.
+    lines say, else by their ids; mean steps of `budget` x depth, if at most a share `risk` of all
+    choices changes by that; and where results go.
     """
 
     out: Path
     asked: Asked
     budget: float = 0.9
+    risk: float = 0.02
     workplace: Workplace = field(default_factory=Workplace)
 
 
@@ -69,7 +71,7 @@ class ExitsResult:
             {"arm": row.label, "task": row.arm.task, **row.paired.to_dict()}
             for row in self.compared
         ]
-        tasks = {name: asdict(each) for name, each in self.exits.tasks.items()}
+        tasks = {name: each.to_dict() for name, each in self.exits.tasks.items()}
         return {"path": str(self.path), "exits": tasks, "arms": rows, "seconds": self.seconds}
 
 
@@ -206,10 +208,16 @@ def _learned(
                 table.of(asked, table.depth),
                 depth=table.depth,
                 budget=job.budget,
+                risk=job.risk,
             )
         except InputError as error:
             raise InputError(f"task {task!r}: {error}") from error
-    notes = {**named_model(job.workplace), "budget": job.budget, "learned_from": len(learning)}
+    notes = {
+        **named_model(job.workplace),
+        "budget": job.budget,
+        "risk": job.risk,
+        "learned_from": len(learning),
+    }
     weights = opened.place.compiled.library.weights_fingerprint
     return EarlyExits(tasks, weights, job.asked.prompt_name(questions), notes)
 

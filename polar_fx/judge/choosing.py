@@ -1,5 +1,6 @@
 """Answering questions with choices, by the first layers where they are enough."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,7 @@ class Chooser:
         found: dict[int, Chosen] = {}
         for task, places in _by_task(questions).items():
             early = None if self.early_exits is None else self.early_exits.tasks.get(task)
-            if early is None:
+            if early is None or math.isinf(early.threshold):
                 continue
             program = first_layers(early.num_steps, depth)
             scores = choice_scores(self.forcing, [encoded[i] for i in places], program=program)

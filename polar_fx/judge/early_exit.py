@@ -68,7 +68,8 @@ class ChoiceScores:
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """The exit of one task: after `num_steps` layers, where the gate reaches `threshold`.
+    """The exit of one task: after `num_steps` layers, where the gate reaches `threshold` (infinity:
+    never).
 
     `mean`, `scale` and `weights` are numbers of the gate, the bias last. `expected` are the shares
     that were found on train questions, cross-fitted: of questions that leave, of those that choose
@@ -88,6 +89,11 @@ class EarlyExit:
                 f"an early exit after {self.num_steps} layers with {len(self.weights)} weights "
                 f"over {len(self.mean)} features does not fit; learn it again"
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; a threshold that nothing reaches is None."""
+        threshold = self.threshold if math.isfinite(self.threshold) else None
+        return {**asdict(self), "threshold": threshold}
 
     def sureness(self, found: Sequence[ChoiceScores]) -> np.ndarray:
         """How likely all layers choose the same, f64[N]."""
@@ -127,7 +133,7 @@ class EarlyExits:
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file. Raises InputError."""
-        tasks = {name: asdict(found) for name, found in self.tasks.items()}
+        tasks = {name: found.to_dict() for name, found in self.tasks.items()}
         fields = {"format": FORMAT, "version": VERSION, **asdict(self), "tasks": tasks}
         return write_whole((json.dumps(fields, indent=1) + "\n").encode(), path)
 
@@ -159,7 +165,7 @@ def _exit_of(fields: Mapping[str, Any]) -> EarlyExit:
     numbers = {name: tuple(map(float, fields[name])) for name in ("mean", "scale", "weights")}
     return EarlyExit(
         int(fields["num_steps"]),
-        float(fields["threshold"]),
+        math.inf if fields["threshold"] is None else float(fields["threshold"]),
         **numbers,
         expected=dict(fields["expected"]),
     )

@@ -6,6 +6,7 @@ questions, F features of the gate.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -22,16 +23,19 @@ def learn_exit(
     *,
     depth: int,
     budget: float,
+    risk: float = 1.0,
 ) -> EarlyExit:
-    """The exit that differs least from the whole model at a mean of `budget` x `depth` steps.
+    """The exit with fewest steps, not fewer than `budget` x `depth` in the mean, that changes the
+    choice of at most a share `risk` of the questions; of equal ones that which changes least.
 
     `candidates` are scores of the N train questions after so many layers, `whole` those of all
-    layers. Of each candidate, as many of the surest questions leave as the budget needs; how
-    often these choose as the whole model does is estimated by cross-fitting. Raises InputError for
-    a budget that no candidate can keep, or too few questions.
+    layers. The surest questions leave; how often these choose otherwise than the whole model is
+    estimated by cross-fitting. Where none may leave, the threshold is infinite. Raises InputError
+    for a budget that no candidate can keep, or too few questions.
     """
-    if not 0 < budget < 1:
-        raise InputError(f"a budget of {budget} of the steps; give a fraction between 0 and 1")
+    for name, value, least in (("budget", budget, 0.0), ("risk", risk, -1e-12)):
+        if not least < value <= 1 or (name == "budget" and value == 1):
+            raise InputError(f"{name} is {value}; give a share of 1, between 0 and 1")
     if len(whole) < 2 * _FOLDS:
         raise InputError(f"{len(whole)} train questions; give at least {2 * _FOLDS}")
     target = np.array([each.best for each in whole])
@@ -39,50 +43,69 @@ def learn_exit(
     for num_steps, found in candidates.items():
         share = (1 - budget) / (1 - num_steps / depth) if num_steps < depth else math.inf
         if share <= 1:
-            exits.append(_learn_one(found, target, num_steps=num_steps, share=share, depth=depth))
+            one = _Candidate.of(found, target, num_steps=num_steps)
+            exits.append(one.exit(share, risk=risk, depth=depth))
     if not exits:
         raise InputError(
             f"no exit after {', '.join(map(str, candidates))} of {depth} layers can keep a mean of "
             f"{budget:g} of the steps; try earlier ones, or a larger budget"
         )
-    return min(exits, key=lambda each: each.expected["differ"])
+    return min(exits, key=lambda e: (round(e.expected["steps"], 2), e.expected["differ"]))
 
 
-def _learn_one(
-    found: Sequence[ChoiceScores],
-    target: np.ndarray,
-    *,
-    num_steps: int,
-    share: float,
-    depth: int,
-) -> EarlyExit:
-    """The exit after so many layers at which this share of the questions leaves."""
-    features = np.stack([each.features() for each in found])
-    mean, spread = features.mean(0), features.std(0)
-    scale = np.where(spread > 1e-9, 1 / np.maximum(spread, 1e-9), 0.0)
-    seen = (features - mean) * scale
-    same = np.array([each.best for each in found]) == target
-    fold, held_out = np.arange(len(seen)) % _FOLDS, np.empty(len(seen))
-    for k in range(_FOLDS):
-        weights = _regression(seen[fold != k], same[fold != k])
-        held_out[fold == k] = logistic(seen[fold == k] @ weights[:-1] + weights[-1])
-    threshold = float(np.quantile(held_out, 1 - share))
-    leaves = held_out >= threshold
-    expected = {
-        "leave": float(leaves.mean()),
-        "same": float(same[leaves].mean()),
-        "differ": float((leaves & ~same).mean()),
-        "steps": 1 - float(leaves.mean()) * (1 - num_steps / depth),
-    }
-    weights = _regression(seen, same)
-    return EarlyExit(
-        num_steps,
-        threshold,
-        tuple(mean.tolist()),
-        tuple(scale.tolist()),
-        tuple(weights.tolist()),
-        expected,
-    )
+@dataclass(frozen=True)
+class _Candidate:
+    """An exit after so many layers: the gate, and of the N train questions whether their choice
+    stays the `same` and how sure of that a gate is that did not see them.
+    """
+
+    num_steps: int
+    mean: np.ndarray
+    scale: np.ndarray
+    weights: np.ndarray
+    same: np.ndarray
+    held_out: np.ndarray
+
+    @classmethod
+    def of(
+        cls, found: Sequence[ChoiceScores], target: np.ndarray, *, num_steps: int
+    ) -> "_Candidate":
+        """Fit the gate, whole and for each fold."""
+        features = np.stack([each.features() for each in found])
+        mean, spread = features.mean(0), features.std(0)
+        scale = np.where(spread > 1e-9, 1 / np.maximum(spread, 1e-9), 0.0)
+        seen = (features - mean) * scale
+        same = np.array([each.best for each in found]) == target
+        fold, held_out = np.arange(len(seen)) % _FOLDS, np.empty(len(seen))
+        for k in range(_FOLDS):
+            weights = _regression(seen[fold != k], same[fold != k])
+            held_out[fold == k] = logistic(seen[fold == k] @ weights[:-1] + weights[-1])
+        return cls(num_steps, mean, scale, _regression(seen, same), same, held_out)
+
+    def exit(self, share: float, *, risk: float, depth: int) -> EarlyExit:
+        """Where at most this share leaves, and at most `risk` of all choose otherwise."""
+        order = np.argsort(-self.held_out, kind="stable")
+        changed = np.cumsum(~self.same[order]) / len(order)
+        most = int(np.ceil(share * len(order)))
+        allowed = np.flatnonzero(changed[:most] <= risk)
+        count = 0 if not len(allowed) else int(allowed[-1]) + 1
+        threshold = float(self.held_out[order[count - 1]]) if count else math.inf
+        leaves = self.held_out >= threshold
+        gone = float(leaves.mean())
+        expected = {
+            "leave": gone,
+            "same": float(self.same[leaves].mean()) if count else 1.0,
+            "differ": float((leaves & ~self.same).mean()),
+            "steps": 1 - gone * (1 - self.num_steps / depth),
+        }
+        return EarlyExit(
+            self.num_steps,
+            threshold,
+            tuple(self.mean.tolist()),
+            tuple(self.scale.tolist()),
+            tuple(self.weights.tolist()),
+            expected,
+        )
 
 
 def _regression(seen: np.ndarray, label: np.ndarray) -> np.ndarray:

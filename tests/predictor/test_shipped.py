@@ -96,6 +96,7 @@ def test_what_is_in_the_box() -> None:
     assert sum(file.stat().st_size for file in shipped.FOLDER.iterdir()) < 1_500_000
     assert len(about["weights"]) == 64 and about["dtype"] == shipped.DTYPE
     rows = about["test"]["rows"]
-    assert [row["task"] for row in rows] == ["overall", *sorted(about["tasks"])]
+    assert rows[0]["task"] == "overall"
+    assert {row["task"] for row in rows[1:]} == set(about["tasks"])
     assert sum(row["n"] for row in rows[1:]) == rows[0]["n"] == about["test"]["questions"]
     assert all(row["gain"]["low"] <= row["gain"]["value"] <= row["gain"]["high"] for row in rows)

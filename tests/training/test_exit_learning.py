@@ -1,5 +1,7 @@
 """Early exits learned from planted scores: the surest questions leave; no answer is looked at."""
 
+import dataclasses
+import math
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,24 @@ def test_the_surest_questions_leave_and_choose_as_the_whole_model() -> None:
     assert 0.2 < leaves.mean() < 0.34 and same[leaves].mean() > 0.97 > same.mean() + 0.3
 
 
+def test_no_more_leave_than_the_risk_allows() -> None:
+    candidates, whole = planted(600, 0)
+    bold = learn_exit(candidates, whole, depth=DEPTH, budget=0.45)
+    assert bold.expected["steps"] == pytest.approx(0.45, abs=0.01)
+    assert bold.expected["differ"] > 0.1
+    careful = learn_exit(candidates, whole, depth=DEPTH, budget=0.45, risk=0.02)
+    assert careful.expected["differ"] <= 0.02 and careful.expected["leave"] > 0.3
+    # after 10 layers nothing is known: hardly one may leave
+    blind = learn_exit({10: candidates[10]}, whole, depth=DEPTH, budget=0.9, risk=0.0)
+    assert blind.expected["leave"] < 0.03
+    none = learn_exit({10: wrong_everywhere(whole)}, whole, depth=DEPTH, budget=0.9, risk=0.0)
+    assert none.threshold == math.inf and not none.leaves(candidates[10]).any()
+
+
+def wrong_everywhere(whole: list[ChoiceScores]) -> list[ChoiceScores]:
+    return [scores_of((each.best + 1) % 3, 1.0) for each in whole]
+
+
 def test_a_smaller_budget_sends_more_away() -> None:
     candidates, whole = planted(400, 2)
     shares = [
@@ -64,7 +84,7 @@ def test_scores_that_are_no_numbers_are_never_best() -> None:
 
 @pytest.mark.parametrize(
     ("budget", "n", "match"),
-    [(1.0, 50, "a budget of 1.0"), (0.2, 50, "no exit after 5, 10 of 20"), (0.8, 9, "9 train")],
+    [(1.0, 50, "budget is 1.0"), (0.2, 50, "no exit after 5, 10 of 20"), (0.8, 9, "9 train")],
 )
 def test_what_cannot_be_learned(budget: float, n: int, match: str) -> None:
     candidates, whole = planted(n, 3)
@@ -75,7 +95,8 @@ def test_what_cannot_be_learned(budget: float, n: int, match: str) -> None:
 def test_saved_and_loaded(tmp_path: Path) -> None:
     candidates, whole = planted(100, 4)
     made = learn_exit(candidates, whole, depth=DEPTH, budget=0.8)
-    exits = EarlyExits({"a": made}, "0" * 64, "choices", {"model_name": "tiny"})
+    never = dataclasses.replace(made, threshold=math.inf)
+    exits = EarlyExits({"a": made, "b": never}, "0" * 64, "choices", {"model_name": "tiny"})
     path = exits.save(tmp_path / "exits.json")
     again = EarlyExits.load(path)
     assert again == exits
