@@ -52,7 +52,7 @@ types: setup ## Static types
 
 # A thread each: compute threads of two processes that wait for each other's cores are many times slower than none.
 test: setup ## Run the tests in JOBS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 fast: setup ## Run the tests that need no real model and no child process: under a minute on two free cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not child_process" $(foreach name,$(FAST),tests/$(dir $(name))test_$(notdir $(name)).py)

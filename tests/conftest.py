@@ -18,6 +18,29 @@ settings.register_profile("polar_fx", deadline=None, suppress_health_check=[Heal
 settings.load_profile("polar_fx")
 
 
+# Files that take longest come first, so that in the end no process waits long for another.
+_LONGEST = (
+    "runtime/test_tiers",
+    "cli/test_search",
+    "bundle/test_cpp",
+    "product/test_warm_start",
+    "product/test_readme",
+    "product/test_packaging",
+    "product/test_bench_gpu",
+    "bundle/test_refusals",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order whole files; within a file nothing changes."""
+    rank = {f"{name}.py": place for place, name in enumerate(_LONGEST)}
+
+    def place_of(item: pytest.Item) -> int:
+        return rank.get("/".join(item.path.parts[-2:]), len(rank))
+
+    items.sort(key=place_of)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Artifacts of the tests go to a folder of their own; the converted default model is shared
