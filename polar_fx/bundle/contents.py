@@ -136,15 +136,18 @@ def _problem_of_table(table: SymbolTable, manifest: Manifest) -> str | None:
 
 
 def _is_slot(spec: KvSpec) -> bool:
-    """Whether its parts can be allocated: keys and values or none of both, and states."""
+    """Whether its parts can be allocated: keys and values or none of both, further keys, and
+    states.
+    """
     numbers = [n for state in spec.states for n in state.size]
+    numbers += [n for keys in spec.more_keys for n in (keys.heads, keys.size)]
     if type(spec.heads) is not int or spec.heads:
         numbers += spec.heads, spec.key_size, spec.value_size
     if not all(type(n) is int and 0 < n <= _MAX_SLOT_WIDTH for n in numbers):
         return False
     if any(math.prod(state.size) > _MAX_SLOT_WIDTH for state in spec.states):
         return False
-    dtypes = {spec.dtype, *(state.dtype for state in spec.states)}
+    dtypes = {spec.dtype, *(part.dtype for part in (*spec.states, *spec.more_keys))}
     return dtypes <= set(DTYPES.values())
 
 

@@ -2,7 +2,7 @@
 together; it knows no model by name.
 """
 
-from .captured import CapturedModel, KvSpec, StateSpec
+from .captured import CapturedModel, ColumnsSpec, KvSpec, StateSpec
 from .extension import CACHE
 from .support import attention_variants, check_supported, embedding_weight, shared_view
 from .trace import capture
@@ -10,6 +10,7 @@ from .trace import capture
 __all__ = [
     "CACHE",
     "CapturedModel",
+    "ColumnsSpec",
     "KvSpec",
     "StateSpec",
     "attention_variants",

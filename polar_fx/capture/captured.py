@@ -27,10 +27,23 @@ class StateSpec:
 
 
 @dataclass(frozen=True)
+class ColumnsSpec:
+    """One part of a slot that grows with the row: [B, heads, L, size]."""
+
+    heads: int
+    size: int
+    dtype: torch.dtype
+
+    def bytes_per_token(self) -> int:
+        """Bytes of one token."""
+        return self.heads * self.size * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
 class KvSpec:
     """Geometry of one layer's slot: keys are [B, heads, L, key_size], values [B, heads, L,
-    value_size]; states come after them. A layer without attention has no heads and no keys and
-    values.
+    value_size]; then come further keys, such as those by which a layer chooses the tokens that it
+    attends to, and states. A layer without attention has no heads and no keys and values.
     """
 
     heads: int
@@ -38,11 +51,18 @@ class KvSpec:
     value_size: int
     dtype: torch.dtype
     states: tuple[StateSpec, ...] = ()
+    more_keys: tuple[ColumnsSpec, ...] = ()
+
+    @property
+    def columns(self) -> tuple[ColumnsSpec, ...]:
+        """The parts of the slot that grow with the row, which come first."""
+        sizes = (self.key_size, self.value_size) if self.heads else ()
+        return (*(ColumnsSpec(self.heads, n, self.dtype) for n in sizes), *self.more_keys)
 
     @property
     def num_kv(self) -> int:
-        """How many parts of the slot grow with the row: keys and values, or nothing."""
-        return 2 if self.heads else 0
+        """How many parts of the slot grow with the row."""
+        return len(self.columns)
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -51,29 +71,29 @@ class KvSpec:
 
     def shapes(self, batch: int, length: int) -> tuple[tuple[int, ...], ...]:
         """Those of the parts of a slot."""
-        sizes = (self.key_size, self.value_size)[: self.num_kv]
-        kv = tuple((batch, self.heads, length, size) for size in sizes)
+        kv = tuple((batch, part.heads, length, part.size) for part in self.columns)
         return (*kv, *((batch, *state.size) for state in self.states))
 
     def slot(self, batch: int, *, length: int, device: torch.device) -> tuple[Tensor, ...]:
         """An empty slot: the parts of `shapes`, all zeros."""
         # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-        dtypes = (*(self.dtype,) * self.num_kv, *(state.dtype for state in self.states))
         return tuple(
-            torch.zeros(shape, dtype=dtype, device=device)
-            for shape, dtype in zip(self.shapes(batch, length), dtypes, strict=True)
+            torch.zeros(shape, dtype=part.dtype, device=device)
+            for shape, part in zip(
+                self.shapes(batch, length), (*self.columns, *self.states), strict=True
+            )
         )
 
     def held(self, slot: Sequence[Tensor], columns: int) -> list[Tensor]:
-        """What a slot holds of the first `columns` columns: views of keys and values up to there,
-        and the states.
+        """What a slot holds of the first `columns` columns: views up to there of the parts that
+        have columns, and the states.
         """
         kv, states = slot[: self.num_kv], slot[self.num_kv :]
         return [*(part[:, :, :columns] for part in kv), *states]
 
     def bytes_per_token(self) -> int:
         """Bytes of keys and values of one token."""
-        return self.heads * (self.key_size + self.value_size) * self.dtype.itemsize
+        return sum(part.bytes_per_token() for part in self.columns)
 
     def state_bytes(self) -> int:
         """Bytes of the states of one row."""
@@ -87,8 +107,8 @@ class CapturedModel:
     Placeholders: `input_ids` i64[B, T], `positions` i64[B, T] (per-row token positions, also the KV
     index each token writes; tokens at the last one are padding), `kv_index` i64[L] (0 .. L-1), then
     the parts of each layer's slot, which are written in place: keys `kv_<layer>_0`, values
-    `kv_<layer>_1`, and states `state_<layer>_<part>`. Output: logits [B, T, V]. Weights are
-    get_attr nodes holding the model's own tensors.
+    `kv_<layer>_1`, further keys `kv_<layer>_<part>`, and states `state_<layer>_<part>`. Output:
+    logits [B, T, V]. Weights are get_attr nodes holding the model's own tensors.
     """
 
     graph_module: GraphModule

@@ -7,7 +7,7 @@ Shape legend: B batch, T tokens, L KV length, H KV heads, E head size.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -76,6 +76,22 @@ def _hides_nothing(mask: Tensor | None) -> bool:
     return mask is not None and mask.dim() == 1
 
 
+def _only_chosen(mask: Tensor | None, chosen: Tensor | None) -> Tensor | None:
+    """The mask [B, 1, T, L] with all hidden but the columns i[B, T, K] that a layer has chosen for
+    each token, if it has.
+
+    Modeling code does so itself only under the names "sdpa" and "eager", and else hands them on.
+    """
+    if chosen is None or mask is None:
+        return mask
+    shape = (*chosen.shape[:2], mask.shape[-1])
+    hidden = torch.ones(shape, dtype=torch.bool, device=mask.device)
+    hidden = hidden.scatter(-1, chosen.long(), False).unsqueeze(1)
+    if mask.dtype == torch.bool:
+        return mask & ~hidden
+    return mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
+
+
 def _require_causal(module: nn.Module, mask: Tensor | None) -> None:
     """Raise UnsupportedModelError for attention in which nothing is hidden from a token."""
     if _hides_nothing(mask):
@@ -101,6 +117,7 @@ def _sdpa(
     and flash take groups, in half precision; float32 would fall back to plain products.
     """
     _require_causal(module, attention_mask)
+    attention_mask = _only_chosen(attention_mask, kwargs.pop("indices", None))
     groups = getattr(module, "num_key_value_groups", 1)
     plain = not (
         {"position_bias", "cache", "softcap"} & {k for k, v in kwargs.items() if v is not None}
@@ -129,6 +146,7 @@ def _eager(
 ) -> Any:
     """The attention a modeling file falls back to, under its conventional name."""
     _require_causal(module, attention_mask)
+    attention_mask = _only_chosen(attention_mask, kwargs.pop("indices", None))
     source = sys.modules[type(module).__module__]
     forward = getattr(source, "eager_attention_forward", None)
     if forward is None:
@@ -196,9 +214,11 @@ class _TracingCache(Cache):
     has_previous_state = _stateful
 
 
-# What a layer keeps: keys and values, or a state by its kind and number.
+# What a layer keeps: keys and values, keys by which it chooses tokens, or a state by its kind and
+# number.
 Part = tuple[str, int]
 KV: Part = ("kv", 0)
+INDEX: Part = ("index", 0)
 
 
 class Recorder(_TracingCache):
@@ -213,6 +233,10 @@ class Recorder(_TracingCache):
     ) -> Any:
         self.calls.append((layer_idx, KV, (key_states, value_states)))
         return key_states, value_states
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        self.calls.append((layer_idx, INDEX, (indexer_key_states[:, None],)))
+        return indexer_key_states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
         """None: no token came before."""
@@ -264,7 +288,7 @@ class Slots(_TracingCache):
         super().__init__(positions, kv_index.shape[0], depth=len(parts))
         self.places = places
         self.parts = parts
-        if any(part != KV for own in parts for part in own):
+        if any(part not in (KV, INDEX) for own in parts for part in own):
             self.real = positions != kv_index[-1:]
         # the recurrent state that a layer asked for last, and how many scans went on from it
         self.state: Tensor | None = None
@@ -273,15 +297,21 @@ class Slots(_TracingCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        rows = torch.arange(key_states.shape[0], device=key_states.device)[:, None]
-        where = [rows, None, self.positions]
-        written = [
-            torch.ops.aten.index_put_(slot, where, states.transpose(1, 2))
-            for slot, states in zip(
-                self.parts[layer_idx][KV], (key_states, value_states), strict=True
-            )
-        ]
+        written = self._written(layer_idx, KV, (key_states, value_states))
         return written[0], written[1]
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """All keys [B, L, E] by which a layer chooses tokens, after new ones [B, T, E]."""
+        return self._written(layer_idx, INDEX, (indexer_key_states[:, None],))[0].squeeze(1)
+
+    def _written(self, layer_idx: int, part: Part, new: Sequence[Tensor]) -> list[Tensor]:
+        """A part of a slot, its tensors [B, H, L, E], after new tokens [B, H, T, E]."""
+        rows = torch.arange(new[0].shape[0], device=new[0].device)[:, None]
+        where = [rows, None, self.positions]
+        return [
+            torch.ops.aten.index_put_(slot, where, states.transpose(1, 2))
+            for slot, states in zip(self.parts[layer_idx][part], new, strict=True)
+        ]
 
     def _state(self, layer_idx: int, part: Part) -> Tensor | None:
         found = self.parts[layer_idx].get(part)

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .captured import KvSpec, StateSpec
-from .extension import CACHE, EAGER, KV, SDPA, Part, Recorder
+from .captured import ColumnsSpec, KvSpec, StateSpec
+from .extension import CACHE, EAGER, INDEX, KV, SDPA, Part, Recorder
 from .reasons import RowLengthError, why_it_does_not_run
 
 log = logging.getLogger("polar_fx.capture")
@@ -383,19 +383,23 @@ class Stored:
         given, found = iter(tensors), list[dict[Part, list[Tensor]]]()
         for parts in self.parts:
             found.append({})
-            for part, stored in sorted(parts.items(), key=_kv_first):
+            for part, stored in sorted(parts.items(), key=_columns_first):
                 found[-1][part] = [next(given) for _ in stored]
         return found
 
 
-def _kv_first(item: tuple[Part, Any]) -> tuple[bool, Part]:
-    return item[0] != KV, item[0]
+def _columns_first(item: tuple[Part, Any]) -> tuple[bool, bool, Part]:
+    """The order of a slot's parts: keys and values, further keys, and states."""
+    return item[0] != KV, item[0] != INDEX, item[0]
 
 
 def _spec(parts: dict[Part, tuple[Tensor, ...]]) -> KvSpec:
-    kept = [stored[0] for part, stored in sorted(parts.items(), key=_kv_first) if part != KV]
+    ordered = sorted(parts.items(), key=_columns_first)
+    kept = [stored[0] for part, stored in ordered if part not in (KV, INDEX)]
     states = tuple(StateSpec(tuple(state.shape[1:]), state.dtype) for state in kept)
+    more = tuple(ColumnsSpec(k.shape[1], k.shape[3], k.dtype) for k in parts.get(INDEX, ()))
     if KV not in parts:
-        return KvSpec(0, 0, 0, states[0].dtype if states else torch.float32, states)
+        dtype = next((own.dtype for own in (*more, *states)), torch.float32)
+        return KvSpec(0, 0, 0, dtype, states, more)
     keys, values = parts[KV]
-    return KvSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, states)
+    return KvSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, states, more)

@@ -28,6 +28,7 @@ from ..passes.base import storage, writes
 from ..passes.outline_layers import is_size
 from .captured import ALIGNMENT, CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
+from .open_sizes import sizes_stay_open
 from .reasons import replaced_forward, why_it_is_not_traced
 from .recurrences import replace_recurrences
 from .rotary import choose_frequencies_by_row
@@ -121,7 +122,7 @@ def _export(
     parts = [varies[role] for spec in specs for role in spec.roles]
     shapes = (rows, rows, {0: length}, parts)
     example = (torch.zeros_like(positions), positions, torch.arange(_L, device=device), slots)
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), _quiet(), sizes_stay_open(view):
         return torch.export.export(
             _Traced(view, last_position(view), by_length=by_length, stored=stored),
             example,

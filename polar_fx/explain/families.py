@@ -77,7 +77,9 @@ _SIZES: tuple[tuple[int, str], ...] = (
         "shared_expert_intermediate_size expert_ffn_hidden_size shared_intermediate_size d_head",
     ),
     (12, "qk_head_dim"),
-    (4, "qk_rope_head_dim rotary_dim index_topk index_n_heads indexer_budget"),
+    (4, "qk_rope_head_dim rotary_dim index_topk indexer_budget"),
+    # with fewer, tokens often score exactly 0, and which of them are chosen is up to the processor
+    (32, "index_n_heads"),
     (
         1,
         "n_input_layers n_output_layers n_group topk_group first_k_dense_replace "

@@ -84,9 +84,7 @@ def export_program(
     chosen, library = compiled.resolve(program), compiled.library
     specs, device, (b, t, n) = library.kv_specs(chosen), library.device, SIZES.values()
     positions = torch.arange(t, device=device) + torch.arange(b, device=device)[:, None]
-    slots = [
-        torch.zeros(s, dtype=spec.dtype, device=device) for spec in specs for s in spec.shapes(b, n)
-    ]
+    slots = [part for spec in specs for part in spec.slot(b, length=n, device=device)]
     batch, tokens, length = (torch.export.Dim(name) for name in ("batch", "tokens", "length"))
     rows = {0: batch, 1: tokens}
     shapes = (rows, rows, {0: length}, [{0: batch, 2: length}] * len(slots))

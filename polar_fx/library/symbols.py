@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..capture import KvSpec, StateSpec
+from ..capture import ColumnsSpec, KvSpec, StateSpec
 from ..capture.captured import MOST_STATE_TOKENS
 from ..passes.address_kv import BLOCK
 from ..passes.base import body, kind, layer_calls, role
@@ -140,7 +140,7 @@ class SymbolTable:
         A state must not see a token twice, and a layer may have nothing to write.
         """
         spec = self.kv_specs[layer]
-        return spec.heads > 0 and not spec.states
+        return spec.num_kv > 0 and not spec.states
 
     def batch_axes(self) -> dict[int, int | None] | None:
         """The axis of the batch in each side value, None for one without; None if one cannot be
@@ -164,12 +164,13 @@ class SymbolTable:
         table = asdict(self)
         for spec, plain in zip(self.kv_specs, table["kv_specs"], strict=True):
             plain["dtype"] = _name(spec.dtype)
-            states = plain.pop("states")
-            if states:
-                plain["states"] = [
-                    {**state, "dtype": _name(own.dtype)}
-                    for state, own in zip(states, spec.states, strict=True)
-                ]
+            for name, parts in (("states", spec.states), ("more_keys", spec.more_keys)):
+                found = plain.pop(name)
+                if parts:
+                    plain[name] = [
+                        {**part, "dtype": _name(own.dtype)}
+                        for part, own in zip(found, parts, strict=True)
+                    ]
         return json.dumps(table, indent=1)
 
     @classmethod
@@ -200,8 +201,12 @@ def _spec(plain: dict[str, Any]) -> KvSpec:
         StateSpec(tuple(state["size"]), getattr(torch, state["dtype"]))
         for state in plain.get("states", ())
     )
+    more = tuple(
+        ColumnsSpec(keys["heads"], keys["size"], getattr(torch, keys["dtype"]))
+        for keys in plain.get("more_keys", ())
+    )
     dtype = getattr(torch, plain["dtype"])
-    return KvSpec(plain["heads"], plain["key_size"], plain["value_size"], dtype, states)
+    return KvSpec(plain["heads"], plain["key_size"], plain["value_size"], dtype, states, more)
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -41,28 +41,30 @@ class Growth:
 
 
 class _Store:
-    """Keys [P, H, C, E] and values [P, H, C, F] of one geometry, which blocks of them are free, and
-    how many rows hold each of the others.
+    """What grows with a row of one geometry, keys [P, H, C, E] and values [P, H, C, F] and further
+    keys; which blocks of them are free, and how many rows hold each of the others.
     """
 
     def __init__(self, spec: KvSpec, device: torch.device, *, growth: Growth) -> None:
         self.spec, self.device, self.growth = spec, device, growth
-        self.keys, self.values = (
-            torch.zeros(1, spec.heads, BLOCK, size, dtype=spec.dtype, device=device)
-            for size in (spec.key_size, spec.value_size)
-        )
+        self.parts = [
+            torch.zeros(1, part.heads, BLOCK, part.size, dtype=part.dtype, device=device)
+            for part in spec.columns
+        ]
+        self.num_blocks = 1
         self.free: list[int] = []
         self.holders: Counter[int] = Counter()
 
     def _grow(self, blocks: int) -> None:
-        """Hold so many blocks in all; keys and values move one after the other."""
-        self.keys = _grown(self.keys, blocks)
-        self.values = _grown(self.values, blocks)
+        """Hold so many blocks in all; the parts move one after the other."""
+        for number, part in enumerate(self.parts):
+            self.parts[number] = _grown(part, blocks)
+        self.num_blocks = blocks
 
     def take(self, count: int) -> list[int]:
         missing = count - len(self.free)
         if missing > 0:
-            first = len(self.keys)
+            first = self.num_blocks
             more = max(missing, first // self.growth.part, self.growth.least - first)
             try:
                 self._grow(first + more)
@@ -80,7 +82,7 @@ class _Store:
         for block in unheld:
             del self.holders[block]
         where = on_device(unheld, self.device)
-        for tensor in (self.keys, self.values):
+        for tensor in self.parts:
             tensor.index_fill_(0, where, 0)  # a later row must not meet a NaN of this one
         self.free += reversed(unheld)
 
@@ -91,7 +93,7 @@ def _grown(held: Tensor, blocks: int) -> Tensor:
         return held
     # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
     grown = held.new_zeros(blocks, *held.shape[1:])
-    grown[: len(held)] = held
+    grown[: len(held)] = held[:blocks]  # fewer, if memory was short when another part grew
     return grown
 
 
@@ -108,20 +110,19 @@ class KvStore:
         self._stores: dict[KvSpec, _Store] = {}
         self._spares: dict[KvSpec, int] = {}
 
-    def tensors(self, spec: KvSpec) -> tuple[Tensor, Tensor]:
-        """Keys [P, H, C, E] and values [P, H, C, F]."""
-        store = self._store(spec)
-        return store.keys, store.values
+    def tensors(self, spec: KvSpec) -> tuple[Tensor, ...]:
+        """Keys [P, H, C, E] and values [P, H, C, F], and further keys if the geometry has some."""
+        return tuple(self._store(spec).parts)
 
     @property
     def num_bytes(self) -> int:
         """Bytes that are allocated."""
-        return sum(s.keys.nbytes + s.values.nbytes for s in tuple(self._stores.values()))
+        return sum(t.nbytes for s in tuple(self._stores.values()) for t in s.parts)
 
     @property
     def num_allocated(self) -> int:
         """Blocks that are allocated, those included that no row may hold."""
-        return sum(len(s.keys) for s in tuple(self._stores.values()))
+        return sum(s.num_blocks for s in tuple(self._stores.values()))
 
     @property
     def num_blocks(self) -> int:

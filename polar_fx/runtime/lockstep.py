@@ -211,7 +211,7 @@ class Lockstep:
         if any(call.index is not None for call in calls):
             hidden = hidden.clone()  # it is written row by row
         chosen: dict[tuple[int, ...], list[Tensor]] = {}  # several calls serve the same rows
-        stores: dict[KvSpec, tuple[Tensor, Tensor]] = {}
+        stores: dict[KvSpec, tuple[Tensor, ...]] = {}
         for call, table in zip(calls, tables[: len(calls)], strict=True):
             for row, opens in call.opens:
                 blends[row].open(hidden[row].clone(), opens)

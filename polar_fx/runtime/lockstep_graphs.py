@@ -245,8 +245,8 @@ class LockstepGraphs:
         """A store that grew lies elsewhere: graphs would go on writing to where it was."""
         places: list[int] = []
         for spec in self._specs:
-            keys, values = self.store.tensors(spec)
-            places += keys.data_ptr(), values.data_ptr(), len(keys)
+            for part in self.store.tensors(spec):
+                places += part.data_ptr(), len(part)
         if (stores := tuple(places)) != self._stores:
             self.cache.drop(lambda key: isinstance(key, tuple) and key[0] == _KIND)
             self._stores = stores
