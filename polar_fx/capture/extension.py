@@ -297,14 +297,14 @@ class Slots(_TracingCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        written = self._written(layer_idx, KV, (key_states, value_states))
+        written = self._written(layer_idx, KV, new=(key_states, value_states))
         return written[0], written[1]
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """All keys [B, L, E] by which a layer chooses tokens, after new ones [B, T, E]."""
-        return self._written(layer_idx, INDEX, (indexer_key_states[:, None],))[0].squeeze(1)
+        return self._written(layer_idx, INDEX, new=[indexer_key_states[:, None]])[0].squeeze(1)
 
-    def _written(self, layer_idx: int, part: Part, new: Sequence[Tensor]) -> list[Tensor]:
+    def _written(self, layer_idx: int, part: Part, *, new: Sequence[Tensor]) -> list[Tensor]:
         """A part of a slot, its tensors [B, H, L, E], after new tokens [B, H, T, E]."""
         rows = torch.arange(new[0].shape[0], device=new[0].device)[:, None]
         where = [rows, None, self.positions]

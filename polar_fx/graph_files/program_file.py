@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -57,9 +57,10 @@ def export_program(
     has not happened.
 
     The exported module takes `input_ids` and `positions` i64[B, T], `kv_index` i64[L] (0 .. L - 1)
-    and `slots`, keys [B, H, L, E] and values of step 0, then of step 1 and so on, which it writes
-    in place at the positions; it returns logits [B, T, V]. B, T and L are free. The extra file
-    `polar_fx.json` tells the program and the sizes of each step's slot.
+    and `slots`, keys [B, H, L, E] and values of step 0, and further keys if it has some, then those
+    of step 1 and so on, which it writes in place at the positions; it returns logits [B, T, V]. B,
+    T and L are free. The extra file `polar_fx.json` tells the program and the sizes of each step's
+    slot.
 
     Raises InputError, ProgramError, CaptureError, and BundleError if the file cannot be written; it
     is whole or not there.
@@ -123,9 +124,14 @@ def check_one_pass(compiled: "CompiledModel", what: str) -> None:
         )
 
 
-def described_slots(specs: Sequence[KvSpec]) -> list[dict[str, int]]:
+def described_slots(specs: Sequence[KvSpec]) -> list[dict[str, Any]]:
     """Sizes of each step's slot, for JSON."""
-    return [{"heads": s.heads, "key_size": s.key_size, "value_size": s.value_size} for s in specs]
+    found: list[dict[str, Any]] = []
+    for spec in specs:
+        sizes = {"heads": spec.heads, "key_size": spec.key_size, "value_size": spec.value_size}
+        more = [{"heads": keys.heads, "size": keys.size} for keys in spec.more_keys]
+        found.append({**sizes, "more_keys": more} if more else sizes)
+    return found
 
 
 def _save(exported: torch.export.ExportedProgram, about: str, *, path: Path, named: Path) -> None:

@@ -3,15 +3,13 @@ their layers, however rows are cut, padded and batched.
 """
 
 import functools
-import random
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import Cache
 
-from plain_loop import plain_logits
+from plain_loop import check_rows, lost, plain_logits, random_programs
 from polar_fx.backends import get_backend
 from polar_fx.compiled import CompiledModel
 from polar_fx.errors import InputError
@@ -43,54 +41,22 @@ def compiled(family: str, backend: str = "eager") -> CompiledModel:
     return CompiledModel(Runner.of_model(tiny(family).model, regions))
 
 
-def programs(depth: int, count: int) -> list[Program]:
-    """Random paths, with repeats, and damping over some steps."""
-    draw = random.Random(depth)
-    found = []
-    for _ in range(count):
-        path = [draw.randrange(depth) for _ in range(draw.randint(1, depth + 2))]
-        found.append(Program.from_path(path, depth))
-    return found
-
-
-def lost(got: Tensor, want: Tensor) -> float:
-    """The largest difference, as a part of the largest logit."""
-    return float((got - want).abs().max() / want.abs().max())
-
-
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_any_program_is_a_plain_loop(family: str) -> None:
     """By the interpreter: ragged rows in two ragged parts, and then token by token."""
     model, library = tiny(family).model, tiny(family).library
-    for program in (Program.identity(library.depth), *programs(library.depth, 2)):
+    for program in (Program.identity(library.depth), *random_programs(library.depth, 2)):
         got = run_rows(library, program, rows=ROWS, prefill=(11, 6, 3, 1))
         for own, row in zip(got, ROWS, strict=True):
             assert lost(own, plain_logits(model, program, row=row)) < 2e-4
-
-
-def check_rows(model: CompiledModel, source: Any, *, each: list[Program], chunk: int) -> None:
-    """Logits of every token and greedy generation of 20 more, a program a row, are those of a plain
-    loop over the layers of `source`, however prompts are cut.
-    """
-    model.runner.prefill_chunk = chunk
-    ids, mask = padded_rows([row.tolist() for row in ROWS])
-    logits = model.forward(ids, mask, program=each)
-    options: Any = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
-    output = model.generate(ids, attention_mask=mask, program=each, **options)
-    for i, (row, program) in enumerate(zip(ROWS, each, strict=True)):
-        assert lost(logits[i, mask[i].bool()], plain_logits(source, program, row=row)) < 2e-4
-        new = output[i, ids.shape[1] :]
-        want = plain_logits(source, program, row=torch.cat((row, new[:-1])))[len(row) - 1 :]
-        # greedy, but for ties within rounding
-        assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])
 @pytest.mark.parametrize("family", ["lfm2", "falcon_h1"])
 def test_rows_of_several_programs(family: str, chunk: int) -> None:
     model = compiled(family)
-    each = programs(model.depth, len(ROWS))
-    check_rows(model, tiny(family).model, each=each, chunk=chunk)
+    each = random_programs(model.depth, len(ROWS))
+    check_rows(model, tiny(family).model, rows=ROWS, each=each, chunk=chunk)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 512])
@@ -101,7 +67,7 @@ def test_compiled_rows(family: str, chunk: int) -> None:
     # few regions: several rows for each program, and a last step that keeps a state
     texts = ("0 (1)*2@0.5 0", "(0)*2") if chunk % 2 else ("1 0 1 0", "0")
     each = [Program.parse(texts[i % 2], 2) for i in range(len(ROWS))]
-    check_rows(model, tiny(family).model, each=each, chunk=chunk)
+    check_rows(model, tiny(family).model, rows=ROWS, each=each, chunk=chunk)
     ids, mask = padded_rows([row.tolist() for row in ROWS])
     want = eager.forward(ids, mask, program=each)
     assert lost(model.forward(ids, mask, program=each), want) < 2e-5
@@ -187,7 +153,7 @@ def test_a_verdict_goes_on_from_the_state_of_a_prefix() -> None:
     model, source = compiled("falcon_h1"), tiny("falcon_h1").model
     row = ROWS[0].tolist()
     question = EncodedQuestion("q", tuple(row[:4]), tuple(row[4:10]), (tuple(row[10:]), (7, 8)))
-    for program in programs(model.depth, 2):
+    for program in random_programs(model.depth, 2):
         (verdict,) = TeacherForcing(model).evaluate([(question, program)])
         found = []
         for target in question.targets:

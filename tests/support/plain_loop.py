@@ -1,11 +1,14 @@
-"""A program as a plain loop over a HuggingFace model's own layers: no cache, one row at a time.
+"""A program as a plain loop over a HuggingFace model's own layers: no cache, one row at a time; and
+how rows are held against it.
 
-Nothing of ours runs here but the copy of the model's structure; it is what random programs are held
-against.
+Nothing of ours runs in the loop but the copy of the model's structure; it is what random programs
+are held against.
 
 Shape legend: T tokens, V vocabulary.
 """
 
+import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from polar_fx.capture.support import find_stack, shared_view
+from polar_fx.compiled import CompiledModel
 from polar_fx.program import Program
+from polar_fx.runtime.generator import padded_rows
 
 
 class _Blends:
@@ -57,3 +62,42 @@ def plain_logits(model: PreTrainedModel, program: Program, *, row: Tensor) -> Te
     if (blends.opened, blends.closed) != (len(path), len(path)):
         raise AssertionError(f"{type(model).__name__} ran {blends.closed} layers of {len(path)}")
     return logits
+
+
+def random_programs(depth: int, count: int) -> list[Program]:
+    """Random paths, with repeats, and damping over some steps."""
+    draw = random.Random(depth)
+    found = []
+    for _ in range(count):
+        path = [draw.randrange(depth) for _ in range(draw.randint(1, depth + 2))]
+        found.append(Program.from_path(path, depth))
+    return found
+
+
+def lost(got: Tensor, want: Tensor) -> float:
+    """The largest difference, as a part of the largest logit."""
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def check_rows(
+    model: CompiledModel,
+    source: Any,
+    *,
+    rows: Sequence[Tensor],
+    each: Sequence[Program],
+    chunk: int,
+) -> None:
+    """Logits of every token and greedy generation of 20 more, a program a row, are those of a plain
+    loop over the layers of `source`, however prompts are cut.
+    """
+    model.runner.prefill_chunk = chunk
+    ids, mask = padded_rows([row.tolist() for row in rows])
+    logits = model.forward(ids, mask, program=list(each))
+    options: Any = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
+    output = model.generate(ids, attention_mask=mask, program=list(each), **options)
+    for i, (row, program) in enumerate(zip(rows, each, strict=True)):
+        assert lost(logits[i, mask[i].bool()], plain_logits(source, program, row=row)) < 2e-4
+        new = output[i, ids.shape[1] :]
+        want = plain_logits(source, program, row=torch.cat((row, new[:-1])))[len(row) - 1 :]
+        # greedy, but for ties within rounding
+        assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4

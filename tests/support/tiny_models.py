@@ -155,13 +155,40 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 }
 
 
+# Models that attend to the few tokens that further keys of theirs choose. With fewer heads, tokens
+# often score exactly 0, and which of them are chosen is up to the processor.
+_CHOOSING = dict(
+    num_hidden_layers=2,
+    num_key_value_heads=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=2,
+    kv_lora_rank=8,
+    q_lora_rank=8,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
+    index_n_heads=32,
+    index_head_dim=8,
+    index_topk=4,
+)
+CHOOSING: dict[str, dict[str, Any]] = {
+    "axk2": {**_CHOOSING, "first_k_dense_replace": 1},
+    "deepseek_v32": _CHOOSING,
+    "glm_moe_dsa": _CHOOSING,
+}
+
+
 def make(family: str, **overrides: Any) -> Any:
     """A tiny PreTrainedModel in eval mode; equal arguments give equal weights.
 
     Typed as Any, because transformers wraps `to`, `cuda` and `generate` so that no type is left.
     """
     config = AutoConfig.for_model(
-        family, **{**_BASE, **{**FAMILIES, **HYBRIDS}.get(family, {}), **overrides}
+        family, **{**_BASE, **{**FAMILIES, **HYBRIDS, **CHOOSING}.get(family, {}), **overrides}
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -47,14 +47,20 @@ struct StateSpec {
   at::ScalarType dtype;
 };
 
-// The slot of a layer's step: keys and values, unless it has no heads, and then states.
+// One part of a slot that grows with the row.
+struct ColumnsSpec {
+  int64_t heads, size;
+  at::ScalarType dtype;
+};
+
+// The slot of a layer's step: keys and values, unless it has no heads, then further keys, and then states.
 struct KvSpec {
-  int64_t heads, key_size, value_size;
+  std::vector<ColumnsSpec> columns;
   at::ScalarType dtype;
   std::vector<StateSpec> states;
 
   // As `polar_fx.library.symbols.SymbolTable.ends_in_kv_writes` says: a state must not see a token twice.
-  bool ends_in_kv_writes() const { return heads > 0 && states.empty(); }
+  bool ends_in_kv_writes() const { return !columns.empty() && states.empty(); }
 };
 
 inline at::ScalarType dtype_of(const std::string& name) {
@@ -208,13 +214,18 @@ class Bundle {
     epilogue = read_call(table, table["epilogue"]);
     for (const Json& call : table["layers"].list()) layers.push_back(read_call(table, call));
     for (const Json& spec : table["kv_specs"].list()) {
-      kv_specs.push_back(
-          {spec["heads"].size(), spec["key_size"].size(), spec["value_size"].size(), dtype_of(spec["dtype"].text()), {}});
+      KvSpec& own = kv_specs.emplace_back();
+      if (const int64_t heads = spec["heads"].size(); heads > 0)
+        for (const char* size : {"key_size", "value_size"})
+          own.columns.push_back({heads, spec[size].size(), dtype_of(spec["dtype"].text())});
+      if (spec.has("more_keys"))
+        for (const Json& keys : spec["more_keys"].list())
+          own.columns.push_back({keys["heads"].size(), keys["size"].size(), dtype_of(keys["dtype"].text())});
       if (!spec.has("states")) continue;
       for (const Json& state : spec["states"].list()) {
         StateSpec made{{}, dtype_of(state["dtype"].text())};
         for (const Json& size : state["size"].list()) made.size.push_back(size.size());
-        kv_specs.back().states.push_back(made);
+        own.states.push_back(made);
       }
       if (kv_length == 0) throw JsonError("it has layers that keep states, which run in slots, and code for blocks");
     }

@@ -84,17 +84,15 @@ class KeysAndValues {
   KeysAndValues(const Bundle& bundle, const Program& program) : in_blocks_(bundle.kv_length == 0) {
     for (const Step& step : program) {
       const KvSpec& spec = bundle.kv_specs.at(static_cast<size_t>(step.layer));
-      const auto options = at::TensorOptions().dtype(spec.dtype);
       const int64_t first = in_blocks_ ? kLeastBlocks : 1, columns = in_blocks_ ? kBlock : bundle.kv_length;
       // zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
       Tensors& parts = steps_.emplace_back();
-      if (spec.heads > 0)
-        for (const int64_t size : {spec.key_size, spec.value_size})
-          parts.push_back(at::zeros({first, spec.heads, columns, size}, options));
+      for (const ColumnsSpec& part : spec.columns)
+        parts.push_back(at::zeros({first, part.heads, columns, part.size}, part.dtype));
       for (const StateSpec& state : spec.states) {
         std::vector<int64_t> size = {1};
         size.insert(size.end(), state.size.begin(), state.size.end());
-        parts.push_back(at::zeros(size, options.dtype(state.dtype)));
+        parts.push_back(at::zeros(size, state.dtype));
       }
     }
     columns = at::arange(in_blocks_ ? kLeastBlocks * kBlock : bundle.kv_length);
