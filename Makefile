@@ -14,7 +14,7 @@ JOBS ?= 2
 # A folder and a name, without test_ and .py.
 FAST := evaluation/answers evaluation/choices evaluation/page evaluation/polar/decode evaluation/polar/labels \
 	evaluation/report evaluation/votes explain/picture library/symbols output/files output/markup output/plain_text \
-	passes/contract passes/golden passes/sources passes/units predictor/predictor product/guides \
+	passes/contract passes/golden passes/sources passes/units predictor/predictor product/command_lines product/guides \
 	product/layout product/links product/matrix program/program program/segments program/strip program/text \
 	questions/loaders questions/tasks search/formats search/lockstep search/mcts search/methods \
 	search/records stats/arms stats/calibration stats/figures stats/intervals stats/paired stats/tables

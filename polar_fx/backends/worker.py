@@ -110,7 +110,7 @@ class Worker:
 
 def _how(ended: ChildEndedError) -> str:
     if ended.status == KILLED:
-        return ": it was killed; free some memory, or compile with workers=0"
+        return ": it was killed; free some memory, or, in Python, compile with workers=0"
     return f" with status {ended.status}: {ended.last_words or 'it said nothing'}"
 
 

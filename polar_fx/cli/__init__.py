@@ -19,6 +19,7 @@ from ..environment import park_waiting_threads
 from ..errors import PolarError
 from ..output.suggestions import did_you_mean
 from .checks import check_names
+from .messages import in_options
 from .verbosity import add_verbosity_arguments, set_up
 
 COMMANDS = (
@@ -88,13 +89,21 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     return parser, found
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+def read_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command and its options, not checked further; ends the process where it cannot read
+    them.
+    """
     parser, commands = _parser()
     argcomplete.autocomplete(parser)  # answers a shell that asks, and ends; else does nothing
     options, rest = parser.parse_known_args(argv)
     if rest:
         commands[options.command].error(f"unrecognized arguments: {' '.join(rest)}")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    options = read_options(argv)
     if "torch" not in sys.modules:  # which reads it when it is loaded
         park_waiting_threads()
     try:
@@ -105,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             print(json.dumps(result, indent=1))
         sys.stdout.flush()
     except PolarError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_options(str(error), options)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -7,7 +7,7 @@ fit.
 
 Examples:
   python -m polar_fx compile  # what every program of SmolLM2 needs for one row
-  python -m polar_fx compile --program "skip 5" --program "repeat 10-11 x3 @0.5" \
+  python -m polar_fx compile --program "skip 5" --program "repeat 10-11 x3 @0.5" \\
       --graph programs.svg
   python -m polar_fx compile --program "skip 5" --tier whole --max-length 1024
 """

@@ -2,16 +2,15 @@
 weights, compiled code, programs.
 
 The folder runs on machines with this torch and this kind of processor; `polar_fx.load_bundle` loads
-it. More programs cost a line
-each: all of them share the weights and the compiled code. With `--form onnx` the folder holds no
-compiled code but an ONNX graph a program, for other runtimes; all of them share one file of
-weights.
+it. More programs cost a line each: all of them share the weights and the compiled code. With
+`--form onnx` the folder holds no compiled code but an ONNX graph a program, for other runtimes; all
+of them share one file of weights.
 
 Examples:
   python -m polar_fx export --out bundle --programs identity "skip 5" "repeat 10-11 x3 @0.5"
   # one program a line, # begins a comment
   python -m polar_fx export --out bundle --programs menu.txt --overwrite
-  python -m polar_fx export --out bundle --model ./my-model --dtype bfloat16 \
+  python -m polar_fx export --out bundle --model ./my-model --dtype bfloat16 \\
       --max-length 1024 --batch 8
   python -m polar_fx export --out graphs --form onnx --programs identity "skip 5"
 """

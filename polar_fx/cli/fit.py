@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from .messages import next_command
 from .questions import add_question_arguments, add_running_arguments, asked_of, workplace_of
 from .verbosity import status
 
@@ -51,5 +52,12 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     if not options.json:
         print(result.conclusion)
         print(f"question by question, in a browser: {result.report / 'report.html'}")
-        print(f'python -m polar_fx run --predictor {result.predictor} --prompt "..."')
+        # as the predictor saw questions: the direct prompt alone is a chat
+        raw = (
+            ()
+            if (options.prompt or ("direct" if options.data else None)) == "direct"
+            else ("--raw",)
+        )
+        run = ("run", "--predictor", result.predictor, *raw)
+        print(next_command(*run, "--prompt", "...", options=options, same=("model",)))
     return result.to_dict()

@@ -1,11 +1,12 @@
 """What a command answers prompts with: a model on compiled regions or interpreted, or a bundle."""
 
 import argparse
+import shlex
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
-from .options import compile_model
+from .options import compile_model, row_length
 from .threads import warn_if_busy
 from .verbosity import status, working
 
@@ -34,10 +35,29 @@ def compiled_or_interpreted(
             if not any(compiled.explain(p).missing for p in programs):
                 return compiled
         options.backend = BACKEND
-        status().print(
-            "[dim]interpreting: `python -m polar_fx compile` makes regions that run faster, once[/]"
-        )
+        compiled = compile_model(model, options, max_length=max_length)
+        text = f"interpreting: {_faster(options, compiled, usual=row_length(model))}"
+        status().print(text, style="dim", markup=False, soft_wrap=True)
+        return compiled
     return compile_model(model, options, max_length=max_length)
+
+
+def _faster(options: argparse.Namespace, compiled: "CompiledModel", *, usual: int) -> str:
+    """What makes compiled regions for this very model and length, to be pasted; `usual` is the
+    length that `compile` takes by itself.
+    """
+    if compiled.device.type != "cpu":
+        return "--backend auto compiles regions that run faster, each time"
+    words = [
+        f"--{name} {shlex.quote(str(value))}"
+        for name in ("model", "dtype", "quantize")
+        if (value := getattr(options, name, None)) not in (None, "float32")
+    ]
+    length = compiled.pool.max_length
+    if length != usual:
+        words.append(f"--max-length {length}")
+    command = " ".join(("python -m polar_fx compile", *words))
+    return f"`{command}` makes regions that run faster, once"
 
 
 def _any_compiled() -> bool:

@@ -3,13 +3,12 @@
 Examples:
   python -m polar_fx run --prompt "Q: What is 6 * 7?" --program identity --program "skip 5"
   echo "The moon is" | python -m polar_fx run --prompt - --raw --max-new-tokens 20 --json
-  python -m polar_fx run --prompt "Name a color." --program "0-9 (10-11)*2 12-29" --sample \
+  python -m polar_fx run --prompt "Name a color." --program "0-9 (10-11)*2 12-29" --sample \\
       --temperature 0.7
   # runs on regions that `compile` made, if they are there; this makes them otherwise
   python -m polar_fx run --prompt "Name a color." --backend auto
   # each prompt by the program that the predictor in the box chooses for it
-  python -m polar_fx run --predictor default --raw --prompt "12 + 3 = 15
-  7 + 25 ="
+  printf '12 + 3 = 15\\n7 + 25 =' | python -m polar_fx run --predictor default --raw --prompt -
   # the code in a bundle is run: name one you trust
   python -m polar_fx run --prompt "Name a color." --model bundle
 """

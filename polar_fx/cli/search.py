@@ -5,9 +5,9 @@ Goes on where a run of the same settings ended; Ctrl-C loses only the questions 
 
 Examples:
   python -m polar_fx search --task multiplication --questions 200 --out run.jsonl
-  python -m polar_fx search --task addition --task sequences --questions 400 --workers 2 \
+  python -m polar_fx search --task addition --task sequences --questions 400 --workers 2 \\
       --out run.jsonl
-  python -m polar_fx search --data questions.jsonl --prompt direct --judge generation \
+  python -m polar_fx search --data questions.jsonl --prompt direct --judge generation \\
       --out run.jsonl
   python -m polar_fx analyze run.jsonl
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import InputError
+from .messages import next_command
 from .options import whole
 from .questions import add_question_arguments, add_running_arguments, job_settings
 from .verbosity import status
@@ -134,7 +135,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
             f"{result.searched} questions searched in {result.seconds:.0f} s, "
             f"{result.evaluations_per_second:.1f} evaluations/s: {counts.right} right as "
             f"they are, {counts.corrected} corrected, {counts.shorter} with a shorter "
-            f"program\npython -m polar_fx analyze {options.out}"
+            f"program\n{next_command('analyze', options.out, options=options)}"
         )
     return result.to_dict()
 

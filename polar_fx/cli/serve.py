@@ -9,11 +9,12 @@ Examples:
   python -m polar_fx serve bundle --policy "steps<=0.9"
   python -m polar_fx serve bundle --port 9000 --max-batch 16 --threads 4
   curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\
-    -d '{"model": "bundle", "prompt": "6 * 7 =", "max_tokens": 4, "temperature": 0, "program": "skip
-    5"}'
+    -d '{"model": "bundle", "prompt": "6 * 7 =", "max_tokens": 4, "temperature": 0,
+         "program": "skip 5"}'
 """
 
 import argparse
+import logging
 import signal
 import socket
 import threading
@@ -109,7 +110,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         "policy": options.policy,
     }
     with working("starting ..."):
-        ray.init(address="local", include_dashboard=False)
+        _start_ray(verbose=bool(options.verbose))
     # what service managers send ends it as Ctrl-C does
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -134,6 +135,16 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         serve.shutdown()
         ray.shutdown()
     return {"bundle": str(options.bundle), "host": options.host, "port": options.port}
+
+
+def _start_ray(*, verbose: bool) -> None:
+    """On this machine alone. What Ray says of itself, and hands on of its processes, is for -v."""
+    import ray
+
+    level = logging.INFO if verbose else logging.ERROR
+    for name in ("ray", "ray.serve"):
+        logging.getLogger(name).setLevel(level)
+    ray.init(address="local", include_dashboard=False, logging_level=level, log_to_driver=verbose)
 
 
 def _check_policy(options: argparse.Namespace, manifest: "Manifest") -> None:

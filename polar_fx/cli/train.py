@@ -13,6 +13,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .messages import next_command
 from .options import program_texts, whole
 from .questions import add_question_arguments, add_running_arguments, job_settings
 from .verbosity import status
@@ -168,7 +169,9 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     )
     results = run(job, status())
     if not options.json:
-        _print(results, options.out)
+        _print(results)
+        words = ("evaluate", options.out, "--out", options.out.parent / "report")
+        print(next_command(*words, options=options, same=("data", "prompt", "model")))
     return results
 
 
@@ -199,7 +202,7 @@ def _config(options: argparse.Namespace) -> "TrainingConfig":
     )
 
 
-def _print(results: dict[str, Any], out: Path) -> None:
+def _print(results: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -217,7 +220,6 @@ def _print(results: dict[str, Any], out: Path) -> None:
     ece, loss = results["ece"], results["log_loss"]
     console.print(
         f"log loss {loss['after']:.3f} (base rates {loss['base_rates']:.3f}), calibration error "
-        f"{100 * ece['after']:.1f} % (before scaling {100 * ece['before']:.1f} %)\npython -m "
-        f"polar_fx evaluate {out}",
+        f"{100 * ece['after']:.1f} % (before scaling {100 * ece['before']:.1f} %)",
         highlight=False,
     )

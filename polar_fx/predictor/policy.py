@@ -111,7 +111,7 @@ class Policy:
             known = ", ".join(f"{f:g}" for f in calibration.prices) or "none"
             raise InputError(
                 f"no price of mean_steps<={self.limit:g} was set in training, only of {known}; "
-                "train with --budget"
+                f"`python -m polar_fx train --budget {self.limit:g}` sets one"
             )
         if self.kind == "latency_ms" and not costs_ms:
             raise InputError(

@@ -47,7 +47,8 @@ def _differences(key: Mapping[str, Scalar], facts: Mapping[str, Scalar]) -> list
         said.append(f"by torch {then} (now {now})" if now != then else "by another build of torch")
     if "target" in differing:
         said.append("for another processor")
-    if differing & {"builder", "passes"}:
+    # passes follow from the shapes as well: regions for blocks of tokens have one more
+    if "builder" in differing or ("passes" in differing and "bucket" not in differing):
         said.append("by another version of polar_fx's compiler")
     if differing & {"backend", "options"}:
         said.append("by another backend, or with other options")
@@ -66,7 +67,8 @@ def _shapes(now: str, then: str) -> str:
         return f"for {_rows(stored.batch)} (now {_rows(wanted.batch)})"
     if wanted.length != stored.length and wanted.batch == stored.batch:
         return f"for rows of {_tokens(stored.length)} (now {_tokens(wanted.length)})"
-    return "for another batch size and max_length"
+    now, then = (f"{_rows(s.batch)} of {_tokens(s.length)}" for s in (wanted, stored))
+    return f"for {then} (now {now})"
 
 
 def _rows(batch: int | None) -> str:

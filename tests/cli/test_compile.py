@@ -1,14 +1,17 @@
 """`polar_fx compile`: what it compiles, prints and draws, on a tiny model in a folder."""
 
 import json
+import shlex
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from polar_fx.cli import main
+from polar_fx.cli import main, opened
 from polar_fx.store import ArtifactStore
 from portable_regions import use_graphs
 from tiny_models import make
@@ -120,7 +123,12 @@ def test_the_second_process_reads_and_loads(
     assert main([*run, "--json", "--dtype", "bfloat16"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["backend"] == "eager", "there are none of this type"
-    assert "`python -m polar_fx compile` makes regions" in " ".join(shown.err.split())
+    compile = f"python -m polar_fx compile --model {folder} --dtype bfloat16"
+    assert f"`{compile}` makes regions" in shown.err
+    assert main(shlex.split(compile)[3:]) == 0 and "compiled 6 regions" in capsys.readouterr().err
+    assert main([*run, "--json", "--dtype", "bfloat16"]) == 0
+    shown = capsys.readouterr()
+    assert json.loads(shown.out)["backend"] == "aot_inductor", "the command that was shown made it"
 
 
 @pytest.mark.parametrize("suffix", [".dot", ".svg"])
@@ -145,7 +153,7 @@ BAD = {
     "batch": (["--tier", "whole", "--batch", "2"], "--tier whole serves one row"),
     "tier": (
         ["--tier", "whole", "--backend", "eager"],
-        "tier='whole' needs the CPU, the artifact store",
+        "--tier whole needs the CPU, the artifact store",
     ),
     "program": (["--program", "0-1 ?? 2", "--backend", "eager"], "^"),
     "backend": (["--backend", "tensorflow"], "known: auto, aot_inductor, eager, inductor"),
@@ -168,3 +176,18 @@ def test_bad_input_is_one_message_and_status_2(
 def test_inspect_takes_auto(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "--model", folder, "--backend", "auto", "--program", "skip 1"]) == 0
     assert "■·■■   3 steps" in capsys.readouterr().out
+
+
+def test_the_command_that_makes_regions_names_another_length() -> None:
+    def compiled(length: int) -> Any:
+        return SimpleNamespace(
+            device=SimpleNamespace(type="cpu"), pool=SimpleNamespace(max_length=length)
+        )
+
+    options = Namespace(model="a model", dtype="float32", quantize="int8")
+    told = opened._faster(options, compiled(128), usual=128)
+    assert told.startswith("`python -m polar_fx compile --model 'a model' --quantize int8` makes")
+    told = opened._faster(options, compiled(512), usual=128)
+    assert told.startswith(
+        "`python -m polar_fx compile --model 'a model' --quantize int8 --max-length 512` makes"
+    )

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from polar_fx.cli import main
+from polar_fx.cli import main, read_options
 from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
@@ -132,8 +132,11 @@ def test_from_records_to_a_report(
         > results["validation"]["best_static_of_train"]["accuracy"]
     )
     asked = world[0]
-    assert main(train_arguments(folder, records, out, "--json")) == 0
-    again = json.loads(capsys.readouterr().out)
+    assert main(train_arguments(folder, records, out)) == 0
+    hint = capsys.readouterr().out.splitlines()[-1]
+    assert f"polar_fx evaluate {out} --out {report} --data {folder}" in hint
+    assert read_options(hint.split()[3:]).out == report
+    again = json.loads((out / "results.json").read_text())
     assert world[0] == asked, "nothing is asked twice"
     for name in ("menu", "validation", "training", "threshold"):
         assert again[name] == results[name]
@@ -275,7 +278,9 @@ def test_one_command_from_questions_to_a_tested_predictor(
     assert searched == ["train"] * 40
     tested = {splits[r.question.id] for r in RecordReader(out / "report" / "verdicts.jsonl")}
     assert tested == {"test"}
-    assert str(out / "predictor") in said
+    hint = said.splitlines()[-1]
+    run = f"python -m polar_fx run --predictor {out / 'predictor'}"
+    assert hint == f"{run} --raw --prompt ... --model {folder}"
     asked = world[0]
     assert main([*fit, "--json"]) == 0
     again = json.loads(capsys.readouterr().out)

@@ -43,6 +43,14 @@ def entry(**changed: str | int) -> Entry:
         ({"threads": 1}, "for 1 compute thread(s) (now 2)"),
         ({"bucket": "B=1 T=1 L=1040"}, "for rows of up to 1040 tokens (now up to 272 tokens)"),
         ({"bucket": "B=1 T=1 L=any"}, "for rows of any length (now up to 272 tokens)"),
+        (
+            {"bucket": "B=1 T=1 L=any", "passes": "y"},  # which follow from the shapes
+            "for rows of any length (now up to 272 tokens)",
+        ),
+        (
+            {"bucket": "B=2+ T=1 L=any"},
+            "for several rows of any length (now one row of up to 272 tokens)",
+        ),
         ({"bucket": "B=2+ T=1 L=272"}, "for several rows (now one row)"),
         ({"dtype": "bfloat16"}, "for dtype bfloat16 (now float32)"),
         ({"torch_version": "2.12.0 abc"}, "by torch 2.12.0 (now 2.13.0)"),

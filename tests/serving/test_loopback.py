@@ -1,5 +1,6 @@
 """The server as users start it, on loopback, asked by OpenAI's own client."""
 
+import re
 import signal
 import socket
 import subprocess
@@ -80,7 +81,9 @@ def url(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]
                 server.wait(120)
             except subprocess.TimeoutExpired:
                 server.kill()
-    assert server.returncode == 0 and "Traceback" not in log.read_text(), log.read_text()
+    said = log.read_text()
+    assert server.returncode == 0 and "Traceback" not in said, said
+    assert not re.search(r"\b(INFO|WARNING)\b|pid=", said), said
 
 
 @pytest.fixture(scope="module")
