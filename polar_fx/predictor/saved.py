@@ -183,8 +183,9 @@ def _described(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     """The JSON value of a file. Raises InputError."""
+    content = _bytes(path)
     try:
-        return json.loads(_bytes(path).decode())
+        return json.loads(content.decode())
     except ValueError as error:
         raise _damaged(path, f"it is not JSON: {error}") from error
 
