@@ -12,6 +12,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -128,8 +129,9 @@ class LayerLibrary:
         table = read_symbols(result.graph_module, self.captured.kv_specs)
         if hasattr(self, "table") and table != self.table:
             raise CaptureError(
-                "the model's graph is not the one its cached symbol table was made from; "
-                "run `python -m polar_fx cache clear` and report this model"
+                "the model's graph is not the one its cached symbol table was made from "
+                f"({_first_difference(self.table, table)}); run `python -m polar_fx cache clear` "
+                "and report this model"
             )
         return result
 
@@ -255,3 +257,12 @@ class LayerLibrary:
             value = getattr(value, part)
         assert isinstance(value, Tensor)
         return value
+
+
+def _first_difference(known: SymbolTable, made: SymbolTable) -> str:
+    """Where two tables, which are not equal, differ first, in words."""
+    lines = zip_longest(known.to_json().splitlines(), made.to_json().splitlines(), fillvalue="")
+    for number, (before, now) in enumerate(lines, 1):
+        if before != now:
+            return f"line {number} was {before.strip()!r:.120} and is {now.strip()!r:.120}"
+    return "the same as text"
