@@ -63,7 +63,7 @@ def drawn(arms: dict[str, dict[str, Any]]) -> Figure:
     axes.axhline(_point(arms[_IDENTITY])[1], color=_INK, lw=0.6, ls=":")
     middle = len(steps) // 2
     axes.annotate(
-        "a program for each question\n(by budget of steps)",
+        "a program for each question\n(by budgets of steps, or without one)",
         (steps[middle], shares[middle]),
         xytext=(0, 26),
         textcoords="offset points",

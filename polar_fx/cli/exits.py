@@ -87,9 +87,10 @@ def told(result: "ExitsResult") -> list[str]:
         if row.arm.name != ARM or paired.step_ratio is None:
             continue
         rule, gain = result.exits.tasks.get(row.arm.task), paired.gain
-        after = "" if rule is None else f" after {rule.num_steps} layers"
         if rule is not None and not rule.expected["leave"]:
-            after = " nowhere: the first layers are not sure enough"
+            lines.append(f"{row.arm.task}: no exit, because the first layers are not sure enough")
+            continue
+        after = "" if rule is None else f" after {rule.num_steps} layers"
         lines.append(
             f"{row.arm.task}, n = {paired.n}: {100 * (paired.identity.value or 0):.1f} % right by "
             f"the whole model, {gain.value:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}] points with "

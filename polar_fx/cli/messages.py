@@ -21,7 +21,7 @@ _SAME = (
     "tier",
 )
 _VALUE = r"'[^']*'|\[[^\]]*\]|[\w./-]*[\w/]"
-_ARGUMENT = re.compile(rf"(?<![\w.-])({'|'.join(_SAME)})(?:(=)({_VALUE})?)?(?![\w=])")
+_ARGUMENT = re.compile(rf"(?<![\w./-])({'|'.join(_SAME)})(?:(=)({_VALUE})?)?(?![\w=]|[/.-]\w)")
 
 
 def in_options(message: str, options: argparse.Namespace) -> str:
@@ -32,7 +32,7 @@ def in_options(message: str, options: argparse.Namespace) -> str:
 
     def option(found: re.Match[str]) -> str:
         name, equals, value = found.groups()
-        if not hasattr(options, name) or not (equals or "_" in name):
+        if not hasattr(options, name) or value == "False" or not (equals or "_" in name):
             return found[0]
         given = "" if value in (None, "True") else f" {value.strip(chr(39))}"
         return f"--{name.replace('_', '-')}{given}"

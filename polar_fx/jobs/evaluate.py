@@ -1,5 +1,6 @@
 """Comparing a predictor with the identity and with baselines on test questions."""
 
+import math
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -371,6 +372,8 @@ def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
     """What was evaluated, and on what."""
     labeller = subject.labeller
     counts = Counter(question.task for question in subject.questions)
+    calibration = subject.selector.calibration
+    by_task = {task: _finite(tau) for task, tau in calibration.by_task.items()}
     return {
         "ok": True,
         "predictor": job.predictor.name,
@@ -381,8 +384,8 @@ def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
         "trained_on": subject.notes["tasks"],
         "out_of_distribution": subject.unseen,
         "prompts": prompt_keys(labeller.templates),
-        "threshold": subject.selector.calibration.threshold,
-        "threshold_by_task": dict(subject.selector.calibration.by_task),
+        "threshold": _finite(calibration.threshold),
+        "threshold_by_task": by_task,
     }
 
 
@@ -416,3 +419,8 @@ def _diagrams(subject: _Subject, right: np.ndarray) -> dict[str, Reliability]:
         f"selector, {name}": reliability(subject.chances[places], right[places])
         for name, places in parts.items()
     }
+
+
+def _finite(threshold: float) -> float | None:
+    """As JSON has it, which knows no infinity."""
+    return threshold if math.isfinite(threshold) else None

@@ -20,7 +20,7 @@ from ..output.files import made_folder, replace_file
 from ..search.workers import Workplace
 from ..stats.arms import IDENTITY, ArmResult, compare_arms
 from ..stats.tables import write_compared
-from ..training.exit_learning import learn_exit
+from ..training.exit_learning import check_settings, learn_exit
 from .labeller import named_model
 from .opening import open_job
 from .progress import progress_bar, silent_console
@@ -89,6 +89,11 @@ def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
             f"question {without.id!r} has no choices; early exits compare the scores of choices, "
             "so name questions that have them"
         )
+    for task, count in _learning_questions(questions).items():
+        try:
+            check_settings(count, budget=job.budget, risk=job.risk)
+        except InputError as error:
+            raise InputError(f"task {task!r}: {error}") from error
     opened = open_job(
         job.workplace, questions, templates=job.asked.templates(questions), console=console
     )
@@ -108,6 +113,14 @@ def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
     if arms:
         write_compared(result.compared, job.out)
     return result
+
+
+def _learning_questions(questions: "Sequence[Question]") -> dict[str, int]:
+    """How many of each task are not for the test."""
+    found = dict.fromkeys((q.task for q in questions), 0)
+    for question in questions:
+        found[question.task] += own_split(question) != "test"
+    return found
 
 
 class _Scores:

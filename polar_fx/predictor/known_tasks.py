@@ -66,9 +66,8 @@ class KnownTasks:
         tasks_of_others: Sequence[str],
     ) -> "KnownTasks":
         """From features f32[N, F] of train questions and the names of their tasks; `others`, of
-        validation questions, say how far from a mean a question of its task lies.
-
-        Raises InputError where a task has no validation question.
+        validation questions, say how far from a mean a question of its task lies. A task without
+        any of these is not recognized.
         """
         names = tuple(dict.fromkeys(tasks))
         place = torch.tensor([names.index(task) for task in tasks])
@@ -89,12 +88,11 @@ class KnownTasks:
         distances = torch.cdist((others - center) @ projection, means)
         own = torch.tensor([names.index(t) if t in names else -1 for t in tasks_of_others])
         limits = []
-        for g, name in enumerate(names):
-            if not bool((own == g).any()):
-                raise InputError(
-                    f"task {name!r} has no validation question; ask some, or leave the task out"
-                )
-            limits.append(_BEYOND * torch.quantile(distances[own == g, g], _NEARLY_ALL))
+        for g in range(len(names)):
+            seen_of = distances[own == g, g]
+            # nothing is at a distance below 0: what is nearest to this mean is unknown
+            most = torch.quantile(seen_of, _NEARLY_ALL) if len(seen_of) else torch.tensor(-1.0)
+            limits.append(_BEYOND * most)
         return cls(names, center, projection, means, torch.stack(limits))
 
     @torch.no_grad()

@@ -33,11 +33,7 @@ def learn_exit(
     estimated by cross-fitting. Where none may leave, the threshold is infinite. Raises InputError
     for a budget that no candidate can keep, or too few questions.
     """
-    for name, value, least in (("budget", budget, 0.0), ("risk", risk, -1e-12)):
-        if not least < value <= 1 or (name == "budget" and value == 1):
-            raise InputError(f"{name} is {value}; give a share of 1, between 0 and 1")
-    if len(whole) < 2 * _FOLDS:
-        raise InputError(f"{len(whole)} train questions; give at least {2 * _FOLDS}")
+    check_settings(len(whole), budget=budget, risk=risk)
     target = np.array([each.best for each in whole])
     exits = []
     for num_steps, found in candidates.items():
@@ -51,6 +47,16 @@ def learn_exit(
             f"{budget:g} of the steps; try earlier ones, or a larger budget"
         )
     return min(exits, key=lambda e: (round(e.expected["steps"], 2), e.expected["differ"]))
+
+
+def check_settings(num_questions: int, *, budget: float, risk: float) -> None:
+    """Raise InputError for a budget or risk out of range, or too few train questions of a task."""
+    if not 0 < budget < 1:
+        raise InputError(f"budget is {budget}; give a number above 0 and below 1")
+    if not 0 <= risk <= 1:
+        raise InputError(f"risk is {risk}; give a number from 0 to 1")
+    if num_questions < 2 * _FOLDS:
+        raise InputError(f"{num_questions} train questions; give at least {2 * _FOLDS}")
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,9 @@ class _Candidate:
         order = np.argsort(-self.held_out, kind="stable")
         changed = np.cumsum(~self.same[order]) / len(order)
         most = int(np.ceil(share * len(order)))
-        allowed = np.flatnonzero(changed[:most] <= risk)
+        # equally sure questions leave together
+        last = np.append(np.diff(self.held_out[order]) != 0, True)
+        allowed = np.flatnonzero((changed[:most] <= risk) & last[:most])
         count = 0 if not len(allowed) else int(allowed[-1]) + 1
         threshold = float(self.held_out[order[count - 1]]) if count else math.inf
         leaves = self.held_out >= threshold

@@ -209,7 +209,8 @@ def _thresholds(
         known = np.array(selector.tasks.recognized(setting.features))
         names = selector.tasks.names
         for name in names:
-            by_task[name] = bound_of(np.flatnonzero(known == name), config.delta / len(names))
+            if len(places := np.flatnonzero(known == name)):
+                by_task[name] = bound_of(places, config.delta / len(names))
     return bound_of(rows, config.delta), by_task
 
 

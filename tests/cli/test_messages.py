@@ -46,3 +46,9 @@ def test_commands_to_go_on_with_can_be_pasted() -> None:
     line = next_command("run", "a predictor", options=given, same=("data", "model", "top_p"))
     words = ["run", "a predictor", "--data", "my questions.jsonl", "--data", "b", "--top-p", "0.9"]
     assert shlex.split(line) == ["python", "-m", "polar_fx", *words]
+
+
+def test_paths_and_what_no_option_says_stay() -> None:
+    options = argparse.Namespace(max_length=None, overwrite=False)
+    for text in ("cannot read runs/max_length/rows.jsonl", "overwrite=False is meant"):
+        assert in_options(text, options) == text

@@ -1,6 +1,7 @@
 """The command `exits`: from questions with choices to a tested exit, also after an interruption."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,4 +82,7 @@ def test_questions_without_choices_are_refused(folder: Path, tmp_path: Path) -> 
     wrong = exits.ExitsJob(out=tmp_path / "out", asked=Asked(data=(data,)))
     with pytest.raises(InputError, match="has no choices; early exits compare"):
         exits.run(wrong)
+    for settings in ({"budget": 1.5}, {"risk": -1.0}):
+        with pytest.raises(InputError, match="task 'mine': (budget is 1.5|risk is -1.0)"):
+            exits.run(replace(job(folder, tmp_path / "out"), **settings))
     assert not (tmp_path / "out").exists(), "nothing was written"

@@ -64,6 +64,13 @@ def test_no_more_leave_than_the_risk_allows() -> None:
     assert none.threshold == math.inf and not none.leaves(candidates[10]).any()
 
 
+def test_equally_sure_questions_leave_together_or_not_at_all() -> None:
+    whole = [scores_of(0, 1.0)] * 40
+    early = [scores_of(int(i % 10 == 9), 1.0) for i in range(40)]
+    found = learn_exit({5: early}, whole, depth=DEPTH, budget=0.9, risk=0.0)
+    assert found.expected["differ"] == 0.0
+
+
 def wrong_everywhere(whole: list[ChoiceScores]) -> list[ChoiceScores]:
     return [scores_of((each.best + 1) % 3, 1.0) for each in whole]
 

@@ -174,6 +174,17 @@ def test_each_task_has_a_threshold_that_holds_for_it() -> None:
     assert accuracy > measured["validation"]["identity"]["accuracy"] + 0.15
 
 
+@pytest.mark.parametrize("rare", [0, 1, 2])
+def test_a_task_with_hardly_a_validation_question_runs_the_identity(rare: int) -> None:
+    train, validation = of_two_tasks(400, 0), of_two_tasks(400, 1)
+    of_mul = [i for i, task in enumerate(validation.tasks) if task == "mul"]
+    kept = [i for i in range(400) if i not in of_mul[rare:]]
+    few = validation.at(np.array(kept))
+    blind = replace(CONFIG, selector=replace(CONFIG.selector, epochs=1, learning_rate=1e-6))
+    calibration = fit(Menu.of([A, B]), train, validation=few, config=blind)[0].calibration
+    assert calibration.threshold_for("mul") == math.inf > calibration.threshold_for("add")
+
+
 def test_labels_name_a_task_for_each_question_or_none() -> None:
     labels = of_two_tasks(10, 0)
     part = labels.at(np.array([3, 1]))
