@@ -56,9 +56,9 @@ def drawn(arms: dict[str, dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     steps, shares = zip(*(_point(arms[name]) for name in _OURS), strict=True)
     axes.plot(steps, shares, color=_BLUE, lw=1)
-    for names, color, marker in ((_OURS, _BLUE, "o"), (_OTHERS, _GRAY, "o")):
+    for names, color in ((_OURS, _BLUE), (_OTHERS, _GRAY)):
         for name, label in names.items():
-            _mark(axes, arms[name], label=label, color=color, marker=marker)
+            _mark(axes, arms[name], label=label, color=color)
     _mark(axes, arms[_IDENTITY], label="the model itself", color=_INK, marker="*")
     axes.axhline(_point(arms[_IDENTITY])[1], color=_INK, lw=0.6, ls=":")
     middle = len(steps) // 2
@@ -88,7 +88,7 @@ def _point(arm: dict[str, Any]) -> tuple[float, float]:
     return arm["step_ratio"]["value"], arm["method"]["share"]
 
 
-def _mark(axes: Any, arm: dict[str, Any], *, label: str, color: str, marker: str) -> None:
+def _mark(axes: Any, arm: dict[str, Any], *, label: str, color: str, marker: str = "o") -> None:
     """A point with its interval and its name."""
     x, y = _point(arm)
     spread = [[y - arm["method"]["low"]], [arm["method"]["high"] - y]]

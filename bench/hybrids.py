@@ -14,7 +14,8 @@ import torch
 
 import polar_fx
 from measure import machine, write_json
-from polar_fx.cli.bench import HF, Contender, _line, _of_hf, _of_program, _text, run_rounds
+from polar_fx.cli.bench import about_run, contenders_of, measured, text_of
+from polar_fx.cli.threads import load_of_others
 
 # Sizes of Qwen3.5-0.8B, Granite-4.0-H-350M and LFM2-350M, as their configurations have them.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,49 +76,37 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
+    parser.set_defaults(program=None)  # the identity
     options = parser.parse_args()
     found = []
     for name in options.model or MODELS:
-        found.append(measured(name, options))
-        print("\n".join(_text({**vars(options), **found[-1]}, found[-1]["results"])), flush=True)
+        found.append(beside_itself(name, options))
+        print("\n".join(text_of(found[-1], found[-1]["results"])), flush=True)
         print(told(found[-1]), flush=True)
         if options.out is not None:
             write_json(options.out, {"machine": machine(torch.device("cpu")), "models": found})
 
 
-def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """One model, compiled and beside itself in HuggingFace."""
-    model = random_model(name, options.dtype)
+def beside_itself(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """One model, compiled and in HuggingFace, as the command `bench` measures them."""
+    model, load = random_model(name, options.dtype), load_of_others()
     began = time.perf_counter()
     length = 1 << (options.prompt_tokens + options.new_tokens - 1).bit_length()
     compiled = polar_fx.compile(model, max_length=length)
     captured_s = time.perf_counter() - began
-    for rows in options.rows:
-        compiled.warmup((None,), rows)
-    contenders = {"identity": _of_program(compiled, "identity"), HF: _of_hf(model)}
-    threads = torch.get_num_threads()
-    about = Contender(contenders[HF], compiled.depth, threads, HF)
+    contenders = contenders_of(options, model, compiled=compiled, name="")
+    compiled_s = time.perf_counter() - began - captured_s
     lines = []
     for rows in options.rows:
-        draw = torch.Generator().manual_seed(rows)
-        ids = torch.randint(compiled.vocab_size, (rows, options.prompt_tokens), generator=draw)
-        samples = run_rounds(contenders, ids, tokens=options.new_tokens, rounds=options.rounds)
-        lines += [_line(way, samples, rows=rows, about=about) for way in contenders]
+        lines += measured(options, contenders, rows=rows, vocab_size=compiled.vocab_size)
     kinds = {call.target for call in compiled.library.layers}
     return {
-        "model": compiled.architecture,
+        **about_run(options, compiled, load=load),
         "name": name,
-        "layers": compiled.depth,
         "layer_kinds": len(kinds),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "dtype": options.dtype,
-        "backend": compiled.backend.name,
-        "processor": machine(compiled.device)["cpu"],
-        "threads": threads,
-        "torch": torch.__version__,
-        "transformers": machine(compiled.device)["transformers"],
         "capture_s": captured_s,
-        "compile_s": time.perf_counter() - began - captured_s,
+        "compile_s": compiled_s,
         "results": lines,
     }
 

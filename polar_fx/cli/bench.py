@@ -128,18 +128,18 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
             torch.set_num_threads(number)  # compiled code is for so many
             compiled = compile_model(model, options, max_length=length)
             name = f", {count(number, 'thread')}" if len(numbers) > 1 else ""
-            contenders |= _contenders(options, model, compiled=compiled, name=name)
+            contenders |= contenders_of(options, model, compiled=compiled, name=name)
             models.append(compiled)
         lines = [
             line
             for rows in options.rows
-            for line in _measured(options, contenders, rows=rows, vocab_size=models[0].vocab_size)
+            for line in measured(options, contenders, rows=rows, vocab_size=models[0].vocab_size)
         ]
-        about = _about(options, models[0], load=load)
+        about = about_run(options, models[0], load=load)
     finally:
         torch.set_num_threads(before)
     if not options.json:
-        print("\n".join(_text(about, lines)))
+        print("\n".join(text_of(about, lines)))
         if len(numbers) > 1:
             print("\n" + advice(lines, HF))
         if load is not None and load > BUSY:
@@ -150,7 +150,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     return {**about, "results": lines}
 
 
-def _contenders(
+def contenders_of(
     options: argparse.Namespace, model: Any, *, compiled: "CompiledModel", name: str
 ) -> dict[str, Contender]:
     """HuggingFace's and each program's, by as many threads as torch has now; `name` ends theirs."""
@@ -167,9 +167,10 @@ def _contenders(
     return found
 
 
-def _about(
+def about_run(
     options: argparse.Namespace, compiled: "CompiledModel", *, load: float | None
 ) -> dict[str, Any]:
+    """What is measured, where, and how."""
     return {
         "model": compiled.architecture,
         "layers": compiled.depth,
@@ -183,7 +184,7 @@ def _about(
     }
 
 
-def _measured(
+def measured(
     options: argparse.Namespace,
     contenders: Mapping[str, Contender],
     *,
@@ -268,7 +269,7 @@ def _line(
     return line
 
 
-def _text(about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[str]:
+def text_of(about: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> list[str]:
     """What is printed."""
 
     def spread(line: Mapping[str, Any], phase: str) -> str:

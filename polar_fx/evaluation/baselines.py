@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..predictor.features import Features
 from ..predictor.selector import Selector
-from ..questions.question import EncodedQuestion, Question
+from ..questions.question import EncodedQuestion, Question, places_of
 from ..search.analysis.menu_coverage import merge
 from ..search.records.record_file import RecordReader
 from ..search.records.records import SearchRecord
@@ -24,7 +24,7 @@ from ..training.mining import best_static
 from ..training.pipeline import MINED
 from ..training.verdict_table import VerdictTable
 from .block_influence import block_influences, least_influence_program
-from .choices import BEST_STATIC, Choice, places_of, random_skips, static, static_by_task
+from .choices import BEST_STATIC, Choice, random_skips, static, static_by_task
 from .layer_router import OPS, SKIP_OPS, pool_windows, router_labels, train_layer_router
 from .polar.arm import PolarArm, train_polar_arm
 from .polar.text_encoder import TextEncoder

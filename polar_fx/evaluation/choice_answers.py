@@ -1,13 +1,12 @@
 """Answers to questions with choices: what an `Answerer` generates, told by scores instead."""
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..program import Program
-from ..questions.choices import best_choice
+from ..questions.choices import best_choice, log_shares
 from .answers import Answer, Row, letter
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class ChoiceAnswerer:
         rng = np.random.default_rng(seed)
         found = []
         for scores in self._scores([(row, program) for row in rows]):
-            shares = np.exp(_log_shares([score / temperature for score in scores]))
+            shares = np.exp(log_shares([score / temperature for score in scores]))
             drawn = rng.choice(len(scores), size=count, p=shares / shares.sum())
             found.append([_answer(int(place), scores) for place in drawn])
         return found
@@ -45,10 +44,4 @@ class ChoiceAnswerer:
 
 
 def _answer(place: int, scores: Sequence[float]) -> Answer:
-    return Answer(letter(place), 1, True, float(_log_shares(scores)[place]))
-
-
-def _log_shares(scores: Sequence[float]) -> np.ndarray:
-    """f64[C]; scores that are no numbers have no share."""
-    known = np.array([s if math.isfinite(s) else -1e9 for s in scores])
-    return known - known.max() - math.log(np.exp(known - known.max()).sum())
+    return Answer(letter(place), 1, True, float(log_shares(scores)[place]))

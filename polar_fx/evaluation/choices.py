@@ -14,7 +14,7 @@ from ..predictor.menu import Menu, Proposal
 from ..predictor.policy import Policy
 from ..predictor.selector import Selector
 from ..program import Program
-from ..questions.question import Question
+from ..questions.question import Question, places_of
 from ..search.records.records import SearchRecord
 from ..stats.arms import ArmResult
 from ..training.selector_training import choose_all
@@ -175,16 +175,6 @@ def arm_results(
             of_task = [records[i] for i in places]
             arms.append(_arm(choice.at(places), of_task, unseen=unseen))
     return arms
-
-
-def places_of(tasks: Sequence[str]) -> dict[str, list[int]]:
-    """Where each task's questions stand, of the tasks of all questions; tasks in the order in which
-    they come first.
-    """
-    found: dict[str, list[int]] = {}
-    for place, task in enumerate(tasks):
-        found.setdefault(task, []).append(place)
-    return found
 
 
 def _arm(choice: Choice, records: Sequence[SearchRecord], *, unseen: Collection[str]) -> ArmResult:

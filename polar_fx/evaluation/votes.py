@@ -13,10 +13,11 @@ import numpy as np
 
 from ..predictor.selector import Selector
 from ..program import Program
+from ..questions.question import places_of
 from ..search.records.records import SearchRecord
 from ..stats.arms import IDENTITY, ArmResult, pooled_names
 from .answers import Answer, Answers, Rescues, Row, is_parsable, is_right, majority, most_confident
-from .choices import SELECTOR_ACCURACY, Choice, places_of
+from .choices import SELECTOR_ACCURACY, Choice
 
 _TEMPERATURE = 0.7
 T = TypeVar("T")

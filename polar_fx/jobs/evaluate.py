@@ -1,10 +1,10 @@
 """Comparing a predictor with the identity and with baselines on test questions."""
 
-import math
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +116,7 @@ class _Subject:
     states: list[Tensor]  # N of [T, d]
     proposals: list[Proposal]
 
-    @property
+    @cached_property
     def chances(self) -> np.ndarray:
         """The probabilities, f64[N, K]."""
         return np.stack([proposal.probabilities for proposal in self.proposals])
@@ -372,8 +372,7 @@ def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
     """What was evaluated, and on what."""
     labeller = subject.labeller
     counts = Counter(question.task for question in subject.questions)
-    calibration = subject.selector.calibration
-    by_task = {task: _finite(tau) for task, tau in calibration.by_task.items()}
+    calibration = subject.selector.calibration.to_dict()
     return {
         "ok": True,
         "predictor": job.predictor.name,
@@ -384,8 +383,8 @@ def _facts(job: EvaluateJob, subject: _Subject) -> dict[str, Any]:
         "trained_on": subject.notes["tasks"],
         "out_of_distribution": subject.unseen,
         "prompts": prompt_keys(labeller.templates),
-        "threshold": _finite(calibration.threshold),
-        "threshold_by_task": by_task,
+        "threshold": calibration["threshold"],
+        "threshold_by_task": calibration["by_task"],
     }
 
 
@@ -419,8 +418,3 @@ def _diagrams(subject: _Subject, right: np.ndarray) -> dict[str, Reliability]:
         f"selector, {name}": reliability(subject.chances[places], right[places])
         for name, places in parts.items()
     }
-
-
-def _finite(threshold: float) -> float | None:
-    """As JSON has it, which knows no infinity."""
-    return threshold if math.isfinite(threshold) else None

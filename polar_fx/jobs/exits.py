@@ -5,7 +5,8 @@ Scores are kept in a file, and an interrupted job goes on from there.
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,10 +91,8 @@ def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
             "so name questions that have them"
         )
     for task, count in _learning_questions(questions).items():
-        try:
+        with _about(task):
             check_settings(count, budget=job.budget, risk=job.risk)
-        except InputError as error:
-            raise InputError(f"task {task!r}: {error}") from error
     opened = open_job(
         job.workplace, questions, templates=job.asked.templates(questions), console=console
     )
@@ -113,6 +112,15 @@ def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
     if arms:
         write_compared(result.compared, job.out)
     return result
+
+
+@contextmanager
+def _about(task: str) -> Iterator[None]:
+    """What is wrong inside is told of this task."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"task {task!r}: {error}") from error
 
 
 def _learning_questions(questions: "Sequence[Question]") -> dict[str, int]:
@@ -215,7 +223,7 @@ def _learned(
     for task in dict.fromkeys(q.task for q in questions):
         asked = [q for q in learning if q.task == task]
         candidates = {steps: table.of(asked, steps) for steps in table.num_steps[:-1]}
-        try:
+        with _about(task):
             tasks[task] = learn_exit(
                 candidates,
                 table.of(asked, table.depth),
@@ -223,8 +231,6 @@ def _learned(
                 budget=job.budget,
                 risk=job.risk,
             )
-        except InputError as error:
-            raise InputError(f"task {task!r}: {error}") from error
     notes = {
         **named_model(job.workplace),
         "budget": job.budget,

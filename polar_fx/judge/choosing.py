@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..program import Program
 from ..questions import EncodedQuestion, Question, any_template
+from ..questions.question import places_of
 from .early_exit import ChoiceScores, EarlyExits
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Chooser:
         depth = self.forcing.compiled.depth
         whole = Program.identity(depth)
         found: dict[int, Chosen] = {}
-        for task, places in _by_task(questions).items():
+        for task, places in places_of([question.task for question in questions]).items():
             early = None if self.early_exits is None else self.early_exits.tasks.get(task)
             if early is None or math.isinf(early.threshold):
                 continue
@@ -112,14 +113,6 @@ def choice_scores(
                 f"question {each.id!r} has no choices; encode it with a ChoiceTemplate"
             )
         found.append(ChoiceScores(of_question, key.scored))
-    return found
-
-
-def _by_task(questions: Sequence[Question]) -> dict[str, list[int]]:
-    """Where the questions of each task stand."""
-    found: dict[str, list[int]] = {}
-    for place, question in enumerate(questions):
-        found.setdefault(question.task, []).append(place)
     return found
 
 

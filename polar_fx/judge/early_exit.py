@@ -21,7 +21,8 @@ import numpy as np
 
 from ..errors import InputError
 from ..output.files import write_whole
-from ..questions.choices import best_choice
+from ..questions.choices import best_choice, log_shares
+from ..stats.calibration import sigmoid
 
 if TYPE_CHECKING:
     from ..library import LayerLibrary
@@ -49,8 +50,7 @@ class ChoiceScores:
         """
         known = np.array([s if math.isfinite(s) else -1e9 for s in self.scores])
         place, lengths = self.best, np.array(self.tokens, dtype=float)
-        shares = np.exp(known - known.max())
-        shares /= shares.sum()
+        shares = np.exp(log_shares(self.scores))
         a_token = known / lengths
         return np.array(
             [
@@ -98,7 +98,7 @@ class EarlyExit:
     def sureness(self, found: Sequence[ChoiceScores]) -> np.ndarray:
         """How likely all layers choose the same, f64[N]."""
         seen = (np.stack([each.features() for each in found]) - self.mean) * self.scale
-        return logistic(seen @ self.weights[:-1] + self.weights[-1])
+        return sigmoid(seen @ self.weights[:-1] + self.weights[-1])
 
     def leaves(self, found: Sequence[ChoiceScores]) -> np.ndarray:
         """Which of the questions are answered here, bool[N]."""
@@ -169,8 +169,3 @@ def _exit_of(fields: Mapping[str, Any]) -> EarlyExit:
         **numbers,
         expected=dict(fields["expected"]),
     )
-
-
-def logistic(values: np.ndarray) -> np.ndarray:
-    """Probabilities of logits, of any shape."""
-    return 1 / (1 + np.exp(-np.clip(values, -500, 500)))

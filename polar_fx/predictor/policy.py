@@ -7,7 +7,7 @@ Each is written as one text: `identity`, `accuracy`, `steps<=0.9`, `mean_steps<=
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -36,6 +36,12 @@ class Calibration:
     threshold: float = math.inf
     prices: Mapping[float, float] = field(default_factory=dict)
     by_task: Mapping[str, float] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; an infinite threshold is None."""
+        prices = {str(f): price for f, price in self.prices.items()}
+        by_task = {task: _finite(tau) for task, tau in self.by_task.items()}
+        return {"threshold": _finite(self.threshold), "prices": prices, "by_task": by_task}
 
     def threshold_for(self, task: str) -> float:
         """That of an input recognized as this task."""
@@ -148,6 +154,10 @@ class Policy:
             costs_ms = costs_ms or {}
             fits = np.array([costs_ms.get(p, math.inf) <= self.limit for p in proposal.programs])
         return _best(np.where(fits, chances, -math.inf), proposal.steps) if fits.any() else 0
+
+
+def _finite(threshold: float) -> float | None:
+    return None if math.isinf(threshold) else threshold
 
 
 def _best(scores: np.ndarray, steps: np.ndarray) -> int:

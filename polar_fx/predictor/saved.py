@@ -51,9 +51,6 @@ def save_selector(
     if selector.tasks is not None:
         tensors |= {f"{_TASKS}{n}": getattr(selector.tasks, n) for n in KnownTasks.tensors}
     tensors = {name: t.contiguous() for name, t in tensors.items()}
-    calibration = selector.calibration
-    prices = {str(f): price for f, price in calibration.prices.items()}
-    by_task = {task: _finite(tau) for task, tau in calibration.by_task.items()}
     inner = selector.network.inner
     fields = {
         "format": FORMAT,
@@ -67,11 +64,7 @@ def save_selector(
             "num_features": selector.num_features,
             "width": 0 if inner is None else inner.out_features,
         },
-        "calibration": {
-            "threshold": _finite(calibration.threshold),
-            "prices": prices,
-            "by_task": by_task,
-        },
+        "calibration": selector.calibration.to_dict(),
         "tasks": [] if selector.tasks is None else list(selector.tasks.names),
         "policy": str(policy or Policy("accuracy")),
         "notes": dict(notes or {}),
@@ -154,11 +147,6 @@ def _known_tasks(names: Any, tensors: dict[str, Tensor]) -> KnownTasks | None:
         return None
     own = {name: tensors.pop(f"{_TASKS}{name}") for name in KnownTasks.tensors}
     return KnownTasks(tuple(map(str, names)), **own)
-
-
-def _finite(threshold: float) -> float | None:
-    """As JSON has it, which knows no infinity."""
-    return None if math.isinf(threshold) else threshold
 
 
 def _threshold(noted: Any) -> float:

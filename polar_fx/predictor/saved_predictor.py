@@ -52,9 +52,12 @@ class SavedPredictor(OnTheHub):
 
     def require_model(self, library: "LayerLibrary") -> None:
         """Raise InputError unless it was trained for this model."""
-        # by the weights alone, if they are noted: graphs differ between versions of torch
+        # by the weights alone, if they are noted: graphs differ between versions of torch; each of
+        # the two fingerprints reads all weights
         known = self.notes.get("weights")
-        if self.model == library.model_fingerprint or known == library.weights_fingerprint:
+        if known is not None and known == library.weights_fingerprint:
+            return
+        if self.model == library.model_fingerprint:
             return
         raise InputError(
             f"this predictor was {trained_for(self.notes, self.model)}, and this model is another "

@@ -5,10 +5,13 @@ choice is a continuation of the question, and the likeliest one is the answer. I
 log-likelihoods as they are, its `acc_norm` divides each by the choice's length in characters.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any, ClassVar, NoReturn
+
+import numpy as np
 
 from ..errors import InputError
 from .question import ChoiceKey, EncodedQuestion, Question
@@ -145,3 +148,11 @@ def choice_template(name: str, task: str = "") -> ChoiceTemplate:
 def best_choice(scores: Sequence[float]) -> int:
     """The place of the highest score, of equals the first; one that is no number never wins."""
     return max(range(len(scores)), key=lambda i: (scores[i] == scores[i], scores[i], -i))
+
+
+def log_shares(scores: Sequence[float]) -> np.ndarray:
+    """The logarithm of each choice's share among all, f64[C]; scores that are no numbers have
+    none.
+    """
+    known = np.array([s if math.isfinite(s) else -1e9 for s in scores])
+    return known - known.max() - math.log(np.exp(known - known.max()).sum())

@@ -39,6 +39,16 @@ def digest_of(questions: Iterable[Question]) -> str:
     return digest({q.id: [q.question, *q.answers, *q.choices] for q in questions})
 
 
+def places_of(tasks: Sequence[str]) -> dict[str, list[int]]:
+    """Where each task's questions stand, of the tasks of all questions; tasks in the order in which
+    they come first.
+    """
+    found: dict[str, list[int]] = {}
+    for place, task in enumerate(tasks):
+        found.setdefault(task, []).append(place)
+    return found
+
+
 @dataclass(frozen=True, slots=True)
 class ChoiceKey:
     """Which of an encoded question's targets are its choices' scores, one target a choice.

@@ -158,7 +158,7 @@ class Scaling:
     def apply(self, logits: Any) -> np.ndarray:
         """Probabilities of logits, of the same shape, float64. Raises InputError."""
         x, shape = _flat("logits", logits)
-        return _sigmoid(self.slope * x + self.intercept).reshape(shape)
+        return sigmoid(self.slope * x + self.intercept).reshape(shape)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values."""
@@ -212,7 +212,7 @@ def _newton(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
     weights = np.zeros(features.shape[1])
     loss = _cross_entropy(features @ weights, targets)
     for _ in range(_NEWTON_STEPS):
-        p = _sigmoid(features @ weights)
+        p = sigmoid(features @ weights)
         gradient = features.T @ (p - targets) / len(targets)
         hessian = (features * (p * (1 - p))[:, None]).T @ features / len(targets)
         # The ridge changes the way, not the end; it matters where a direction is flat, as with
@@ -236,5 +236,6 @@ def _cross_entropy(logits: np.ndarray, targets: np.ndarray) -> float:
     return float((np.logaddexp(0, logits) - targets * logits).mean())
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    """Probabilities of logits, of any shape."""
     return np.exp(-np.logaddexp(0, -x))

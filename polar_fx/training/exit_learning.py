@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import InputError
-from ..judge.early_exit import ChoiceScores, EarlyExit, logistic
+from ..judge.early_exit import ChoiceScores, EarlyExit
+from ..stats.calibration import sigmoid
 
 _RIDGE = 1.0  # of weights over standardized features
 _FOLDS = 5
@@ -85,7 +86,7 @@ class _Candidate:
         fold, held_out = np.arange(len(seen)) % _FOLDS, np.empty(len(seen))
         for k in range(_FOLDS):
             weights = _regression(seen[fold != k], same[fold != k])
-            held_out[fold == k] = logistic(seen[fold == k] @ weights[:-1] + weights[-1])
+            held_out[fold == k] = sigmoid(seen[fold == k] @ weights[:-1] + weights[-1])
         return cls(num_steps, mean, scale, _regression(seen, same), same, held_out)
 
     def exit(self, share: float, *, risk: float, depth: int) -> EarlyExit:
@@ -123,7 +124,7 @@ def _regression(seen: np.ndarray, label: np.ndarray) -> np.ndarray:
     ridge[-1] = 1e-6
     weights = np.zeros(inputs.shape[1])
     for _ in range(50):
-        chance = logistic(inputs @ weights)
+        chance = sigmoid(inputs @ weights)
         slope = inputs.T @ (label - chance) - ridge * weights
         curve = (inputs.T * (chance * (1 - chance) + 1e-9)) @ inputs + np.diag(ridge)
         step = np.linalg.solve(curve, slope)

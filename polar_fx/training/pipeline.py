@@ -24,7 +24,7 @@ from ..predictor.selector import Selector
 from ..program import Program
 from ..runtime.trunk import check_trunk
 from ..search.records.records import SearchRecord
-from ..stats.calibration import ece, fit_platt, log_loss
+from ..stats.calibration import ece, fit_platt, log_loss, sigmoid
 from ..stats.risk import RiskThreshold, least_questions, risk_controlled_threshold
 from .mining import BUDGETS, best_static, candidates, edits_as_programs, finalists, mine, variations
 from .selector_training import Labels, SelectorConfig, choose_all, price_of, train_selector
@@ -154,7 +154,7 @@ def fit(
         shifts=shifts,
     )
     chances = selector.probabilities(setting.features)
-    before = 1 / (1 + np.exp(-others))
+    before = sigmoid(others)
     if len(set(train.tasks)) > 1:
         selector.tasks = KnownTasks.learn(
             train.features, train.tasks, others=fitting.features, tasks_of_others=fitting.tasks

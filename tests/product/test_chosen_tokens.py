@@ -2,25 +2,20 @@
 keys belong to the step, as keys and values do, and any program is a plain loop over the layers.
 """
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 from transformers import Cache
 
-from plain_loop import check_rows, lost, plain_logits, random_programs
-from polar_fx.backends import get_backend
+from plain_loop import check_programs, check_rows, lost, plain_logits
 from polar_fx.capture.checked import capture_checked
-from polar_fx.compiled import CompiledModel
 from polar_fx.errors import PolarError
 from polar_fx.graph_files.program_file import described_slots
 from polar_fx.library import LayerLibrary
 from polar_fx.library.symbols import SymbolTable
 from polar_fx.program import Program
-from polar_fx.runtime.regions import RegionTable
-from polar_fx.runtime.runner import Runner
-from tiny_models import CHOOSING, make, prompts, reference, run_rows, tiny
+from tiny_models import CHOOSING, compiled, make, prompts, reference, run_rows, tiny
 
 pytestmark = pytest.mark.skipif(
     not hasattr(Cache, "update_indexer"), reason="caches of this transformers keep no such keys"
@@ -28,15 +23,6 @@ pytestmark = pytest.mark.skipif(
 
 FAMILY, TOP = "deepseek_v32", 4
 ROWS = prompts(14, 9, 5, 1)
-
-
-@functools.cache
-def compiled(backend: str = "eager") -> CompiledModel:
-    """The model interpreted or compiled, on the capture that all tests here share."""
-    regions = RegionTable(
-        tiny(FAMILY).library, get_backend(backend), max_length=60, store=None, workers=0
-    )
-    return CompiledModel(Runner.of_model(tiny(FAMILY).model, regions))
 
 
 def test_the_choice_matters() -> None:
@@ -48,18 +34,13 @@ def test_the_choice_matters() -> None:
 
 @pytest.mark.parametrize("family", CHOOSING)
 def test_any_program_is_a_plain_loop(family: str) -> None:
-    """By the interpreter: ragged rows in two ragged parts, and then token by token."""
-    model, library = tiny(family).model, tiny(family).library
-    for program in (Program.identity(library.depth), *random_programs(library.depth, 3)):
-        got = run_rows(library, program, rows=ROWS, prefill=(11, 6, 3, 1))
-        for own, row in zip(got, ROWS, strict=True):
-            assert lost(own, plain_logits(model, program, row=row)) < 2e-4
+    check_programs(family, ROWS, count=3)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])
 def test_rows_of_several_programs(chunk: int) -> None:
     """In one batch, on blocks."""
-    model = compiled()
+    model = compiled(FAMILY)
     assert model.runner.together
     each = [Program.parse(text, 2) for text in ("0-1", "0 (1)*2@0.5 0", "(1 0)*2", "1")]
     check_rows(model, tiny(FAMILY).model, rows=ROWS, each=each, chunk=chunk)
@@ -68,7 +49,7 @@ def test_rows_of_several_programs(chunk: int) -> None:
 def test_compiled_rows() -> None:
     """A row, so that few regions are compiled: a prompt in parts, and decoded tokens."""
     check_rows(
-        compiled("inductor"),
+        compiled(FAMILY, "inductor"),
         tiny(FAMILY).model,
         rows=ROWS[:1],
         each=[Program.parse("0 (1)*2@0.5 0", 2)],
@@ -79,7 +60,7 @@ def test_compiled_rows() -> None:
 @pytest.mark.parametrize("where", ["slots", "blocks"])
 def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode(where: str) -> None:
     """By logits, and in slots by what is held: each step has keys of its own."""
-    runner, row = compiled().runner, ROWS[0]
+    runner, row = compiled(FAMILY).runner, ROWS[0]
     program = Program.from_path([0, 1, 1], runner.depth)
     opened: Any = runner.open_slots if where == "slots" else runner.open
     with opened(program, 1) as whole, opened(program, 1) as cut:
@@ -103,7 +84,7 @@ def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode(where: str) -> 
 
 def test_a_row_goes_on_and_branches() -> None:
     """Conversations: what was cropped or belongs to a branch does not come back by those keys."""
-    model = compiled()
+    model = compiled(FAMILY)
     first, other = ROWS[0].tolist(), [7, 8, 9]
     with model.start() as session:
         session.append(first)

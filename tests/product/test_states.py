@@ -2,16 +2,14 @@
 their layers, however rows are cut, padded and batched.
 """
 
-import functools
 from typing import Any
 
 import pytest
 import torch
 from transformers import Cache
 
-from plain_loop import check_rows, lost, plain_logits, random_programs
+from plain_loop import check_programs, check_rows, lost, plain_logits, random_programs
 from polar_fx.backends import get_backend
-from polar_fx.compiled import CompiledModel
 from polar_fx.errors import InputError
 from polar_fx.graph_files import export_program
 from polar_fx.judge.teacher_forcing import TeacherForcing
@@ -20,10 +18,9 @@ from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion
 from polar_fx.runtime.generator import padded_rows
 from polar_fx.runtime.regions import RegionTable
-from polar_fx.runtime.runner import Runner
 from polar_fx.runtime.trunk import run_trunk, session_after
 from tiny_bundles import compiled_hybrid, hybrid
-from tiny_models import HYBRIDS, prompts, run_rows, tiny
+from tiny_models import HYBRIDS, compiled, prompts, tiny
 
 pytestmark = pytest.mark.skipif(
     not hasattr(Cache, "get_conv_state"), reason="caches of this transformers do not tell states"
@@ -32,23 +29,9 @@ pytestmark = pytest.mark.skipif(
 ROWS = prompts(14, 9, 5, 1)
 
 
-@functools.cache
-def compiled(family: str, backend: str = "eager") -> CompiledModel:
-    """A hybrid that is interpreted or compiled, on the capture that all tests here share."""
-    regions = RegionTable(
-        tiny(family).library, get_backend(backend), max_length=60, store=None, workers=0
-    )
-    return CompiledModel(Runner.of_model(tiny(family).model, regions))
-
-
 @pytest.mark.parametrize("family", HYBRIDS)
 def test_any_program_is_a_plain_loop(family: str) -> None:
-    """By the interpreter: ragged rows in two ragged parts, and then token by token."""
-    model, library = tiny(family).model, tiny(family).library
-    for program in (Program.identity(library.depth), *random_programs(library.depth, 2)):
-        got = run_rows(library, program, rows=ROWS, prefill=(11, 6, 3, 1))
-        for own, row in zip(got, ROWS, strict=True):
-            assert lost(own, plain_logits(model, program, row=row)) < 2e-4
+    check_programs(family, ROWS, count=2)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 512])

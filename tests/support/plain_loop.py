@@ -19,6 +19,7 @@ from polar_fx.capture.support import find_stack, shared_view
 from polar_fx.compiled import CompiledModel
 from polar_fx.program import Program
 from polar_fx.runtime.generator import padded_rows
+from tiny_models import run_rows, tiny
 
 
 class _Blends:
@@ -101,3 +102,14 @@ def check_rows(
         want = plain_logits(source, program, row=torch.cat((row, new[:-1])))[len(row) - 1 :]
         # greedy, but for ties within rounding
         assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4
+
+
+def check_programs(family: str, rows: list[Tensor], *, count: int) -> None:
+    """The identity and random programs of a tiny model are a plain loop, by the interpreter: four
+    ragged rows in two ragged parts, and then token by token.
+    """
+    model, library = tiny(family).model, tiny(family).library
+    for program in (Program.identity(library.depth), *random_programs(library.depth, count)):
+        got = run_rows(library, program, rows=rows, prefill=(11, 6, 3, 1))
+        for own, row in zip(got, rows, strict=True):
+            assert lost(own, plain_logits(model, program, row=row)) < 2e-4

@@ -14,10 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from polar_fx.backends import get_backend
 from polar_fx.capture import CapturedModel
 from polar_fx.capture.checked import capture_checked
+from polar_fx.compiled import CompiledModel
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
+from polar_fx.runtime.regions import RegionTable
+from polar_fx.runtime.runner import Runner
 
 transformers_logging.set_verbosity_error()
 
@@ -294,3 +298,12 @@ def run_rows(
 def reference(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tensor]:
     """Logits [T, V] of each row alone, by the model itself."""
     return [model(input_ids=r[None], use_cache=False).logits[0] for r in rows]
+
+
+@functools.cache
+def compiled(family: str, backend: str = "eager") -> CompiledModel:
+    """A tiny model that is interpreted or compiled, on the capture that all tests share."""
+    regions = RegionTable(
+        tiny(family).library, get_backend(backend), max_length=60, store=None, workers=0
+    )
+    return CompiledModel(Runner.of_model(tiny(family).model, regions))
