@@ -4,6 +4,7 @@ Scores are kept in a file, and an interrupted job goes on from there.
 """
 
 import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -157,7 +158,7 @@ class _Scores:
             row = _row(line)
             encoded = None if row is None else by_id.get(row["id"])
             if row is not None and encoded is not None and row["asked"] == _asked(encoded):
-                self._take(encoded, row["scores"])
+                self._take(encoded, [_from_json(each) for each in row["scores"]])
         left = [encoded for _, encoded in self.asked if encoded.id not in self.known]
         with (
             self.path.open("a", encoding="utf-8") as file,
@@ -169,8 +170,12 @@ class _Scores:
             for start in range(0, len(left), _PART):
                 part = left[start : start + _PART]
                 for encoded, scores in zip(part, self._scored(part), strict=True):
-                    row = {"id": encoded.id, "asked": _asked(encoded), "scores": scores}
-                    file.write(json.dumps(row) + "\n")
+                    row = {
+                        "id": encoded.id,
+                        "asked": _asked(encoded),
+                        "scores": [_to_json(each) for each in scores],
+                    }
+                    file.write(json.dumps(row, allow_nan=False) + "\n")
                     self._take(encoded, scores)
                 file.flush()
                 bar.update(line, completed=len(self.known))
@@ -199,6 +204,15 @@ class _Scores:
 
 def _only_scores(row: Sequence[ChoiceScores]) -> list[tuple[float, ...]]:
     return [each.scores for each in row]
+
+
+def _to_json(scores: Sequence[float]) -> list[float | None]:
+    """Of one program; a choice that cannot be is None, as JSON has no infinity."""
+    return [score if math.isfinite(score) else None for score in scores]
+
+
+def _from_json(scores: Sequence[float | None]) -> list[float]:
+    return [-math.inf if score is None else score for score in scores]
 
 
 def _asked(encoded: "EncodedQuestion") -> str:

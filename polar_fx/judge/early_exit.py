@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ..library import LayerLibrary
 
 FORMAT, VERSION = "polar_fx.early_exits", 1
+_NUM_FEATURES = 8  # of ChoiceScores.features
 
 
 @dataclass(frozen=True)
@@ -84,10 +85,18 @@ class EarlyExit:
     expected: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        if not (len(self.mean) == len(self.scale) == len(self.weights) - 1 and self.num_steps > 0):
+        widths = [len(self.mean), len(self.scale), len(self.weights) - 1]
+        if widths != [_NUM_FEATURES] * 3 or self.num_steps < 1:
             raise InputError(
                 f"an early exit after {self.num_steps} layers with {len(self.weights)} weights "
-                f"over {len(self.mean)} features does not fit; learn it again"
+                f"over {len(self.mean)} means and {len(self.scale)} scales does not fit the "
+                f"{_NUM_FEATURES} features; learn it again"
+            )
+        numbers = (*self.mean, *self.scale, *self.weights)
+        if not all(map(math.isfinite, numbers)) or math.isnan(self.threshold):
+            raise InputError(
+                f"an early exit after {self.num_steps} layers has a number that is not finite; "
+                "learn it again"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -125,6 +134,12 @@ class EarlyExits:
                 f"another dtype ({library.dtype}); load the model that they are for, or learn them "
                 "anew (`python -m polar_fx exits`)"
             )
+        for task, found in self.tasks.items():
+            if found.num_steps >= library.depth:
+                raise InputError(
+                    f"the early exit of {task} is after {found.num_steps} layers, and this model "
+                    f"has {library.depth}; learn it again (`python -m polar_fx exits`)"
+                )
         if self.prompt != prompt:
             raise InputError(
                 f"these early exits were learned in the prompt {self.prompt!r}, and {prompt!r} is "
@@ -148,7 +163,10 @@ class EarlyExits:
             if fields.pop("format") != FORMAT or fields.pop("version") != VERSION:
                 raise ValueError(f"it is no {FORMAT} of version {VERSION}")
             tasks = {name: _exit_of(each) for name, each in fields.pop("tasks").items()}
-            return cls(tasks, **fields)
+            texts = {name: fields.pop(name) for name in ("weights", "prompt")}
+            if not all(isinstance(text, str) for text in texts.values()):
+                raise ValueError(f"{texts} should be texts")
+            return cls(tasks, **texts, notes=dict(fields.pop("notes")))
         except OSError as error:
             raise InputError(
                 f"cannot read {path}: {error.strerror or error}; name the file that "

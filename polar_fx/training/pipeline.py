@@ -5,6 +5,7 @@ Verdicts are kept in record files of one folder and an interrupted run continues
 features are made anew. Test questions are not seen here.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -214,17 +215,28 @@ def _thresholds(
     return bound_of(rows, config.delta), by_task
 
 
-def too_few_to_certify(validation: int, config: TrainingConfig) -> str:
-    """What so few validation questions mean for the policy `accuracy`; empty if they may do."""
-    least = 2 * least_questions(config.risk, config.delta, starts=_STARTS)
-    if validation >= least:
+def too_few_to_certify(tasks: Sequence[str], config: TrainingConfig) -> str:
+    """What so few validation questions mean for the policy `accuracy`; empty if they may do.
+
+    `tasks` are those of the validation questions, one each. Several tasks share `config.delta`, so
+    that each needs more questions than one alone.
+    """
+    counted = Counter(tasks)
+    delta = config.delta / max(1, len(counted))
+    least = 2 * least_questions(config.risk, delta, starts=_STARTS)
+    few = [f"{task} ({number})" for task, number in counted.items() if number < least]
+    if not few:
         return ""
+    asked = f"{len(tasks)} validation questions"
+    if len(counted) > 1:
+        asked = f"validation questions of {', '.join(few)}"
     return (
-        f"{validation} validation questions are too few to certify that leaving the identity loses "
-        f"at most {100 * config.risk:g} % of the answers, which takes {least} even if it loses "
-        "none: unless it gains clearly, the policy 'accuracy' will always run the identity; ask "
-        "more questions, allow a larger risk, or use a policy such as mean_steps<=0.9, which "
-        "promises nothing about accuracy"
+        f"{asked} are too few to certify that leaving the identity loses "
+        f"at most {100 * config.risk:g} % of the answers, which takes {least}"
+        f"{' of each task' if len(counted) > 1 else ''} even if it loses none: unless it gains "
+        "clearly, the policy 'accuracy' will always run the identity there; ask more questions, "
+        "allow a larger risk, or use a policy such as mean_steps<=0.9, which promises nothing "
+        "about accuracy"
     )
 
 

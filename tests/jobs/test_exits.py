@@ -1,6 +1,7 @@
 """The command `exits`: from questions with choices to a tested exit, also after an interruption."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,9 @@ def test_questions_without_choices_are_refused(folder: Path, tmp_path: Path) -> 
         with pytest.raises(InputError, match="task 'mine': (budget is 1.5|risk is -1.0)"):
             exits.run(replace(job(folder, tmp_path / "out"), **settings))
     assert not (tmp_path / "out").exists(), "nothing was written"
+
+
+def test_a_choice_that_cannot_be_stays_json() -> None:
+    scores = [-1.5, -math.inf]
+    written = json.dumps(exits._to_json(scores), allow_nan=False)
+    assert exits._from_json(json.loads(written)) == scores

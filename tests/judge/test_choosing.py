@@ -72,5 +72,8 @@ def test_exits_of_another_model_or_prompt_are_refused(compiled: CompiledModel) -
         Chooser(compiled, tokenizer, early_exits=replace(good, weights="0" * 64))
     with pytest.raises(InputError, match="learned in the prompt 'choices', and 'choices-norm'"):
         Chooser(compiled, tokenizer, prompt="choices-norm", early_exits=good)
+    whole = replace(good, tasks={"one": replace(good.tasks["one"], num_steps=DEPTH)})
+    with pytest.raises(InputError, match=f"exit of one is after {DEPTH} layers, and this model"):
+        Chooser(compiled, tokenizer, early_exits=whole)
     with pytest.raises(InputError, match="no choices"):
         Chooser(compiled, tokenizer).choose([Question("q", "one", "red?", ("blue",))])

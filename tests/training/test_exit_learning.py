@@ -1,6 +1,7 @@
 """Early exits learned from planted scores: the surest questions leave; no answer is looked at."""
 
 import dataclasses
+import json
 import math
 from pathlib import Path
 
@@ -116,5 +117,16 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         EarlyExits.load(path)
     with pytest.raises(InputError, match="cannot read"):
         EarlyExits.load(tmp_path / "none.json")
+    for damage, told in (
+        ({"weights": 5}, "should be texts"),
+        ({"notes": None}, "holds no early exits"),
+        ({"tasks": {"a": {**made.to_dict(), "mean": [0.0] * 7}}}, "does not fit the 8 features"),
+        ({"tasks": {"a": {**made.to_dict(), "scale": ["nan"] * 8}}}, "not finite"),
+        ({"tasks": {"a": {**made.to_dict(), "num_steps": 0}}}, "after 0 layers"),
+    ):
+        exits.save(path)
+        path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+        with pytest.raises(InputError, match=told):
+            EarlyExits.load(path)
     with pytest.raises(InputError, match="does not fit"):
         EarlyExit(4, 0.5, (0.0,), (1.0,), (1.0,), {})

@@ -13,6 +13,7 @@ from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion, Question
 from polar_fx.runtime.trunk import shares_trunk
 from polar_fx.search.records.records import SearchRecord
+from polar_fx.stats.risk import least_questions
 from polar_fx.training.pipeline import (
     TrainingConfig,
     mine_menu,
@@ -137,7 +138,18 @@ def test_programs_may_be_given_instead_of_mined() -> None:
 
 
 def test_too_few_questions_to_certify_are_said() -> None:
-    assert too_few_to_certify(1148, TrainingConfig()) == ""
-    told = too_few_to_certify(1147, TrainingConfig())
+    assert too_few_to_certify(["a"] * 1148, TrainingConfig()) == ""
+    told = too_few_to_certify(["a"] * 1147, TrainingConfig())
     assert "1147 validation questions are too few" in told and "takes 1148 even if" in told
-    assert too_few_to_certify(2, TrainingConfig(risk=0)) == "", "no risk is certified by gains"
+    assert too_few_to_certify(["a", "b"], TrainingConfig(risk=0)) == "", "no risk: by gains alone"
+
+
+def test_each_of_several_tasks_needs_enough_questions_to_certify() -> None:
+    config = TrainingConfig()
+    one = 2 * least_questions(config.risk, config.delta, starts=4)
+    of_two = 2 * least_questions(config.risk, config.delta / 2, starts=4)
+    assert one < of_two, "tasks share the confidence"
+    assert too_few_to_certify(["a", "b"] * of_two, config) == ""
+    told = too_few_to_certify(["a"] * of_two + ["b"] * one, config)
+    assert told.startswith(f"validation questions of b ({one}) are too few")
+    assert f"takes {of_two} of each task even if" in told
