@@ -1,8 +1,9 @@
 """Learn after how many layers questions with choices may be answered, and test it on others.
 
 Where the first layers are sure enough to choose what the whole model would, the others do not run.
-Learning needs no answers; those of the test questions are looked at once, in the end. Questions are
-for train, validation or test by what their lines say, else by their ids.
+The choices of the whole model teach that; answers only bound what may be lost, and those of the
+test questions are looked at once, in the end. Questions are for train, validation or test by what
+their lines say, else by their ids.
 
 Examples:
   python -m polar_fx exits --data questions.jsonl --out exits
@@ -46,10 +47,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--risk",
         type=float,
-        default=0.02,
+        default=0.03,
         metavar="SHARE",
         help="of all questions, whose choice may change; where the budget would change more, fewer "
         "leave (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--loss",
+        type=float,
+        default=0.005,
+        metavar="SHARE",
+        help="of all right answers to train questions, that may go; where more would, fewer leave "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="exits, scores and results"
@@ -68,6 +77,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         asked=Asked(data=tuple(options.data), prompt=options.prompt),
         budget=options.budget,
         risk=options.risk,
+        loss=options.loss,
         workplace=workplace_of(options),
     )
     result = run(job, status())

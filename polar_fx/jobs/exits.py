@@ -6,7 +6,7 @@ Scores are kept in a file, and an interrupted job goes on from there.
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,13 +46,14 @@ _PART = 32  # questions scored at a time
 class ExitsJob:
     """Settings: questions with choices (`asked.data`), whose test ones are apart by what their
     lines say, else by their ids; mean steps of `budget` x depth, if at most a share `risk` of all
-    choices changes by that; and where results go.
+    choices changes by that and at most a share `loss` of right answers goes; and where results go.
     """
 
     out: Path
     asked: Asked
     budget: float = 0.9
-    risk: float = 0.02
+    risk: float = 0.03
+    loss: float = 0.005
     workplace: Workplace = field(default_factory=Workplace)
 
 
@@ -78,7 +79,7 @@ class ExitsResult:
 
 
 def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
-    """Score, learn on train and validation questions without looking at their answers, test.
+    """Score, learn on train and validation questions, whose answers only bound the loss, test.
 
     Raises InputError for questions without choices, too few of a task, or a budget that cannot be
     kept, and what `polar_fx.load` and `polar_fx.compile` raise.
@@ -93,15 +94,17 @@ def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
         )
     for task, count in _learning_questions(questions).items():
         with _about(task):
-            check_settings(count, budget=job.budget, risk=job.risk)
+            check_settings(count, budget=job.budget, risk=job.risk, loss=job.loss)
     opened = open_job(
         job.workplace, questions, templates=job.asked.templates(questions), console=console
     )
     table = _Scores(job, opened, questions=questions)
-    table.fill(console)
-    exits = _learned(job, opened, table=table, questions=questions)
+    learning = [q for q in questions if own_split(q) != "test"]
+    table.fill([(q, table.num_steps) for q in learning], console)
+    exits = _learned(job, opened, table=table, questions=learning)
     path = exits.save(made_folder(job.out) / RULES)
     asked = [q for q in questions if own_split(q) == "test"]
+    table.fill([(q, (exits.tasks[q.task].num_steps, table.depth)) for q in asked], console)
     arms = [arm for task in exits.tasks for arm in _tested(task, exits, table=table, asked=asked)]
     result = ExitsResult(
         exits=exits,
@@ -133,77 +136,78 @@ def _learning_questions(questions: "Sequence[Question]") -> dict[str, int]:
 
 
 class _Scores:
-    """Scores of every question after each number of layers that is tried, and after all."""
+    """Scores of questions after some numbers of layers, kept in a file as they are made."""
 
     def __init__(
         self, job: ExitsJob, opened: "OpenJob", *, questions: "Sequence[Question]"
     ) -> None:
         self.forcing, self.depth = opened.place.forcing, opened.place.compiled.depth
-        self.asked = list(zip(questions, opened.encoded, strict=True))
+        self.encoded = {encoded.id: encoded for encoded in opened.encoded}
         tried = {max(1, round(part * self.depth)) for part in _PARTS} - {self.depth}
         self.num_steps = (*sorted(tried), self.depth)
         facts = {
             "weights": opened.place.compiled.library.weights_fingerprint,
-            "steps": list(self.num_steps),
             "prompt": job.asked.prompt_name(questions),
         }
         self.path = made_folder(job.out) / f"scores-{digest(facts)[:12]}.jsonl"
-        self.known: dict[str, dict[int, ChoiceScores]] = {}
-
-    def fill(self, console: "Console") -> None:
-        """Score what is not in the file yet."""
-        by_id = {encoded.id: encoded for _, encoded in self.asked}
+        self.known: dict[tuple[str, int], ChoiceScores] = {}
         text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
         for line in text.splitlines():
             row = _row(line)
-            encoded = None if row is None else by_id.get(row["id"])
+            encoded = None if row is None else self.encoded.get(row["id"])
             if row is not None and encoded is not None and row["asked"] == _asked(encoded):
-                self._take(encoded, [_from_json(each) for each in row["scores"]])
-        left = [encoded for _, encoded in self.asked if encoded.id not in self.known]
+                self._take(encoded, row["scores"])
+        if text and not text.endswith("\n"):  # of a job that was killed
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write("\n")
+
+    def fill(self, wanted: "Sequence[tuple[Question, Sequence[int]]]", console: "Console") -> None:
+        """Score what is not in the file yet, of each question after so many layers."""
+        left: dict[tuple[int, ...], list[EncodedQuestion]] = {}
+        for question, num_steps in wanted:
+            missing = tuple(n for n in num_steps if (question.id, n) not in self.known)
+            if missing:
+                left.setdefault(missing, []).append(self.encoded[question.id])
         with (
             self.path.open("a", encoding="utf-8") as file,
             progress_bar(console, "questions") as bar,
         ):
-            if text and not text.endswith("\n"):  # of a job that was killed
-                file.write("\n")
-            line = bar.add_task("", total=len(self.asked), completed=len(self.known))
-            for start in range(0, len(left), _PART):
-                part = left[start : start + _PART]
-                for encoded, scores in zip(part, self._scored(part), strict=True):
-                    row = {
-                        "id": encoded.id,
-                        "asked": _asked(encoded),
-                        "scores": [_to_json(each) for each in scores],
-                    }
-                    file.write(json.dumps(row, allow_nan=False) + "\n")
-                    self._take(encoded, scores)
-                file.flush()
-                bar.update(line, completed=len(self.known))
+            line = bar.add_task("", total=len(wanted))
+            bar.advance(line, len(wanted) - sum(map(len, left.values())))
+            for num_steps, encoded in left.items():
+                for start in range(0, len(encoded), _PART):
+                    part = encoded[start : start + _PART]
+                    for each, scores in zip(part, self._scored(part, num_steps), strict=True):
+                        row = {"id": each.id, "asked": _asked(each), "scores": scores}
+                        file.write(json.dumps(row, allow_nan=False) + "\n")
+                        self._take(each, scores)
+                    file.flush()
+                    bar.advance(line, len(part))
 
     def of(self, asked: "Sequence[Question]", num_steps: int) -> list[ChoiceScores]:
         """Of these questions after so many layers."""
-        return [self.known[question.id][num_steps] for question in asked]
+        return [self.known[question.id, num_steps] for question in asked]
 
-    def _scored(self, part: "Sequence[EncodedQuestion]") -> list[list[tuple[float, ...]]]:
-        """Of each question the scores after each number of layers."""
-        columns = [
-            choice_scores(self.forcing, part, program=first_layers(steps, self.depth))
-            for steps in self.num_steps
-        ]
+    def _scored(
+        self, part: "Sequence[EncodedQuestion]", num_steps: Sequence[int]
+    ) -> list[dict[str, list[float | None]]]:
+        """Of each question the scores after each number of layers, as JSON has them."""
+        found: list[dict[str, list[float | None]]] = [{} for _ in part]
+        for steps in num_steps:
+            program = first_layers(steps, self.depth)
+            scored = choice_scores(self.forcing, part, program=program)
+            for row, each in zip(found, scored, strict=True):
+                row[str(steps)] = _to_json(each.scores)
         self.forcing.forget([encoded.id for encoded in part])
-        return [_only_scores(row) for row in zip(*columns, strict=True)]
+        return found
 
-    def _take(self, encoded: "EncodedQuestion", scores: Sequence[Sequence[float]]) -> None:
+    def _take(
+        self, encoded: "EncodedQuestion", scores: Mapping[str, Sequence[float | None]]
+    ) -> None:
         assert encoded.choice is not None
-        tokens = encoded.choice.scored
-        self.known[encoded.id] = {
-            steps: ChoiceScores(tuple(each), tokens)
-            for steps, each in zip(self.num_steps, scores, strict=True)
-        }
-
-
-def _only_scores(row: Sequence[ChoiceScores]) -> list[tuple[float, ...]]:
-    return [each.scores for each in row]
+        for steps, each in scores.items():
+            found = ChoiceScores.of(_from_json(each), encoded.choice)
+            self.known[encoded.id, int(steps)] = found
 
 
 def _to_json(scores: Sequence[float]) -> list[float | None]:
@@ -231,11 +235,10 @@ def _row(line: str) -> dict[str, Any] | None:
 def _learned(
     job: ExitsJob, opened: "OpenJob", *, table: _Scores, questions: "Sequence[Question]"
 ) -> EarlyExits:
-    """An exit of each task, of all questions but those of the test."""
-    learning = [q for q in questions if own_split(q) != "test"]
+    """An exit of each task of these questions."""
     tasks: dict[str, EarlyExit] = {}
     for task in dict.fromkeys(q.task for q in questions):
-        asked = [q for q in learning if q.task == task]
+        asked = [q for q in questions if q.task == task]
         candidates = {steps: table.of(asked, steps) for steps in table.num_steps[:-1]}
         with _about(task):
             tasks[task] = learn_exit(
@@ -244,15 +247,22 @@ def _learned(
                 depth=table.depth,
                 budget=job.budget,
                 risk=job.risk,
+                loss=job.loss,
+                right=[_right(question) for question in asked],
             )
     notes = {
         **named_model(job.workplace),
         "budget": job.budget,
         "risk": job.risk,
-        "learned_from": len(learning),
+        "loss": job.loss,
+        "learned_from": len(questions),
     }
     weights = opened.place.compiled.library.weights_fingerprint
     return EarlyExits(tasks, weights, job.asked.prompt_name(questions), notes)
+
+
+def _right(question: "Question") -> int:
+    return question.choices.index(question.right_choice)
 
 
 def _tested(
@@ -264,10 +274,11 @@ def _tested(
         return []
     rule, depth = exits.tasks[task], table.depth
     whole, early = table.of(of_task, depth), table.of(of_task, rule.num_steps)
-    key = np.array([q.choices.index(q.right_choice) for q in of_task])
+    key = np.array([_right(question) for question in of_task])
     own = np.array([each.best for each in whole]) == key
-    leaves = rule.leaves(early)
-    right = np.where(leaves, np.array([each.best for each in early]) == key, own)
+    told = rule.read(early)
+    leaves = rule.leaves(told)
+    right = np.where(leaves, told.place == key, own)
     all_steps = np.full(len(own), float(depth))
     steps = np.where(leaves, float(rule.num_steps), all_steps)
     return [

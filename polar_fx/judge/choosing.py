@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import InputError
 from ..program import Program
 from ..questions import EncodedQuestion, Question, any_template
+from ..questions.choices import best_choice
 from ..questions.question import places_of
 from .early_exit import ChoiceScores, EarlyExits
 
@@ -21,7 +22,10 @@ _PART = 32  # questions at a time, whose states are held until all their layers 
 @dataclass(frozen=True)
 class Chosen:
     """The answer to a question: the `place` of a choice and its text, the score of each choice, and
-    the program whose scores they are.
+    the program that ran.
+
+    Where all layers ran, scores are log-likelihoods (a character, for `choices-norm`); at an early
+    exit they say how likely the whole model takes each choice, as logarithms.
     """
 
     place: int
@@ -83,14 +87,15 @@ class Chooser:
                 continue
             program = first_layers(early.num_steps, depth)
             scores = choice_scores(self.forcing, [encoded[i] for i in places], program=program)
-            leaves = early.leaves(scores)
-            for i, each, sure in zip(places, scores, leaves, strict=True):
+            told = early.read(scores)
+            leaves = early.leaves(told)
+            for i, shares, sure in zip(places, told.log_shares, leaves, strict=True):
                 if sure:
-                    found[i] = _chosen(questions[i], each, program=program)
+                    found[i] = _chosen(questions[i], shares, program=program)
         left = [i for i in range(len(questions)) if i not in found]
         scores = choice_scores(self.forcing, [encoded[i] for i in left], program=whole)
         for i, each in zip(left, scores, strict=True):
-            found[i] = _chosen(questions[i], each, program=whole)
+            found[i] = _chosen(questions[i], each.scores, program=whole)
         self.forcing.forget([each.id for each in encoded])
         return [found[i] for i in range(len(questions))]
 
@@ -112,9 +117,10 @@ def choice_scores(
             raise InputError(
                 f"question {each.id!r} has no choices; encode it with a ChoiceTemplate"
             )
-        found.append(ChoiceScores(of_question, key.scored))
+        found.append(ChoiceScores.of(of_question, key))
     return found
 
 
-def _chosen(question: Question, scores: ChoiceScores, *, program: Program) -> Chosen:
-    return Chosen(scores.best, question.choices[scores.best], scores.scores, program)
+def _chosen(question: Question, scores: tuple[float, ...], *, program: Program) -> Chosen:
+    best = best_choice(scores)
+    return Chosen(best, question.choices[best], scores, program)

@@ -1,13 +1,14 @@
 """When the first layers are enough: a question with choices is answered after them where they are
 sure enough to choose what the whole model would.
 
-After `num_steps` layers the model's own norm and head score the choices. A gate (logistic, over the
-scores alone) says how likely it is that all layers would choose the same. Where that reaches the
-threshold the answer is taken; otherwise the other layers go on from there, so no layer runs twice.
-Learning needs no answer key: its label is whether both choose the same. Exits by confidence are
-those of CALM (Schuster et al., arXiv 2207.07061), here a program `0-3` or the identity.
+After `num_steps` layers the model's own norm and head score the choices. A readout (a conditional
+logit over what is seen of each choice: its score and its length) says how likely the whole model
+takes each. Where the likeliest reaches the threshold it is the answer; otherwise the other layers
+go on from there, so no layer runs twice. Learning needs no answer key: its label is the choice of
+the whole model. Exits by confidence are those of CALM (Schuster et al., arXiv 2207.07061), here a
+program `0-3` or the identity.
 
-Shape legend: N questions, C choices of a question, F features.
+Shape legend: N questions, C choices of a question, F features of a choice.
 """
 
 import json
@@ -15,30 +16,38 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError
 from ..output.files import write_whole
 from ..questions.choices import best_choice, log_shares
-from ..stats.calibration import sigmoid
 
 if TYPE_CHECKING:
     from ..library import LayerLibrary
+    from ..questions.question import ChoiceKey
 
-FORMAT, VERSION = "polar_fx.early_exits", 1
-_NUM_FEATURES = 8  # of ChoiceScores.features
+FORMAT, VERSION = "polar_fx.early_exits", 2
+NUM_FEATURES = 7  # of ChoiceScores.features
+_IMPOSSIBLE = 50.0  # nats below the worst choice that is possible
 
 
 @dataclass(frozen=True)
 class ChoiceScores:
     """Of one question by one program: the score of each choice, in nats (nats a character where
-    lengths count), and how many tokens of each were scored.
+    lengths count), what it was divided by, and how many tokens and characters a choice has.
     """
 
     scores: tuple[float, ...]
+    lengths: tuple[float, ...]
     tokens: tuple[int, ...]
+    characters: tuple[int, ...]
+
+    @classmethod
+    def of(cls, scores: Sequence[float], key: "ChoiceKey") -> "ChoiceScores":
+        """Scores of the choices of a key."""
+        return cls(tuple(scores), key.lengths, key.scored, key.characters)
 
     @property
     def best(self) -> int:
@@ -46,54 +55,62 @@ class ChoiceScores:
         return best_choice(self.scores)
 
     def features(self) -> np.ndarray:
-        """What the gate sees, f64[F]: the lead, the shares of the best choice and their entropy,
-        and how long the best choice is beside the others.
+        """What a readout sees of each choice, f64[C, F], each beside the mean of all choices: the
+        log-likelihood, whole, a token and a character, and the two lengths and their logarithms.
         """
-        known = np.array([s if math.isfinite(s) else -1e9 for s in self.scores])
-        place, lengths = self.best, np.array(self.tokens, dtype=float)
-        shares = np.exp(log_shares(self.scores))
-        a_token = known / lengths
-        return np.array(
-            [
-                known[place] - np.delete(known, place).max(),
-                shares[place],
-                -(shares * np.log(shares + 1e-12)).sum(),
-                a_token[place] - np.delete(a_token, place).max(),
-                lengths[place] - np.delete(lengths, place).min(),
-                lengths.max() - lengths.min(),
-                math.log(lengths[place]),
-                known.std(),
-            ]
-        )
+        known = np.array(self.scores) * self.lengths
+        possible = np.isfinite(known)
+        worst = known[possible].min() if possible.any() else 0.0
+        known = np.where(possible, known, worst - _IMPOSSIBLE)
+        tokens = np.array(self.tokens, dtype=float)
+        characters = np.maximum(np.array(self.characters, dtype=float), 1)
+        seen = [known, known / tokens, known / characters, tokens, characters]
+        seen += [np.log(tokens), np.log(characters)]
+        return np.stack([each - each.mean() for each in seen], axis=1)
+
+
+class Read(NamedTuple):
+    """What a readout says of N questions: the `place` of the likeliest choice i64[N], how likely
+    the whole model takes that, `sureness` f64[N], and of each question the logarithm of how likely
+    it takes each choice.
+    """
+
+    place: np.ndarray
+    sureness: np.ndarray
+    log_shares: list[tuple[float, ...]]
+
+
+def read(weights: Sequence[float] | np.ndarray, found: Sequence[ChoiceScores]) -> Read:
+    """By a readout of weights f64[F]."""
+    told = [log_shares((each.features() @ weights).tolist()) for each in found]
+    shares = [tuple(each.tolist()) for each in told]
+    place = np.array([best_choice(each) for each in shares], dtype=int)
+    sure = [math.exp(each[i]) for each, i in zip(shares, place.tolist(), strict=True)]
+    return Read(place, np.array(sure), shares)
 
 
 @dataclass(frozen=True)
 class EarlyExit:
-    """The exit of one task: after `num_steps` layers, where the gate reaches `threshold` (infinity:
-    never).
+    """The exit of one task: after `num_steps` layers, where the readout of these `weights` f64[F]
+    reaches `threshold` (infinity: never).
 
-    `mean`, `scale` and `weights` are numbers of the gate, the bias last. `expected` are the shares
-    that were found on train questions, cross-fitted: of questions that leave, of those that choose
-    as the whole model does, and of all steps.
+    `expected` are the shares that were found on train questions, cross-fitted: of questions that
+    leave, of those that choose as the whole model does, of all questions whose choice changes and
+    whose right answer is lost (less those gained), and of all steps.
     """
 
     num_steps: int
     threshold: float
-    mean: tuple[float, ...]
-    scale: tuple[float, ...]
     weights: tuple[float, ...]
     expected: Mapping[str, float]
 
     def __post_init__(self) -> None:
-        widths = [len(self.mean), len(self.scale), len(self.weights) - 1]
-        if widths != [_NUM_FEATURES] * 3 or self.num_steps < 1:
+        if len(self.weights) != NUM_FEATURES or self.num_steps < 1:
             raise InputError(
                 f"an early exit after {self.num_steps} layers with {len(self.weights)} weights "
-                f"over {len(self.mean)} means and {len(self.scale)} scales does not fit the "
-                f"{_NUM_FEATURES} features; learn it again"
+                f"does not fit the {NUM_FEATURES} features; learn it again"
             )
-        numbers = (*self.mean, *self.scale, *self.weights)
-        if not all(map(math.isfinite, numbers)) or math.isnan(self.threshold):
+        if not all(map(math.isfinite, self.weights)) or math.isnan(self.threshold):
             raise InputError(
                 f"an early exit after {self.num_steps} layers has a number that is not finite; "
                 "learn it again"
@@ -104,14 +121,13 @@ class EarlyExit:
         threshold = self.threshold if math.isfinite(self.threshold) else None
         return {**asdict(self), "threshold": threshold}
 
-    def sureness(self, found: Sequence[ChoiceScores]) -> np.ndarray:
-        """How likely all layers choose the same, f64[N]."""
-        seen = (np.stack([each.features() for each in found]) - self.mean) * self.scale
-        return sigmoid(seen @ self.weights[:-1] + self.weights[-1])
+    def read(self, found: Sequence[ChoiceScores]) -> Read:
+        """What the readout says of N questions, by their scores at the exit."""
+        return read(self.weights, found)
 
-    def leaves(self, found: Sequence[ChoiceScores]) -> np.ndarray:
+    def leaves(self, found: Read) -> np.ndarray:
         """Which of the questions are answered here, bool[N]."""
-        return self.sureness(found) >= self.threshold
+        return found.sureness >= self.threshold
 
 
 @dataclass(frozen=True)
@@ -180,10 +196,9 @@ class EarlyExits:
 
 
 def _exit_of(fields: Mapping[str, Any]) -> EarlyExit:
-    numbers = {name: tuple(map(float, fields[name])) for name in ("mean", "scale", "weights")}
     return EarlyExit(
         int(fields["num_steps"]),
         math.inf if fields["threshold"] is None else float(fields["threshold"]),
-        **numbers,
+        tuple(map(float, fields["weights"])),
         expected=dict(fields["expected"]),
     )

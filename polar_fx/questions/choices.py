@@ -103,10 +103,10 @@ class ChoiceTemplate:
         right = question.choices.index(question.right_choice)
         num_scored = tuple(len(scored) for _, scored in rows)
         lengths = tuple(float(len(c)) if self._divides else 1.0 for c in question.choices)
+        characters = tuple(len(c) for c in question.choices)
         targets = tuple(before[len(prompt) :] + scored for before, scored in rows)
-        return EncodedQuestion(
-            question.id, (), prompt, targets, ChoiceKey(right, num_scored, lengths)
-        )
+        key = ChoiceKey(right, num_scored, lengths, characters)
+        return EncodedQuestion(question.id, (), prompt, targets, key)
 
     @property
     def _divides(self) -> bool:

@@ -54,12 +54,13 @@ class ChoiceKey:
     """Which of an encoded question's targets are its choices' scores, one target a choice.
 
     `right` is the place of the right one. Of each target the last `scored` tokens count, and their
-    log-likelihood is divided by `lengths`.
+    log-likelihood is divided by `lengths`. `characters` are in each choice.
     """
 
     right: int
     scored: tuple[int, ...]
     lengths: tuple[float, ...]
+    characters: tuple[int, ...]
 
     def scores(self, likelihoods: Sequence[float]) -> tuple[float, ...]:
         """What is compared, of the log-likelihoods of the targets' scored ends, in nats."""

@@ -83,8 +83,8 @@ def test_questions_without_choices_are_refused(folder: Path, tmp_path: Path) -> 
     wrong = exits.ExitsJob(out=tmp_path / "out", asked=Asked(data=(data,)))
     with pytest.raises(InputError, match="has no choices; early exits compare"):
         exits.run(wrong)
-    for settings in ({"budget": 1.5}, {"risk": -1.0}):
-        with pytest.raises(InputError, match="task 'mine': (budget is 1.5|risk is -1.0)"):
+    for settings in ({"budget": 1.5}, {"risk": -1.0}, {"loss": 2.0}):
+        with pytest.raises(InputError, match="task 'mine': (budget is 1.5|risk is -1|loss is 2)"):
             exits.run(replace(job(folder, tmp_path / "out"), **settings))
     assert not (tmp_path / "out").exists(), "nothing was written"
 

@@ -36,7 +36,7 @@ def asked(count: int = 9) -> list[EncodedQuestion]:
             choices.append(tuple(rng.randrange(40) for _ in range(rng.randint(2, 6))))
         scored = tuple(len(c) if i % 2 else 2 for c in choices)
         lengths = tuple(float(len(c)) for c in choices) if i % 4 == 1 else (1.0,) * len(choices)
-        key = ChoiceKey(rng.randrange(len(choices)), scored, lengths)
+        key = ChoiceKey(rng.randrange(len(choices)), scored, lengths, scored)
         found.append(EncodedQuestion(f"c{i}", (), prompt, tuple(choices), key))
     return found
 

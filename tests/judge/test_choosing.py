@@ -2,6 +2,7 @@
 exit.
 """
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ import polar_fx
 from polar_fx.compiled import CompiledModel
 from polar_fx.errors import InputError
 from polar_fx.judge.choosing import Chooser, choice_scores, first_layers
-from polar_fx.judge.early_exit import EarlyExit, EarlyExits
+from polar_fx.judge.early_exit import NUM_FEATURES, EarlyExit, EarlyExits
 from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.program import Program
 from polar_fx.questions import Question, any_template
@@ -24,7 +25,6 @@ QUESTIONS = [
     Question(f"q{i}", ("one", "two")[i % 2], f"{WORDS[i % 6]} or {WORDS[-i % 6]}", c[:1], choices=c)
     for i, c in enumerate(CHOICES)
 ]
-NUM_FEATURES = 8
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,8 @@ def compiled() -> CompiledModel:
 
 
 def exits(compiled: CompiledModel, threshold: float) -> EarlyExits:
-    """Of the task `one` alone, with a gate that is always at 1/2."""
-    nothing = (0.0,) * NUM_FEATURES
-    rule = EarlyExit(2, threshold, nothing, nothing, (*nothing, 0.0), {})
+    """Of the task `one` alone, by the best score, with two choices that are as good as equal."""
+    rule = EarlyExit(2, threshold, (1e-9,) + (0.0,) * (NUM_FEATURES - 1), {})
     return EarlyExits({"one": rule}, compiled.library.weights_fingerprint, "choices")
 
 
@@ -48,7 +47,8 @@ def test_each_answer_is_the_best_of_its_program(compiled: CompiledModel) -> None
     for question, answer in zip(QUESTIONS, found, strict=True):
         encoded = any_template("choices", question.task).encode(tokenizer, question)
         (expected,) = choice_scores(forcing, [encoded], program=answer.program)
-        assert answer.scores == pytest.approx(expected.scores, abs=1e-4)
+        shown = expected.scores if answer.program == identity else [math.log(1 / 2)] * 2
+        assert answer.scores == pytest.approx(shown, abs=1e-4)
         assert answer.place == expected.best and answer.text == question.choices[expected.best]
 
 

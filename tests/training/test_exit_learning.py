@@ -4,13 +4,14 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from polar_fx.errors import InputError
-from polar_fx.judge.early_exit import ChoiceScores, EarlyExit, EarlyExits
-from polar_fx.training.exit_learning import learn_exit
+from polar_fx.judge.early_exit import NUM_FEATURES, ChoiceScores, EarlyExit, EarlyExits, read
+from polar_fx.training.exit_learning import learn_exit, learn_readout
 
 DEPTH = 20
 
@@ -34,7 +35,7 @@ def planted(n: int, seed: int) -> tuple[dict[int, list[ChoiceScores]], list[Choi
 def scores_of(place: int, lead: float) -> ChoiceScores:
     scores = [-9.0, -9.0, -9.0]
     scores[place] += lead
-    return ChoiceScores(tuple(scores), (2, 3, 2))
+    return ChoiceScores(tuple(scores), (1.0,) * 3, (2, 3, 2), (8, 8, 9))
 
 
 def test_the_surest_questions_leave_and_choose_as_the_whole_model() -> None:
@@ -46,8 +47,9 @@ def test_the_surest_questions_leave_and_choose_as_the_whole_model() -> None:
     assert found.expected["steps"] == pytest.approx(0.8, abs=0.01)
     assert found.expected["same"] > 0.98 and found.expected["differ"] < 0.01
     others, truth = planted(600, 1)
-    leaves = found.leaves(others[5])
-    same = np.array([a.best == b.best for a, b in zip(others[5], truth, strict=True)])
+    told = found.read(others[5])
+    leaves = found.leaves(told)
+    same = told.place == [each.best for each in truth]
     assert 0.2 < leaves.mean() < 0.34 and same[leaves].mean() > 0.97 > same.mean() + 0.3
 
 
@@ -61,8 +63,27 @@ def test_no_more_leave_than_the_risk_allows() -> None:
     # after 10 layers nothing is known: hardly one may leave
     blind = learn_exit({10: candidates[10]}, whole, depth=DEPTH, budget=0.9, risk=0.0)
     assert blind.expected["leave"] < 0.03
-    none = learn_exit({10: wrong_everywhere(whole)}, whole, depth=DEPTH, budget=0.9, risk=0.0)
-    assert none.threshold == math.inf and not none.leaves(candidates[10]).any()
+    all_alike = [scores_of(0, 1.0)] * len(whole)
+    none = learn_exit({10: all_alike}, whole, depth=DEPTH, budget=0.9, risk=0.0)
+    assert none.threshold == math.inf and not none.leaves(none.read(candidates[10])).any()
+
+
+def test_known_answers_bound_the_loss_and_teach_nothing_else() -> None:
+    candidates, whole = planted(600, 0)
+    right = [each.best for each in whole]
+    settings: dict[str, Any] = dict(depth=DEPTH, budget=0.45)
+    bold = learn_exit(candidates, whole, **settings, right=right)
+    free = learn_exit(candidates, whole, **settings)
+    assert bold.expected["lost"] == bold.expected["differ"] > 0.1, "all that changes was right"
+    assert free.expected == {**bold.expected, "lost": 0.0}
+    assert (free.threshold, free.weights) == (bold.threshold, bold.weights)
+    careful = learn_exit(candidates, whole, **settings, loss=0.01, right=right)
+    assert careful.expected["lost"] <= 0.01 and careful.expected["leave"] > 0.3
+    assert careful.weights == bold.weights
+    # where the whole model is never right, nothing can be lost
+    never = [(each.best + 1) % 3 for each in whole]
+    gains = learn_exit(candidates, whole, **settings, loss=0.0, right=never)
+    assert gains.expected["leave"] == bold.expected["leave"] and gains.expected["lost"] < 0
 
 
 def test_equally_sure_questions_leave_together_or_not_at_all() -> None:
@@ -72,8 +93,37 @@ def test_equally_sure_questions_leave_together_or_not_at_all() -> None:
     assert found.expected["differ"] == 0.0
 
 
-def wrong_everywhere(whole: list[ChoiceScores]) -> list[ChoiceScores]:
-    return [scores_of((each.best + 1) % 3, 1.0) for each in whole]
+def test_a_readout_knows_what_the_whole_model_likes() -> None:
+    """Here the shortest choice, whatever the first layers say: a lead would tell nothing."""
+    rng = np.random.default_rng(6)
+    early, whole = [], []
+    for _ in range(400):
+        sizes = tuple(int(n) for n in rng.permutation([3, 6, 12]))
+        scores = tuple(rng.uniform(-9, -3, 3).tolist())
+        early.append(ChoiceScores(scores, (1.0,) * 3, sizes, tuple(4 * n for n in sizes)))
+        liked = tuple(-float(n) for n in sizes)
+        whole.append(ChoiceScores(liked, (1.0,) * 3, sizes, tuple(4 * n for n in sizes)))
+    found = learn_exit({5: early}, whole, depth=DEPTH, budget=0.5)
+    assert found.expected["same"] == 1.0 and found.expected["leave"] > 0.6
+    agree = [a.best == b.best for a, b in zip(early, whole, strict=True)]
+    assert np.mean(agree) < 0.5
+
+
+def test_the_readout_is_where_the_likelihood_is_highest() -> None:
+    candidates, whole = planted(200, 8)
+    early, target = candidates[5], np.array([each.best for each in whole])
+    weights = learn_readout(early, target)
+    spread = np.concatenate([each.features() for each in early]).std(0)
+
+    def loss(weights: np.ndarray) -> float:
+        told = read(weights, early).log_shares
+        likelihood = sum(row[i] for row, i in zip(told, target.tolist(), strict=True))
+        return -likelihood + ((weights * spread) ** 2).sum() / 2
+
+    best = loss(weights)
+    for k in range(NUM_FEATURES):
+        for step in (-1e-3, 1e-3):
+            assert loss(weights + step * np.eye(NUM_FEATURES)[k]) >= best - 1e-9
 
 
 def test_a_smaller_budget_sends_more_away() -> None:
@@ -86,7 +136,7 @@ def test_a_smaller_budget_sends_more_away() -> None:
 
 
 def test_scores_that_are_no_numbers_are_never_best() -> None:
-    found = ChoiceScores((float("nan"), -3.0, float("-inf")), (1, 2, 3))
+    found = ChoiceScores((math.nan, -3.0, -math.inf), (1.0,) * 3, (1, 2, 3), (4, 4, 4))
     assert found.best == 1 and np.isfinite(found.features()).all()
 
 
@@ -108,7 +158,7 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     path = exits.save(tmp_path / "exits.json")
     again = EarlyExits.load(path)
     assert again == exits
-    assert np.array_equal(again.tasks["a"].sureness(whole), made.sureness(whole))
+    assert np.array_equal(again.tasks["a"].read(whole).sureness, made.read(whole).sureness)
     path.write_text('{"format": "other"}')
     with pytest.raises(InputError, match="holds no early exits: it is no polar_fx"):
         EarlyExits.load(path)
@@ -120,8 +170,8 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
     for damage, told in (
         ({"weights": 5}, "should be texts"),
         ({"notes": None}, "holds no early exits"),
-        ({"tasks": {"a": {**made.to_dict(), "mean": [0.0] * 7}}}, "does not fit the 8 features"),
-        ({"tasks": {"a": {**made.to_dict(), "scale": ["nan"] * 8}}}, "not finite"),
+        ({"tasks": {"a": {**made.to_dict(), "weights": [0.0] * 8}}}, "does not fit the 7 features"),
+        ({"tasks": {"a": {**made.to_dict(), "weights": ["nan"] * 7}}}, "not finite"),
         ({"tasks": {"a": {**made.to_dict(), "num_steps": 0}}}, "after 0 layers"),
     ):
         exits.save(path)
@@ -129,4 +179,4 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=told):
             EarlyExits.load(path)
     with pytest.raises(InputError, match="does not fit"):
-        EarlyExit(4, 0.5, (0.0,), (1.0,), (1.0,), {})
+        EarlyExit(4, 0.5, (1.0,), {})
