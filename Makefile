@@ -19,11 +19,11 @@ FAST := evaluation/answers evaluation/choices evaluation/page evaluation/polar/d
 	questions/loaders questions/tasks search/formats search/lockstep search/mcts search/methods \
 	search/records stats/arms stats/calibration stats/figures stats/intervals stats/paired stats/tables
 
-.PHONY: help setup demo check lint types test fast bench docs package predictor fuzz matrix clean
+.PHONY: help setup demo check check-all lint types test test-all fast bench docs package predictor fuzz matrix clean
 .DEFAULT_GOAL := help
 
 help: ## Show the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY) ## Create .venv with a CPU build of torch, polar_fx, the default model and what tests need
 $(READY): $(INSTALLED)
@@ -43,6 +43,8 @@ demo: $(INSTALLED) ## Install what that needs, then answer arithmetic prompts wi
 
 check: lint types test ## Install, then lint, check types and run the tests
 
+check-all: lint types test-all ## The same with the slow tests, as before a release
+
 lint: setup ## Style and common mistakes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -51,8 +53,13 @@ types: setup ## Static types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # A thread each: compute threads of two processes that wait for each other's cores are many times slower than none.
-test: setup ## Run the tests in JOBS processes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+# What calls compiled kernels is compiled without optimization, in a fifth less time; kernels are compiled as always.
+TESTS := OMP_NUM_THREADS=1 AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+test: setup ## Run the tests in JOBS processes, but for slow ones
+	$(TESTS) --no-loadscope-reorder -m "not slow"
+
+test-all: setup ## Run all tests
+	$(TESTS) --no-loadscope-reorder
 
 fast: setup ## Run the tests that need no real model and no child process: under a minute on two free cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile -m "not child_process" $(foreach name,$(FAST),tests/$(dir $(name))test_$(notdir $(name)).py)

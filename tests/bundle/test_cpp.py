@@ -153,6 +153,7 @@ def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: Bundle
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(Cache, "get_conv_state"), reason="caches of this transformers do not tell states"
 )
@@ -173,6 +174,7 @@ def test_states_and_experts_run(runner: Path, tmp_path: Path) -> None:
         assert got == _want(loaded, text, prompt=row.tolist(), new=8)
 
 
+@pytest.mark.slow
 def test_weights_as_integers_run(runner: Path, tmp_path: Path) -> None:
     model = quantize_weights(make("llama", hidden_size=64, intermediate_size=128), "int4")
     export(compile(model, "aot_inductor", max_length=31), tmp_path / "bundle", ["identity"])

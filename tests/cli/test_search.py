@@ -220,6 +220,7 @@ def two_machines() -> Iterator[subprocess.Popen[str]]:
         cluster.communicate()
 
 
+@pytest.mark.slow
 def test_a_search_on_a_cluster_outlives_its_driver_and_a_machine(
     folder: Path, tmp_path: Path, two_machines: Any
 ) -> None:

@@ -217,6 +217,7 @@ def test_inductor_equals_eager(family: str) -> None:
             torch.testing.assert_close(got, want, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_batch_may_be_as_large_as_anything_else_in_the_model() -> None:
     """Three rows and three KV heads, as many rows as tokens: sizes that are equal once are not the
     same size.

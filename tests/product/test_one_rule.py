@@ -181,7 +181,7 @@ def _plan(program: Program, shape: ShapeClass, *, folder: Path) -> WholePlan:
 
 
 @pytest.mark.parametrize("program", PROGRAMS[:1], ids=str)
-@pytest.mark.parametrize("prefill", [True, False])
+@pytest.mark.parametrize("prefill", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_whole_programs(program: Program, prefill: bool, tmp_path: Path) -> None:
     """The graph that a worker would compile, made of exported regions."""
     library = _compiled().library

@@ -239,6 +239,7 @@ def test_another_backend_is_another_region(
 # ----------------------------------------------------------------------------------- how it is made
 
 
+@pytest.mark.slow
 def test_workers_and_this_process_compile_the_same(first: CompiledModel, tmp_path: Path) -> None:
     """Of one token only, so that three regions do: the fixture's were made by two workers."""
     alone = compile_for(

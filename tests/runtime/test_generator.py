@@ -271,7 +271,7 @@ def test_padding_among_tokens_that_follow_is_refused() -> None:
             loop(rows, mask, session)
 
 
-@pytest.fixture(scope="module", params=["eager", "inductor"])
+@pytest.fixture(scope="module", params=["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def compiled_smollm2(
     smollm2: tuple[PreTrainedModel, Any], request: pytest.FixtureRequest
 ) -> CompiledModel:

@@ -275,6 +275,7 @@ def test_what_is_refused() -> None:
     assert model.runner.lockstep.store.num_blocks == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gemma3_text"])
 def test_compiled_regions_serve_rows_together(family: str) -> None:
     hf = make(family)
