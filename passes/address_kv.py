@@ -14,7 +14,17 @@ from typing import Any, ClassVar
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassError, PassResult, copy_graph_module, role, storage, writes
+from .base import (
+    Caller,
+    Pass,
+    PassError,
+    PassResult,
+    copy_graph_module,
+    role,
+    storage,
+    writes,
+    writes_slot,
+)
 
 aten = torch.ops.aten
 
@@ -29,8 +39,8 @@ class AddressKv(Pass):
     (w + 1) * C - 1.
 
     Column `positions` of a row is written as before, and the graph then reads the columns in order.
-    L must be a multiple of C. Raises PassError for a graph that does anything else with its KV
-    operands.
+    A graph may also only read them, those of another layer. L must be a multiple of C. Raises
+    PassError for a graph that does anything else with its KV operands.
     """
 
     name: ClassVar[str] = "address-kv"
@@ -53,6 +63,11 @@ class AddressKv(Pass):
         batch, _, length, _ = dense.shape
         numbers = dense.new_empty(batch, length // self.block, dtype=torch.long)
         blocks.meta = {"role": "blocks", "val": numbers}
+        if not writes_slot(new):
+            for operand in operands:
+                self._address_readers(graph, operand, blocks=blocks)
+            new.recompile()
+            return PassResult(new, True, {"stores": len(operands)})
         order = {node: i for i, node in enumerate(graph.nodes)}
         places: dict[Node, tuple[Node, Node]] = {}
         for operand in sorted(operands, key=lambda n: order[self._write(n)[0]]):
@@ -72,11 +87,7 @@ class AddressKv(Pass):
 
         `places` holds the block and the column in it of each position, once they are computed.
         """
-        dense = operand.meta["val"]
-        batch, heads, length, size = dense.shape
-        operand.meta["val"] = dense.new_empty(
-            batch * (length // self.block), heads, self.block, size
-        )
+        dense = self._stored(operand)
         write, position, value = self._write(operand)
         call = Caller(graph, write)
         with graph.inserting_before(write):
@@ -89,13 +100,29 @@ class AddressKv(Pass):
             stored = call(aten.index_put.default, operand, [block, None, column], value)
             # in place, as the dense operand was
             stored.target = aten.index_put_.default
-            read = call(aten.index.Tensor, stored, [blocks])
-            read = call(aten.permute.default, read, [0, 2, 1, 3, 4])
-            read = call(aten.flatten.using_ints, read, 2, 3)
+            read = _read(call, stored, blocks=blocks)
         write.replace_all_uses_with(read)
         for reader in [u for u in operand.users if u not in (stored, write)]:
             reader.replace_input_with(operand, read)
         graph.erase_node(write)
+
+    def _address_readers(self, graph: Graph, operand: Node, *, blocks: Node) -> None:
+        """Let the readers of a KV operand that nothing here writes read its blocks."""
+        self._stored(operand)
+        readers = sorted(operand.users)
+        for first in readers[:1]:
+            with graph.inserting_before(first):
+                read = _read(Caller(graph, first), operand, blocks=blocks)
+            for reader in readers:
+                reader.replace_input_with(operand, read)
+
+    def _stored(self, operand: Node) -> torch.Tensor:
+        """Let a KV operand be a store; the value that it had, of a slot."""
+        dense = operand.meta["val"]
+        batch, heads, length, size = dense.shape
+        blocks = batch * (length // self.block)
+        operand.meta["val"] = dense.new_empty(blocks, heads, self.block, size)
+        return dense
 
     def _write(self, operand: Node) -> tuple[Node, Node, Any]:
         """The write of a KV operand, the column [B, T] of each token, and what is written."""
@@ -110,3 +137,10 @@ class AddressKv(Pass):
             f"{operand} is written by {wrong}, not by one index_put_ at rows and positions",
             "report this model",
         )
+
+
+def _read(call: Caller, store: Node, *, blocks: Node) -> Node:
+    """The columns [B, H, L, E] of the rows' blocks, in order."""
+    read = call(aten.index.Tensor, store, [blocks])
+    read = call(aten.permute.default, read, [0, 2, 1, 3, 4])
+    return call(aten.flatten.using_ints, read, 2, 3)

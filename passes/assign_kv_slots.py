@@ -2,21 +2,26 @@
 
 A layer that runs twice must not append twice to one slot: its second visit would attend to the keys
 of the first, or go on from the state that the first has left. So slots belong to the step; a step
-graph takes one operand `kv_<step>_<part>` or `state_<step>_<part>` per step and part.
+graph takes one operand `kv_<step>_<part>` or `state_<step>_<part>` per step and part. A layer that
+only reads the keys and values of another one, its owner, has no slot: its step reads that of the
+latest step of the owner.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Pass, PassError, PassResult, in_slot, layer_calls, role
+from .base import Pass, PassError, PassResult, body, in_slot, layer_calls, role, writes_slot
 
 
 @dataclass(frozen=True)
 class AssignKvSlots(Pass):
-    """Give every layer call its own slot placeholders, in step order after the other
-    placeholders.
+    """Give every layer call that writes to a slot its own placeholders, in step order after the
+    other placeholders.
+
+    Raises PassError if a call only reads a slot that no call before it has written.
     """
 
     name: ClassVar[str] = "assign-kv-slots"
@@ -32,8 +37,9 @@ class AssignKvSlots(Pass):
             )
         slots = list(map(_slots, calls))
         existing = {n.meta["slot"] for n in gm.graph.nodes if n.op == "placeholder" and in_slot(n)}
-        own = {step for step, used in enumerate(slots) if used}
-        if all(set(used) <= {step} for step, used in enumerate(slots)) and existing == own:
+        sources = self._sources(gm, calls)
+        own = {source for source, used in zip(sources, slots, strict=True) if used}
+        if all(used <= {s} for s, used in zip(sources, slots, strict=True)) and existing == own:
             return PassResult(gm, False)
         graph = Graph()
         env: dict[Node, Node] = {}
@@ -44,7 +50,7 @@ class AssignKvSlots(Pass):
                 env[node] = graph.node_copy(node)
         for step, call in enumerate(calls):
             for old in call.args:
-                if isinstance(old, Node) and in_slot(old):
+                if sources[step] == step and isinstance(old, Node) and in_slot(old):
                     new = graph.placeholder(f"{role(old)}_{step}_{old.meta['part']}")
                     new.meta = {**old.meta, "slot": step}
                     placed[step, old.meta["part"]] = new
@@ -56,7 +62,8 @@ class AssignKvSlots(Pass):
             elif node in step_of:
                 step = step_of[node]
                 args = tuple(
-                    placed[step, a.meta["part"]] if in_slot(a) else env[a] for a in node.args
+                    placed[sources[step], a.meta["part"]] if in_slot(a) else env[a]
+                    for a in node.args
                 )  # type: ignore
                 env[node] = graph.call_module(str(node.target), args)
                 env[node].meta = {**node.meta, "step": step}
@@ -66,7 +73,29 @@ class AssignKvSlots(Pass):
             GraphModule(gm, graph), True, {"kv slots": f"{len(existing)} -> {len(own)}"}
         )
 
+    def _sources(self, gm: GraphModule, calls: Sequence[Node]) -> list[int]:
+        """For each step the one whose slot it takes: itself, or the latest that wrote to the slot
+        that it reads.
+        """
+        latest: dict[int, int] = {}
+        sources: list[int] = []
+        for step, call in enumerate(calls):
+            source, used = step, _slots(call)
+            if used and not writes_slot(body(gm, call)):
+                (slot,) = used
+                if slot not in latest:
+                    raise PassError(
+                        self.name,
+                        f"step {step} reads the slot {slot}, which no step before it writes",
+                        "schedule the layer that owns it earlier",
+                    )
+                source = latest[slot]
+            else:
+                latest |= dict.fromkeys(used, step)
+            sources.append(source)
+        return sources
 
-def _slots(call: Node) -> list[int]:
+
+def _slots(call: Node) -> set[int]:
     """The slots of which a call takes parts."""
-    return [a.meta["slot"] for a in call.args if isinstance(a, Node) and in_slot(a)]
+    return {a.meta["slot"] for a in call.args if isinstance(a, Node) and in_slot(a)}

@@ -183,6 +183,13 @@ def storage(node: Node) -> Node:
     return node
 
 
+def writes_slot(gm: GraphModule) -> bool:
+    """Whether the graph of a layer writes into its slot, or a view of a part of it: one that does
+    not may read that of another layer.
+    """
+    return any(writes(n) and in_slot(storage(n)) for n in gm.graph.nodes)
+
+
 def layer_calls(gm: GraphModule) -> list[Node]:
     """The outlined layer calls in execution order; empty for a flat graph."""
     return [n for n in gm.graph.nodes if n.op == "call_module" and kind(n) == "layer"]

@@ -3,8 +3,8 @@
 Every node of the flat graph carries meta["layer"]: the layer it was traced in, or None. Each group
 becomes a body whose tensors are all operands: hidden state, side values from the prologue (masks,
 rotary tables, positions), the KV slot, the weights. Layers may hand on nothing but the hidden
-state; anything else (a layer reading another layer's keys) would make skipping or repeating it
-unsound and is refused here.
+state, and a layer without a slot of its own may read that of one earlier layer; anything else would
+make skipping or repeating it unsound and is refused here.
 """
 
 import operator
@@ -16,7 +16,17 @@ from typing import Any, ClassVar, cast
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .base import Caller, Pass, PassError, PassResult, copy_graph_module, in_slot, role
+from .base import (
+    Caller,
+    Pass,
+    PassError,
+    PassResult,
+    copy_graph_module,
+    in_slot,
+    role,
+    storage,
+    writes,
+)
 from .torch_types import is_operator, size_expression
 
 _ROLE_ORDER = {"hidden": 0, "input": 0, "side": 1, "kv": 2, "state": 2, "weight": 3}
@@ -222,6 +232,30 @@ def _first_hidden(layers: list[list[Node]], output: Node) -> Node:
     return next((n for n in fits if n not in shared), fits[0])
 
 
+def _readers(gm: GraphModule, layers: Sequence[Iterable[Node]]) -> dict[int, int]:
+    """The layers that only read keys and values, all parts of one slot, and the earlier layer that
+    writes these.
+    """
+    parts: dict[int, set[Node]] = {}
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if in_slot(node):
+            parts.setdefault(node.meta["slot"], set()).add(node)
+    written: list[set[Node]] = []
+    for nodes in layers:
+        written.append({storage(n) for n in nodes if writes(n)})
+    found: dict[int, int] = {}
+    for layer, nodes in enumerate(layers):
+        taken = {source for node in nodes for source in node.all_input_nodes if in_slot(source)}
+        slots = {node.meta["slot"] for node in taken}
+        if len(slots) != 1 or any(map(in_slot, written[layer])):
+            continue
+        (owner,) = slots
+        whole = taken == parts[owner] and {role(node) for node in taken} == {"kv"}
+        if owner < layer and whole and taken <= written[owner]:
+            found[layer] = owner
+    return found
+
+
 class _Stack:
     """The flat graph as a prologue, layers and an epilogue, and what each of these takes.
 
@@ -235,17 +269,18 @@ class _Stack:
         self.hidden = [_first_hidden(self.layers, self.outputs[0]), *self.outputs]
         self._owner = {n: i for i, nodes in enumerate(self.layers) for n in nodes}
         self._late = set(self.after)
+        self._readers = _readers(gm, self.layers)
 
     def layer_role(self, index: int, node: Node) -> str:
-        """What `node` is to a layer; raises PassError if layers share more than the hidden
-        state.
+        """What `node` is to a layer; raises PassError if layers share more than the hidden state
+        and the slot of one.
         """
         unsound = "editing such a model is unsound; it is not supported"
         if node is self.hidden[index]:
             return "hidden"
         if in_slot(node):
             slot = node.meta["slot"]
-            if slot != index:
+            if slot != self._readers.get(index, index):
                 what = "keys and values" if role(node) == "kv" else "state"
                 raise _refused(f"layer {index} reads the {what} of layer {slot}", unsound)
             return str(role(node))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from .base import body, in_slot, kind, layer_calls, role, storage, writes
+from .base import body, in_slot, kind, layer_calls, role, storage, writes, writes_slot
 
 _REGION_ROLES = ("input", "hidden", "side", "kv", "state", "blocks", "weight")
 
@@ -133,7 +133,7 @@ def _verify_call(gm: GraphModule, call: Node) -> None:
 
 def _verify_slots(gm: GraphModule) -> None:
     """No slot exists twice, and every call that has a step (assign-kv-slots gives it) uses the slot
-    of that step.
+    of that step, or only reads that of an earlier one.
     """
     slots = [(n.meta["slot"], n.meta["part"]) for n in gm.graph.nodes if in_slot(n)]
     _require(len(set(slots)) == len(slots), f"KV slots are repeated: {slots}")
@@ -143,7 +143,6 @@ def _verify_slots(gm: GraphModule) -> None:
     for call in calls:
         for argument in call.all_input_nodes:
             if in_slot(argument):
-                _require(
-                    argument.meta["slot"] == call.meta["step"],
-                    f"step {call.meta['step']} uses the slot {argument}",
-                )
+                step, slot = call.meta["step"], argument.meta["slot"]
+                only_reads = slot < step and not writes_slot(body(gm, call))
+                _require(slot == step or only_reads, f"step {step} uses the slot {argument}")

@@ -269,8 +269,8 @@ class CompiledModel(Uncopied, AsTransformers):
         if program is None:
             return self.default_program
         if isinstance(program, str):
-            return Program.parse(program, self.depth)
-        if not isinstance(program, Program):
+            program = Program.parse(program, self.depth)
+        elif not isinstance(program, Program):
             program = Program.from_path(program, self.depth)
         self.library.check(program)
         return program

@@ -135,6 +135,7 @@ def _check_kind(compiled: object, tokenizer: object) -> None:
             f"{compiled.folder} is a bundle already; copy the folder, and change its programs "
             "with add_program"
         )
+    compiled.library.require_own_kv("a bundle")
     if type(compiled.backend) is not AotInductorBackend:
         raise InputError(
             f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with "

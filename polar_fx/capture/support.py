@@ -330,12 +330,7 @@ def probe(view: PreTrainedModel, stack: str, *, depth: int) -> "Stored":
             "5.24 do",
         ) from error
     stored = Stored(view, recorder.calls, depth=depth)
-    try:
-        _check_handed_on(view, states)
-    except UnsupportedModelError:
-        if stored.silent:
-            raise stored.refused_silence() from None
-        raise
+    _check_handed_on(view, states)
     return stored
 
 

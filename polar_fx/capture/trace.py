@@ -24,7 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError
-from ..passes.base import storage, writes
+from ..passes.base import in_slot, storage, writes
 from ..passes.outline_layers import is_size
 from .captured import ALIGNMENT, CapturedModel, KvSpec
 from .extension import CACHE, Slots, register
@@ -219,9 +219,25 @@ def _tensor(exported: torch.export.ExportedProgram, spec: Any) -> Tensor:
     )
 
 
+def _read_from_slots(flat: GraphModule, stored: Stored) -> None:
+    """Let layers that store nothing read the slots of other layers where they take what these have
+    just written there: keys and values of all tokens, which are the same.
+    """
+    silent = set(stored.silent)
+    for node in flat.graph.nodes:
+        if (layer := node.meta.get("layer")) not in silent:
+            continue
+        for source in node.all_input_nodes:
+            slot = storage(source)
+            written = source.target is torch.ops.aten.index_put_.default and source.args[0] is slot
+            if written and in_slot(slot) and source.meta.get("layer") != layer:
+                node.replace_input_with(source, slot)
+    flat.recompile()
+
+
 def _check_silent(flat: GraphModule, stored: Stored) -> None:
     """Raise UnsupportedModelError if a layer that stores nothing takes more than one value of other
-    layers, such as their keys.
+    layers, such as keys that are in no slot.
     """
     for silent in stored.silent:
         taken = {
@@ -279,6 +295,7 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     runs_layers = any(node.meta.get("layer") is not None for node in flat.graph.nodes)
     if not runs_layers and (remark := replaced_forward(view)):
         raise CaptureError(f"the trace of {type(model).__name__} runs none of its layers{remark}")
+    _read_from_slots(flat, stored)
     _check_silent(flat, stored)
     seconds = time.perf_counter() - start
     log.info(

@@ -114,9 +114,11 @@ def export_program(
 
 def check_one_pass(compiled: "CompiledModel", what: str) -> None:
     """Raise InputError if rows may become so long that the model computes them anew, or if it keeps
-    states, neither of which a graph of one pass (`what`) does.
+    states or its layers read keys and values of others, none of which a graph of one pass (`what`)
+    does.
     """
     compiled.library.require_no_states(what)
+    compiled.library.require_own_kv(what)
     if (switch := compiled.runner.switch) is not None:
         raise InputError(
             f"past {switch} tokens this model computes a whole row with other rotary frequencies "

@@ -195,6 +195,7 @@ def _train(
             config=job.config,
             programs=[Program.parse(text, labeller.depth) for text in job.programs],
             progress=writer,
+            runs=labeller.compiled.library.runs,
         )
     finally:
         if writer is not None:

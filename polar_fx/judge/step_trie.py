@@ -6,8 +6,8 @@ is short.
 """
 
 from collections import OrderedDict
-from collections.abc import Container, Hashable, Iterator
-from dataclasses import dataclass
+from collections.abc import Container, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -19,15 +19,18 @@ from ..program import Program
 class State:
     """A row after a step: `hidden` [T, d]; `saved`, the hidden states blends still wait for; `kv`,
     what the step wrote for the row's tokens, keys and values [H, T, E] and states (kept only where
-    other rows continue the row).
+    other rows continue the row, or other layers read it); `read`, what was written last by each
+    layer whose keys and values others read.
     """
 
     hidden: Tensor
     saved: tuple[Tensor, ...] = ()
     kv: tuple[Tensor, ...] | None = None
+    read: Mapping[int, tuple[Tensor, ...]] = field(default_factory=dict[int, tuple[Tensor, ...]])
 
     @property
     def num_bytes(self) -> int:
+        """Bytes of what this step made: `read` holds what steps before made."""
         return sum(
             t.numel() * t.element_size() for t in (self.hidden, *self.saved, *(self.kv or ()))
         )

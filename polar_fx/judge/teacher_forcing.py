@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Region, RegionName, ShapeClass
-from ..capture import KvSpec
 from ..capture.support import without_autocast
 from ..compiled import CompiledModel
 from ..errors import InputError, KvOverflowError
@@ -33,6 +32,7 @@ from ..program import Program
 from ..questions.question import ChoiceKey, EncodedQuestion
 from ..runtime.on_device import on_device
 from ..runtime.token_rows import padded, padded_tokens
+from .scratch_slots import Found, ScratchSlots
 from .step_trie import State, StepNode, StepTrie
 from .verdict import Verdict, choice_verdict
 
@@ -54,6 +54,11 @@ class _Row:
     @property
     def start(self) -> int:
         return len(self.prefix.ids) if self.prefix else 0
+
+    @property
+    def tokens(self) -> slice:
+        """Their columns in a slot."""
+        return slice(self.start, self.start + len(self.ids))
 
 
 _Task = tuple[_Row, StepNode]
@@ -94,7 +99,9 @@ class TeacherForcing:
         self._rows: dict[str, tuple[EncodedQuestion, tuple[_Row, ...]]] = {}
         self._prefixes: dict[tuple[int, ...], _Row] = {}
         self._sides: OrderedDict[tuple[_Row, ...], list[Tensor]] = OrderedDict()
-        self._slots: dict[KvSpec, tuple[int, tuple[Tensor, ...]]] = {}  # rows that fit, and parts
+        self._slots = ScratchSlots(
+            compiled.library.table, compiled.pool.length, device=compiled.device
+        )
 
     # -------------------------------------------------------------------------------------- judging
 
@@ -323,7 +330,8 @@ class TeacherForcing:
         before = [self._state(row, node.parent) for row, node in batch]
         values, tokens = self._inputs(rows)
         call = self.compiled.library.layers[layer]
-        spec, slot = self._scratch(layer, batch)
+        found = [self._found(task, state) for task, state in zip(batch, before, strict=True)]
+        slot = self._slots.filled(layer, found)
         step = call.step(self._region(call.target, len(rows), tokens=tokens))
         hidden = padded([s.hidden for s in before], tokens)
         out = step.run(hidden, values, slot=slot)
@@ -331,13 +339,14 @@ class TeacherForcing:
             blends = Blends(torch.lerp, state.saved)
             blends.open(state.hidden, node.opens)
             after = blends.close(out[i, : len(row.ids)], node.closes)
-            # clones: a view would keep the whole batch
-            kv = (
-                None
-                if row.target is not None
-                else tuple(part[i].clone() for part in spec.held(slot, len(row.ids)))
-            )
-            self.trie.put(node, row, state=State(after.clone(), tuple(blends.saved), kv))  # type: ignore[arg-type]
+            kv, read = None, state.read
+            if row.target is None or layer in self._slots.owners:
+                own = [part[i] for part in slot]
+                kv = self._slots.kept(layer, row.tokens, slot=own)
+            if layer in self._slots.owners and kv is not None:
+                read = {**read, layer: kv}
+            # a clone: a view would keep the whole batch
+            self.trie.put(node, row, state=State(after.clone(), tuple(blends.saved), kv, read))  # type: ignore[arg-type]
 
     def _state(self, row: _Row, node: StepNode | None) -> State:
         assert node is not None
@@ -345,24 +354,14 @@ class TeacherForcing:
             return node.states[row]
         return State(self._inputs((row,))[0][HIDDEN][0, : len(row.ids)])
 
-    def _scratch(self, layer: int, batch: list[_Task]) -> tuple[KvSpec, tuple[Tensor, ...]]:
-        """A step's slot for this batch alone, with what the prefix left there, and zeros after
-        that.
-        """
-        spec = self.compiled.library.table.kv_specs[layer]
-        size, (known, own) = len(batch), self._slots.get(spec, (0, ()))
-        if known < size:
-            length, device = self.compiled.pool.length, self.compiled.device
-            known, own = self._slots[spec] = size, spec.slot(size, length=length, device=device)
-        slot = tuple(part[:size] for part in own)
-        for part in slot:
-            part.zero_()  # a NaN left there would reach these rows behind their masks
-        for i, (row, node) in enumerate(batch):
-            if row.prefix:
-                kept = node.states[row.prefix].kv or ()
-                for part, before in zip(spec.held(slot, row.start), kept, strict=True):
-                    part[i] = before
-        return spec, slot
+    def _found(self, task: _Task, state: State) -> Found:
+        """What the step of a row finds in its slot, after the state before it."""
+        row, node = task
+        owner, prefix = self.compiled.library.table.owners.get(node.layer), ()
+        if row.prefix:
+            left = node.states[row.prefix]
+            prefix = (left.kv or ()) if owner is None else left.read[owner]
+        return Found(row.tokens, prefix, () if owner is None else state.read[owner])
 
     def _inputs(self, rows: tuple[_Row, ...]) -> tuple[list[Tensor], int]:
         """Side values of a batch, the hidden state after the embedding among them, and its padded

@@ -197,7 +197,7 @@ class LayerLibrary:
         return hashlib.sha256("".join(sorted(found)).encode()).hexdigest()
 
     def kv_specs(self, program: Program) -> list[KvSpec]:
-        """Slot geometry of each step."""
+        """Slot geometry of each step; a step that only reads the slot of another has none."""
         return [self.table.kv_specs[layer] for layer in program.path]
 
     def require_no_states(self, what: str) -> None:
@@ -210,13 +210,35 @@ class LayerLibrary:
                     "backend='eager'"
                 )
 
+    def require_own_kv(self, what: str) -> None:
+        """Raise InputError for a model whose layers read the keys and values of others, which
+        `what` does not hold.
+        """
+        for reader, owner in self.table.owners.items():
+            raise InputError(
+                f"layer {reader} reads the keys and values of layer {owner}, which {what} does not "
+                "hold yet; run this model by polar_fx.compile with tier='linked'"
+            )
+
     def check(self, program: Program) -> None:
-        """Raise ProgramError if the program is of another depth."""
+        """Raise ProgramError if the program is of another depth, or skips a layer whose keys and
+        values a later one reads.
+        """
         if program.depth != self.depth:
             raise ProgramError(
                 f"program {program} has depth {program.depth} but the model has {self.depth} "
                 f"layers; write it for /{self.depth}"
             )
+        if self.table.owners:
+            self.table.slot_steps(program)
+
+    def runs(self, program: Program) -> bool:
+        """Whether `check` lets the program through."""
+        try:
+            self.check(program)
+        except ProgramError:
+            return False
+        return True
 
     # --------------------------------------------------------------------------- graphs of programs
 

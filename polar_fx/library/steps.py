@@ -5,7 +5,7 @@ all follow this one rule, on tensors or on values of a graph. The interpreted st
 are tested against, does not use it.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -79,7 +79,7 @@ def states(
     hidden: T,
     *,
     values: Sequence[T],
-    slots: Sequence[Sequence[T]],
+    slots: Iterable[Sequence[T]],
     blends: Blends[T],
 ) -> Iterator[T]:
     """The hidden state after each step; a step runs when the state after it is asked for."""
@@ -100,7 +100,7 @@ class Chain(Generic[T]):
     (`kv_writes`); the rest of it, and the head, run for the tokens asked for, as if these were
     decoded. Without `kv_writes` it runs whole, once, and only the head is left to the tokens asked
     for, since a state must not see a token twice. `one` is the same program for one
-    token.
+    token. `slot_steps` tells, for each step, the one whose slot it takes; None: each has its own.
     """
 
     prologue: Code[T]
@@ -110,6 +110,7 @@ class Chain(Generic[T]):
     lerp: Callable[[T, T, float], T]
     kv_writes: Code[T] | None = None
     one: "Chain[T] | None" = None
+    slot_steps: Sequence[int] | None = None
 
     def run(
         self,
@@ -124,7 +125,7 @@ class Chain(Generic[T]):
         `inputs` are the three graph inputs; the slots are written in place. With `resume`, only the
         steps after the first resume[0] run, from the hidden state resume[1].
         """
-        values = self.start(inputs)
+        values, slots = self.start(inputs), self._taken(slots)
         if self.one is None:
             hidden, _ = self._through(self.steps, values, slots=slots, resume=resume)
             return self.head(hidden, values)
@@ -151,7 +152,7 @@ class Chain(Generic[T]):
 
         Of a chain for one token a row.
         """
-        values = self.start(inputs)
+        values, slots = self.start(inputs), self._taken(slots)
         if self.kv_writes is None:
             self._through(self.steps, values, slots=slots, resume=resume)
         else:
@@ -164,8 +165,9 @@ class Chain(Generic[T]):
         Of a chain for one token a row, all but the last.
         """
         yield values[HIDDEN]
+        taken = (slots[step] for step in self.slot_steps or range(len(slots)))
         yield from states(
-            self.steps, values[HIDDEN], values=values, slots=slots, blends=Blends(self.lerp)
+            self.steps, values[HIDDEN], values=values, slots=taken, blends=Blends(self.lerp)
         )
 
     def start(self, inputs: Sequence[T]) -> list[T]:
@@ -176,6 +178,10 @@ class Chain(Generic[T]):
         """The logits of hidden states after the last step."""
         assert self.epilogue is not None
         return self.epilogue.run(hidden, values)
+
+    def _taken(self, slots: Sequence[Sequence[T]]) -> Sequence[Sequence[T]]:
+        """The slot that each step takes."""
+        return slots if self.slot_steps is None else [slots[step] for step in self.slot_steps]
 
     def _all_but_last(
         self, values: Sequence[T], slots: Sequence[Sequence[T]], *, resume: tuple[int, T] | None

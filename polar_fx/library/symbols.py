@@ -11,7 +11,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -20,9 +20,11 @@ from torch.fx import GraphModule, Node
 
 from ..capture import ColumnsSpec, KvSpec, StateSpec
 from ..capture.captured import MOST_STATE_TOKENS
+from ..errors import ProgramError
 from ..passes.address_kv import BLOCK
-from ..passes.base import body, kind, layer_calls, role
+from ..passes.base import body, in_slot, kind, layer_calls, role
 from ..passes.text import structure_text
+from ..program import Program
 
 _AXES = {"B": "batch", "T": "tokens", "L": "length", "P": "pool", "W": "blocks"}
 
@@ -111,13 +113,18 @@ class Symbol:
 
 @dataclass(frozen=True)
 class SymbolTable:
-    """Everything about a captured model but graphs and weights."""
+    """Everything about a captured model but graphs and weights.
+
+    `owners` names, for each layer that only reads keys and values, the layer that writes them: the
+    spec of such a reader is empty, and its calls take the slot of its owner.
+    """
 
     bodies: dict[str, BodySymbols]
     prologue: Symbol
     layers: tuple[Symbol, ...]
     epilogue: Symbol
     kv_specs: tuple[KvSpec, ...]
+    owners: dict[int, int] = field(default_factory=dict[int, int])
 
     def calls(self) -> tuple[Symbol, ...]:
         """Every call, in the order of the identity program."""
@@ -132,6 +139,32 @@ class SymbolTable:
     def most_tokens(self) -> int:
         """How many tokens a row a call should bring at most."""
         return MOST_STATE_TOKENS if self.keeps_states else sys.maxsize
+
+    def slot_spec(self, layer: int) -> KvSpec:
+        """The geometry of the slot that a call of the layer takes, which may be that of its
+        owner.
+        """
+        return self.kv_specs[self.owners.get(layer, layer)]
+
+    def slot_steps(self, program: Program) -> list[int]:
+        """For each step the one whose slot it takes: itself, or, of a reader, the latest step of
+        its owner before it.
+
+        Raises ProgramError if there is none.
+        """
+        latest: dict[int, int] = {}
+        found: list[int] = []
+        for step, layer in enumerate(program.path):
+            owner = self.owners.get(layer, layer)
+            if owner == layer:
+                latest[layer] = step
+            elif owner not in latest:
+                raise ProgramError(
+                    f"layer {layer} reads the keys and values of layer {owner}, which program "
+                    f"{program} skips before it; keep layer {owner} before layer {layer}"
+                )
+            found.append(latest[owner])
+        return found
 
     def ends_in_kv_writes(self, layer: int) -> bool:
         """Whether a prefill whose last step is of this layer may run it for its keys and values
@@ -162,6 +195,8 @@ class SymbolTable:
     def to_json(self) -> str:
         """Readable JSON; `from_json` is the inverse."""
         table = asdict(self)
+        if not self.owners:
+            del table["owners"]
         for spec, plain in zip(self.kv_specs, table["kv_specs"], strict=True):
             plain["dtype"] = _name(spec.dtype)
             for name, parts in (("states", spec.states), ("more_keys", spec.more_keys)):
@@ -193,7 +228,9 @@ class SymbolTable:
 
         bodies = {name: body(entry) for name, entry in table["bodies"].items()}
         layers = tuple(map(call, table["layers"]))
-        return cls(bodies, call(table["prologue"]), layers, call(table["epilogue"]), tuple(specs))
+        owners = {int(layer): int(own) for layer, own in table.get("owners", {}).items()}
+        ends = call(table["prologue"]), call(table["epilogue"])
+        return cls(bodies, ends[0], layers, ends[1], tuple(specs), owners)
 
 
 def _spec(plain: dict[str, Any]) -> KvSpec:
@@ -227,7 +264,19 @@ def read_symbols(graph_module: GraphModule, kv_specs: tuple[KvSpec, ...]) -> Sym
     calls = (ends["prologue"], *layer_calls(graph_module), ends["epilogue"])
     symbols = [_symbol(graph_module, c, places=places) for c in calls]
     bodies = {str(c.target): _body(body(graph_module, c), names) for c in calls}
-    return SymbolTable(bodies, symbols[0], tuple(symbols[1:-1]), symbols[-1], kv_specs)
+    layers = tuple(symbols[1:-1])
+    return SymbolTable(bodies, symbols[0], layers, symbols[-1], kv_specs, _owners(graph_module))
+
+
+def _owners(graph_module: GraphModule) -> dict[int, int]:
+    """The layers that take the slot of another layer, and which."""
+    found: dict[int, int] = {}
+    for call in layer_calls(graph_module):
+        layer = call.meta["layer"]
+        for source in call.all_input_nodes:
+            if in_slot(source) and source.meta["slot"] != layer:
+                found[layer] = source.meta["slot"]
+    return found
 
 
 def _symbol(graph_module: GraphModule, call: Node, *, places: dict[Node, int]) -> Symbol:

@@ -90,8 +90,9 @@ def _check_after(
     before = [_made_up(spec, held, generator=generator, device=runner.device) for spec in specs]
     tail = random_tokens(model, _AFTER, generator=generator)
     cache = DynamicCache()
-    for layer, (keys, values) in enumerate(before):
-        cache.update(keys, values, layer)
+    for layer, pair in enumerate(before):
+        if pair:
+            cache.update(pair[0], pair[1], layer)
     wanted = reference(input_ids=tail[None].to(runner.device), **{CACHE: cache}).logits[0]
     for opened in ways:
         with opened(identity, 1) as session:
@@ -105,10 +106,13 @@ def _check_after(
 
 def _made_up(
     spec: KvSpec, held: int, *, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Keys and values [1, H, L, E] of a layer. The values of the first tokens, which are the first
-    that a window hides, are so large that attending to one of them shows among all others.
+) -> tuple[Tensor, ...]:
+    """Keys and values [1, H, L, E] of a layer, if it has its own. The values of the first tokens,
+    which are the first that a window hides, are so large that attending to one of them shows among
+    all others.
     """
+    if not spec.heads:
+        return ()
     keys, values = (
         torch.randn(1, spec.heads, held, size, generator=generator)
         for size in (spec.key_size, spec.value_size)
@@ -118,7 +122,7 @@ def _made_up(
 
 
 def _fill(
-    session: Session, specs: Sequence[KvSpec], *, before: Sequence[tuple[Tensor, Tensor]], held: int
+    session: Session, specs: Sequence[KvSpec], *, before: Sequence[tuple[Tensor, ...]], held: int
 ) -> None:
     """Let the only row of a session hold these keys and values."""
     if isinstance(session, LockstepSession):

@@ -141,7 +141,8 @@ class Dispatcher:
             where regions are there.
 
     Raises InputError if the predictor or a program is of another depth, and ProgramError if a
-    program does not begin with the steps whose output the predictor reads.
+    program does not begin with the steps whose output the predictor reads, or skips a layer whose
+    keys and values a later one reads.
     """
 
     def __init__(
@@ -181,6 +182,7 @@ class Dispatcher:
         self.calibration = predictor.calibration if predictor is not None else Calibration()
         self.num_steps = 0 if predictor is None else predictor.features.num_steps
         for program in self.menu.programs:
+            runner.library.check(program)
             if predictor is not None and not shares_trunk(program, self.num_steps):
                 raise ProgramError(
                     f"program {program} does not begin with the {self.num_steps} steps whose "

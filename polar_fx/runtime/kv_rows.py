@@ -187,7 +187,9 @@ class KvRow:
     def _by_spec(self, steps: Iterable[int]) -> dict[KvSpec, list[int]]:
         found: dict[KvSpec, list[int]] = defaultdict(list)
         for step in steps:
-            found[self.specs[self.program.path[step]]].append(step)
+            spec = self.specs[self.program.path[step]]
+            if spec.num_kv:  # steps that only read the blocks of others have none
+                found[spec].append(step)
         return found
 
     @_OUTSIDE

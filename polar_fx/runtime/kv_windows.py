@@ -1,7 +1,8 @@
 """How many tokens back each layer looks: keys and values before that need not be held.
 
 The model's own masks are asked, whatever made them: a layer has a window of w tokens if a token at
-position p sees the columns from p - w + 1 on, wherever p is.
+position p sees the columns from p - w + 1 on, wherever p is. What several layers read is held for
+the one that looks back furthest.
 
 Shape legend: B rows, L columns.
 """
@@ -29,6 +30,7 @@ class KvWindows:
     def __init__(self, table: SymbolTable) -> None:
         self._masks = [_mask_of(table, layer) for layer in table.layers]
         self._windows: list[int | None] = [None] * len(table.layers)
+        self._owners = table.owners
         self._looked = _FIRST
 
     def look(self, length: int, ask: Ask) -> None:
@@ -41,9 +43,13 @@ class KvWindows:
             for number in {mask for mask in self._masks if mask is not None}:
                 of_mask[number] = _window([(at, values[number]) for at, values in seen])
             self._windows = [of_mask[mask] for mask in self._masks]
+            for reader, owner in self._owners.items():
+                own, other = self._windows[owner], self._windows[reader]
+                self._windows[owner] = None if own is None or other is None else max(own, other)
+                self._windows[reader] = None  # it holds nothing itself
 
     def steps(self, program: Program) -> dict[int, list[int]]:
-        """The steps of a program whose layers have a window, by its size."""
+        """The steps of a program that hold what is seen in a window alone, by its size."""
         found: dict[int, list[int]] = defaultdict(list)
         for step, layer in enumerate(program.path):
             if (window := self._windows[layer]) is not None:

@@ -191,6 +191,7 @@ class Linker:
             torch.lerp,
             made[last] if cut else None,
             None if every else self.link(program, shape.decode).chain,
+            library.table.slot_steps(program) if library.table.owners else None,
         )
         return LinkedProgram(program, chain, self.pool.kv_index)
 

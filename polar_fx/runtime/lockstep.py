@@ -234,8 +234,18 @@ class Lockstep:
         found = list(values)
         for number, axis in self._axes.items():
             if axis is not None:
-                found[number] = values[number].index_select(axis, index)
+                found[number] = _selected(values[number], axis, index=index)
         return found
+
+
+def _selected(value: Tensor, axis: int, *, index: Tensor) -> Tensor:
+    """Some rows of a side value, laid out as it is: compiled code reads by its strides, which are
+    those of a wider tensor where a layer takes a part of one.
+    """
+    if axis or value.is_contiguous() or 0 in value.stride():
+        return value.index_select(axis, index)
+    rows = value.new_empty_strided((len(index), *value.shape[1:]), value.stride())
+    return torch.index_select(value, 0, index, out=rows)
 
 
 def _last_of(count: int) -> Callable[[Tensor], Tensor]:

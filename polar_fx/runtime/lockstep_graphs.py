@@ -134,7 +134,8 @@ class LockstepGraphs:
         self, cache: GraphCache, library: LayerLibrary, *, regions: RegionTable, store: KvStore
     ) -> None:
         self.cache, self.library, self.regions, self.store = cache, library, regions, store
-        self._specs = tuple(dict.fromkeys(library.table.kv_specs))
+        table = library.table
+        self._specs = tuple(dict.fromkeys(map(table.slot_spec, range(library.depth))))
         self._orders: OrderedDict[tuple[tuple[Program, ...], int], _Order] = OrderedDict()
         self._loaded: set[Hashable] = set()
         self._outputs: dict[int, tuple[torch.Size, torch.dtype]] = {}  # by number of rows
@@ -274,7 +275,7 @@ class LockstepGraphs:
         for call, name in zip(order, names, strict=True):
             opens, closes = blends_of(call, schedules)
             step = library.layers[call.layer].step(found[name])
-            calls.append(_Call(step, library.table.kv_specs[call.layer], opens, closes))
+            calls.append(_Call(step, library.table.slot_spec(call.layer), opens, closes))
         union = Program.from_path([call.layer for call in order], library.depth)
         return _Order(
             union,
@@ -291,11 +292,13 @@ class LockstepGraphs:
     ) -> Tensor:
         """Where the blocks of each call and row are named, i64[C * B] (see `_Order`)."""
         steps = list(itertools.accumulate((p.num_steps for p in programs), initial=0))
+        table = self.library.table
+        sources = [table.slot_steps(program) for program in programs]
         found: list[int] = []
         for call in order:
-            own = [steps[-1] + self._specs.index(self.library.table.kv_specs[call.layer])] * rows
+            own = [steps[-1] + self._specs.index(table.slot_spec(call.layer))] * rows
             for row, step in zip(call.rows, call.steps, strict=True):
-                own[row] = steps[row] + step
+                own[row] = steps[row] + sources[row][step]
             found += own
         return torch.tensor(found)
 

@@ -114,7 +114,11 @@ class Planner:
         names = [self._name(call, part) for call in order]
         start, head, start_last = ends = self._ends(len(programs), part)
         # a call of all rows at the end is the last of each
-        is_short = not (part.every or part.one_token) and len(order[-1].rows) == len(programs)
+        is_short = (
+            not (part.every or part.one_token)
+            and len(order[-1].rows) == len(programs)
+            and self.library.table.ends_in_kv_writes(order[-1].layer)
+        )
         short = [replace(names[-1], kv_writes=True)] if is_short else []
         wanted = [start, *names[: len(names) - len(short)], *short]
         found = self.regions.get(
@@ -125,8 +129,9 @@ class Planner:
         offsets = [0]
         for program in programs:
             offsets.append(offsets[-1] + program.num_steps)
+        sources = self._sources(programs)
         places = [
-            offsets[row] + step
+            offsets[row] + sources[row][step]
             for call in order
             for row, step in zip(call.rows, call.steps, strict=True)
         ]
@@ -150,6 +155,12 @@ class Planner:
             torch.tensor(places, dtype=torch.long),
             [len(call.rows) for call in order],
         )
+
+    def _sources(self, programs: Sequence[Program]) -> list[Sequence[int]]:
+        """For each step of each program the one whose blocks it takes."""
+        table = self.library.table
+        found = {program: table.slot_steps(program) for program in dict.fromkeys(programs)}
+        return [found[program] for program in programs]
 
     def _name(self, call: LayerCall, part: Part) -> RegionName:
         shape = ShapeClass.of(len(call.rows), part.tokens, None)
@@ -195,7 +206,7 @@ class Planner:
             call.rows,
             None if everyone else torch.tensor(call.rows, device=self.library.device),
             layer.step(region),
-            self.library.table.kv_specs[call.layer],
+            self.library.table.slot_spec(call.layer),
             opens,
             closes,
         )

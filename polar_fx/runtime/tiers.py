@@ -119,6 +119,7 @@ class Tiers:
         self._job = describe(regions.backend)
         if tier != "linked":
             library.require_no_states(f"tier={tier!r}")
+            library.require_own_kv(f"tier={tier!r}")
         # not on a GPU: whole programs are in no CUDA graph yet, without which they lose more than
         # they gain (docs/gpu.md)
         if tier != "linked" and (

@@ -7,7 +7,7 @@ one call and can share work among them.
 
 import random
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -15,6 +15,7 @@ from ..judge.verdict import Verdict, get_reward
 from ..program import Program
 from ..questions.question import EncodedQuestion, Question
 from .config import SearchConfig
+from .methods.edits import Search
 from .methods.registry import get_method, question_seed
 from .methods.scan import listed
 from .records.records import Explored, SearchRecord
@@ -55,13 +56,14 @@ def run_searches(
     in_flight: int = 32,
     verifier: Evaluator | None = None,
     programs: Mapping[str, Sequence[Program]] | None = None,
+    runs: Callable[[Program], bool] | None = None,
 ) -> Iterator[SearchRecord]:
     """A record a question, as they finish; `in_flight` are searched at a time.
 
     `verifier` judges every program found valid once more, by itself. The identity comes first in
     each search and is not charged to its budget. `questions` is read as searches finish, so it may
     be a queue. With `programs`, by question id, these are looked at instead of those that a method
-    would choose.
+    would choose. Of the latter, those that the model does not run are left out (`runs`).
     """
     reward = get_reward(config.reward)
     start = get_method(config.method) if programs is None else None
@@ -73,6 +75,8 @@ def run_searches(
             seed = question_seed(config.seed, question.id)
             method = start or listed((programs or {})[question.id])
             search = method(depth, config, random.Random(seed))
+            if runs is not None and programs is None:
+                search = _only(search, runs)
             running.append(_Running(question, encoded, seed, search, next(search)))
         if not running:
             return
@@ -96,6 +100,22 @@ def run_searches(
         for each in finished:
             evaluator.forget([each.question.id])
             yield _record(each, depth, verifier=verifier)
+
+
+def _only(search: Search, runs: Callable[[Program], bool]) -> Search:
+    """The search without the programs that are not run: it is told a reward of 0 of these. The
+    identity, which comes first, is always run.
+    """
+    asked = next(search)
+    while True:
+        known = {program: 0.0 for program in asked if not runs(program)}
+        left = [program for program in asked if program not in known]
+        if left:
+            known |= zip(left, (yield left), strict=True)
+        try:
+            asked = search.send([known[program] for program in asked])
+        except StopIteration:
+            return
 
 
 def _record(done: _Running, depth: int, *, verifier: Evaluator | None) -> SearchRecord:

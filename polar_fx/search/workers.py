@@ -106,7 +106,7 @@ class OpenWorkplace:
 
     def search(self, rows: Iterator[Row], config: SearchConfig) -> Iterator[SearchRecord]:
         """A record a question, as they finish."""
-        place = self.workplace
+        place, library = self.workplace, self.compiled.library
         return run_searches(
             rows,
             self.evaluator,
@@ -115,6 +115,7 @@ class OpenWorkplace:
             in_flight=place.in_flight,
             verifier=self.verifier,
             programs=place.programs,
+            runs=library.runs if library.table.owners else None,
         )
 
 

@@ -90,18 +90,22 @@ def mine_menu(
     dense: Dense,
     depth: int,
     config: TrainingConfig,
+    runs: Callable[[Program], bool] | None = None,
 ) -> VerdictTable:
     """Screen programs and try the best again; the table's programs in `mine`'s order are the menu.
 
     What a single question's search found, and single edits, run on some questions, then variations
     of the best of them, and the best of all on further questions, because what came first among
-    many has been lucky. Raises InputError if there is nothing to screen.
+    many has been lucky. Programs that the model does not run (`runs`) are left out. Raises
+    InputError if there is nothing to screen.
     """
     num_steps = config.features.num_steps
     pool = [
         *candidates(records, num_steps, count=config.num_candidates),
         *edits_as_programs(depth, num_steps)[: config.num_edits],
     ]
+    if runs is not None:
+        pool = list(filter(runs, pool))
     if not pool:
         raise InputError(
             "there is no program to screen: the records hold none that fits, and num_edits is 0; "
@@ -304,12 +308,14 @@ def train_predictor(
     config: TrainingConfig,
     programs: Sequence[Program] = (),
     progress: Callable[[int, dict[str, float]], None] | None = None,
+    runs: Callable[[Program], bool] | None = None,
 ) -> tuple[Selector, dict[str, Any]]:
     """The whole way.
 
     `features_of(rows)` gives pooled features f32[N, F]. With `programs` the menu is these, after
-    the identity, and nothing is mined. Returns the selector and the results. Raises InputError, and
-    ProgramError for a program that does not begin with the trunk.
+    the identity, and nothing is mined; else only those that the model runs (`runs`) are looked at.
+    Returns the selector and the results. Raises InputError, and ProgramError for a program that
+    does not begin with the trunk.
     """
     if not train or not validation:
         raise InputError(
@@ -320,7 +326,7 @@ def train_predictor(
             check_trunk(program, config.features.num_steps)
         menu, mined = Menu.of(programs, depth), {}
     else:
-        screened = mine_menu(records, train, dense=dense, depth=depth, config=config)
+        screened = mine_menu(records, train, dense=dense, depth=depth, config=config, runs=runs)
         menu = Menu.of(mine(screened, config.menu_size), depth)
         mined = {"screened": len(screened.questions), "finalists": len(screened.programs)}
     splits = {"train": train, "validation": validation}

@@ -169,13 +169,46 @@ def test_a_layer_that_reads_another_layers_value_is_refused() -> None:
         PASSES["outline-layers"]().run(gm)
 
 
-def test_a_layer_that_reads_another_layers_keys_is_refused() -> None:
-    gm = _two_layers(lambda b, h, inner, slots: b.call(aten.add.Tensor, h, slots[0]))
+def _with_keys_of_its_own(b: Builder, hidden: Node, *, slots: list[Node]) -> Node:
+    own = b.call(aten.copy_.default, slots[1], hidden)
+    return b.call(aten.add.Tensor, b.call(aten.add.Tensor, hidden, slots[0]), own)
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        pytest.param(
+            lambda b, h, inner, slots: _with_keys_of_its_own(b, h, slots=slots), id="also its own"
+        ),
+        pytest.param(
+            lambda b, h, inner, slots: b.call(aten.copy_.default, slots[0], h), id="writes"
+        ),
+    ],
+)
+def test_a_layer_that_shares_a_slot_but_by_reading_it_is_refused(second: Any) -> None:
     with pytest.raises(
         PassError,
         match="layer 1 reads the keys and values of layer 0; editing such a model is unsound",
     ):
-        PASSES["outline-layers"]().run(gm)
+        PASSES["outline-layers"]().run(_two_layers(second))
+
+
+def test_a_layer_may_only_read_the_slot_of_an_earlier_one() -> None:
+    """Its steps then read the slot of the latest step of that one."""
+    gm = _two_layers(lambda b, h, inner, slots: b.call(aten.add.Tensor, h, slots[0]))
+    outlined = PASSES["outline-layers"]().run(gm).graph_module
+    verify(outlined)
+    path = (0, 1, 0, 1, 1)
+    steps = ScheduleLayers(path=path).run(outlined).graph_module
+    assigned = PASSES["assign-kv-slots"]().run(steps)
+    verify(assigned.graph_module)
+    calls = layer_calls(assigned.graph_module)
+    read = [call.all_input_nodes[-1].meta["slot"] for call in calls]
+    assert read == [0, 0, 2, 2, 2]
+    assert not PASSES["assign-kv-slots"]().run(assigned.graph_module).modified
+    skipping = ScheduleLayers(path=(1, 0)).run(outlined).graph_module
+    with pytest.raises(PassError, match="step 0 reads the slot 0, which no step before it writes"):
+        PASSES["assign-kv-slots"]().run(skipping)
 
 
 def test_a_graph_without_layers_is_left_alone() -> None:

@@ -1,15 +1,19 @@
 """Layers with a window hold a window: the same tokens, fewer blocks."""
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engines import PROGRAMS, compiled, run
 from plain_loop import plain_logits
+from polar_fx.backends.base import RegionName, ShapeClass
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.engine import Sampling
+from polar_fx.library.steps import side_values
 from polar_fx.passes.address_kv import BLOCK
+from polar_fx.runtime.kv_windows import KvWindows
 from tiny_models import WINDOW, make
 
 TEXT = [3 + 7 * i % 90 for i in range(200)]
@@ -117,3 +121,22 @@ def test_short_programs_leave_nothing_in_what_is_kept() -> None:
     assert engine.stats()["kept_bytes"] == 0
     assert len(engine._rows.kept) == 0  # pyright: ignore[reportPrivateUsage]
     engine.close()
+
+
+def test_what_other_layers_read_is_held_for_the_one_that_looks_back_furthest() -> None:
+    """As if the second layer, which sees everything, and the third, with a window of its own, read
+    what the first one writes; or the third alone.
+    """
+    model = long_rows()
+    table, identity = model.library.table, model.default_program
+    for owners, held in (({1: 0, 2: 0}, {}), ({2: 0}, {WINDOW: [0]})):
+        windows = KvWindows(replace(table, owners=owners))
+        windows.look(40, lambda position, width: _sides(model, position, width=width))
+        assert windows.steps(identity) == held
+
+
+def _sides(model: CompiledModel, position: int, *, width: int) -> list[torch.Tensor]:
+    ids, start = torch.zeros(1, 1, dtype=torch.long), model.library.prologue
+    region = model.regions.one(RegionName(start.target, ShapeClass.of(1, 1, None)))
+    inputs = [ids, torch.full_like(ids, position), torch.arange(width)]
+    return side_values(region, inputs, weights=start.weights)

@@ -169,3 +169,20 @@ def test_rewards_of_extreme_verdicts_stay_in_range() -> None:
         Verdict(False, math.nan, math.nan),
     ):
         assert all(0 <= reward(verdict) <= 1 for reward in REWARDS.values())
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_programs_that_the_model_does_not_run_are_not_judged(method: str) -> None:
+    def runs(program: Program) -> bool:
+        return 3 in program.path
+
+    config = SearchConfig(method=method, simulations=40)
+    judged: list[set[Program]] = []
+    for allowed in (None, runs):
+        toy = Toy()
+        records = list(run_searches(iter(ROWS[:3]), toy, DEPTH, config, runs=allowed))
+        judged.append({program for call in toy.calls for _, program in call})
+        found = {each.program for record in records for each in record.explored}
+        assert found == judged[-1] - {Program.identity(DEPTH)}
+    assert not all(map(runs, judged[0])), "else nothing was left out"
+    assert len(judged[1]) > 10 and all(map(runs, judged[1]))

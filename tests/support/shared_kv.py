@@ -1,0 +1,93 @@
+"""A tiny model whose later layers read the keys and values of earlier ones, its programs as a plain
+loop over its layers, and random programs of it.
+
+Shape legend: T tokens, V vocabulary.
+"""
+
+import functools
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from polar_fx.backends import get_backend
+from polar_fx.capture.checked import capture_checked
+from polar_fx.compiled import CompiledModel
+from polar_fx.library import LayerLibrary
+from polar_fx.program import Program
+from polar_fx.runtime.regions import RegionTable
+from polar_fx.runtime.runner import Runner
+from tiny_models import FAMILIES, make
+
+OWNERS = {2: 0, 3: 1, 4: 1}  # of each reader
+DEPTH = 5
+
+
+@functools.cache
+def sharing_model() -> PreTrainedModel:
+    """The source of all that follows."""
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    options = {**FAMILIES["gemma4_text"], "num_hidden_layers": DEPTH, "num_kv_shared_layers": 3}
+    return make("gemma4_text", **options, layer_types=kinds, final_logit_softcapping=None)
+
+
+@functools.cache
+def sharing_library() -> LayerLibrary:
+    """Its capture."""
+    return LayerLibrary(capture_checked(sharing_model()))
+
+
+@functools.cache
+def sharing_compiled(backend: str = "eager") -> CompiledModel:
+    """It, interpreted or compiled."""
+    regions = RegionTable(
+        sharing_library(), get_backend(backend), max_length=100, store=None, workers=0
+    )
+    return CompiledModel(Runner.of_model(sharing_model(), regions))
+
+
+@torch.no_grad()
+def sharing_logits(program: Program, row: Tensor) -> Tensor:
+    """Logits [T, V] of the tokens i64[T] of one row, by a loop over HuggingFace's layers: none of
+    our code runs here but the schedule of blends.
+    """
+    model: Any = sharing_model()
+    inner, config, tokens = model.model, model.config, torch.arange(len(row))
+    hidden = inner.embed_tokens(row[None])
+    each = inner.project_per_layer_inputs(hidden, inner.get_per_layer_inputs(row[None], None))
+    causal = tokens[:, None] >= tokens
+    near = causal & (tokens[:, None] < tokens + config.sliding_window)
+    masks = {"full_attention": causal, "sliding_attention": near}
+    stored: dict[str, tuple[Tensor, Tensor]] = {}
+    saved: list[Tensor] = []
+    for step in program.schedule():
+        saved += [hidden] * step.opens
+        kind = config.layer_types[step.layer]
+        hidden = inner.layers[step.layer](
+            hidden,
+            each[:, :, step.layer],
+            shared_kv_states=stored,
+            position_embeddings=inner.rotary_emb(hidden, tokens[None], kind),
+            attention_mask=masks[kind][None, None],
+            position_ids=tokens[None],
+        )
+        for damping in step.closes:
+            before = saved.pop()
+            hidden = before + damping * (hidden - before)
+    return model.lm_head(inner.norm(hidden))[0]
+
+
+@st.composite
+def sharing_programs(draw: Any) -> Program:
+    """Any steps, each of which finds what it reads; half of the programs with a damped repeat."""
+    path: list[int] = []
+    for _ in range(draw(st.integers(1, DEPTH + 3))):
+        fit = [layer for layer in range(DEPTH) if OWNERS.get(layer, layer) in (layer, *path)]
+        path.append(draw(st.sampled_from(fit)))
+    if draw(st.booleans()):
+        return Program.from_path(path, DEPTH)
+    cut = draw(st.integers(0, len(path) - 1))
+    first, rest = (" ".join(map(str, part)) for part in (path[:cut], path[cut:]))
+    return Program.parse(f"{first} ({rest})*2@{draw(st.sampled_from((0.25, 0.5)))}", DEPTH)
