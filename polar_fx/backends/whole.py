@@ -107,7 +107,7 @@ class WholeProgram(torch.nn.Module):
         if not plan.prefill:
             return one.run(inputs, pairs)
         kv_writes = self._code(plan.kv_writes)
-        many = replace(self._chain(weights, plan.shape), kv_writes=kv_writes, one=one)
+        many = replace(self._chain(weights, plan.shape), kv_writes=kv_writes, one=one, num_last=1)
         return many.run(inputs, pairs, pick=lambda value: value.index_select(1, operands[3]))
 
     def _chain(self, weights: Sequence[Tensor], shape: ShapeClass) -> Chain[Tensor]:

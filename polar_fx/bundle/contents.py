@@ -18,12 +18,13 @@ import torch
 
 from ..backends.base import RegionName, ShapeClass
 from ..capture import KvSpec, StateSpec
+from ..errors import ProgramError
 from ..library.symbols import Operand, Symbol, SymbolTable
 from ..output.plain_text import count, dtype_name
 from .errors import BundleError
 from .fields import SHA256
 from .files import parse_json
-from .manifest import Manifest
+from .manifest import SHARING_FORMAT, Manifest
 
 DTYPES = {
     "F64": torch.float64,
@@ -127,11 +128,30 @@ def _problem_of_table(table: SymbolTable, manifest: Manifest) -> str | None:
     for call in table.calls():
         if problem := _problem_of_call(table, call):
             return f"has a call of {call.target!r} that {problem}"
-    for layer, (call, spec) in enumerate(zip(table.layers, table.kv_specs, strict=True)):
-        if not _is_slot(spec):
-            return f"has no usable slot for layer {layer}: {spec}"
+    if problem := _problem_of_owners(table, manifest):
+        return problem
+    for layer, call in enumerate(table.layers):
+        if not _is_slot(table.kv_specs[layer]):
+            return f"has no usable slot for layer {layer}: {table.kv_specs[layer]}"
+        spec = table.slot_spec(layer)
         if not _fits(spec, table.bodies[call.target].operands):
             return f"gives layer {layer} a slot {spec} that {call.target} was not compiled for"
+    return None
+
+
+def _problem_of_owners(table: SymbolTable, manifest: Manifest) -> str | None:
+    """What is wrong with the layers that read the slots of others, as the end of a sentence."""
+    if table.owners and manifest.version < SHARING_FORMAT:
+        return f"has layers that read the slots of others, which format {manifest.version} has not"
+    for reader, owner in table.owners.items():
+        is_reader = 0 <= owner < reader < manifest.depth and not table.kv_specs[reader].roles
+        if not is_reader or owner in table.owners or table.kv_specs[owner].states:
+            return f"lets layer {reader} read the slot of layer {owner}"
+    for program in manifest.programs:
+        try:
+            table.slot_steps(program)
+        except ProgramError as error:
+            return f"does not fit a program of the manifest: {error}"
     return None
 
 

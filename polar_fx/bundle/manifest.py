@@ -18,6 +18,7 @@ from ..output.digest import digest
 from ..output.files import replace_file
 from ..output.plain_text import count, first_line
 from ..program import MAX_STEPS, Program
+from ..program.slots import slot_steps
 from ..region_names import RegionName, ShapeClass
 from .errors import AGAIN, BundleError
 from .fields import SHA256, Fields
@@ -28,7 +29,7 @@ try:
 except ImportError:  # not POSIX: two processes that edit one manifest at once are on their own
     fcntl = None
 
-FORMAT = 2
+FORMAT, USUAL_FORMAT, SHARING_FORMAT = 3, 2, 3  # the newest; the last of layers that share slots
 MANIFEST = "manifest.json"
 KIND = "polar_fx_bundle"  # the name under which the format's version stands
 
@@ -89,7 +90,7 @@ class Manifest:
     `kv_length` is in allocated columns of a KV slot, None if regions take keys and values in
     blocks. `many_rows` says whether regions for two rows and
     more are there; else rows run one by one. Past `frequency_switch` tokens, if it is a number, all
-    of a row is computed with other rotary frequencies.
+    of a row is computed with other rotary frequencies. `version` is that of the format.
     """
 
     created: str
@@ -114,6 +115,7 @@ class Manifest:
     ties: dict[str, str]
     files: tuple[BundledFile, ...]
     frequency_switch: int | None = None
+    version: int = USUAL_FORMAT
 
     @property
     def num_bytes(self) -> int:
@@ -150,7 +152,7 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """The JSON values that `manifest.json` holds, checksum included."""
         fields: dict[str, Any] = {
-            KIND: FORMAT,
+            KIND: self.version,
             "created": self.created,
             "polar_fx": self.polar_fx,
             "model": {
@@ -262,6 +264,7 @@ def _manifest(fields: Fields) -> Manifest:
         ties=ties,
         files=_files(fields),
         frequency_switch=limits.number(_SWITCH, 1, high=MAX_LENGTH) if _SWITCH in more else None,
+        version=fields.number(KIND, 1, high=FORMAT),
     )
 
 
@@ -362,10 +365,13 @@ def add_program(
     manifest is rewritten.
 
     One that is there already stays where it is, unless it becomes the default. Raises BundleError,
-    and ProgramError for a program of another depth.
+    and ProgramError for a program of another depth, or one that skips a layer whose keys and values
+    a later one reads.
     """
     with _edited(Path(folder)) as manifest:
         added = _resolve(program, manifest.depth)
+        if manifest.version >= SHARING_FORMAT:
+            slot_steps(added, _owners(Path(folder)))
         rest = tuple(p for p in manifest.programs if p != added)
         there = manifest.programs if added in manifest.programs else (*rest, added)
         programs = (added, *rest) if default else there
@@ -409,6 +415,16 @@ def _resolve(program: Program | str, depth: int) -> Program:
             f"{count(depth, 'layer')}"
         )
     return program
+
+
+def _owners(folder: Path) -> dict[int, int]:
+    """The layers that read keys and values of others, and of which. Raises BundleError."""
+    path = folder / SYMBOLS
+    table = parse_json(path, read_small(path))
+    try:
+        return {int(reader): int(owner) for reader, owner in table.get("owners", {}).items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise BundleError(path, f"is no symbol table: {error}", AGAIN) from error
 
 
 @contextmanager

@@ -49,9 +49,11 @@ from .manifest import (
     PREDICTOR,
     PREDICTOR_FILES,
     REGIONS,
+    SHARING_FORMAT,
     SYMBOLS,
     TOKENIZER,
     TOKENIZER_SUFFIXES,
+    USUAL_FORMAT,
     WEIGHTS,
     BundledFile,
     Manifest,
@@ -135,7 +137,6 @@ def _check_kind(compiled: object, tokenizer: object) -> None:
             f"{compiled.folder} is a bundle already; copy the folder, and change its programs "
             "with add_program"
         )
-    compiled.library.require_own_kv("a bundle")
     if type(compiled.backend) is not AotInductorBackend:
         raise InputError(
             f"backend {compiled.backend.name!r} makes no code that can be shipped; compile with "
@@ -280,6 +281,7 @@ def _draft(compiled: CompiledModel, programs: tuple[Program, ...], *, many_rows:
         ties={},
         files=(),
         frequency_switch=compiled.runner.switch,
+        version=SHARING_FORMAT if library.table.owners else USUAL_FORMAT,
     )
 
 

@@ -48,8 +48,8 @@ IN_MEMORY, ON_DISK, TO_COMPILE, INTERPRETED = (
 
 @dataclass(frozen=True)
 class StepUse:
-    """One step: its layer, body and KV slot; blends opened before and closed (dampings) after it;
-    bytes of its weights.
+    """One step: its layer, body and KV slot, which may be that of a step whose keys and values it
+    reads; blends opened before and closed (dampings) after it; bytes of its weights.
     """
 
     index: int
@@ -221,15 +221,17 @@ def explain(runner: Runner, program: Program, *, batch: int = 1) -> Explanation:
     # of a prompt, its last chunk; a chunk of one token runs as if decoded
     parts = (runner.calls(program, of) for of in (shape, shape.decode))
     prefill, decode = (_uses(runner, Counter(calls), entries=entries) for calls in parts)
-    steps = []
+    steps, read = [], 0
+    slots = library.table.slot_steps(program)
     for step in program.schedule():
         call, spec = library.layers[step.layer], library.table.kv_specs[step.layer]
+        read += library.table.slot_spec(step.layer).bytes_per_token()
         steps.append(
             StepUse(
                 step.index,
                 step.layer,
                 call.target,
-                step.index,
+                slots[step.index],
                 step.opens,
                 step.closes,
                 tensor_bytes(call.weights),
@@ -246,7 +248,7 @@ def explain(runner: Runner, program: Program, *, batch: int = 1) -> Explanation:
         sum(s.weight_bytes for s in steps),
         _end_bytes(runner, batch),
         kv_bytes,
-        batch * pool.length * kv_bytes,
+        batch * pool.length * read,
     )
     return Explanation(
         program,
@@ -389,7 +391,7 @@ def _step_row(group: Sequence[StepUse]) -> tuple[str, ...]:
     blends += [f"closes @{damping:g}" for damping in group[-1].closes]
 
     def numbers(name: str) -> str:
-        return ranges([getattr(step, name) for step in group])
+        return ranges(list(dict.fromkeys(getattr(step, name) for step in group)))
 
     return (
         numbers("index"),

@@ -96,11 +96,12 @@ def states(
 class Chain(Generic[T]):
     """The calls of one program, for the logits of every token or of one token a row.
 
-    For one token a row, the last step runs for all tokens only as far as its keys and values
-    (`kv_writes`); the rest of it, and the head, run for the tokens asked for, as if these were
-    decoded. Without `kv_writes` it runs whole, once, and only the head is left to the tokens asked
-    for, since a state must not see a token twice. `one` is the same program for one
-    token. `slot_steps` tells, for each step, the one whose slot it takes; None: each has its own.
+    For one token a row, the last `num_last` steps and the head run for the tokens asked for, as if
+    these were decoded; the first of them runs for all tokens before, but only as far as its keys
+    and values (`kv_writes`), and those after it only read some. Without `kv_writes` all of them
+    only read: a step that may keep a state must not see a token twice. `one` is the same program
+    for one token. `slot_steps` tells, for each step, the one whose slot it takes; None: each has
+    its own.
     """
 
     prologue: Code[T]
@@ -110,6 +111,7 @@ class Chain(Generic[T]):
     lerp: Callable[[T, T, float], T]
     kv_writes: Code[T] | None = None
     one: "Chain[T] | None" = None
+    num_last: int = 0
     slot_steps: Sequence[int] | None = None
 
     def run(
@@ -131,14 +133,13 @@ class Chain(Generic[T]):
             return self.head(hidden, values)
         assert pick is not None
         ids, positions, kv_index = inputs
-        if self.kv_writes is None:
-            hidden, _ = self._through(self.steps, values, slots=slots, resume=resume)
-            values = self.one.start([pick(ids), pick(positions), kv_index])
-            return self.one.head(pick(hidden), values)
         hidden, blends = self._all_but_last(values, slots, resume=resume)
+        hidden, blends = pick(hidden), blends.each(pick)
         values = self.one.start([pick(ids), pick(positions), kv_index])
-        last, slot = self.one.steps[-1:], slots[-1:]
-        (hidden,) = states(last, pick(hidden), values=values, slots=slot, blends=blends.each(pick))
+        first = self._first_last(resume)
+        last, slots = self.one.steps[first:], slots[first:]
+        for after in states(last, hidden, values=values, slots=slots, blends=blends):
+            hidden = after
         return self.one.head(hidden, values)
 
     def write_kv(
@@ -152,17 +153,13 @@ class Chain(Generic[T]):
 
         Of a chain for one token a row.
         """
-        values, slots = self.start(inputs), self._taken(slots)
-        if self.kv_writes is None:
-            self._through(self.steps, values, slots=slots, resume=resume)
-        else:
-            self._all_but_last(values, slots, resume=resume)
+        self._all_but_last(self.start(inputs), self._taken(slots), resume=resume)
 
     def states(self, values: Sequence[T], slots: Sequence[Sequence[T]]) -> Iterator[T]:
         """The hidden states before the first step and then after each; a step runs when the state
         after it is asked for.
 
-        Of a chain for one token a row, all but the last.
+        Of a chain for one token a row, all but the last `num_last`.
         """
         yield values[HIDDEN]
         taken = (slots[step] for step in self.slot_steps or range(len(slots)))
@@ -186,13 +183,19 @@ class Chain(Generic[T]):
     def _all_but_last(
         self, values: Sequence[T], slots: Sequence[Sequence[T]], *, resume: tuple[int, T] | None
     ) -> tuple[T, Blends[T]]:
-        """The hidden state before the last step, and the blends that are open there; all steps'
+        """The hidden state before the last steps, and the blends that are open there; all steps'
         keys and values are written.
         """
-        assert self.kv_writes is not None
-        hidden, blends = self._through(self.steps[:-1], values, slots=slots[:-1], resume=resume)
-        self.kv_writes(self.steps[-1].operands(hidden, values, slot=slots[-1]))
+        first, begun = self._first_last(resume), 0 if resume is None else resume[0]
+        steps = self.steps[:first]
+        hidden, blends = self._through(steps, values, slots=slots[:first], resume=resume)
+        if self.kv_writes is not None and begun <= len(self.steps) - self.num_last:
+            self.kv_writes(self.steps[first].operands(hidden, values, slot=slots[first]))
         return hidden, blends
+
+    def _first_last(self, resume: tuple[int, T] | None) -> int:
+        """The number of the first step that runs for the tokens asked for alone."""
+        return max(len(self.steps) - self.num_last, 0 if resume is None else resume[0])
 
     def _through(
         self,

@@ -10,7 +10,7 @@ Shape legend: B batch, T tokens, L KV length.
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,11 +20,11 @@ from torch.fx import GraphModule, Node
 
 from ..capture import ColumnsSpec, KvSpec, StateSpec
 from ..capture.captured import MOST_STATE_TOKENS
-from ..errors import ProgramError
 from ..passes.address_kv import BLOCK
 from ..passes.base import body, in_slot, kind, layer_calls, role
 from ..passes.text import structure_text
 from ..program import Program
+from ..program.slots import slot_steps
 
 _AXES = {"B": "batch", "T": "tokens", "L": "length", "P": "pool", "W": "blocks"}
 
@@ -152,19 +152,7 @@ class SymbolTable:
 
         Raises ProgramError if there is none.
         """
-        latest: dict[int, int] = {}
-        found: list[int] = []
-        for step, layer in enumerate(program.path):
-            owner = self.owners.get(layer, layer)
-            if owner == layer:
-                latest[layer] = step
-            elif owner not in latest:
-                raise ProgramError(
-                    f"layer {layer} reads the keys and values of layer {owner}, which program "
-                    f"{program} skips before it; keep layer {owner} before layer {layer}"
-                )
-            found.append(latest[owner])
-        return found
+        return slot_steps(program, self.owners)
 
     def ends_in_kv_writes(self, layer: int) -> bool:
         """Whether a prefill whose last step is of this layer may run it for its keys and values
@@ -174,6 +162,22 @@ class SymbolTable:
         """
         spec = self.kv_specs[layer]
         return spec.num_kv > 0 and not spec.states
+
+    def ending(self, layers: Sequence[int]) -> tuple[int, bool]:
+        """How a prefill whose last steps are of these layers ends, where logits of one token a row
+        are wanted: how many of the steps run for these tokens alone, and whether the first of them
+        runs for the keys and values of all tokens before.
+
+        Those are the steps that only read keys and values, and the one in front of these if
+        `ends_in_kv_writes`.
+        """
+        count = 0
+        for layer in reversed(layers):
+            if layer not in self.owners:
+                cut = self.ends_in_kv_writes(layer)
+                return count + cut, cut
+            count += 1
+        return count, False
 
     def batch_axes(self) -> dict[int, int | None] | None:
         """The axis of the batch in each side value, None for one without; None if one cannot be

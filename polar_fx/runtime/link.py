@@ -87,8 +87,8 @@ class LinkedProgram:
         """The hidden states [B, T, d] before the first step, and then after each; a step runs when
         the state after it is asked for, and needs its slot only then.
 
-        Of a program linked for one token per row, all but the last. Raises ProgramError as `run`
-        does.
+        Of a program linked for one token per row, all but those that run for that alone. Raises
+        ProgramError as `run` does.
         """
         require_program(inputs.program, self.program)
         return self.chain.states(self.chain.start(self._graph_inputs(inputs)), inputs.slots)
@@ -125,15 +125,14 @@ def region_calls(
     one token a row; of a prompt in chunks, those of the last one.
     """
     start, head = table.prologue.target, table.epilogue.target
-    *most, last = (table.layers[layer].target for layer in program.path)
+    steps = [table.layers[layer].target for layer in program.path]
     if every:
-        return [RegionName(body, shape) for body in (start, *most, last, head)]
+        return [RegionName(body, shape) for body in (start, *steps, head)]
+    num_last, cut = table.ending(program.path)
+    most, last = steps[: len(steps) - num_last], steps[len(steps) - num_last :]
     many = [RegionName(body, shape) for body in (start, *most)]
-    if not table.ends_in_kv_writes(program.path[-1]):
-        ends = [RegionName(body, shape.decode) for body in (start, head)]
-        return [*many, RegionName(last, shape), *ends]
-    one = [RegionName(body, shape.decode) for body in (start, last, head)]
-    return [*many, RegionName(last, shape, kv_writes=True), *one]
+    writes = [RegionName(last[0], shape, kv_writes=True)] if cut else []
+    return [*many, *writes, *(RegionName(body, shape.decode) for body in (start, *last, head))]
 
 
 class Linker:
@@ -181,20 +180,21 @@ class Linker:
             call = library.layers[step.layer]
             code = made.get(RegionName(call.target, shape), _unlinked)
             steps.append(call.step(code, step.opens, closes=step.closes))
-        last = RegionName(library.layers[program.path[-1]].target, shape, kv_writes=True)
-        cut = not every and library.table.ends_in_kv_writes(program.path[-1])
+        num_last, cut = (0, False) if every else library.table.ending(program.path)
+        first = library.layers[program.path[-num_last]].target
         chain = Chain(
             made[RegionName(start.target, shape)],
             start.weights,
             tuple(steps),
             head.step(made[RegionName(head.target, shape)]) if every else None,
             torch.lerp,
-            made[last] if cut else None,
+            made[RegionName(first, shape, kv_writes=True)] if cut else None,
             None if every else self.link(program, shape.decode).chain,
+            num_last,
             library.table.slot_steps(program) if library.table.owners else None,
         )
         return LinkedProgram(program, chain, self.pool.kv_index)
 
 
 def _unlinked(operands: list[Tensor]) -> Sequence[Tensor]:
-    raise AssertionError("the last step of a prefill runs for its last token alone")
+    raise AssertionError("the last steps of a prefill run for its last token alone")

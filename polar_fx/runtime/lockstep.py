@@ -125,18 +125,18 @@ class Lockstep:
             values = self._start(plan.start, inputs)
             hidden = values[HIDDEN] if after is None else after[1]
             hidden = self._steps(plan.calls, tables, values=values, hidden=hidden, blends=blends)
-            if plan.kv_writes is not None and plan.last is not None:
-                store = self.store.tensors(plan.last.spec)
-                plan.kv_writes.run(hidden, values, slot=(*store, tables[-1]))
+            of_last = tables[len(plan.calls) :]
+            if plan.kv_writes is not None:
+                store = self.store.tensors(plan.last[0].spec)
+                plan.kv_writes.run(hidden, values, slot=(*store, of_last[0]))
             if wants == "last" and tokens > 1:
                 pick = tokens_at(torch.tensor(counts, device=ids.device).clamp(min=1) - 1)
                 hidden = pick(hidden)
                 blends = [b.each(_last_of(n)) for b, n in zip(blends, counts, strict=True)]
                 values = self._start(plan.start_last, [*map(pick, inputs[:2]), inputs[2]])
-                if plan.last is not None:
-                    hidden = self._steps(
-                        [plan.last], tables[-1:], values=values, hidden=hidden, blends=blends
-                    )
+                hidden = self._steps(
+                    plan.last, of_last, values=values, hidden=hidden, blends=blends
+                )
         batch.advance(counts)
         if wants is None or wants == "hidden":
             return hidden

@@ -5,6 +5,7 @@ A plan is made once for some programs and kept, so that a pass only runs it.
 Shape legend: n rows of a call.
 """
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -63,9 +64,10 @@ class Plan:
     """One pass over rows of certain programs: its layer calls, and where in the rows' tables,
     one below the other, the blocks of each call's rows are named.
 
-    Where logits of one token a row are all that is wanted and every row ends with the same call,
-    that call is not in `calls`: `kv_writes` writes its keys and values of all tokens, and `last`
-    runs it for one token a row, as if that were decoded.
+    Where logits of one token a row are all that is wanted and every row ends with the same calls,
+    those of them are not in `calls` that only read keys and values, and the one before these, whose
+    keys and values of all tokens `kv_writes` writes: `last` runs them for one token a row, as if
+    that were decoded.
     """
 
     start: Region
@@ -73,7 +75,7 @@ class Plan:
     start_last: Region
     calls: tuple[PlannedCall, ...]
     kv_writes: Step[Tensor] | None
-    last: PlannedCall | None
+    last: tuple[PlannedCall, ...]
     places: Tensor
     sizes: list[int]
 
@@ -113,17 +115,11 @@ class Planner:
         order = lockstep_calls(programs, part.done, stop=part.stop)
         names = [self._name(call, part) for call in order]
         start, head, start_last = ends = self._ends(len(programs), part)
-        # a call of all rows at the end is the last of each
-        is_short = (
-            not (part.every or part.one_token)
-            and len(order[-1].rows) == len(programs)
-            and self.library.table.ends_in_kv_writes(order[-1].layer)
-        )
-        short = [replace(names[-1], kv_writes=True)] if is_short else []
-        wanted = [start, *names[: len(names) - len(short)], *short]
-        found = self.regions.get(
-            [*wanted, *self._later(programs, order, part=part, is_short=is_short), *ends]
-        )
+        num_last, cut = self._ending(order, part, batch=len(programs))
+        most = len(order) - num_last
+        short = [replace(names[most], kv_writes=True)] if cut else []
+        later = self._later(programs, order, part=part, num_last=num_last)
+        found = self.regions.get([start, *names[:most], *short, *later, *ends])
         of_program = {program: program.schedule() for program in programs}
         schedules = [of_program[program] for program in programs]
         offsets = [0]
@@ -135,26 +131,32 @@ class Planner:
             for call in order
             for row, step in zip(call.rows, call.steps, strict=True)
         ]
-        kv_writes = last = None
-        most = len(order) - len(short)
-        calls = [
-            self._call(call, schedules, region=found[name])
-            for call, name in zip(order[:most], names[:most], strict=True)
-        ]
-        if is_short:
-            one = names[-1].shape.decode
-            last = self._call(order[-1], schedules, region=found[replace(names[-1], shape=one)])
-            kv_writes = self.library.layers[order[-1].layer].step(found[short[0]])
+        names[most:] = [replace(name, shape=name.shape.decode) for name in names[most:]]
+        calls: list[PlannedCall] = []
+        for call, name in zip(order, names, strict=True):
+            calls.append(self._call(call, schedules, region=found[name]))
+        kv_writes = self.library.layers[order[most].layer].step(found[short[0]]) if cut else None
         return Plan(
             found[start],
             found[head],
             found[start_last],
-            tuple(calls),
+            tuple(calls[:most]),
             kv_writes,
-            last,
+            tuple(calls[most:]),
             torch.tensor(places, dtype=torch.long),
             [len(call.rows) for call in order],
         )
+
+    def _ending(self, order: Sequence[LayerCall], part: Part, *, batch: int) -> tuple[int, bool]:
+        """How many calls at the end run for one token a row alone, and whether the first of them
+        runs for the keys and values of all tokens before.
+        """
+        if part.every or part.one_token:
+            return 0, False
+        # calls of all rows at the end are the last ones of each
+        ends = itertools.takewhile(lambda call: len(call.rows) == batch, reversed(order))
+        layers = [call.layer for call in ends]
+        return self.library.table.ending(layers[::-1])
 
     def _sources(self, programs: Sequence[Program]) -> list[Sequence[int]]:
         """For each step of each program the one whose blocks it takes."""
@@ -177,7 +179,7 @@ class Planner:
         ]
 
     def _later(
-        self, programs: Sequence[Program], order: Sequence[LayerCall], *, part: Part, is_short: bool
+        self, programs: Sequence[Program], order: Sequence[LayerCall], *, part: Part, num_last: int
     ) -> list[RegionName]:
         """What later passes over these rows may call: asked for together, it is compiled together.
 
@@ -186,7 +188,7 @@ class Planner:
         sizes = {len(programs)} if len(set(programs)) == 1 else {1, 2}
         one = dict.fromkeys(self.library.layers[call.layer].target for call in order)
         many = dict.fromkeys(
-            self.library.layers[call.layer].target for call in order[: len(order) - is_short]
+            self.library.layers[call.layer].target for call in order[: len(order) - num_last]
         )
         later = []
         for size in sizes:

@@ -125,8 +125,11 @@ def _hidden(
     with without_autocast(runner.device):
         for ids, counts in runner.chunks(rows):
             shape = ShapeClass.of(ids.shape[0], ids.shape[1], runner.pool.length)
-            # as a prefill asks for it: nothing more to compile
-            linked = runner.linker.link(session.program, shape, every=shape.tokens == 1)
+            # as a prefill asks for it, where it runs these steps for all tokens: nothing more to
+            # compile
+            num_last, _ = runner.library.table.ending(session.program.path)
+            every = shape.tokens == 1 or num_steps > runner.depth - num_last
+            linked = runner.linker.link(session.program, shape, every=every)
             positions = session.positions(counts, ids.shape[1])
             states = linked.states(StepInputs.of(session, ids, positions=positions))
             hidden = next(itertools.islice(states, num_steps, None))

@@ -8,9 +8,7 @@ import hashlib
 import json
 import random
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ import pytest
 import torch
 from transformers import Cache
 
-from places import ROOT
+from cpp_runner import comma, cpp_tokens, python_tokens, run_cpp
 from plain_loop import plain_logits
 from polar_fx.bundle import BundledModel, export, load_bundle, read_manifest
 from polar_fx.bundle.contents import weight_operands
@@ -31,26 +29,8 @@ from polar_fx.quantized import quantize_weights
 from tiny_bundles import compiled_hybrid, hybrid
 from tiny_models import make, prompts
 
-SOURCES = ROOT / "polar_fx" / "bundle" / "cpp"
 DEPTH, LENGTH, CHUNK = 4, 63, 8
 PROGRAMS = ("identity", "skip 1", "0-1 (2-3)*2", "0 (1-2)*2@0.5 3", "[(0-1)*2@0.25 3]@0.5")
-
-
-@pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The program, built once."""
-    if sys.platform != "linux":
-        pytest.skip("the runner is for Linux")
-    if shutil.which("cmake") is None or not any(shutil.which(c) for c in ("c++", "g++", "clang++")):
-        pytest.skip("building the runner needs cmake and a C++ compiler")
-    place = tmp_path_factory.mktemp("runner")
-    ninja = ["-G", "Ninja"] if shutil.which("ninja") else []
-    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
-    configure = ["cmake", *ninja, "-S", str(SOURCES), "-B", str(place), prefix]
-    for command in (configure, ["cmake", "--build", str(place)]):
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-    return place / "polar_run"
 
 
 @pytest.fixture(scope="module")
@@ -81,32 +61,6 @@ def copied(folder: Path, tmp_path: Path) -> Path:
     return shutil.copytree(folder, tmp_path / "bundle")
 
 
-def _run(runner: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
-    # nothing of the environment: the program finds torch's libraries itself, and needs no compiler
-    env = {"PATH": "", "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return subprocess.run(
-        [str(runner), *map(str, arguments)], capture_output=True, text=True, check=False, env=env
-    )
-
-
-def _new_tokens(runner: Path, *arguments: Any) -> list[int]:
-    done = _run(runner, *arguments)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert done.stdout.count("\n") == 1
-    return [int(t) for t in done.stdout.split(",")]
-
-
-def _comma(tokens: Sequence[int]) -> str:
-    return ",".join(map(str, tokens))
-
-
-def _want(bundle: BundledModel, program: str, *, prompt: list[int], new: int) -> list[int]:
-    ids = torch.tensor([prompt])
-    return bundle.generate(ids, program=program, max_new_tokens=new, do_sample=False)[
-        0, len(prompt) :
-    ].tolist()
-
-
 # one token, two, one part, one part and a single token, three parts
 @pytest.mark.parametrize("num_prompt", [1, 2, CHUNK, CHUNK + 1, 2 * CHUNK + 4])
 def test_greedy_tokens_are_those_of_python(
@@ -116,24 +70,22 @@ def test_greedy_tokens_are_those_of_python(
     answers = set()
     for program in PROGRAMS:
         text = str(Program.parse(program, DEPTH))
-        got = _new_tokens(
-            runner, folder, "--program", text, "--tokens", _comma(prompt), "--new", 12
-        )
-        assert got == _want(bundle, program, prompt=prompt, new=12), text
+        got = cpp_tokens(runner, folder, "--program", text, "--tokens", comma(prompt), "--new", 12)
+        assert got == python_tokens(bundle, program, prompt=prompt, new=12), text
         answers.add(tuple(got))
     assert len(answers) > 1, "programs answer differently, or this test would not see which one ran"
-    without = _new_tokens(runner, folder, "--tokens", _comma(prompt), "--new", 12)
-    assert without == _want(bundle, "identity", prompt=prompt, new=12), (
+    without = cpp_tokens(runner, folder, "--tokens", comma(prompt), "--new", 12)
+    assert without == python_tokens(bundle, "identity", prompt=prompt, new=12), (
         "the first program is the default one"
     )
 
 
 def test_a_row_may_be_filled_to_its_end(runner: Path, folder: Path, bundle: BundledModel) -> None:
     prompt = prompts(LENGTH - 2)[0].tolist()
-    assert _new_tokens(runner, folder, "--tokens", _comma(prompt), "--new", 3) == _want(
+    assert cpp_tokens(runner, folder, "--tokens", comma(prompt), "--new", 3) == python_tokens(
         bundle, "identity", prompt=prompt, new=3
     )
-    done = _run(runner, folder, "--tokens", _comma(prompt), "--new", 4)
+    done = run_cpp(runner, folder, "--tokens", comma(prompt), "--new", 4)
     assert (
         done.returncode == 2
         and "a prompt of 61 tokens and 4 new ones exceed the 63 that the bundle holds"
@@ -143,13 +95,13 @@ def test_a_row_may_be_filled_to_its_end(runner: Path, folder: Path, bundle: Bund
 
 def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: BundledModel) -> None:
     prompt = prompts(5)[0].tolist()
-    tokens = _want(bundle, "identity", prompt=prompt, new=12)
+    tokens = python_tokens(bundle, "identity", prompt=prompt, new=12)
     _exchange(copied, "generation.json", text=json.dumps({"eos_token_id": [99, tokens[4]]}))
-    got = _new_tokens(runner, copied, "--tokens", _comma(prompt), "--new", 12)
+    got = cpp_tokens(runner, copied, "--tokens", comma(prompt), "--new", 12)
     assert (
         got
         == tokens[: tokens.index(tokens[4]) + 1]
-        == _want(load_bundle(copied), "identity", prompt=prompt, new=12)
+        == python_tokens(load_bundle(copied), "identity", prompt=prompt, new=12)
     )
 
 
@@ -169,18 +121,18 @@ def test_states_and_experts_run(runner: Path, tmp_path: Path) -> None:
         logits = loaded.forward(row[None], program=program)[0]
         want = plain_logits(source, program, row=row)
         torch.testing.assert_close(logits, want, rtol=0, atol=1e-4)
-        arguments = ("--tokens", _comma(row.tolist()), "--new", 8, "--program", str(program))
-        got = _new_tokens(runner, tmp_path / "bundle", *arguments)
-        assert got == _want(loaded, text, prompt=row.tolist(), new=8)
+        arguments = ("--tokens", comma(row.tolist()), "--new", 8, "--program", str(program))
+        got = cpp_tokens(runner, tmp_path / "bundle", *arguments)
+        assert got == python_tokens(loaded, text, prompt=row.tolist(), new=8)
 
 
 @pytest.mark.slow
 def test_weights_as_integers_run(runner: Path, tmp_path: Path) -> None:
     model = quantize_weights(make("llama", hidden_size=64, intermediate_size=128), "int4")
     export(compile(model, "aot_inductor", max_length=31), tmp_path / "bundle", ["identity"])
-    want = _want(load_bundle(tmp_path / "bundle"), "identity", prompt=[5, 7, 9], new=8)
+    want = python_tokens(load_bundle(tmp_path / "bundle"), "identity", prompt=[5, 7, 9], new=8)
     arguments = (tmp_path / "bundle", "--tokens", "5,7,9", "--new", 8)
-    assert _new_tokens(runner, *arguments) == want
+    assert cpp_tokens(runner, *arguments) == want
 
 
 def test_a_row_that_would_be_computed_anew_is_refused(
@@ -189,11 +141,11 @@ def test_a_row_that_would_be_computed_anew_is_refused(
     values = json.loads((copied / "manifest.json").read_text())
     values["limits"]["frequency_switch"] = 8
     (copied / "manifest.json").write_text(json.dumps(values))
-    done = _run(runner, copied, "--tokens", "1,2,3,4", "--new", 6)
+    done = run_cpp(runner, copied, "--tokens", "1,2,3,4", "--new", 6)
     assert done.returncode == 2 and "past 8 tokens this model computes a whole row" in done.stderr
     for prompt, new in (([1, 2, 3, 4], 5), (list(range(1, 10)), 4)):
-        got = _new_tokens(runner, copied, "--tokens", _comma(prompt), "--new", new)
-        assert got == _want(bundle, "identity", prompt=prompt, new=new)
+        got = cpp_tokens(runner, copied, "--tokens", comma(prompt), "--new", new)
+        assert got == python_tokens(bundle, "identity", prompt=prompt, new=new)
 
 
 def _exchange(place: Path, name: str, *, text: str) -> None:
@@ -244,7 +196,7 @@ SPELLINGS = (
 def test_programs_are_read_as_python_reads_them(runner: Path, folder: Path) -> None:
     pick = random.Random(0)
     for text in (*SPELLINGS, *(str(_random_program(pick)) for _ in range(20))):
-        done = _run(runner, folder, "--steps", "--any-program", "--program", text)
+        done = run_cpp(runner, folder, "--steps", "--any-program", "--program", text)
         assert done.returncode == 0, done.stderr
         schedule = Program.parse(text, DEPTH).schedule()
         for line, step in zip(done.stdout.splitlines(), schedule, strict=True):
@@ -289,11 +241,11 @@ def test_malformed_programs_are_refused_as_in_python(runner: Path, folder: Path)
     for text in MALFORMED:
         with pytest.raises(ProgramError):
             Program.parse(text, DEPTH)
-        done = _run(runner, folder, "--steps", "--any-program", "--program", text)
+        done = run_cpp(runner, folder, "--steps", "--any-program", "--program", text)
         assert done.returncode == 2 and done.stderr.startswith(
             f"polar_run: program '{text}': column "
         ), text
-    done = _run(runner, folder, "--program", "0-4 6-29 /30", "--tokens", "1")
+    done = run_cpp(runner, folder, "--program", "0-4 6-29 /30", "--tokens", "1")
     assert (
         done.returncode == 2
         and "column 10: the program is for 30 layers, the bundle has 4" in done.stderr
@@ -303,15 +255,15 @@ def test_malformed_programs_are_refused_as_in_python(runner: Path, folder: Path)
 def test_only_the_programs_of_the_manifest_run_unless_asked(
     runner: Path, folder: Path, bundle: BundledModel
 ) -> None:
-    done = _run(runner, folder, "--program", "3 2 1", "--tokens", "5,6")
+    done = run_cpp(runner, folder, "--program", "3 2 1", "--tokens", "5,6")
     assert (
         done.returncode == 2
         and "is not among the 5 programs of the bundle; add it with" in done.stderr
     )
-    got = _new_tokens(
+    got = cpp_tokens(
         runner, folder, "--program", "3 2 1", "--any-program", "--tokens", "5,6", "--new", 4
     )
-    assert got == _want(bundle, "3 2 1", prompt=[5, 6], new=4)
+    assert got == python_tokens(bundle, "3 2 1", prompt=[5, 6], new=4)
 
 
 # ----------------------------------------------------------------------------------------- refusals
@@ -332,12 +284,12 @@ def test_arguments_that_make_no_sense_are_refused(runner: Path, folder: Path) ->
         ((folder.parent / "nowhere", "--tokens", "1"), "nowhere: is not a folder"),
         ((folder.parent, "--tokens", "1"), "manifest.json: is missing"),
     ):
-        done = _run(runner, *arguments)
+        done = run_cpp(runner, *arguments)
         assert done.returncode == 2 and words in done.stderr and not done.stdout, (
             arguments,
             done.stderr,
         )
-    assert _run(runner, "--help").stdout.startswith("usage: polar_run BUNDLE --tokens 1,2,3")
+    assert run_cpp(runner, "--help").stdout.startswith("usage: polar_run BUNDLE --tokens 1,2,3")
 
 
 def _in_manifest(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -438,7 +390,7 @@ def test_bundles_that_are_damaged_or_made_for_elsewhere_are_refused(
 ) -> None:
     damage, words = DAMAGE[what]
     damage(copied)
-    done = _run(runner, copied, "--tokens", "1,2", "--new", 2)
+    done = run_cpp(runner, copied, "--tokens", "1,2", "--new", 2)
     assert done.returncode == 2 and not done.stdout
     assert done.stderr.startswith("polar_run: ") and words in done.stderr, done.stderr
 
@@ -446,7 +398,7 @@ def test_bundles_that_are_damaged_or_made_for_elsewhere_are_refused(
 def test_sizes_only_looks_at_sizes(runner: Path, copied: Path) -> None:
     _flip(copied, "config.json")  # which the runner does not read
     arguments = (copied, "--tokens", "1,2", "--new", 2)
-    assert "config.json: was changed" in _run(runner, *arguments).stderr
-    assert len(_new_tokens(runner, *arguments, "--sizes-only")) == 2
+    assert "config.json: was changed" in run_cpp(runner, *arguments).stderr
+    assert len(cpp_tokens(runner, *arguments, "--sizes-only")) == 2
     (copied / "config.json").write_text("{}")
-    assert "config.json: is truncated" in _run(runner, *arguments, "--sizes-only").stderr
+    assert "config.json: is truncated" in run_cpp(runner, *arguments, "--sizes-only").stderr

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from engines import run
 from plain_loop import lost
 from polar_fx import compile
-from polar_fx.bundle import export
+from polar_fx.backends.base import RegionName, ShapeClass
 from polar_fx.compiled import CompiledModel
 from polar_fx.engine import Sampling
 from polar_fx.errors import InputError, ProgramError
@@ -26,6 +26,7 @@ from polar_fx.predictor.menu import Menu
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion, Question
 from polar_fx.runtime.generator import padded_rows
+from polar_fx.runtime.link import region_calls
 from polar_fx.runtime.trunk import run_trunk, session_after
 from polar_fx.search.config import SearchConfig
 from polar_fx.search.lockstep import run_searches
@@ -129,6 +130,28 @@ def _check(model: CompiledModel, each: list[Program], *, chunk: int) -> None:
         new = output[i, ids.shape[1] :]
         want = sharing_logits(program, torch.cat((row, new[:-1])))[len(row) - 1 :]
         assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "whole", "cut", "last"),
+    [
+        ("0 1 2 3 4", [0], 1, [1, 2, 3, 4]),
+        ("0 1 2 0 1", [0, 1, 2, 0], 1, [1]),
+        ("1 3 0 (2)*2@0.5 3", [1, 3], 0, [0, 2, 2, 3]),
+    ],
+)
+def test_what_only_reads_at_the_end_runs_for_tokens_whose_logits_are_wanted(
+    text: str, whole: list[int], cut: int, last: list[int]
+) -> None:
+    table = sharing_library().table
+    many, (start, *layers, head) = ShapeClass.of(1, 2, 64), table.calls()
+    calls = region_calls(table, Program.parse(text, DEPTH), shape=many, every=False)
+    bodies = [layer.target for layer in layers]
+    wanted = [RegionName(start.target, many)]
+    wanted += [RegionName(bodies[i], many) for i in whole]
+    wanted += [RegionName(bodies[cut], many, kv_writes=True), RegionName(start.target, many.decode)]
+    wanted += [RegionName(bodies[i], many.decode) for i in last]
+    assert calls == [*wanted, RegionName(head.target, many.decode)]
 
 
 # ------------------------------------------------------------ verdicts, trunks, engines, what stays
@@ -278,7 +301,5 @@ def test_what_does_not_hold_shared_keys_and_values_says_so(tmp_path: Any) -> Non
         export_program(model, None, path=tmp_path / "program.pt2")
     with pytest.raises(InputError, match=says.format("an ONNX graph")):
         export_onnx(model, tmp_path / "onnx")
-    with pytest.raises(InputError, match=says.format("a bundle")):
-        export(model, tmp_path / "bundle")
     with pytest.raises(InputError, match=says.format("tier='whole'")):
         compile(sharing_model(), "aot_inductor", max_length=31, tier="whole")  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from polar_fx.backends import get_backend
 from polar_fx.capture.checked import capture_checked
-from polar_fx.compiled import CompiledModel
+from polar_fx.compiled import CompiledModel, compile
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
 from polar_fx.runtime.regions import RegionTable
@@ -46,6 +46,11 @@ def sharing_compiled(backend: str = "eager") -> CompiledModel:
         sharing_library(), get_backend(backend), max_length=100, store=None, workers=0
     )
     return CompiledModel(Runner.of_model(sharing_model(), regions))
+
+
+def sharing_compiled_to_files() -> CompiledModel:
+    """It, compiled once a test session, for prompts in parts of 8 tokens."""
+    return compile(sharing_model(), "aot_inductor", max_length=63, prefill_chunk=8)
 
 
 @torch.no_grad()

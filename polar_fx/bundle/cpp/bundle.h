@@ -25,7 +25,7 @@
 
 namespace fs = std::filesystem;
 
-constexpr int64_t kFormat = 2;  // the newest format of manifests that is read here
+constexpr int64_t kFormat = 3;  // the newest format of manifests that is read here
 constexpr std::streamoff kMaxJsonBytes = 64 << 20;
 
 // How a weight is laid out for the code that reads it.
@@ -116,6 +116,7 @@ class Bundle {
   Call prologue, epilogue;
   std::vector<Call> layers;
   std::vector<KvSpec> kv_specs;  // a layer's
+  std::vector<size_t> owners;    // whose slot a layer's steps take: its own, or that of the layer whose keys and values it only reads
 
   // The package of a region for one row, and one token or many.
   std::string package(const std::string& region, bool many_tokens) {
@@ -231,6 +232,15 @@ class Bundle {
     }
     if (layers.size() != static_cast<size_t>(depth) || kv_specs.size() != layers.size())
       throw JsonError("it has " + std::to_string(layers.size()) + " layers, the manifest says " + std::to_string(depth));
+    for (size_t layer = 0; layer < layers.size(); ++layer) owners.push_back(layer);
+    if (!table.has("owners")) return;
+    for (const auto& [name, owner] : table["owners"].object()) {
+      const auto reader = static_cast<size_t>(Json::parse(name).size()), own = static_cast<size_t>(owner.size());
+      if (reader >= layers.size() || own >= reader || owners[own] != own || !kv_specs[reader].columns.empty() ||
+          !kv_specs[reader].states.empty() || !kv_specs[own].states.empty())
+        throw JsonError("it lets layer " + name + " read the slot of layer " + std::to_string(own));
+      owners[reader] = own;
+    }
   }
 
   static Call read_call(const Json& table, const Json& call) {

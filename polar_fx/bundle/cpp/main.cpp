@@ -72,8 +72,25 @@ struct LinkedCall {
 // A program's calls for one token or for many.
 struct LinkedProgram {
   LinkedCall prologue, epilogue;
-  std::vector<LinkedCall> steps;  // of many tokens, the last one only writes keys and values if it keeps no state
+  std::vector<LinkedCall> steps;  // of many tokens, the last ones run for one token alone: see `Session::append_many`
 };
+
+// For each step the one whose slot it takes: itself, or the latest step before it of the layer whose keys and values it reads.
+std::vector<size_t> slot_steps(const Bundle& bundle, const Program& program) {
+  std::map<size_t, size_t> latest;
+  std::vector<size_t> found;
+  for (size_t i = 0; i < program.size(); ++i) {
+    const auto layer = static_cast<size_t>(program[i].layer);
+    const size_t owner = bundle.owners.at(layer);
+    if (owner == layer) latest[layer] = i;
+    if (!latest.contains(owner))
+      throw Refused("program", "layer " + std::to_string(layer) + " reads the keys and values of layer " + std::to_string(owner) +
+                                   ", which it skips before; keep layer " + std::to_string(owner) + " before layer " +
+                                   std::to_string(layer));
+    found.push_back(latest[owner]);
+  }
+  return found;
+}
 
 // Keys and values of one row, and its states, apart for each step: a layer that runs twice must not append twice to the same ones.
 //
@@ -81,7 +98,8 @@ struct LinkedProgram {
 // the row's blocks i64[1, W]; here the row has a store of its own at each step, whose blocks are in order, and which grows.
 class KeysAndValues {
  public:
-  KeysAndValues(const Bundle& bundle, const Program& program) : in_blocks_(bundle.kv_length == 0) {
+  KeysAndValues(const Bundle& bundle, const Program& program)
+      : in_blocks_(bundle.kv_length == 0), slot_steps_(slot_steps(bundle, program)) {
     for (const Step& step : program) {
       const KvSpec& spec = bundle.kv_specs.at(static_cast<size_t>(step.layer));
       const int64_t first = in_blocks_ ? kLeastBlocks : 1, columns = in_blocks_ ? kBlock : bundle.kv_length;
@@ -115,7 +133,7 @@ class KeysAndValues {
 
   // What the code of a step takes.
   Tensors of(size_t step) const {
-    Tensors taken = steps_.at(step);
+    Tensors taken = steps_.at(slot_steps_.at(step));
     if (in_blocks_ && !taken.empty()) taken.push_back(row_blocks_);
     return taken;
   }
@@ -127,14 +145,17 @@ class KeysAndValues {
 
   bool in_blocks_;
   Tensor row_blocks_;
-  std::vector<Tensors> steps_;
+  std::vector<size_t> slot_steps_;
+  std::vector<Tensors> steps_;  // of a step that reads the slot of another one, nothing
 };
 
 // A program on one row.
 class Session {
  public:
   Session(Bundle& bundle, const Program& program, bool many_tokens)
-      : bundle_(bundle), program_(program), one_(link(false)), kv_(bundle, program) {
+      : bundle_(bundle), program_(program), kv_(bundle, program) {
+    find_ending();
+    one_ = link(false);
     if (many_tokens) many_ = link(true);
   }
 
@@ -161,14 +182,24 @@ class Session {
     made.prologue = link(bundle_.prologue, "", many_tokens);
     made.prologue.sides = {};  // its operands are the graph's inputs themselves, in order
     if (!many_tokens) made.epilogue = link(bundle_.epilogue, "", many_tokens);  // logits are wanted of one token only
-    for (const Step& step : program_) {
-      const bool kv_only = many_tokens && &step == &program_.back() && ends_in_kv_writes();
-      made.steps.push_back(link(bundle_.layers.at(static_cast<size_t>(step.layer)), kv_only ? ".kv" : "", many_tokens));
+    const size_t num_whole = many_tokens ? program_.size() - num_last_ : program_.size();
+    for (size_t i = 0; i < num_whole + (many_tokens && cut_ ? 1 : 0); ++i) {
+      const Call& call = bundle_.layers.at(static_cast<size_t>(program_[i].layer));
+      made.steps.push_back(link(call, i == num_whole ? ".kv" : "", many_tokens));
     }
     return made;
   }
 
-  bool ends_in_kv_writes() const { return bundle_.kv_specs.at(static_cast<size_t>(program_.back().layer)).ends_in_kv_writes(); }
+  // As `polar_fx.library.symbols.SymbolTable.ending` says.
+  void find_ending() {
+    for (size_t i = program_.size(); i-- > 0; ++num_last_) {
+      const auto layer = static_cast<size_t>(program_[i].layer);
+      if (bundle_.owners[layer] != layer) continue;
+      cut_ = bundle_.kv_specs.at(layer).ends_in_kv_writes();
+      num_last_ += cut_ ? 1 : 0;
+      return;
+    }
+  }
 
   LinkedCall link(const Call& call, const char* suffix, bool many_tokens) {
     LinkedCall made{nullptr, call.sides, {}};
@@ -194,10 +225,9 @@ class Session {
     }
   }
 
-  // The first `num_steps` steps. `saved` holds the hidden states of blends that are still open.
-  Tensor run(const LinkedProgram& linked, size_t num_steps, const Tensors& values, Tensors& saved) const {
-    Tensor hidden = values.at(3);
-    for (size_t i = 0; i < num_steps; ++i) {
+  // The steps from `first` to before `stop`. `saved` holds the hidden states of blends that are still open.
+  Tensor run(const LinkedProgram& linked, size_t first, size_t stop, Tensor hidden, const Tensors& values, Tensors& saved) const {
+    for (size_t i = first; i < stop; ++i) {
       saved.insert(saved.end(), static_cast<size_t>(program_[i].opens), hidden);
       hidden = linked.steps[i]({hidden}, values, kv_.of(i)).at(0);
       close(program_[i], saved, hidden);
@@ -208,30 +238,23 @@ class Session {
   Tensor append_one(const Tensor& ids) {
     const Tensors values = start(one_, ids, next_positions(1));
     Tensors saved;
-    return head(run(one_, program_.size(), values, saved), values);
+    return head(run(one_, 0, program_.size(), values.at(3), values, saved), values);
   }
 
-  // Of the last step only the keys and values are needed for all tokens. What comes after runs for the last token alone,
-  // as if it were decoded, and not at all for a part of a prompt that does not end here. A step that keeps a state runs whole,
-  // once, and the head alone is left to the last token.
+  // Of the last steps only keys and values are needed for all tokens: `cut_` tells that the first of these steps writes some,
+  // and the others only read. What comes after runs for the last token alone, as if it were decoded, and not at all for a part
+  // of a prompt that does not end here. A step that keeps a state runs whole, once.
   Tensor append_many(const Tensor& ids, bool is_end) {
-    const bool cut = ends_in_kv_writes();
+    const size_t first = program_.size() - num_last_;
     const Tensor positions = next_positions(ids.size(1));
     Tensors values = start(many_, ids, positions), saved;
-    Tensor hidden = run(many_, program_.size() - (cut ? 1 : 0), values, saved);
-    if (cut) many_.steps.back()({hidden}, values, kv_.of(program_.size() - 1));
+    Tensor hidden = run(many_, 0, first, values.at(3), values, saved);
+    if (cut_) many_.steps.back()({hidden}, values, kv_.of(first));
     if (!is_end) return {};
     const auto pick = [](const Tensor& all) { return all.narrow(1, all.size(1) - 1, 1).clone(at::MemoryFormat::Contiguous); };
-    if (!cut) {
-      values = start(one_, pick(ids), pick(positions));
-      return head(pick(hidden), values);
-    }
-    saved.insert(saved.end(), static_cast<size_t>(program_.back().opens), hidden);
     for (Tensor& state : saved) state = pick(state);
     values = start(one_, pick(ids), pick(positions));
-    hidden = one_.steps.back()({pick(hidden)}, values, kv_.of(program_.size() - 1)).at(0);
-    close(program_.back(), saved, hidden);
-    return head(hidden, values);
+    return head(run(one_, first, program_.size(), pick(hidden), values, saved), values);
   }
 
   Tensor head(const Tensor& hidden, const Tensors& values) const { return one_.epilogue({hidden}, values, {}).at(0); }
@@ -245,6 +268,8 @@ class Session {
   Bundle& bundle_;
   const Program& program_;
   std::map<std::string, std::unique_ptr<Package>> packages_;  // a region is loaded once, however often its layer runs
+  size_t num_last_ = 0;  // steps that run for the last token of a prompt alone
+  bool cut_ = false;     // whether the first of them runs for the keys and values of all its tokens before
   LinkedProgram one_, many_;
   KeysAndValues kv_;
   int64_t num_tokens_ = 0;
