@@ -13,7 +13,7 @@ from polar_fx.bundle import add_program, export, load_bundle, read_manifest
 from polar_fx.bundle.errors import BundleError
 from polar_fx.bundle.manifest import SHARING_FORMAT
 from polar_fx.errors import ProgramError
-from shared_kv import sharing_compiled_to_files, sharing_logits
+from shared_kv import OWNERS, sharing_compiled_to_files, sharing_logits
 from tiny_bundles import Mutable
 from tiny_models import prompts
 
@@ -65,6 +65,16 @@ def test_such_programs_are_not_added(copied: Mutable) -> None:
     copied.sign({**before, "programs": ["0 3 /5"]})
     with pytest.raises(BundleError, match=r"symbols.json: does not fit a program of the manifest"):
         load_bundle(copied.folder)
+
+
+def test_a_second_start_traces_and_compiles_nothing(folder: Path) -> None:
+    again = sharing_compiled_to_files()
+    program = again.resolve(PROGRAMS[1])
+    row = prompts(9)[0]
+    logits = again.forward(row[None], program=program)[0]
+    torch.testing.assert_close(logits, sharing_logits(program, row), rtol=0, atol=1e-4)
+    assert {r.source for r in again.regions.records} == {"loaded"} and not again.library.is_traced
+    assert again.library.table.owners == OWNERS
 
 
 def test_readers_of_before_are_told_by_the_format(folder: Path) -> None:

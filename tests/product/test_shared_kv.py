@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from captured_decodes import FakeApi
 from engines import run
 from plain_loop import lost
 from polar_fx import compile
@@ -25,8 +26,12 @@ from polar_fx.library.symbols import SymbolTable
 from polar_fx.predictor.menu import Menu
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion, Question
+from polar_fx.runtime import checked_runs
+from polar_fx.runtime.cuda_graphs import CudaGraphs
 from polar_fx.runtime.generator import padded_rows
+from polar_fx.runtime.kv_store import Growth
 from polar_fx.runtime.link import region_calls
+from polar_fx.runtime.runner import Runner
 from polar_fx.runtime.trunk import run_trunk, session_after
 from polar_fx.search.config import SearchConfig
 from polar_fx.search.lockstep import run_searches
@@ -35,6 +40,7 @@ from polar_fx.training.mining import edits_as_programs
 from shared_kv import (
     DEPTH,
     OWNERS,
+    make_sharing,
     sharing_compiled,
     sharing_library,
     sharing_logits,
@@ -252,6 +258,27 @@ def test_beams_take_what_is_read_along(monkeypatch: pytest.MonkeyPatch) -> None:
     for in_blocks in (True, False):
         monkeypatch.setattr(model.runner, "addresses", in_blocks)
         assert torch.equal(model.generate(ids, **options), want)
+
+
+@pytest.mark.parametrize("in_blocks", [True, False])
+def test_captured_decodes(in_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, with a stand-in for its graphs."""
+    regions, api = sharing_compiled().regions, FakeApi()
+    model = CompiledModel(Runner.of_model(sharing_model(), regions))
+    model.graphs = CudaGraphs(api)
+    model.runner.lockstep.store.growth = Growth(part=1, least=400)
+    monkeypatch.setattr(model.runner, "addresses", in_blocks)
+    for each in (TEXTS, TEXTS, TEXTS[1:2] * 4, TEXTS[1:2] * 4):
+        _check(model, list(map(model.resolve, each)), chunk=512)
+    assert api.count("replay") > 20
+
+
+def test_a_window_that_is_full_late_is_checked() -> None:
+    """With keys and values that are made up, of those layers that have some."""
+    model = make_sharing(sliding_window=300, max_position_embeddings=512)
+    compiled = compile(model, "eager", max_length=400, check=True, cache=False)
+    assert checked_runs._late(model, 400) == [299]
+    assert compiled.library.table.owners == OWNERS
 
 
 def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode() -> None:

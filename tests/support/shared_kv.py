@@ -25,12 +25,18 @@ OWNERS = {2: 0, 3: 1, 4: 1}  # of each reader
 DEPTH = 5
 
 
+def make_sharing(**overrides: Any) -> PreTrainedModel:
+    """A model of its own."""
+    kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
+    options = {**FAMILIES["gemma4_text"], "num_hidden_layers": DEPTH, "num_kv_shared_layers": 3}
+    options |= {"layer_types": kinds, "final_logit_softcapping": None, **overrides}
+    return make("gemma4_text", **options)
+
+
 @functools.cache
 def sharing_model() -> PreTrainedModel:
     """The source of all that follows."""
-    kinds = ["sliding_attention", "full_attention"] * 2 + ["full_attention"]
-    options = {**FAMILIES["gemma4_text"], "num_hidden_layers": DEPTH, "num_kv_shared_layers": 3}
-    return make("gemma4_text", **options, layer_types=kinds, final_logit_softcapping=None)
+    return make_sharing()
 
 
 @functools.cache
