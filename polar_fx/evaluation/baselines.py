@@ -163,11 +163,18 @@ def pruning_choices(
         for e in encoded[:: max(1, len(encoded) // _INFLUENCE_PROMPTS)]
     ]
     influences = block_influences(model, prompts[:_INFLUENCE_PROMPTS])
-    pruned = least_influence_program(influences, depth - steps, protected=trunk)
+    runs = model.library.runs
+    pruned = least_influence_program(influences, depth - steps, protected=trunk, runs=runs)
     made = [
         static(f"block-influence pruning, {steps} steps", pruned, n=n),
         random_skips(
-            f"random program of {steps} steps", depth, num_steps=steps, trunk=trunk, n=n, seed=seed
+            f"random program of {steps} steps",
+            depth,
+            num_steps=steps,
+            trunk=trunk,
+            n=n,
+            seed=seed,
+            runs=runs,
         ),
     ]
     return made, influences.tolist()

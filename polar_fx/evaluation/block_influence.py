@@ -8,7 +8,7 @@ they are whatever prompts are given.
 Shape legend: B batch, T tokens, d hidden size, D layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -82,13 +82,18 @@ def _cosine_sums(
 
 
 def least_influence_program(
-    influences: np.ndarray, num_removed: int, *, protected: int = 0
+    influences: np.ndarray,
+    num_removed: int,
+    *,
+    protected: int = 0,
+    runs: Callable[[Program], bool] = lambda program: True,
 ) -> Program:
     """The identity without the `num_removed` layers of lowest influence f64[D]; of equals the
     earlier ones go first.
 
     The first `protected` layers, those of the trunk, always stay, and so does a layer after them.
-    Raises InputError if there are not so many to remove.
+    A layer without which the model does not run (`runs`) stays until those that read its keys and
+    values are gone. Raises InputError if there are not so many to remove.
     """
     depth = len(influences)
     if influences.ndim != 1 or not np.isfinite(influences).all():
@@ -103,5 +108,16 @@ def least_influence_program(
             f"one more must stay; give 0 to {depth - protected - 1}"
         )
     order = protected + np.argsort(influences[protected:], kind="stable")
-    removed = set(order[:num_removed].tolist())
-    return Program.from_path([layer for layer in range(depth) if layer not in removed], depth)
+    program = Program.identity(depth)
+    for _ in range(num_removed):
+        # there is always one: the last layer
+        program = next(filter(runs, _without_one(program, order.tolist())))
+    return program
+
+
+def _without_one(program: Program, order: Sequence[int]) -> Iterator[Program]:
+    """The program without one of its layers, in the order in which they should go."""
+    for gone in order:
+        if gone in program.path:
+            left = [layer for layer in program.path if layer != gone]
+            yield Program.from_path(left, program.depth)

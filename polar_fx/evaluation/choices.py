@@ -4,7 +4,7 @@ Shape legend: N questions, K programs of a menu.
 """
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,15 +116,26 @@ def static_by_task(
     return Choice.single(name, [programs.get(q.task, Program.identity(depth)) for q in questions])
 
 
-def random_skips(name: str, depth: int, *, num_steps: int, trunk: int, n: int, seed: int) -> Choice:
+def random_skips(
+    name: str,
+    depth: int,
+    *,
+    num_steps: int,
+    trunk: int,
+    n: int,
+    seed: int,
+    runs: Callable[[Program], bool] = lambda program: True,
+) -> Choice:
     """For each question a random program of `num_steps` steps: layers after the trunk are left out
-    at random.
+    at random, and drawn again where the model does not run what is left (`runs`).
     """
     rng = random.Random(seed)
-    found = []
-    for _ in range(n):
+    found: list[Program] = []
+    while len(found) < n:
         skipped = set(rng.sample(range(trunk, depth), depth - num_steps))
-        found.append(Program.from_path([i for i in range(depth) if i not in skipped], depth))
+        program = Program.from_path([i for i in range(depth) if i not in skipped], depth)
+        if runs(program):
+            found.append(program)
     return Choice.single(name, found)
 
 

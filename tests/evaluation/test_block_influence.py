@@ -69,3 +69,15 @@ def test_least_influence_program_by_hand() -> None:
     assert least_influence_program(influences, 2, protected=3) == parse("skip 4-5")
     with pytest.raises(InputError, match="give 0 to 2"):
         least_influence_program(influences, 3, protected=3)
+
+
+def test_a_layer_stays_until_none_reads_its_keys_and_values() -> None:
+    """Layer 3 reads those of layer 1, which has the lowest influence."""
+
+    def runs(program: Program) -> bool:
+        return 1 in program.path or 3 not in program.path
+
+    influences = np.array([0.5, 0.1, 0.2, 0.3])
+    found = [least_influence_program(influences, n, runs=runs).path for n in (1, 2, 3)]
+    assert found == [(0, 1, 3), (0, 1), (0,)]
+    assert least_influence_program(influences, 1).path == (0, 2, 3)

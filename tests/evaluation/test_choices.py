@@ -2,6 +2,8 @@
 it.
 """
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -175,3 +177,13 @@ def test_a_verdict_that_is_missing_is_named() -> None:
     chosen = Choice.single("mine", [IDENTITY, IDENTITY, other, IDENTITY])
     with pytest.raises(InputError, match="question 'm1' has no verdict of .* of 'mine'; judge all"):
         choices.arm_results([chosen], RECORDS)
+
+
+def test_random_skips_are_programs_that_run() -> None:
+    def runs(program: Program) -> bool:
+        return DEPTH - 1 in program.path
+
+    sizes: Any = {"num_steps": 4, "trunk": 2, "n": 20, "seed": 1}
+    every = singles(choices.random_skips("it", DEPTH, **sizes))
+    found = singles(choices.random_skips("it", DEPTH, **sizes, runs=runs))
+    assert len(found) == 20 and all(map(runs, found)) and not all(map(runs, every))
