@@ -18,6 +18,7 @@ from tiny_bundles import Mutable
 from tiny_models import prompts
 
 PROGRAMS = ("identity", "0 1 2 (1 4)*2@0.5 2", "0 1")
+pytestmark = pytest.mark.slow  # many regions are compiled
 
 
 @pytest.fixture(scope="module")
