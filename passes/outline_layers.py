@@ -329,6 +329,26 @@ def _in_one_dtype(gm: GraphModule) -> GraphModule:
     return new
 
 
+def _in_order_of_use(nodes: list[Node], wanted: Iterable[Node]) -> list[Node]:
+    """The nodes as `wanted` values need them, one after the other, then those that none needs.
+
+    The traced order is not the same in every process where a model loops over a set of names, as
+    transformers does over types of layers. It is kept where a node writes into memory.
+    """
+    if any(map(writes, nodes)):
+        return nodes
+    inside, done = set(nodes), dict[Node, None]()
+    left = [*reversed(nodes), *reversed([node for node in wanted if node in inside])]
+    while left:
+        node = left[-1]
+        needed = [n for n in node.all_input_nodes if n in inside and n not in done]
+        if needed and node not in done:
+            left += reversed(needed)
+        else:
+            done.setdefault(left.pop())
+    return list(done)
+
+
 def _layer_output(index: int, nodes: list[Node], *, depth: int) -> Node:
     """The one value that later nodes take of a layer; raises PassError if it is not one."""
     inside = set(nodes)
@@ -369,7 +389,7 @@ class OutlineLayers(Pass):
         made = [n for n in sides if n.op != "placeholder"]
         start = Body(
             "prologue",
-            stack.before,
+            _in_order_of_use(stack.before, made),
             operand_role=lambda n: "weight" if n.op == "get_attr" else "input",
             always=[n for n in gm.graph.nodes if n.op == "placeholder" and role(n) == "input"],
         )

@@ -347,3 +347,19 @@ def test_a_failing_export_names_the_model(monkeypatch: pytest.MonkeyPatch) -> No
     ) as caught:
         capture(make("llama"))
     assert isinstance(caught.value.__cause__, AssertionError)
+
+
+def test_the_order_of_a_set_in_the_model_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gemma 3 loops over the set of its layers' types, in an order that is another one in every
+    process; records, predictors and compiled regions are known by the table's fingerprint.
+    """
+    from transformers.models.gemma3 import modeling_gemma3
+
+    def table_of(backwards: bool) -> str:
+        def in_order(names: Any) -> list[Any]:
+            return sorted(dict.fromkeys(names), reverse=backwards)
+
+        monkeypatch.setattr(modeling_gemma3, "set", in_order, raising=False)
+        return LayerLibrary(capture(make("gemma3_text"))).table.to_json()
+
+    assert table_of(False) == table_of(True)
