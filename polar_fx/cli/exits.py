@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.9,
         metavar="SHARE",
-        help="mean steps that may run, of the model's layers (default: %(default)s)",
+        help="mean steps to come down to, of the model's layers; more run where the risk or the "
+        "loss would be too large (default: %(default)s)",
     )
     parser.add_argument(
         "--risk",
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.005,
         metavar="SHARE",
-        help="of all right answers to train questions, that may go; where more would, fewer leave "
-        "(default: %(default)s)",
+        help="of all questions that are learned from, whose right answer may go, less those "
+        "gained; where more would, fewer leave (default: %(default)s)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="exits, scores and results"
@@ -98,7 +99,7 @@ def told(result: "ExitsResult") -> list[str]:
             continue
         rule, gain = result.exits.tasks.get(row.arm.task), paired.gain
         if rule is not None and not rule.expected["leave"]:
-            lines.append(f"{row.arm.task}: no exit, because the first layers are not sure enough")
+            lines.append(f"{row.arm.task}: no exit keeps within the risk and the loss")
             continue
         after = "" if rule is None else f" after {rule.num_steps} layers"
         lines.append(

@@ -50,6 +50,15 @@ class Choice:
         """The method on some of the questions."""
         return Choice(self.name, tuple(self.programs[i] for i in places), self.oracle)
 
+    def that_run(self, runs: Callable[[Program], bool]) -> "Choice":
+        """With the identity in place of programs that the model does not run."""
+
+        def run(program: Program) -> Program:
+            return program if runs(program) else Program.identity(program.depth)
+
+        programs = (tuple(dict.fromkeys(map(run, each))) for each in self.programs)
+        return Choice(self.name, tuple(programs), self.oracle)
+
     def __post_init__(self) -> None:
         if not self.oracle and any(len(each) != 1 for each in self.programs):
             raise InputError(

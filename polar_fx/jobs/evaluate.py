@@ -301,7 +301,9 @@ def _baselines(
         more, trained = encoder_choices(encoder, setting, test=subject.questions)
         choices += more
         notes |= trained
-    return choices, notes
+    # what was learned knows nothing of layers that others need
+    library = labeller.compiled.library
+    return [choice.that_run(library.runs) for choice in choices], notes
 
 
 def _asked_for_answers(job: EvaluateJob, n: int) -> list[int]:

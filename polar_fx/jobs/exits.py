@@ -46,7 +46,8 @@ _PART = 32  # questions scored at a time
 class ExitsJob:
     """Settings: questions with choices (`asked.data`), whose test ones are apart by what their
     lines say, else by their ids; mean steps of `budget` x depth, if at most a share `risk` of all
-    choices changes by that and at most a share `loss` of right answers goes; and where results go.
+    choices changes by that and at most a share `loss` of right answers is lost (less those gained,
+    of all questions); and where results go.
     """
 
     out: Path

@@ -94,9 +94,10 @@ class EarlyExit:
     """The exit of one task: after `num_steps` layers, where the readout of these `weights` f64[F]
     reaches `threshold` (infinity: never).
 
-    `expected` are the shares that were found on train questions, cross-fitted: of questions that
-    leave, of those that choose as the whole model does, of all questions whose choice changes and
-    whose right answer is lost (less those gained), and of all steps.
+    `expected` are shares that were found on train questions by readouts that did not see them: of
+    questions that leave, of those that choose as the whole model does, of all questions whose
+    choice changes and whose right answer is lost (less those gained), and of all steps. Depth and
+    threshold were chosen by these numbers, so others will be somewhat worse.
     """
 
     num_steps: int
@@ -176,8 +177,13 @@ class EarlyExits:
         """
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
-            if fields.pop("format") != FORMAT or fields.pop("version") != VERSION:
-                raise ValueError(f"it is no {FORMAT} of version {VERSION}")
+            if fields.pop("format") != FORMAT:
+                raise ValueError(f"it is no {FORMAT}")
+            if (version := fields.pop("version")) != VERSION:
+                raise InputError(
+                    f"{path} is of version {version!r}, and {VERSION} is read here; learn the "
+                    "exits again (`python -m polar_fx exits`)"
+                )
             tasks = {name: _exit_of(each) for name, each in fields.pop("tasks").items()}
             texts = {name: fields.pop(name) for name in ("weights", "prompt")}
             if not all(isinstance(text, str) for text in texts.values()):
@@ -188,7 +194,9 @@ class EarlyExits:
                 f"cannot read {path}: {error.strerror or error}; name the file that "
                 "`python -m polar_fx exits` wrote"
             ) from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except InputError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise InputError(
                 f"{path} holds no early exits: {error}; name the file that "
                 "`python -m polar_fx exits` wrote"
@@ -196,9 +204,20 @@ class EarlyExits:
 
 
 def _exit_of(fields: Mapping[str, Any]) -> EarlyExit:
+    num_steps, threshold, weights = (fields[n] for n in ("num_steps", "threshold", "weights"))
+    if type(num_steps) is not int:
+        raise ValueError(f"num_steps is {num_steps!r}, not an integer")
+    if threshold is not None and not _is_number(threshold):
+        raise ValueError(f"threshold is {threshold!r}, neither a finite number nor null")
+    if not (isinstance(weights, list) and all(map(_is_number, weights))):
+        raise ValueError("weights is no list of finite numbers")
     return EarlyExit(
-        int(fields["num_steps"]),
-        math.inf if fields["threshold"] is None else float(fields["threshold"]),
-        tuple(map(float, fields["weights"])),
-        expected=dict(fields["expected"]),
+        num_steps,
+        math.inf if threshold is None else float(threshold),
+        tuple(map(float, weights)),
+        expected={str(name): float(value) for name, value in fields["expected"].items()},
     )
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]

@@ -142,6 +142,15 @@ def test_what_has_to_be_judged_is_each_program_once_and_not_the_identity() -> No
         choices.wanted_programs(asked[1:], QUESTIONS)
 
 
+def test_the_identity_takes_the_place_of_programs_that_do_not_run() -> None:
+    identity = Program.identity(4)
+    skips, first, second = (Program.parse(text, 4) for text in ("skip 1", "skip 2", "skip 3"))
+    choice = Choice("any", ((skips, first), (skips, second), (first, second)), oracle=True)
+    found = choice.that_run(lambda program: program not in (skips, second))
+    assert found.programs == ((identity, first), (identity,), (first, identity))
+    assert found.name == "any" and found.oracle
+
+
 def test_places_of_tasks_are_in_the_order_in_which_tasks_come() -> None:
     assert choices.places_of(["b", "a", "b"]) == {"b": [0, 2], "a": [1]}
     assert choices.places_of([]) == {}

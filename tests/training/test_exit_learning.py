@@ -171,7 +171,15 @@ def test_saved_and_loaded(tmp_path: Path) -> None:
         ({"weights": 5}, "should be texts"),
         ({"notes": None}, "holds no early exits"),
         ({"tasks": {"a": {**made.to_dict(), "weights": [0.0] * 8}}}, "does not fit the 7 features"),
-        ({"tasks": {"a": {**made.to_dict(), "weights": ["nan"] * 7}}}, "not finite"),
+        ({"tasks": {"a": {**made.to_dict(), "weights": ["1"] * 7}}}, "no list of finite numbers"),
+        ({"tasks": {"a": {**made.to_dict(), "weights": [10**400] * 7}}}, "holds no early exits"),
+        (
+            {"tasks": {"a": {**made.to_dict(), "num_steps": 2.5}}},
+            "num_steps is 2.5, not an integer",
+        ),
+        ({"tasks": {"a": {**made.to_dict(), "num_steps": math.inf}}}, "not an integer"),
+        ({"tasks": {"a": {**made.to_dict(), "threshold": -math.inf}}}, "threshold is -inf"),
+        ({"version": 1}, "is of version 1, and 2 is read here; learn the exits again"),
         ({"tasks": {"a": {**made.to_dict(), "num_steps": 0}}}, "after 0 layers"),
     ):
         exits.save(path)
