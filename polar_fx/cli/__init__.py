@@ -30,6 +30,7 @@ COMMANDS = (
     "demo",
     "cache",
     "fit",
+    "reproduce",
     "search",
     "analyze",
     "train",

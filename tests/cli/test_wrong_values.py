@@ -23,6 +23,7 @@ NEEDED = {
     "demo": [],
     "cache": ["ls"],
     "fit": ["--data", "{here}/text.txt", "--out", "{here}/fit"],
+    "reproduce": ["{here}", "--out", "{here}/reproduction"],
     "search": ["--task", "addition", "--out", "{here}/out.jsonl"],
     "analyze": ["{here}/text.txt"],
     "train": ["{here}/text.txt", "--out", "{here}/predictor"],

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from polar_fx.jobs import fit, search
+from polar_fx.jobs import fit, search, stages
 from polar_fx.jobs.questions import Asked
 
 
@@ -25,8 +25,8 @@ def test_the_rate_is_one_of_a_search_that_compiles_nothing(
 
     def run(job: search.SearchJob, *_: Any) -> SimpleNamespace:
         assert job.workers == 1 and tmp_path not in job.out.parents, "records are not kept"
-        return SimpleNamespace(evaluations_per_second=left.pop(0))
+        return SimpleNamespace(evaluations_per_second=left.pop(0), seconds=0.0)
 
     monkeypatch.setattr(search, "run", run)
-    job = fit.FitJob(out=tmp_path)
-    assert fit._evaluations_per_second(job, Asked(tasks=("addition",))) == expected
+    job = stages.Stages(out=tmp_path, asked=Asked(tasks=("addition",)), size=fit.PRESETS["quick"])
+    assert job.probe().evaluations_per_second == expected

@@ -1,0 +1,282 @@
+"""`tables.md` and `results.json` of a reproduction: what came of it, what was run, and every
+table.
+"""
+
+import json
+import os
+import platform
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from ..environment import processor_name
+from ..output.files import replace_file
+from ..search.analysis.summary import SearchFile, analyze
+from ..stats.arms import IDENTITY
+from .reproduction_plan import Plan
+
+_SINGLE = "selector: accuracy"
+_TOGETHER = "all"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduced:
+    """What the stages left: the plan, seconds a stage, the results of training, what the evaluation
+    came to, the records of the search and the folder of the evaluation's report.
+
+    `questions` are facts of files (None: of built-in tasks), `without_baselines` says why they were
+    left out, if they were.
+    """
+
+    plan: Plan
+    seconds: Mapping[str, float]
+    trained: Mapping[str, Any]
+    conclusion: str
+    records: Path
+    report: Path
+    questions: Mapping[str, Any] | None
+    without_baselines: str
+    figures: bool
+
+
+def write_tables(out: Path, found: Reproduced) -> list[Path]:
+    """Write both, and figures of the search; returns all files, the tables first.
+
+    Raises InputError, RecordFileError, OSError.
+    """
+    searched = analyze([SearchFile.read(found.records)])
+    tested = json.loads((found.report / "results.json").read_text(encoding="utf-8"))
+    figures = sorted(found.report.glob("*.svg"))
+    if found.figures:
+        from ..search.analysis.figures import write_figures
+
+        figures += write_figures(searched, out / "figures")
+    facts = environment_facts(found.plan.settings)
+    results = {
+        "ok": True,
+        "conclusion": found.conclusion,
+        "environment": facts,
+        "plan": found.plan.to_dict(),
+        "seconds": dict(found.seconds),
+        "questions": found.questions,
+        "without_baselines": found.without_baselines,
+        "search": searched,
+        "train": dict(found.trained),
+        "test": tested,
+    }
+    text = json.dumps(results, indent=1, default=str)
+    replace_file(out / "results.json", [text.encode() + b"\n"])
+    parts = [
+        _head(found, facts),
+        _questions(found),
+        _search(searched["files"][0]),
+        _test(found, tested["arms"]),
+        _figures(figures, out=out),
+    ]
+    replace_file(out / "tables.md", ["\n".join(part for part in parts if part).encode()])
+    return [out / "tables.md", out / "results.json", *figures]
+
+
+def environment_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Versions and machine, as JSON values."""
+    import torch
+
+    from ..version import __version__
+
+    facts: dict[str, Any] = {
+        "polar_fx": __version__,
+        "date": date.today().isoformat(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "processor": processor_name(),
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+    device = str(settings["device"] or "cpu")
+    if device.startswith("cuda"):
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def _head(found: Reproduced, facts: Mapping[str, Any]) -> str:
+    settings = found.plan.settings
+    *lines, verdict = found.conclusion.splitlines()
+    shown = {name: value for name, value in settings.items() if value not in (None, [], 0)}
+    shown["questions"] = shown["questions"] if isinstance(shown["questions"], list) else "of files"
+    run = [(name, _text(value)) for name, value in {**shown, **facts}.items()]
+    planned, took = found.plan.seconds, found.seconds
+    stages = [
+        (name, _minutes(planned.get(name)), _minutes(took.get(name)))
+        for name in dict.fromkeys((*planned, *took))
+    ]
+    stages.append((_TOGETHER, _minutes(found.plan.total), _minutes(sum(took.values()))))
+    return "\n".join(
+        [
+            f"# {settings['model']}, protocol {settings['protocol']}",
+            "",
+            f"**{verdict}**",
+            "",
+            *map(_item, lines),
+            "",
+            "## What was run",
+            "",
+            *_table(("", ""), run),
+            "",
+            "```",
+            *found.plan.lines(),
+            "```",
+            "",
+            "Minutes that were planned and taken; the menu is chosen within the stage train.",
+            "",
+            *_table(("stage", "planned", "took"), stages, right=2),
+            "",
+        ]
+    )
+
+
+def _questions(found: Reproduced) -> str:
+    """Of files: how many of each tier, and what was left out."""
+    facts = found.questions
+    if facts is None:
+        return (
+            "Questions are generated; train, validation and test are apart by a hash of the "
+            "question's id. Test questions were asked once, after all that was learned.\n"
+        )
+    rows = [(tier, *map(str, counts.values())) for tier, counts in facts["tiers"].items()]
+    lines = ["## Questions", "", *_table(("", "train", "validation", "test"), rows, right=3), ""]
+    lines.append(
+        f"Of {facts['ids_to_leave_out']:,} ids to leave out, {facts['left_out']:,} were of train "
+        f"questions, which entered neither search nor training. {facts['repeated']:,} more train "
+        "questions were left out because their text is that of a validation or test question."
+    )
+    if facts["is_divided"]:
+        lines.append(
+            "The files name no test questions: half of the validation questions of each tier, "
+            "drawn, were kept for the test."
+        )
+    lines.append("How many of these were used, the plan says.")
+    return "\n".join([*lines, ""])
+
+
+def _search(file: Mapping[str, Any]) -> str:
+    """What some explored program answers: by task or tier, and of all."""
+    groups = [g for g in file["groups"] if g["difficulty"] is None and g["cell"] is None]
+    parts = [(g["task"], g["summary"]) for g in groups]
+    if len(parts) > 1:
+        parts.insert(0, (_TOGETHER, file["summary"]))
+    right = []
+    shorter = []
+    for name, one in parts:
+        n = f"{one['questions']:,}"
+        right.append((name, n, *map(_share, one["accuracy"].values())))
+        shorter.append((name, *_of_shorter(one["shorter"]), _mean(one["shortest_steps"]["mean"])))
+    heads = ("", "n", "identity", "+ skips", "+ repeats", "+ any")
+    more = ("", "n right", "shorter", "n wrong", "corrected", "by shorter", "steps of the shortest")
+    return "\n".join(
+        [
+            "## What the search found",
+            "",
+            f"Train questions, {file['depth']} layers, {file['method']}, {file['simulations']} "
+            "programs each. In %, with Wilson's 95 % interval: the identity, and an oracle over "
+            "explored programs that only skip, that only repeat, and any, which knows the answer.",
+            "",
+            *_table(heads, right, right=5),
+            "",
+            "Of the questions that the identity gets right, those with a right program that is "
+            "shorter; of those that it gets wrong, those with any right program, and with a "
+            "shorter one.",
+            "",
+            *_table(more, shorter, right=6),
+            "",
+        ]
+    )
+
+
+def _of_shorter(shorter: Mapping[str, Any]) -> tuple[str, ...]:
+    right, corrected, wrong = (shorter[name] for name in ("right", "corrected", "wrong"))
+    return (f"{right['n']:,}", _share(right), f"{wrong['n']:,}", _share(corrected), _share(wrong))
+
+
+def _test(found: Reproduced, arms: Sequence[Mapping[str, Any]]) -> str:
+    """Test questions: single-shot methods and pass@k side by side, then every method in full."""
+    lines = [
+        "## Test",
+        "",
+        "The identity ran in the same job. Right answers in % with Wilson's 95 % interval, and "
+        "executed steps in % of the identity's; pass@k and the whole menu are oracles, which "
+        "choose by the answer key and run all of their programs.",
+        "",
+        *_side_by_side(arms),
+        "",
+    ]
+    if found.without_baselines:
+        lines += [f"{found.without_baselines[0].upper()}{found.without_baselines[1:]}.", ""]
+    lines += ["### Every method", "", (found.report / "arms.md").read_text(encoding="utf-8")]
+    answers = found.report / "answers" / "arms.md"
+    if found.plan.answers and answers.exists():
+        lines += [
+            f"### Generated answers, to {found.plan.answers:,} of the test questions",
+            "",
+            answers.read_text(encoding="utf-8"),
+        ]
+    return "\n".join(lines)
+
+
+def _side_by_side(arms: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line a task, a column a method, of those that are told of first."""
+    names = dict.fromkeys(arm["arm"] for arm in arms)
+    shown = list(filter(_is_shown, names))
+    cells = {(arm["task"], arm["arm"]): arm for arm in arms}
+    rows: list[tuple[str, ...]] = []
+    for task in dict.fromkeys(arm["task"] for arm in arms):
+        of_task = [cells[task, name] for name in shown]
+        rows.append((task, f"{of_task[0]['n']:,}", *map(_cell, of_task)))
+    return _table(("", "n", *shown), rows, right=1 + len(shown))
+
+
+def _is_shown(label: str) -> bool:
+    names = (IDENTITY, _SINGLE, "PoLar network, first of beam", "any program of the menu (oracle)")
+    return label in names or "pass@" in label
+
+
+def _cell(arm: Mapping[str, Any]) -> str:
+    return f"{_share(arm['method'])} at {100 * arm['step_ratio']['value']:.0f} %"
+
+
+def _figures(figures: Iterable[Path], *, out: Path) -> str:
+    links = [f"![{path.stem}]({path.relative_to(out).as_posix()})" for path in figures]
+    return "\n\n".join(["## Figures", *links, ""]) if links else ""
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 0) -> list[str]:
+    """Of Markdown; the last `right` columns are aligned to the right."""
+    rule = ["---"] * (len(head) - right) + ["---:"] * right
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
+
+
+def _item(line: str) -> str:
+    return f"- {line}"
+
+
+def _text(value: Any) -> str:
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+def _minutes(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 60:.1f}"
+
+
+def _mean(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _share(share: Mapping[str, Any]) -> str:
+    """`42.4 [40.1, 44.8]`, in percent."""
+    if share["share"] is None:
+        return "–"
+    low, high = 100 * share["low"], 100 * share["high"]
+    return f"{100 * share['share']:.1f} [{low:.1f}, {high:.1f}]"
