@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -21,7 +21,7 @@ from ..search.workers import Workplace
 from .fit import PRESETS, TASKS
 from .labeller import named_model
 from .progress import silent_console
-from .questions import Asked
+from .questions import Asked, measuring_questions
 from .reproduction_plan import Measured, Plan, Protocol
 from .reproduction_report import Reproduced, write_tables
 from .stages import Stages
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from ..questions import Split
 
 PLAN, QUESTIONS, TOOK = "plan.json", "questions.jsonl", "seconds.json"
+_CELLS = 400  # questions of built-in tasks that meet all of their cells
 T = TypeVar("T")
 
 
@@ -202,8 +203,13 @@ def _stages(job: ReproduceJob, made: Plan, *, baselines: bool) -> Stages:
         answers=made.answers,
         baselines=baselines,
         encoder=job.encoder if baselines else None,
-        figures=importlib.util.find_spec("matplotlib") is not None,
+        figures=has_matplotlib(),
     )
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _measure(job: ReproduceJob, console: "Console") -> Measured:
@@ -213,12 +219,20 @@ def _measure(job: ReproduceJob, console: "Console") -> Measured:
     began = time.perf_counter()
     stages = Stages(out=job.out, asked=_asked(job), size=PRESETS["quick"], workplace=job.workplace)
     with console.status("measuring how long this machine takes ..."):
-        verdicts = stages.probe(questions=8, simulations=16)
+        verdicts = stages.probe(questions=5, simulations=12)
         answering = None
         if job.protocol == "paper":
             answering = stages.probe(questions=2, simulations=3, evaluator="generation")
-    seconds = time.perf_counter() - began
-    return Measured(verdicts=verdicts, answering=answering, seconds=seconds)
+    identities = 0
+    if job.protocol == "tasks":
+        asked = replace(stages.asked, count=_CELLS, split="train")
+        identities = len(measuring_questions(asked.questions()))
+    return Measured(
+        verdicts=verdicts,
+        answering=answering,
+        seconds=time.perf_counter() - began,
+        identities=identities,
+    )
 
 
 def _why_no_baselines(stages: Stages) -> str:

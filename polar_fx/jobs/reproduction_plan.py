@@ -31,7 +31,7 @@ _SIZES: "dict[str, tuple[Size, Size]]" = {
     ),
 }
 _ANSWERS = {"tasks": (0, 0), "paper": (50, 1000)}
-_LEAST_SCALE, _MOST_SCALE, _STEPS = -1.0, 2.0, 300
+_LEAST_SCALE, _MOST_SCALE, _STEPS = -1.5, 2.0, 350
 _MOST_SIMULATIONS = 200  # a question, as in the paper
 _LEAST_SEARCHED = 5  # questions
 _LEAST_MENU, _MOST_MENU = 4, 64
@@ -42,18 +42,22 @@ _ANSWERED = 2 + 2 * _VOTES  # answers a question: identity, choice, programs and
 # features, and the networks of the baselines.
 _LEARNING, _BASELINES = 0.02, 0.1
 _FIXED = 10.0  # seconds of a stage that depend on nothing
+# Of a program's time in a search: where few programs run on many questions, batches are larger.
+_IDENTITY, _LISTED = 0.35, 0.5
 _MARGIN = 0.9  # of the budget is planned, because a short measurement tells only about
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """What short searches told, and the seconds that they took; `answering` is of one whose
-    answers were generated (None: none will be).
+    answers were generated (None: none will be). `identities` questions, which the identity alone
+    answers, tell in a stage how difficult its questions are.
     """
 
     verdicts: Probe
     answering: Probe | None
     seconds: float
+    identities: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,16 +233,19 @@ def _between(low: int, high: int, *, scale: float) -> int:
 def _expected(size: Size, answers: int, *, measured: Measured) -> dict[str, float]:
     """Seconds a stage."""
     each = 1 / measured.verdicts.evaluations_per_second
+    listed = _LISTED * each
     opening = measured.verdicts.opening + _FIXED
     learned = size.train + size.validation
+    difficulty = _IDENTITY * each * measured.identities
     seconds = {
         "measure": measured.seconds,
-        "search": opening + each * size.search_evaluations,
-        "menu": each * size.menu_evaluations,
-        "train": opening + each * size.label_evaluations + _LEARNING * learned,
+        "search": opening + difficulty + each * size.search_evaluations,
+        "menu": listed * size.menu_evaluations,
+        "train": opening + listed * size.label_evaluations + _LEARNING * learned,
         "evaluate": opening
-        + each * (size.test_evaluations + size.tested * _OTHERS)
-        + (each + _BASELINES) * learned,
+        + difficulty
+        + listed * (size.test_evaluations + size.tested * _OTHERS)
+        + (listed + _BASELINES) * learned,
     }
     if measured.answering is not None:
         one = 1 / measured.answering.evaluations_per_second

@@ -149,9 +149,11 @@ def _by_tier(questions: "Sequence[Question]", seed: int) -> "list[list[Question]
 
 
 def _in_turns(questions: "Sequence[Question]", seed: int) -> "Iterator[Question]":
-    """One of each tier after the other, until there is none."""
-    turns = zip_longest(*_by_tier(questions, seed))
-    return (question for question in chain.from_iterable(turns) if question is not None)
+    """Of each split, one of each tier after the other, until there is none."""
+    for split in ("train", "validation", "test"):
+        of_split = [q for q in questions if q.split == split]
+        turns = chain.from_iterable(zip_longest(*_by_tier(of_split, seed)))
+        yield from (question for question in turns if question is not None)
 
 
 def _divided(questions: "Sequence[Question]", seed: int) -> "Iterator[Question]":

@@ -83,8 +83,10 @@ def questions(
     return found
 
 
-def save_tiny(folder: Path, depth: int = 6) -> Path:
-    """A folder with a tiny model and a tokenizer of single bytes, as `--model` takes it."""
+def save_tiny(folder: Path, depth: int = 6, **options: Any) -> Path:
+    """A folder with a tiny model and a tokenizer of single bytes, as `--model` takes it; `options`
+    are those of the model.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -94,7 +96,7 @@ def save_tiny(folder: Path, depth: int = 6) -> Path:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(folder)
-    special: dict[str, Any] = dict(eos_token_id=0, bos_token_id=None, pad_token_id=0)
+    special: dict[str, Any] = dict(eos_token_id=0, bos_token_id=None, pad_token_id=0, **options)
     peaked("llama", depth, vocab_size=len(vocabulary), **special).save_pretrained(folder)
     return folder
 
