@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from ..search.workers import OpenWorkplace
 
 _LENGTH_BUCKET = 64
-_PER_CELL = 60  # questions of the train split that measure a cell's difficulty
+PER_CELL = 60
+"""Questions of the train split that measure a cell's difficulty."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +183,7 @@ def measuring_questions(questions: "Sequence[Question]") -> "list[Question]":
     unknown = [q for q in questions if q.difficulty is None and q.task in TASKS and q.cell]
     measuring: list[Question] = []
     for task, cell in sorted({(q.task, q.cell) for q in unknown}):
-        measuring += cell_sample(task, cell, n=_PER_CELL, split="train")
+        measuring += cell_sample(task, cell, n=PER_CELL, split="train")
     return measuring
 
 

@@ -8,6 +8,7 @@ An interrupted run goes on with its plan.
 import importlib.util
 import json
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -74,6 +75,8 @@ class ReproduceJob:
                 "data, and ids to leave out of it, are for the protocol 'paper'; name that, or "
                 "leave them out"
             )
+        if self.out.exists() and not self.out.is_dir():
+            raise InputError(f"{self.out} is no folder; name one, or one that is not there yet")
 
     def settings(self, questions: TierQuestions | None) -> dict[str, Any]:
         """What a run that goes on must share, as JSON values."""
@@ -174,29 +177,30 @@ def _prepared(job: ReproduceJob, console: "Console") -> tuple[Plan, Stages, Tier
             "folder"
         )
     else:
-        made_folder(job.out)
-        if questions is not None:
-            questions.write(job.out / QUESTIONS)
-        measured = _measure(job, console)
+        measured = _measure(job, questions, console=console)
         there: dict[Split, int] = {} if questions is None else questions.there
         made = Plan.fitting(settings, measured, there=there)
+        made_folder(job.out)
         made.write(path)
         _Took(job.out / TOOK).add("measure", measured.seconds)
+    if questions is not None:
+        questions.write(job.out / QUESTIONS)
     for line in made.lines():
         console.print(line, markup=False, soft_wrap=True)
     return made, _stages(job, made, baselines=True), questions
 
 
-def _asked(job: ReproduceJob) -> Asked:
+def _asked(job: ReproduceJob, folder: Path) -> Asked:
+    """Built-in tasks, or the file of questions in the folder."""
     if job.protocol == "paper":
-        return Asked(data=(job.out / QUESTIONS,), prompt="direct", seed=job.seed)
+        return Asked(data=(folder / QUESTIONS,), prompt="direct", seed=job.seed)
     return Asked(tasks=TASKS, seed=job.seed)
 
 
 def _stages(job: ReproduceJob, made: Plan, *, baselines: bool) -> Stages:
     return Stages(
         out=job.out,
-        asked=_asked(job),
+        asked=_asked(job, job.out),
         size=made.size,
         workplace=job.workplace,
         workers=job.workers,
@@ -212,20 +216,28 @@ def has_matplotlib() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def _measure(job: ReproduceJob, console: "Console") -> Measured:
+def _measure(job: ReproduceJob, questions: TierQuestions | None, *, console: "Console") -> Measured:
     """Searches of a few train questions, by verdicts and, for the paper's protocol, by generated
-    answers.
+    answers. Nothing is kept.
     """
     began = time.perf_counter()
-    stages = Stages(out=job.out, asked=_asked(job), size=PRESETS["quick"], workplace=job.workplace)
-    with console.status("measuring how long this machine takes ..."):
+    answering = None
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        console.status("measuring how long this machine takes ..."),
+    ):
+        asked = _asked(job, Path(folder))
+        stages = Stages(
+            out=Path(folder), asked=asked, size=PRESETS["quick"], workplace=job.workplace
+        )
+        if questions is not None:
+            questions.write(Path(folder) / QUESTIONS)
         verdicts = stages.probe(questions=5, simulations=12)
-        answering = None
-        if job.protocol == "paper":
+        if questions is not None:
             answering = stages.probe(questions=2, simulations=3, evaluator="generation")
     identities = 0
-    if job.protocol == "tasks":
-        asked = replace(stages.asked, count=_CELLS, split="train")
+    if questions is None:
+        asked = replace(asked, count=_CELLS, split="train")
         identities = len(measuring_questions(asked.questions()))
     return Measured(
         verdicts=verdicts,

@@ -14,6 +14,7 @@ from ..output.files import write_whole
 from ..output.plain_text import duration, table
 from ..training.pipeline import TrainingConfig
 from .fit import PRESETS
+from .questions import PER_CELL
 from .stages import Probe, Size
 
 if TYPE_CHECKING:
@@ -236,14 +237,15 @@ def _expected(size: Size, answers: int, *, measured: Measured) -> dict[str, floa
     listed = _LISTED * each
     opening = measured.verdicts.opening + _FIXED
     learned = size.train + size.validation
-    difficulty = _IDENTITY * each * measured.identities
+    identity = _IDENTITY * each
+    few = min(measured.identities, PER_CELL * size.searched)  # a cell a question, at most
     seconds = {
         "measure": measured.seconds,
-        "search": opening + difficulty + each * size.search_evaluations,
+        "search": opening + identity * few + each * size.search_evaluations,
         "menu": listed * size.menu_evaluations,
         "train": opening + listed * size.label_evaluations + _LEARNING * learned,
         "evaluate": opening
-        + difficulty
+        + identity * measured.identities
         + listed * (size.test_evaluations + size.tested * _OTHERS)
         + (listed + _BASELINES) * learned,
     }

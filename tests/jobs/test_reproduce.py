@@ -68,7 +68,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(TeacherForcing, "evaluate", evaluate)
     monkeypatch.setattr(reproduce, "has_matplotlib", lambda: False)
     measured = Measured(verdicts=Probe(50.0, 1.0), answering=None, seconds=2.0)
-    monkeypatch.setattr(reproduce, "_measure", lambda job, console: measured)
+    monkeypatch.setattr(reproduce, "_measure", lambda *_, **__: measured)
     return found
 
 
@@ -117,6 +117,7 @@ def test_an_interrupted_run_goes_on(
 ) -> None:
     """Interrupted in each of its stages, after some questions of it."""
     out = tmp_path / "out"
+    kept = b""
     for stage, calls in (("find_programs", 3), ("learn", 4), ("test", 1)):
         with monkeypatch.context() as patch:
             stop_in(stage, calls, patch=patch)
@@ -184,7 +185,7 @@ def test_where_the_model_answers_nothing_baselines_are_left_out(
 def test_a_machine_is_measured_on_train_questions(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="too small: the smallest reproduction of this model"):
         plan(replace(job_of(folder, tmp_path / "out"), budget=1e-4))
-    assert not (tmp_path / "out" / "plan.json").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -221,3 +222,5 @@ def test_a_folder_of_something_else_is_refused(folder: Path, tmp_path: Path) -> 
     (tmp_path / "search.jsonl").write_text("")
     with pytest.raises(InputError, match="it is no reproduction"):
         run(job_of(folder, tmp_path))
+    with pytest.raises(InputError, match="search.jsonl is no folder"):
+        run(job_of(folder, tmp_path / "search.jsonl"))

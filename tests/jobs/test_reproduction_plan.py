@@ -1,6 +1,7 @@
 """How much of a reproduction fits a budget, and what a run that goes on must share."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,12 @@ def test_more_hours_and_faster_machines_do_more() -> None:
         values = [getattr(size, name) for size in sizes]
         assert values == sorted(set(values)), name
     assert planned(1, rate=80).size.tested > planned(1).size.tested
+
+
+def test_measuring_difficulty_counts() -> None:
+    told = replace(MEASURED, identities=1200)
+    plan, without = (Plan.fitting(settings(1), each, there={}) for each in (told, MEASURED))
+    assert plan.size.tested < without.size.tested
 
 
 def test_files_limit_a_plan() -> None:
