@@ -16,14 +16,15 @@ import pytest
 from polar_fx import compiled, models
 from polar_fx.cli import main
 from polar_fx.errors import InputError
-from polar_fx.jobs import reproduce
+from polar_fx.jobs import reproduce, search, stages
+from polar_fx.jobs.questions import own_split
 from polar_fx.jobs.reproduce import ReproduceJob, plan, run
 from polar_fx.jobs.reproduction_plan import Measured
 from polar_fx.jobs.stages import Probe, Stages
 from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
-from polar_fx.questions import EncodedQuestion, split_of
+from polar_fx.questions import EncodedQuestion, Question, split_of
 from polar_fx.search.records.record_file import RecordReader
 from polar_fx.search.workers import Workplace
 from tiny_search import save_tiny
@@ -182,9 +183,24 @@ def test_where_the_model_answers_nothing_baselines_are_left_out(
     assert "PoLar network" not in tables
 
 
-def test_a_machine_is_measured_on_train_questions(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="too small: the smallest reproduction of this model"):
-        plan(replace(job_of(folder, tmp_path / "out"), budget=1e-4))
+def test_a_machine_is_measured_on_train_questions(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By searches of the model as it is, whose questions are none of the test."""
+    searched: list[Question] = []
+    search_run = search.run
+
+    def run(job: search.SearchJob, *more: Any) -> search.SearchResult:
+        searched.extend(job.asked.questions())
+        return search_run(job, *more)
+
+    monkeypatch.setattr(search, "run", run)
+    monkeypatch.setattr(stages, "_MOST_PROBES", 1)  # nothing is compiled
+    monkeypatch.setattr(reproduce, "TASKS", ("addition",))
+    for job in (job_of(folder, tmp_path / "out"), paper(folder, tmp_path / "out")):
+        with pytest.raises(InputError, match="too small: the smallest reproduction of this model"):
+            plan(replace(job, budget=1e-4))
+    assert {own_split(question) for question in searched} == {"train"}
     assert not (tmp_path / "out").exists()
 
 
