@@ -136,6 +136,8 @@ def run(job: ReproduceJob, console: "Console | None" = None) -> Reproduction:
     """
     console = console or silent_console()
     made, stages, questions = _prepared(job, console)
+    for line in made.lines():
+        console.print(line, markup=False, soft_wrap=True)
     took = _Took(job.out / TOOK)
     took.stage("search", stages.find_programs, stages=stages, console=console)
     trained = took.stage("train", stages.learn, stages=stages, console=console)
@@ -162,7 +164,7 @@ def run(job: ReproduceJob, console: "Console | None" = None) -> Reproduction:
 
 
 def _prepared(job: ReproduceJob, console: "Console") -> tuple[Plan, Stages, TierQuestions | None]:
-    """The plan, kept or made and shown, the stages that follow it, and the questions of files."""
+    """The plan, kept or made, the stages that follow it, and the questions of files."""
     job.check()
     questions = None
     if job.protocol == "paper":
@@ -185,8 +187,6 @@ def _prepared(job: ReproduceJob, console: "Console") -> tuple[Plan, Stages, Tier
         _Took(job.out / TOOK).add("measure", measured.seconds)
     if questions is not None:
         questions.write(job.out / QUESTIONS)
-    for line in made.lines():
-        console.print(line, markup=False, soft_wrap=True)
     return made, _stages(job, made, baselines=True), questions
 
 

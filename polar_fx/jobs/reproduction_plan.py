@@ -31,7 +31,7 @@ _SIZES: "dict[str, tuple[Size, Size]]" = {
         replace(PRESETS["full"], searched=6250, train=6250, validation=1250, tested=2500),
     ),
 }
-_ANSWERS = {"tasks": (0, 0), "paper": (50, 1000)}
+_ANSWERS = {"tasks": (0, 0), "paper": (20, 1000)}
 _LEAST_SCALE, _MOST_SCALE, _STEPS = -1.5, 2.0, 350
 _MOST_SIMULATIONS = 200  # a question, as in the paper
 _LEAST_SEARCHED = 5  # questions
