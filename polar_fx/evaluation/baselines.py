@@ -24,7 +24,15 @@ from ..training.mining import best_static
 from ..training.pipeline import MINED
 from ..training.verdict_table import VerdictTable
 from .block_influence import block_influences, least_influence_program
-from .choices import BEST_STATIC, Choice, random_skips, static, static_by_task
+from .choices import (
+    BEST_STATIC,
+    FIRST_OF_BEAM,
+    POLAR_NETWORK,
+    Choice,
+    random_skips,
+    static,
+    static_by_task,
+)
 from .layer_router import OPS, SKIP_OPS, pool_windows, router_labels, train_layer_router
 from .polar.arm import PolarArm, train_polar_arm
 from .polar.text_encoder import TextEncoder
@@ -200,8 +208,8 @@ def learned_choices(
         for split, records in setting.splits.items()
     }
     choices, notes = router_choices(setting, tokens, seen=seen)
-    more, notes["PoLar network"] = polar_choices(
-        "PoLar network", setting, tokens={**tokens["train"], **tokens["validation"]}, seen=seen
+    more, notes[POLAR_NETWORK] = polar_choices(
+        POLAR_NETWORK, setting, tokens={**tokens["train"], **tokens["validation"]}, seen=seen
     )
     return choices + more, notes
 
@@ -252,7 +260,7 @@ def encoder_choices(
     states = encoder.states([q.question for q in (*learned, *test)])
     ids = [question.id for question in learned]
     by_id = dict(zip(ids, states[: len(ids)], strict=True))
-    name = "PoLar network on a text encoder"
+    name = f"{POLAR_NETWORK} on a text encoder"
     choices, notes = polar_choices(name, setting, tokens=by_id, seen=states[len(learned) :])
     return choices, {name: {**notes, "encoder": encoder.fingerprint}}
 
@@ -279,7 +287,7 @@ def polar_choices(
     first = [found[0] for found in ranked]
     jointly = [found[0] for found in arm.joint(seen)]
     choices = [
-        Choice.single(f"{name}, first of beam", first),
+        Choice.single(f"{name}{FIRST_OF_BEAM}", first),
         Choice.single(f"{name}, joint decode", jointly),
         Choice.single(f"{name}, budget {_BUDGET:g}", arm.budget(seen, _BUDGET)),
         Choice(f"{name}, pass@5", tuple(map(tuple, ranked)), True),

@@ -21,6 +21,8 @@ from ..training.selector_training import choose_all
 
 # Names of methods that others are told apart from or compared with; the identity's is `IDENTITY`.
 SELECTOR_ACCURACY = "selector: accuracy"
+ANY_OF_MENU = "any program of the menu"  # by the answer key
+POLAR_NETWORK, FIRST_OF_BEAM = "PoLar network", ", first of beam"
 SELECTOR_LIKELIEST = "selector: likeliest"
 SELECTOR_PRICED = "selector: mean steps <= "  # and the fraction
 BEST_STATIC = "best static program"
@@ -106,7 +108,7 @@ def selector_choices(selector: Selector, proposals: Sequence[Proposal]) -> list[
         for name, each in policies.items()
     ]
     choices.insert(1, likeliest(SELECTOR_LIKELIEST, menu, chances=chances))
-    choices.append(oracle("any program of the menu", menu, n=len(chances)))
+    choices.append(oracle(ANY_OF_MENU, menu, n=len(chances)))
     return choices + [top_k(f"selector: pass@{k}", menu, chances=chances, k=k) for k in _PASS_AT]
 
 

@@ -267,8 +267,9 @@ class _Took:
         self.seconds: dict[str, float] = {}
         if path.exists():
             try:
-                self.seconds = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (OSError, ValueError) as error:
+                kept = dict(json.loads(path.read_text(encoding="utf-8")))
+                self.seconds = {str(stage): float(number) for stage, number in kept.items()}
+            except (OSError, ValueError, TypeError) as error:
                 raise InputError(f"{path} cannot be read: {error}; remove it") from error
 
     def add(self, stage: str, seconds: float) -> None:

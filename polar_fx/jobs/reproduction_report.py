@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import processor_name
+from ..evaluation.choices import ANY_OF_MENU, FIRST_OF_BEAM, POLAR_NETWORK, SELECTOR_ACCURACY
 from ..output.files import replace_file
 from ..search.analysis.summary import SearchFile, analyze
 from ..stats.arms import IDENTITY
 from .reproduction_plan import Plan
 
-_SINGLE = "selector: accuracy"
 _TOGETHER = "all"
 
 
@@ -67,7 +67,7 @@ def write_tables(out: Path, found: Reproduced) -> list[Path]:
         "train": dict(found.trained),
         "test": tested,
     }
-    text = json.dumps(results, indent=1, default=str)
+    text = json.dumps(results, indent=1, allow_nan=False)
     replace_file(out / "results.json", [text.encode() + b"\n"])
     parts = [
         _head(found, facts),
@@ -233,18 +233,24 @@ def _side_by_side(arms: Sequence[Mapping[str, Any]]) -> list[str]:
     cells = {(arm["task"], arm["arm"]): arm for arm in arms}
     rows: list[tuple[str, ...]] = []
     for task in dict.fromkeys(arm["task"] for arm in arms):
-        of_task = [cells[task, name] for name in shown]
-        rows.append((task, f"{of_task[0]['n']:,}", *map(_cell, of_task)))
+        of_task = [cells.get((task, name)) for name in shown]
+        asked = next(arm["n"] for arm in of_task if arm is not None)
+        rows.append((task, f"{asked:,}", *map(_cell, of_task)))
     return _table(("", "n", *shown), rows, right=1 + len(shown))
 
 
 def _is_shown(label: str) -> bool:
-    names = (IDENTITY, _SINGLE, "PoLar network, first of beam", "any program of the menu (oracle)")
+    polar = f"{POLAR_NETWORK}{FIRST_OF_BEAM}"
+    names = (IDENTITY, SELECTOR_ACCURACY, polar, f"{ANY_OF_MENU} (oracle)")
     return label in names or "pass@" in label
 
 
-def _cell(arm: Mapping[str, Any]) -> str:
-    return f"{_share(arm['method'])} at {100 * arm['step_ratio']['value']:.0f} %"
+def _cell(arm: Mapping[str, Any] | None) -> str:
+    if arm is None:
+        return "–"
+    ratio = arm["step_ratio"]
+    steps = "" if ratio is None else f" at {100 * ratio['value']:.0f} %"
+    return f"{_share(arm['method'])}{steps}"
 
 
 def _figures(figures: Iterable[Path], *, out: Path) -> str:

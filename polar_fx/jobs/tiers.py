@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from ..questions import Question, Split
 
 # How files name the splits, beside their own names.
-_SPLITS: "dict[str, Split]" = {"val": "validation", "valid": "validation", "dev": "validation"}
+_SPLITS: "dict[str, Split]" = {
+    **{name: name for name in ("train", "validation", "test")},
+    **dict.fromkeys(("val", "valid", "dev"), "validation"),
+}
 _LEAST = 2  # questions of each tier for each split
 
 
@@ -79,6 +82,11 @@ def read_tiers(
     every = [question for path in data for question in _with_tiers(path)]
     names = _ids(leave_out) if leave_out is not None else set()
     left = [q for q in every if not (q.split == "train" and q.id in names)]
+    if names.isdisjoint(q.id for q in every) and names:
+        raise InputError(
+            f"none of the {len(names)} ids to leave out, such as {min(names)!r}, is an id of the "
+            "data; name the ids as the data has them"
+        )
     counts = Counter(q.id for q in left)
     if twice := next((name for name, n in counts.items() if n > 1), None):
         raise InputError(
@@ -119,9 +127,14 @@ def _with_tiers(path: Path) -> "Iterator[Question]":
                 f"{path}, line {number}: it has choices; the paper's protocol asks for answers "
                 "that are written: name files without choices"
             )
-        named = _SPLITS.get(str(row.get("split")), question.split)
+        split = _SPLITS.get(str(row.get("split")).strip().lower()) or question.split
+        if split is None and row.get("split") is not None:  # never a test question in training
+            raise InputError(
+                f"{path}, line {number}: its split is {row['split']!r}; name train, validation or "
+                "test, or leave splits out, so that ids decide"
+            )
         task = f"tier {str(tier).strip()}"
-        yield replace(question, task=task, cell="", split=named or own_split(question))
+        yield replace(question, task=task, cell="", split=split or own_split(question))
 
 
 def _ids(path: Path) -> set[str]:

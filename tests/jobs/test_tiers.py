@@ -44,6 +44,23 @@ def test_tiers_are_tasks_and_come_in_turns(tmp_path: Path) -> None:
     assert read_tiers([data], seed=1).questions != found.questions
 
 
+def test_other_names_of_splits_are_known_and_unknown_ones_refused(tmp_path: Path) -> None:
+    lines = [*rows("train"), *rows("dev"), *rows("Test")]
+    found = read_tiers([written(tmp_path / "a.jsonl", lines)])
+    assert found.there == {"train": 8, "validation": 8, "test": 8}
+    strange = written(tmp_path / "b.jsonl", [*rows("train"), *rows("exam")])
+    with pytest.raises(InputError, match="line 9: its split is 'exam'; name train, validation or"):
+        read_tiers([strange])
+
+
+def test_ids_to_leave_out_that_are_of_other_data_are_refused(tmp_path: Path) -> None:
+    ids = tmp_path / "ids.txt"
+    ids.write_text("gsm8k:1\n")
+    data = written(tmp_path / "a.jsonl", [*rows("train"), *rows("val")])
+    with pytest.raises(InputError, match="none of the 1 ids to leave out, such as 'gsm8k:1', is"):
+        read_tiers([data], ids)
+
+
 def test_without_test_questions_half_of_validation_is_kept_for_it(tmp_path: Path) -> None:
     train = written(tmp_path / "train.jsonl", rows("train"))
     found = read_tiers([train, written(tmp_path / "val.jsonl", rows("val"))])
