@@ -350,6 +350,7 @@ def _check(compiled: CompiledModel, bundle: CompiledModel, *, rows: Sequence[int
     assert bundle.compilations == () and not bundle.library.is_traced
 
 
+@pytest.mark.slow
 def test_a_bundle_for_many_rows_runs_them_at_once(graphs: ArtifactStore, tmp_path: Path) -> None:
     compiled, manifest = _bundled(
         make("qwen2_moe", decoder_sparse_step=2), graphs, place=tmp_path / "bundle", buckets=(1, 4)

@@ -107,6 +107,7 @@ def records(folder: Path, tmp_path: Path, world: list[int]) -> Path:
     return tmp_path / "run.jsonl"
 
 
+@pytest.mark.slow
 def test_from_records_to_a_report(
     folder: Path,
     records: Path,

@@ -116,7 +116,8 @@ def test_rows_of_one_program(program: Program, chunk: int) -> None:
         model.runner.addresses = True
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(3, marks=pytest.mark.slow), 512])
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", [3, 512])
 def test_compiled_rows(chunk: int) -> None:
     """Repeated readers and owners, a last step that reads, in one compiled batch."""
     texts = ("0 1 2 3 4", "0 1 (2 3)*2@0.5 1 4 4")

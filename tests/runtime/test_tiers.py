@@ -48,6 +48,7 @@ def run(compiled: CompiledModel, program: str, tokens: int = 6) -> Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.slow
 def test_a_whole_program_equals_the_linked_one(store: ArtifactStore, linked: CompiledModel) -> None:
     program = PROGRAMS[-1]  # repeats and damping
     whole = compile(tiny(), max_length=31, cache=store, tier="whole")
@@ -154,6 +155,7 @@ def test_requests_go_on_while_compiling_and_a_failed_compilation_changes_nothing
     assert store.verify() == []
 
 
+@pytest.mark.slow
 def test_whole_programs_beyond_the_memory_limit_are_loaded_again(
     store: ArtifactStore, linked: CompiledModel
 ) -> None:
