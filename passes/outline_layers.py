@@ -333,12 +333,16 @@ def _in_order_of_use(nodes: list[Node], wanted: Iterable[Node]) -> list[Node]:
     """The nodes as `wanted` values need them, one after the other, then those that none needs.
 
     The traced order is not the same in every process where a model loops over a set of names, as
-    transformers does over types of layers. It is kept where a node writes into memory.
+    transformers does over types of layers with frequencies of their own. It is kept where no two
+    values are made of different weights, so that fingerprints of other models stay, and where a
+    node writes into memory.
     """
-    if any(map(writes, nodes)):
-        return nodes
     inside, done = set(nodes), dict[Node, None]()
-    left = [*reversed(nodes), *reversed([node for node in wanted if node in inside])]
+    values = [node for node in wanted if node in inside]
+    made_of = _weights_of(nodes)
+    if len({made_of[n] for n in values[1:] if made_of[n]}) < 2 or any(map(writes, nodes)):
+        return nodes
+    left = [*reversed(nodes), *reversed(values)]
     while left:
         node = left[-1]
         needed = [n for n in node.all_input_nodes if n in inside and n not in done]
@@ -347,6 +351,15 @@ def _in_order_of_use(nodes: list[Node], wanted: Iterable[Node]) -> list[Node]:
         else:
             done.setdefault(left.pop())
     return list(done)
+
+
+def _weights_of(nodes: Iterable[Node]) -> dict[Node, frozenset[str]]:
+    """The names of the weights that each node is made of, by way of the others."""
+    found: dict[Node, frozenset[str]] = {}
+    for node in nodes:
+        own = {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+        found[node] = frozenset(own).union(*(found.get(n, ()) for n in node.all_input_nodes))
+    return found
 
 
 def _layer_output(index: int, nodes: list[Node], *, depth: int) -> Node:
