@@ -189,6 +189,11 @@ class _Scores:
         """Of these questions after so many layers."""
         return [self.known[question.id, num_steps] for question in asked]
 
+    def right(self, asked: "Sequence[Question]") -> list[int]:
+        """The places of their right choices."""
+        keys = [self.encoded[question.id].choice for question in asked]
+        return [key.right for key in keys if key is not None]
+
     def _scored(
         self, part: "Sequence[EncodedQuestion]", num_steps: Sequence[int]
     ) -> list[dict[str, list[float | None]]]:
@@ -249,7 +254,7 @@ def _learned(
                 budget=job.budget,
                 risk=job.risk,
                 loss=job.loss,
-                right=[_right(question) for question in asked],
+                right=table.right(asked),
             )
     notes = {
         **named_model(job.workplace),
@@ -262,10 +267,6 @@ def _learned(
     return EarlyExits(tasks, weights, job.asked.prompt_name(questions), notes)
 
 
-def _right(question: "Question") -> int:
-    return question.choices.index(question.right_choice)
-
-
 def _tested(
     task: str, exits: EarlyExits, *, table: _Scores, asked: "Sequence[Question]"
 ) -> list[ArmResult]:
@@ -275,7 +276,7 @@ def _tested(
         return []
     rule, depth = exits.tasks[task], table.depth
     whole, early = table.of(of_task, depth), table.of(of_task, rule.num_steps)
-    key = np.array([_right(question) for question in of_task])
+    key = np.array(table.right(of_task))
     own = np.array([each.best for each in whole]) == key
     told = rule.read(early)
     leaves = rule.leaves(told)

@@ -17,6 +17,7 @@ from ..evaluation.choices import ANY_OF_MENU, FIRST_OF_BEAM, POLAR_NETWORK, SELE
 from ..output.files import replace_file
 from ..search.analysis.summary import SearchFile, analyze
 from ..stats.arms import IDENTITY
+from ..stats.tables import markdown_lines
 from .reproduction_plan import Plan
 
 _TOGETHER = "all"
@@ -124,7 +125,7 @@ def _head(found: Reproduced, facts: Mapping[str, Any]) -> str:
             "",
             "## What was run",
             "",
-            *_table(("", ""), run),
+            *markdown_lines(("", ""), run),
             "",
             "```",
             *found.plan.lines(),
@@ -132,7 +133,7 @@ def _head(found: Reproduced, facts: Mapping[str, Any]) -> str:
             "",
             "Minutes that were planned and taken; the menu is chosen within the stage train.",
             "",
-            *_table(("stage", "planned", "took"), stages, right=2),
+            *markdown_lines(("stage", "planned", "took"), stages, right=2),
             "",
         ]
     )
@@ -147,7 +148,12 @@ def _questions(found: Reproduced) -> str:
             "question's id. Test questions were asked once, after all that was learned.\n"
         )
     rows = [(tier, *map(str, counts.values())) for tier, counts in facts["tiers"].items()]
-    lines = ["## Questions", "", *_table(("", "train", "validation", "test"), rows, right=3), ""]
+    lines = [
+        "## Questions",
+        "",
+        *markdown_lines(("", "train", "validation", "test"), rows, right=3),
+        "",
+    ]
     lines.append(
         f"Of {facts['ids_to_leave_out']:,} ids to leave out, {facts['left_out']:,} were of train "
         f"questions, which entered neither search nor training. {facts['repeated']:,} more train "
@@ -184,13 +190,13 @@ def _search(file: Mapping[str, Any]) -> str:
             "programs each. In %, with Wilson's 95 % interval: the identity, and an oracle over "
             "explored programs that only skip, that only repeat, and any, which knows the answer.",
             "",
-            *_table(heads, right, right=5),
+            *markdown_lines(heads, right, right=5),
             "",
             "Of the questions that the identity gets right, those with a right program that is "
             "shorter; of those that it gets wrong, those with any right program, and with a "
             "shorter one.",
             "",
-            *_table(more, shorter, right=6),
+            *markdown_lines(more, shorter, right=6),
             "",
         ]
     )
@@ -236,7 +242,7 @@ def _side_by_side(arms: Sequence[Mapping[str, Any]]) -> list[str]:
         of_task = [cells.get((task, name)) for name in shown]
         asked = next(arm["n"] for arm in of_task if arm is not None)
         rows.append((task, f"{asked:,}", *map(_cell, of_task)))
-    return _table(("", "n", *shown), rows, right=1 + len(shown))
+    return markdown_lines(("", "n", *shown), rows, right=1 + len(shown))
 
 
 def _is_shown(label: str) -> bool:
@@ -256,12 +262,6 @@ def _cell(arm: Mapping[str, Any] | None) -> str:
 def _figures(figures: Iterable[Path], *, out: Path) -> str:
     links = [f"![{path.stem}]({path.relative_to(out).as_posix()})" for path in figures]
     return "\n\n".join(["## Figures", *links, ""]) if links else ""
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 0) -> list[str]:
-    """Of Markdown; the last `right` columns are aligned to the right."""
-    rule = ["---"] * (len(head) - right) + ["---:"] * right
-    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
 
 
 def _item(line: str) -> str:

@@ -59,9 +59,16 @@ def markdown(rows: Sequence[ArmComparison], note: str = NOTE) -> str:
     if note and any(row.arm.unseen for row in rows):
         note = f"{note} {UNSEEN_NOTE}"
     head = [*_HEAD]
-    lines = [head, ["---", "---", *["---:"] * (len(head) - 2)], *(_cells(row) for row in rows)]
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    table = "\n".join(markdown_lines(head, map(_cells, rows), right=len(head) - 2))
     return f"{table}\n\n{note}\n" if note else f"{table}\n"
+
+
+def markdown_lines(
+    head: Sequence[str], rows: Iterable[Sequence[str]], *, right: int = 0
+) -> list[str]:
+    """A table of cells as they are; the last `right` columns are aligned to the right."""
+    rule = ["---"] * (len(head) - right) + ["---:"] * right
+    return [f"| {' | '.join(row)} |" for row in (head, rule, *rows)]
 
 
 def _cells(row: ArmComparison) -> list[str]:
