@@ -386,6 +386,7 @@ def test_other_families_and_exact_rows(family: str, graphs: ArtifactStore, tmp_p
     )
 
 
+@pytest.mark.slow
 def test_without_a_store_and_with_one_that_has_no_room_regions_are_made_for_the_bundle(
     graphs: ArtifactStore, tmp_path: Path
 ) -> None:

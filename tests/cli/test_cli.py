@@ -251,6 +251,7 @@ def test_help_needs_no_torch() -> None:
     assert "run" in result.stdout and "inspect" in result.stdout and "demo" in result.stdout
 
 
+@pytest.mark.slow
 def test_demo_runs_on_the_embedded_model(smollm2: Any, capsys: pytest.CaptureFixture[str]) -> None:
     result = _json(capsys, "demo", "--backend", "eager", "--questions", "2", "--program", "skip 5")
     hf, identity, skipped = result["runs"]

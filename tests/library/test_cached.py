@@ -17,6 +17,7 @@ from places import child_environment
 from polar_fx.library import cached as library_cache
 from polar_fx.library.model_facts import model_facts
 from polar_fx.store import ArtifactStore
+from slow_cases import some_slow
 from tiny_models import FAMILIES, make, prompts
 
 
@@ -63,7 +64,7 @@ def test_facts_are_equal_in_every_process() -> None:
     assert json.loads(other.stdout.splitlines()[-1]) == [model_facts(make(f)) for f in families]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES))
 def test_every_family_has_a_fingerprint_which_running_leaves_alone(family: str) -> None:
     model = make(family)
     before = model_facts(model)

@@ -15,6 +15,7 @@ from polar_fx.capture.support import last_position
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.program import Program
 from polar_fx.runtime.generator import padded_rows
+from slow_cases import some_slow
 from tiny_models import WINDOW, make, prompts, reference
 
 FAMILIES = ("llama", "gemma2", "qwen3")
@@ -233,7 +234,9 @@ def test_a_batch_may_be_as_large_as_anything_else_in_the_model() -> None:
     assert len(inductor.compilations) == 6, "two shape classes"
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)], ids=str
+)
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_deterministic_rows_have_the_same_bits_alone_and_in_any_batch(
     backend: str, dtype: torch.dtype
@@ -260,7 +263,8 @@ def _last_and_next(compiled: CompiledModel, text: str, *, rows: list[Tensor]) ->
 
 
 @pytest.mark.parametrize(
-    "family", ["gpt2", "opt", "gptj", "codegen", "biogpt", "gpt_bigcode", "llama"]
+    "family",
+    some_slow(("gpt2", "opt", "gptj", "codegen", "biogpt", "gpt_bigcode", "llama")),
 )
 def test_rows_of_different_length_fit_a_table_of_positions_to_its_last_row(family: str) -> None:
     limits = dict(n_positions=32) if family in ("gpt2", "gptj", "codegen", "gpt_bigcode") else {}

@@ -21,6 +21,7 @@ from polar_fx.capture import capture
 from polar_fx.capture.checked import capture_checked
 from polar_fx.errors import CaptureError, UnsupportedModelError
 from polar_fx.program import Program
+from slow_cases import some_slow
 from tiny_models import FAMILIES, WINDOW, make, prompts, reference, run_rows, snapshot, tiny
 
 # How many distinct layer graphs a family has, where it is not one: the layers differ in more than
@@ -34,8 +35,10 @@ KINDS = {
     "smollm3": 2,  # every fourth layer without rotary
 }
 
+each_family = pytest.mark.parametrize("family", some_slow(FAMILIES))
 
-@pytest.mark.parametrize("family", FAMILIES)
+
+@each_family
 def test_identity_is_the_model(family: str) -> None:
     """A ragged batch, prefill and decode, against each row alone in the model: masks, positions,
     rotary and KV slots.
@@ -48,7 +51,7 @@ def test_identity_is_the_model(family: str) -> None:
         torch.testing.assert_close(mine, want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_the_model_is_shared_and_unchanged(family: str) -> None:
     t = tiny(family)
     assert snapshot(t.model) == t.before
@@ -58,7 +61,7 @@ def test_the_model_is_shared_and_unchanged(family: str) -> None:
     assert {w.data_ptr() for call in t.library.layers for w in call.weights if w.dim() > 1} <= own
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@each_family
 def test_layers_of_a_kind_share_a_graph(family: str) -> None:
     library = tiny(family).library
     assert len(library.layers) == library.depth == len(tiny(family).captured.kv_specs)

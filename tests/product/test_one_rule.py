@@ -224,6 +224,7 @@ def test_block_influences() -> None:
     np.testing.assert_allclose(got, 1 - np.array(cosines), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx_files(tmp_path: Path) -> None:
     for extra in ("onnx", "onnxscript"):
         pytest.importorskip(extra, reason="the extra `onnx` is not installed")

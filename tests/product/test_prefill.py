@@ -104,7 +104,7 @@ def test_prompts_of_one_token_and_of_equal_length_get_the_same(lengths: tuple[in
     _agree(_compiled("llama", 512), Program.parse(PROGRAMS[HARDEST], 4), rows=prompts(*lengths))
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
+@pytest.mark.parametrize("chunk", [1, pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["skip", "one step", HARDEST])
 def test_prompts_in_chunks_get_the_same(name: str, chunk: int) -> None:
     """Rows end in different chunks, on a chunk's edge too; some chunks end no row."""

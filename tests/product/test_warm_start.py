@@ -264,7 +264,7 @@ def _done(records: Iterable[PassRecord]) -> list[tuple[str, bool, dict[str, int 
 BROKEN = AotInductorBackend({"no_such_option": 1})
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_cannot_be_compiled_is_an_error_that_names_the_reason(
     workers: int, tmp_path: Path
 ) -> None:
@@ -312,6 +312,7 @@ def _answered(compiled: CompiledModel) -> CompiledModel:
 # ----------------------------------------------------------------- a backend whose files are graphs
 
 
+@pytest.mark.slow
 def test_without_a_store_every_process_compiles_for_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

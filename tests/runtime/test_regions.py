@@ -23,6 +23,7 @@ from stored_models import GraphBackend, answer_of, compile_for, eager_model, sou
 from tiny_models import make, tiny
 
 
+@pytest.mark.slow
 def test_a_region_that_goes_between_finding_and_loading_it_is_made_again(tmp_path: Path) -> None:
     store, backend = ArtifactStore(tmp_path / "artifacts", limit_bytes=0), GraphBackend()
     want = answer_of(compile_for(make("llama"), store, backend=backend))
