@@ -112,6 +112,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> _Library:
     return found
 
 
+@pytest.mark.slow
 def test_regions_are_built_once_stored_and_run(
     library: _Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from polar_fx.passes.base import writes
 from polar_fx.passes.outline_layers import is_size
 from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.runner import Runner
+from slow_cases import some_slow
 from tiny_models import prompts, tiny
 
 # sdpa; attention in operators with a cap; linear layers as addmm on flattened rows; experts
@@ -56,7 +57,7 @@ def _answers(model: CompiledModel) -> list[Tensor]:
     return [model.forward(ids, mask), model.forward(ids[:1], program="1-2 /4"), many]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, FAMILIES[1:]))
 def test_a_region_taken_apart_computes_the_same_bits_and_writes_the_same_slots(family: str) -> None:
     """Prefill, decode and the last step's KV writes; a wrong slot would show in the next chunk or
     token.
@@ -74,7 +75,7 @@ def test_a_region_taken_apart_computes_the_same_bits_and_writes_the_same_slots(f
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, FAMILIES[1:]))
 def test_engines_hold_nothing_but_listed_operators_on_floating_tensors_shorter_than_a_slot(
     family: str,
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_search_and_its_record(
     assert json.loads(capsys.readouterr().out)["searched"] == 0, "all of it is there"
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_agree(
     folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:

@@ -145,9 +145,9 @@ def _calls_of(compiled: CompiledModel, run: Callable[[], Any]) -> Counter[tuple[
     "family,program,batch,options",
     [
         ("llama", PROGRAM, 1, {}),
-        ("llama", "2", 1, {}),
+        pytest.param("llama", "2", 1, {}, marks=pytest.mark.slow),
         ("gemma2", "3 0 (1-2)*3", 2, {}),
-        ("gemma2", "skip 0", 3, {"deterministic": True}),
+        pytest.param("gemma2", "skip 0", 3, {"deterministic": True}, marks=pytest.mark.slow),
         ("llama", "skip 2", 1, {"prefill_chunk": 1}),
     ],
 )

@@ -26,6 +26,7 @@ from polar_fx.errors import InputError, ProgramError
 from polar_fx.graph_files import export_onnx
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
+from slow_cases import some_slow
 from tiny_models import make, prompts, reference, run_rows
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
@@ -103,7 +104,7 @@ class Session:
         )
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=some_slow(FAMILIES, ("gpt2", "mixtral")))
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, CompiledModel, Path]:

@@ -150,6 +150,7 @@ def stop_in(stage: str, calls: int, *, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Stages, stage, stop_later)
 
 
+@pytest.mark.slow
 def test_the_papers_protocol(folder: Path, tmp_path: Path, asked: list[str]) -> None:
     out = tmp_path / "out"
     found = run(paper(folder, out))

@@ -226,6 +226,7 @@ def test_compiled_regions_judge_as_the_interpreter_does(
         assert verdict.log_likelihood == pytest.approx(expected.log_likelihood, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_default_model_answers_as_it_generates(smollm2: tuple[Any, Any]) -> None:
     """Text in, text out: generation and grading agree with teacher forcing on a real model and
     tokenizer.

@@ -55,6 +55,7 @@ def lines_of(out: Path, stage: str) -> list[dict[str, Any]]:
     return [line for line in gpu_results.read(out / "results.jsonl") if line["stage"] == stage]
 
 
+@pytest.mark.slow
 def test_every_stage_writes_its_lines_and_none_fails(trial: Path) -> None:
     lines = gpu_results.read(trial / "results.jsonl")
     assert not [
@@ -74,6 +75,7 @@ def test_every_stage_writes_its_lines_and_none_fails(trial: Path) -> None:
     assert lines_of(trial, "go")[0]["ready"] == ["smollm2-135m", "micro"]
 
 
+@pytest.mark.slow
 def test_ways_agree_and_are_timed(trial: Path) -> None:
     assert all(line["to_the_first_way"] < 1e-4 for line in lines_of(trial, "first"))
     speed = lines_of(trial, "speed")
@@ -90,6 +92,7 @@ def test_ways_agree_and_are_timed(trial: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_parts_give_what_they_promise(trial: Path) -> None:
     (graphs,), (table4,), (mixed,), (generate,) = (
         lines_of(trial, s) for s in ("graphs", "table4", "mixed", "generate")
@@ -111,6 +114,7 @@ def test_parts_give_what_they_promise(trial: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_summary_names_every_way(trial: Path) -> None:
     text = (trial / "summary.txt").read_text()
     assert all(f"  {way} " in text for way in WAYS)

@@ -19,6 +19,7 @@ from polar_fx.questions import EncodedQuestion
 from polar_fx.runtime.generator import padded_rows
 from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.trunk import run_trunk, session_after
+from slow_cases import some_slow
 from tiny_bundles import compiled_hybrid, hybrid
 from tiny_models import HYBRIDS, compiled, prompts, tiny
 
@@ -43,7 +44,7 @@ def test_rows_of_several_programs(family: str, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 512])
-@pytest.mark.parametrize("family", ["lfm2", "qwen3_5_text"])
+@pytest.mark.parametrize("family", some_slow(("lfm2", "qwen3_5_text"), ("qwen3_5_text",)))
 def test_compiled_rows(family: str, chunk: int) -> None:
     """Skips, repeats and damping in one compiled batch, beside the interpreter."""
     model, eager = compiled(family, "inductor"), compiled(family)

@@ -18,6 +18,7 @@ from polar_fx.runtime.kv_cache import KvSession
 from polar_fx.runtime.link import LinkedProgram
 from polar_fx.runtime.runner import Runner
 from polar_fx.store import ArtifactStore
+from slow_cases import some_slow
 from tiny_models import WINDOW, make, prompts, reference
 
 LENGTH = 31
@@ -29,7 +30,9 @@ def _compile(family: str = "llama", **options: Any) -> CompiledModel:
     return compile(model, "eager", max_length=LENGTH, cache=False)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bloom", "gemma2", "deepseek_v3"])
+@pytest.mark.parametrize(
+    "family", some_slow(("gpt2", "bloom", "gemma2", "deepseek_v3"), ("bloom", "gemma2"))
+)
 def test_models_pass(family: str) -> None:
     _compile(family, layers=4)
 

@@ -21,6 +21,7 @@ from polar_fx.runtime.kv_store import Growth
 from polar_fx.runtime.lockstep_rows import padded_size
 from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.runner import Runner
+from slow_cases import some_slow
 from tiny_models import make, prompts
 
 MIXED = ("identity", "skip 1", "skip 0, repeat 2 x3", "repeat 1-2 x2 @0.5", "skip 2")
@@ -65,7 +66,7 @@ def decoded(
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some_slow(FAMILIES, ("gemma3_text",)))
 def test_captured_rows_get_what_they_get_uncaptured(family: str) -> None:
     plain, api = _compiled(family), FakeApi()
     model = _again(plain, family)

@@ -18,6 +18,7 @@ from polar_fx.graph_files import export_program
 from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.questions.question import EncodedQuestion
 from polar_fx.runtime.generator import padded_rows
+from slow_cases import some_slow
 from tiny_models import make, prompts, reference
 
 SWITCH, LENGTH = 16, 47
@@ -75,7 +76,12 @@ def _same(got: Tensor, want: Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=1e-3, atol=2e-4)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+each_kind = pytest.mark.parametrize(
+    "kind", some_slow(KINDS, ("yarn", "longrope of llama", "longrope and a scale"))
+)
+
+
+@each_kind
 @pytest.mark.parametrize("lengths", [(12, 6), (24, 10), (40, 16, 17), (17, 16)], ids=str)
 def test_a_row_is_what_it_is_alone_in_the_model(kind: str, lengths: tuple[int, ...]) -> None:
     rows = prompts(*lengths)
@@ -85,7 +91,7 @@ def test_a_row_is_what_it_is_alone_in_the_model(kind: str, lengths: tuple[int, .
         _same(logits[real], want)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_the_last_token_of_a_ragged_prompt_in_parts(kind: str) -> None:
     """Rows that go on after a part hold the right keys at the last step, too."""
     rows, compiled = prompts(40, 9, 21), _compiled(kind)
@@ -100,7 +106,7 @@ def test_the_last_token_of_a_ragged_prompt_in_parts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 def test_rows_grow_past_the_switch(kind: str, deterministic: bool) -> None:
     model = _model(kind)
     compiled = _compiled(kind)
@@ -122,7 +128,7 @@ def test_rows_grow_past_the_switch(kind: str, deterministic: bool) -> None:
             _same(own, want[-len(part) :])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each_kind
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generating_past_the_switch(kind: str, beams: int) -> None:
     ids = prompts(12)[0][None]

@@ -59,6 +59,7 @@ def test_a_whole_program_equals_the_linked_one(store: ArtifactStore, linked: Com
     }
 
 
+@pytest.mark.slow
 def test_other_prompt_lengths_need_nothing_new(store: ArtifactStore, linked: CompiledModel) -> None:
     whole = compile(tiny(), max_length=31, cache=store, tier="whole")
     run(whole, "identity")
