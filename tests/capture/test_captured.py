@@ -16,6 +16,7 @@ from polar_fx.library import LayerLibrary
 from polar_fx.passes.text import graph_text
 from polar_fx.program import Program
 from tiny_models import make, prompts, reference, run_rows, snapshot, tiny
+from versions import since_transformers
 
 
 def _worst(model: Any, captured: CapturedModel) -> float:
@@ -120,7 +121,7 @@ class Long(torch.nn.Module):
 
 
 def test_sizes_that_no_call_has_may_be_a_case_of_their_own() -> None:
-    """More tokens than a row may have; slots that are shorter than any."""
+    """More tokens than a row may have."""
     model = make("llama", num_hidden_layers=1)
     norm = model.model.norm
     model.model.norm = Long(norm, 256)
@@ -128,6 +129,10 @@ def test_sizes_that_no_call_has_may_be_a_case_of_their_own() -> None:
     model.model.norm = Long(norm, 255)
     with pytest.raises(CaptureError, match="its code fixes the number of rows, tokens or KV"):
         capture(model)
+
+
+@since_transformers("5.24")
+def test_slots_shorter_than_any_may_be_a_case_of_their_own() -> None:
     doge = make("doge", num_hidden_layers=1, head_dim=8, keep_window_size=8)
     assert _worst(doge, capture(doge)) < 1e-4
 

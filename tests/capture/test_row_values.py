@@ -18,6 +18,7 @@ from polar_fx.library import LayerLibrary
 from polar_fx.models import position_limit
 from polar_fx.program import Program
 from tiny_models import make, prompts, reference, run_rows
+from versions import since_transformers
 
 _DECODER = dict(
     d_model=32,
@@ -64,7 +65,15 @@ def library(family: str) -> tuple[Any, LayerLibrary]:
     return model, LayerLibrary(capture_checked(model))
 
 
-@pytest.mark.parametrize("family", [family for family in MODELS if family in CONFIG_MAPPING])
+# in former versions these ask their cache for more than keys and values
+_CHANGED = ("inkling_text", "roformer")
+
+
+def _case(family: str) -> Any:
+    return pytest.param(family, marks=[since_transformers("5.24")] if family in _CHANGED else [])
+
+
+@pytest.mark.parametrize("family", [_case(f) for f in MODELS if f in CONFIG_MAPPING])
 def test_any_program_is_a_plain_loop(family: str) -> None:
     """Ragged rows in ragged parts, and then token by token."""
     model, own = library(family)
