@@ -160,14 +160,14 @@ def _is_slot(spec: KvSpec) -> bool:
     states.
     """
     numbers = [n for state in spec.states for n in state.size]
-    numbers += [n for keys in spec.more_keys for n in (keys.heads, keys.size)]
+    numbers += [n for keys in spec.more_columns for n in (keys.heads, keys.size)]
     if type(spec.heads) is not int or spec.heads:
         numbers += spec.heads, spec.key_size, spec.value_size
     if not all(type(n) is int and 0 < n <= _MAX_SLOT_WIDTH for n in numbers):
         return False
     if any(math.prod(state.size) > _MAX_SLOT_WIDTH for state in spec.states):
         return False
-    dtypes = {spec.dtype, *(part.dtype for part in (*spec.states, *spec.more_keys))}
+    dtypes = {spec.dtype, *(part.dtype for part in (*spec.states, *spec.more_columns))}
     return dtypes <= set(DTYPES.values())
 
 

@@ -42,8 +42,9 @@ class ColumnsSpec:
 @dataclass(frozen=True)
 class KvSpec:
     """Geometry of one layer's slot: keys are [B, heads, L, key_size], values [B, heads, L,
-    value_size]; then come further keys, such as those by which a layer chooses the tokens that it
-    attends to, and states. A layer without attention has no heads and no keys and values.
+    value_size]; then come `more_columns`: the keys and the values of each further attention of the
+    layer, and keys by which it chooses the tokens that it attends to. Last come states. A layer
+    without attention has no heads and no keys and values.
     """
 
     heads: int
@@ -51,13 +52,13 @@ class KvSpec:
     value_size: int
     dtype: torch.dtype
     states: tuple[StateSpec, ...] = ()
-    more_keys: tuple[ColumnsSpec, ...] = ()
+    more_columns: tuple[ColumnsSpec, ...] = ()
 
     @property
     def columns(self) -> tuple[ColumnsSpec, ...]:
         """The parts of the slot that grow with the row, which come first."""
         sizes = (self.key_size, self.value_size) if self.heads else ()
-        return (*(ColumnsSpec(self.heads, n, self.dtype) for n in sizes), *self.more_keys)
+        return (*(ColumnsSpec(self.heads, n, self.dtype) for n in sizes), *self.more_columns)
 
     @property
     def num_kv(self) -> int:
@@ -107,7 +108,7 @@ class CapturedModel:
     Placeholders: `input_ids` i64[B, T], `positions` i64[B, T] (per-row token positions, also the KV
     index each token writes; tokens at the last one are padding), `kv_index` i64[L] (0 .. L-1), then
     the parts of each layer's slot, which are written in place: keys `kv_<layer>_0`, values
-    `kv_<layer>_1`, further keys `kv_<layer>_<part>`, and states `state_<layer>_<part>`. Output:
+    `kv_<layer>_1`, further columns `kv_<layer>_<part>`, and states `state_<layer>_<part>`. Output:
     logits [B, T, V]. Weights are get_attr nodes holding the model's own tensors.
     """
 

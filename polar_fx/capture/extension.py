@@ -8,7 +8,7 @@ Shape legend: B batch, T tokens, L KV length, H KV heads, E head size.
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -214,28 +214,56 @@ class _TracingCache(Cache):
     has_previous_state = _stateful
 
 
-# What a layer keeps: keys and values, keys by which it chooses tokens, or a state by its kind and
-# number.
+# What is kept under one number of the cache: keys and values, keys by which a layer chooses tokens,
+# or a state by its kind and number.
 Part = tuple[str, int]
 KV: Part = ("kv", 0)
 INDEX: Part = ("index", 0)
 
 
+@dataclass(frozen=True)
+class Running:
+    """What runs: the class and the path of the innermost module, the layer of the stack that it is
+    in, None outside of all, and how often that layer had run before.
+    """
+
+    kind: str
+    path: str
+    layer: int | None
+    run: int
+
+
+@dataclass(frozen=True)
+class Store:
+    """What was handed to the cache, under which number, and what ran then."""
+
+    number: int
+    part: Part
+    tensors: tuple[Tensor, ...]
+    by: Running
+
+
 class Recorder(_TracingCache):
-    """Notes which layer stores what, in order: keys and values [B, H, T, E], or a state."""
+    """Notes what is stored, in order: keys and values [B, H, T, E], or a state; `running` is kept
+    up to date by who runs the model.
+    """
 
     def __init__(self, positions: Tensor, length: int, *, depth: int) -> None:
         super().__init__(positions, length, depth=depth)
-        self.calls: list[tuple[int, Part, tuple[Tensor, ...]]] = []
+        self.stores: list[Store] = []
+        self.running = Running("", "", None, 0)
+
+    def _note(self, number: int, part: Part, *tensors: Tensor) -> None:
+        self.stores.append(Store(number, part, tensors, self.running))
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        self.calls.append((layer_idx, KV, (key_states, value_states)))
+        self._note(layer_idx, KV, key_states, value_states)
         return key_states, value_states
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
-        self.calls.append((layer_idx, INDEX, (indexer_key_states[:, None],)))
+        self._note(layer_idx, INDEX, indexer_key_states[:, None])
         return indexer_key_states
 
     def get_conv_state(self, layer_idx: int, state_idx: int = 0) -> None:
@@ -255,14 +283,14 @@ class Recorder(_TracingCache):
         if conv_kernel_size is None:  # how many inputs are kept cannot be told from those of two
             raise OtherStateError
         kept = conv_states.new_empty(*conv_states.shape[:-1], conv_kernel_size)
-        self.calls.append((layer_idx, ("conv", state_idx), (kept,)))
+        self._note(layer_idx, ("conv", state_idx), kept)
         missing = max(0, conv_kernel_size - conv_states.shape[-1])
         return nn.functional.pad(conv_states, (missing, 0))
 
     def update_recurrent_state(
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
     ) -> Tensor:
-        self.calls.append((layer_idx, ("recurrent", state_idx), (recurrent_states,)))
+        self._note(layer_idx, ("recurrent", state_idx), recurrent_states)
         return recurrent_states
 
 
@@ -270,8 +298,8 @@ class Slots(_TracingCache):
     """Writes to slots that are graph inputs: keys and values at the given positions, states over
     those that were there.
 
-    `parts` are the tensors of each layer's slot by what they are, `places` the positions that the
-    model looks up. Tokens at the last position are padding, after a row's own: they leave states as
+    `parts` are the tensors under each number of the cache by what they are, `places` the positions
+    that the model looks up. Tokens at the last position are padding, after a row's own: they leave states as
     they are, if there are any.
     """
 

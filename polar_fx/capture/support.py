@@ -1,11 +1,7 @@
-"""What can be captured: the layer stack, the attention to trace, and whether every layer owns its
-state.
-"""
+"""What can be captured: the layer stack, the attention to trace, and what positions there are."""
 
 import contextlib
 import copy
-import logging
-from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,15 +9,11 @@ from torch import Tensor, nn
 from torch._functorch._aot_autograd.subclass_parametrization import (
     unwrap_tensor_subclass_parameters,
 )
-from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError
-from .captured import ColumnsSpec, KvSpec, StateSpec
-from .extension import CACHE, EAGER, INDEX, KV, SDPA, Part, Recorder
-from .reasons import RowLengthError, why_it_does_not_run
-
-log = logging.getLogger("polar_fx.capture")
+from .extension import EAGER, SDPA
 
 _MORE_ROWS = 16  # a table of positions may have: OPT's begins at 2
 
@@ -243,158 +235,3 @@ def _hooks(module: nn.Module) -> list[Any]:
     """
     hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
     return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith("transformers.")]
-
-
-class _ReadOnlyWeights(TorchDispatchMode):
-    """Some models rescale their weights in their first forward pass; a view must not do that to the
-    user's model.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        self.model = model
-        self.storages = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if (
-            func._schema.is_mutable
-            and args
-            and isinstance(args[0], Tensor)
-            and args[0].untyped_storage().data_ptr() in self.storages
-        ):
-            raise UnsupportedModelError(
-                f"{type(self.model).__name__} changes its weights in its forward pass",
-                "pass a model that only reads them",
-            )
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def _handed_on(layers: nn.ModuleList) -> Iterator[list[Tensor]]:
-    """The hidden states that layers hand on inside the block, in the order in which they run."""
-    found: list[Tensor] = []
-
-    def note(module: nn.Module, given: Any, result: Any) -> None:
-        first = result[0] if isinstance(result, (tuple, list)) else result
-        if isinstance(first, Tensor):
-            found.append(first)
-
-    hooks = [layer.register_forward_hook(note) for layer in layers]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _check_handed_on(view: PreTrainedModel, states: list[Tensor]) -> None:
-    """Raise UnsupportedModelError unless all are [1, 2, d], as one row of two tokens should be."""
-    for state in states:
-        if state.dim() != 3 or tuple(state.shape[:2]) != (1, 2):
-            raise UnsupportedModelError(
-                f"layers of {type(view).__name__} hand on hidden states of shape "
-                f"{list(state.shape)} for one row of two tokens, not [1, 2, d]",
-                "rows and tokens are told apart by the first two axes; use a model whose hidden "
-                "states are [batch, tokens, d]",
-            )
-
-
-def probe(view: PreTrainedModel, stack: str, *, depth: int) -> "Stored":
-    """Run two tokens through the view and see what every layer stores of its own, once, and that it
-    hands on a hidden state [B, T, d].
-    """
-    device = embedding_weight(view).device
-    positions = torch.arange(2, device=device)[None]
-    recorder = Recorder(positions, 2, depth=depth)
-    recorder.limit = position_limit(view)
-    try:
-        layers = cast(nn.ModuleList, view.get_submodule(stack))
-        with torch.no_grad(), _ReadOnlyWeights(view), _handed_on(layers) as states:
-            view(
-                input_ids=torch.zeros_like(positions),
-                attention_mask=torch.ones_like(positions),
-                position_ids=positions,
-                use_cache=True,
-                **{CACHE: recorder},
-            )
-    except UnsupportedModelError:
-        raise
-    except Exception as error:
-        log.info("%s failed in its probe: %r", type(view).__name__, error)
-        raise UnsupportedModelError(
-            f"{type(view).__name__} does not run with one slot per layer: "
-            f"{why_it_does_not_run(error, view)}",
-            "use one whose positions are the same sums for any row"
-            if isinstance(error, RowLengthError)
-            else "use one that hands what its layers keep to its cache, as models of transformers "
-            "5.24 do",
-        ) from error
-    stored = Stored(view, recorder.calls, depth=depth)
-    _check_handed_on(view, states)
-    return stored
-
-
-class Stored:
-    """What each layer of a model stores, as a run with a recording cache has shown it."""
-
-    def __init__(
-        self,
-        view: PreTrainedModel,
-        calls: Sequence[tuple[int, Part, tuple[Tensor, ...]]],
-        *,
-        depth: int,
-    ) -> None:
-        self.name = type(view).__name__
-        self.parts: list[dict[Part, tuple[Tensor, ...]]] = [{} for _ in range(depth)]
-        order = [layer for layer, _, _ in calls]
-        if order != sorted(order) or len({(layer, part) for layer, part, _ in calls}) < len(calls):
-            raise self._unsound(f"layers store KV in the order {order}")
-        if order and order[-1] >= depth:
-            raise self._unsound(f"{depth} layers store KV under {order[-1] + 1} numbers")
-        for layer, part, tensors in calls:
-            self.parts[layer][part] = tensors
-        self.silent = [layer for layer, parts in enumerate(self.parts) if not parts]
-        if len(self.silent) == depth:
-            raise self.refused_silence()
-
-    def refused_silence(self) -> UnsupportedModelError:
-        """The error for layers that store nothing of their own, and need something all the same."""
-        return self._unsound(f"layers {self.silent} store no keys and values of their own")
-
-    def _unsound(self, what: str) -> UnsupportedModelError:
-        return UnsupportedModelError(
-            f"{self.name}: {what} (shared KV, or state of another kind)",
-            "skipping or repeating layers of such a model is unsound; use one where every layer "
-            "owns its KV",
-        )
-
-    @property
-    def specs(self) -> tuple[KvSpec, ...]:
-        """The geometry of each layer's slot, its parts in the order of `parts`."""
-        return tuple(map(_spec, self.parts))
-
-    def slots(self, tensors: Iterable[Tensor]) -> list[dict[Part, list[Tensor]]]:
-        """The tensors of all slots, one after another, by layer and part."""
-        given, found = iter(tensors), list[dict[Part, list[Tensor]]]()
-        for parts in self.parts:
-            found.append({})
-            for part, stored in sorted(parts.items(), key=_columns_first):
-                found[-1][part] = [next(given) for _ in stored]
-        return found
-
-
-def _columns_first(item: tuple[Part, Any]) -> tuple[bool, bool, Part]:
-    """The order of a slot's parts: keys and values, further keys, and states."""
-    return item[0] != KV, item[0] != INDEX, item[0]
-
-
-def _spec(parts: dict[Part, tuple[Tensor, ...]]) -> KvSpec:
-    ordered = sorted(parts.items(), key=_columns_first)
-    kept = [stored[0] for part, stored in ordered if part not in (KV, INDEX)]
-    states = tuple(StateSpec(tuple(state.shape[1:]), state.dtype) for state in kept)
-    more = tuple(ColumnsSpec(k.shape[1], k.shape[3], k.dtype) for k in parts.get(INDEX, ()))
-    if KV not in parts:
-        dtype = next((own.dtype for own in (*more, *states)), torch.float32)
-        return KvSpec(0, 0, 0, dtype, states, more)
-    keys, values = parts[KV]
-    return KvSpec(keys.shape[1], keys.shape[3], values.shape[3], keys.dtype, states, more)

@@ -27,13 +27,14 @@ from ..errors import CaptureError, UnsupportedModelError
 from ..passes.base import in_slot, storage, writes
 from ..passes.outline_layers import is_size
 from .captured import ALIGNMENT, CapturedModel, KvSpec
+from .experts import replace_expert_loops
 from .extension import CACHE, Slots, register
 from .open_sizes import sizes_stay_open
 from .reasons import replaced_forward, why_it_is_not_traced
 from .recurrences import replace_recurrences
 from .rotary import choose_frequencies_by_row
+from .stored import Stored, probe
 from .support import (
-    Stored,
     attention_variants,
     check_supported,
     embedding_weight,
@@ -42,7 +43,6 @@ from .support import (
     give_layers_modules_of_their_own,
     last_position,
     position_limit,
-    probe,
     shared_view,
     unwrapped,
     without_autocast,
@@ -281,6 +281,7 @@ def _capture(model: PreTrainedModel, attention: str | None) -> CapturedModel:
     give_layers_modules_of_their_own(view.get_submodule(stack))
     by_length = choose_frequencies_by_row(view)
     stored = probe(view, stack, depth=depth)
+    replace_expert_loops(view)
     try:
         exported = _export_in_bounds(view, stored, by_length=by_length)
     except UnsupportedModelError:

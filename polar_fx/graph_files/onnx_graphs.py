@@ -270,7 +270,7 @@ class _Links:
     def slot(self, step: int, spec: KvSpec) -> list[ir.Value]:
         """The inputs that are the keys and values of a step, and its further keys."""
         names = [*(("key", "value") if spec.heads else ())]
-        names += [f"more_key_{number}" for number in range(len(spec.more_keys))]
+        names += [f"more_key_{number}" for number in range(len(spec.more_columns))]
         return [
             self.input(
                 f"past.{step}.{name}",

@@ -131,7 +131,7 @@ def described_slots(specs: Sequence[KvSpec]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for spec in specs:
         sizes = {"heads": spec.heads, "key_size": spec.key_size, "value_size": spec.value_size}
-        more = [{"heads": keys.heads, "size": keys.size} for keys in spec.more_keys]
+        more = [{"heads": keys.heads, "size": keys.size} for keys in spec.more_columns]
         found.append({**sizes, "more_keys": more} if more else sizes)
     return found
 

@@ -203,10 +203,12 @@ class SymbolTable:
             del table["owners"]
         for spec, plain in zip(self.kv_specs, table["kv_specs"], strict=True):
             plain["dtype"] = _name(spec.dtype)
-            for name, parts in (("states", spec.states), ("more_keys", spec.more_keys)):
+            # as files have called them since only keys were among them
+            more = ("more_columns", "more_keys", spec.more_columns)
+            for name, called, parts in (("states", "states", spec.states), more):
                 found = plain.pop(name)
                 if parts:
-                    plain[name] = [
+                    plain[called] = [
                         {**part, "dtype": _name(own.dtype)}
                         for part, own in zip(found, parts, strict=True)
                     ]

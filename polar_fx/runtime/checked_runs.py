@@ -82,7 +82,7 @@ def _check_after(
     """The same of the tokens that follow `held` others, whose keys and values are random."""
     identity = Program.identity(runner.depth)
     specs = runner.library.kv_specs(identity)
-    if runner.library.table.keeps_states or any(spec.more_keys for spec in specs):
+    if runner.library.table.keeps_states or any(spec.more_columns for spec in specs):
         return  # no state fits keys and values that are made up, and no choice among them is sure
     if sum(spec.bytes_per_token() for spec in specs) * held > _MOST_BYTES:
         return
