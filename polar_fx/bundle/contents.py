@@ -156,11 +156,11 @@ def _problem_of_owners(table: SymbolTable, manifest: Manifest) -> str | None:
 
 
 def _is_slot(spec: KvSpec) -> bool:
-    """Whether its parts can be allocated: keys and values or none of both, further keys, and
+    """Whether its parts can be allocated: keys and values or none of both, further columns, and
     states.
     """
     numbers = [n for state in spec.states for n in state.size]
-    numbers += [n for keys in spec.more_columns for n in (keys.heads, keys.size)]
+    numbers += [n for part in spec.more_columns for n in (part.heads, part.size)]
     if type(spec.heads) is not int or spec.heads:
         numbers += spec.heads, spec.key_size, spec.value_size
     if not all(type(n) is int and 0 < n <= _MAX_SLOT_WIDTH for n in numbers):

@@ -37,14 +37,15 @@ _SERVED_AS = {
 _LEFT_OUT = ("_name_or_path", "auto_map", "quantization_config")
 
 
-def config_fields(config: PreTrainedConfig) -> dict[str, Any]:
+def config_fields(config: PreTrainedConfig, depth: int) -> dict[str, Any]:
     """The text model's config as JSON values, with what generation asks for under its common
-    names.
+    names; a model has `depth` layers, whatever its config counts as such.
     """
     text = config.get_text_config(decoder=True)
     fields = {k: v for k, v in text.to_dict().items() if k not in _LEFT_OUT}
     fields |= {name: getattr(text, name) for name in _ASKED if hasattr(text, name)}
-    return {**fields, "architectures": config.architectures or [type(config).__name__]}
+    names = config.architectures or [type(config).__name__]
+    return {**fields, "num_hidden_layers": depth, "architectures": names}
 
 
 def generation_fields(config: GenerationConfig | None) -> dict[str, Any]:

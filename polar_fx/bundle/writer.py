@@ -337,11 +337,10 @@ def _write(
     """Write everything but the weights into `work`, then read it as a loader would."""
     (work / REGIONS).mkdir()
     write_file(work / SYMBOLS, compiled.library.table.to_json().encode())
-    write_file(work / CONFIG, json.dumps(config_fields(compiled.config), indent=1).encode())
-    write_file(
-        work / GENERATION,
-        json.dumps(generation_fields(compiled.generation_config), indent=1).encode(),
-    )
+    config = config_fields(compiled.config, compiled.depth)
+    write_file(work / CONFIG, json.dumps(config, indent=1).encode())
+    generation = generation_fields(compiled.generation_config)
+    write_file(work / GENERATION, json.dumps(generation, indent=1).encode())
     regions: dict[str, RegionName] = {}
     for name, package in packages.items():
         rows = "one-row" if name.shape.batch else "rows"

@@ -299,8 +299,8 @@ class Slots(_TracingCache):
     those that were there.
 
     `parts` are the tensors under each number of the cache by what they are, `places` the positions
-    that the model looks up. Tokens at the last position are padding, after a row's own: they leave states as
-    they are, if there are any.
+    that the model looks up. Tokens at the last position are padding, after a row's own: they leave
+    states as they are, if there are any.
     """
 
     real: Tensor  # bool[B, T]: false at padding

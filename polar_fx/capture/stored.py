@@ -57,7 +57,9 @@ def _watched(view: PreTrainedModel, stack: str, *, recorder: Recorder) -> Iterat
     found: list[Tensor] = []
     runs: Counter[int] = Counter()
     layers = cast(nn.ModuleList, view.get_submodule(stack))
-    numbers = {id(layer): number for number, layer in enumerate(layers)}
+    numbers: dict[int, int] = {}
+    for number, layer in enumerate(layers):
+        numbers.setdefault(id(layer), number)
     paths = {id(module): path for path, module in view.named_modules()}
     before: list[Running] = []
 

@@ -210,8 +210,8 @@ def program_graph(
     """The ONNX file of a program.
 
     Inputs are `input_ids` and `positions` i64[B, T], `logits_at` i64[B, W] and each step's slot,
-    `past.0.key` [B, H, L, E], `past.0.value`, `past.1.key` ..., and `past.0.more_key_0` if a step
-    keeps further keys; outputs `logits` [B, W, V] and `present.0.key` ...
+    `past.0.key` [B, H, L, E], `past.0.value`, `past.1.key` ..., and `past.0.more_key_0` ... if a
+    step keeps further columns; outputs `logits` [B, W, V] and `present.0.key` ...
     """
     table, links = library.table, _Links(functions, weights, dtype=library.dtype)
     ids, positions = (
@@ -268,7 +268,7 @@ class _Links:
         return self._inputs[-1]
 
     def slot(self, step: int, spec: KvSpec) -> list[ir.Value]:
-        """The inputs that are the keys and values of a step, and its further keys."""
+        """The inputs that are the keys and values of a step, and its further columns."""
         names = [*(("key", "value") if spec.heads else ())]
         names += [f"more_key_{number}" for number in range(len(spec.more_columns))]
         return [

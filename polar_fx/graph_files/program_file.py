@@ -57,7 +57,7 @@ def export_program(
     has not happened.
 
     The exported module takes `input_ids` and `positions` i64[B, T], `kv_index` i64[L] (0 .. L - 1)
-    and `slots`, keys [B, H, L, E] and values of step 0, and further keys if it has some, then those
+    and `slots`, keys [B, H, L, E] and values of step 0, and further columns if it has some, then those
     of step 1 and so on, which it writes in place at the positions; it returns logits [B, T, V]. B,
     T and L are free. The extra file `polar_fx.json` tells the program and the sizes of each step's
     slot.
@@ -131,7 +131,7 @@ def described_slots(specs: Sequence[KvSpec]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for spec in specs:
         sizes = {"heads": spec.heads, "key_size": spec.key_size, "value_size": spec.value_size}
-        more = [{"heads": keys.heads, "size": keys.size} for keys in spec.more_columns]
+        more = [{"heads": part.heads, "size": part.size} for part in spec.more_columns]
         found.append({**sizes, "more_keys": more} if more else sizes)
     return found
 

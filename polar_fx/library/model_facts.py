@@ -200,7 +200,9 @@ def _home(function: Any) -> str:
     """The module whose names a function sees: `functools.wraps` makes `__module__` say something
     else.
     """
-    return str(getattr(function, "__globals__", {}).get("__name__", ""))
+    scope = getattr(function, "__globals__", None)
+    # of the class of functions itself it is a descriptor
+    return str(scope.get("__name__", "")) if isinstance(scope, dict) else ""
 
 
 def _is_versioned(module: str) -> bool:

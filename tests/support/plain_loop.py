@@ -87,6 +87,7 @@ def check_rows(
     rows: Sequence[Tensor],
     each: Sequence[Program],
     chunk: int,
+    loop: Any = plain_logits,
 ) -> None:
     """Logits of every token and greedy generation of 20 more, a program a row, are those of a plain
     loop over the layers of `source`, however prompts are cut.
@@ -97,9 +98,9 @@ def check_rows(
     options: Any = dict(max_new_tokens=20, do_sample=False, eos_token_id=None, pad_token_id=0)
     output = model.generate(ids, attention_mask=mask, program=list(each), **options)
     for i, (row, program) in enumerate(zip(rows, each, strict=True)):
-        assert lost(logits[i, mask[i].bool()], plain_logits(source, program, row=row)) < 2e-4
+        assert lost(logits[i, mask[i].bool()], loop(source, program, row=row)) < 2e-4
         new = output[i, ids.shape[1] :]
-        want = plain_logits(source, program, row=torch.cat((row, new[:-1])))[len(row) - 1 :]
+        want = loop(source, program, row=torch.cat((row, new[:-1])))[len(row) - 1 :]
         # greedy, but for ties within rounding
         assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4
 

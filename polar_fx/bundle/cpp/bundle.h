@@ -53,7 +53,7 @@ struct ColumnsSpec {
   at::ScalarType dtype;
 };
 
-// The slot of a layer's step: keys and values, unless it has no heads, then further keys, and then states.
+// The slot of a layer's step: keys and values, unless it has no heads, then further columns, and then states.
 struct KvSpec {
   std::vector<ColumnsSpec> columns;
   at::ScalarType dtype;
