@@ -222,10 +222,10 @@ class Stored:
         them out: by number and part.
         """
         given = iter(tensors)
-        numbers = [number for parts in self.parts for number, _ in parts]
-        found: list[dict[Part, list[Tensor]]] = [
-            {} for _ in range(max(len(self.parts), *(n + 1 for n in numbers)))
-        ]
+        count = len(self.parts)
+        for number, _ in (key for parts in self.parts for key in parts):
+            count = max(count, number + 1)
+        found: list[dict[Part, list[Tensor]]] = [{} for _ in range(count)]
         for parts in self.parts:
             for number, part in sorted(parts, key=_columns_first):
                 found[number][part] = [next(given) for _ in parts[number, part]]

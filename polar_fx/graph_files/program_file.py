@@ -57,10 +57,10 @@ def export_program(
     has not happened.
 
     The exported module takes `input_ids` and `positions` i64[B, T], `kv_index` i64[L] (0 .. L - 1)
-    and `slots`, keys [B, H, L, E] and values of step 0, and further columns if it has some, then those
-    of step 1 and so on, which it writes in place at the positions; it returns logits [B, T, V]. B,
-    T and L are free. The extra file `polar_fx.json` tells the program and the sizes of each step's
-    slot.
+    and `slots`, keys [B, H, L, E] and values of step 0, and further columns if it has some, then
+    those of step 1 and so on, which it writes in place at the positions; it returns logits
+    [B, T, V]. B, T and L are free. The extra file `polar_fx.json` tells the program and the sizes
+    of each step's slot.
 
     Raises InputError, ProgramError, CaptureError, and BundleError if the file cannot be written; it
     is whole or not there.

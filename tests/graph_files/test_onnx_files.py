@@ -26,6 +26,7 @@ from polar_fx.errors import InputError, ProgramError
 from polar_fx.graph_files import export_onnx
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
+from several_attentions import double_logits, make_double
 from slow_cases import some_slow
 from tiny_models import make, prompts, reference, run_rows
 
@@ -162,6 +163,24 @@ def _greedy(
         done = len(tokens)
         tokens.append(int(logits[0, 0].argmax()))
     return tokens
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_steps_may_keep_several_pairs_of_keys_and_values(tmp_path: Path) -> None:
+    model, rows = make_double(2), prompts(13, 7)
+    compiled = compile(model, "eager", max_length=31, cache=False)
+    export_onnx(compiled, tmp_path / "onnx", programs=("identity", "0 (1)*2@0.5 0"))
+    for entry in _about(tmp_path / "onnx")["programs"]:
+        program = Program.parse(entry["program"])
+        session: Any = Session(tmp_path / "onnx", entry, library=compiled.library)
+        assert session.past[:4] == [
+            f"past.0.{part}" for part in ("key", "value", "more_key_0", "more_key_1")
+        ]
+        for own, row in zip(
+            run_rows(session, program, rows=rows, prefill=(11, 5)), rows, strict=True
+        ):
+            assert (own - double_logits(model, program, row=row)).abs().max() < 1e-3
 
 
 def test_every_weight_is_there_once_and_the_folder_tells_what_it_holds(
