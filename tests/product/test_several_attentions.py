@@ -34,11 +34,13 @@ from polar_fx.runtime.runner import Runner
 from polar_fx.runtime.trunk import run_trunk, session_after
 from several_attentions import (
     DEPTH,
+    compiled_by,
     double_compiled,
     double_library,
     double_logits,
     double_model,
     make_double,
+    make_with_experts,
 )
 from tiny_models import make, make_slots, prompts, reference, run_rows
 
@@ -90,7 +92,7 @@ def test_rows_of_one_program_in_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("chunk", [3, 512])
 def test_compiled_rows(chunk: int) -> None:
-    _check(double_compiled(backend="inductor"), _programs(*TEXTS), chunk=chunk)
+    _check(double_compiled("inductor"), _programs(*TEXTS), chunk=chunk)
 
 
 def _check(model: CompiledModel, each: list[Program], *, chunk: int) -> None:
@@ -231,32 +233,31 @@ def test_a_program_file_takes_all_parts(tmp_path: Path) -> None:
 
 
 @has_experts
-def test_layers_of_two_attentions_with_experts() -> None:
+@pytest.mark.parametrize(
+    ("depth", "backend", "texts"),
+    [
+        (1, "eager", ("0", "(0)*2@0.5", "0 0", "0")),
+        pytest.param(2, "eager", ("0 1", "0 (1)*2@0.5 0", "(1 0)*2", "1"), marks=pytest.mark.slow),
+        pytest.param(2, "inductor", ("0 (1)*2@0.5 0",), marks=pytest.mark.slow),
+    ],
+)
+def test_layers_of_two_attentions_with_experts(
+    depth: int, backend: str, texts: tuple[str, ...]
+) -> None:
     """Whose configuration counts attentions, not layers, and whose experts are a loop."""
-    model, compiled = double_model(WITH_EXPERTS), double_compiled(WITH_EXPERTS)
-    assert compiled.depth == 2 and model.config.num_hidden_layers == 4
-    each = [Program.parse(text, 2) for text in ("0 1", "0 (1)*2@0.5 0", "(1 0)*2", "1")]
+    model = make_with_experts(WITH_EXPERTS, depth)
+    library, rows = LayerLibrary(capture_checked(model)), ROWS[: len(texts)]
+    assert library.depth == depth and model.config.num_hidden_layers == 2 * depth
+    identity = Program.identity(depth)
     for own, want in zip(
-        run_rows(compiled.library, each[0], rows=ROWS, prefill=(11, 6, 3, 1)),
+        run_rows(library, identity, rows=ROWS, prefill=(11, 6, 3, 1)),
         reference(model, ROWS),
         strict=True,
     ):
         assert lost(own, want) < 2e-4
-    check_rows(compiled, model, rows=ROWS, each=each, chunk=3, loop=double_logits)
-
-
-@has_experts
-@pytest.mark.slow
-def test_compiled_layers_with_experts() -> None:
-    compiled = double_compiled(WITH_EXPERTS, "inductor")
-    check_rows(
-        compiled,
-        double_model(WITH_EXPERTS),
-        rows=ROWS[:1],
-        each=[Program.parse("0 (1)*2@0.5 0", 2)],
-        chunk=8,
-        loop=double_logits,
-    )
+    compiled = compiled_by(library, model, backend)
+    each = [Program.parse(text, depth) for text in texts]
+    check_rows(compiled, model, rows=rows, each=each, chunk=3, loop=double_logits)
 
 
 # ---------------------------------------------------------------------------------- what is refused
@@ -327,11 +328,11 @@ class _Again(nn.Module):
 
 
 def test_a_layer_may_run_its_own_attention_twice() -> None:
-    model = make("mistral", num_hidden_layers=2)
-    model.model.layers[1] = _Again(model.model.layers[1], 7)
+    model = make("mistral", num_hidden_layers=1)
+    model.model.layers[0] = _Again(model.model.layers[0], 7)
     library = LayerLibrary(capture_checked(model))
-    assert [spec.num_kv for spec in library.table.kv_specs] == [2, 4]
-    program = Program.from_path([0, 1, 1], 2)
+    assert [spec.num_kv for spec in library.table.kv_specs] == [4]
+    program = Program.from_path([0, 0], 1)
     for own, row in zip(
         run_rows(library, program, rows=ROWS, prefill=(11, 6, 3, 1)), ROWS, strict=True
     ):

@@ -23,11 +23,9 @@ from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.runner import Runner
 from tiny_models import WINDOW, make, spread
 
-DEPTH, ROWS_OF_SLOTS = 3, 100
+DEPTH, MAX_LENGTH = 3, 100
 # With experts, some of which hand their tokens on as they are.
 EXPERTS: dict[str, Any] = dict(
-    num_layers=2,
-    num_hidden_layers=4,  # as its configuration counts them
     num_key_value_heads=4,
     ffn_hidden_size=32,
     q_lora_rank=8,
@@ -70,25 +68,35 @@ def make_double(depth: int = DEPTH) -> Any:
         return spread(model.eval())
 
 
-@functools.cache
-def double_model(kind: str = "double") -> Any:
-    """The source of all that follows: "double", or a type that transformers has."""
-    return make_double() if kind == "double" else make(kind, **EXPERTS)
+def make_with_experts(kind: str, depth: int) -> Any:
+    """One of a type that transformers has, whose configuration counts attentions as layers."""
+    return make(kind, **EXPERTS, num_layers=depth, num_hidden_layers=2 * depth)
 
 
 @functools.cache
-def double_library(kind: str = "double") -> LayerLibrary:
+def double_model() -> Any:
+    """The source of all that follows."""
+    return make_double()
+
+
+@functools.cache
+def double_library() -> LayerLibrary:
     """Its capture."""
-    return LayerLibrary(capture_checked(double_model(kind)))
+    return LayerLibrary(capture_checked(double_model()))
 
 
 @functools.cache
-def double_compiled(kind: str = "double", backend: str = "eager") -> CompiledModel:
+def double_compiled(backend: str = "eager") -> CompiledModel:
     """It, interpreted or compiled."""
+    return compiled_by(double_library(), double_model(), backend)
+
+
+def compiled_by(library: LayerLibrary, model: Any, backend: str) -> CompiledModel:
+    """A captured model, interpreted or compiled."""
     regions = RegionTable(
-        double_library(kind), get_backend(backend), max_length=ROWS_OF_SLOTS, store=None, workers=0
+        library, get_backend(backend), max_length=MAX_LENGTH, store=None, workers=0
     )
-    return CompiledModel(Runner.of_model(double_model(kind), regions))
+    return CompiledModel(Runner.of_model(model, regions))
 
 
 def double_compiled_to_files() -> CompiledModel:
