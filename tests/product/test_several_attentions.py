@@ -255,7 +255,7 @@ def test_layers_of_two_attentions_with_experts(
         strict=True,
     ):
         assert lost(own, want) < 2e-4
-    compiled = compiled_by(library, model, backend)
+    compiled = compiled_by(library, model, backend=backend)
     each = [Program.parse(text, depth) for text in texts]
     check_rows(compiled, model, rows=rows, each=each, chunk=3, loop=double_logits)
 

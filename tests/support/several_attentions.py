@@ -88,10 +88,10 @@ def double_library() -> LayerLibrary:
 @functools.cache
 def double_compiled(backend: str = "eager") -> CompiledModel:
     """It, interpreted or compiled."""
-    return compiled_by(double_library(), double_model(), backend)
+    return compiled_by(double_library(), double_model(), backend=backend)
 
 
-def compiled_by(library: LayerLibrary, model: Any, backend: str) -> CompiledModel:
+def compiled_by(library: LayerLibrary, model: Any, *, backend: str) -> CompiledModel:
     """A captured model, interpreted or compiled."""
     regions = RegionTable(
         library, get_backend(backend), max_length=MAX_LENGTH, store=None, workers=0
