@@ -1,9 +1,10 @@
 """Learn after how many layers questions with choices may be answered, and test it on others.
 
 Where the first layers are sure enough to choose what the whole model would, the others do not run.
-The choices of the whole model teach that; answers only bound what may be lost, and those of the
-test questions are looked at once, in the end. Questions are for train, validation or test by what
-their lines say, else by their ids.
+The choices of the whole model teach that, on one half of the train and validation questions; the
+other half bounds what may change and be lost, and a task whose exit cannot be told from chance has
+none. Answers only bound that loss, and those of the test questions are looked at once, in the end.
+Questions are for train, validation or test by what their lines say, else by their ids.
 
 Examples:
   python -m polar_fx exits --data questions.jsonl --out exits
@@ -56,10 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loss",
         type=float,
-        default=0.005,
+        default=0.01,
         metavar="SHARE",
-        help="of all questions that are learned from, whose right answer may go, less those "
-        "gained; where more would, fewer leave (default: %(default)s)",
+        help="of all questions, whose right answer may go, less those gained; where more would, "
+        "fewer leave (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=0.05,
+        metavar="P",
+        help="how likely risk or loss may be larger all the same (default: %(default)s)",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="exits, scores and results"
@@ -79,6 +87,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         budget=options.budget,
         risk=options.risk,
         loss=options.loss,
+        delta=options.delta,
         workplace=workplace_of(options),
     )
     result = run(job, status())
@@ -92,14 +101,14 @@ def told(result: "ExitsResult") -> list[str]:
     """A line for each task, and for all of them."""
     from ..jobs.exits import ARM
 
-    lines = []
+    exits = result.exits.tasks
+    lines = [f"{task}: {rule.refused}" for task, rule in exits.items() if rule.refused]
     for row in result.compared:
         paired = row.paired
         if row.arm.name != ARM or paired.step_ratio is None:
             continue
-        rule, gain = result.exits.tasks.get(row.arm.task), paired.gain
-        if rule is not None and not rule.expected["leave"]:
-            lines.append(f"{row.arm.task}: no exit keeps within the risk and the loss")
+        rule, gain = exits.get(row.arm.task), paired.gain
+        if rule is not None and rule.refused:
             continue
         after = "" if rule is None else f" after {rule.num_steps} layers"
         lines.append(
@@ -107,4 +116,6 @@ def told(result: "ExitsResult") -> list[str]:
             f"the whole model, {gain.value:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}] points with "
             f"exits{after}, at {100 * paired.step_ratio.value:.1f} % of the steps"
         )
-    return lines or ["no question is for the test; name the split of some lines to test the exits"]
+    if not result.compared:
+        lines.append("no question is for the test; name the split of some lines to test the exits")
+    return lines

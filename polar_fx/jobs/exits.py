@@ -19,10 +19,11 @@ from ..judge.choosing import choice_scores, first_layers
 from ..judge.early_exit import ChoiceScores, EarlyExit, EarlyExits
 from ..output.digest import digest
 from ..output.files import made_folder, replace_file
+from ..questions.choices import best_choice
 from ..search.workers import Workplace
 from ..stats.arms import IDENTITY, ArmResult, compare_arms
 from ..stats.tables import write_compared
-from ..training.exit_learning import check_settings, learn_exit
+from ..training.exit_learning import DELTA, check_settings, learn_exit
 from .labeller import named_model
 from .opening import open_job
 from .progress import progress_bar, silent_console
@@ -47,14 +48,15 @@ class ExitsJob:
     """Settings: questions with choices (`asked.data`), whose test ones are apart by what their
     lines say, else by their ids; mean steps of `budget` x depth, if at most a share `risk` of all
     choices changes by that and at most a share `loss` of right answers is lost (less those gained,
-    of all questions); and where results go.
+    of all questions), with probability 1 - `delta`; and where results go.
     """
 
     out: Path
     asked: Asked
     budget: float = 0.9
     risk: float = 0.03
-    loss: float = 0.005
+    loss: float = 0.01
+    delta: float = DELTA
     workplace: Workplace = field(default_factory=Workplace)
 
 
@@ -95,7 +97,7 @@ def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
         )
     for task, count in _learning_questions(questions).items():
         with _about(task):
-            check_settings(count, budget=job.budget, risk=job.risk, loss=job.loss)
+            check_settings(count, budget=job.budget, risk=job.risk, loss=job.loss, delta=job.delta)
     opened = open_job(
         job.workplace, questions, templates=job.asked.templates(questions), console=console
     )
@@ -254,6 +256,7 @@ def _learned(
                 budget=job.budget,
                 risk=job.risk,
                 loss=job.loss,
+                delta=job.delta,
                 right=table.right(asked),
             )
     notes = {
@@ -261,6 +264,7 @@ def _learned(
         "budget": job.budget,
         "risk": job.risk,
         "loss": job.loss,
+        "delta": job.delta,
         "learned_from": len(questions),
     }
     weights = opened.place.compiled.library.weights_fingerprint
@@ -275,15 +279,15 @@ def _tested(
     if not of_task:
         return []
     rule, depth = exits.tasks[task], table.depth
-    whole, early = table.of(of_task, depth), table.of(of_task, rule.num_steps)
-    key = np.array(table.right(of_task))
-    own = np.array([each.best for each in whole]) == key
-    told = rule.read(early)
-    leaves = rule.leaves(told)
-    right = np.where(leaves, told.place == key, own)
+    whole, key = table.of(of_task, depth), np.array(table.right(of_task))
+    own = np.array([each.best for each in whole])
+    told = rule.answers(table.of(of_task, rule.num_steps))
+    leaves = np.array([each is not None for each in told])
+    both = zip(own.tolist(), told, strict=True)
+    taken = np.array([stays if each is None else best_choice(each) for stays, each in both])
     all_steps = np.full(len(own), float(depth))
     steps = np.where(leaves, float(rule.num_steps), all_steps)
     return [
-        ArmResult(IDENTITY, task, own, own, all_steps, all_steps),
-        ArmResult(ARM, task, right, own, steps, all_steps),
+        ArmResult(IDENTITY, task, own == key, own == key, all_steps, all_steps),
+        ArmResult(ARM, task, taken == key, own == key, steps, all_steps),
     ]

@@ -1,6 +1,5 @@
 """Answering questions with choices, by the first layers where they are enough."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -83,14 +82,12 @@ class Chooser:
         found: dict[int, Chosen] = {}
         for task, places in places_of([question.task for question in questions]).items():
             early = None if self.early_exits is None else self.early_exits.tasks.get(task)
-            if early is None or math.isinf(early.threshold):
+            if early is None or early.never:
                 continue
             program = first_layers(early.num_steps, depth)
             scores = choice_scores(self.forcing, [encoded[i] for i in places], program=program)
-            told = early.read(scores)
-            leaves = early.leaves(told)
-            for i, shares, sure in zip(places, told.log_shares, leaves, strict=True):
-                if sure:
+            for i, shares in zip(places, early.answers(scores), strict=True):
+                if shares is not None:
                     found[i] = _chosen(questions[i], shares, program=program)
         left = [i for i in range(len(questions)) if i not in found]
         scores = choice_scores(self.forcing, [encoded[i] for i in left], program=whole)

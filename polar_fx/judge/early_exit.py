@@ -92,18 +92,20 @@ def read(weights: Sequence[float] | np.ndarray, found: Sequence[ChoiceScores]) -
 @dataclass(frozen=True)
 class EarlyExit:
     """The exit of one task: after `num_steps` layers, where the readout of these `weights` f64[F]
-    reaches `threshold` (infinity: never).
+    reaches `threshold` (infinity: never, and `refused` says why).
 
-    `expected` are shares that were found on train questions by readouts that did not see them: of
-    questions that leave, of those that choose as the whole model does, of all questions whose
-    choice changes and whose right answer is lost (less those gained), and of all steps. Depth and
-    threshold were chosen by these numbers, so others will be somewhat worse.
+    `expected` are shares of the `questions` that bounded the exit, which had no part in choosing
+    depth and readout: of questions that leave, of those that choose as the whole model does, of all
+    questions whose choice changes and whose right answer is lost (less those gained), and of all
+    steps. A file without the number of `questions` is older: its depth and threshold were chosen by
+    these shares, so others will be somewhat worse.
     """
 
     num_steps: int
     threshold: float
     weights: tuple[float, ...]
     expected: Mapping[str, float]
+    refused: str = ""
 
     def __post_init__(self) -> None:
         if len(self.weights) != NUM_FEATURES or self.num_steps < 1:
@@ -116,19 +118,33 @@ class EarlyExit:
                 f"an early exit after {self.num_steps} layers has a number that is not finite; "
                 "learn it again"
             )
+        if self.refused and not self.never:
+            raise InputError(
+                f"an early exit is refused ({self.refused}) and has the threshold "
+                f"{self.threshold:g}; learn it again"
+            )
+
+    @property
+    def never(self) -> bool:
+        """Whether no question leaves here."""
+        return math.isinf(self.threshold)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values; a threshold that nothing reaches is None."""
-        threshold = self.threshold if math.isfinite(self.threshold) else None
+        threshold = None if self.never else self.threshold
         return {**asdict(self), "threshold": threshold}
 
     def read(self, found: Sequence[ChoiceScores]) -> Read:
         """What the readout says of N questions, by their scores at the exit."""
         return read(self.weights, found)
 
-    def leaves(self, found: Read) -> np.ndarray:
-        """Which of the questions are answered here, bool[N]."""
-        return found.sureness >= self.threshold
+    def answers(self, found: Sequence[ChoiceScores]) -> list[tuple[float, ...] | None]:
+        """Of N questions by their scores at the exit: the logarithm of how likely the whole model
+        takes each choice, where the question is answered here; None where it goes on.
+        """
+        told = self.read(found)
+        leaves = (told.sureness >= self.threshold).tolist()
+        return [each if gone else None for each, gone in zip(told.log_shares, leaves, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -211,11 +227,14 @@ def _exit_of(fields: Mapping[str, Any]) -> EarlyExit:
         raise ValueError(f"threshold is {threshold!r}, neither a finite number nor null")
     if not (isinstance(weights, list) and all(map(_is_number, weights))):
         raise ValueError("weights is no list of finite numbers")
+    if not isinstance(refused := fields.get("refused", ""), str):  # older files have none
+        raise ValueError(f"refused is {refused!r}, not a text")
     return EarlyExit(
         num_steps,
         math.inf if threshold is None else float(threshold),
         tuple(map(float, weights)),
         expected={str(name): float(value) for name, value in fields["expected"].items()},
+        refused=refused,
     )
 
 

@@ -14,7 +14,7 @@ from .paired import flags, numbers
 
 # predicted gains from 0.5 down to 0
 THRESHOLDS = tuple(round(0.5 - 0.02 * i, 2) for i in range(26))
-_NUISANCE = 0.25  # part of delta spent on the bound of the discordance
+NUISANCE = 0.25  # part of delta spent on the bound of the discordance
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def risk_controlled_threshold(
                     int((chosen & method & ~identity).sum()),
                     int((chosen & ~method & identity).sum()),
                 )
-                p_value = risk_p_value(gained, lost, n=n, epsilon=epsilon, slack=_NUISANCE * level)
+                p_value = risk_p_value(gained, lost, n=n, epsilon=epsilon, slack=NUISANCE * level)
                 tested[tau] = CheckedThreshold(
                     tau, int(chosen.sum()), gained, lost, p_value, p_value <= level
                 )
@@ -146,7 +146,7 @@ def least_questions(epsilon: float, delta: float, *, starts: int = 1) -> int:
     """With fewer questions `risk_controlled_threshold` certifies nothing but gains: so many are
     needed if choosing loses none of them.
     """
-    slack = _NUISANCE * delta / starts
+    slack = NUISANCE * delta / starts
     return math.ceil(math.log(slack) / math.log1p(-epsilon)) if epsilon else 0
 
 

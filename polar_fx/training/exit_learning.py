@@ -1,7 +1,8 @@
 """Learning after how many layers a question with choices may be answered, and where.
 
-The label is whether the whole model chooses the same: no answer key is needed. Shape legend: N
-questions, C choices, F features of a choice.
+The label is whether the whole model chooses the same: no answer key is needed. Half of the
+questions choose depth and readout, the other half bound what may change and be lost, so the bounds
+count the choice. Shape legend: N questions, C choices, F features of a choice.
 """
 
 import math
@@ -12,9 +13,13 @@ import numpy as np
 
 from ..errors import InputError
 from ..judge.early_exit import NUM_FEATURES, ChoiceScores, EarlyExit, read
+from ..stats.risk import NUISANCE, binomial_cdf, least_questions, risk_p_value
 
+DELTA = 0.05  # how often a bound may fail
+_SEED = 0  # of the halves
 _RIDGE = 1.0  # of weights over standardized features
 _FOLDS = 5
+_THRESHOLDS = 100  # that are tested at most, from the surest questions on
 
 
 def learn_exit(
@@ -26,62 +31,81 @@ def learn_exit(
     risk: float = 1.0,
     loss: float = 1.0,
     right: Sequence[int] | None = None,
+    delta: float = DELTA,
 ) -> EarlyExit:
-    """The exit with fewest steps, not fewer than `budget` x `depth` in the mean, that changes the
-    choice of at most a share `risk` of the questions; of equal ones that which changes least.
+    """The exit with fewest steps that changes the choice of at most a share `risk` of all
+    questions; of equal ones that which changes least. Where the places of the `right` choices are
+    known, it also gives at most a share `loss` fewer right answers than the whole model. They teach
+    nothing else.
 
-    Where the places of the `right` choices are known, it also gives at most a share `loss` fewer
-    right answers than the whole model. They teach nothing else.
+    `candidates` are scores of the N questions after so many layers, `whole` those of all layers.
+    One half, drawn with a fixed seed, chooses depth and readout by cross-fitting: of it no more
+    leave than keep the mean at `budget` x `depth` steps or more. On the other half thresholds are
+    tested from the surest questions on until one fails (Learn then Test, arXiv 2110.01052), so
+    that both bounds hold together with probability 1 - `delta` over its draw.
 
-    `candidates` are scores of the N train questions after so many layers, `whole` those of all
-    layers. The surest questions leave; how often these choose otherwise than the whole model is
-    estimated by cross-fitting. Where none may leave, the threshold is infinite. Raises InputError
-    for a budget that no candidate can keep, or too few questions.
+    An exit is refused, with its threshold infinite and the reason in `refused`, where no threshold
+    keeps the bounds, or where the questions that the budget lets leave are not clearly (one-sided
+    binomial test at `delta`) given the choice of the whole model more often than 1 in C. Raises
+    InputError for settings out of range, too few questions, or a budget that no candidate can keep.
     """
-    check_settings(len(whole), budget=budget, risk=risk, loss=loss)
+    bounded = loss if right is not None else 1.0  # no answers, no bound of what is lost
+    check_settings(len(whole), budget=budget, risk=risk, loss=bounded, delta=delta)
     target = np.array([each.best for each in whole])
     key = None if right is None else np.array(right)
-    exits = []
+    order = np.random.default_rng(_SEED).permutation(len(whole))
+    choosing, bounding = np.sort(order[: len(whole) // 2]), np.sort(order[len(whole) // 2 :])
+    chosen: list[_Candidate] = []
     for num_steps, found in candidates.items():
         share = (1 - budget) / (1 - num_steps / depth) if num_steps < depth else math.inf
         if share <= 1:
-            one = _Candidate.of(found, target, num_steps=num_steps, key=key)
-            exits.append(one.exit(share, risk=risk, loss=loss, depth=depth))
-    if not exits:
+            half = _Half.of(found, target, key=key, places=choosing)
+            chosen.append(_Candidate.of(half, num_steps, share=share, saved=1 - num_steps / depth))
+    if not chosen:
         raise InputError(
             f"no exit after {', '.join(map(str, candidates))} of {depth} layers can keep a mean of "
             f"{budget:g} of the steps; try earlier ones, or a larger budget"
         )
-    return min(exits, key=lambda e: (round(e.expected["steps"], 2), e.expected["differ"]))
+    best = min(chosen, key=lambda each: each.rank(risk, bounded))
+    half = _Half.of(candidates[best.num_steps], target, key=key, places=bounding)
+    return best.bounded_on(half, risk=risk, loss=bounded, delta=delta)
 
 
-def check_settings(num_questions: int, *, budget: float, risk: float, loss: float) -> None:
-    """Raise InputError for a budget, risk or loss out of range, or too few train questions of a
-    task.
+def check_settings(
+    num_questions: int, *, budget: float, risk: float, loss: float, delta: float = DELTA
+) -> None:
+    """Raise InputError for a budget, risk, loss or delta out of range, or too few questions of a
+    task, train and validation ones together, naming how many are needed.
     """
     if not 0 < budget < 1:
         raise InputError(f"budget is {budget}; give a number above 0 and below 1")
-    if not 0 <= risk <= 1:
-        raise InputError(f"risk is {risk}; give a number from 0 to 1")
-    if not 0 <= loss <= 1:
-        raise InputError(f"loss is {loss}; give a number from 0 to 1")
-    if num_questions < 2 * _FOLDS:
-        raise InputError(f"{num_questions} train questions; give at least {2 * _FOLDS}")
+    for name, value in (("risk", risk), ("loss", loss)):
+        if not 0 < value <= 1:
+            raise InputError(f"{name} is {value}; give a number above 0, and at most 1")
+    if not 0 < delta < 1:
+        raise InputError(f"delta is {delta}; give a number above 0 and below 1")
+    bounding = 0 if risk == 1 else math.ceil(math.log(delta) / math.log1p(-risk))
+    if loss < risk:
+        bounding = max(bounding, least_questions(loss, delta))
+    needed = 2 * max(2 * _FOLDS, bounding)
+    if num_questions < needed:
+        raise InputError(
+            f"{num_questions} questions to learn from, and {needed} are needed: half of them "
+            f"choose the exit, and the others must show that at most {100 * risk:g} % of all "
+            f"choices change and {100 * loss:g} % of all right answers are lost, at confidence "
+            f"{100 * (1 - delta):g} %; give more of them, or a larger risk or loss"
+        )
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    """An exit after so many layers: its readout, and of the N train questions, by one that did not
-    see them, whether their choice stays the `same`, how sure it is of that, and what it `loses` (1:
-    a right answer of the whole model; -1: it has one that the whole model has not; 0: neither, or
-    not known).
+class _Half:
+    """What is known of N of the questions at an exit: their scores there, the choices of the whole
+    model i64[N], and the right ones i64[N] (None: not known).
     """
 
-    num_steps: int
-    weights: np.ndarray
-    same: np.ndarray
-    held_out: np.ndarray
-    loses: np.ndarray
+    found: list[ChoiceScores]
+    target: np.ndarray
+    key: np.ndarray | None
 
     @classmethod
     def of(
@@ -89,45 +113,152 @@ class _Candidate:
         found: Sequence[ChoiceScores],
         target: np.ndarray,
         *,
-        num_steps: int,
         key: np.ndarray | None,
-    ) -> "_Candidate":
-        """Fit the readout, whole and for each fold."""
-        fold = np.arange(len(found)) % _FOLDS
-        chosen, held_out = np.empty(len(found), dtype=int), np.empty(len(found))
-        for k in range(_FOLDS):
-            seen, others = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
-            weights = learn_readout([found[i] for i in seen.tolist()], target[seen])
-            told = read(weights, [found[i] for i in others.tolist()])
-            chosen[others], held_out[others] = told.place, told.sureness
-        loses = np.zeros(len(found), dtype=int)
-        if key is not None:
-            loses = (target == key).astype(int) - (chosen == key)
-        return cls(num_steps, learn_readout(found, target), chosen == target, held_out, loses)
+        places: np.ndarray,
+    ) -> "_Half":
+        """Of the questions at these places, i64[N]."""
+        some = [found[i] for i in places.tolist()]
+        return cls(some, target[places], None if key is None else key[places])
 
-    def exit(self, share: float, *, risk: float, loss: float, depth: int) -> EarlyExit:
-        """Where at most this share leaves, at most `risk` of all choose otherwise, and at most
-        `loss` of all are lost.
-        """
-        order = np.argsort(-self.held_out, kind="stable")
-        changed = np.cumsum(~self.same[order]) / len(order)
-        lost = np.cumsum(self.loses[order]) / len(order)
-        most = int(np.ceil(share * len(order)))
-        # equally sure questions leave together
-        last = np.append(np.diff(self.held_out[order]) != 0, True)
-        allowed = np.flatnonzero(((changed <= risk) & (lost <= loss) & last)[:most])
-        count = 0 if not len(allowed) else int(allowed[-1]) + 1
-        threshold = float(self.held_out[order[count - 1]]) if count else math.inf
-        leaves = self.held_out >= threshold
+    def told(self, place: np.ndarray, sureness: np.ndarray) -> "_Told":
+        """What leaving with these choices i64[N], so sure f64[N], would come to."""
+        loses = np.zeros(len(place), dtype=int)
+        if self.key is not None:
+            loses = (self.target == self.key).astype(int) - (place == self.key)
+        return _Told(sureness, place == self.target, loses)
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Of N questions how sure a readout is f64[N], whether their choice stays the `same` bool[N],
+    and what they lose i64[N] (1: a right answer of the whole model; -1: they gain one; 0: neither,
+    or not known).
+    """
+
+    sureness: np.ndarray
+    same: np.ndarray
+    loses: np.ndarray
+
+    def shares(self, threshold: float, *, saved: float) -> dict[str, float]:
+        """What `EarlyExit.expected` holds; `saved` of the steps is what leaving saves."""
+        leaves = self.sureness >= threshold
         gone = float(leaves.mean())
-        expected = {
+        return {
             "leave": gone,
-            "same": float(self.same[leaves].mean()) if count else 1.0,
+            "same": float(self.same[leaves].mean()) if gone else 1.0,
             "differ": float((leaves & ~self.same).mean()),
             "lost": float((leaves * self.loses).mean()),
-            "steps": 1 - gone * (1 - self.num_steps / depth),
+            "steps": 1 - gone * saved,
+            "questions": float(len(leaves)),
         }
-        return EarlyExit(self.num_steps, threshold, tuple(self.weights.tolist()), expected)
+
+    def p_value(self, threshold: float, *, risk: float, loss: float, delta: float) -> float:
+        """Of "more than `risk` change, or more than `loss` are lost": the larger of both, valid
+        whichever of them is true.
+        """
+        leaves, n = self.sureness >= threshold, len(self.same)
+        changes = binomial_cdf(int((leaves & ~self.same).sum()), n, p=risk) if risk < 1 else 0.0
+        if loss >= risk:  # no more can be lost than change
+            return changes
+        gained = int((leaves & (self.loses < 0)).sum())
+        lost = int((leaves & (self.loses > 0)).sum())
+        slack = NUISANCE * delta
+        return max(changes, risk_p_value(gained, lost, n=n, epsilon=loss, slack=slack))
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    """An exit after so many layers, which saves a share `saved` of the steps: its readout, the
+    thresholds on it that the budget allows, from the largest on, and what readouts that did not see
+    them tell of the questions that choose, with such thresholds on these (`tried`).
+    """
+
+    num_steps: int
+    saved: float
+    weights: np.ndarray
+    thresholds: list[float]
+    told: _Told
+    tried: list[float]
+
+    @classmethod
+    def of(cls, half: _Half, num_steps: int, *, share: float, saved: float) -> "_Candidate":
+        """Fit the readout, whole and for each fold; at most this share leaves."""
+        fold = np.arange(len(half.found)) % _FOLDS
+        place, sureness = np.empty(len(fold), dtype=int), np.empty(len(fold))
+        for k in range(_FOLDS):
+            seen, others = np.flatnonzero(fold != k), np.flatnonzero(fold == k)
+            weights = learn_readout([half.found[i] for i in seen.tolist()], half.target[seen])
+            found = read(weights, [half.found[i] for i in others.tolist()])
+            place[others], sureness[others] = found.place, found.sureness
+        weights = learn_readout(half.found, half.target)
+        own = _thresholds(read(weights, half.found).sureness, share)
+        told, tried = half.told(place, sureness), _thresholds(sureness, share)
+        return cls(num_steps, saved, weights, own, told, tried)
+
+    def rank(self, risk: float, loss: float) -> tuple[float, float]:
+        """Steps and changed choices where it keeps within both bounds, as far as it is known."""
+        found = self.told.shares(math.inf, saved=self.saved)
+        for threshold in self.tried:
+            shares = self.told.shares(threshold, saved=self.saved)
+            if shares["differ"] <= risk and shares["lost"] <= loss:
+                found = shares
+        return round(found["steps"], 2), found["differ"]
+
+    def bounded_on(self, half: _Half, *, risk: float, loss: float, delta: float) -> EarlyExit:
+        """The exit at the least threshold that the other questions certify, or refused."""
+        found = read(self.weights, half.found)
+        told = half.told(found.place, found.sureness)
+        threshold, refused = math.inf, ""
+        if not self.thresholds:
+            refused = "no exit: too many questions are equally sure to leave within the budget"
+        else:
+            refused = self._by_chance(told, half, delta=delta)
+        if not refused:
+            for tried in self.thresholds:
+                if told.p_value(tried, risk=risk, loss=loss, delta=delta) > delta:
+                    break
+                threshold = tried
+            if math.isinf(threshold):
+                refused = (
+                    f"no exit: {len(half.found)} questions certify none within the risk and the "
+                    f"loss at confidence {100 * (1 - delta):g} %"
+                )
+        expected = told.shares(threshold, saved=self.saved)
+        weights = tuple(self.weights.tolist())
+        return EarlyExit(self.num_steps, threshold, weights, expected, refused)
+
+    def _by_chance(self, told: _Told, half: _Half, *, delta: float) -> str:
+        """Why the exit is refused if those that the budget lets leave choose as the whole model
+        does no more often than by chance, as far as it is certain; else empty.
+        """
+        surest = np.flatnonzero(told.sureness >= self.thresholds[-1])
+        if not len(surest):
+            return f"no exit: none of {len(half.found)} questions is sure enough to leave"
+        n, same = len(surest), int(told.same[surest].sum())
+        chance = float(np.mean([1 / len(half.found[i].scores) for i in surest.tolist()]))
+        # P(n questions choose the same at least as often by chance)
+        if binomial_cdf(n - same, n, p=1 - chance) <= delta:
+            return ""
+        return (
+            f"refused: after {self.num_steps} layers {same} of the {n} surest questions are given "
+            f"the choice of the whole model ({100 * same / n:.0f} %), which is not clearly more "
+            f"than chance ({100 * chance:.0f} %)"
+        )
+
+
+def _thresholds(sureness: np.ndarray, share: float) -> list[float]:
+    """Where at most this share of the questions leaves, of sureness f64[N], from the largest on.
+
+    Equally sure questions leave together.
+    """
+    ordered = -np.sort(-sureness)
+    most = math.floor(share * len(ordered) + 1e-9)
+    last = np.append(np.diff(ordered) != 0, True)
+    allowed = np.flatnonzero(last[:most])
+    if not len(allowed):
+        return []
+    some = np.linspace(0, len(allowed) - 1, min(_THRESHOLDS, len(allowed))).round().astype(int)
+    return ordered[allowed[np.unique(some)]].tolist()
 
 
 def learn_readout(found: Sequence[ChoiceScores], target: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from polar_fx.cli import main
+from polar_fx.cli.exits import told
 from polar_fx.errors import InputError
 from polar_fx.jobs import exits
 from polar_fx.jobs.questions import Asked
@@ -41,15 +42,21 @@ def _row(i: int) -> dict[str, Any]:
 def job(folder: Path, out: Path) -> exits.ExitsJob:
     place = Workplace(model=str(folder), backend="eager")
     return exits.ExitsJob(
-        out=out, asked=Asked(data=(folder / "rows.jsonl",)), budget=0.8, workplace=place
+        out=out,
+        asked=Asked(data=(folder / "rows.jsonl",)),
+        budget=0.5,
+        risk=0.3,
+        loss=0.3,
+        workplace=place,
     )
 
 
 def test_from_questions_to_a_tested_exit(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    asked = ["exits", "--model", str(folder), "--backend", "eager", "--budget", "0.8"]
+    asked = ["exits", "--model", str(folder), "--backend", "eager", "--budget", "0.5"]
     asked += ["--data", str(folder / "rows.jsonl"), "--out", str(tmp_path / "out")]
+    asked += ["--risk", "0.3", "--loss", "0.3"]
     assert main(asked) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(",")[0] for line in lines[:3]] == ["overall", "mine", "yours"]
@@ -57,7 +64,7 @@ def test_from_questions_to_a_tested_exit(
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     found = EarlyExits.load(results["path"])
     assert set(found.tasks) == {"mine", "yours"} and found.notes["learned_from"] == 60
-    assert found.notes["budget"] == 0.8 and found.notes["model_name"] == folder.name
+    assert found.notes["budget"] == 0.5 and found.notes["model_name"] == folder.name
     for row in results["arms"]:
         assert row["n"] == (20 if row["task"] == "overall" else 10)
         assert row["step_ratio"]["value"] <= 1
@@ -86,7 +93,22 @@ def test_questions_without_choices_are_refused(folder: Path, tmp_path: Path) -> 
     for settings in ({"budget": 1.5}, {"risk": -1.0}, {"loss": 2.0}):
         with pytest.raises(InputError, match="task 'mine': (budget is 1.5|risk is -1|loss is 2)"):
             exits.run(replace(job(folder, tmp_path / "out"), **settings))
+    with pytest.raises(InputError, match="task 'mine': 30 questions to learn from, and 874 are"):
+        exits.run(replace(job(folder, tmp_path / "out"), risk=0.03, loss=0.01))
     assert not (tmp_path / "out").exists(), "nothing was written"
+
+
+def test_an_exit_that_is_refused_is_told_with_the_reason(folder: Path, tmp_path: Path) -> None:
+    """So few may leave that no more than chance can be seen."""
+    found = exits.run(replace(job(folder, tmp_path / "out"), budget=0.95))
+    assert all(rule.never and rule.refused for rule in found.exits.tasks.values())
+    lines = told(found)
+    assert lines[0] == f"mine: {found.exits.tasks['mine'].refused}"
+    assert [line.split(":")[0].split(",")[0] for line in lines] == ["mine", "yours", "overall"]
+    assert "at 100.0 % of the steps" in lines[2]
+    assert EarlyExits.load(found.path) == found.exits
+    (whole, early) = [row for row in found.compared if row.arm.task == "mine"]
+    assert (whole.arm.right == early.arm.right).all()
 
 
 def test_a_choice_that_cannot_be_stays_json() -> None:
