@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import InputError
 from ..program import Program
 from ..questions import EncodedQuestion, Question, any_template
 from ..questions.choices import best_choice
@@ -77,24 +76,57 @@ class Chooser:
     def _part(
         self, questions: Sequence[Question], encoded: Sequence[EncodedQuestion]
     ) -> list[Chosen]:
-        depth = self.forcing.compiled.depth
-        whole = Program.identity(depth)
-        found: dict[int, Chosen] = {}
-        for task, places in places_of([question.task for question in questions]).items():
-            early = None if self.early_exits is None else self.early_exits.tasks.get(task)
-            if early is None or early.never:
-                continue
-            program = first_layers(early.num_steps, depth)
-            scores = choice_scores(self.forcing, [encoded[i] for i in places], program=program)
-            for i, shares in zip(places, early.answers(scores), strict=True):
-                if shares is not None:
-                    found[i] = _chosen(questions[i], shares, program=program)
-        left = [i for i in range(len(questions)) if i not in found]
-        scores = choice_scores(self.forcing, [encoded[i] for i in left], program=whole)
-        for i, each in zip(left, scores, strict=True):
-            found[i] = _chosen(questions[i], each.scores, program=whole)
-        self.forcing.forget([each.id for each in encoded])
-        return [found[i] for i in range(len(questions))]
+        tasks = [question.task for question in questions]
+        answers = answer_choices(self.forcing, encoded, tasks=tasks, early_exits=self.early_exits)
+        found: list[Chosen] = []
+        for question, answer in zip(questions, answers, strict=True):
+            best = best_choice(answer.scores)
+            found.append(Chosen(best, question.choices[best], answer.scores, answer.program))
+        return found
+
+
+class ChoiceAnswer(NamedTuple):
+    """What is known of each choice of a question: its score, as `Chosen` has it, and whether greedy
+    decoding by the `program` that ran gives its scored end.
+    """
+
+    scores: tuple[float, ...]
+    greedy: tuple[bool, ...]
+    program: Program
+
+
+def answer_choices(
+    forcing: "TeacherForcing",
+    encoded: Sequence[EncodedQuestion],
+    *,
+    tasks: Sequence[str],
+    early_exits: EarlyExits | None,
+) -> list[ChoiceAnswer]:
+    """An answer a question, of these tasks, by an early exit that is sure enough or else by all
+    layers, which go on from there. Nothing of the questions is kept.
+
+    Raises InputError for a question without choices, and what judging raises.
+    """
+    depth = forcing.compiled.depth
+    found: dict[int, ChoiceAnswer] = {}
+    for task, places in places_of(tasks).items():
+        early = None if early_exits is None else early_exits.tasks.get(task)
+        if early is None or early.never:
+            continue
+        program = first_layers(early.num_steps, depth)
+        some = [encoded[i] for i in places]
+        ends = _ends(forcing, some, program=program)
+        shares = early.answers([scores for scores, _ in ends])
+        for i, own, (_, greedy) in zip(places, shares, ends, strict=True):
+            if own is not None:
+                found[i] = ChoiceAnswer(own, greedy, program)
+    whole = Program.identity(depth)
+    left = [i for i in range(len(encoded)) if i not in found]
+    ends = _ends(forcing, [encoded[i] for i in left], program=whole)
+    for i, (scores, greedy) in zip(left, ends, strict=True):
+        found[i] = ChoiceAnswer(scores.scores, greedy, whole)
+    forcing.forget([each.id for each in encoded])
+    return [found[i] for i in range(len(encoded))]
 
 
 def first_layers(num_steps: int, depth: int) -> Program:
@@ -106,18 +138,17 @@ def choice_scores(
     forcing: "TeacherForcing", encoded: Sequence[EncodedQuestion], *, program: Program
 ) -> list[ChoiceScores]:
     """Of each question by this program. Raises InputError for a question without choices."""
-    scores = forcing.choice_scores([(each, program) for each in encoded])
+    return [scores for scores, _ in _ends(forcing, encoded, program=program)]
+
+
+def _ends(
+    forcing: "TeacherForcing", encoded: Sequence[EncodedQuestion], *, program: Program
+) -> list[tuple[ChoiceScores, tuple[bool, ...]]]:
+    """Of each question the scores, and whether greedy decoding gives each choice."""
     found = []
-    for each, of_question in zip(encoded, scores, strict=True):
-        key = each.choice
-        if key is None:
-            raise InputError(
-                f"question {each.id!r} has no choices; encode it with a ChoiceTemplate"
-            )
-        found.append(ChoiceScores.of(of_question, key))
+    ends = forcing.choice_ends([(each, program) for each in encoded])
+    for each, of_question in zip(encoded, ends, strict=True):
+        greedy, likelihoods = zip(*of_question, strict=True)
+        key = each.require_choice()
+        found.append((ChoiceScores.of(key.scores(likelihoods), key), greedy))
     return found
-
-
-def _chosen(question: Question, scores: tuple[float, ...], *, program: Program) -> Chosen:
-    best = best_choice(scores)
-    return Chosen(best, question.choices[best], scores, program)

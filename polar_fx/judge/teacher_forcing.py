@@ -114,19 +114,28 @@ class TeacherForcing:
         """
         return self._in_parts(pairs, self._score)
 
-    @torch.no_grad()
     def choice_scores(self, pairs: _Pairs) -> list[tuple[float, ...]]:
         """Of each pair the score of every choice, by which the answer is chosen without a key: its
         log-likelihood in nats, divided by what the prompt says.
 
         Raises as `evaluate`, and InputError for a question without choices.
         """
-        keys = [_choice_of(question) for question, _ in pairs]
-        found = self._in_parts(pairs, self._targets)
         scores: list[tuple[float, ...]] = []
-        for key, each in zip(keys, found, strict=True):
-            scores.append(key.scores([likelihood for _, likelihood, _ in each]))
+        for (question, _), each in zip(pairs, self.choice_ends(pairs), strict=True):
+            scores.append(question.require_choice().scores([likelihood for _, likelihood in each]))
         return scores
+
+    @torch.no_grad()
+    def choice_ends(self, pairs: _Pairs) -> list[list[tuple[bool, float]]]:
+        """Of each pair and of every choice whether greedy decoding gives its scored end, and the
+        log-likelihood of that in nats. Raises as `choice_scores`.
+        """
+        for question, _ in pairs:
+            question.require_choice()
+        found: list[list[tuple[bool, float]]] = []
+        for each in self._in_parts(pairs, self._targets):
+            found.append([(greedy, likelihood) for greedy, likelihood, _ in each])
+        return found
 
     def _in_parts(self, pairs: _Pairs, score: Callable[[_Pairs], list[Any]]) -> list[Any]:
         """What `score` makes of the pairs, in their order; of so many at a time as memory holds."""
@@ -439,11 +448,3 @@ class TeacherForcing:
             (bool(sure), likelihood, lead)
             for sure, likelihood, lead in torch.stack(found, -1).tolist()
         ]
-
-
-def _choice_of(question: EncodedQuestion) -> ChoiceKey:
-    if question.choice is None:
-        raise InputError(
-            f"question {question.id!r} has no choices to score; encode it with a ChoiceTemplate"
-        )
-    return question.choice

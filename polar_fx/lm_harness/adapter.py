@@ -15,10 +15,12 @@ from torch import Tensor
 from ..compiled import CompiledModel, ProgramLike, compile
 from ..environment import install_command
 from ..errors import InputError
+from ..judge.early_exit import EarlyExits
 from ..models import load
 from ..program import Program
 from ..runtime.dispatcher import Decision, Dispatcher
 from ..runtime.generator import padded_rows
+from .choice_exits import ChoiceExits
 from .programs_used import ProgramsUsed
 from .requests import Asked, StopStrings, new_text
 
@@ -51,6 +53,7 @@ class PolarLM(TemplateLM):
             not with a `CompiledModel`.
         program: what every request runs; with a predictor or policy, requests are dispatched
             instead.
+        exits: `EarlyExits`, or the file that `python -m polar_fx exits` wrote; see `ChoiceExits`.
         batch_size: rows that run at once, all by one program.
         max_gen_toks: new tokens of a request that names no number.
         device: where the model goes; a GPU that is not there leaves it on the CPU, as in lm-eval.
@@ -72,6 +75,7 @@ class PolarLM(TemplateLM):
         predictor: str | None = None,
         policy: str | None = None,
         program: ProgramLike = None,
+        exits: EarlyExits | str | None = None,
         batch_size: int | str = 1,
         max_gen_toks: int = 256,
         device: str | None = None,
@@ -82,10 +86,11 @@ class PolarLM(TemplateLM):
             _count("batch_size", batch_size),
             _count("max_gen_toks", max_gen_toks),
         )
-        if program is not None and (predictor is not None or policy is not None):
+        dispatched = predictor is not None or policy is not None
+        if (program is not None) + dispatched + (exits is not None) > 1:
             raise InputError(
-                f"program={program!r} and a predictor or policy exclude each other; leave one of "
-                "them off"
+                f"program={program!r}, a predictor or policy, and exits exclude each other; leave "
+                "all but one of them off"
             )
         options = {
             "dtype": dtype,
@@ -104,6 +109,7 @@ class PolarLM(TemplateLM):
             tokenizer = own if tokenizer is None else tokenizer
         self.tokenizer = tokenizer
         self.program = None if program is None else self.compiled.resolve(program)
+        self.exits = None if exits is None else ChoiceExits(self.compiled, exits)
         self.used = ProgramsUsed()
         self._decisions: list[Decision] = []  # of the last requests that were scored
         dispatcher = self._dispatcher
@@ -162,21 +168,20 @@ class PolarLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids; by default with the tokenizer's special tokens, unless the text begins with
-        them (a chat template's).
-        """
+        """Token ids; by default with special tokens, unless it begins with them (a chat's)."""
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def report(self) -> dict[str, Any]:
-        """What ran since this was made, by task, as JSON values; see `ProgramsUsed.to_dict`.
-
-        Answers that lm-eval took from its response cache ran nothing, and are not in it.
+        """What ran since this was made, by task, as JSON values; see `ProgramsUsed.to_dict`. What
+        lm-eval took from its response cache ran nothing, and is not in it.
         """
         policy = None if self._dispatcher is None else str(self._dispatcher.policy)
-        return {"depth": self.compiled.depth, "policy": policy, "tasks": self.used.to_dict()}
+        exits = {} if self.exits is None else {"exits": self.exits.depths()}
+        tasks = self.used.to_dict()
+        return {"depth": self.compiled.depth, "policy": policy, **exits, "tasks": tasks}
 
     def get_model_info(self) -> dict[str, Any]:
         """The report, for the results' `config`."""
@@ -187,10 +192,22 @@ class PolarLM(TemplateLM):
     def loglikelihood(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """Log-likelihood of each continuation, and whether greedy decoding gives it."""
-        results = super().loglikelihood(list(requests), disable_tqdm)
-        self.used.add(requests, self._decisions)
-        return results
+        """Log-likelihood of each continuation, and whether greedy decoding gives it; or of a
+        document's choices, at an early exit, how likely the whole model takes each (`ChoiceExits`).
+        """
+        found: dict[int, tuple[float, bool]] = {}
+        if self.exits is not None:
+            groups = self.exits.groups(requests, self._encode_pair)
+            for group, told, program in self.exits.answers(groups):
+                for places, one in zip(group.places, told, strict=True):
+                    found |= dict.fromkeys(places, one)
+                    self.used.add([requests[i] for i in places], [Decision(program)] * len(places))
+        left = [request for i, request in enumerate(requests) if i not in found]
+        if left:
+            rest = iter(super().loglikelihood(left, disable_tqdm))
+            self.used.add(left, self._decisions)
+            found |= {i: next(rest) for i in range(len(requests)) if i not in found}
+        return [found[i] for i in range(len(requests))]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from ..errors import InputError
 from ..output.digest import digest
 
 Split = Literal["train", "validation", "test"]
@@ -82,3 +83,11 @@ class EncodedQuestion:
     prompt: tuple[int, ...]
     targets: tuple[tuple[int, ...], ...]
     choice: ChoiceKey | None = None
+
+    def require_choice(self) -> ChoiceKey:
+        """Its key. Raises InputError for a question without choices."""
+        if self.choice is None:
+            raise InputError(
+                f"question {self.id!r} has no choices to score; encode it with a ChoiceTemplate"
+            )
+        return self.choice

@@ -283,11 +283,11 @@ def test_choices_of_one_token_share_a_pass(
     compiled: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows: list[int] = []
-    prefill = compiled.prefill
+    prefill = compiled.runner.prefill
     monkeypatch.setattr(
-        compiled,
+        compiled.runner,
         "prefill",
-        lambda *args, **kwargs: rows.append(len(args[2])) or prefill(*args, **kwargs),
+        lambda *args, **kwargs: rows.append(len(args[1])) or prefill(*args, **kwargs),
     )
     scores_of(PolarLM(compiled, tokenizer, batch_size=8), [("which?", c) for c in (*"ABCD", "AB")])
     assert sum(rows) == 2
