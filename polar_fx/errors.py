@@ -83,6 +83,10 @@ class InputError(PolarError, ValueError):
     """Token ids, a mask, an option of a call or a setting is not valid."""
 
 
+class TrainingError(InputError):
+    """Questions and their labels teach nothing: they are too few, or all alike."""
+
+
 class KvOverflowError(PolarError, ValueError):
     """The tokens of a call do not fit the KV pool; nothing was written."""
 

@@ -3,8 +3,9 @@ ones.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 from ..predictor.features import Features
 from ..predictor.selector import Selector
 from ..questions.question import EncodedQuestion, Question, places_of
@@ -41,6 +42,8 @@ from .polar.training import NetworkTraining
 if TYPE_CHECKING:
     from ..compiled import CompiledModel
 
+LEFT_OUT = "left_out"
+"""What the notes of a baseline hold that could not be trained: the reason."""
 _BUDGET = 0.9
 _INFLUENCE_PROMPTS = 64
 
@@ -208,46 +211,77 @@ def learned_choices(
         for split, records in setting.splits.items()
     }
     choices, notes = router_choices(setting, tokens, seen=seen)
-    more, notes[POLAR_NETWORK] = polar_choices(
-        POLAR_NETWORK, setting, tokens={**tokens["train"], **tokens["validation"]}, seen=seen
-    )
+    together = {**tokens["train"], **tokens["validation"]}
+    polar = partial(polar_choices, POLAR_NETWORK, setting, tokens=together, seen=seen)
+    more, notes[POLAR_NETWORK] = if_it_learns(polar)
     return choices + more, notes
+
+
+def if_it_learns(
+    train: Callable[[], tuple[list[Choice], dict[str, Any]]],
+) -> tuple[list[Choice], dict[str, Any]]:
+    """What a baseline chooses, and how its training went; of one that has nothing to learn from no
+    choices, and the reason as `left_out`.
+    """
+    try:
+        return train()
+    except TrainingError as error:
+        return [], {LEFT_OUT: str(error)}
 
 
 def router_choices(
     setting: Setting, tokens: Mapping[str, Mapping[str, Tensor]], *, seen: Sequence[Tensor]
 ) -> tuple[list[Choice], dict[str, Any]]:
-    """Per-layer routers, and how their training went.
+    """Per-layer routers, and how their training went; one that has nothing to learn from is left
+    out, and its notes say why.
 
     `tokens` has token features f32[T, Q] by split and question id, `seen` those of the test
     questions.
     """
-    windows, labels = {}, {}
-    for split, records in setting.splits.items():
-        labels[split] = router_labels(records, setting.depth, num_steps=setting.trunk)
-        pooled = [pool_windows(tokens[split][name]) for name in labels[split].questions]
-        windows[split] = torch.stack(pooled)
-    held_out = torch.stack([pool_windows(t) for t in tokens["validation"].values()])
-    asked = torch.stack([pool_windows(t) for t in seen])
-    notes: dict[str, Any] = {}
-    choices = []
+    found, notes = [], {}
     for name, ops in (
         ("per-layer router (DR.LLM-style)", OPS),
         (f"skip gate <= {_BUDGET:g} steps (MindSkip-style)", SKIP_OPS),
     ):
-        router, history = train_layer_router(
-            windows["train"],
-            labels["train"].classes,
-            validation_windows=windows["validation"],
-            validation_classes=labels["validation"].classes,
-            num_steps=setting.trunk,
-            ops=ops,
+        more, notes[name] = if_it_learns(
+            partial(_router_choice, name, setting, tokens=tokens, seen=seen, ops=ops)
         )
-        if ops == SKIP_OPS:
-            router = router.with_budget(held_out, _BUDGET)
-        choices.append(Choice.single(name, router.programs(asked)))
-        notes[name] = {k: v for k, v in history.items() if k != "history"}
-    return choices, notes
+        found += more
+    return found, notes
+
+
+def _router_choice(
+    name: str,
+    setting: Setting,
+    *,
+    tokens: Mapping[str, Mapping[str, Tensor]],
+    seen: Sequence[Tensor],
+    ops: tuple[str, ...],
+) -> tuple[list[Choice], dict[str, Any]]:
+    """Of one router. Raises TrainingError."""
+    windows, labels = {}, {}
+    for split, records in setting.splits.items():
+        labels[split] = router_labels(records, setting.depth, num_steps=setting.trunk)
+        pooled = [pool_windows(tokens[split][question]) for question in labels[split].questions]
+        if not pooled:
+            raise TrainingError(
+                f"no program answers any of the {len(records)} {split} questions; ask others"
+            )
+        windows[split] = torch.stack(pooled)
+    router, history = train_layer_router(
+        windows["train"],
+        labels["train"].classes,
+        validation_windows=windows["validation"],
+        validation_classes=labels["validation"].classes,
+        num_steps=setting.trunk,
+        ops=ops,
+    )
+    if ops == SKIP_OPS:
+        held_out = torch.stack([pool_windows(t) for t in tokens["validation"].values()])
+        router = router.with_budget(held_out, _BUDGET)
+    asked = torch.stack([pool_windows(t) for t in seen])
+    notes = {k: v for k, v in history.items() if k != "history"}
+    return [Choice.single(name, router.programs(asked))], notes
 
 
 def encoder_choices(
@@ -261,7 +295,9 @@ def encoder_choices(
     ids = [question.id for question in learned]
     by_id = dict(zip(ids, states[: len(ids)], strict=True))
     name = f"{POLAR_NETWORK} on a text encoder"
-    choices, notes = polar_choices(name, setting, tokens=by_id, seen=states[len(learned) :])
+    seen = states[len(learned) :]
+    polar = partial(polar_choices, name, setting, tokens=by_id, seen=seen)
+    choices, notes = if_it_learns(polar)
     return choices, {name: {**notes, "encoder": encoder.fingerprint}}
 
 

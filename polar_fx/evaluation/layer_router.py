@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 from ..program import Program
 from ..runtime.trunk import shares_trunk
 from ..search.records.records import SearchRecord
@@ -157,7 +157,7 @@ def class_weights(counts: Tensor, beta: float = 0.999) -> Tensor:
         raise InputError(f"beta is {beta}; give a number from 0 to below 1")
     present = counts > 0
     if not bool(present.any()):
-        raise InputError("no class occurs; give labels of at least one question")
+        raise TrainingError("no class occurs; give labels of at least one question")
     counts = counts.double()
     weights = torch.where(present, (1 - beta) / (1 - beta ** counts.clamp_min(1)), 0.0)
     return (weights * present.sum() / weights.sum()).float()
@@ -285,7 +285,7 @@ class LayerRouter:
         mean_steps = self.depth - (skipped - skip.shape[1] * identities) / len(skip)
         meets = (mean_steps <= budget * self.depth + 1e-9).nonzero()
         if not len(meets):
-            raise InputError(
+            raise TrainingError(
                 f"no threshold brings the mean below {float(mean_steps.min()):.2f} of "
                 f"{self.depth} steps, and budget {budget} asks for {budget * self.depth:.2f}; "
                 "give a higher budget"

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 from ..output.files import made_folder, write_whole
 from ..search.records.record_file import RecordReader
 from ..search.workers import Workplace
@@ -132,7 +132,8 @@ def plan(job: ReproduceJob, console: "Console | None" = None) -> Plan:
 def run(job: ReproduceJob, console: "Console | None" = None) -> Reproduction:
     """Plan, search, train, evaluate, and write `tables.md` and `results.json` to `job.out`.
 
-    Raises what `plan` and the stages raise.
+    Baselines that have nothing to learn from are left out of the tables, with the reason; so is the
+    whole test where no predictor can be trained. Raises what `plan` and the stages raise.
     """
     console = console or silent_console()
     made, stages, questions = _prepared(job, console)
@@ -140,27 +141,35 @@ def run(job: ReproduceJob, console: "Console | None" = None) -> Reproduction:
         console.print(line, markup=False, soft_wrap=True)
     took = _Took(job.out / TOOK)
     took.stage("search", stages.find_programs, stages=stages, console=console)
-    trained = took.stage("train", stages.learn, stages=stages, console=console)
-    without = _why_no_baselines(stages)
-    if without:
-        console.print(without, markup=False)
-        stages = _stages(job, made, baselines=False)
-    tested = took.stage("evaluate", stages.test, stages=stages, console=console)
+    trained: dict[str, Any] = {}
+    without, report, concluded = "", None, ""
+    try:
+        trained = took.stage("train", stages.learn, stages=stages, console=console)
+    except TrainingError as error:
+        # what the search found is told all the same
+        concluded = f"no predictor could be trained, and nothing was tested: {error}"
+        console.print(concluded, markup=False)
+    else:
+        if without := _why_no_baselines(stages):
+            console.print(without, markup=False)
+            stages = _stages(job, made, baselines=False)
+        tested = took.stage("evaluate", stages.test, stages=stages, console=console)
+        report, concluded = stages.report, tested.conclusion
     files = write_tables(
         job.out,
         Reproduced(
             plan=made,
             seconds=took.seconds,
             trained=trained,
-            conclusion=tested.conclusion,
+            conclusion=concluded,
             records=stages.records,
-            report=stages.report,
+            report=report,
             questions=None if questions is None else questions.facts(),
             without_baselines=without,
             figures=stages.figures,
         ),
     )
-    return Reproduction(conclusion=tested.conclusion, plan=made, seconds=took.seconds, files=files)
+    return Reproduction(conclusion=concluded, plan=made, seconds=took.seconds, files=files)
 
 
 def _prepared(job: ReproduceJob, console: "Console") -> tuple[Plan, Stages, TierQuestions | None]:

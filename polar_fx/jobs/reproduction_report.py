@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..environment import processor_name
+from ..evaluation.baselines import LEFT_OUT
 from ..evaluation.choices import ANY_OF_MENU, FIRST_OF_BEAM, POLAR_NETWORK, SELECTOR_ACCURACY
 from ..output.files import replace_file
 from ..search.analysis.summary import SearchFile, analyze
@@ -26,7 +27,8 @@ _TOGETHER = "all"
 @dataclass(frozen=True, kw_only=True)
 class Reproduced:
     """What the stages left: the plan, seconds a stage, the results of training, what the evaluation
-    came to, the records of the search and the folder of the evaluation's report.
+    came to, the records of the search and the folder of the evaluation's report (None: nothing was
+    tested).
 
     `questions` are facts of files (None: of built-in tasks), `without_baselines` says why they were
     left out, if they were.
@@ -37,7 +39,7 @@ class Reproduced:
     trained: Mapping[str, Any]
     conclusion: str
     records: Path
-    report: Path
+    report: Path | None
     questions: Mapping[str, Any] | None
     without_baselines: str
     figures: bool
@@ -49,8 +51,11 @@ def write_tables(out: Path, found: Reproduced) -> list[Path]:
     Raises InputError, RecordFileError, OSError.
     """
     searched = analyze([SearchFile.read(found.records)])
-    tested = json.loads((found.report / "results.json").read_text(encoding="utf-8"))
-    figures = sorted(found.report.glob("*.svg"))
+    tested: dict[str, Any] = {}
+    figures: list[Path] = []
+    if found.report is not None:
+        tested = json.loads((found.report / "results.json").read_text(encoding="utf-8"))
+        figures = sorted(found.report.glob("*.svg"))
     if found.figures:
         from ..search.analysis.figures import write_figures
 
@@ -66,7 +71,7 @@ def write_tables(out: Path, found: Reproduced) -> list[Path]:
         "without_baselines": found.without_baselines,
         "search": searched,
         "train": dict(found.trained),
-        "test": tested,
+        "test": tested or None,
     }
     text = json.dumps(results, indent=1, allow_nan=False)
     replace_file(out / "results.json", [text.encode() + b"\n"])
@@ -74,7 +79,7 @@ def write_tables(out: Path, found: Reproduced) -> list[Path]:
         _head(found, facts),
         _questions(found),
         _search(searched["files"][0]),
-        _test(found, tested["arms"]),
+        "" if found.report is None else _test(found, tested, report=found.report),
         _figures(figures, out=out),
     ]
     replace_file(out / "tables.md", ["\n".join(part for part in parts if part).encode()])
@@ -143,9 +148,12 @@ def _questions(found: Reproduced) -> str:
     """Of files: how many of each tier, and what was left out."""
     facts = found.questions
     if facts is None:
+        asked = "Test questions were asked once, after all that was learned."
+        if found.report is None:
+            asked = "No test question was asked."
         return (
             "Questions are generated; train, validation and test are apart by a hash of the "
-            "question's id. Test questions were asked once, after all that was learned.\n"
+            f"question's id. {asked}\n"
         )
     rows = [(tier, *map(str, counts.values())) for tier, counts in facts["tiers"].items()]
     lines = [
@@ -207,8 +215,10 @@ def _of_shorter(shorter: Mapping[str, Any]) -> tuple[str, ...]:
     return (f"{right['n']:,}", _share(right), f"{wrong['n']:,}", _share(corrected), _share(wrong))
 
 
-def _test(found: Reproduced, arms: Sequence[Mapping[str, Any]]) -> str:
-    """Test questions: single-shot methods and pass@k side by side, then every method in full."""
+def _test(found: Reproduced, tested: Mapping[str, Any], *, report: Path) -> str:
+    """Test questions: single-shot methods and pass@k side by side, then every method in full, and
+    why baselines were left out.
+    """
     lines = [
         "## Test",
         "",
@@ -216,13 +226,16 @@ def _test(found: Reproduced, arms: Sequence[Mapping[str, Any]]) -> str:
         "executed steps in % of the identity's; pass@k and the whole menu are oracles, which "
         "choose by the answer key and run all of their programs.",
         "",
-        *_side_by_side(arms),
+        *_side_by_side(tested["arms"]),
         "",
     ]
     if found.without_baselines:
         lines += [f"{found.without_baselines[0].upper()}{found.without_baselines[1:]}.", ""]
-    lines += ["### Every method", "", (found.report / "arms.md").read_text(encoding="utf-8")]
-    answers = found.report / "answers" / "arms.md"
+    for name, notes in tested["baselines"].items():
+        if isinstance(notes, Mapping) and LEFT_OUT in notes:
+            lines += [f"Left out, because it could not be trained: {name} ({notes[LEFT_OUT]}).", ""]
+    lines += ["### Every method", "", (report / "arms.md").read_text(encoding="utf-8")]
+    answers = report / "answers" / "arms.md"
     if found.plan.answers and answers.exists():
         lines += [
             f"### Generated answers, to {found.plan.answers:,} of the test questions",

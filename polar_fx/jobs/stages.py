@@ -209,8 +209,14 @@ class Stages:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        began = time.perf_counter()
+        """Counts its seconds. A stage sets this process's compute threads to the share of a worker;
+        afterwards there are as many as before, or the next one would divide the share again.
+        """
+        import torch
+
+        began, threads = time.perf_counter(), torch.get_num_threads()
         try:
             yield
         finally:
+            torch.set_num_threads(threads)
             self.seconds[stage] = time.perf_counter() - began

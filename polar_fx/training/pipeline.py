@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 from ..output.files import made_folder
 from ..predictor.features import Features
 from ..predictor.known_tasks import KnownTasks
@@ -107,7 +107,7 @@ def mine_menu(
     if runs is not None:
         pool = list(filter(runs, pool))
     if not pool:
-        raise InputError(
+        raise TrainingError(
             "there is no program to screen: the records hold none that fits, and num_edits is 0; "
             "allow some edits"
         )
@@ -245,9 +245,9 @@ def too_few_to_certify(tasks: Sequence[str], config: TrainingConfig) -> str:
 
 
 def _halves(labels: Labels, seed: int) -> tuple[Labels, Labels]:
-    """Half of the rows, drawn, and the others. Raises InputError for fewer than two."""
+    """Half of the rows, drawn, and the others. Raises TrainingError for fewer than two."""
     if len(labels.right) < 2:
-        raise InputError(
+        raise TrainingError(
             "validation takes at least 2 questions, half of them to fit and half to set "
             "thresholds; ask more"
         )
@@ -318,7 +318,7 @@ def train_predictor(
     does not begin with the trunk.
     """
     if not train or not validation:
-        raise InputError(
+        raise TrainingError(
             f"{len(train)} train and {len(validation)} validation questions; both are needed"
         )
     if programs:

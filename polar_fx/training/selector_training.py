@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import InputError, TrainingError
 from ..predictor.selector import SelectorNetwork
 from .early_stopping import Progress, check_ranges, train_to_best
 
@@ -84,7 +84,7 @@ class Labels:
                 "for each, or none"
             )
         if not len(self.features):
-            raise InputError("there is no labelled question; train on at least one")
+            raise TrainingError("there is no labelled question; train on at least one")
         if not bool(torch.isfinite(self.features).all()):
             row = int((~torch.isfinite(self.features)).any(1).nonzero()[0])
             raise InputError(
@@ -125,12 +125,12 @@ def train_selector(
     """The mean of networks, each of the epoch with its lowest validation loss, and their histories.
 
     Deterministic for a seed. `progress(epoch, losses)` is called after each epoch, counted over all
-    networks. Raises InputError if no program is right on any train question, or every one on all:
-    there is nothing to choose from.
+    networks. Raises TrainingError if no program is right on any train question, or every one on
+    all: there is nothing to choose from.
     """
     if train.right.all() or not train.right.any():
         what = "right" if train.right.any() else "wrong"
-        raise InputError(
+        raise TrainingError(
             f"every program is {what} on all {len(train.right)} train questions: nothing can be "
             "learned; ask others"
         )

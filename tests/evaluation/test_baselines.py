@@ -202,3 +202,16 @@ def test_learned_baselines_use_the_selectors_states(model: polar_fx.CompiledMode
 def test_a_setting_names_its_splits() -> None:
     assert SETTING.splits == {"train": RECORDS[:3], "validation": RECORDS[3:]}
     assert Setting(SETTING.known, DEPTH, 2).seed == 0
+
+
+def test_routers_without_an_answered_question_are_left_out_with_the_reason() -> None:
+    wrong = [record(question, np.zeros(3, dtype=bool)) for question in QUESTIONS[2:]]
+    setting = Setting(TrainingRecords(RECORDS[:2], RECORDS[:2], wrong), DEPTH, 2)
+    states = {"train": {}, "validation": {}}
+    for split, records in setting.splits.items():
+        for each in records:
+            states[split][each.question.id] = torch.ones(3, 8)
+    choices, notes = baselines.router_choices(setting, states, seen=[torch.ones(3, 8)])
+    assert choices == [] and len(notes) == 2
+    for told in notes.values():
+        assert "validation questions; ask others" in told[baselines.LEFT_OUT]

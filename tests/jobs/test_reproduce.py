@@ -10,14 +10,20 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
+import torch
 
 from polar_fx import compiled, models
 from polar_fx.cli import main
-from polar_fx.errors import InputError
-from polar_fx.jobs import reproduce, search, stages
-from polar_fx.jobs.questions import own_split
+from polar_fx.errors import InputError, TrainingError
+from polar_fx.evaluation import baselines
+from polar_fx.jobs import evaluate, reproduce, search, stages, train
+from polar_fx.jobs.fit import PRESETS
+from polar_fx.jobs.opening import open_job
+from polar_fx.jobs.progress import silent_console
+from polar_fx.jobs.questions import Asked, own_split
 from polar_fx.jobs.reproduce import ReproduceJob, plan, run
 from polar_fx.jobs.reproduction_plan import Measured
 from polar_fx.jobs.stages import Probe, Stages
@@ -182,6 +188,75 @@ def test_where_the_model_answers_nothing_baselines_are_left_out(
     tables = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
     assert "The model as it is answers none of the train questions" in tables
     assert "PoLar network" not in tables
+
+
+def test_a_predictor_that_cannot_be_trained_is_left_out_with_the_reason(
+    folder: Path, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every program is right on all questions."""
+    monkeypatch.setitem(globals(), "RIGHT", [ANY] * 3)
+    out = tmp_path / "out"
+    monkeypatch.setattr(reproduce, "TASKS", ("addition",))
+    found = run(job_of(folder, out))
+    reason = "no predictor could be trained, and nothing was tested: every program is right on all"
+    assert found.conclusion.startswith(reason)
+    tables = (out / "tables.md").read_text(encoding="utf-8")
+    assert f"**{reason}" in tables and "## What the search found" in tables
+    assert "## Test" not in tables and "No test question was asked." in tables
+    assert json.loads((out / "results.json").read_text())["test"] is None
+    assert {"search", "train"} <= set(found.seconds) and not (out / "report").exists()
+
+
+def test_a_baseline_that_cannot_be_trained_is_left_out_with_the_reason(
+    folder: Path, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*given: Any, **settings: Any) -> Any:
+        raise TrainingError("all labels are alike")
+
+    monkeypatch.setattr(baselines, "train_polar_arm", never)
+    monkeypatch.setattr(reproduce, "TASKS", ("addition", "subtraction"))
+    run(job_of(folder, tmp_path / "out"))
+    tables = (tmp_path / "out" / "tables.md").read_text(encoding="utf-8")
+    told = "Left out, because it could not be trained: PoLar network (all labels are alike)."
+    assert told in tables and "PoLar network, first of beam" not in tables
+    assert "per-layer router" in tables
+
+
+def test_each_part_divides_all_compute_threads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = Asked(tasks=("addition",), count=2, split="train")
+    questions, shares = asked.questions(), []
+
+    def part(job: Any, console: Any) -> None:
+        opened = open_job(
+            job.workplace,
+            questions,
+            templates=asked.templates(questions),
+            console=console,
+            workers=job.workers,
+        )
+        shares.append(opened.place.workplace.threads)
+        raise InputError("enough")
+
+    for module in (search, train, evaluate):
+        monkeypatch.setattr(module, "run", part)
+    made = Stages(
+        out=tmp_path,
+        asked=asked,
+        size=PRESETS["quick"],
+        workplace=Workplace(model=str(folder), backend="eager"),
+        workers=2,
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for stage in (made.find_programs, made.learn, made.test):
+            with pytest.raises(InputError, match="enough"):
+                stage(silent_console())
+        assert shares == [2, 2, 2] and torch.get_num_threads() == 4
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_a_machine_is_measured_on_train_questions(

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ...errors import InputError
+from ...errors import InputError, TrainingError
 from .labels import LabelRow, label_losses, label_tensors
 from .network import NetworkConfig, PolarNetwork, pad_features
 from .training_state import TrainingState, load_state, save_state
@@ -123,7 +123,7 @@ class LabelledQuestions:
                 "tensor each"
             )
         if not self.rows:
-            raise InputError(
+            raise TrainingError(
                 f"no label rows for {len(self.questions)} questions; search until some program "
                 "answers some of them"
             )
@@ -253,7 +253,7 @@ class _Run:
                 boundary, op = self._losses(self.train, rows.tolist())
                 loss = (boundary + op) / (weight * len(rows))
                 if not bool(loss.isfinite()):
-                    raise InputError(
+                    raise TrainingError(
                         f"the loss is {loss.item()} in epoch {epoch + 1}, step {index + 1}; lower "
                         f"the learning rate ({self.config.learning_rate})"
                     )
@@ -272,7 +272,7 @@ class _Run:
             boundary, op = self._losses(self.validation, rows.tolist())
             sums += torch.stack([boundary + op, boundary, op]).cpu()
         if not bool(sums.isfinite().all()):
-            raise InputError(
+            raise TrainingError(
                 "the validation loss is not finite; lower the learning rate "
                 f"({self.config.learning_rate})"
             )
