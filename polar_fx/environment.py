@@ -6,6 +6,8 @@ as 500MB, 4GiB or bytes; 0: no limit | 4GiB | | POLAR_FX_LOG | log lines of comm
 warning or error | warning |
 """
 
+import importlib.metadata
+import importlib.util
 import logging
 import math
 import os
@@ -13,12 +15,15 @@ import platform
 import re
 import statistics
 import time
+from collections.abc import Iterable
 from decimal import Decimal
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
 from .errors import InputError
+from .version import __version__
 
 _SOURCE = Path(__file__).resolve().parents[1]
 _DEFAULT_LIMIT = "4GiB"
@@ -98,6 +103,33 @@ def processor_name() -> str:
 def environment_variables() -> dict[str, str]:
     """Those of polar_fx that are set."""
     return {name: value for name, value in sorted(os.environ.items()) if name.startswith(_PREFIX)}
+
+
+def has_matplotlib() -> bool:
+    """Whether figures can be drawn."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def running_facts(packages: Iterable[str]) -> dict[str, Any]:
+    """What runs here, as JSON values: versions of polar_fx, Python and these packages, processors,
+    and compute threads.
+    """
+    import torch
+
+    return {
+        "polar_fx": __version__,
+        "python": platform.python_version(),
+        **{name: _version(name) for name in packages},
+        "processors": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def install_command(extra: str) -> str:

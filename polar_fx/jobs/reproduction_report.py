@@ -3,21 +3,19 @@ table.
 """
 
 import json
-import os
-import platform
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..environment import processor_name
+from ..environment import processor_name, running_facts
 from ..evaluation.baselines import LEFT_OUT
 from ..evaluation.choices import ANY_OF_MENU, FIRST_OF_BEAM, POLAR_NETWORK, SELECTOR_ACCURACY
 from ..output.files import replace_file
 from ..search.analysis.summary import SearchFile, analyze
 from ..stats.arms import IDENTITY
+from ..stats.intervals import share_text
 from ..stats.tables import markdown_lines
 from .reproduction_plan import Plan
 
@@ -90,17 +88,10 @@ def environment_facts(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Versions and machine, as JSON values."""
     import torch
 
-    from ..version import __version__
-
-    facts: dict[str, Any] = {
-        "polar_fx": __version__,
+    facts = {
+        **running_facts(("torch", "transformers")),
         "date": date.today().isoformat(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
         "processor": processor_name(),
-        "processors": os.cpu_count(),
-        "threads": torch.get_num_threads(),
     }
     device = str(settings["device"] or "cpu")
     if device.startswith("cuda"):
@@ -186,7 +177,7 @@ def _search(file: Mapping[str, Any]) -> str:
     shorter = []
     for name, one in parts:
         n = f"{one['questions']:,}"
-        right.append((name, n, *map(_share, one["accuracy"].values())))
+        right.append((name, n, *map(share_text, one["accuracy"].values())))
         shorter.append((name, *_of_shorter(one["shorter"]), _mean(one["shortest_steps"]["mean"])))
     heads = ("", "n", "identity", "+ skips", "+ repeats", "+ any")
     more = ("", "n right", "shorter", "n wrong", "corrected", "by shorter", "steps of the shortest")
@@ -212,7 +203,13 @@ def _search(file: Mapping[str, Any]) -> str:
 
 def _of_shorter(shorter: Mapping[str, Any]) -> tuple[str, ...]:
     right, corrected, wrong = (shorter[name] for name in ("right", "corrected", "wrong"))
-    return (f"{right['n']:,}", _share(right), f"{wrong['n']:,}", _share(corrected), _share(wrong))
+    return (
+        f"{right['n']:,}",
+        share_text(right),
+        f"{wrong['n']:,}",
+        share_text(corrected),
+        share_text(wrong),
+    )
 
 
 def _test(found: Reproduced, tested: Mapping[str, Any], *, report: Path) -> str:
@@ -269,7 +266,7 @@ def _cell(arm: Mapping[str, Any] | None) -> str:
         return "–"
     ratio = arm["step_ratio"]
     steps = "" if ratio is None else f" at {100 * ratio['value']:.0f} %"
-    return f"{_share(arm['method'])}{steps}"
+    return f"{share_text(arm['method'])}{steps}"
 
 
 def _figures(figures: Iterable[Path], *, out: Path) -> str:
@@ -291,11 +288,3 @@ def _minutes(seconds: float | None) -> str:
 
 def _mean(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
-
-
-def _share(share: Mapping[str, Any]) -> str:
-    """`42.4 [40.1, 44.8]`, in percent."""
-    if share["share"] is None:
-        return "–"
-    low, high = 100 * share["low"], 100 * share["high"]
-    return f"{100 * share['share']:.1f} [{low:.1f}, {high:.1f}]"

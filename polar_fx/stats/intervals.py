@@ -1,7 +1,7 @@
 """Shares with their uncertainty, and rank correlation."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +48,16 @@ class Share:
         """
         low, high = wilson(self.count, self.n) if self.n else (None, None)
         return {"count": self.count, "n": self.n, "share": self.value, "low": low, "high": high}
+
+
+def share_text(share: Mapping[str, Any], *, digits: int = 1, unknown: str = "–") -> str:
+    """`42.4 [40.1, 44.8]`, in percent, of what `Share.to_dict` gives; the interval with so many
+    digits, and `unknown` for a share of nothing.
+    """
+    if share["share"] is None:
+        return unknown
+    low, high = 100 * share["low"], 100 * share["high"]
+    return f"{100 * share['share']:.1f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def ranks(values: Sequence[float]) -> np.ndarray:

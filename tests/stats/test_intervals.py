@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polar_fx.stats.intervals import Share, ranks, spearman, wilson
+from polar_fx.stats.intervals import Share, ranks, share_text, spearman, wilson
 from shares import share
 
 
@@ -66,3 +66,11 @@ def test_spearman_is_undefined_where_nothing_varies(pair: tuple[list[float], lis
     assert spearman(*pair) is None
     with pytest.raises(ValueError, match="pairs"):
         spearman([1.0], [])
+
+
+def test_a_share_as_text() -> None:
+    found = Share(1, 4).to_dict()
+    assert share_text(found) == "25.0 [4.6, 69.9]"
+    assert share_text(found, digits=0) == "25.0 [5, 70]"
+    assert share_text(Share(0, 0).to_dict()) == "–"
+    assert share_text(Share(0, 0).to_dict(), unknown="-") == "-"
