@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--risk",
         type=float,
-        default=0.03,
+        default=0.05,
         metavar="SHARE",
         help="of all questions, whose choice may change; where the budget would change more, fewer "
         "leave (default: %(default)s)",
@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--loss",
         type=float,
-        default=0.01,
+        default=0.03,
         metavar="SHARE",
         help="of all questions, whose right answer may go, less those gained; where more would, "
         "fewer leave (default: %(default)s)",

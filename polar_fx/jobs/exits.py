@@ -54,8 +54,8 @@ class ExitsJob:
     out: Path
     asked: Asked
     budget: float = 0.9
-    risk: float = 0.03
-    loss: float = 0.01
+    risk: float = 0.05
+    loss: float = 0.03
     delta: float = DELTA
     workplace: Workplace = field(default_factory=Workplace)
 
