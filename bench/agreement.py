@@ -130,7 +130,7 @@ def right(
 ) -> np.ndarray:
     """Whether the highest sum of the programs' log-shares is the key, bool[N]."""
     sums = [sum(of_question) for of_question in zip(*(found[i] for i in places), strict=True)]
-    keys = [each.choice.right for each in asked if each.choice is not None]
+    keys = [each.require_choice().right for each in asked]
     return np.array([int(np.argmax(s)) for s in sums]) == np.array(keys)
 
 
