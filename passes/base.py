@@ -161,6 +161,11 @@ def role(node: Node) -> str | None:
     return node.meta.get("role")
 
 
+def is_size(node: Node) -> bool:
+    """Whether its value is a size, not a tensor."""
+    return isinstance(node.meta.get("val"), (torch.SymInt, int))
+
+
 def in_slot(node: Node) -> bool:
     """Whether it is a part of a step's slot: keys, values, or a state."""
     return role(node) in ("kv", "state")

@@ -90,20 +90,22 @@ def _watched(view: PreTrainedModel, stack: str, *, recorder: Recorder) -> Iterat
 
 
 def _check_handed_on(view: PreTrainedModel, states: list[Tensor]) -> None:
-    """Raise UnsupportedModelError unless all are [1, 2, d], as one row of two tokens should be."""
+    """Raise UnsupportedModelError unless all have an axis of one row, one of two tokens, and more;
+    which these are, the traced sizes tell.
+    """
     for state in states:
-        if state.dim() != 3 or tuple(state.shape[:2]) != (1, 2):
+        if state.dim() < 3 or not {1, 2} <= set(state.shape):
             raise UnsupportedModelError(
                 f"layers of {type(view).__name__} hand on hidden states of shape "
                 f"{list(state.shape)} for one row of two tokens, not [1, 2, d]",
-                "rows and tokens are told apart by the first two axes; use a model whose hidden "
-                "states are [batch, tokens, d]",
+                "rows and tokens are told apart by axes of their own; use a model whose hidden "
+                "states are [batch, tokens, d], or of several such streams",
             )
 
 
 def probe(view: PreTrainedModel, stack: str, *, depth: int) -> "Stored":
     """Run two tokens through the view and see what every layer stores of its own, once, and that it
-    hands on a hidden state [B, T, d].
+    hands on a hidden state with an axis of rows and one of tokens.
     """
     device = embedding_weight(view).device
     positions = torch.arange(2, device=device)[None]

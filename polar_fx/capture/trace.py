@@ -24,8 +24,7 @@ from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 
 from ..errors import CaptureError, UnsupportedModelError
-from ..passes.base import in_slot, storage, writes
-from ..passes.outline_layers import is_size
+from ..passes.base import in_slot, is_size, storage, writes
 from .captured import ALIGNMENT, CapturedModel, KvSpec
 from .experts import replace_expert_loops
 from .extension import CACHE, Slots, register

@@ -73,9 +73,10 @@ def _cosine_sums(
     is_token = torch.arange(ids.shape[1]) < torch.tensor(counts)[:, None]
     found = []
     for before, after in pairwise(linked.states(StepInputs.of(session, ids, positions=positions))):
-        # in double precision, so that a layer that changes nothing has influence 0
+        # of all streams of a token, in double precision, so that a layer that changes nothing has
+        # influence 0
         cosine = torch.nn.functional.cosine_similarity(
-            before.cpu().double(), after.cpu().double(), dim=-1
+            before.flatten(2).cpu().double(), after.flatten(2).cpu().double(), dim=-1
         )
         found.append(cosine[is_token].sum())
     return torch.stack(found)

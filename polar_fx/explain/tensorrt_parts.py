@@ -14,8 +14,8 @@ from ..backends.base import ANY_SHAPE, RegionName
 from ..backends.experimental.tensorrt_graph import split_for_engines
 from ..library import LayerLibrary
 from ..output.plain_text import count
+from ..passes.base import is_size
 from ..passes.keep_kv_writes import KeepKvWrites
-from ..passes.outline_layers import is_size
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ every program shares.
 
 Nothing is computed twice for them, and no second model is needed. DR.LLM measured 38.6 % with
 hidden states against 30.0 % with input embeddings (arXiv 2510.12773, table 6). Shape legend: T
-tokens, d hidden size.
+tokens, S streams, d hidden size.
 """
 
 from dataclasses import dataclass
@@ -35,8 +35,10 @@ class Features:
                 )
 
     def tokens(self, hidden: Tensor) -> Tensor:
-        """The states looked at, [T, d] with T at most `window`."""
-        return hidden[-self.window :]
+        """Of hidden states [T, d], those looked at, at most `window`; of several streams [T, S, d],
+        [T, S d].
+        """
+        return hidden[-self.window :].flatten(1)
 
     def pooled(self, hidden: Tensor) -> Tensor:
         """Those of the last token, and the mean of all looked at, f32[2 d]."""

@@ -118,7 +118,7 @@ class Resume:
         """
         part = self.hidden[:, start : start + tokens]
         missing = tokens - part.shape[1]
-        part = pad(part, (0, 0, 0, missing)) if missing else part.contiguous()
+        part = pad(part, (*(0, 0) * (part.dim() - 2), 0, missing)) if missing else part.contiguous()
         return Resume(self.num_steps, part)
 
 

@@ -53,7 +53,7 @@ class _Order:
 
     `places` i64[C * B] says where the blocks of each call and row are named: in the tables of the
     rows' steps, one below the other, and then those of the spare blocks. `takes_part` is a
-    bool[C, B, 1, 1]; `is_full` if all rows take part everywhere.
+    bool[C, B]; `is_full` if all rows take part everywhere.
     """
 
     union: Program
@@ -82,7 +82,7 @@ class _Order:
 @dataclass(eq=False)
 class _Buffers:
     """What goes in and comes out at fixed addresses: ids and positions i64[B, 1], columns i64[L],
-    tables i64[C, B, W], who takes part bool[C, B, 1, 1], logits [B, 1, V].
+    tables i64[C, B, W], who takes part bool[C, B], logits [B, 1, V].
 
     `filled_for` tells for which batch, and which blocks of it, the tables are.
     """
@@ -101,7 +101,7 @@ class _Buffers:
         """Zeros."""
         ids = torch.zeros(sizes.rows, 1, dtype=torch.long, device=device)
         tables = ids.new_zeros(sizes.calls, sizes.rows, sizes.width)
-        takes_part = torch.zeros(sizes.calls, sizes.rows, 1, 1, dtype=torch.bool, device=device)
+        takes_part = torch.zeros(sizes.calls, sizes.rows, dtype=torch.bool, device=device)
         columns = torch.arange(sizes.width * BLOCK, device=device)
         return cls(ids, ids.clone(), columns, tables, takes_part)
 
@@ -212,7 +212,8 @@ class LockstepGraphs:
             slot = *self.store.tensors(call.spec), buffers.tables[number]
             after = call.step.run(hidden, values, slot=slot)
             if not order.is_full:
-                after = torch.where(buffers.takes_part[number], after, hidden)
+                takes_part = buffers.takes_part[number].view(-1, *[1] * (hidden.dim() - 1))
+                after = torch.where(takes_part, after, hidden)
             for row, dampings in call.closes:
                 after[row] = blends[row].close(after[row], dampings)
             hidden = after
@@ -304,11 +305,11 @@ class LockstepGraphs:
 
 
 def _takes_part(order: Sequence[LayerCall], rows: int) -> Tensor:
-    """Which rows take part in each call, bool[C, B, 1, 1]."""
+    """Which rows take part in each call, bool[C, B]."""
     found = torch.zeros(len(order), rows, dtype=torch.bool)
     for number, call in enumerate(order):
         found[number, list(call.rows)] = True
-    return found[:, :, None, None]
+    return found
 
 
 def _new_blends() -> Blends[Tensor]:

@@ -18,8 +18,7 @@ from polar_fx.backends.experimental.tensorrt import export_engines, profile
 from polar_fx.backends.experimental.tensorrt_graph import ENGINE_OPS, engines, split_for_engines
 from polar_fx.compiled import CompiledModel
 from polar_fx.explain.tensorrt_parts import EnginePart, partition_report, parts_of
-from polar_fx.passes.base import writes
-from polar_fx.passes.outline_layers import is_size
+from polar_fx.passes.base import is_size, writes
 from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.runner import Runner
 from slow_cases import some_slow

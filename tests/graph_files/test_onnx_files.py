@@ -28,6 +28,7 @@ from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
 from several_attentions import double_logits, make_double
 from slow_cases import some_slow
+from streams import make_streams, streams_logits
 from tiny_models import make, prompts, reference, run_rows
 
 onnx = pytest.importorskip("onnx", reason="the extra `onnx` is not installed")
@@ -181,6 +182,20 @@ def test_steps_may_keep_several_pairs_of_keys_and_values(tmp_path: Path) -> None
             run_rows(session, program, rows=rows, prefill=(11, 5)), rows, strict=True
         ):
             assert (own - double_logits(model, program, row=row)).abs().max() < 1e-3
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_steps_may_hand_on_several_streams(tmp_path: Path) -> None:
+    model, rows = make_streams(), prompts(13, 7)
+    compiled = compile(model, "eager", max_length=31, cache=False)
+    export_onnx(compiled, tmp_path / "onnx", programs=("identity", "0 1 (3)*2@0.5 2"))
+    for entry in _about(tmp_path / "onnx")["programs"]:
+        program = Program.parse(entry["program"])
+        session: Any = Session(tmp_path / "onnx", entry, library=compiled.library)
+        got = run_rows(session, program, rows=rows, prefill=(11, 5))
+        for own, row in zip(got, rows, strict=True):
+            assert (own - streams_logits(model, program, row=row)).abs().max() < 1e-3
 
 
 def test_every_weight_is_there_once_and_the_folder_tells_what_it_holds(

@@ -176,8 +176,6 @@ def test_options_of_a_config(family: str, options: dict[str, Any]) -> None:
 
 _STATE = "use one that hands what its layers keep to its cache"
 _CURRENT = "use a model whose code follows transformers' current cache and mask interfaces"
-_TYPES = ["sliding_attention", "full_attention"] * 2
-_SHARED_KV = dict(num_kv_shared_layers=2, layer_types=_TYPES, sliding_window=WINDOW, head_dim=8)
 
 REFUSED = {
     "rwkv": (
@@ -186,17 +184,6 @@ REFUSED = {
         "pass a model that only reads them",
     ),
     "minimax": ({}, "MiniMaxForCausalLM does not run with one slot per layer", _STATE),
-    "gemma3n_text": (
-        {
-            **_SHARED_KV,
-            "hidden_size_per_layer_input": 8,
-            "vocab_size_per_layer_input": 100,
-            "laurel_rank": 4,
-            "activation_sparsity_pattern": [0.0] * 4,
-        },
-        "layers of Gemma3nForCausalLM hand on hidden states of shape [4, 1, 2, 32]",
-        "use a model whose hidden states are",
-    ),
     # code that computes with the length of the cache as a number
     "mpt": (
         dict(d_model=32, n_heads=4, n_layers=2, max_seq_len=256),

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from ...passes.base import storage, writes
-from ...passes.outline_layers import Body, is_size
+from ...passes.base import is_size, storage, writes
+from ...passes.outline_layers import Body
 
 # What engines compute, by ATen schema: each has a converter in torch_tensorrt 2.11 to 2.13, or is
 # decomposed into some.
