@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from captured_decodes import FakeApi
-from engines import run
+from engines import ByLength, run
 from plain_loop import check_rows, lost
 from polar_fx.capture import capture
 from polar_fx.compiled import CompiledModel
-from polar_fx.engine import Sampling
+from polar_fx.engine import Engine, Request, Sampling
 from polar_fx.errors import InputError, UnsupportedModelError
 from polar_fx.evaluation.block_influence import block_influences
 from polar_fx.graph_files import export_program
@@ -89,7 +89,7 @@ def test_rows_and_tokens_are_the_first_axes_everywhere(shared: int) -> None:
 def test_any_program_is_a_plain_loop(shared: int) -> None:
     """By the interpreter: ragged rows in two parts, and then token by token."""
 
-    @settings(max_examples=6, deadline=None)
+    @settings(max_examples=4, deadline=None)
     @given(programs(shared))
     def check(program: Program) -> None:
         got = run_rows(streams_library(shared), program, rows=ROWS, prefill=(11, 6, 3, 1))
@@ -99,7 +99,7 @@ def test_any_program_is_a_plain_loop(shared: int) -> None:
     check()
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=2, deadline=None)
 @given(st.lists(programs(2), min_size=4, max_size=4), st.sampled_from((1, 3, 512)))
 def test_rows_of_several_programs(each: list[Program], chunk: int) -> None:
     _check(2, each, chunk=chunk)
@@ -198,18 +198,42 @@ def test_requests_of_several_programs_find_former_ones_again() -> None:
     for turn in (1, 2):
         asked = []
         for i, text in enumerate(TEXTS):
-            row = [*first, 5, turn + i]
-            greedy = Sampling(max_new_tokens=5)
-            asked.append((text, engine.add(row, model.resolve(text), greedy)))
-        run(engine)
-        for text, request in asked:
-            tokens = request.result(0).tokens
-            whole = torch.tensor([*request.prompt, *tokens])
-            want = _wanted(text, whole[:-1], shared=2)[len(request.prompt) - 1 :]
-            taken = want.gather(-1, whole[-len(tokens) :, None])[:, 0]
-            assert lost(taken, want.amax(-1)) < 2e-4
+            asked.append(engine.add([*first, 5, turn + i], model.resolve(text), _greedy()))
+        _check_requests(engine, asked)
     assert engine.stats()["found_tokens"] == len(TEXTS) * 32
     engine.close()
+
+
+def test_requests_are_dispatched_by_what_the_shared_steps_make_of_all_streams() -> None:
+    """In parts, and where hidden states of former requests are found again."""
+    regions = streams_compiled(2).regions
+    model = CompiledModel(Runner.of_model(streams_model(2), regions))
+    model.runner.prefill_chunk = 8
+    model.dispatch_by(ByLength(model), policy="accuracy").warmup()
+    engine, first = model.engine(), [7 + i % 50 for i in range(40)]
+    for turn in (1, 2):
+        asked = [engine.add([*first, *[turn] * n], None, _greedy()) for n in (1, 2, 3)]
+        _check_requests(engine, asked)
+        assert len({request.program for request in asked}) > 1
+    assert engine.stats()["found_tokens"] > 0
+    engine.close()
+
+
+def _greedy() -> Sampling:
+    return Sampling(max_new_tokens=5)
+
+
+def _check_requests(engine: Engine, asked: list[Request]) -> None:
+    """Their tokens are the likeliest ones by the plain loop."""
+    run(engine)
+    for request in asked:
+        tokens, program = request.result(0).tokens, request.program
+        assert program is not None
+        whole = torch.tensor([*request.prompt, *tokens])
+        scores = streams_logits(streams_model(2), program, row=whole[:-1])
+        want = scores[len(request.prompt) - 1 :]
+        taken = want.gather(-1, whole[-len(tokens) :, None])[:, 0]
+        assert lost(taken, want.amax(-1)) < 2e-4
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -236,9 +260,9 @@ def test_captured_decodes(in_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(model.runner, "addresses", in_blocks)
     for each in (TEXTS, TEXTS[1:2] * 4):
         programs = list(map(model.resolve, each))
-        rows: Any = dict(rows=ROWS, each=programs, chunk=512, loop=streams_logits)
-        check_rows(model, streams_model(2), **rows)
-        check_rows(model, streams_model(2), **rows)
+        check_rows(
+            model, streams_model(2), rows=ROWS, each=programs, chunk=512, loop=streams_logits
+        )
     assert api.count("replay") > 20
 
 
