@@ -22,7 +22,7 @@ import polar_fx.graph_files
 from polar_fx.bundle import BundleError
 from polar_fx.cli import export as command
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.errors import InputError, ProgramError
+from polar_fx.errors import CaptureError, InputError, ProgramError
 from polar_fx.graph_files import export_onnx
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
@@ -187,7 +187,7 @@ def test_steps_may_keep_several_pairs_of_keys_and_values(tmp_path: Path) -> None
 @pytest.mark.slow
 @torch.no_grad()
 def test_steps_may_hand_on_several_streams(tmp_path: Path) -> None:
-    model, rows = make_streams(), prompts(13, 7)
+    model, rows = make_streams(sparsity=0.0), prompts(13, 7)
     compiled = compile(model, "eager", max_length=31, cache=False)
     export_onnx(compiled, tmp_path / "onnx", programs=("identity", "0 1 (3)*2@0.5 2"))
     for entry in _about(tmp_path / "onnx")["programs"]:
@@ -196,6 +196,14 @@ def test_steps_may_hand_on_several_streams(tmp_path: Path) -> None:
         got = run_rows(session, program, rows=rows, prefill=(11, 5))
         for own, row in zip(got, rows, strict=True):
             assert (own - streams_logits(model, program, row=row)).abs().max() < 1e-3
+
+
+@pytest.mark.slow
+def test_an_operator_that_onnx_has_not_is_named_before_anything_is_written(tmp_path: Path) -> None:
+    compiled = compile(make_streams(), "eager", max_length=31, cache=False)
+    with pytest.raises(CaptureError, match="cannot export layer_kind_0 to ONNX: .*erf_inv"):
+        export_onnx(compiled, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
 
 
 def test_every_weight_is_there_once_and_the_folder_tells_what_it_holds(

@@ -24,9 +24,9 @@ KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_atten
 OWNERS = {2: 0, 3: 1}  # of each layer that reads, of a model whose layers share keys and values
 
 
-def make_streams(*, shared: int = 0) -> Any:
+def make_streams(*, shared: int = 0, sparsity: float = 0.5) -> Any:
     """A model of its own: four layers, the last `shared` of which read the keys and values of
-    earlier ones.
+    earlier ones; the first lets a part `sparsity` of its activations go.
     """
     return make(
         "gemma3n_text",
@@ -39,7 +39,7 @@ def make_streams(*, shared: int = 0) -> Any:
         laurel_rank=4,
         hidden_size_per_layer_input=8,
         vocab_size_per_layer_input=100,
-        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+        activation_sparsity_pattern=[sparsity, 0.0, 0.0, 0.0],
     )
 
 
