@@ -64,17 +64,14 @@ def study(
     rows, chosen = [], {}
     for budget in (1.0, 0.9):
         for size in (1, 2, 3):
-            sets = [
-                s
-                for s in combinations(range(len(pool)), size)
-                if trie_size([pool[i] for i in s]) <= budget * depth
-            ]
-            best = max(sets, key=lambda s: right(train, s, asked=asked["train"]).mean())
-            chosen[budget, size] = [pool[i] for i in best]
+            sets = combinations(range(len(pool)), size)
+            fit = [s for s in sets if trie_size(at(pool, s)) <= budget * depth]
+            shares = [right(train, s, asked=asked["train"]).mean() for s in fit]
+            chosen[budget, size] = at(pool, fit[int(np.argmax(shares))])
     used = list({p: None for programs in chosen.values() for p in programs})
     found = log_shares(forcing, asked["validation"], programs=[*used, identity])
     whole = right(found, [len(used)], asked=asked["validation"])
-    told = (float(whole.mean()), *wilson(int(whole.sum()), len(whole)))
+    told = [float(whole.mean()), *wilson(int(whole.sum()), len(whole))]
     for (budget, _), programs in chosen.items():
         places = [used.index(p) for p in programs]
         flags = right(found, places, asked=asked["validation"])
@@ -83,10 +80,10 @@ def study(
             {
                 "task": task,
                 "n": len(flags),
-                "programs": [str(p) for p in programs],
+                "programs": list(map(str, programs)),
                 "budget": budget,
                 "steps": trie_size(programs),
-                "identity": [100 * x for x in told],
+                "identity": told,
                 "gain": [gain.value, gain.low, gain.high],
             }
         )
@@ -103,6 +100,11 @@ def programs_of(depth: int) -> list[Program]:
         for b in (0, 2, 4)
         if a + b < depth
     ]
+
+
+def at(values: Sequence[Any], places: Sequence[int]) -> list[Any]:
+    """The values at these places."""
+    return [values[i] for i in places]
 
 
 def trie_size(programs: Sequence[Program]) -> int:
@@ -129,9 +131,9 @@ def right(
     found: list[list[np.ndarray]], places: Sequence[int], *, asked: list[EncodedQuestion]
 ) -> np.ndarray:
     """Whether the highest sum of the programs' log-shares is the key, bool[N]."""
-    sums = [sum(of_question) for of_question in zip(*(found[i] for i in places), strict=True)]
     keys = [each.require_choice().right for each in asked]
-    return np.array([int(np.argmax(s)) for s in sums]) == np.array(keys)
+    chosen = [int(np.argmax(sum(each))) for each in zip(*at(found, places), strict=True)]
+    return np.array(chosen) == np.array(keys)
 
 
 if __name__ == "__main__":
