@@ -15,6 +15,7 @@ from torch import Tensor
 from ..errors import InputError
 from ..evaluation.answers import Answerer, Answers
 from ..evaluation.baselines import (
+    LEFT_OUT,
     Setting,
     TrainedOn,
     TrainingRecords,
@@ -152,6 +153,9 @@ def run(job: EvaluateJob, console: "Console | None" = None) -> Evaluation:
     if job.baselines:
         with console.status("training the baselines ..."):
             more, baselines = _baselines(subject, encoder, seed=job.seed)
+            for name, notes in baselines.items():
+                if LEFT_OUT in notes:
+                    console.print(f"left out: {name} ({notes[LEFT_OUT]})", markup=False)
         choices += more
     records = subject.labeller.records(
         job.out / "verdicts.jsonl",

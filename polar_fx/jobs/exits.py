@@ -107,7 +107,7 @@ def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
     exits = _learned(job, opened, table=table, questions=learning)
     path = exits.save(made_folder(job.out) / RULES)
     asked = [q for q in questions if own_split(q) == "test"]
-    table.fill([(q, (exits.tasks[q.task].num_steps, table.depth)) for q in asked], console)
+    table.fill([(q, _steps_of(exits.tasks[q.task], table.depth)) for q in asked], console)
     arms = [arm for task in exits.tasks for arm in _tested(task, exits, table=table, asked=asked)]
     result = ExitsResult(
         exits=exits,
@@ -119,6 +119,11 @@ def run(job: ExitsJob, console: "Console | None" = None) -> ExitsResult:
     if arms:
         write_compared(result.compared, job.out)
     return result
+
+
+def _steps_of(rule: EarlyExit, depth: int) -> tuple[int, ...]:
+    """After how many layers a test question is scored."""
+    return (depth,) if rule.never else (rule.num_steps, depth)
 
 
 @contextmanager
@@ -281,7 +286,9 @@ def _tested(
     rule, depth = exits.tasks[task], table.depth
     whole, key = table.of(of_task, depth), np.array(table.right(of_task))
     own = np.array([each.best for each in whole])
-    told = rule.answers(table.of(of_task, rule.num_steps))
+    told = [None] * len(own)
+    if not rule.never:
+        told = rule.answers(table.of(of_task, rule.num_steps))
     leaves = np.array([each is not None for each in told])
     both = zip(own.tolist(), told, strict=True)
     taken = np.array([stays if each is None else best_choice(each) for stays, each in both])

@@ -90,7 +90,11 @@ class ChoiceExits:
         for (task, doc, context), choices in found.items():
             texts = [continuation for _, continuation in choices]
             name = f"{task} {doc}"
-            if len(texts) > 1 and (own := self._encoded(name, context, texts=texts, encode=encode)):
+            # of a document that a cache has answered in part, the rest is no question
+            whole = sorted({index for index, _ in choices}) == list(range(len(texts)))
+            if len(texts) < 2 or not whole:
+                continue
+            if own := self._encoded(name, context, texts=texts, encode=encode):
                 groups.append(ChoiceGroup(task, own, tuple(map(tuple, choices.values()))))
         return groups
 

@@ -92,8 +92,8 @@ def check_settings(
         raise InputError(
             f"{num_questions} questions to learn from, and {needed} are needed: half of them "
             f"choose the exit, and the others must show that at most {100 * risk:g} % of all "
-            f"choices change and {100 * loss:g} % of all right answers are lost, at confidence "
-            f"{100 * (1 - delta):g} %; give more of them, or a larger risk or loss"
+            f"choices change and right answers are lost on {100 * loss:g} % of all questions, at "
+            f"confidence {100 * (1 - delta):g} %; give more of them, or a larger risk or loss"
         )
 
 

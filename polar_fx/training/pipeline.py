@@ -107,7 +107,7 @@ def mine_menu(
     if runs is not None:
         pool = list(filter(runs, pool))
     if not pool:
-        raise TrainingError(
+        raise InputError(
             "there is no program to screen: the records hold none that fits, and num_edits is 0; "
             "allow some edits"
         )

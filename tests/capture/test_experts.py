@@ -44,6 +44,27 @@ class UpFirst(Experts):
         return (self.act_fn(gate) * up) @ self.down_proj[number].T
 
 
+class Limited(Experts):
+    """Large values are cut off, in a gate of the class's own."""
+
+    def expert(self, x: Tensor, number: int) -> Tensor:
+        return self._apply_gate(x @ self.gate_up_proj[number].T) @ self.down_proj[number].T
+
+    def _apply_gate(self, both: Tensor) -> Tensor:
+        gate, up = both.chunk(2, -1)
+        return self.act_fn(gate).clamp(max=50) * up.clamp(-50, 50)
+
+
+class LimitedInside(Limited):
+    """The same, where nothing tells of it."""
+
+    def expert(self, x: Tensor, number: int) -> Tensor:
+        both = Limited._apply_gate(self, x @ self.gate_up_proj[number].T)
+        return both @ self.down_proj[number].T
+
+    _apply_gate = None  # type: ignore[assignment]
+
+
 class Renamed(Experts):
     """The arguments have other names, and may mean something else."""
 
@@ -68,7 +89,24 @@ def test_all_at_once_is_the_loop(with_weights: int, total: int) -> None:
         torch.testing.assert_close(loop(*given), want, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [UpFirst, Renamed])
+def test_limits_of_a_gate_are_kept() -> None:
+    torch.manual_seed(0)
+    loop, (x, index, weights) = Limited(4, 4), _given(4)
+    with torch.no_grad():
+        want = loop(100 * x, index, weights)
+        assert not torch.allclose(want, Experts.forward(_unlimited(loop), 100 * x, index, weights))
+        replace_expert_loops(nn.ModuleList([loop]))
+        assert "forward" in vars(loop)
+        torch.testing.assert_close(loop(100 * x, index, weights), want, rtol=1e-4, atol=1e-3)
+
+
+def _unlimited(loop: Experts) -> Experts:
+    other = Experts(loop.count, len(loop.gate_up_proj))
+    other.load_state_dict(loop.state_dict())
+    return other
+
+
+@pytest.mark.parametrize("kind", [UpFirst, Renamed, LimitedInside])
 def test_what_computes_something_else_stays(kind: type[Experts]) -> None:
     torch.manual_seed(0)
     loop = kind(4, 6)

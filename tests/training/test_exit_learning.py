@@ -197,12 +197,12 @@ def test_the_readout_is_where_the_likelihood_is_highest() -> None:
 
 
 def test_a_smaller_budget_sends_more_away() -> None:
-    candidates, whole = planted(400, 2)
+    candidates, whole = planted(1200, 2)
     shares = [
         learn_exit(candidates, whole, depth=DEPTH, budget=budget).expected["leave"]
         for budget in (0.95, 0.9, 0.7)
     ]
-    assert shares == sorted(shares)
+    assert 0 < shares[0] < shares[1] < shares[2]
 
 
 def test_scores_that_are_no_numbers_are_never_best() -> None:

@@ -253,7 +253,7 @@ class _Run:
                 boundary, op = self._losses(self.train, rows.tolist())
                 loss = (boundary + op) / (weight * len(rows))
                 if not bool(loss.isfinite()):
-                    raise TrainingError(
+                    raise InputError(
                         f"the loss is {loss.item()} in epoch {epoch + 1}, step {index + 1}; lower "
                         f"the learning rate ({self.config.learning_rate})"
                     )
@@ -272,7 +272,7 @@ class _Run:
             boundary, op = self._losses(self.validation, rows.tolist())
             sums += torch.stack([boundary + op, boundary, op]).cpu()
         if not bool(sums.isfinite().all()):
-            raise TrainingError(
+            raise InputError(
                 "the validation loss is not finite; lower the learning rate "
                 f"({self.config.learning_rate})"
             )
