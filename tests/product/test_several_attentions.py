@@ -138,6 +138,7 @@ def test_the_table_and_files_tell_every_pair() -> None:
 # ---------------------------------------------------- verdicts, trunks, engines, graphs, what stays
 
 
+@pytest.mark.slow
 def test_verdicts_of_rows_after_a_common_prefix() -> None:
     row = ROWS[0].tolist()
     question = EncodedQuestion("q", tuple(row[:4]), tuple(row[4:10]), (tuple(row[10:]),))
@@ -151,6 +152,7 @@ def test_verdicts_of_rows_after_a_common_prefix() -> None:
         assert verdict.log_likelihood is not None and abs(verdict.log_likelihood - want) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_blocks", [True, False])
 def test_programs_that_go_on_after_a_trunk(
     in_blocks: bool, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +171,7 @@ def test_programs_that_go_on_after_a_trunk(
     assert lost(torch.stack(got), want) < 2e-4
 
 
+@pytest.mark.slow
 def test_requests_find_former_ones_again_past_the_window() -> None:
     model, first = double_compiled(), [7 + i % 50 for i in range(40)]
     engine = model.engine()
@@ -189,6 +192,7 @@ def test_requests_find_former_ones_again_past_the_window() -> None:
     assert model.runner.lockstep.store.num_blocks == 0
 
 
+@pytest.mark.slow
 def test_a_conversation_goes_on_and_branches() -> None:
     model, tokens = double_compiled(), torch.arange(3, 43)
     (program,) = _programs(TEXTS[1])
@@ -201,6 +205,7 @@ def test_a_conversation_goes_on_and_branches() -> None:
         assert lost(talk.append(tokens[20:21]), wanted[20]) < 2e-4
 
 
+@pytest.mark.slow
 def test_captured_decodes() -> None:
     """As on CUDA, with a stand-in for its graphs."""
     regions, api = double_compiled().regions, FakeApi()
@@ -232,6 +237,7 @@ def test_a_program_file_takes_all_parts(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ a type with experts
 
 
+@pytest.mark.slow
 @has_experts
 @pytest.mark.parametrize(
     ("depth", "backend", "texts"),

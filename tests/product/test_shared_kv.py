@@ -164,6 +164,7 @@ def test_what_only_reads_at_the_end_runs_for_tokens_whose_logits_are_wanted(
 # ------------------------------------------------------------ verdicts, trunks, engines, what stays
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.lists(sharing_programs(), min_size=3, max_size=3))
 def test_verdicts_of_rows_after_a_common_prefix(programs: list[Program]) -> None:
@@ -180,6 +181,7 @@ def test_verdicts_of_rows_after_a_common_prefix(programs: list[Program]) -> None
             assert abs(verdict.log_likelihood - want) < 1e-3
 
 
+@pytest.mark.slow
 def test_a_verdict_is_the_same_after_states_were_dropped() -> None:
     """What a step reads stays as long as the state before it does."""
     row = ROWS[0].tolist()
@@ -193,6 +195,7 @@ def test_a_verdict_is_the_same_after_states_were_dropped() -> None:
         assert verdict.log_likelihood is not None and abs(verdict.log_likelihood - want) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_blocks", [True, False])
 @pytest.mark.parametrize("num_steps", [1, 2, 3])
 def test_programs_that_go_on_after_a_trunk(
@@ -212,6 +215,7 @@ def test_programs_that_go_on_after_a_trunk(
             assert lost(torch.stack(got), sharing_logits(program, whole)[len(ROWS[0]) - 1 :]) < 2e-4
 
 
+@pytest.mark.slow
 def test_requests_of_several_programs_find_former_ones_again() -> None:
     """Past the window, whose blocks only the sliding layers give back."""
     model, first = sharing_compiled(), [7 + i % 50 for i in range(40)]
@@ -236,6 +240,7 @@ def _greedy() -> Sampling:
     return Sampling(max_new_tokens=8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_conversation(text: str) -> None:
     model, tokens = sharing_compiled(), torch.arange(3, 43)
@@ -252,6 +257,7 @@ def test_a_conversation(text: str) -> None:
     assert model.runner.lockstep.store.num_blocks == 0
 
 
+@pytest.mark.slow
 def test_beams_take_what_is_read_along(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids, source = sharing_compiled(), ROWS[0][None], sharing_model()
     options: Any = dict(max_new_tokens=6, num_beams=3, do_sample=False, eos_token_id=None)
@@ -261,6 +267,7 @@ def test_beams_take_what_is_read_along(monkeypatch: pytest.MonkeyPatch) -> None:
         assert torch.equal(model.generate(ids, **options), want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_blocks", [True, False])
 def test_captured_decodes(in_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, with a stand-in for its graphs."""
@@ -298,6 +305,7 @@ def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode() -> None:
 # -------------------------------------------------------------------- what is searched, and refused
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_a_search_looks_at_programs_that_run(method: str) -> None:
     library = sharing_library()

@@ -143,6 +143,7 @@ def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode() -> None:
 # ----------------------------------------------- verdicts, trunks, engines, what is seen and stays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache_bytes", [1 << 30, 20_000])
 def test_verdicts_of_rows_after_a_common_prefix(cache_bytes: int) -> None:
     """Also where states are dropped and computed again."""
@@ -159,6 +160,7 @@ def test_verdicts_of_rows_after_a_common_prefix(cache_bytes: int) -> None:
             assert abs(verdict.log_likelihood - want) < 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_blocks", [True, False])
 @pytest.mark.parametrize("num_steps", [0, 2])
 def test_programs_that_go_on_after_a_trunk(
@@ -191,6 +193,7 @@ def test_what_a_predictor_sees_are_all_streams() -> None:
     torch.testing.assert_close(features.pooled(hidden), want)
 
 
+@pytest.mark.slow
 def test_requests_of_several_programs_find_former_ones_again() -> None:
     """Past the window, whose blocks only the sliding layers give back."""
     model, first = streams_compiled(2), [7 + i % 50 for i in range(40)]
@@ -236,6 +239,7 @@ def _check_requests(engine: Engine, asked: list[Request]) -> None:
         assert lost(taken, want.amax(-1)) < 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 def test_a_conversation(text: str) -> None:
     model, tokens = streams_compiled(2), torch.arange(3, 43)
@@ -248,6 +252,7 @@ def test_a_conversation(text: str) -> None:
             assert lost(other.append(tokens[20:33]), wanted[32]) < 2e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("in_blocks", [True, False])
 def test_captured_decodes(in_blocks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on CUDA, with a stand-in for its graphs: rows of different programs, some of which take no
