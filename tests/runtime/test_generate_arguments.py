@@ -10,14 +10,12 @@ import torch
 from torch import Tensor
 from transformers import (
     CompileConfig,
-    Gemma3nForCausalLM,
-    Gemma3nTextConfig,
     GenerationConfig,
     GenerationMixin,
 )
 
 from polar_fx.compiled import CompiledModel, compile
-from polar_fx.errors import InputError, KvOverflowError, ModelWarning, UnsupportedModelError
+from polar_fx.errors import InputError, KvOverflowError, ModelWarning
 from tiny_models import make, prompts
 
 COMMON: dict[str, Any] = dict(max_new_tokens=8, eos_token_id=None, pad_token_id=0)
@@ -254,24 +252,3 @@ def test_padding_that_may_be_text_is_taken_for_text_with_a_warning() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         compiled().generate(ids, attention_mask=(ids != 0).long(), pad_token_id=0, **options)
-
-
-def test_hidden_states_on_other_axes_are_refused_by_name() -> None:
-    config = Gemma3nTextConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        vocab_size=50,
-        vocab_size_per_layer_input=50,
-        num_kv_shared_layers=0,
-        layer_types=["full_attention"] * 2,
-        hidden_size_per_layer_input=8,
-        laurel_rank=4,
-        activation_sparsity_pattern=[0.0] * 2,
-        pad_token_id=0,
-    )
-    with pytest.raises(UnsupportedModelError, match=r"hidden states of shape \[4, 1, 2, 32\]"):
-        compile(Gemma3nForCausalLM(config).eval(), "eager", max_length=31, cache=False)
