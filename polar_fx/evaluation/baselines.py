@@ -238,50 +238,41 @@ def router_choices(
     `tokens` has token features f32[T, Q] by split and question id, `seen` those of the test
     questions.
     """
+    windows, labels = {}, {}
+    for split, records in setting.splits.items():
+        labels[split] = router_labels(records, setting.depth, num_steps=setting.trunk)
+        windows[split] = [pool_windows(tokens[split][name]) for name in labels[split].questions]
+    held_out = torch.stack([pool_windows(t) for t in tokens["validation"].values()])
+    asked = torch.stack([pool_windows(t) for t in seen])
+
+    def choose(name: str, ops: tuple[str, ...]) -> tuple[list[Choice], dict[str, Any]]:
+        for split, pooled in windows.items():
+            if not pooled:
+                raise TrainingError(
+                    f"no program answers any of the {len(setting.splits[split])} {split} "
+                    "questions; ask others"
+                )
+        router, history = train_layer_router(
+            torch.stack(windows["train"]),
+            labels["train"].classes,
+            validation_windows=torch.stack(windows["validation"]),
+            validation_classes=labels["validation"].classes,
+            num_steps=setting.trunk,
+            ops=ops,
+        )
+        if ops == SKIP_OPS:
+            router = router.with_budget(held_out, _BUDGET)
+        notes = {k: v for k, v in history.items() if k != "history"}
+        return [Choice.single(name, router.programs(asked))], notes
+
     found, notes = [], {}
     for name, ops in (
         ("per-layer router (DR.LLM-style)", OPS),
         (f"skip gate <= {_BUDGET:g} steps (MindSkip-style)", SKIP_OPS),
     ):
-        more, notes[name] = if_it_learns(
-            partial(_router_choice, name, setting, tokens=tokens, seen=seen, ops=ops)
-        )
+        more, notes[name] = if_it_learns(partial(choose, name, ops))
         found += more
     return found, notes
-
-
-def _router_choice(
-    name: str,
-    setting: Setting,
-    *,
-    tokens: Mapping[str, Mapping[str, Tensor]],
-    seen: Sequence[Tensor],
-    ops: tuple[str, ...],
-) -> tuple[list[Choice], dict[str, Any]]:
-    """Of one router. Raises TrainingError."""
-    windows, labels = {}, {}
-    for split, records in setting.splits.items():
-        labels[split] = router_labels(records, setting.depth, num_steps=setting.trunk)
-        pooled = [pool_windows(tokens[split][question]) for question in labels[split].questions]
-        if not pooled:
-            raise TrainingError(
-                f"no program answers any of the {len(records)} {split} questions; ask others"
-            )
-        windows[split] = torch.stack(pooled)
-    router, history = train_layer_router(
-        windows["train"],
-        labels["train"].classes,
-        validation_windows=windows["validation"],
-        validation_classes=labels["validation"].classes,
-        num_steps=setting.trunk,
-        ops=ops,
-    )
-    if ops == SKIP_OPS:
-        held_out = torch.stack([pool_windows(t) for t in tokens["validation"].values()])
-        router = router.with_budget(held_out, _BUDGET)
-    asked = torch.stack([pool_windows(t) for t in seen])
-    notes = {k: v for k, v in history.items() if k != "history"}
-    return [Choice.single(name, router.programs(asked))], notes
 
 
 def encoder_choices(

@@ -34,7 +34,6 @@ from polar_fx.runtime.runner import Runner
 from polar_fx.runtime.trunk import run_trunk, session_after
 from several_attentions import (
     DEPTH,
-    compiled_by,
     double_compiled,
     double_library,
     double_logits,
@@ -42,7 +41,7 @@ from several_attentions import (
     make_double,
     make_with_experts,
 )
-from tiny_models import make, make_slots, prompts, reference, run_rows
+from tiny_models import compiled_by, make, make_slots, prompts, reference, run_rows
 
 ROWS = prompts(14, 9, 5, 1)
 TEXTS = ("0 1 2", "0 (1 2)*2@0.5 0", "(2 0)*2", "1")

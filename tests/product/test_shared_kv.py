@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from captured_decodes import FakeApi
 from engines import run
-from plain_loop import lost
+from plain_loop import check_kv_law, lost
 from polar_fx import compile
 from polar_fx.backends.base import RegionName, ShapeClass
 from polar_fx.compiled import CompiledModel
@@ -290,16 +290,9 @@ def test_a_window_that_is_full_late_is_checked() -> None:
 
 
 def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode() -> None:
-    runner, row = sharing_compiled().runner, ROWS[0]
-    for text in TEXTS:
-        program = Program.parse(text, DEPTH)
-        with runner.open_slots(program, 1) as whole, runner.open_slots(program, 1) as cut:
-            first = runner.prefill(whole, [row])[0]
-            runner.prefill(cut, [row[:-1]])
-            assert lost(first, runner.decode(cut, row[-1:])[0]) < 1e-4
-            for one, other in zip(whole.slots, cut.slots, strict=True):
-                for a, b in zip(one, other, strict=True):
-                    torch.testing.assert_close(a[..., :14, :], b[..., :14, :], rtol=0, atol=1e-4)
+    check_kv_law(
+        sharing_compiled(), ROWS[0], programs=[Program.parse(text, DEPTH) for text in TEXTS]
+    )
 
 
 # -------------------------------------------------------------------- what is searched, and refused

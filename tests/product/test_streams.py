@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from captured_decodes import FakeApi
 from engines import ByLength, run
-from plain_loop import check_rows, lost
+from plain_loop import check_kv_law, check_rows, lost
 from polar_fx.capture import capture
 from polar_fx.compiled import CompiledModel
 from polar_fx.engine import Engine, Request, Sampling
@@ -31,6 +31,7 @@ from polar_fx.runtime.cuda_graphs import CudaGraphs
 from polar_fx.runtime.kv_store import Growth
 from polar_fx.runtime.runner import Runner
 from polar_fx.runtime.trunk import run_trunk, session_after
+from shared_kv import programs_that_find
 from streams import (
     KINDS,
     OWNERS,
@@ -48,18 +49,9 @@ TEXTS = ("0 1 2 3", "0 1 (2 3)*2@0.5 1 3", "0 1", "1 3 1 (0)*2 2")
 SHARED = pytest.mark.parametrize("shared", [pytest.param(0, marks=pytest.mark.slow), 2])
 
 
-@st.composite
-def programs(draw: Any, shared: int) -> Program:
-    """Any steps, each of which finds what it reads; half of the programs with a damped repeat."""
-    owners, path = OWNERS if shared else {}, list[int]()
-    for _ in range(draw(st.integers(1, DEPTH + 3))):
-        fit = [layer for layer in range(DEPTH) if owners.get(layer, layer) in (layer, *path)]
-        path.append(draw(st.sampled_from(fit)))
-    if draw(st.booleans()):
-        return Program.from_path(path, DEPTH)
-    cut = draw(st.integers(0, len(path) - 1))
-    first, rest = (" ".join(map(str, part)) for part in (path[:cut], path[cut:]))
-    return Program.parse(f"{first} ({rest})*2@{draw(st.sampled_from((0.25, 0.5)))}", DEPTH)
+def programs(shared: int) -> st.SearchStrategy[Program]:
+    """Any of its programs that run."""
+    return programs_that_find(DEPTH, owners=OWNERS if shared else {})
 
 
 def _wanted(text: str, row: torch.Tensor, *, shared: int) -> torch.Tensor:
@@ -128,16 +120,9 @@ def _check(shared: int, each: list[Program], *, chunk: int, backend: str = "eage
 
 
 def test_a_prefill_is_the_prefill_of_one_token_less_and_a_decode() -> None:
-    runner, row = streams_compiled(2).runner, ROWS[0]
-    for text in TEXTS:
-        program = Program.parse(text, DEPTH)
-        with runner.open_slots(program, 1) as whole, runner.open_slots(program, 1) as cut:
-            first = runner.prefill(whole, [row])[0]
-            runner.prefill(cut, [row[:-1]])
-            assert lost(first, runner.decode(cut, row[-1:])[0]) < 1e-4
-            for one, other in zip(whole.slots, cut.slots, strict=True):
-                for a, b in zip(one, other, strict=True):
-                    torch.testing.assert_close(a[..., :14, :], b[..., :14, :], rtol=0, atol=1e-4)
+    check_kv_law(
+        streams_compiled(2), ROWS[0], programs=[Program.parse(text, DEPTH) for text in TEXTS]
+    )
 
 
 # ----------------------------------------------- verdicts, trunks, engines, what is seen and stays

@@ -105,6 +105,23 @@ def check_rows(
         assert lost(want.gather(-1, new[:, None])[:, 0], want.amax(-1)) < 2e-4
 
 
+def check_kv_law(compiled: CompiledModel, row: Tensor, *, programs: Sequence[Program]) -> None:
+    """A prefill of a row is the prefill of all tokens but the last, and a decode: logits, keys and
+    values.
+    """
+    runner, count = compiled.runner, len(row)
+    for program in programs:
+        with runner.open_slots(program, 1) as whole, runner.open_slots(program, 1) as cut:
+            first = runner.prefill(whole, [row])[0]
+            runner.prefill(cut, [row[:-1]])
+            assert lost(first, runner.decode(cut, row[-1:])[0]) < 1e-4
+            for one, other in zip(whole.slots, cut.slots, strict=True):
+                for a, b in zip(one, other, strict=True):
+                    torch.testing.assert_close(
+                        a[..., :count, :], b[..., :count, :], rtol=0, atol=1e-4
+                    )
+
+
 def check_programs(family: str, rows: list[Tensor], *, count: int) -> None:
     """The identity and random programs of a tiny model are a plain loop, by the interpreter: four
     ragged rows in two ragged parts, and then token by token.

@@ -13,17 +13,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralDecoderLayer
 
-from polar_fx.backends import get_backend
 from polar_fx.capture import CACHE
 from polar_fx.capture.checked import capture_checked
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
-from polar_fx.runtime.regions import RegionTable
-from polar_fx.runtime.runner import Runner
-from tiny_models import WINDOW, make, spread
+from tiny_models import WINDOW, compiled_by, make, spread
 
-DEPTH, MAX_LENGTH = 3, 100
+DEPTH = 3
 # With experts, some of which hand their tokens on as they are.
 EXPERTS: dict[str, Any] = dict(
     num_key_value_heads=4,
@@ -89,14 +86,6 @@ def double_library() -> LayerLibrary:
 def double_compiled(backend: str = "eager") -> CompiledModel:
     """It, interpreted or compiled."""
     return compiled_by(double_library(), double_model(), backend=backend)
-
-
-def compiled_by(library: LayerLibrary, model: Any, *, backend: str) -> CompiledModel:
-    """A captured model, interpreted or compiled."""
-    regions = RegionTable(
-        library, get_backend(backend), max_length=MAX_LENGTH, store=None, workers=0
-    )
-    return CompiledModel(Runner.of_model(model, regions))
 
 
 def double_compiled_to_files() -> CompiledModel:

@@ -5,6 +5,7 @@ Shape legend: T tokens, V vocabulary.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,14 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from polar_fx.backends import get_backend
 from polar_fx.capture.checked import capture_checked
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
-from polar_fx.runtime.regions import RegionTable
-from polar_fx.runtime.runner import Runner
-from tiny_models import FAMILIES, make
+from tiny_models import FAMILIES, compiled_by, make
 
 OWNERS = {2: 0, 3: 1, 4: 1}  # of each reader
 DEPTH = 5
@@ -48,10 +46,7 @@ def sharing_library() -> LayerLibrary:
 @functools.cache
 def sharing_compiled(backend: str = "eager") -> CompiledModel:
     """It, interpreted or compiled."""
-    regions = RegionTable(
-        sharing_library(), get_backend(backend), max_length=100, store=None, workers=0
-    )
-    return CompiledModel(Runner.of_model(sharing_model(), regions))
+    return compiled_by(sharing_library(), sharing_model(), backend=backend)
 
 
 def sharing_compiled_to_files() -> CompiledModel:
@@ -90,15 +85,20 @@ def sharing_logits(program: Program, row: Tensor) -> Tensor:
     return model.lm_head(inner.norm(hidden))[0]
 
 
+def sharing_programs() -> st.SearchStrategy[Program]:
+    """Any of its programs that run."""
+    return programs_that_find(DEPTH, owners=OWNERS)
+
+
 @st.composite
-def sharing_programs(draw: Any) -> Program:
+def programs_that_find(draw: Any, depth: int, *, owners: Mapping[int, int]) -> Program:
     """Any steps, each of which finds what it reads; half of the programs with a damped repeat."""
     path: list[int] = []
-    for _ in range(draw(st.integers(1, DEPTH + 3))):
-        fit = [layer for layer in range(DEPTH) if OWNERS.get(layer, layer) in (layer, *path)]
+    for _ in range(draw(st.integers(1, depth + 3))):
+        fit = [layer for layer in range(depth) if owners.get(layer, layer) in (layer, *path)]
         path.append(draw(st.sampled_from(fit)))
     if draw(st.booleans()):
-        return Program.from_path(path, DEPTH)
+        return Program.from_path(path, depth)
     cut = draw(st.integers(0, len(path) - 1))
     first, rest = (" ".join(map(str, part)) for part in (path[:cut], path[cut:]))
-    return Program.parse(f"{first} ({rest})*2@{draw(st.sampled_from((0.25, 0.5)))}", DEPTH)
+    return Program.parse(f"{first} ({rest})*2@{draw(st.sampled_from((0.25, 0.5)))}", depth)

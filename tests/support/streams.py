@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from polar_fx.backends import get_backend
 from polar_fx.capture.checked import capture_checked
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
-from polar_fx.runtime.regions import RegionTable
-from polar_fx.runtime.runner import Runner
-from tiny_models import WINDOW, make
+from tiny_models import WINDOW, compiled_by, make
 
 STREAMS = 3
 KINDS = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -58,10 +55,7 @@ def streams_library(shared: int = 0) -> LayerLibrary:
 @functools.cache
 def streams_compiled(shared: int = 0, backend: str = "eager") -> CompiledModel:
     """It, interpreted or compiled."""
-    regions = RegionTable(
-        streams_library(shared), get_backend(backend), max_length=100, store=None, workers=0
-    )
-    return CompiledModel(Runner.of_model(streams_model(shared), regions))
+    return compiled_by(streams_library(shared), streams_model(shared), backend=backend)
 
 
 def streams_compiled_to_files() -> CompiledModel:

@@ -303,7 +303,14 @@ def reference(model: PreTrainedModel, rows: Sequence[Tensor]) -> list[Tensor]:
 @functools.cache
 def compiled(family: str, backend: str = "eager") -> CompiledModel:
     """A tiny model that is interpreted or compiled, on the capture that all tests share."""
+    return compiled_by(tiny(family).library, tiny(family).model, backend=backend, max_length=60)
+
+
+def compiled_by(
+    library: LayerLibrary, model: PreTrainedModel, *, backend: str, max_length: int = 100
+) -> CompiledModel:
+    """A captured model, interpreted or compiled."""
     regions = RegionTable(
-        tiny(family).library, get_backend(backend), max_length=60, store=None, workers=0
+        library, get_backend(backend), max_length=max_length, store=None, workers=0
     )
-    return CompiledModel(Runner.of_model(tiny(family).model, regions))
+    return CompiledModel(Runner.of_model(model, regions))
