@@ -17,7 +17,8 @@ aten = torch.ops.aten
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-def _arguments(node: Node) -> dict[str, Any]:
+def attention_arguments(node: Node) -> dict[str, Any]:
+    """The arguments of scaled_dot_product_attention by name, with its defaults."""
     defaults = {
         "attn_mask": None,
         "dropout_p": 0.0,
@@ -36,7 +37,7 @@ def _is_single_query(node: Node) -> bool:
     """
     if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
         return False
-    a = _arguments(node)
+    a = attention_arguments(node)
     query, key, value = (a[n].meta.get("val") for n in ("query", "key", "value"))
     if (
         not isinstance(query, torch.Tensor)
@@ -51,11 +52,11 @@ def _is_single_query(node: Node) -> bool:
         return False
     if query.shape[2] != 1 or query.shape[1] % key.shape[1]:
         return False
-    if _blocks_of(a["key"]) is None and not (
+    if blocks_of(a["key"]) is None and not (
         query.shape[0] == key.shape[0] == 1 and isinstance(key.shape[2], int)
     ):
         return False
-    if (_blocks_of(a["key"]) is None) != (_blocks_of(a["value"]) is None):
+    if (blocks_of(a["key"]) is None) != (blocks_of(a["value"]) is None):
         return False
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0]:
         return False
@@ -71,7 +72,7 @@ def _is_single_query(node: Node) -> bool:
     )
 
 
-def _blocks_of(key: Node) -> Node | None:
+def blocks_of(key: Node) -> Node | None:
     """Keys [B, H, W, C, E] that are read as [B, H, W * C, E] from blocks of a store
     (address_kv.py); None for keys of a slot.
     """
@@ -105,14 +106,14 @@ class AttentionToReduction(Pass):
 
     def run(self, gm: GraphModule) -> PassResult:
         def reduce(graph: Graph, node: Node) -> Node:
-            by_address = _blocks_of(_arguments(node)["key"]) is not None
+            by_address = blocks_of(attention_arguments(node)["key"]) is not None
             return (self._reduce_blocks if by_address else self._reduce)(graph, node)
 
         return replace_each(gm, _is_single_query, make=reduce, what="attentions rewritten")
 
     @staticmethod
     def _reduce(graph: Graph, node: Node) -> Node:
-        call, a = Caller(graph, node), _arguments(node)
+        call, a = Caller(graph, node), attention_arguments(node)
         result = node.meta["val"]
         query, key, value, mask = a["query"], a["key"], a["value"], a["attn_mask"]
         wide = torch.promote_types(result.dtype, torch.float32)
@@ -150,10 +151,10 @@ class AttentionToReduction(Pass):
 
         The blocks stay two axes: the compiler then reads whole rows of keys and values at a time.
         """
-        call, a = Caller(graph, node), _arguments(node)
+        call, a = Caller(graph, node), attention_arguments(node)
         result = node.meta["val"]
         query, mask = a["query"], a["attn_mask"]
-        key, value = _blocks_of(a["key"]), _blocks_of(a["value"])
+        key, value = blocks_of(a["key"]), blocks_of(a["value"])
         assert key is not None and value is not None
         wide = torch.promote_types(result.dtype, torch.float32)
         heads, block, size = key.meta["val"].shape[1], *key.meta["val"].shape[3:]

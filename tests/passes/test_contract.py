@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from hand_made import flat, on_cpu, over_integers, run, several_rows, single_query, single_row
+from hand_made import (
+    flat,
+    on_cpu,
+    over_integers,
+    run,
+    several_queries,
+    several_rows,
+    single_query,
+    single_row,
+)
 from places import ROOT, printed_in_processes
 from polar_fx.passes import (
     PASSES,
@@ -69,6 +78,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "linear-to-row-kernel": (PASSES["linear-to-row-kernel"](), lambda: on_cpu(several_rows())),
     "linear-to-onednn": (PASSES["linear-to-onednn"](), lambda: on_cpu(several_rows())),
     "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),
+    "attention-to-tiles": (PASSES["attention-to-tiles"](), lambda: on_cpu(several_queries())),
     "inline-layers": (PASSES["inline-layers"](), step_graph),
 }
 each_pass = pytest.mark.parametrize("name", PASSES)

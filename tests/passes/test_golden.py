@@ -12,7 +12,15 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from hand_made import flat, on_cpu, over_integers, several_rows, single_query, single_row
+from hand_made import (
+    flat,
+    on_cpu,
+    over_integers,
+    several_queries,
+    several_rows,
+    single_query,
+    single_row,
+)
 from places import GOLDEN, printed_in_processes
 from polar_fx.passes import (
     PASSES,
@@ -66,6 +74,9 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     ),
     "attention-to-reduction": lambda: (
         PASSES["attention-to-reduction"]().run(on_cpu(single_query(torch.bfloat16))).graph_module
+    ),
+    "attention-to-tiles": lambda: (
+        PASSES["attention-to-tiles"]().run(on_cpu(several_queries())).graph_module
     ),
     "inline-layers": lambda: (
         flat_pipeline().run(program_pipeline((1, 1)).run(library()).graph_module).graph_module

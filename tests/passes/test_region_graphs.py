@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from hand_made import aten, flat, on_cpu, several_rows, single_query, single_row
+from hand_made import aten, flat, on_cpu, several_queries, several_rows, single_query, single_row
 from polar_fx.backends import EagerBackend, InductorBackend, RegionName, ShapeClass
 from polar_fx.backends.specialize import graph_of, specialize
 from polar_fx.errors import CompileError
@@ -66,6 +66,7 @@ def test_so_is_what_these_passes_make_of_a_layer(name: str) -> None:
         ("linear-to-row-kernel", several_rows),
         ("linear-to-onednn", several_rows),
         ("attention-to-reduction", single_query),
+        ("attention-to-tiles", several_queries),
     ],
 )
 def test_and_what_the_backends_passes_make(name: str, make: Callable[[], GraphModule]) -> None:

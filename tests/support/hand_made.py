@@ -191,6 +191,26 @@ def single_query(dtype: torch.dtype = torch.float32) -> GraphModule:
     )
 
 
+def several_queries(dtype: torch.dtype = torch.float32) -> GraphModule:
+    """Attention of three tokens of two rows over two blocks of four columns each, read from stores:
+    four heads of queries on two of keys, behind a mask.
+    """
+    b = Builder()
+    query = b.placeholder("q", 2, 4, 3, D, dtype=dtype)
+    stores = [b.placeholder(name, 5, 2, 4, D, dtype=dtype) for name in ("k", "v")]
+    blocks = b.placeholder("blocks", 2, 2, dtype=torch.long)
+    mask = b.placeholder("mask", 2, 1, 3, 8, dtype=torch.bool)
+    columns: list[Node] = []
+    for store in stores:
+        read = b.call(
+            aten.permute.default, b.call(aten.index.Tensor, store, [blocks]), [0, 2, 1, 3, 4]
+        )
+        columns.append(b.call(aten.flatten.using_ints, read, 2, 3))
+    return b.build(
+        b.call(aten.scaled_dot_product_attention.default, query, *columns, mask, enable_gqa=True)
+    )
+
+
 def on_cpu(gm: GraphModule) -> GraphModule:
     """The same graph with example values on the CPU: some passes are for one kind of device."""
     for node in gm.graph.nodes:

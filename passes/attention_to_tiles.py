@@ -1,0 +1,142 @@
+"""Attention of several tokens over blocks of a store becomes one operator, for which backends have
+a kernel that reads the blocks where they lie and leaves out what no token of a tile sees.
+
+torch's kernel takes keys and values as one tensor, which has to be gathered from the blocks first;
+it computes scores under a mask whether any of them is seen or not; and in float32 it multiplies by
+MKL, which is slow on processors other than Intel's (docs/performance.md has the figures).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+
+from .attention_to_reduction import attention_arguments, blocks_of
+from .base import Caller, Pass, PassResult, replace_each
+
+aten = torch.ops.aten
+
+DTYPES = (torch.float32, torch.bfloat16)
+MOST_OF_A_HEAD = 256  # the largest size of a head of queries and keys, or of values
+
+
+@torch.library.custom_op("polar_fx::tiled_attention", mutates_args=())
+def tiled_attention(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    """Attention of query [B, T, H*G, E] to the columns of `blocks` i64[B, W] in the stores key
+    [P, H, C, E] and value [P, H, C, F]: [B, T, H*G, F], of the query's dtype.
+
+    `mask` [B or 1, H*G or 1, T, W*C] is boolean (true: seen) or added to the scores; all operands
+    are contiguous. The values of torch.nn.functional.scaled_dot_product_attention; backends may
+    have a kernel of their own for it.
+    """
+
+    def columns(store: Tensor) -> Tensor:
+        return store[blocks].permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+    found = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        columns(key),
+        columns(value),
+        attn_mask=mask,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return found.transpose(1, 2).contiguous()
+
+
+@cast(Any, tiled_attention).register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor | None, scale: float
+) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _fits(query: Tensor, stores: Sequence[Tensor]) -> bool:
+    """Whether the kernel is made for a query [B, H*G, T, E] and stores [P, H, C, .] like these."""
+    heads = query.shape[1], *(store.shape[1] for store in stores)
+    sizes = query.shape[3], *(store.shape[3] for store in stores)
+    if not all(isinstance(size, int) for size in (*heads, *sizes)):
+        return False
+    return (
+        query.device.type == "cpu"
+        and query.dtype in DTYPES
+        and all(store.dtype == query.dtype and store.is_contiguous() for store in stores)
+        and heads[0] % heads[1] == 0
+        and all(size % 2 == 0 and 0 < size <= MOST_OF_A_HEAD for size in sizes)
+    )
+
+
+def _is_of_tokens(node: Node) -> bool:
+    """Attention on the CPU of more than one token a row, or an unknown number, over blocks."""
+    if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
+        return False
+    a = attention_arguments(node)
+    mask = a["attn_mask"]
+    if _blocks_differ(a["key"], a["value"]) or a["dropout_p"] or a["is_causal"]:
+        return False
+    if a["scale"] is not None and a["scale"] < 0:  # the largest score would be another
+        return False
+    query = a["query"].meta["val"]
+    tokens = query.shape[2]
+    if isinstance(tokens, int) and tokens == 1:
+        return False
+    if mask is not None and (
+        mask.meta["val"].dim() != 4
+        or mask.meta["val"].dtype not in (torch.bool, query.dtype)
+        or mask.meta["val"].shape[2:] != (tokens, a["key"].meta["val"].shape[2])
+    ):
+        return False
+    return _fits(query, [_store_and_blocks(a[n])[0].meta["val"] for n in ("key", "value")])
+
+
+def _blocks_differ(key: Node, value: Node) -> bool:
+    """Whether keys and values are not those of the same blocks of their stores."""
+    if blocks_of(key) is None or blocks_of(value) is None:
+        return True
+    return _store_and_blocks(key)[1] is not _store_and_blocks(value)[1]
+
+
+def _store_and_blocks(columns: Node) -> tuple[Node, Node]:
+    """The store, and the numbers of the blocks i64[B, W] that are read of it, of what `blocks_of`
+    found to be columns of blocks.
+    """
+    permuted = cast(Node, blocks_of(columns))
+    store, (blocks,) = cast(Any, permuted.args[0]).args
+    return store, blocks
+
+
+@dataclass(frozen=True)
+class AttentionToTiles(Pass):
+    """Rewrite scaled_dot_product_attention(q, k, v, mask) of several tokens, whose keys and values
+    are read from blocks, as `tiled_attention` of the stores and the numbers of the blocks.
+    """
+
+    name: ClassVar[str] = "attention-to-tiles"
+    preserves_numerics: ClassVar[bool] = False  # sums in another order
+
+    def run(self, gm: GraphModule) -> PassResult:
+        return replace_each(gm, _is_of_tokens, make=_by_tiles, what="attentions rewritten")
+
+
+def _by_tiles(graph: Graph, node: Node) -> Node:
+    call, a = Caller(graph, node), attention_arguments(node)
+    query = call(aten.transpose.int, a["query"], 1, 2)
+    key, blocks = _store_and_blocks(a["key"])
+    value, _ = _store_and_blocks(a["value"])
+    mask = a["attn_mask"]
+    scale = a["scale"] if a["scale"] is not None else query.meta["val"].shape[3] ** -0.5
+    found = call(
+        torch.ops.polar_fx.tiled_attention.default,
+        call.dense(query),
+        key,
+        value,
+        call.dense(blocks),
+        mask if mask is None else call.dense(mask),
+        scale,
+    )
+    return call(aten.transpose.int, found, 1, 2)

@@ -1,0 +1,119 @@
+"""The kernel for attention of several tokens over blocks: what it computes, with the processor's
+instructions and with older ones.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from over_blocks import DYNAMIC, attention, operands
+from polar_fx.backends import AotInductorBackend, tiled_attention
+from polar_fx.backends.base import Region
+from polar_fx.passes.attention_to_tiles import AttentionToTiles
+
+needs_onednn = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
+)
+# Of each region's attentions: a plain one, one with odd sizes and a mask that is added, and one
+# whose columns no vector divides
+KINDS: tuple[dict[str, Any], ...] = (
+    {"size": 64},
+    {"heads": 1, "groups": 4, "size": 18, "value_size": 34, "added": True},
+    {"groups": 1, "columns": 6, "mask": False},
+)
+# one tile; several, the last of them short; more columns than a tile has
+SHAPES = (
+    {"rows": 2, "tokens": 5, "blocks": 2},
+    {"rows": 3, "tokens": 97, "blocks": 5},
+    {"rows": 2, "tokens": 33, "blocks": 40},
+)
+
+
+class _Body(torch.nn.Module):
+    def forward(self, *given: Tensor) -> Any:
+        counts, results, left = (5, 5, 4), [], list(given)
+        for count in counts:
+            results.append(attention(*left[:count]))
+            left = left[count:]
+        return tuple(results)
+
+
+def _operands(dtype: torch.dtype, shape: dict[str, int]) -> list[Tensor]:
+    return [part for kind in KINDS for part in operands(**shape, **kind, dtype=dtype)]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(torch.float32, None), (torch.bfloat16, None), (torch.float32, 256)],
+    ids=["float32", "bfloat16", "float32, AVX2"],
+)
+def region(request: pytest.FixtureRequest) -> tuple[Region, torch.dtype]:
+    """For any numbers of rows, tokens and blocks: compiling takes seconds."""
+    dtype, lanes = request.param
+    if dtype == torch.bfloat16 and not tiled_attention.is_faster():
+        pytest.skip("oneDNN multiplies bfloat16 on processors with AVX-512")
+    backend = AotInductorBackend(
+        {} if lanes is None else {"cpp.simdlen": lanes}, passes=(AttentionToTiles(),)
+    )
+    dynamic = [*DYNAMIC, *DYNAMIC, *DYNAMIC[:4]]
+    dynamic = [{a: _own(i, name) for a, name in axes.items()} for i, axes in enumerate(dynamic)]
+    body: Any = _Body()
+    return backend.compile_region(body, _operands(dtype, SHAPES[0]), dynamic), dtype
+
+
+def _own(operand: int, name: str) -> str:
+    """The name of a size that may vary: the last attention's stores have other columns."""
+    return name if name in ("batch", "tokens") else name.replace("stored", f"stored{operand // 5}")
+
+
+def _assert_near(got: Sequence[Tensor], given: Sequence[Tensor], near: float) -> None:
+    exact = _Body()(*(o.double() if o.is_floating_point() else o for o in given))
+    for mine, want in zip(got, exact, strict=True):
+        assert mine.shape == want.shape
+        torch.testing.assert_close(mine.double(), want, rtol=near, atol=near)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: "x".join(map(str, s.values())))
+def test_it_attends(shape: dict[str, int], region: tuple[Region, torch.dtype]) -> None:
+    run, dtype = region
+    given = _operands(dtype, shape)
+    _assert_near(run(list(given)), given, 1e-5 if dtype == torch.float32 else 0.03)
+
+
+@needs_onednn
+def test_a_token_that_sees_nothing_gets_zeros(region: tuple[Region, torch.dtype]) -> None:
+    """As of torch's kernel: padding has such tokens."""
+    run, dtype = region
+    given = _operands(dtype, SHAPES[1])
+    given[4][1, :, 90:] = False
+    got = run(list(given))
+    assert not got[0][1, :, 90:].any() and got[0][1, :, :90].all()
+    assert torch.equal(got[0][0], run(_operands(dtype, SHAPES[1]))[0][0]), "others stay"
+
+
+@needs_onednn
+def test_what_nobody_sees_is_not_read(region: tuple[Region, torch.dtype]) -> None:
+    """Columns past the last token of all may hold anything finite, such as zeros."""
+    run, dtype = region
+    given = _operands(dtype, SHAPES[2])
+    given[4][..., 300:] = False
+    before = run(list(given))[0].clone()
+    given[1][given[3][:, 19:]] = 7.0
+    given[2][given[3][:, 19:]] = 7.0
+    assert torch.equal(run(list(given))[0], before)
+
+
+@pytest.mark.parametrize(
+    ("capability", "onednn", "expected"),
+    [("AVX512", True, True), ("AVX512", False, False), ("AVX2", True, False)],
+)
+def test_which_processors_it_is_for(
+    capability: str, onednn: bool, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: onednn)
+    assert tiled_attention.is_faster() is expected

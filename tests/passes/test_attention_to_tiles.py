@@ -1,0 +1,127 @@
+"""Attention of several tokens over blocks becomes one operator; other attention stays.
+
+Shape legend: B rows, T tokens, H heads of keys, G heads of the query for each, E and F sizes of a
+head of keys and of values, W blocks of a row.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn.functional import scaled_dot_product_attention
+
+from hand_made import aten, several_queries
+from over_blocks import DYNAMIC, attention, operands
+from polar_fx.backends.specialize import graph_of, specialize
+from polar_fx.passes.attention_to_tiles import AttentionToTiles
+
+PASS = AttentionToTiles()
+
+
+class _Body(torch.nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *given: Tensor) -> Tensor:
+        return self.function(*given)
+
+
+def _traced(
+    given: list[Tensor], function: Callable[..., Tensor] = attention, dynamic: Any = None
+) -> GraphModule:
+    """As backends hand graphs to their passes."""
+    return graph_of(specialize(_Body(function), given, dynamic=dynamic or [{}] * len(given)))
+
+
+def _is_rewritten(gm: GraphModule) -> bool:
+    assert gm.graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    ), "there is attention to rewrite"
+    result = PASS.run(gm)
+    assert result.counts in ({}, {"attentions rewritten": 1})
+    return result.modified
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "grouped heads": {},
+    "every head its own keys": {"groups": 1},
+    "values of another size": {"value_size": 12},
+    "a mask for each head": {"mask_heads": True},
+    "scores that are added to": {"added": True},
+    "no mask": {"mask": False},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_attention_over_blocks_is_rewritten(name: str) -> None:
+    given = operands(rows=2, tokens=5, blocks=2, **CASES[name])
+    result = PASS.run(_traced(given))
+    assert result.counts == {"attentions rewritten": 1}
+    target, graph = torch.ops.polar_fx.tiled_attention.default, result.graph_module.graph
+    assert len(graph.find_nodes(op="call_function", target=target)) == 1
+    torch.testing.assert_close(result.graph_module(*given)[0], attention(*given))
+
+
+def test_any_number_of_rows_tokens_and_blocks() -> None:
+    result = PASS.run(_traced(operands(rows=2, tokens=5, blocks=2), dynamic=DYNAMIC))
+    assert result.modified
+    for shape in ({"rows": 3, "tokens": 2, "blocks": 4}, {"rows": 2, "tokens": 70, "blocks": 2}):
+        given = operands(**shape)
+        torch.testing.assert_close(result.graph_module(*given)[0], attention(*given))
+
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "one token": {"tokens": 1},
+    "a head of an odd size": {"size": 15},
+    "a head larger than the kernel's": {"size": 258},
+    "float64": {"dtype": torch.float64},
+    "float16": {"dtype": torch.float16},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_sizes_and_dtypes_stay(name: str) -> None:
+    assert not _is_rewritten(
+        _traced(operands(**{"rows": 2, "tokens": 5, "blocks": 2} | OTHERS[name]))
+    )
+
+
+def _of_slots(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor) -> Tensor:
+    """Keys and values as they lie in slots: the blocks are not used."""
+    columns = [store[: len(blocks)].repeat(1, 1, blocks.shape[1], 1) for store in (key, value)]
+    return scaled_dot_product_attention(
+        query.transpose(1, 2), *columns, attn_mask=mask, enable_gqa=True
+    )
+
+
+def _of_two_tables(
+    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor
+) -> Tensor:
+    """Values of other blocks than the keys."""
+
+    def columns(store: Tensor, table: Tensor) -> Tensor:
+        return store[table].permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+    return scaled_dot_product_attention(
+        query.transpose(1, 2),
+        columns(key, blocks),
+        columns(value, blocks.flip(1)),
+        attn_mask=mask,
+        enable_gqa=True,
+    )
+
+
+@pytest.mark.parametrize("function", [_of_slots, _of_two_tables])
+def test_what_is_not_of_the_same_blocks_stays(function: Callable[..., Tensor]) -> None:
+    assert not _is_rewritten(_traced(operands(rows=2, tokens=5, blocks=2), function))
+
+
+def test_attention_elsewhere_stays() -> None:
+    assert not PASS.run(several_queries()).modified, (
+        "example values on the meta device: not the CPU"
+    )
