@@ -1,11 +1,11 @@
 """Decoding of several rows at a time: HF eager, polar_fx, and polar_fx as it was before one of the
-things that make it faster: its kernel for a few rows, huge pages, oneDNN for float32 prompts, or its
-kernel for attention over prompts.
+things that make it faster: its kernel for a few rows, huge pages, oneDNN for float32 prompts, or
+its kernel for attention.
 
     python bench/small_batches.py                     # SmolLM2-135M-Instruct, fp32
     python bench/small_batches.py --dtype bfloat16 --without pages
     python bench/small_batches.py --without onednn --rows 1 --prompt-tokens 512
-    python bench/small_batches.py --without tiles --rows 1 --prompt-tokens 2048
+    python bench/small_batches.py --without attention --rows 1 --prompt-tokens 2048
     python bench/small_batches.py --rows 1 8 --rounds 4 --tokens 6  # a quick look
     python bench/small_batches.py --threads 1 --in-process --prompt-tokens 1  # on a busy machine
 
@@ -39,7 +39,7 @@ from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, write
 from polar_fx import huge_pages
 from polar_fx.backends import AotInductorBackend, InductorBackend
 from polar_fx.backends.inductor import REGION_PASSES
-from polar_fx.passes.attention_to_tiles import AttentionToTiles
+from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
 from polar_fx.passes.base import Pass
 from polar_fx.passes.linear_to_onednn import LinearToOneDnn
 from polar_fx.passes.linear_to_row_kernel import LinearToRowKernel
@@ -51,7 +51,7 @@ AFTER, BEFORE, HF = "polar_fx", "before", "HF eager"
 WITHOUT: dict[str, type[Pass] | None] = {
     "kernel": LinearToRowKernel,
     "onednn": LinearToOneDnn,
-    "tiles": AttentionToTiles,
+    "attention": AttentionOverBlocks,
     "pages": None,
 }
 

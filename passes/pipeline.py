@@ -15,8 +15,8 @@ from torch.fx import GraphModule
 
 from .address_kv import AddressKv
 from .assign_kv_slots import AssignKvSlots
+from .attention_over_blocks import AttentionOverBlocks
 from .attention_to_reduction import AttentionToReduction
-from .attention_to_tiles import AttentionToTiles
 from .base import Pass, PassResult
 from .dedupe_layers import DedupeLayers
 from .eliminate_dead_code import EliminateDeadCode
@@ -50,7 +50,7 @@ PASSES: dict[str, type[Pass]] = {
         LinearToRowKernel,
         LinearToOneDnn,
         AttentionToReduction,
-        AttentionToTiles,
+        AttentionOverBlocks,
     )
 }
 

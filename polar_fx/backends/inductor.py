@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ..passes.attention_over_blocks import AttentionOverBlocks
 from ..passes.attention_to_reduction import AttentionToReduction
-from ..passes.attention_to_tiles import AttentionToTiles
 from ..passes.base import Pass
 from ..passes.linear_to_onednn import LinearToOneDnn
 from ..passes.linear_to_row_kernel import LinearToRowKernel
 from ..passes.matvec_to_reduction import MatvecToReduction
 from ..passes.quantized_linear import QuantizedLinear
-from . import onednn_linear, tiled_attention
+from . import block_attention, onednn_linear
 from .base import Backend, Dynamic, Region
 from .specialize import compiler_options, example_values, graph_of, specialize
 
@@ -31,7 +31,7 @@ REGION_PASSES: tuple[Pass, ...] = (
     LinearToRowKernel(),
     *([LinearToOneDnn()] if onednn_linear.is_faster() else []),
     AttentionToReduction(),
-    *([AttentionToTiles()] if tiled_attention.is_faster() else []),
+    *([AttentionOverBlocks()] if block_attention.is_faster() else []),
 )
 
 

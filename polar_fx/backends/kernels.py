@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from . import onednn_linear, quantized_kernel, row_kernel, tiled_attention, tiled_source
+from . import block_attention, onednn_linear, quantized_kernel, row_kernel
 
 # By operator: how Inductor is taught it, and the text of its kernel if it has one
 _KNOWN: dict[Any, tuple[Callable[[], None], str | None]] = {
@@ -19,9 +19,9 @@ _KNOWN: dict[Any, tuple[Callable[[], None], str | None]] = {
         quantized_kernel.register,
         row_kernel.SOURCE + quantized_kernel.SOURCE + quantized_kernel.KERNEL,
     ),
-    tiled_attention.TILED_ATTENTION: (
-        tiled_attention.register,
-        tiled_source.SOURCE + tiled_attention.KERNEL,
+    block_attention.BLOCK_ATTENTION: (
+        block_attention.register,
+        block_attention.SOURCE + block_attention.KERNEL,
     ),
 }
 

@@ -86,11 +86,11 @@ inline float total(const Sums& sums) {
     return at::vec::vec_reduce_all<float>([](Sums& a, Sums& b) { return a + b; }, sums);
 }
 
-// y[m * N + r] of M rows of x and R of the weight; asks for what lies `ahead` elements further on.
-// Not inline: it is compiled once for all linears of a region.
-template <int M, int R, typename T>
+// y[m * N + r], in T or wider, of M rows of x and R of the weight; asks for what lies `ahead`
+// elements further on. Not inline: it is compiled once for all linears of a region.
+template <int M, int R, typename T, typename Y>
 C10_NOINLINE void multiply(
-    const typename Step<T>::X* x, const T* w, const T* bias, T* y,
+    const typename Step<T>::X* x, const T* w, const T* bias, Y* y,
     int64_t N, int64_t K, int64_t ahead
 ) {
     using S = Step<T>;
@@ -133,9 +133,9 @@ C10_NOINLINE void multiply(
 }
 
 // R rows of the weight, read from memory once, with all M rows of x
-template <int R, typename T>
+template <int R, typename T, typename Y>
 inline void rows(
-    const typename Step<T>::X* x, const T* w, const T* bias, T* y,
+    const typename Step<T>::X* x, const T* w, const T* bias, Y* y,
     int64_t M, int64_t N, int64_t K, int64_t ahead
 ) {
     int64_t m = 0;

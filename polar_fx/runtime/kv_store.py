@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .. import huge_pages
 from ..capture import KvSpec
 from ..passes.address_kv import BLOCK
 from .on_device import on_device
@@ -92,7 +93,9 @@ def _grown(held: Tensor, blocks: int) -> Tensor:
     if len(held) == blocks:
         return held
     # zeros, not empty: masked columns are multiplied by zero, and 0 * NaN is NaN
-    grown = held.new_zeros(blocks, *held.shape[1:])
+    size = blocks, *held.shape[1:]
+    on_cpu = held.device.type == "cpu"
+    grown = huge_pages.zeros(size, dtype=held.dtype) if on_cpu else held.new_zeros(size)
     grown[: len(held)] = held[:blocks]  # fewer, if memory was short when another part grew
     return grown
 

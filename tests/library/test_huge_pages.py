@@ -12,8 +12,10 @@ from torch import Tensor, nn
 import polar_fx
 from cached_models import small
 from polar_fx import huge_pages
-from polar_fx.huge_pages import hold_in_huge_pages, model_tensors, page_size
+from polar_fx.capture import KvSpec
+from polar_fx.huge_pages import hold_in_huge_pages, model_tensors, page_size, zeros
 from polar_fx.program import Program
+from polar_fx.runtime.kv_store import KvStore
 
 needs_pages = pytest.mark.skipif(page_size() != 2 << 20, reason="no huge pages of 2 MB here")
 
@@ -142,3 +144,30 @@ def test_buffers_that_share_memory_with_a_parameter_are_given_with_it(few_pages:
     module.register_buffer("same", module.weight.data)
     hold_in_huge_pages(model_tensors(module))
     assert module.same.data_ptr() == module.weight.data_ptr()  # type: ignore[operator]
+
+
+@needs_pages
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_zeros_lie_in_huge_pages_if_they_are_many(dtype: torch.dtype) -> None:
+    many, few = zeros((4096, 2048), dtype=dtype), zeros((3, 5), dtype=dtype)
+    assert many.shape == (4096, 2048) and many.dtype == dtype and not many.any()
+    assert many.data_ptr() % (2 << 20) == 0 and asks_for_huge_pages(many)
+    many[7, 5] = 1
+    assert few.shape == (3, 5) and few.dtype == dtype and many.sum() == 1 and not few.any()
+
+
+def test_zeros_without_huge_pages_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huge_pages, "page_size", lambda: None)
+    assert not zeros((4096, 2048), dtype=torch.float32).any()
+
+
+@needs_pages
+def test_keys_and_values_move_there_as_their_store_grows(few_pages: None) -> None:
+    spec = KvSpec(heads=2, key_size=16, value_size=8, dtype=torch.bfloat16)
+    store = KvStore(torch.device("cpu"))
+    first = store.take(spec, 3)
+    for part in store.tensors(spec):
+        part[first] = 5.0
+    more = store.take(spec, 40)
+    for part in store.tensors(spec):
+        assert asks_for_huge_pages(part) and (part[first] == 5).all() and not part[more].any()

@@ -78,7 +78,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "linear-to-row-kernel": (PASSES["linear-to-row-kernel"](), lambda: on_cpu(several_rows())),
     "linear-to-onednn": (PASSES["linear-to-onednn"](), lambda: on_cpu(several_rows())),
     "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),
-    "attention-to-tiles": (PASSES["attention-to-tiles"](), lambda: on_cpu(several_queries())),
+    "attention-over-blocks": (PASSES["attention-over-blocks"](), lambda: on_cpu(several_queries())),
     "inline-layers": (PASSES["inline-layers"](), step_graph),
 }
 each_pass = pytest.mark.parametrize("name", PASSES)

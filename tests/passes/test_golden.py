@@ -75,8 +75,8 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     "attention-to-reduction": lambda: (
         PASSES["attention-to-reduction"]().run(on_cpu(single_query(torch.bfloat16))).graph_module
     ),
-    "attention-to-tiles": lambda: (
-        PASSES["attention-to-tiles"]().run(on_cpu(several_queries())).graph_module
+    "attention-over-blocks": lambda: (
+        PASSES["attention-over-blocks"]().run(on_cpu(several_queries())).graph_module
     ),
     "inline-layers": lambda: (
         flat_pipeline().run(program_pipeline((1, 1)).run(library()).graph_module).graph_module

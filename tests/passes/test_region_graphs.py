@@ -66,7 +66,7 @@ def test_so_is_what_these_passes_make_of_a_layer(name: str) -> None:
         ("linear-to-row-kernel", several_rows),
         ("linear-to-onednn", several_rows),
         ("attention-to-reduction", single_query),
-        ("attention-to-tiles", several_queries),
+        ("attention-over-blocks", several_queries),
     ],
 )
 def test_and_what_the_backends_passes_make(name: str, make: Callable[[], GraphModule]) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from polar_fx.backends.inductor import REGION_PASSES
+from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
 from polar_fx.passes.attention_to_reduction import AttentionToReduction
-from polar_fx.passes.attention_to_tiles import AttentionToTiles
 from polar_fx.passes.sources import digest_of_files, module_digest, with_imports
 from polar_fx.runtime.code_key import builder_sources
 
@@ -26,7 +26,7 @@ REGION = {
     "passes/linear_to_row_kernel.py",
     "passes/matvec_to_reduction.py",
     "passes/attention_to_reduction.py",
-    "passes/attention_to_tiles.py",
+    "passes/attention_over_blocks.py",
     "passes/pipeline.py",
     "passes/quantized_linear.py",
     "passes/text.py",
@@ -171,7 +171,7 @@ def test_a_byte_of_a_region_pass_makes_another_key(copy: Path) -> None:
         file.write_bytes(content)
     both = zip(passes.split("+"), edited[0].split("+"), strict=True)
     changed = [i for i, (before, after) in enumerate(both) if before != after]
-    affected = (AttentionToReduction, AttentionToTiles)  # the latter imports the former
+    affected = (AttentionToReduction, AttentionOverBlocks)  # the latter imports the former
     assert changed == [i for i, p in enumerate(REGION_PASSES) if isinstance(p, affected)]
     assert edited[1] != builder
 

@@ -10,7 +10,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from polar_fx.passes.address_kv import BLOCK
 
-SCALE = 0.3
 # The axes of `operands` that may vary
 DYNAMIC = (
     {0: "batch", 1: "tokens"},
@@ -22,7 +21,13 @@ DYNAMIC = (
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: Tensor,
+    mask: Tensor | None = None,
+    *,
+    scale: float = 0.3,
 ) -> Tensor:
     """Of query [B, T, H*G, E] over the stores [P, H, C, E] and [P, H, C, F], as a layer whose keys
     and values are read by address has it: [B, H*G, T, F].
@@ -36,7 +41,7 @@ def attention(
         columns(key),
         columns(value),
         attn_mask=mask,
-        scale=SCALE,
+        scale=scale,
         enable_gqa=True,
     )
 

@@ -1,4 +1,4 @@
-"""Attention of several tokens over blocks becomes one operator; other attention stays.
+"""Attention over blocks becomes one operator; other attention stays.
 
 Shape legend: B rows, T tokens, H heads of keys, G heads of the query for each, E and F sizes of a
 head of keys and of values, W blocks of a row.
@@ -16,9 +16,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from hand_made import aten, several_queries
 from over_blocks import DYNAMIC, attention, operands
 from polar_fx.backends.specialize import graph_of, specialize
-from polar_fx.passes.attention_to_tiles import AttentionToTiles
+from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
 
-PASS = AttentionToTiles()
+PASS = AttentionOverBlocks()
 
 
 class _Body(torch.nn.Module):
@@ -54,15 +54,16 @@ CASES: dict[str, dict[str, Any]] = {
     "scores that are added to": {"added": True},
     "no mask": {"mask": False},
     "bfloat16": {"dtype": torch.bfloat16},
+    "one token": {"tokens": 1},
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention_over_blocks_is_rewritten(name: str) -> None:
-    given = operands(rows=2, tokens=5, blocks=2, **CASES[name])
+    given = operands(**{"rows": 2, "tokens": 5, "blocks": 2} | CASES[name])
     result = PASS.run(_traced(given))
     assert result.counts == {"attentions rewritten": 1}
-    target, graph = torch.ops.polar_fx.tiled_attention.default, result.graph_module.graph
+    target, graph = torch.ops.polar_fx.block_attention.default, result.graph_module.graph
     assert len(graph.find_nodes(op="call_function", target=target)) == 1
     torch.testing.assert_close(result.graph_module(*given)[0], attention(*given))
 
@@ -76,7 +77,6 @@ def test_any_number_of_rows_tokens_and_blocks() -> None:
 
 
 OTHERS: dict[str, dict[str, Any]] = {
-    "one token": {"tokens": 1},
     "a head of an odd size": {"size": 15},
     "a head larger than the kernel's": {"size": 258},
     "float64": {"dtype": torch.float64},
@@ -89,6 +89,10 @@ def test_other_sizes_and_dtypes_stay(name: str) -> None:
     assert not _is_rewritten(
         _traced(operands(**{"rows": 2, "tokens": 5, "blocks": 2} | OTHERS[name]))
     )
+
+
+def _of_a_negative_scale(query: Tensor, *others: Tensor) -> Tensor:
+    return attention(query, *others, scale=-0.3)
 
 
 def _of_slots(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor) -> Tensor:
@@ -116,8 +120,8 @@ def _of_two_tables(
     )
 
 
-@pytest.mark.parametrize("function", [_of_slots, _of_two_tables])
-def test_what_is_not_of_the_same_blocks_stays(function: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("function", [_of_slots, _of_two_tables, _of_a_negative_scale])
+def test_what_the_kernel_cannot_do_stays(function: Callable[..., Tensor]) -> None:
     assert not _is_rewritten(_traced(operands(rows=2, tokens=5, blocks=2), function))
 
 

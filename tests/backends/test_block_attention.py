@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from over_blocks import DYNAMIC, attention, operands
-from polar_fx.backends import AotInductorBackend, tiled_attention
+from polar_fx.backends import AotInductorBackend, block_attention
 from polar_fx.backends.base import Region
-from polar_fx.passes.attention_to_tiles import AttentionToTiles
+from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
 
 needs_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN"
@@ -33,16 +33,33 @@ SHAPES = (
 
 
 class _Body(torch.nn.Module):
+    """Each attention of several tokens a row, and then of one."""
+
     def forward(self, *given: Tensor) -> Any:
-        counts, results, left = (5, 5, 4), [], list(given)
-        for count in counts:
+        results, left = [], list(given)
+        for kind in (*KINDS, *KINDS):
+            count = 5 if kind.get("mask", True) else 4
             results.append(attention(*left[:count]))
             left = left[count:]
         return tuple(results)
 
 
 def _operands(dtype: torch.dtype, shape: dict[str, int]) -> list[Tensor]:
-    return [part for kind in KINDS for part in operands(**shape, **kind, dtype=dtype)]
+    shapes = shape, {**shape, "tokens": 1}
+    return [p for s in shapes for kind in KINDS for p in operands(**s, **kind, dtype=dtype)]
+
+
+def _dynamic() -> list[dict[int, str]]:
+    """The axes that may vary: what has one token has no other number, and the stores and blocks of
+    each attention are its own.
+    """
+    found: list[dict[int, str]] = []
+    for number, kind in enumerate((*KINDS, *KINDS)):
+        for axes in DYNAMIC if kind.get("mask", True) else DYNAMIC[:4]:
+            own = {a: name.replace("stored", f"stored{number}") for a, name in axes.items()}
+            fixed = number >= len(KINDS)
+            found.append({a: n for a, n in own.items() if not (fixed and n == "tokens")})
+    return found
 
 
 @pytest.fixture(
@@ -53,20 +70,12 @@ def _operands(dtype: torch.dtype, shape: dict[str, int]) -> list[Tensor]:
 def region(request: pytest.FixtureRequest) -> tuple[Region, torch.dtype]:
     """For any numbers of rows, tokens and blocks: compiling takes seconds."""
     dtype, lanes = request.param
-    if dtype == torch.bfloat16 and not tiled_attention.is_faster():
+    if dtype == torch.bfloat16 and not block_attention.is_faster():
         pytest.skip("oneDNN multiplies bfloat16 on processors with AVX-512")
-    backend = AotInductorBackend(
-        {} if lanes is None else {"cpp.simdlen": lanes}, passes=(AttentionToTiles(),)
-    )
-    dynamic = [*DYNAMIC, *DYNAMIC, *DYNAMIC[:4]]
-    dynamic = [{a: _own(i, name) for a, name in axes.items()} for i, axes in enumerate(dynamic)]
+    options = {} if lanes is None else {"cpp.simdlen": lanes}
+    backend = AotInductorBackend(options, passes=(AttentionOverBlocks(),))
     body: Any = _Body()
-    return backend.compile_region(body, _operands(dtype, SHAPES[0]), dynamic), dtype
-
-
-def _own(operand: int, name: str) -> str:
-    """The name of a size that may vary: the last attention's stores have other columns."""
-    return name if name in ("batch", "tokens") else name.replace("stored", f"stored{operand // 5}")
+    return backend.compile_region(body, _operands(dtype, SHAPES[0]), _dynamic()), dtype
 
 
 def _assert_near(got: Sequence[Tensor], given: Sequence[Tensor], near: float) -> None:
@@ -89,22 +98,28 @@ def test_a_token_that_sees_nothing_gets_zeros(region: tuple[Region, torch.dtype]
     """As of torch's kernel: padding has such tokens."""
     run, dtype = region
     given = _operands(dtype, SHAPES[1])
-    given[4][1, :, 90:] = False
+    several, one = given[4], given[4 + len(given) // 2]
+    several[1, :, 90:], one[1] = False, False
     got = run(list(given))
     assert not got[0][1, :, 90:].any() and got[0][1, :, :90].all()
-    assert torch.equal(got[0][0], run(_operands(dtype, SHAPES[1]))[0][0]), "others stay"
+    assert not got[3][1].any() and got[3][0].all()
+    for mine, before in zip(got, run(_operands(dtype, SHAPES[1])), strict=True):
+        assert torch.equal(mine[0], before[0]), "other rows stay"
 
 
 @needs_onednn
-def test_what_nobody_sees_is_not_read(region: tuple[Region, torch.dtype]) -> None:
+def test_what_nobody_sees_counts_for_nothing(region: tuple[Region, torch.dtype]) -> None:
     """Columns past the last token of all may hold anything finite, such as zeros."""
     run, dtype = region
     given = _operands(dtype, SHAPES[2])
-    given[4][..., 300:] = False
-    before = run(list(given))[0].clone()
-    given[1][given[3][:, 19:]] = 7.0
-    given[2][given[3][:, 19:]] = 7.0
-    assert torch.equal(run(list(given))[0], before)
+    half = len(given) // 2
+    for i in (0, half):
+        given[i + 4][..., 300:] = False
+    before = [r.clone() for r in run(list(given))]
+    for i in (0, half):
+        for store in given[i + 1 : i + 3]:
+            store[given[i + 3][:, 19:]] = 7.0
+    assert all(map(torch.equal, run(list(given)), before))
 
 
 @pytest.mark.parametrize(
@@ -116,4 +131,4 @@ def test_which_processors_it_is_for(
 ) -> None:
     monkeypatch.setattr("torch.backends.cpu.get_cpu_capability", lambda: capability)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: onednn)
-    assert tiled_attention.is_faster() is expected
+    assert block_attention.is_faster() is expected

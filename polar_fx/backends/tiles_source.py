@@ -1,10 +1,12 @@
-"""The functions of the kernel for `tiled_attention` (tiled_attention.py), in C++."""
+"""The functions of the kernel for `block_attention` (block_attention.py) over several tokens a row,
+in C++.
+"""
 
 # Shape legend: B rows, T tokens of each, H heads of keys and values, G heads of the query for each,
 # E and F sizes of a head of keys and of values, C columns of a block, W blocks of a row, L = W * C.
 SOURCE = r"""
-#ifndef POLAR_FX_TILED_ATTENTION
-#define POLAR_FX_TILED_ATTENTION
+#ifndef POLAR_FX_BLOCK_ATTENTION
+#define POLAR_FX_BLOCK_ATTENTION
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -69,8 +71,8 @@ inline float added(bool) { return 0; }
 inline float added(float value) { return value; }
 inline float added(at::BFloat16 value) { return value; }
 
-// What of a tile's columns its tokens see: those from `first` to `last`, in whole steps, and whether
-// all tokens see them all, as they are
+// What of a tile's columns its tokens see: those from `first` to `last`, in whole steps, and
+// whether all tokens see them all, as they are
 struct Seen {
     static constexpr int64_t STEPS = TILE_COLUMNS / COLUMNS_STEP;
     bool any[STEPS] = {}, changed[STEPS] = {};
@@ -181,8 +183,8 @@ inline void pack_values(
     }
 }
 
-// What a thread needs for a tile: the query, scores, what is added to them, their exponentials in T,
-// and sums
+// What a thread needs for a tile: the query, scores, what is added to them, their exponentials in
+// T, and sums
 template <typename T> struct Scratch {
     std::unique_ptr<T[]> query, weights;
     std::unique_ptr<float[]> scores, bias, sums, largest, total;
@@ -191,7 +193,8 @@ template <typename T> struct Scratch {
     Scratch(int64_t rows, const Sizes& sizes)
         : query(new T[rows * sizes.E]),
           weights(std::is_same_v<T, float> ? nullptr : new T[rows * TILE_COLUMNS]),
-          scores(new float[rows * TILE_COLUMNS]), bias(new float[rows * TILE_COLUMNS]), sums(new float[rows * sizes.F]),
+          scores(new float[rows * TILE_COLUMNS]), bias(new float[rows * TILE_COLUMNS]),
+          sums(new float[rows * sizes.F]),
           largest(new float[rows]), total(new float[rows]), biases(new const float*[rows]) {}
 };
 
@@ -274,6 +277,14 @@ template <typename T> inline void weigh(
     largest = most;
 }
 
+// What was summed, by the total of its weights; zeros if nothing was seen
+template <typename T> inline void finish(const float* sums, float total, int64_t F, T* y) {
+    const float share = total == 0 ? 0 : 1 / total;
+    int64_t f = 0;
+    for (; f + LANES <= F; f += LANES) keep(y + f, Floats::loadu(sums + f) * Floats(share));
+    for (; f < F; ++f) y[f] = sums[f] * share;
+}
+
 // Tokens first to first + count of one row and head of keys
 template <typename T, typename S> void attend_tile(
     const T* query, const T* keys, const T* values, const Mask<S>& mask, float scale, T* y,
@@ -336,17 +347,11 @@ template <typename T, typename S> void attend_tile(
         );
     }
     for (int64_t r = 0; r < rows; ++r) {
-        const float share = scratch.total[r] == 0 ? 0 : 1 / scratch.total[r];
-        T* to = y + place(r) * F;
-        int64_t f = 0;
-        for (; f + LANES <= F; f += LANES) {
-            keep(to + f, Floats::loadu(sums + r * F + f) * Floats(share));
-        }
-        for (; f < F; ++f) to[f] = sums[r * F + f] * share;
+        finish(sums + r * F, scratch.total[r], F, y + place(r) * F);
     }
 }
 
-template <typename T, typename S> void attend(
+template <typename T, typename S> void attend_tiles(
     const T* query, const T* key, const T* value, const int64_t* blocks, const Mask<S>& mask,
     float scale, T* y, const Sizes& sizes, int threads
 ) {

@@ -23,8 +23,8 @@ DTYPES = (torch.float32, torch.bfloat16)
 MOST_OF_A_HEAD = 256  # the largest size of a head of queries and keys, or of values
 
 
-@torch.library.custom_op("polar_fx::tiled_attention", mutates_args=())
-def tiled_attention(
+@torch.library.custom_op("polar_fx::block_attention", mutates_args=())
+def block_attention(
     query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
     """Attention of query [B, T, H*G, E] to the columns of `blocks` i64[B, W] in the stores key
@@ -49,7 +49,7 @@ def tiled_attention(
     return found.transpose(1, 2).contiguous()
 
 
-@cast(Any, tiled_attention).register_fake
+@cast(Any, block_attention).register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor | None, scale: float
 ) -> Tensor:
@@ -71,7 +71,7 @@ def _fits(query: Tensor, stores: Sequence[Tensor]) -> bool:
     )
 
 
-def _is_of_tokens(node: Node) -> bool:
+def _is_over_blocks(node: Node) -> bool:
     """Attention on the CPU of more than one token a row, or an unknown number, over blocks."""
     if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
         return False
@@ -82,13 +82,10 @@ def _is_of_tokens(node: Node) -> bool:
     if a["scale"] is not None and a["scale"] < 0:  # the largest score would be another
         return False
     query = a["query"].meta["val"]
-    tokens = query.shape[2]
-    if isinstance(tokens, int) and tokens == 1:
-        return False
     if mask is not None and (
         mask.meta["val"].dim() != 4
         or mask.meta["val"].dtype not in (torch.bool, query.dtype)
-        or mask.meta["val"].shape[2:] != (tokens, a["key"].meta["val"].shape[2])
+        or mask.meta["val"].shape[2:] != (query.shape[2], a["key"].meta["val"].shape[2])
     ):
         return False
     return _fits(query, [_store_and_blocks(a[n])[0].meta["val"] for n in ("key", "value")])
@@ -111,16 +108,16 @@ def _store_and_blocks(columns: Node) -> tuple[Node, Node]:
 
 
 @dataclass(frozen=True)
-class AttentionToTiles(Pass):
+class AttentionOverBlocks(Pass):
     """Rewrite scaled_dot_product_attention(q, k, v, mask) of several tokens, whose keys and values
-    are read from blocks, as `tiled_attention` of the stores and the numbers of the blocks.
+    are read from blocks, as `block_attention` of the stores and the numbers of the blocks.
     """
 
-    name: ClassVar[str] = "attention-to-tiles"
+    name: ClassVar[str] = "attention-over-blocks"
     preserves_numerics: ClassVar[bool] = False  # sums in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        return replace_each(gm, _is_of_tokens, make=_by_tiles, what="attentions rewritten")
+        return replace_each(gm, _is_over_blocks, make=_by_tiles, what="attentions rewritten")
 
 
 def _by_tiles(graph: Graph, node: Node) -> Node:
@@ -131,7 +128,7 @@ def _by_tiles(graph: Graph, node: Node) -> Node:
     mask = a["attn_mask"]
     scale = a["scale"] if a["scale"] is not None else query.meta["val"].shape[3] ** -0.5
     found = call(
-        torch.ops.polar_fx.tiled_attention.default,
+        torch.ops.polar_fx.block_attention.default,
         call.dense(query),
         key,
         value,

@@ -1,5 +1,6 @@
-"""The CPU's kernel for `tiled_attention` (passes/attention_to_tiles.py): C++ that Inductor compiles
-into a region like its own, around oneDNN's small products, which torch brings along.
+"""The CPU's kernel for `block_attention` (passes/attention_over_blocks.py): C++ that Inductor
+compiles into a region like its own. For several tokens it is built around oneDNN's small products,
+which torch brings along.
 
 The adapter around torch's semi-public C++ templates; nothing else in the project touches them.
 """
@@ -8,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ..passes.attention_to_tiles import tiled_attention
-from .tiled_source import SOURCE
+from ..passes.attention_over_blocks import block_attention
+from . import row_kernel, rows_source, tiles_source
 
-TILED_ATTENTION: Any = torch.ops.polar_fx.tiled_attention.default
-assert tiled_attention._opoverload is TILED_ATTENTION
+BLOCK_ATTENTION: Any = torch.ops.polar_fx.block_attention.default
+assert block_attention._opoverload is BLOCK_ATTENTION
 
+SOURCE = row_kernel.SOURCE + tiles_source.SOURCE + rows_source.SOURCE
 KERNEL = r"""
 extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
 {
@@ -30,7 +32,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
         mask, {{kernel.size(mask, 0)}}, {{kernel.size(mask, 1)}}, sizes
     );
     {%- endif %}
-    polar_fx::attend<T>(query, key, value, blocks, seen, {{scale}}f, y, sizes, {{threads}});
+    polar_fx::{{way}}<T>(query, key, value, blocks, seen, {{scale}}f, y, sizes, {{threads}});
 }
 """
 
@@ -51,7 +53,7 @@ def register() -> None:
     from torch._inductor.utils import parallel_num_threads
 
     class Template(CppTemplate):
-        """`tiled_attention` as C++, perhaps under a mask."""
+        """`block_attention` as C++, perhaps under a mask."""
 
         scale: float
 
@@ -59,12 +61,19 @@ def register() -> None:
             names = ("query", "key", "value", "blocks", "mask")
             inputs = dict(zip(names, self.input_nodes, strict=False))
             y = template_buffer_node or self.output_node
-            known = {"mask": None, **inputs, "kernel": kernel, "inputs": inputs, "y": y}
-            text = self._template_from_string(KERNEL)
-            filled = text.render(**known, scale=float(self.scale).hex(), threads=self.num_threads)
+            one_token = inputs["query"].get_size()[1] == 1
+            filled = self._template_from_string(KERNEL).render(
+                **{"mask": None, **inputs},
+                kernel=kernel,
+                inputs=inputs,
+                y=y,
+                way="attend_rows" if one_token else "attend_tiles",
+                scale=float(self.scale).hex(),
+                threads=self.num_threads,
+            )
             return self.header().getvalue() + SOURCE + filled
 
-    @register_lowering(TILED_ATTENTION, type_promotion_kind=None)
+    @register_lowering(BLOCK_ATTENTION, type_promotion_kind=None)
     def _(query: Any, key: Any, value: Any, blocks: Any, mask: Any, scale: float) -> Any:
         require = ir.ExternKernel.require_contiguous
         given = [query, key, value, blocks, *([] if mask is None else [mask])]
@@ -73,6 +82,6 @@ def register() -> None:
         layout = ir.FixedLayout(
             query.get_device(), query.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
         )
-        template = Template("tiled_attention", operands, layout, parallel_num_threads())
+        template = Template("block_attention", operands, layout, parallel_num_threads())
         template.scale = scale
         return template.generate().output_node()
