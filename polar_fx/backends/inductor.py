@@ -30,8 +30,8 @@ REGION_PASSES: tuple[Pass, ...] = (
     MatvecToReduction(),
     LinearToRowKernel(),
     *([LinearToOneDnn()] if onednn_linear.is_faster() else []),
-    AttentionToReduction(),
     *([AttentionOverBlocks()] if block_attention.is_faster() else []),
+    AttentionToReduction(),  # what is left of one token
 )
 
 
