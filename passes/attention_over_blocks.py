@@ -58,21 +58,22 @@ def _(
 
 def _fits(query: Tensor, stores: Sequence[Tensor]) -> bool:
     """Whether the kernel is made for a query [B, H*G, T, E] and stores [P, H, C, .] like these."""
-    heads = query.shape[1], *(store.shape[1] for store in stores)
+    heads, (_, stored_heads, columns, _) = query.shape[1], stores[0].shape
     sizes = query.shape[3], *(store.shape[3] for store in stores)
-    if not all(isinstance(size, int) for size in (*heads, *sizes)):
+    known: Sequence[int | torch.SymInt] = (heads, stored_heads, columns, *sizes)
+    if not all(isinstance(size, int) for size in known):
         return False
-    return (
-        query.device.type == "cpu"
-        and query.dtype in DTYPES
-        and all(store.dtype == query.dtype and store.is_contiguous() for store in stores)
-        and heads[0] % heads[1] == 0
-        and all(size % 2 == 0 and 0 < size <= MOST_OF_A_HEAD for size in sizes)
-    )
+    if query.device.type != "cpu" or query.dtype not in DTYPES:
+        return False
+    if any(store.dtype != query.dtype or not store.is_contiguous() for store in stores):
+        return False
+    if heads % stored_heads or columns % 2:
+        return False
+    return all(size % 2 == 0 and 0 < size <= MOST_OF_A_HEAD for size in sizes)
 
 
 def _is_over_blocks(node: Node) -> bool:
-    """Attention on the CPU of more than one token a row, or an unknown number, over blocks."""
+    """Attention on the CPU whose keys and values are read from blocks of stores."""
     if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
         return False
     a = attention_arguments(node)

@@ -118,10 +118,9 @@ template <typename T, typename S> void attend_columns(
             for (; G == 1 && r + 4 <= count; r += 4) {
                 multiply<1, 4>(query, keys + r * E, none, scores + j + r, STRIP, E, ahead);
             }
-            for (; r + 2 <= count; r += 2) {
+            for (; r < count; r += 2) {  // blocks have an even number of columns
                 rows<2>(query, keys + r * E, none, scores + j + r, G, STRIP, E, ahead);
             }
-            if (r < count) rows<1>(query, keys + r * E, none, scores + j + r, G, STRIP, E, ahead);
         });
         const float* added = nullptr;
         for (int64_t g = 0; g < G; ++g) {

@@ -22,7 +22,7 @@ needs_onednn = pytest.mark.skipif(
 KINDS: tuple[dict[str, Any], ...] = (
     {"size": 64},
     {"heads": 1, "groups": 4, "size": 18, "value_size": 34, "added": True},
-    {"groups": 1, "columns": 6, "mask": False},
+    {"groups": 1, "block": 6, "mask": False},
 )
 # one tile; several, the last of them short; more columns than a tile has
 SHAPES = (
@@ -39,7 +39,7 @@ class _Body(torch.nn.Module):
         results, left = [], list(given)
         for kind in (*KINDS, *KINDS):
             count = 5 if kind.get("mask", True) else 4
-            results.append(attention(*left[:count]))
+            results.append(attention(left[:count]))
             left = left[count:]
         return tuple(results)
 
@@ -78,7 +78,7 @@ def region(request: pytest.FixtureRequest) -> tuple[Region, torch.dtype]:
     return backend.compile_region(body, _operands(dtype, SHAPES[0]), _dynamic()), dtype
 
 
-def _assert_near(got: Sequence[Tensor], given: Sequence[Tensor], near: float) -> None:
+def _assert_near(got: Sequence[Tensor], given: Sequence[Tensor], *, near: float) -> None:
     exact = _Body()(*(o.double() if o.is_floating_point() else o for o in given))
     for mine, want in zip(got, exact, strict=True):
         assert mine.shape == want.shape
@@ -90,7 +90,7 @@ def _assert_near(got: Sequence[Tensor], given: Sequence[Tensor], near: float) ->
 def test_it_attends(shape: dict[str, int], region: tuple[Region, torch.dtype]) -> None:
     run, dtype = region
     given = _operands(dtype, shape)
-    _assert_near(run(list(given)), given, 1e-5 if dtype == torch.float32 else 0.03)
+    _assert_near(run(list(given)), given, near=1e-5 if dtype == torch.float32 else 0.03)
 
 
 @needs_onednn

@@ -4,7 +4,7 @@ Shape legend: B rows, T tokens, H heads of keys, G heads of the query for each, 
 head of keys and of values, W blocks of a row.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 from torch.nn.functional import scaled_dot_product_attention
 
 from hand_made import aten, several_queries
-from over_blocks import DYNAMIC, attention, operands
+from over_blocks import DYNAMIC, attention, columns, operands
 from polar_fx.backends.specialize import graph_of, specialize
 from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
 
@@ -22,16 +22,19 @@ PASS = AttentionOverBlocks()
 
 
 class _Body(torch.nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
+    def __init__(self, function: Callable[[Sequence[Tensor]], Tensor]) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, *given: Tensor) -> Tensor:
-        return self.function(*given)
+        return self.function(given)
 
 
 def _traced(
-    given: list[Tensor], function: Callable[..., Tensor] = attention, dynamic: Any = None
+    given: list[Tensor],
+    function: Callable[[Sequence[Tensor]], Tensor] = attention,
+    *,
+    dynamic: Any = None,
 ) -> GraphModule:
     """As backends hand graphs to their passes."""
     return graph_of(specialize(_Body(function), given, dynamic=dynamic or [{}] * len(given)))
@@ -60,25 +63,26 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_attention_over_blocks_is_rewritten(name: str) -> None:
-    given = operands(**{"rows": 2, "tokens": 5, "blocks": 2} | CASES[name])
+    given = operands(**CASES[name])
     result = PASS.run(_traced(given))
     assert result.counts == {"attentions rewritten": 1}
     target, graph = torch.ops.polar_fx.block_attention.default, result.graph_module.graph
     assert len(graph.find_nodes(op="call_function", target=target)) == 1
-    torch.testing.assert_close(result.graph_module(*given)[0], attention(*given))
+    torch.testing.assert_close(result.graph_module(*given)[0], attention(given))
 
 
-def test_any_number_of_rows_tokens_and_blocks() -> None:
-    result = PASS.run(_traced(operands(rows=2, tokens=5, blocks=2), dynamic=DYNAMIC))
+@pytest.mark.parametrize(("rows", "tokens", "blocks"), [(3, 2, 4), (2, 70, 2)])
+def test_any_number_of_rows_tokens_and_blocks(rows: int, tokens: int, blocks: int) -> None:
+    result = PASS.run(_traced(operands(), dynamic=DYNAMIC))
     assert result.modified
-    for shape in ({"rows": 3, "tokens": 2, "blocks": 4}, {"rows": 2, "tokens": 70, "blocks": 2}):
-        given = operands(**shape)
-        torch.testing.assert_close(result.graph_module(*given)[0], attention(*given))
+    given = operands(rows=rows, tokens=tokens, blocks=blocks)
+    torch.testing.assert_close(result.graph_module(*given)[0], attention(given))
 
 
 OTHERS: dict[str, dict[str, Any]] = {
     "a head of an odd size": {"size": 15},
     "a head larger than the kernel's": {"size": 258},
+    "blocks of an odd number of columns": {"block": 15},
     "float64": {"dtype": torch.float64},
     "float16": {"dtype": torch.float16},
 }
@@ -86,43 +90,34 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_other_sizes_and_dtypes_stay(name: str) -> None:
-    assert not _is_rewritten(
-        _traced(operands(**{"rows": 2, "tokens": 5, "blocks": 2} | OTHERS[name]))
-    )
+    assert not _is_rewritten(_traced(operands(**OTHERS[name])))
 
 
-def _of_a_negative_scale(query: Tensor, *others: Tensor) -> Tensor:
-    return attention(query, *others, scale=-0.3)
+def _of_a_negative_scale(given: Sequence[Tensor]) -> Tensor:
+    return attention(given, scale=-0.3)
 
 
-def _of_slots(query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor) -> Tensor:
+def _of_slots(given: Sequence[Tensor]) -> Tensor:
     """Keys and values as they lie in slots: the blocks are not used."""
-    columns = [store[: len(blocks)].repeat(1, 1, blocks.shape[1], 1) for store in (key, value)]
+    query, key, value, blocks, mask = given
+    keys, values = (s[: len(blocks)].repeat(1, 1, blocks.shape[1], 1) for s in (key, value))
     return scaled_dot_product_attention(
-        query.transpose(1, 2), *columns, attn_mask=mask, enable_gqa=True
+        query.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True
     )
 
 
-def _of_two_tables(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, mask: Tensor
-) -> Tensor:
+def _of_two_tables(given: Sequence[Tensor]) -> Tensor:
     """Values of other blocks than the keys."""
-
-    def columns(store: Tensor, table: Tensor) -> Tensor:
-        return store[table].permute(0, 2, 1, 3, 4).flatten(2, 3)
-
+    query, key, value, blocks, mask = given
+    keys, values = columns(key, blocks), columns(value, blocks.flip(1))
     return scaled_dot_product_attention(
-        query.transpose(1, 2),
-        columns(key, blocks),
-        columns(value, blocks.flip(1)),
-        attn_mask=mask,
-        enable_gqa=True,
+        query.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True
     )
 
 
 @pytest.mark.parametrize("function", [_of_slots, _of_two_tables, _of_a_negative_scale])
-def test_what_the_kernel_cannot_do_stays(function: Callable[..., Tensor]) -> None:
-    assert not _is_rewritten(_traced(operands(rows=2, tokens=5, blocks=2), function))
+def test_what_the_kernel_cannot_do_stays(function: Callable[[Sequence[Tensor]], Tensor]) -> None:
+    assert not _is_rewritten(_traced(operands(), function))
 
 
 def test_attention_elsewhere_stays() -> None:

@@ -44,7 +44,6 @@ BY_POSITION = {
     ("bench/fuzz_calls.py", "Judge.of_score"): CALLED,
     ("bench/fuzz_calls.py", "Judge.of_tokens"): CALLED,
     ("passes/attention_over_blocks.py", "_"): CALLED,
-    ("passes/attention_over_blocks.py", "block_attention"): CALLED,
     ("passes/linear_to_onednn.py", "_"): CALLED,
     ("passes/linear_to_row_kernel.py", "_"): CALLED,
     ("passes/quantized_linear.py", "dequantize"): CALLED,

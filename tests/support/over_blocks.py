@@ -4,6 +4,8 @@ Shape legend: B rows, T tokens, H heads of keys, G heads of the query for each, 
 head of keys and of values, C columns of a block, W blocks of a row, L = W * C.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -20,42 +22,36 @@ DYNAMIC = (
 )
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: Tensor,
-    mask: Tensor | None = None,
-    *,
-    scale: float = 0.3,
-) -> Tensor:
-    """Of query [B, T, H*G, E] over the stores [P, H, C, E] and [P, H, C, F], as a layer whose keys
-    and values are read by address has it: [B, H*G, T, F].
+def attention(operands: Sequence[Tensor], *, scale: float = 0.3) -> Tensor:
+    """As a layer whose keys and values are read by address has it: of query [B, T, H*G, E] over
+    the stores [P, H, C, E] and [P, H, C, F] at i64[B, W], perhaps under a mask: [B, H*G, T, F].
     """
-
-    def columns(store: Tensor) -> Tensor:
-        return store[blocks].permute(0, 2, 1, 3, 4).flatten(2, 3)
-
+    query, key, value, blocks, *masks = operands
     return scaled_dot_product_attention(
         query.transpose(1, 2),
-        columns(key),
-        columns(value),
-        attn_mask=mask,
+        columns(key, blocks),
+        columns(value, blocks),
+        attn_mask=masks[0] if masks else None,
         scale=scale,
         enable_gqa=True,
     )
 
 
+def columns(store: Tensor, blocks: Tensor) -> Tensor:
+    """[B, H, L, E] of a store [P, H, C, E]."""
+    return store[blocks].permute(0, 2, 1, 3, 4).flatten(2, 3)
+
+
 def operands(
     *,
-    rows: int,
-    tokens: int,
-    blocks: int,
+    rows: int = 2,
+    tokens: int = 5,
+    blocks: int = 2,
     heads: int = 2,
     groups: int = 3,
     size: int = 16,
     value_size: int | None = None,
-    columns: int = BLOCK,
+    block: int = BLOCK,
     dtype: torch.dtype = torch.float32,
     mask: bool = True,
     mask_heads: bool = False,
@@ -69,11 +65,11 @@ def operands(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    stored, length = rows * blocks + 3, blocks * columns
+    stored, length = rows * blocks + 3, blocks * block
     made = [
         normal(rows, tokens, heads * groups, size).to(dtype),
-        normal(stored, heads, columns, size).to(dtype),
-        normal(stored, heads, columns, value_size or size).to(dtype),
+        normal(stored, heads, block, size).to(dtype),
+        normal(stored, heads, block, value_size or size).to(dtype),
         torch.randperm(stored, generator=generator)[: rows * blocks].view(rows, blocks),
     ]
     if not mask:
