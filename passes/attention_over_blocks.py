@@ -60,7 +60,7 @@ def _fits(query: Tensor, stores: Sequence[Tensor]) -> bool:
     """Whether the kernel is made for a query [B, H*G, T, E] and stores [P, H, C, .] like these."""
     heads, (_, stored_heads, columns, _) = query.shape[1], stores[0].shape
     sizes = query.shape[3], *(store.shape[3] for store in stores)
-    known: Sequence[int | torch.SymInt] = (heads, stored_heads, columns, *sizes)
+    known = cast(Sequence[int | torch.SymInt], (heads, stored_heads, columns, *sizes))
     if not all(isinstance(size, int) for size in known):
         return False
     if query.device.type != "cpu" or query.dtype not in DTYPES:
