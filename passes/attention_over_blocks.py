@@ -1,9 +1,11 @@
-"""Attention of several tokens over blocks of a store becomes one operator, for which backends have
-a kernel that reads the blocks where they lie and leaves out what no token of a tile sees.
+"""Attention over blocks of a store becomes one operator, for which backends have a kernel that
+reads the blocks where they lie and leaves out what no token sees.
 
-torch's kernel takes keys and values as one tensor, which has to be gathered from the blocks first;
-it computes scores under a mask whether any of them is seen or not; and in float32 it multiplies by
-MKL, which is slow on processors other than Intel's (docs/performance.md has the figures).
+For several tokens, torch's kernel takes keys and values as one tensor, which has to be gathered
+from the blocks first; it computes scores under a mask whether any of them is seen or not; and in
+float32 it multiplies by MKL, which is slow on processors other than Intel's. For one token a row,
+reductions read values once for each vector of their numbers and each head of the query
+(docs/performance.md has the figures).
 """
 
 from collections.abc import Sequence
@@ -67,36 +69,33 @@ def _fits(query: Tensor, stores: Sequence[Tensor]) -> bool:
         return False
     if any(store.dtype != query.dtype or not store.is_contiguous() for store in stores):
         return False
-    if heads % stored_heads or columns % 2:
+    if heads % stored_heads or stores[1].shape[1] != stored_heads or columns % 2:
         return False
     return all(size % 2 == 0 and 0 < size <= MOST_OF_A_HEAD for size in sizes)
 
 
 def _is_over_blocks(node: Node) -> bool:
-    """Attention on the CPU whose keys and values are read from blocks of stores."""
+    """Attention on the CPU whose keys and values are read from the same blocks of two stores."""
     if node.op != "call_function" or node.target is not aten.scaled_dot_product_attention.default:
         return False
     a = attention_arguments(node)
-    mask = a["attn_mask"]
-    if _blocks_differ(a["key"], a["value"]) or a["dropout_p"] or a["is_causal"]:
+    if a["dropout_p"] or a["is_causal"]:
         return False
-    if a["scale"] is not None and a["scale"] < 0:  # the largest score would be another
+    if blocks_of(a["key"]) is None or blocks_of(a["value"]) is None:
         return False
-    query = a["query"].meta["val"]
-    if mask is not None and (
-        mask.meta["val"].dim() != 4
-        or mask.meta["val"].dtype not in (torch.bool, query.dtype)
-        or mask.meta["val"].shape[2:] != (query.shape[2], a["key"].meta["val"].shape[2])
-    ):
+    (key, blocks), (value, others) = (_store_and_blocks(a[n]) for n in ("key", "value"))
+    if key is value or blocks is not others:
         return False
-    return _fits(query, [_store_and_blocks(a[n])[0].meta["val"] for n in ("key", "value")])
-
-
-def _blocks_differ(key: Node, value: Node) -> bool:
-    """Whether keys and values are not those of the same blocks of their stores."""
-    if blocks_of(key) is None or blocks_of(value) is None:
-        return True
-    return _store_and_blocks(key)[1] is not _store_and_blocks(value)[1]
+    query, columns = (a[n].meta["val"] for n in ("query", "key"))
+    if query.dim() != 4 or query.shape[0] != columns.shape[0]:
+        return False
+    if a["attn_mask"] is not None:
+        mask = a["attn_mask"].meta["val"]
+        if mask.dim() != 4 or mask.shape[2:] != (query.shape[2], columns.shape[2]):
+            return False
+        if mask.dtype not in (torch.bool, query.dtype):
+            return False
+    return _fits(query, [key.meta["val"], value.meta["val"]])
 
 
 def _store_and_blocks(columns: Node) -> tuple[Node, Node]:
@@ -110,18 +109,18 @@ def _store_and_blocks(columns: Node) -> tuple[Node, Node]:
 
 @dataclass(frozen=True)
 class AttentionOverBlocks(Pass):
-    """Rewrite scaled_dot_product_attention(q, k, v, mask) of several tokens, whose keys and values
-    are read from blocks, as `block_attention` of the stores and the numbers of the blocks.
+    """Rewrite scaled_dot_product_attention(q, k, v, mask) whose keys and values are read from
+    blocks, as `block_attention` of the stores and the numbers of the blocks.
     """
 
     name: ClassVar[str] = "attention-over-blocks"
     preserves_numerics: ClassVar[bool] = False  # sums in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        return replace_each(gm, _is_over_blocks, make=_by_tiles, what="attentions rewritten")
+        return replace_each(gm, _is_over_blocks, make=_by_blocks, what="attentions rewritten")
 
 
-def _by_tiles(graph: Graph, node: Node) -> Node:
+def _by_blocks(graph: Graph, node: Node) -> Node:
     call, a = Caller(graph, node), attention_arguments(node)
     query = call(aten.transpose.int, a["query"], 1, 2)
     key, blocks = _store_and_blocks(a["key"])

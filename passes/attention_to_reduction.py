@@ -5,8 +5,9 @@ products, on the critical path of every step. Written out, it is three loops ove
 values, read once.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -14,6 +15,7 @@ from torch.fx import Graph, GraphModule, Node
 from .base import Caller, Pass, PassResult, replace_each
 
 aten = torch.ops.aten
+_ORDER = [0, 2, 1, 3, 4]  # of what is read from blocks, [B, W, H, C, E]
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
@@ -73,8 +75,8 @@ def _is_single_query(node: Node) -> bool:
 
 
 def blocks_of(key: Node) -> Node | None:
-    """Keys [B, H, W, C, E] that are read as [B, H, W * C, E] from blocks of a store
-    (address_kv.py); None for keys of a slot.
+    """Keys [B, H, W, C, E] that are read as [B, H, W * C, E] from blocks of a store [P, H, C, E]
+    (address_kv.py); None for keys of a slot, or in another order.
     """
     if key.target not in (aten.flatten.using_ints, aten.reshape.default, aten.view.default):
         return None
@@ -82,7 +84,17 @@ def blocks_of(key: Node) -> Node | None:
     if not isinstance(source, Node) or source.target is not aten.permute.default:
         return None
     read = source.args[0]
-    return source if isinstance(read, Node) and read.target is aten.index.Tensor else None
+    if not isinstance(read, Node) or read.target is not aten.index.Tensor:
+        return None
+    store, indices = cast(tuple[Node, Sequence[Node | None]], read.args)
+    if len(indices) != 1 or indices[0] is None or list(cast(Any, source.args[1])) != _ORDER:
+        return None
+    found, columns, blocks = (n.meta["val"] for n in (source, key, indices[0]))
+    in_order = columns.dim() == 4 and columns.shape[:2] == found.shape[:2]
+    if not in_order or columns.shape[3] != found.shape[4]:
+        return None
+    is_table = blocks.dim() == 2 and blocks.dtype == torch.long
+    return source if is_table and store.meta["val"].dim() == 4 else None
 
 
 def _masked(call: Caller, scores: Node, *, mask: Node) -> Node:

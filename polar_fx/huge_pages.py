@@ -74,7 +74,9 @@ def hold_in_huge_pages(tensors: Iterable[Tensor]) -> int:
 
 
 def zeros(size: Sequence[int], *, dtype: torch.dtype) -> Tensor:
-    """A tensor of zeros on the CPU, in huge pages if it is larger than a few and there are any."""
+    """A tensor of zeros on the CPU: in huge pages if it is larger than a few of them and the system
+    has some.
+    """
     page, num_bytes = page_size(), math.prod(size) * dtype.itemsize
     if page is None or num_bytes < _LEAST_PAGES * page:
         return torch.zeros(*size, dtype=dtype)

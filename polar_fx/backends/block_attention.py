@@ -29,10 +29,14 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     const polar_fx::Mask<bool> seen{nullptr, 0, 0, 0};
     {%- else %}
     const auto seen = polar_fx::mask_of(
-        mask, {{kernel.size(mask, 0)}}, {{kernel.size(mask, 1)}}, sizes
+        &{{kernel.index(mask, zeros)}}, {{kernel.size(mask, 0)}}, {{kernel.size(mask, 1)}}, sizes
     );
     {%- endif %}
-    polar_fx::{{way}}<T>(query, key, value, blocks, seen, {{scale}}f, y, sizes, {{threads}});
+    polar_fx::{{way}}<T>(
+        &{{kernel.index(query, zeros)}}, &{{kernel.index(key, zeros)}},
+        &{{kernel.index(value, zeros)}}, &{{kernel.index(blocks, zeros[:2])}}, seen, {{scale}}f,
+        y, sizes, {{threads}}
+    );
 }
 """
 
@@ -68,6 +72,7 @@ def register() -> None:
                 inputs=inputs,
                 y=y,
                 way="attend_rows" if one_token else "attend_tiles",
+                zeros=[0, 0, 0, 0],
                 scale=float(self.scale).hex(),
                 threads=self.num_threads,
             )

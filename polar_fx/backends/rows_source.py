@@ -153,7 +153,7 @@ template <typename T> inline void join(
     const Partial* parts, int64_t count, int64_t g, int64_t F, T* y
 ) {
     float most = NEVER, total = 0;
-    for (int64_t i = 0; i < count; ++i) most = std::max(most, parts[i].largest[g]);
+    for (int64_t i = 0; i < count; ++i) most = larger(most, parts[i].largest[g]);
     if (most == NEVER) {
         std::fill(y, y + F, T(0.0f));
         return;
@@ -174,9 +174,10 @@ template <typename T, typename S> void attend_rows(
     float scale, T* y, const Sizes& sizes, int threads
 ) {
     const int64_t pairs = sizes.B * sizes.H, G = sizes.G, E = sizes.E, F = sizes.F;
+    if (pairs == 0) return;
     const int64_t wanted = std::max<int64_t>(1, 4 * threads / pairs);
     const int64_t columns = std::max(LEAST, rounded((sizes.L() + wanted - 1) / wanted, STRIP));
-    const int64_t parts = (sizes.L() + columns - 1) / columns;
+    const int64_t parts = std::max<int64_t>(1, (sizes.L() + columns - 1) / columns);
     std::unique_ptr<typename Step<T>::X[]> place;
     const auto* given = as_read(query, pairs * G * E, place);
     std::unique_ptr<float[]> numbers(new float[pairs * parts * G * (F + 2)]);
@@ -185,22 +186,19 @@ template <typename T, typename S> void attend_rows(
         float* mine = numbers.get() + i * G * (F + 2);
         partials[i] = {mine, mine + G * F, mine + G * (F + 1)};
     }
-    #pragma omp parallel num_threads(threads)
-    {
-        std::unique_ptr<float[]> scores(new float[G * STRIP + STRIP]);
-        #pragma omp for schedule(dynamic)
-        for (int64_t i = 0; i < pairs * parts; ++i) {
-            const int64_t pair = i / parts, first = i % parts * columns;
-            attend_columns(
-                given + pair * G * E, key, value, blocks + pair / sizes.H * sizes.W, mask, scale,
-                pair / sizes.H, pair % sizes.H, first, std::min(first + columns, sizes.L()),
-                scores.get(), scores.get() + G * STRIP, partials[i], sizes
-            );
-            if (parts == 1) {
-                for (int64_t g = 0; g < G; ++g) {
-                    join(&partials[i], 1, g, F, y + (pair * G + g) * F);
-                }
-            }
+    const int64_t room = (G + 1) * STRIP;  // of a thread, for scores and what is added to them
+    std::unique_ptr<float[]> scores(new float[threads * room]);
+    #pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t i = 0; i < pairs * parts; ++i) {
+        const int64_t pair = i / parts, first = i % parts * columns;
+        float* mine = scores.get() + omp_get_thread_num() * room;
+        attend_columns(
+            given + pair * G * E, key, value, blocks + pair / sizes.H * sizes.W, mask, scale,
+            pair / sizes.H, pair % sizes.H, first, std::min(first + columns, sizes.L()), mine,
+            mine + G * STRIP, partials[i], sizes
+        );
+        for (int64_t g = 0; parts == 1 && g < G; ++g) {
+            join(&partials[i], 1, g, F, y + (pair * G + g) * F);
         }
     }
     for (int64_t i = 0; parts > 1 && i < pairs * G; ++i) {

@@ -12,7 +12,9 @@ SOURCE = r"""
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <omp.h>
 #include <type_traits>
+#include <vector>
 
 // As ATen/native/CPUBlas.h declares them, which takes long to compile: c (+)= a times b, for a
 // [m, k], b [k, n] and c [m, n], by oneDNN; b in bfloat16 has pairs of its rows beside each other.
@@ -33,9 +35,11 @@ namespace polar_fx {
 using Floats = at::vec::Vectorized<float>;
 constexpr int64_t LANES = Floats::size();
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
+constexpr float UNDEFINED = std::numeric_limits<float>::quiet_NaN();
 
-// A tile is so many rows of scores, one for each token and head of the query, and so many columns.
-// oneDNN makes code for each size it meets: those of tiles are multiples, the rest is zeros.
+// A tile is so many rows of scores, one for each token and head of the query (more, where eight
+// tokens have more), and so many columns. oneDNN makes code for each size it meets: those of tiles
+// are multiples, the rest is zeros.
 constexpr int64_t TILE_ROWS = 96, TILE_COLUMNS = 256, ROWS_STEP = 16, COLUMNS_STEP = 32;
 
 inline int64_t rounded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
@@ -203,6 +207,12 @@ inline void keep(at::BFloat16* x, const Floats& y) {
     at::vec::convert_from_float<at::BFloat16>(y, y).store(x, LANES);
 }
 
+// The larger one; undefined once one is, as infinity is as a score: infinity less itself
+inline float larger(float a, float b) {
+    if (a != a || b != b || a == -NEVER || b == -NEVER) return UNDEFINED;
+    return std::max(a, b);
+}
+
 // The largest of scores * scale + bias, which the scores become if there is a bias
 inline float largest_of(float* scores, float scale, const float* bias, int64_t n) {
     Floats most(NEVER);
@@ -224,7 +234,7 @@ inline float largest_of(float* scores, float scale, const float* bias, int64_t n
     for (; j < n; ++j) {
         const float x = scores[j] * scale + (bias == nullptr ? 0 : bias[j]);
         if (bias != nullptr) scores[j] = x;
-        found = std::max(found, x);
+        found = larger(found, x);
     }
     return found;
 }
@@ -261,7 +271,7 @@ template <typename T> inline void weigh(
     float* scores, int64_t n, int64_t width, float scale, const float* bias, T* weights,
     float* sums, int64_t F, float& largest, float& total
 ) {
-    const float most = std::max(largest, largest_of(scores, scale, bias, n));
+    const float most = larger(largest, largest_of(scores, scale, bias, n));
     if (most == NEVER) {
         std::fill(weights, weights + width, T(0.0f));
         return;
@@ -351,17 +361,36 @@ template <typename T, typename S> void attend_tile(
     }
 }
 
+// Raises what oneDNN raises where it does not multiply T, such as when it is switched off
+template <typename T> inline void try_products(int64_t E) {
+    std::vector<T> a(ROWS_STEP * E), b(E * COLUMNS_STEP);
+    std::vector<float> c(ROWS_STEP * COLUMNS_STEP);
+    constexpr bool in_pairs = !std::is_same_v<T, float>;
+    at::native::cpublas::brgemm(
+        ROWS_STEP, COLUMNS_STEP, E, E, COLUMNS_STEP, COLUMNS_STEP, false, a.data(), b.data(),
+        c.data(), in_pairs
+    );
+    if (in_pairs) at::native::cpublas::brgemm_release(true);
+}
+
 template <typename T, typename S> void attend_tiles(
     const T* query, const T* key, const T* value, const int64_t* blocks, const Mask<S>& mask,
     float scale, T* y, const Sizes& sizes, int threads
 ) {
     const int64_t pairs = sizes.B * sizes.H, columns = sizes.columns(), tiles = sizes.tiles();
+    if (pairs == 0) return;
     std::unique_ptr<T[]> keys(new T[pairs * columns * sizes.E]);
     std::unique_ptr<T[]> values(new T[pairs * columns * sizes.F]);
     // tokens of a tile: all heads of the query that share keys are in it
-    int64_t count = rounded(std::max<int64_t>(1, TILE_ROWS / sizes.G - 7), 8);
+    int64_t count = std::max<int64_t>(8, TILE_ROWS / sizes.G / 8 * 8);
     if (pairs * ((sizes.T + count - 1) / count) < 4 * threads) count = std::min<int64_t>(count, 8);
     const int64_t parts = (sizes.T + count - 1) / count;
+    // What may fail is done before there are threads: an exception of one would end the process.
+    std::vector<Scratch<T>> scratch;
+    for (int i = 0; i < threads; ++i) {
+        scratch.emplace_back(rounded(sizes.G * count, ROWS_STEP), sizes);
+    }
+    try_products<T>(sizes.E);
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for schedule(static)
@@ -373,7 +402,6 @@ template <typename T, typename S> void attend_tiles(
             pack_keys(key, mine, h, start, width, keys.get() + at * sizes.E, sizes);
             pack_values(value, mine, h, start, width, values.get() + at * sizes.F, sizes);
         }
-        Scratch<T> scratch(rounded(sizes.G * count, ROWS_STEP), sizes);
         #pragma omp for schedule(dynamic)
         for (int64_t i = 0; i < pairs * parts; ++i) {
             const int64_t pair = i / parts, first = i % parts * count;
@@ -381,7 +409,7 @@ template <typename T, typename S> void attend_tiles(
                 query, keys.get() + pair * columns * sizes.E,
                 values.get() + pair * columns * sizes.F, mask, scale, y,
                 pair / sizes.H, pair % sizes.H, first, std::min(count, sizes.T - first),
-                scratch, sizes
+                scratch[omp_get_thread_num()], sizes
             );
         }
         if (!std::is_same_v<T, float>) at::native::cpublas::brgemm_release(true);

@@ -1,6 +1,7 @@
 """Weights in huge pages are the same tensors with the same values, and lie there once."""
 
 import gc
+import mmap
 import re
 import weakref
 from pathlib import Path
@@ -158,6 +159,22 @@ def test_zeros_lie_in_huge_pages_if_they_are_many(dtype: torch.dtype) -> None:
 
 def test_zeros_without_huge_pages_are_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huge_pages, "page_size", lambda: None)
+    assert not zeros((4096, 2048), dtype=torch.float32).any()
+
+
+@needs_pages
+@pytest.mark.parametrize("refused", ["mmap", "madvise"])
+def test_zeros_that_the_system_refuses_huge_pages_are_zeros(
+    refused: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Memory(mmap.mmap):
+        def madvise(self, *_: int) -> None:
+            raise OSError("not here")
+
+    def none(*_: int, **__: int) -> mmap.mmap:
+        raise OSError("no memory")
+
+    monkeypatch.setattr(huge_pages.mmap, "mmap", Memory if refused == "madvise" else none)
     assert not zeros((4096, 2048), dtype=torch.float32).any()
 
 

@@ -93,10 +93,6 @@ def test_other_sizes_and_dtypes_stay(name: str) -> None:
     assert not _is_rewritten(_traced(operands(**OTHERS[name])))
 
 
-def _of_a_negative_scale(given: Sequence[Tensor]) -> Tensor:
-    return attention(given, scale=-0.3)
-
-
 def _of_slots(given: Sequence[Tensor]) -> Tensor:
     """Keys and values as they lie in slots: the blocks are not used."""
     query, key, value, blocks, mask = given
@@ -115,7 +111,39 @@ def _of_two_tables(given: Sequence[Tensor]) -> Tensor:
     )
 
 
-@pytest.mark.parametrize("function", [_of_slots, _of_two_tables, _of_a_negative_scale])
+def _of_one_store(given: Sequence[Tensor]) -> Tensor:
+    """Keys that are their own values."""
+    query, key, _, blocks, mask = given
+    return attention([query, key, key, blocks, mask])
+
+
+def _of_fewer_heads(given: Sequence[Tensor]) -> Tensor:
+    """One head of keys for two of values."""
+    query, key, value, blocks, mask = given
+    return attention([query, key[:, :1].contiguous(), value, blocks, mask])
+
+
+def _of_the_same_blocks_for_all_rows(given: Sequence[Tensor]) -> Tensor:
+    query, key, value, blocks, mask = given
+    return attention([query, key, value, blocks[:1], mask])
+
+
+def _in_another_order(given: Sequence[Tensor]) -> Tensor:
+    """Columns of a block before blocks."""
+    query, key, value, blocks, mask = given
+    keys, values = (s[blocks].permute(0, 2, 3, 1, 4).flatten(2, 3) for s in (key, value))
+    return scaled_dot_product_attention(
+        query.transpose(1, 2), keys, values, attn_mask=mask, enable_gqa=True
+    )
+
+
+OTHER_READS = (
+    *(_of_slots, _of_two_tables, _of_one_store, _of_fewer_heads),
+    *(_of_the_same_blocks_for_all_rows, _in_another_order),
+)
+
+
+@pytest.mark.parametrize("function", OTHER_READS)
 def test_what_the_kernel_cannot_do_stays(function: Callable[[Sequence[Tensor]], Tensor]) -> None:
     assert not _is_rewritten(_traced(operands(), function))
 

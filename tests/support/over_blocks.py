@@ -56,6 +56,7 @@ def operands(
     mask: bool = True,
     mask_heads: bool = False,
     added: bool = False,
+    mask_rows: bool = True,
 ) -> list[Tensor]:
     """Query, keys, values, blocks and, if wanted, a mask under which each token sees the columns up
     to some place: boolean, or with what is added to scores.
@@ -74,7 +75,7 @@ def operands(
     ]
     if not mask:
         return made
-    of = (rows, heads * groups if mask_heads or added else 1, tokens)
+    of = (rows if mask_rows else 1, heads * groups if mask_heads or added else 1, tokens)
     last = torch.randint(0, length, (*of, 1), generator=generator)
     seen = torch.arange(length) <= last
     if not added:
