@@ -138,6 +138,7 @@ def _resident_bytes() -> int:
 @pytest.mark.skipif(
     not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc"
 )
+@pytest.mark.slow
 def test_fifty_programs_add_less_than_two_percent_to_the_weights(
     smollm2: tuple[PreTrainedModel, Any],
 ) -> None:

@@ -36,6 +36,7 @@ from polar_fx.program import Program
 from polar_fx.quantized import quantize_weights
 from polar_fx.store import ArtifactStore
 from portable_regions import use_graphs
+from slow_cases import some_slow
 from tiny_bundles import DEPTH, LENGTH, PROGRAMS, compiled_model, tokenizer_of_words
 from tiny_models import make, prompts
 
@@ -369,7 +370,7 @@ def test_a_bundle_for_many_rows_runs_them_at_once(graphs: ArtifactStore, tmp_pat
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
+@pytest.mark.parametrize("family", some_slow(["gpt2", "gemma3_text"], ["gpt2"]))
 def test_other_families_and_exact_rows(family: str, graphs: ArtifactStore, tmp_path: Path) -> None:
     compiled, manifest = _bundled(
         make(family), graphs, place=tmp_path / "bundle", buckets=(1, 4), exact=True

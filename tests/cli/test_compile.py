@@ -84,6 +84,7 @@ def test_json_has_everything(folder: str, capsys: pytest.CaptureFixture[str]) ->
     assert result["report"]["max_length"] == 256, "the model's own limit"
 
 
+@pytest.mark.slow
 def test_the_second_process_reads_and_loads(
     folder: str,
     artifacts: Path,

@@ -266,6 +266,7 @@ def test_a_cluster_that_is_none(
     assert "no Ray cluster can be reached at 'nowhere'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_what_fails_in_a_worker_is_told(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -307,6 +308,7 @@ def wait_for_records(out: Path, count: int, *, running: subprocess.Popen[str]) -
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_goes_on_where_it_was(
     folder: Path, tmp_path: Path, undisturbed: dict[str, Any]
 ) -> None:

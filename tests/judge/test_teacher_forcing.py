@@ -14,6 +14,7 @@ from polar_fx.judge.teacher_forcing import TeacherForcing
 from polar_fx.judge.verdict import Verdict
 from polar_fx.program import Program
 from polar_fx.questions import EncodedQuestion, generate, get_template
+from slow_cases import some_slow
 from tiny_search import generated, peaked, questions, random_programs
 
 DEPTH = 6
@@ -71,7 +72,9 @@ def test_a_verdict_is_what_generation_gives(
     assert 10 < right < len(pairs) - 10  # both kinds of verdict were tested
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "mixtral", "phi3"])
+@pytest.mark.parametrize(
+    "family", some_slow(["gpt2", "gemma2", "mixtral", "phi3"], ["mixtral", "phi3"])
+)
 def test_positions_windows_and_experts_of_other_families(family: str) -> None:
     options = {} if family != "gpt2" else {"n_layer": DEPTH}
     compiled = polar_fx.compile(

@@ -46,6 +46,7 @@ def test_rows_of_several_programs(chunk: int) -> None:
     check_rows(model, tiny(FAMILY).model, rows=ROWS, each=each, chunk=chunk)
 
 
+@pytest.mark.slow
 def test_compiled_rows() -> None:
     """A row, so that few regions are compiled: a prompt in parts, and decoded tokens."""
     check_rows(

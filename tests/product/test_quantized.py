@@ -53,6 +53,7 @@ def test_int8_weights_of_torchao_run_programs_and_stay_int8(
     _check_kv_law(compiled, rows[0])
 
 
+@pytest.mark.slow
 def test_compiled_regions_over_int4_weights_give_what_the_model_gives() -> None:
     model = quantize_weights(_model(), "int4")
     compiled = compile(model, "aot_inductor", max_length=31)

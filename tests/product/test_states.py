@@ -57,6 +57,7 @@ def test_compiled_rows(family: str, chunk: int) -> None:
     assert lost(model.forward(ids, mask, program=each), want) < 2e-5
 
 
+@pytest.mark.slow
 def test_a_second_start_traces_and_compiles_nothing() -> None:
     """Ahead of time, on the regions that a bundle of this model holds as well."""
     first, second, source = compiled_hybrid(), compiled_hybrid(), hybrid()

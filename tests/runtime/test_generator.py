@@ -278,6 +278,7 @@ def compiled_smollm2(
     return compile(smollm2[0], request.param, max_length=127)
 
 
+@pytest.mark.slow
 def test_smollm2_greedy_text_is_the_models_for_fifty_tokens(
     smollm2: tuple[Any, Any], compiled_smollm2: CompiledModel
 ) -> None:

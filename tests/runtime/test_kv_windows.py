@@ -28,7 +28,8 @@ def long_rows(family: str = "gemma3_text") -> CompiledModel:
     ("family", "windows"),
     [
         ("gemma3_text", [WINDOW, None, WINDOW]),
-        ("gpt_oss", [WINDOW, None] * 2),  # its masks are added to scores
+        # its masks are added to scores
+        pytest.param("gpt_oss", [WINDOW, None] * 2, marks=pytest.mark.slow),
     ],
 )
 def test_masks_say_how_far_layers_look(family: str, windows: list[int | None]) -> None:

@@ -84,7 +84,7 @@ def test_exported_graphs_are_all_there_or_the_limit_is_named(tmp_path: Path) -> 
         compiled.regions.graph_files(wanted)
 
 
-@pytest.mark.parametrize(("workers", "kept"), [(0, 2), (2, 5)])
+@pytest.mark.parametrize(("workers", "kept"), [(0, 2), pytest.param(2, 5, marks=pytest.mark.slow)])
 def test_what_was_built_beside_a_failure_is_kept(
     workers: int, kept: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

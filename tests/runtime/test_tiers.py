@@ -84,6 +84,7 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return seen
 
 
+@pytest.mark.slow
 def test_a_stored_whole_program_is_loaded_not_compiled(
     store: ArtifactStore, jobs: list[Any]
 ) -> None:
