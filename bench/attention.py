@@ -29,17 +29,29 @@ from polar_fx.backends import AotInductorBackend
 from polar_fx.passes.address_kv import BLOCK
 from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
 from polar_fx.passes.attention_to_reduction import AttentionToReduction
+from polar_fx.passes.base import Pass
 
 # H, G and E
 MODELS = {"SmolLM2-135M": (3, 3, 64), "Gemma 3 270M": (1, 4, 256), "heads of their own": (8, 1, 64)}
 # B, T and L, and how many columns all rows but the first see, if that is another number
 Case = tuple[int, int, int, int | None]
-CASES: tuple[Case, ...] = (
-    *itertools.product((1, 8), (1,), (128, 512, 2048), (None,)),
-    (8, 1, 2048, 64),
-    *((1, tokens, columns, None) for tokens, columns in ((128, 128), (512, 512), (512, 1024))),
-    *((1, tokens, 2048, None) for tokens in (16, 512)),
+_TOKENS: tuple[Case, ...] = tuple(itertools.product((1, 8), (1,), (128, 512, 2048), (None,)))
+_PROMPTS: tuple[Case, ...] = (
+    (1, 128, 128, None),
+    (1, 512, 512, None),
+    (1, 512, 1024, None),
+    (1, 16, 2048, None),
+    (1, 512, 2048, None),
     (8, 64, 64, None),
+)
+CASES = (*_TOKENS, (8, 1, 2048, 64), *_PROMPTS)
+# Of the operands, the axes that may vary
+AXES: tuple[dict[int, str], ...] = (
+    {0: "batch", 1: "tokens"},
+    {0: "stored"},
+    {0: "stored"},
+    {0: "batch", 1: "blocks"},
+    {0: "batch", 2: "tokens", 3: f"{BLOCK}*blocks"},
 )
 KERNEL, SMALL, OTHER = "kernel", "kernel, small pages", "without"
 BYTES = 60_000_000  # of keys and values that the parts of a store have together
@@ -84,32 +96,31 @@ def operands(
     if short is not None:
         mask[1:, ..., short:] = False
     tables = torch.arange(blocks).view(parts, rows, width)
-    return {
-        name: [[query, *held, table, mask] for table in tables]
-        for name, held in ((KERNEL, large), (SMALL, small), (OTHER, large))
-    }
+
+    def calls(held: list[Tensor]) -> list[list[Tensor]]:
+        return [[query, *held, table, mask] for table in tables]
+
+    return {KERNEL: calls(large), SMALL: calls(small), OTHER: calls(large)}
 
 
 def regions(
     model: tuple[int, int, int], rows: int, *, one_token: bool, dtype: torch.dtype
 ) -> dict[str, Run]:
     """Each way, compiled as in a region for one row or several, and one token or any number."""
-    passes = {KERNEL: AttentionOverBlocks(), OTHER: AttentionToReduction()}
-    example = operands(model, (rows, 1 if one_token else 5, 2 * BLOCK, None), dtype=dtype)[KERNEL][
-        0
-    ]
-    axes = ({0: "batch", 1: "tokens"}, {0: "stored"}, {0: "stored"}, {0: "batch", 1: "blocks"})
-    fixed = {name for name, is_fixed in (("batch", rows == 1), ("tokens", one_token)) if is_fixed}
-    dynamic = [
-        {axis: name for axis, name in of.items() if name not in fixed}
-        for of in (*axes, {0: "batch", 2: "tokens", 3: f"{BLOCK}*blocks"})
-    ]
+    case = rows, 1 if one_token else 5, 2 * BLOCK, None
+    (example, *_) = operands(model, case, dtype=dtype)[KERNEL]
+    fixed = {"batch"} if rows == 1 else set[str]()
+    fixed |= {"tokens"} if one_token else set()
+    dynamic: list[dict[int, str]] = []
+    for axes in AXES:
+        dynamic.append({axis: name for axis, name in axes.items() if name not in fixed})
     body: Any = torch.fx.symbolic_trace(_Attention())
-    made = {
-        name: AotInductorBackend(passes=(each,)).compile_region(body, example, dynamic)
-        for name, each in passes.items()
-    }
-    return {**made, SMALL: made[KERNEL]}
+
+    def compiled(*passes: Pass) -> Run:
+        return AotInductorBackend(passes=passes).compile_region(body, example, dynamic)
+
+    kernel = compiled(AttentionOverBlocks())
+    return {KERNEL: kernel, SMALL: kernel, OTHER: compiled(AttentionToReduction())}
 
 
 @torch.no_grad()

@@ -71,7 +71,18 @@ def _fits(query: Tensor, stores: Sequence[Tensor]) -> bool:
         return False
     if heads % stored_heads or stores[1].shape[1] != stored_heads or columns % 2:
         return False
+    if _is_faster_by_torch(query, stored_heads):
+        return False
     return all(size % 2 == 0 and 0 < size <= MOST_OF_A_HEAD for size in sizes)
+
+
+def _is_faster_by_torch(query: Tensor, stored_heads: int) -> bool:
+    """Whether it is of several tokens in bfloat16, and each head has keys of its own: torch's
+    kernel has the same products, and there is nothing that heads could share.
+    """
+    heads, tokens = cast(Sequence[int | torch.SymInt], query.shape[1:3])
+    several = not isinstance(tokens, int) or tokens > 1
+    return several and query.dtype == torch.bfloat16 and heads == stored_heads
 
 
 def _is_over_blocks(node: Node) -> bool:

@@ -2,7 +2,7 @@
 
 Each token reads all weights once, and all keys and values of its row. In pages of 4 KB a part of
 that time goes to the translation of addresses: a fifth of a row's token and a third of eight rows'
-in float32, and two fifths of attention over 2,048 columns (docs/performance.md).
+in float32, and half of what attention over many columns takes (docs/performance.md).
 Linux has larger pages for memory that asks for them, by `madvise(2)`; its usual setting,
 "madvise", gives them to nothing else.
 """

@@ -58,6 +58,11 @@ CASES: dict[str, dict[str, Any]] = {
     "no mask": {"mask": False},
     "bfloat16": {"dtype": torch.bfloat16},
     "one token": {"tokens": 1},
+    "one token in bfloat16, heads that share nothing": {
+        "tokens": 1,
+        "groups": 1,
+        "dtype": torch.bfloat16,
+    },
 }
 
 
@@ -83,6 +88,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "a head of an odd size": {"size": 15},
     "a head larger than the kernel's": {"size": 258},
     "blocks of an odd number of columns": {"block": 15},
+    "prompts in bfloat16 whose heads share nothing": {"groups": 1, "dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64},
     "float16": {"dtype": torch.float16},
 }
