@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from measure import RESULTS, machine, paired_ratio, spread, write, write_json
+from measure import RESULTS, machine, paired_ratio, spread
 from polar_fx import huge_pages
 from polar_fx.backends import AotInductorBackend
 from polar_fx.passes.address_kv import BLOCK
 from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
 from polar_fx.passes.attention_to_reduction import AttentionToReduction
 from polar_fx.passes.base import Pass
+from small_batches import write_report
 
 # H, G and E
 MODELS = {"SmolLM2-135M": (3, 3, 64), "Gemma 3 270M": (1, 4, 256), "heads of their own": (8, 1, 64)}
@@ -208,9 +209,7 @@ def main() -> None:
         "cases": measure_all(options),
     }
     output = options.output or RESULTS / f"attention-cpu-{options.dtype}.json"
-    write_json(output, report)
-    write(output.with_suffix(".md"), table(report))
-    print(table(report))
+    write_report(output, report, table=table(report))
 
 
 if __name__ == "__main__":
