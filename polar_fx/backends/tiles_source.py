@@ -383,7 +383,7 @@ template <typename T, typename S> void attend_tiles(
     std::unique_ptr<T[]> values(new T[pairs * columns * sizes.F]);
     // tokens of a tile: all heads of the query that share keys are in it
     int64_t count = std::max<int64_t>(8, TILE_ROWS / sizes.G / 8 * 8);
-    if (pairs * ((sizes.T + count - 1) / count) < 4 * threads) count = std::min<int64_t>(count, 8);
+    if (pairs * ((sizes.T + count - 1) / count) < 4 * threads) count = 8;
     const int64_t parts = (sizes.T + count - 1) / count;
     // What may fail is done before there are threads: an exception of one would end the process.
     std::vector<Scratch<T>> scratch;
