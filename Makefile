@@ -56,7 +56,7 @@ types: setup ## Static types
 
 # A thread each: compute threads of two processes that wait for each other's cores are many times slower than none.
 # What calls compiled kernels is compiled without optimization, in a fifth less time; kernels are compiled as always.
-TESTS := OMP_NUM_THREADS=1 AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
+TESTS := OMP_NUM_THREADS=1 AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 TORCH_FAKE_TENSOR_DISPATCH_CACHE=0 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 test: setup ## Run the tests in JOBS processes, but for slow ones
 	$(TESTS) --no-loadscope-reorder -m "not slow"
 

@@ -6,6 +6,7 @@ as 500MB, 4GiB or bytes; 0: no limit | 4GiB | | POLAR_FX_LOG | log lines of comm
 warning or error | warning |
 """
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import logging
@@ -15,7 +16,7 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def processor_name() -> str:
     lines = processor_lines()
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, platform.processor() or platform.machine())
+
+
+@contextlib.contextmanager
+def searched_first(variable: str, folder: Path) -> Iterator[None]:
+    """Let processes that are started within it search `folder` before what a variable lists."""
+    before = os.environ.get(variable)
+    os.environ[variable] = f"{folder}{os.pathsep}{before}" if before else str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
 
 
 def environment_variables() -> dict[str, str]:

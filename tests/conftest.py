@@ -1,6 +1,7 @@
 """Fixtures every test may use."""
 
 import contextlib
+import gc
 import os
 import shutil
 from collections.abc import Iterator
@@ -8,10 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch.fx.config as fx_config
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from tiny_bundles import Mutable
+
+# Most of a tiny model's trace: where in the code each node came from, and looking at objects of
+# libraries, over a million, again and again for cycles.
+fx_config.do_not_emit_stack_traces = True
+
+
+def pytest_collection_finish() -> None:
+    """What is imported by now stays."""
+    gc.collect()
+    gc.freeze()
+
 
 # a busy machine is no failure
 settings.register_profile("polar_fx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -62,6 +75,24 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         patch.setenv("POLAR_FX_CACHE_DIR", str(folder))
         patch.setattr(regions, "_MAX_WORKERS", 0)
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_models_are_traced_once() -> Iterator[None]:
+    """In a process; `traced_anew` is for tests of tracing."""
+    from traced_once import models_traced_once
+
+    with models_traced_once():
+        yield
+
+
+@pytest.fixture
+def traced_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each model is traced each time, as for users."""
+    from polar_fx.capture import trace
+    from traced_once import capture_anew
+
+    monkeypatch.setattr(trace, "_capture", capture_anew)
 
 
 @pytest.fixture(scope="session")

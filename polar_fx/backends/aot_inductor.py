@@ -19,6 +19,7 @@ from torch.fx import GraphModule
 from ..passes.base import Pass
 from .base import Dynamic, PersistentBackend, Region
 from .inductor import REGION_PASSES
+from .light_headers import light_headers
 from .specialize import compiler_options, example_values, graph_of, load_graph, save, specialize
 
 GRAPH, REGION = "graph.pt2", "region.pt2"
@@ -47,9 +48,9 @@ class AotInductorBackend(PersistentBackend):
             warnings.simplefilter("ignore")  # torch warns about its own internals
             graph_module = graph_of(load_graph(folder / GRAPH), self.passes)
             options = {"aot_inductor.package": True, **compiler_options(graph_module, self.options)}
-            files: Any = torch._inductor.aot_compile(
-                graph_module, tuple(example_values(graph_module)), options=options
-            )
+            operands = tuple(example_values(graph_module))
+            with light_headers():
+                files: Any = torch._inductor.aot_compile(graph_module, operands, options=options)
             package_aoti(str(folder / REGION), files)
 
     def load(self, files: Mapping[str, Path]) -> Region:

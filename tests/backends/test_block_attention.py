@@ -77,7 +77,11 @@ def two_threads() -> Iterator[None]:
 
 @pytest.fixture(
     scope="module",
-    params=[(torch.float32, None), (torch.bfloat16, None), (torch.float32, 256)],
+    params=[
+        (torch.float32, None),
+        (torch.bfloat16, None),
+        pytest.param((torch.float32, 256), marks=pytest.mark.slow),
+    ],
     ids=["float32", "bfloat16", "float32, AVX2"],
 )
 def region(request: pytest.FixtureRequest, two_threads: None) -> tuple[Region, torch.dtype]:

@@ -305,7 +305,11 @@ def _object_aside(model: PreTrainedModel) -> None:
 UNKNOWN = (_own_tensor, _forward_set, _method_set, _tensor_aside, _object_aside)
 
 
-@pytest.mark.parametrize("change", UNKNOWN, ids=lambda c: c.__name__.strip("_"))
+@pytest.mark.parametrize(
+    "change",
+    [*UNKNOWN[:-1], pytest.param(UNKNOWN[-1], marks=pytest.mark.slow)],
+    ids=lambda c: c.__name__.strip("_"),
+)
 def test_what_has_no_fingerprint_is_traced_every_time_and_kept_nowhere(
     change: Callable[[PreTrainedModel], None], store: ArtifactStore
 ) -> None:

@@ -22,10 +22,11 @@ from polar_fx.library import LayerLibrary
 from polar_fx.library.symbols import Operand, SymbolTable, read_symbols
 from polar_fx.passes import library_pipeline
 from polar_fx.program import Program
+from slow_cases import some_slow
 from tiny_models import make_slots, prompts, tiny
 
 FAMILIES = ("llama", "gemma2", "gpt2", "qwen2_moe", "phi3", "deepseek_v3")
-each_family = pytest.mark.parametrize("family", FAMILIES)
+each_family = pytest.mark.parametrize("family", some_slow(FAMILIES, ("deepseek_v3", "phi3")))
 
 
 # ---------------------------------------------------------------------------------- print and parse

@@ -15,6 +15,7 @@ from polar_fx.graph_files.program_file import described_slots
 from polar_fx.library import LayerLibrary
 from polar_fx.library.symbols import SymbolTable
 from polar_fx.program import Program
+from slow_cases import some_slow
 from tiny_models import CHOOSING, compiled, make, prompts, reference, run_rows, tiny
 
 pytestmark = pytest.mark.skipif(
@@ -32,7 +33,7 @@ def test_the_choice_matters() -> None:
     assert lost(few[TOP:], all_of_them[TOP:]) > 1e-2
 
 
-@pytest.mark.parametrize("family", CHOOSING)
+@pytest.mark.parametrize("family", some_slow(CHOOSING, ("axk2",)))
 def test_any_program_is_a_plain_loop(family: str) -> None:
     check_programs(family, ROWS, count=3)
 

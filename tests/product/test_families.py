@@ -24,6 +24,8 @@ from polar_fx.program import Program
 from slow_cases import some_slow
 from tiny_models import FAMILIES, WINDOW, make, prompts, reference, run_rows, snapshot, tiny
 
+pytestmark = pytest.mark.usefixtures("traced_anew")
+
 # How many distinct layer graphs a family has, where it is not one: the layers differ in more than
 # their weights.
 KINDS = {

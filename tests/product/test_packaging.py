@@ -76,8 +76,8 @@ def test_the_wheel_holds_every_module_once(wheel: Path) -> None:
 
 
 def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
-    """The mark of annotated packages, the sources of the C++ runner, the page of an evaluation and
-    the names of packaged models, and the predictor in the box; nothing else.
+    """The mark of annotated packages, the sources of the C++ runner, a header for regions, the page
+    of an evaluation and the names of packaged models, and the predictor in the box; nothing else.
     """
     names = {
         n
@@ -91,6 +91,7 @@ def test_the_wheel_holds_what_is_no_module(wheel: Path) -> None:
     }
     others = {
         "polar_fx/py.typed",
+        "polar_fx/backends/include/regex",
         "polar_fx/packaged_models.json",
         "polar_fx/evaluation/page.html",
         "polar_fx/serving/playground.html",

@@ -43,7 +43,7 @@ def test_rows_of_several_programs(family: str, chunk: int) -> None:
     check_rows(model, tiny(family).model, rows=ROWS, each=each, chunk=chunk)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 512])
+@pytest.mark.parametrize("chunk", [1, pytest.param(3, marks=pytest.mark.slow), 7, 512])
 @pytest.mark.parametrize("family", some_slow(("lfm2", "qwen3_5_text"), ("qwen3_5_text",)))
 def test_compiled_rows(family: str, chunk: int) -> None:
     """Skips, repeats and damping in one compiled batch, beside the interpreter."""
@@ -73,6 +73,7 @@ def test_a_second_start_traces_and_compiles_nothing() -> None:
     assert not second.library.is_traced
 
 
+@pytest.mark.slow
 def test_verdicts_and_dispatch_of_compiled_rows() -> None:
     """On the regions for one row: a verdict in two parts, and programs that go on after a trunk,
     which a former one must not have changed.

@@ -20,6 +20,8 @@ from polar_fx.compiled import compile
 from polar_fx.errors import CaptureError, InputError, UnsupportedModelError
 from tiny_models import make, prompts, reference
 
+pytestmark = pytest.mark.usefixtures("traced_anew")
+
 
 @pytest.mark.parametrize("call", [copy.copy, copy.deepcopy, pickle.dumps])
 def test_copies_and_pickles_are_refused_with_what_to_do_instead(call: Any) -> None:

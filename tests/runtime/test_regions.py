@@ -152,7 +152,9 @@ def test_a_compiler_in_this_process_runs_once_at_a_time_and_names_what_it_cannot
         compile(make("llama", num_hidden_layers=2), failing, max_length=31).forward(ids)
 
 
-def test_expanded_heads_may_lie_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expanded_heads_may_lie_in_blocks(
+    monkeypatch: pytest.MonkeyPatch, traced_anew: None
+) -> None:
     """As float32 runs on a GPU; torch before 2.13 cannot prove what expanding leaves behind."""
     with monkeypatch.context() as patch:
         patch.setattr(extension, "_sdpa", extension.sdpa_attention_forward)
