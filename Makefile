@@ -55,7 +55,8 @@ types: setup ## Static types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 # A thread each: compute threads of two processes that wait for each other's cores are many times slower than none.
-# What calls compiled kernels is compiled without optimization, in a fifth less time; kernels are compiled as always.
+# What calls compiled kernels is compiled without optimization; kernels are compiled as always. The trace of a few layers
+# is faster without torch's cache of traced operators.
 TESTS := OMP_NUM_THREADS=1 AOT_INDUCTOR_COMPILE_WRAPPER_OPT_LEVEL=O0 TORCH_FAKE_TENSOR_DISPATCH_CACHE=0 $(BIN)/python -m pytest -q -n $(JOBS) --dist loadfile
 test: setup ## Run the tests in JOBS processes, but for slow ones
 	$(TESTS) --no-loadscope-reorder -m "not slow"

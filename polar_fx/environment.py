@@ -15,7 +15,9 @@ import os
 import platform
 import re
 import statistics
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from decimal import Decimal
 from pathlib import Path
@@ -51,6 +53,9 @@ _PREFIX = "POLAR_FX_"
 _RUNNABLE = Path("/proc/loadavg")
 _LOOKS, _PAUSE = 5, 0.004  # how often is looked, and seconds in between
 _PROCESSOR = Path("/proc/cpuinfo")
+_searched_lock = threading.Lock()
+_searched_by: Counter[str] = Counter()  # how many are within `searched_first`, by variable
+_searched_before: dict[str, str | None] = {}
 BUSY = 0.5
 """Runnable threads of others, for each core, from which threads wait for one another."""
 
@@ -103,16 +108,24 @@ def processor_name() -> str:
 
 @contextlib.contextmanager
 def searched_first(variable: str, folder: Path) -> Iterator[None]:
-    """Let processes that are started within it search `folder` before what a variable lists."""
-    before = os.environ.get(variable)
-    os.environ[variable] = f"{folder}{os.pathsep}{before}" if before else str(folder)
+    """Let processes that are started within it search `folder` before what a variable lists.
+
+    Threads that are in it at the same time, with the same folder, share one change.
+    """
+    with _searched_lock:
+        _searched_by[variable] += 1
+        if _searched_by[variable] == 1:
+            _searched_before[variable] = before = os.environ.get(variable)
+            os.environ[variable] = f"{folder}{os.pathsep}{before}" if before else str(folder)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[variable]
-        else:
-            os.environ[variable] = before
+        with _searched_lock:
+            _searched_by[variable] -= 1
+            if _searched_by[variable] == 0:
+                os.environ.pop(variable, None)
+                if (was := _searched_before.pop(variable)) is not None:
+                    os.environ[variable] = was
 
 
 def environment_variables() -> dict[str, str]:

@@ -16,28 +16,31 @@ import torch
 from ..environment import searched_first
 
 FOLDER = Path(__file__).parent / "include"
-_RUNTIME = "torch/csrc/inductor/aoti_runtime"
-_NAMES = re.compile(r"regex|[csw]match|sub_match")
-# Every use of it that the lighter one is made for: those of torch 2.11 to 2.15.
-_USES = {
-    "#include <regex>",
-    'std::regex re("(cpu|cuda|xpu|mps)(:([0-9]+))?");',
-    "bool matched = std::regex_match(device_str, sm, re);",
-    "std::smatch sm;",
-}
+_RUNTIME = "torch/csrc/inductor"
+# All that the lighter one is made for, which is all that torch 2.11 to 2.15 write there.
+_OFFERED = re.compile(
+    r"""
+    \#include\ <regex>
+    | std::regex\ re\("\(cpu\|cuda\|xpu\|mps\)\(:\(\[0-9\]\+\)\)\?"\);
+    | std::smatch\ sm;
+    | std::regex_match\(device_str,\ sm,\ re\)
+    | \bsm\[[0-3]\]\.(str\(\)|matched\b)
+    """,
+    re.VERBOSE,
+)
+_NAMES = re.compile(r"regex|[csw]match\b|sub_match|\bsm\b")
 
 
-def uses_of_regex(folder: Path) -> set[str]:
-    """The lines of a folder's headers that name something of `<regex>`."""
-    text = "\n".join(header.read_text(encoding="utf-8") for header in folder.glob("*.h"))
-    return {line.strip() for line in text.splitlines() if _NAMES.search(line)}
+def asks_for_more(folder: Path) -> bool:
+    """Whether headers of a folder use something of `<regex>` that the lighter one has not."""
+    text = "\n".join(header.read_text(encoding="utf-8") for header in folder.rglob("*.h"))
+    return _NAMES.search(_OFFERED.sub("", text)) is not None
 
 
 @functools.cache
 def are_enough() -> bool:
-    """Whether this torch asks of `<regex>` what the lighter one offers, and no more."""
-    folder = Path(torch.__file__).parent / "include" / _RUNTIME
-    return uses_of_regex(folder) == _USES
+    """Whether the runtime of this torch asks no more of `<regex>` than the lighter one offers."""
+    return not asks_for_more(Path(torch.__file__).parent / "include" / _RUNTIME)
 
 
 def light_headers() -> AbstractContextManager[None]:

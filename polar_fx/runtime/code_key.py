@@ -74,9 +74,10 @@ def builder_sources(kind: str, package: Path = _PACKAGE) -> set[Path]:
         )
     # the list of passes imports every pass, whether it runs or not
     passes = package / "passes"
-    return with_imports(
+    sources = with_imports(
         found, (passes,), passes=passes, not_followed=("pipeline.py", "__init__.py")
     )
+    return sources | set((package / "backends" / "include").glob("*"))
 
 
 @functools.cache

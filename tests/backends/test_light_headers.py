@@ -3,16 +3,18 @@ it, and only where torch asks for no more.
 """
 
 import os
+import shutil
 import subprocess
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from torch._inductor.cpp_builder import get_cpp_compiler
 
-from polar_fx.backends import light_headers
+from polar_fx.backends import light_headers as module
 from polar_fx.backends.aot_inductor import REGION, AotInductorBackend
-from polar_fx.backends.light_headers import are_enough, uses_of_regex
+from polar_fx.backends.light_headers import FOLDER, are_enough, asks_for_more, light_headers
 
 _PROGRAM = """
 #include <regex>
@@ -41,11 +43,13 @@ _AS_REGIONS = ("-DTORCH_INDUCTOR_CPP_WRAPPER", "-DSTANDALONE_TORCH_HEADER")
 
 
 def _compile(folder: Path, *flags: str) -> Path:
+    if (compiler := shutil.which(get_cpp_compiler())) is None:
+        pytest.skip("no C++ compiler is installed")
     source, program = folder / "names.cpp", folder / "names"
     source.write_text(_PROGRAM)
     given = ("-std=c++20", "-Wall", "-Werror", "-pedantic", *flags)
-    with light_headers.light_headers():
-        subprocess.run(["g++", *given, str(source), "-o", str(program)], check=True)
+    with light_headers():
+        subprocess.run([compiler, *given, str(source), "-o", str(program)], check=True)
     return program
 
 
@@ -76,24 +80,54 @@ def test_regions_hold_none_of_the_usual_one(tmp_path: Path) -> None:
     assert code and not any(b"basic_regex" in each for each in code)
     (got,) = backend.load({REGION: tmp_path / REGION})([-torch.ones(3)])
     assert torch.equal(got, torch.zeros(3))
-    assert str(light_headers.FOLDER) not in os.environ.get("CPLUS_INCLUDE_PATH", "")
+    assert str(FOLDER) not in os.environ.get("CPLUS_INCLUDE_PATH", "")
 
 
-def test_a_runtime_that_asks_for_more_gets_the_usual_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("line", "more"),
+    [
+        ("std::smatch sm;", False),
+        ('if (sm[1].str() == "xpu" || sm[3].matched) {', False),
+        ('std::regex_replace(name, re, "");', True),
+        ("std::smatch found;", True),
+        ("std::cmatch sm;", True),
+        ("if (sm.size() > 1) {", True),
+        ("if (sm[2].length() > 1) {", True),
+    ],
+)
+def test_what_is_asked_of_it_is_read_from_the_headers(
+    tmp_path: Path, line: str, more: bool
 ) -> None:
-    (tmp_path / "more.h").write_text('#include <regex>\nstd::regex_replace(name, re, "");\n')
-    assert uses_of_regex(tmp_path) == {"#include <regex>", 'std::regex_replace(name, re, "");'}
-    monkeypatch.setattr(light_headers, "are_enough", lambda: False)
-    with light_headers.light_headers():
-        assert str(light_headers.FOLDER) not in os.environ.get("CPLUS_INCLUDE_PATH", "")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "some.h").write_text(f"#include <regex>\n  {line}\n")
+    assert asks_for_more(tmp_path) == more
 
 
+def test_a_runtime_that_asks_for_more_gets_the_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "are_enough", lambda: False)
+    with light_headers():
+        assert str(FOLDER) not in os.environ.get("CPLUS_INCLUDE_PATH", "")
+
+
+@pytest.mark.parametrize("before", [None, "some/where"])
 def test_folders_that_are_searched_already_still_are(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch, before: str | None
 ) -> None:
-    monkeypatch.setenv("CPLUS_INCLUDE_PATH", str(tmp_path))
-    with light_headers.light_headers():
-        searched = os.environ["CPLUS_INCLUDE_PATH"].split(os.pathsep)
-        assert searched == [str(light_headers.FOLDER), str(tmp_path)]
-    assert os.environ["CPLUS_INCLUDE_PATH"] == str(tmp_path)
+    """Also while threads compile at the same time, whichever is ready first."""
+    monkeypatch.setattr(module, "are_enough", lambda: True)
+    if before is None:
+        monkeypatch.delenv("CPLUS_INCLUDE_PATH", raising=False)
+    else:
+        monkeypatch.setenv("CPLUS_INCLUDE_PATH", before)
+    first, second = light_headers(), light_headers()
+    first.__enter__()
+    second.__enter__()
+    both = os.environ["CPLUS_INCLUDE_PATH"]
+    first.__exit__(None, None, None)
+    assert (
+        both
+        == os.environ["CPLUS_INCLUDE_PATH"]
+        == os.pathsep.join([str(FOLDER), *filter(None, (before,))])
+    )
+    second.__exit__(None, None, None)
+    assert os.environ.get("CPLUS_INCLUDE_PATH") == before

@@ -193,7 +193,7 @@ def _rename_but_not_back(rename: Callable[[Any, Any], None], one: Path, two: Pat
         rename(one, two)
 
 
-@pytest.mark.parametrize("overwrite", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("overwrite", [False, True])
 def test_a_process_that_ends_at_any_step_leaves_no_half_bundle_under_the_name(
     overwrite: bool,
     compiled: CompiledModel,

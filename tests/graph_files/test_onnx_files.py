@@ -106,7 +106,7 @@ class Session:
         )
 
 
-@pytest.fixture(scope="module", params=some_slow(FAMILIES, ("gemma3_text", "mixtral")))
+@pytest.fixture(scope="module", params=some_slow(FAMILIES, ("gpt2", "mixtral")))
 def exported(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, CompiledModel, Path]:

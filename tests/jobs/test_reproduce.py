@@ -207,7 +207,6 @@ def test_a_predictor_that_cannot_be_trained_is_left_out_with_the_reason(
     assert {"search", "train"} <= set(found.seconds) and not (out / "report").exists()
 
 
-@pytest.mark.slow
 def test_a_baseline_that_cannot_be_trained_is_left_out_with_the_reason(
     folder: Path, tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

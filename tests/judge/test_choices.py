@@ -57,7 +57,7 @@ def expected(
     return found
 
 
-@pytest.mark.parametrize("deterministic", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("deterministic", [False, True])
 def test_scores_are_those_of_plain_passes(compiled: CompiledModel, deterministic: bool) -> None:
     pairs = [(q, p) for q in asked() for p in PROGRAMS]
     random.Random(1).shuffle(pairs)

@@ -24,7 +24,9 @@ from tiny_models import FAMILIES, make, prompts
 @pytest.mark.parametrize(
     "family", some_slow(["llama", "gemma2", "qwen2_moe"], ["gemma2", "qwen2_moe"])
 )
-def test_a_table_found_again_serves_an_equal_model(family: str, store: ArtifactStore) -> None:
+def test_a_table_found_again_serves_an_equal_model(
+    family: str, store: ArtifactStore, traced_anew: None
+) -> None:
     ids = prompts(9)[0][None]
     first, second = (compile_cached(make(family), store) for _ in range(2))
     assert (first.library.is_traced, second.library.is_traced) == (True, False)

@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 BACKENDS = {p.relative_to(ROOT / "polar_fx") for p in (ROOT / "polar_fx/backends").rglob("*.py")}
 REGION = {
     *map(Path.as_posix, BACKENDS),
+    "backends/include/regex",
     "library/symbols.py",
     "runtime/regions.py",
     "passes/base.py",

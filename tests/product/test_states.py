@@ -73,12 +73,12 @@ def test_a_second_start_traces_and_compiles_nothing() -> None:
     assert not second.library.is_traced
 
 
-@pytest.mark.slow
-def test_verdicts_and_dispatch_of_compiled_rows() -> None:
+@pytest.mark.parametrize("backend", some_slow(("eager", "aot_inductor"), ("aot_inductor",)))
+def test_verdicts_and_dispatch_of_rows(backend: str) -> None:
     """On the regions for one row: a verdict in two parts, and programs that go on after a trunk,
     which a former one must not have changed.
     """
-    model, source, row = compiled_hybrid(), hybrid(), ROWS[0]
+    model, source, row = compiled_hybrid(backend), hybrid(), ROWS[0]
     whole, tokens = torch.cat((row, torch.tensor([7, 8]))), row.tolist()
     question = EncodedQuestion("q", tuple(tokens[:4]), tuple(tokens[4:]), ((7, 8),))
     each = [Program.parse(text, 2) for text in ("0-1", "0 (1 0)*2@0.5", "0 1 1")]

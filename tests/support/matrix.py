@@ -50,6 +50,8 @@ def _of_families(test: str, families: Sequence[str]) -> list[str]:
 SUBSET = (
     "tests/capture/test_captured.py",
     "tests/capture/test_row_values.py",
+    "tests/backends/test_block_attention.py",
+    "tests/backends/test_light_headers.py",
     "tests/backends/test_onednn_linear.py",
     "tests/backends/test_quantized_kernel.py",
     *_of_families("test_identity_is_the_model", FAMILIES),

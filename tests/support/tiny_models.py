@@ -22,6 +22,7 @@ from polar_fx.library import LayerLibrary
 from polar_fx.program import Program
 from polar_fx.runtime.regions import RegionTable
 from polar_fx.runtime.runner import Runner
+from traced_once import models_traced_anew
 
 transformers_logging.set_verbosity_error()
 
@@ -249,7 +250,8 @@ def tiny(family: str) -> Tiny:
     """The family's tiny model, captured once a session."""
     model = make(family)
     before = snapshot(model)
-    return Tiny(model, before, capture_checked(model))
+    with models_traced_anew():
+        return Tiny(model, before, capture_checked(model))
 
 
 def prompts(*lengths: int, vocab: int = 100) -> list[Tensor]:

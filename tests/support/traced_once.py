@@ -90,7 +90,18 @@ class TracedOnce:
 
 @contextlib.contextmanager
 def models_traced_once() -> Iterator[None]:
-    """Within it, `capture` takes the graph of an equal model that was traced before."""
+    """Within it, `capture` takes the graph of an equal model that was traced before.
+
+    Such graphs share the symbols of their sizes, to which nothing that runs later adds.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "_capture", TracedOnce())
+        yield
+
+
+@contextlib.contextmanager
+def models_traced_anew() -> Iterator[None]:
+    """Within it, `capture` traces every model."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trace, "_capture", capture_anew)
         yield
