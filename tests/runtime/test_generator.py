@@ -189,7 +189,7 @@ REFUSED: dict[str, dict[str, Any]] = {
 def test_settings_that_only_the_model_can_follow_are_refused_wherever_they_stand(
     named: str, place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = REFUSED[named]
+    settings, compiled = REFUSED[named], _compiled()
     given: dict[str, Any] = {}
     if place == "argument":
         given = settings
@@ -197,11 +197,11 @@ def test_settings_that_only_the_model_can_follow_are_refused_wherever_they_stand
         given = {"generation_config": GenerationConfig(**settings)}
     else:
         for name, value in settings.items():
-            monkeypatch.setattr(_compiled().generation_config, name, value)
+            monkeypatch.setattr(compiled.generation_config, name, value)
     monkeypatch.setattr(Runner, "prefill", None)  # nothing may run
     ids = prompts(9)[0][None]
     with pytest.raises(InputError, match=named.partition("=")[0] if "cache" in named else named):
-        _compiled().generate(ids, max_new_tokens=2, do_sample=False, **given)
+        compiled.generate(ids, max_new_tokens=2, do_sample=False, **given)
 
 
 def test_settings_without_effect_are_no_reason_to_refuse() -> None:
