@@ -7,11 +7,11 @@ their versions: who patches those in memory should pass cache=False.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..capture import CapturedModel
@@ -100,9 +100,14 @@ def _write(folder: Path, table: SymbolTable) -> None:
 
 def _tensors(model: PreTrainedModel, table: SymbolTable) -> dict[str, Tensor]:
     """The model's tensors that the table names. Raises AttributeError if one is missing."""
+    return tensors_of(model, {n for symbol in table.calls() for n in symbol.weights})
+
+
+def tensors_of(module: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a module by their paths in it. Raises AttributeError if one is missing."""
     found: dict[str, Tensor] = {}
-    for name in {n for symbol in table.calls() for n in symbol.weights}:
-        value: Any = model
+    for name in names:
+        value: Any = module
         for part in name.split("."):
             value = getattr(value, part)
         if not isinstance(value, Tensor):

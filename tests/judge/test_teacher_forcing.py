@@ -30,7 +30,7 @@ def compiled() -> CompiledModel:
 def pairs(compiled: CompiledModel) -> list[tuple[EncodedQuestion, Program]]:
     found = [(q, p) for q in questions(compiled, PROGRAMS) for p in PROGRAMS]
     random.Random(1).shuffle(found)
-    return found[: len(found) // 2]
+    return found
 
 
 def scores(
@@ -69,7 +69,7 @@ def test_a_verdict_is_what_generation_gives(
         assert verdict.log_likelihood == pytest.approx(log_likelihood, abs=1e-3)
         assert verdict.margin == pytest.approx(margin, abs=1e-3)
         right += verdict.correct
-    assert 5 < right < len(pairs) - 5  # both kinds of verdict were tested
+    assert 10 < right < len(pairs) - 10  # both kinds of verdict were tested
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
-from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 from transformers import PreTrainedModel
 
 from polar_fx.capture import CapturedModel, trace
+from polar_fx.library.cached import tensors_of
 from polar_fx.library.model_facts import UnknownFactError, model_facts
 from polar_fx.output.digest import digest
 
@@ -26,14 +26,6 @@ class _Known(NamedTuple):
     graph: Graph
 
 
-def _tensor_of(model: nn.Module, target: str) -> Tensor | None:
-    path, _, name = target.rpartition(".")
-    try:
-        return getattr(model.get_submodule(path), name)
-    except AttributeError:
-        return None
-
-
 def _targets(graph: Graph) -> set[str]:
     return {str(node.target) for node in graph.nodes if node.op == "get_attr"}
 
@@ -41,16 +33,16 @@ def _targets(graph: Graph) -> set[str]:
 def _is_of_the_model(captured: CapturedModel, model: PreTrainedModel) -> bool:
     """Whether all tensors of the graph are found in the model by their names."""
     module = captured.graph_module
-    return all(
-        (own := _tensor_of(model, t)) is not None
-        and (held := _tensor_of(module, t)) is not None
-        and own.data_ptr() == held.data_ptr()
-        for t in _targets(module.graph)
-    )
+    held = tensors_of(module, _targets(module.graph))
+    try:
+        own = tensors_of(model, held)
+    except AttributeError:
+        return False
+    return all(own[name].data_ptr() == tensor.data_ptr() for name, tensor in held.items())
 
 
 def _with_weights_of(model: PreTrainedModel, known: _Known) -> CapturedModel:
-    tensors = {target: _tensor_of(model, target) for target in _targets(known.graph)}
+    tensors = tensors_of(model, _targets(known.graph))
     module = GraphModule(tensors, _copy(known.graph), class_name="Flat")
     return replace(known.captured, graph_module=module)
 
@@ -92,7 +84,7 @@ class TracedOnce:
 def models_traced_once() -> Iterator[None]:
     """Within it, `capture` takes the graph of an equal model that was traced before.
 
-    Such graphs share the symbols of their sizes, to which nothing that runs later adds.
+    Such graphs share the symbols of their sizes.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(trace, "_capture", TracedOnce())
