@@ -1,11 +1,12 @@
 """Decoding of several rows at a time: HF eager, polar_fx, and polar_fx as it was before one of the
 things that make it faster: its kernel for a few rows, huge pages, oneDNN for float32 prompts, or
-its kernel for attention.
+its kernels for attention or for experts.
 
     python bench/small_batches.py                     # SmolLM2-135M-Instruct, fp32
     python bench/small_batches.py --dtype bfloat16 --without pages
     python bench/small_batches.py --without onednn --rows 1 --prompt-tokens 512
     python bench/small_batches.py --without attention --rows 1 --prompt-tokens 2048
+    python bench/small_batches.py --without experts   # a mixture of experts, random weights
     python bench/small_batches.py --rows 1 8 --rounds 4 --tokens 6  # a quick look
     python bench/small_batches.py --threads 1 --in-process --prompt-tokens 1  # on a busy machine
 
@@ -31,7 +32,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, OlmoeConfig, PreTrainedModel
 
 import polar_fx
 from contenders import Contender, HfEager, Ours
@@ -39,19 +40,23 @@ from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, write
 from polar_fx import huge_pages
 from polar_fx.backends import AotInductorBackend, InductorBackend
 from polar_fx.backends.inductor import REGION_PASSES
+from polar_fx.models import DEFAULT_NAME
 from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
 from polar_fx.passes.base import Pass
+from polar_fx.passes.grouped_linear import GroupedLinear
 from polar_fx.passes.linear_to_onednn import LinearToOneDnn
 from polar_fx.passes.linear_to_row_kernel import LinearToRowKernel
 from polar_fx.store import ArtifactStore
 
 CPU = torch.device("cpu")
 AFTER, BEFORE, HF = "polar_fx", "before", "HF eager"
+EXPERTS = "OLMoE-1B-7B's sizes, 4 of its 16 layers, random weights"
 # What is left out before: a pass, or None for pages
 WITHOUT: dict[str, type[Pass] | None] = {
     "kernel": LinearToRowKernel,
     "onednn": LinearToOneDnn,
     "attention": AttentionOverBlocks,
+    "experts": GroupedLinear,
     "pages": None,
 }
 
@@ -193,12 +198,26 @@ def add_arguments(parser: argparse.ArgumentParser, *, tokens: int) -> None:
     parser.add_argument("--store", type=Path, help="keep compiled code in this folder")
 
 
+def _of_experts(options: argparse.Namespace) -> bool:
+    return options.without == "experts" and options.model is None
+
+
+def _model(options: argparse.Namespace) -> PreTrainedModel:
+    """The model that the options name; to see what experts cost, one that has some."""
+    dtype = getattr(torch, options.dtype)
+    if not _of_experts(options):
+        return polar_fx.load(options.model, dtype=dtype)[0]
+    torch.manual_seed(0)
+    config = OlmoeConfig(num_hidden_layers=4)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
 def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     """Run everything the options ask for; writes the report."""
     if options.threads:
         torch.set_num_threads(options.threads)
     load = os.getloadavg()[0]
-    model, _ = polar_fx.load(options.model, dtype=getattr(torch, options.dtype))
+    model = _model(options)
     backend = InductorBackend if options.in_process else AotInductorBackend
     left_out = WITHOUT[options.without]
     before = [p for p in REGION_PASSES if left_out is None or not isinstance(p, left_out)]
@@ -211,14 +230,14 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     if left_out is None:
         with mock.patch.object(huge_pages, "page_size", return_value=None):
             contenders[BEFORE] = ours(BEFORE, model, passes=before)
-        model, _ = polar_fx.load(options.model, dtype=getattr(torch, options.dtype))
+        model = _model(options)
     else:
         contenders[BEFORE] = ours(BEFORE, model, passes=before)
     contenders[AFTER] = ours(AFTER, model, passes=REGION_PASSES)
     prompts, samples = measured(contenders, options)
     report = {
         "benchmark": "small_batches",
-        "model": options.model or polar_fx.models.DEFAULT_NAME,
+        "model": options.model or (EXPERTS if _of_experts(options) else DEFAULT_NAME),
         "dtype": options.dtype,
         "before": f"without {options.without}",
         "machine": machine(CPU),

@@ -21,6 +21,7 @@ from .base import Pass, PassResult
 from .dedupe_layers import DedupeLayers
 from .eliminate_dead_code import EliminateDeadCode
 from .eliminate_noops import EliminateNoops
+from .grouped_linear import GroupedLinear
 from .inline_layers import InlineLayers
 from .keep_kv_writes import KeepKvWrites
 from .linear_to_onednn import LinearToOneDnn
@@ -46,6 +47,7 @@ PASSES: dict[str, type[Pass]] = {
         KeepKvWrites,
         AddressKv,
         QuantizedLinear,
+        GroupedLinear,
         MatvecToReduction,
         LinearToRowKernel,
         LinearToOneDnn,

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 from ..passes.attention_over_blocks import AttentionOverBlocks
 from ..passes.attention_to_reduction import AttentionToReduction
 from ..passes.base import Pass
+from ..passes.grouped_linear import GroupedLinear
 from ..passes.linear_to_onednn import LinearToOneDnn
 from ..passes.linear_to_row_kernel import LinearToRowKernel
 from ..passes.matvec_to_reduction import MatvecToReduction
@@ -27,6 +28,7 @@ from .specialize import compiler_options, example_values, graph_of, specialize
 # alone.
 REGION_PASSES: tuple[Pass, ...] = (
     QuantizedLinear(),  # before others see its linears
+    GroupedLinear(),
     MatvecToReduction(),
     LinearToRowKernel(),
     *([LinearToOneDnn()] if onednn_linear.is_faster() else []),

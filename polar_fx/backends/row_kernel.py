@@ -24,6 +24,18 @@ namespace polar_fx {
 
 using Sums = at::vec::Vectorized<float>;
 
+// Floats from memory, and to memory
+inline Sums wide(const float* p) { return Sums::loadu(p); }
+inline Sums wide(const at::BFloat16* p) {
+    Sums x;
+    at::vec::load_fp32_from_bf16(p, x);
+    return x;
+}
+inline void keep(float* p, const Sums& x) { x.store(p); }
+inline void keep(at::BFloat16* p, const Sums& x) {
+    at::vec::convert_from_float<at::BFloat16>(x, x).store(p, Sums::size());
+}
+
 // How many rows of x and of the weight are multiplied at a time: their sums stay in registers.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int X_ROWS = 8, W_ROWS = 2;

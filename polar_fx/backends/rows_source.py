@@ -13,13 +13,6 @@ namespace polar_fx {
 // So many columns have scores at a time; a task of a thread has at least so many columns.
 constexpr int64_t STRIP = 64, LEAST = 128;
 
-inline Floats wide(const float* p) { return Floats::loadu(p); }
-inline Floats wide(const at::BFloat16* p) {
-    Floats x;
-    at::vec::load_fp32_from_bf16(p, x);
-    return x;
-}
-
 // sums[m * F + f] of M heads and P vectors of f += weights[m * STRIP + c] * values[c * F + f] of n
 // columns; asks for what lies `ahead` elements further on
 template <int M, int P, typename T> C10_ALWAYS_INLINE void mix_part(

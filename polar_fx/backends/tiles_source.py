@@ -202,11 +202,6 @@ template <typename T> struct Scratch {
           largest(new float[rows]), total(new float[rows]), biases(new const float*[rows]) {}
 };
 
-inline void keep(float* x, const Floats& y) { y.store(x); }
-inline void keep(at::BFloat16* x, const Floats& y) {
-    at::vec::convert_from_float<at::BFloat16>(y, y).store(x, LANES);
-}
-
 // The larger one; undefined once one is, as infinity is as a score: infinity less itself
 inline float larger(float a, float b) {
     if (a != a || b != b || a == -NEVER || b == -NEVER) return UNDEFINED;

@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,14 @@ from transformers import Cache
 
 from cpp_runner import comma, cpp_tokens, python_tokens, run_cpp
 from plain_loop import plain_logits
+from polar_fx.backends import AotInductorBackend
+from polar_fx.backends.inductor import REGION_PASSES
 from polar_fx.bundle import BundledModel, export, load_bundle, read_manifest
 from polar_fx.bundle.contents import weight_operands
 from polar_fx.bundle.manifest import FORMAT, write_manifest
 from polar_fx.compiled import compile
 from polar_fx.errors import ProgramError
+from polar_fx.passes import Pass
 from polar_fx.program import Program
 from polar_fx.quantized import quantize_weights
 from tiny_bundles import compiled_hybrid, hybrid
@@ -109,11 +112,13 @@ def test_it_stops_where_the_text_ends(runner: Path, copied: Path, bundle: Bundle
 @pytest.mark.skipif(
     not hasattr(Cache, "get_conv_state"), reason="caches of this transformers do not tell states"
 )
-def test_states_and_experts_run(runner: Path, tmp_path: Path) -> None:
-    """Programs that end in a layer with a state, and in one cut to its keys and values. Experts
-    call an operator that transformers registers in Python.
+@pytest.mark.parametrize("passes", [REGION_PASSES, ()], ids=["kernels", "no passes"])
+def test_states_and_experts_run(passes: Sequence[Pass], runner: Path, tmp_path: Path) -> None:
+    """Programs that end in a layer with a state, and in one cut to its keys and values. Without
+    passes, experts call an operator that transformers registers in Python.
     """
-    compiled, programs = compiled_hybrid(), ("identity", "(0)*2@0.5 1 0")
+    compiled = compiled_hybrid(AotInductorBackend(passes=passes))
+    programs = ("identity", "(0)*2@0.5 1 0")
     export(compiled, tmp_path / "bundle", programs)
     loaded, source = load_bundle(tmp_path / "bundle"), hybrid()
     for text, row in zip(programs, prompts(2 * CHUNK + 4, CHUNK + 1), strict=True):

@@ -19,6 +19,7 @@ from hand_made import (
     several_rows,
     single_query,
     single_row,
+    with_experts,
 )
 from places import ROOT, printed_in_processes
 from polar_fx.passes import (
@@ -74,6 +75,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "keep-kv-writes": (PASSES["keep-kv-writes"](), layer),
     "address-kv": (AddressKv(block=4), layer),
     "quantized-linear": (PASSES["quantized-linear"](), lambda: on_cpu(over_integers())),
+    "grouped-linear": (PASSES["grouped-linear"](), lambda: on_cpu(with_experts())),
     "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
     "linear-to-row-kernel": (PASSES["linear-to-row-kernel"](), lambda: on_cpu(several_rows())),
     "linear-to-onednn": (PASSES["linear-to-onednn"](), lambda: on_cpu(several_rows())),

@@ -20,6 +20,7 @@ from hand_made import (
     several_rows,
     single_query,
     single_row,
+    with_experts,
 )
 from places import GOLDEN, printed_in_processes
 from polar_fx.passes import (
@@ -63,6 +64,7 @@ CASES: dict[str, Callable[[], GraphModule]] = {
     "quantized-linear": lambda: (
         PASSES["quantized-linear"]().run(on_cpu(over_integers(torch.bfloat16))).graph_module
     ),
+    "grouped-linear": lambda: PASSES["grouped-linear"]().run(on_cpu(with_experts())).graph_module,
     "matvec-to-reduction": lambda: (
         PASSES["matvec-to-reduction"]().run(on_cpu(single_row(torch.bfloat16))).graph_module
     ),

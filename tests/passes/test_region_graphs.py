@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from hand_made import aten, flat, on_cpu, several_queries, several_rows, single_query, single_row
+from hand_made import (
+    aten,
+    flat,
+    on_cpu,
+    several_queries,
+    several_rows,
+    single_query,
+    single_row,
+    with_experts,
+)
 from polar_fx.backends import EagerBackend, InductorBackend, RegionName, ShapeClass
 from polar_fx.backends.specialize import graph_of, specialize
 from polar_fx.errors import CompileError
@@ -62,6 +71,7 @@ def test_so_is_what_these_passes_make_of_a_layer(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "make"),
     [
+        ("grouped-linear", with_experts),
         ("matvec-to-reduction", single_row),
         ("linear-to-row-kernel", several_rows),
         ("linear-to-onednn", several_rows),

@@ -180,6 +180,19 @@ def over_integers(dtype: torch.dtype = torch.float32) -> GraphModule:
     return b.build(b.call(aten.mul.Tensor, product, factors))
 
 
+def with_experts(dtype: torch.dtype = torch.bfloat16) -> GraphModule:
+    """Six rows times what three experts have for them: weights [3, 16, 8] whose view is given, and
+    then [3, 16, 8] as they are.
+    """
+    b = Builder()
+    x = b.placeholder("x", 6, 8, dtype=dtype)
+    ends = b.placeholder("ends", 3, dtype=torch.int32)
+    w1, w2 = (b.placeholder(name, 3, 16, 8, dtype=dtype) for name in ("w1", "w2"))
+    turned = b.call(aten.transpose.int, w1, -2, -1)
+    first = b.call(aten._grouped_mm.default, x, turned, ends)
+    return b.build(b.call(aten._grouped_mm.default, first, w2, ends))
+
+
 def single_query(dtype: torch.dtype = torch.float32) -> GraphModule:
     """Attention of one token: four heads of queries on two of keys, behind a mask."""
     b = Builder()
@@ -230,6 +243,7 @@ def operands(gm: GraphModule) -> list[Tensor]:
             "input_ids": torch.arange(B * T).reshape(B, T) % V,
             "positions": torch.arange(T).expand(B, T),
             "kv_index": torch.arange(L),
+            "ends": torch.tensor([2, 2, 6], dtype=torch.int32),
         }
         made.append(
             given[node.name]

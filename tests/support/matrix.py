@@ -51,6 +51,7 @@ SUBSET = (
     "tests/capture/test_captured.py",
     "tests/capture/test_row_values.py",
     "tests/backends/test_block_attention.py",
+    "tests/backends/test_grouped_kernel.py",
     "tests/backends/test_light_headers.py",
     "tests/backends/test_onednn_linear.py",
     "tests/backends/test_quantized_kernel.py",
@@ -66,6 +67,7 @@ SUBSET = (
     "tests/bundle/test_bundle.py::test_logits_are_those_of_the_compiled_model",
     "tests/bundle/test_bundle.py::test_generation_is_that_of_the_compiled_model",
     "tests/graph_files/test_program_file.py",
+    "tests/passes/test_grouped_linear.py",
     "tests/passes/test_units.py",
     "tests/passes/test_reductions.py",
 )

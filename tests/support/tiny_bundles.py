@@ -34,7 +34,7 @@ def hybrid() -> Any:
     return make("lfm2_moe", layer_types=kinds, num_hidden_layers=2, num_dense_layers=1, **experts)
 
 
-def compiled_hybrid(backend: str = "aot_inductor") -> CompiledModel:
+def compiled_hybrid(backend: Any = "aot_inductor") -> CompiledModel:
     """That, compiled once a test session likewise, for prompts in parts of 8 tokens."""
     return compile(hybrid(), backend, max_length=LENGTH, prefill_chunk=8)
 
