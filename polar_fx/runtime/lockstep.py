@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..backends.base import Region
-from ..capture import KvSpec
 from ..library import LayerLibrary
 from ..library.steps import HIDDEN, Blends, side_values
 from ..passes.address_kv import BLOCK
@@ -211,12 +210,12 @@ class Lockstep:
         if any(call.index is not None for call in calls):
             hidden = hidden.clone()  # it is written row by row
         chosen: dict[tuple[int, ...], list[Tensor]] = {}  # several calls serve the same rows
-        stores: dict[KvSpec, tuple[Tensor, ...]] = {}
+        stores: dict[int, tuple[Tensor, ...]] = {}  # by identity: a hash takes longer than the rest
         for call, table in zip(calls, tables[: len(calls)], strict=True):
             for row, opens in call.opens:
                 blends[row].open(hidden[row].clone(), opens)
-            if (store := stores.get(call.spec)) is None:
-                store = stores[call.spec] = self.store.tensors(call.spec)
+            if (store := stores.get(id(call.spec))) is None:
+                store = stores[id(call.spec)] = self.store.tensors(call.spec)
             if call.index is None:
                 hidden = call.step.run(hidden, values, slot=(*store, table))
             else:
