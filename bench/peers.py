@@ -94,8 +94,10 @@ class Running:
 
 
 @contextmanager
-def started(contender: Contender, threads: int) -> Iterator[Running]:
-    """A contender that has answered once. Raises RuntimeError with the end of what it printed."""
+def started(contender: Contender, threads: int, *, store: Path) -> Iterator[Running]:
+    """A contender that has answered once; ours keeps compiled code in `store`. Raises RuntimeError
+    with the end of what it printed.
+    """
     told = {
         "kind": contender.kind,
         "dtype": contender.dtype,
@@ -108,6 +110,7 @@ def started(contender: Contender, threads: int) -> Iterator[Running]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_LOGGING_LEVEL": "ERROR",
+        "POLAR_FX_CACHE_DIR": str(store),
     }
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen(
@@ -132,11 +135,11 @@ def started(contender: Contender, threads: int) -> Iterator[Running]:
             process.wait()
 
 
-def first_start(contender: Contender, threads: int) -> dict[str, float]:
-    """Seconds of a start before the one that is measured, if what it compiles is kept on disk."""
+def first_start(contender: Contender, threads: int, *, store: Path) -> dict[str, float]:
+    """Seconds of a start with an empty store, before the one that is measured, if it has one."""
     if contender.kind != OURS:
         return {}
-    with started(contender, threads) as running:
+    with started(contender, threads, store=store) as running:
         return {"first_time_s": running.start["ready_s"]}
 
 
@@ -285,8 +288,10 @@ def main() -> None:
             try:
                 contender = contender_of(kind, dtype, options=options, folder=folder)
                 if contender is not None:
-                    first = first_start(contender, options.threads)
-                    running.append(stack.enter_context(started(contender, options.threads)))
+                    store = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+                    first = first_start(contender, options.threads, store=store)
+                    begun = started(contender, options.threads, store=store)
+                    running.append(stack.enter_context(begun))
                     running[-1].start.update(first)
                     print(contender.name, "is ready:", running[-1].start, flush=True)
             except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
