@@ -96,8 +96,8 @@ def _find(node: Node) -> _Found | None:
     if not (isinstance(x, Node) and isinstance(weight, Node) and isinstance(ends, Node)):
         return None
     turned = _turned(weight)
-    found = _Found(x, turned or weight, ends, turned is None)
-    return found if _fits(*(n.meta.get("val") for n in (found.x, found.weight, ends))) else None
+    found = _Found(x=x, weight=turned or weight, ends=ends, transposed=turned is None)
+    return found if _fits(found) else None
 
 
 def _turned(weight: Node) -> Node | None:
@@ -108,11 +108,15 @@ def _turned(weight: Node) -> Node | None:
     return inner if isinstance(inner, Node) and {a % 3 for a in cast(Any, axes)} == {1, 2} else None
 
 
-def _fits(x: Any, weight: Any, ends: Any) -> bool:
-    """Whether the kernel takes these example values."""
+def _fits(found: _Found) -> bool:
+    """Whether the kernel takes operands like these."""
+    x, weight, ends = (n.meta.get("val") for n in (found.x, found.weight, found.ends))
     if not all(isinstance(v, Tensor) and v.device.type == "cpu" for v in (x, weight, ends)):
         return False
     alike = x.dtype in DTYPES and weight.dtype == x.dtype
+    alike = alike and ends.dtype in (torch.int32, torch.int64)
     sizes = x.dim() == 2 and weight.dim() == 3 and ends.shape == weight.shape[:1]
-    known = all(isinstance(size, int) and size > 0 for size in weight.shape)
-    return alike and sizes and known and weight.is_contiguous()
+    if not (alike and sizes and weight.is_contiguous()):
+        return False
+    known = all(isinstance(size, int) and size > 0 for size in (*weight.shape, x.shape[1]))
+    return known and x.shape[1] == weight.shape[1 if found.transposed else 2]

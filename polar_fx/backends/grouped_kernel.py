@@ -42,7 +42,12 @@ template <typename I> std::vector<Group> groups_of(
 
 // Columns that are multiplied at a time, of a weight [K, N], and rows of it between what is read
 // and what is asked for
-constexpr int64_t VECTORS = 4, COLUMNS = VECTORS * Sums::size(), ROWS_AHEAD = 16;
+#if defined(CPU_CAPABILITY_AVX512)
+constexpr int64_t VECTORS = 4;
+#else
+constexpr int64_t VECTORS = 2;  // sums of four rows stay in registers
+#endif
+constexpr int64_t COLUMNS = VECTORS * Sums::size(), ROWS_AHEAD = 16;
 
 // y[m * N] and the P vectors of columns from there on, of M rows of x and a weight [K, N] from its
 // first of these columns on
@@ -122,7 +127,6 @@ KERNEL = r"""
 extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"y": y})}}
 {
     using T = {{kernel.dtype(w)}};
-    using X = polar_fx::Step<T>::X;
     constexpr bool transposed = {{"true" if transposed else "false"}};
     const int64_t S = {{kernel.size(x, 0)}}, K = {{kernel.size(x, 1)}};
     const int64_t E = {{kernel.size(w, 0)}}, N = {{kernel.size(w, 2 if transposed else 1)}};
@@ -146,8 +150,8 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
     {%- if transposed %}
     const T* given = read;
     {%- else %}
-    std::unique_ptr<X[]> place;
-    const X* given = polar_fx::as_read(read, few.empty() ? 0 : rows * K, place);
+    std::unique_ptr<polar_fx::Step<T>::X[]> place;
+    const auto* given = polar_fx::as_read(read, few.empty() ? 0 : rows * K, place);
     {%- endif %}
     {%- if threads > 1 %}
     // experts have different numbers of rows
@@ -156,12 +160,13 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
     for (int64_t task = 0; task < tasks; ++task) {
         const auto& each = few[task / parts];
         const int64_t n = task % parts * at_a_time;
-        const auto* mine = given + each.first * K;
-        const T* of = weight + each.expert * N * K;
+        const auto* own_rows = given + each.first * K;
+        const T* own_weight = weight + each.expert * N * K;
+        T* result = y + each.first * N;
         {%- if transposed %}
-        polar_fx::columns(n, mine, of, y + each.first * N, each.M, N, K);
+        polar_fx::columns(n, own_rows, own_weight, result, each.M, N, K);
         {%- else %}
-        polar_fx::group<T>(n, mine, of, nullptr, y + each.first * N, each.M, N, K);
+        polar_fx::group<T>(n, own_rows, own_weight, nullptr, result, each.M, N, K);
         {%- endif %}
     }
 }
@@ -175,7 +180,7 @@ def register() -> None:
     from torch._inductor.codegen.cpp_template import CppTemplate
     from torch._inductor.utils import parallel_num_threads
 
-    class Template(CppTemplate):
+    class GroupedLinear(CppTemplate):
         """`grouped_linear` as C++, of weights [E, N, K] or transposed ones."""
 
         transposed: bool
@@ -205,6 +210,6 @@ def register() -> None:
         layout = ir.FixedLayout(
             x.get_device(), x.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
         )
-        template = Template("grouped_linear", operands, layout, parallel_num_threads())
+        template = GroupedLinear("grouped_linear", operands, layout, parallel_num_threads())
         template.transposed = transposed
         return template.generate().output_node()

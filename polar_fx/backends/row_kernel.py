@@ -197,7 +197,7 @@ inline int32_t dtype_of(const float*) { return aoti_torch_dtype_float32(); }
 inline int32_t dtype_of(const at::BFloat16*) { return aoti_torch_dtype_bfloat16(); }
 
 inline void check(AOTITorchError error) {
-    if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("polar_fx::row_linear failed");
+    if (error != AOTI_TORCH_SUCCESS) throw std::runtime_error("a product of the library failed");
 }
 
 // Memory as a tensor [rows, columns] of torch's, for as long as this lives

@@ -210,7 +210,7 @@ class Lockstep:
         if any(call.index is not None for call in calls):
             hidden = hidden.clone()  # it is written row by row
         chosen: dict[tuple[int, ...], list[Tensor]] = {}  # several calls serve the same rows
-        stores: dict[int, tuple[Tensor, ...]] = {}  # by identity: a hash takes longer than the rest
+        stores: dict[int, tuple[Tensor, ...]] = {}  # by identity: hashing a spec is slower
         for call, table in zip(calls, tables[: len(calls)], strict=True):
             for row, opens in call.opens:
                 blends[row].open(hidden[row].clone(), opens)

@@ -34,7 +34,8 @@ ROWS = {
 def _operands(rows: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
     chance = torch.Generator().manual_seed(sum(rows))
     made = [torch.randn(sum(rows), SIZES[0][0], generator=chance).to(dtype)]
-    made.append(torch.tensor(rows[:E]).cumsum(0).to(torch.int32))
+    kind = torch.int64 if dtype == torch.float32 else torch.int32  # either may count rows
+    made.append(torch.tensor(rows[:E]).cumsum(0).to(kind))
     for k, n, transposed in SIZES:
         shape = (E, k, n) if transposed else (E, n, k)
         made.append((torch.randn(shape, generator=chance) / k**0.5).to(dtype))
@@ -71,6 +72,7 @@ def _looped(x: Tensor, ends: Tensor, *weights: Tensor) -> list[Tensor]:
 CASES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "this processor, bf16": (torch.bfloat16, {}),
     "this processor, fp32": (torch.float32, {}),
+    "AVX2, fp32": (torch.float32, {"cpp.simdlen": 256}),
     "AVX2, bf16": (torch.bfloat16, {"cpp.simdlen": 256}),
 }
 

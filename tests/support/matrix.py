@@ -50,8 +50,10 @@ def _of_families(test: str, families: Sequence[str]) -> list[str]:
 SUBSET = (
     "tests/capture/test_captured.py",
     "tests/capture/test_row_values.py",
+    "tests/backends/test_aot_inductor.py",
     "tests/backends/test_block_attention.py",
     "tests/backends/test_grouped_kernel.py",
+    "tests/backends/test_kernels.py",
     "tests/backends/test_light_headers.py",
     "tests/backends/test_onednn_linear.py",
     "tests/backends/test_quantized_kernel.py",

@@ -22,8 +22,9 @@
 using at::Tensor;
 using Tensors = std::vector<Tensor>;
 
-// transformers registers this operator in Python, and mixtures of experts call it where no kernel of ours took its place: the rows [S, I] of `input`, sorted by expert,
-// times the expert's own matrix of `weight` [E, I, O]; the rows of expert e end before `offs`[e].
+// transformers registers this operator in Python, and mixtures of experts call it where no kernel of ours took its place:
+// the rows [S, I] of `input`, sorted by expert, times the expert's own matrix of `weight` [E, I, O]; the rows of expert e
+// end before `offs`[e].
 Tensor grouped_mm(const Tensor& input, const Tensor& weight, const Tensor& offs) {
   Tensor output = at::zeros({input.size(0), weight.size(2)}, input.options());
   const Tensor ends = offs.to(at::kLong).contiguous();
