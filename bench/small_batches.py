@@ -1,11 +1,12 @@
 """Decoding of several rows at a time: HF eager, polar_fx, and polar_fx as it was before one of the
-things that make it faster: its kernel for a few rows, huge pages, oneDNN for float32 prompts, or
-its kernels for attention or for experts.
+things that make it faster: its kernel for a few rows, huge pages, oneDNN for float32 prompts, its
+kernels for attention or for experts, or arrays on the stack.
 
     python bench/small_batches.py                     # SmolLM2-135M-Instruct, fp32
     python bench/small_batches.py --dtype bfloat16 --without pages
     python bench/small_batches.py --without onednn --rows 1 --prompt-tokens 512
     python bench/small_batches.py --without attention --rows 1 --prompt-tokens 2048
+    python bench/small_batches.py --without stack --rows 1
     python bench/small_batches.py --without experts   # a mixture of experts, random weights
     python bench/small_batches.py --rows 1 8 --rounds 4 --tokens 6  # a quick look
     python bench/small_batches.py --threads 1 --in-process --prompt-tokens 1  # on a busy machine
@@ -23,7 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -51,14 +52,16 @@ from polar_fx.store import ArtifactStore
 CPU = torch.device("cpu")
 AFTER, BEFORE, HF = "polar_fx", "before", "HF eager"
 EXPERTS = "OLMoE-1B-7B's sizes, 4 of its 16 layers, random weights"
-# What is left out before: a pass, or None for pages
+# What is left out before: a pass, or something else
 WITHOUT: dict[str, type[Pass] | None] = {
     "kernel": LinearToRowKernel,
     "onednn": LinearToOneDnn,
     "attention": AttentionOverBlocks,
     "experts": GroupedLinear,
     "pages": None,
+    "stack": None,
 }
+ON_THE_HEAP = {"aot_inductor.allow_stack_allocation": False}
 
 
 def _timed(work: Callable[[], Any]) -> float:
@@ -222,18 +225,21 @@ def measure_all(options: argparse.Namespace, store: ArtifactStore) -> None:
     left_out = WITHOUT[options.without]
     before = [p for p in REGION_PASSES if left_out is None or not isinstance(p, left_out)]
 
-    def ours(name: str, of: PreTrainedModel, *, passes: Sequence[Pass]) -> Contender:
-        compiled = polar_fx.compile(of, backend(passes=passes), cache=store, check=False)
+    def ours(
+        name: str, of: PreTrainedModel, *, passes: Sequence[Pass], given: Mapping[str, Any]
+    ) -> Contender:
+        compiled = polar_fx.compile(of, backend(given, passes), cache=store, check=False)
         return Ours(compiled, name, program=compiled.default_program)
 
     contenders: dict[str, Contender] = {HF: HfEager(model)}
-    if left_out is None:
+    if options.without == "pages":
         with mock.patch.object(huge_pages, "page_size", return_value=None):
-            contenders[BEFORE] = ours(BEFORE, model, passes=before)
+            contenders[BEFORE] = ours(BEFORE, model, passes=before, given={})
         model = _model(options)
     else:
-        contenders[BEFORE] = ours(BEFORE, model, passes=before)
-    contenders[AFTER] = ours(AFTER, model, passes=REGION_PASSES)
+        given = ON_THE_HEAP if options.without == "stack" else {}
+        contenders[BEFORE] = ours(BEFORE, model, passes=before, given=given)
+    contenders[AFTER] = ours(AFTER, model, passes=REGION_PASSES, given={})
     prompts, samples = measured(contenders, options)
     report = {
         "benchmark": "small_batches",
