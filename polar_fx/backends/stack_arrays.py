@@ -56,7 +56,7 @@ def _wrapper() -> Any:
 
     def owner_of(name: str) -> str | None:
         """The buffer in whose memory this one lies."""
-        buffer = V.graph.try_get_buffer(name)
+        buffer: Any = V.graph.try_get_buffer(name)
         layout = buffer.get_output_spec() if isinstance(buffer, ir.Buffer) else None
         return layout.view.get_name() if isinstance(layout, ir.NonOwningLayout) else None
 
