@@ -110,8 +110,9 @@ def _turned(weight: Node) -> Node | None:
 
 def _fits(found: _Found) -> bool:
     """Whether the kernel takes operands like these."""
-    x, weight, ends = (n.meta.get("val") for n in (found.x, found.weight, found.ends))
-    if not all(isinstance(v, Tensor) and v.device.type == "cpu" for v in (x, weight, ends)):
+    values: list[Any] = [n.meta.get("val") for n in (found.x, found.weight, found.ends)]
+    x, weight, ends = values
+    if not all(isinstance(v, Tensor) and v.device.type == "cpu" for v in values):
         return False
     alike = x.dtype in DTYPES and weight.dtype == x.dtype
     alike = alike and ends.dtype in (torch.int32, torch.int64)
