@@ -21,7 +21,7 @@ from .base import Dynamic, PersistentBackend, Region
 from .inductor import REGION_PASSES
 from .light_headers import light_headers
 from .specialize import compiler_options, example_values, graph_of, load_graph, save, specialize
-from .stack_arrays import stack_options
+from .stack_arrays import stack_arrays
 
 GRAPH, REGION = "graph.pt2", "region.pt2"
 
@@ -48,13 +48,9 @@ class AotInductorBackend(PersistentBackend):
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about its own internals
             graph_module = graph_of(load_graph(folder / GRAPH), self.passes)
-            options = {
-                "aot_inductor.package": True,
-                **stack_options(graph_module),
-                **compiler_options(graph_module, self.options),
-            }
+            options = {"aot_inductor.package": True, **compiler_options(graph_module, self.options)}
             operands = tuple(example_values(graph_module))
-            with light_headers():
+            with light_headers(), stack_arrays(graph_module, options):
                 files: Any = torch._inductor.aot_compile(graph_module, operands, options=options)
             package_aoti(str(folder / REGION), files)
 

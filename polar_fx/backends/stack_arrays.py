@@ -6,14 +6,20 @@ The adapter around Inductor's wrapper that can do so; nothing else in the projec
 leaves arrays out where a graph calls the library or needs more than 102,400 numbers of them.
 """
 
+import contextlib
 import dataclasses
 import functools
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
 from torch.fx import GraphModule
 
+# Inductor's own option stays as it is while it compiles: it would choose upstream's wrapper, and
+# headers ten times as large.
 _OPTION = "aot_inductor.allow_stack_allocation"
+_wanted: ContextVar[bool] = ContextVar("stack arrays", default=False)
 # The results of a region; upstream's own test of what is a tensor
 _IS_TENSOR = " || ".join(
     f"std::is_same_v<std::decay_t<decltype({{0}})>, {kind}>"
@@ -21,29 +27,42 @@ _IS_TENSOR = " || ".join(
 )
 
 
-def stack_options(graph_module: GraphModule) -> dict[str, Any]:
-    """Options to compile a graph of the CPU with; none for a graph that is elsewhere."""
-    values = (node.meta.get("val") for node in graph_module.graph.find_nodes(op="placeholder"))
-    if any(isinstance(v, Tensor) and v.device.type != "cpu" for v in values):
-        return {}
+@contextlib.contextmanager
+def stack_arrays(graph_module: GraphModule, options: Mapping[str, Any]) -> Iterator[None]:
+    """Let Inductor compile a graph so, within it: one on the CPU whose results have known sizes,
+    unless the user's options say otherwise.
+    """
     _install()
-    return {_OPTION: True}
+    token = _wanted.set(options.get(_OPTION, True) and _is_known(graph_module))
+    try:
+        yield
+    finally:
+        _wanted.reset(token)
+
+
+def _is_known(graph_module: GraphModule) -> bool:
+    results = graph_module.graph.output_node().all_input_nodes
+    for value in (node.meta.get("val") for node in results):
+        if not isinstance(value, Tensor) or value.device.type != "cpu":
+            return False
+        if not all(isinstance(size, int) for size in value.shape):
+            return False
+    return len(results) > 0
 
 
 @functools.cache
 def _install() -> None:
-    """Let Inductor take our wrapper for the CPU where arrays are allowed; it decides that once in a
-    process by itself.
-    """
+    """Let Inductor take our wrapper for the CPU where it is wanted."""
     from torch._inductor.codegen.common import device_codegens, init_backend_registration
 
     init_backend_registration()
     before = device_codegens["cpu"]
-    device_codegens["cpu"] = dataclasses.replace(before, cpp_wrapper_codegen=_wrapper())
+    wrapper = _wrapper(before.cpp_wrapper_codegen)
+    device_codegens["cpu"] = dataclasses.replace(before, cpp_wrapper_codegen=wrapper)
 
 
-def _wrapper() -> Any:
-    """Inductor's wrapper for arrays, with results that are tensors of their own.
+def _wrapper(usual: Any) -> Any:
+    """Inductor's wrapper for arrays, with results that are tensors of their own; or its usual one.
 
     Inductor keeps a result that is an array in one tensor for each thread, which the next call of
     the region overwrites; regions run again and again here, while their results are still read.
@@ -51,7 +70,7 @@ def _wrapper() -> Any:
     from torch._inductor import config, ir
     from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
     from torch._inductor.codegen.cpp_wrapper_cpu_array_ref import CppWrapperCpuArrayRef
-    from torch._inductor.codegen.wrapper import ReuseLine
+    from torch._inductor.codegen.wrapper import EnterSubgraphLine, ReuseLine
     from torch._inductor.virtualized import V
 
     def owner_of(name: str) -> str | None:
@@ -63,13 +82,25 @@ def _wrapper() -> Any:
     class Wrapper(CppWrapperCpuArrayRef):
         memory_of_results: set[str] | None = None
 
+        def __init__(self) -> None:
+            super().__init__()
+            self.allow_stack_allocation = True
+
         @staticmethod
         def create(*given: Any, **named: Any) -> Any:
-            allowed = config.aot_inductor.allow_stack_allocation
-            return Wrapper() if allowed else CppWrapperCpu.create(*given, **named)
+            return Wrapper() if _wanted.get() else usual.create(*given, **named)
+
+        @staticmethod
+        def get_device_include_path_aot(device: str) -> str:
+            """The usual header, and what arrays need beside it."""
+            arrays = "#include <torch/csrc/inductor/aoti_runtime/arrayref_tensor.h>"
+            return f"{CppWrapperCpu.get_device_include_path_aot(device)}\n{arrays}"
 
         def memory_plan_reuse(self) -> None:
-            super().memory_plan_reuse()
+            with config.patch({_OPTION: self.allow_stack_allocation}):
+                super().memory_plan_reuse()
+            if any(isinstance(line, EnterSubgraphLine) for line in self.lines):
+                self.allow_stack_allocation = False  # upstream's subgraphs hand on tensors alone
             before: dict[str, str] = {}
             for line in self.lines:
                 if isinstance(line, ReuseLine):
