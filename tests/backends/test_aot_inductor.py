@@ -20,7 +20,8 @@ K, N = 64, 96
 _TENSOR = "aoti_torch_empty_strided("
 
 
-def _layer(x: Tensor, up: Tensor, down: Tensor) -> Any:
+def _layer(x: Tensor, *weights: Tensor) -> Any:
+    up, down = weights
     hidden = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-5)
     return (x + linear(silu(linear(hidden, up)), down),)
 
@@ -48,9 +49,9 @@ def _in_place(x: Tensor, *_: Tensor) -> Any:
     return second.exp() / second.sum(-1, keepdim=True), first.sum(-1)
 
 
-def _kept(x: Tensor, up: Tensor, *_: Tensor) -> Any:
+def _kept(x: Tensor, *weights: Tensor) -> Any:
     """Among results of a library's call."""
-    values, places = linear(x, up).topk(3)
+    values, places = linear(x, weights[0]).topk(3)
     return values.exp(), places
 
 
@@ -64,7 +65,7 @@ def _operands(rows: int) -> list[Tensor]:
 
 
 def _region(
-    function: Callable[..., Any], folder: Path, rows: int = 1, **options: Any
+    function: Callable[..., Any], folder: Path, *, rows: int = 1, **options: Any
 ) -> tuple[Region, str]:
     """A region, and the code that calls its kernels."""
 
@@ -82,7 +83,7 @@ def _region(
     return backend.load({REGION: folder / REGION}), wrapper
 
 
-def _assert_right(function: Callable[..., Any], region: Region, rows: int = 1) -> None:
+def _assert_right(function: Callable[..., Any], region: Region, *, rows: int = 1) -> None:
     """Also of results that are looked at after the next call, and after their thread has ended."""
     first, second = _operands(rows), [-operand for operand in _operands(rows)]
     with ThreadPoolExecutor(1) as other:
