@@ -1,4 +1,4 @@
-"""Linear layers in float32 become calls of oneDNN.
+"""Linear layers in float32 over several tokens become calls of oneDNN.
 
 torch multiplies float32 matrices by MKL, which leaves the wider vectors of processors other than
 Intel's unused; oneDNN, which torch brings along as well, makes its code for the processor that it
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .base import Caller, Pass, PassResult, replace_each
-from .linear_to_row_kernel import linear_operands
+from .linear_to_row_kernel import is_known, linear_operands
 
 
 @torch.library.custom_op("polar_fx::onednn_linear", mutates_args=())
@@ -31,14 +31,21 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_float32(node: Node) -> bool:
-    """A linear in float32 on the CPU, with a weight as it lies in memory."""
+    """A linear in float32 on the CPU, with a weight as it lies in memory, unless x [B, 1, K] has one
+    token of each row: for these `linear-to-row-kernel` has a faster way.
+    """
     operands = linear_operands(node, (torch.float32,))
-    return operands is not None and operands[0].dim() >= 2
+    if operands is None or operands[0].dim() < 2:
+        return False
+    x = operands[0]
+    return x.dim() != 3 or not is_known(x.shape[1], 1)
 
 
 @dataclass(frozen=True)
 class LinearToOneDnn(Pass):
-    """Rewrite linear(x, w, b) in float32 as oneDNN's product of the same operands."""
+    """Rewrite linear(x, w, b) in float32, of several tokens, as oneDNN's product of the same
+    operands.
+    """
 
     name: ClassVar[str] = "linear-to-onednn"
     preserves_numerics: ClassVar[bool] = False  # another library sums in another order

@@ -1,10 +1,10 @@
-"""Linear layers over one token of each of several rows become calls of one operator, for which
-backends have a kernel that reads every weight once.
+"""Linear layers over several rows or tokens become calls of one operator, for which backends have a
+kernel that reads every weight once, as it lies in memory.
 
-Decoding a few rows is bound by reading weights, as decoding one row is. A matrix-multiply kernel
-made for many rows reads them at a fraction of the memory's rate, and sums of products as in
-matvec-to-reduction have no way to ask for weights ahead of their use (docs/performance.md has the
-figures).
+Decoding a few rows and short prompts are bound by reading weights, as decoding one row is. A
+matrix-multiply kernel made for many rows reads them at a fraction of the memory's rate, or copies
+them into an order of its own first, and sums of products as in matvec-to-reduction have no way to
+ask for weights ahead of their use (docs/performance.md has the figures).
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 @torch.library.custom_op("polar_fx::row_linear", mutates_args=())
 def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [B, 1, K] times the rows of weight [N, K], plus bias [N]: [B, 1, N], all of one dtype of
+    """x [B, T, K] times the rows of weight [N, K], plus bias [N]: [B, T, N], all of one dtype of
     `DTYPES`; x and weight are contiguous.
 
     The same values as torch.nn.functional.linear's. Backends may have a kernel of their own for it.
@@ -51,27 +51,30 @@ def linear_operands(node: Node, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, 
     return (x, weight) if alike and weight.dim() == 2 and weight.is_contiguous() else None
 
 
+def is_known(size: int | torch.SymInt, value: int) -> bool:
+    """Whether a size is this one, whatever sizes that may vary become: to compare those would
+    settle them.
+    """
+    return isinstance(size, int) and size == value
+
+
 def _is_of_rows(node: Node) -> bool:
-    """A linear on the CPU of one token of each of several rows, or of an unknown number of them."""
+    """A linear on the CPU of several rows or tokens, or of an unknown number of them."""
     operands = linear_operands(node, DTYPES)
     if operands is None or operands[0].dim() != 3:
         return False
     x, weight = operands
-    rows, tokens = cast(Sequence[int | torch.SymInt], x.shape[:2])
     sizes = cast(Sequence[int | torch.SymInt], weight.shape)
-    # not `rows != 1`, which would settle a size that may vary
-    several = not isinstance(rows, int) or rows > 1
-    return (
-        isinstance(tokens, int)
-        and tokens == 1
-        and several
-        and all(isinstance(size, int) and size > 0 for size in sizes)
+    return not all(is_known(size, 1) for size in x.shape[:2]) and all(
+        isinstance(size, int) and size > 0 for size in sizes
     )
 
 
 @dataclass(frozen=True)
 class LinearToRowKernel(Pass):
-    """Rewrite linear(x, w, b) with x [B, 1, K], B other than 1, as `row_linear` of x, w and b."""
+    """Rewrite linear(x, w, b) with x [B, T, K], not of one row and token, as `row_linear` of x, w
+    and b.
+    """
 
     name: ClassVar[str] = "linear-to-row-kernel"
     preserves_numerics: ClassVar[bool] = False  # a kernel for it sums in another order

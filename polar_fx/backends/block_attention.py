@@ -11,6 +11,7 @@ import torch
 
 from ..passes.attention_over_blocks import block_attention
 from . import row_kernel, rows_source, tiles_source
+from .cpp_template import output_of
 
 BLOCK_ATTENTION: Any = torch.ops.polar_fx.block_attention.default
 assert block_attention._opoverload is BLOCK_ATTENTION
@@ -51,10 +52,8 @@ def is_faster() -> bool:
 
 def register() -> None:
     """Teach Inductor the kernel, in this process. Imports Inductor, which takes seconds."""
-    from torch._inductor import ir
     from torch._inductor.lowering import register_lowering  # isort: skip (the template needs it)
     from torch._inductor.codegen.cpp_template import CppTemplate
-    from torch._inductor.utils import parallel_num_threads
 
     class Template(CppTemplate):
         """`block_attention` as C++, perhaps under a mask."""
@@ -80,13 +79,6 @@ def register() -> None:
 
     @register_lowering(BLOCK_ATTENTION, type_promotion_kind=None)
     def _(query: Any, key: Any, value: Any, blocks: Any, mask: Any, scale: float) -> Any:
-        require = ir.ExternKernel.require_contiguous
         given = [query, key, value, blocks, *([] if mask is None else [mask])]
-        operands = [require(ir.ExternKernel.realize_input(o)) for o in given]
         size = [*query.get_size()[:-1], value.get_size()[-1]]
-        layout = ir.FixedLayout(
-            query.get_device(), query.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
-        )
-        template = Template("block_attention", operands, layout, parallel_num_threads())
-        template.scale = scale
-        return template.generate().output_node()
+        return output_of(Template, "block_attention", given, size=size, scale=scale)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..passes.grouped_linear import grouped_linear
+from .cpp_template import output_of
 from .row_kernel import SOURCE as SHARED
 
 GROUPED_LINEAR: Any = torch.ops.polar_fx.grouped_linear.default
@@ -110,15 +111,6 @@ template <typename T> void columns(
     }
 }
 
-// The library's product with a weight [N, K], or [K, N] if `transposed`
-template <typename T> void by_library(
-    const T* x, const T* w, T* y, int64_t M, int64_t N, int64_t K, bool transposed
-) {
-    View given(x, M, K, K, 1), result(y, M, N, N, 1);
-    View weight(w, K, N, transposed ? N : 1, transposed ? 1 : K);
-    check(aoti_torch_cpu_mm_out(result.handle, given.handle, weight.handle));
-}
-
 }  // namespace polar_fx
 #endif
 """
@@ -139,10 +131,15 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
             few.push_back(each);
             continue;
         }
-        polar_fx::by_library(
-            read + each.first * K, weight + each.expert * N * K, y + each.first * N, each.M, N, K,
-            transposed
+        const T *own_rows = read + each.first * K, *own_weight = weight + each.expert * N * K;
+        T* result = y + each.first * N;
+        {%- if transposed %}
+        polar_fx::by_library<T>(own_rows, own_weight, nullptr, result, each.M, N, K, N, true);
+        {%- else %}
+        polar_fx::multiply_many<T>(
+            own_rows, own_weight, nullptr, result, each.M, N, K, N, {{threads}}
         );
+        {%- endif %}
     }
     std::fill(y + rows * N, y + S * N, T(0));
     constexpr int64_t at_a_time = transposed ? polar_fx::COLUMNS : polar_fx::W_ROWS;
@@ -175,10 +172,8 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
 
 def register() -> None:
     """Teach Inductor the kernel, in this process. Imports Inductor, which takes seconds."""
-    from torch._inductor import ir
     from torch._inductor.lowering import register_lowering  # isort: skip (the template needs it)
     from torch._inductor.codegen.cpp_template import CppTemplate
-    from torch._inductor.utils import parallel_num_threads
 
     class GroupedLinear(CppTemplate):
         """`grouped_linear` as C++, of weights [E, N, K] or transposed ones."""
@@ -204,12 +199,6 @@ def register() -> None:
 
     @register_lowering(GROUPED_LINEAR, type_promotion_kind=None)
     def _(x: Any, weight: Any, ends: Any, transposed: bool) -> Any:
-        require = ir.ExternKernel.require_contiguous
-        operands = [require(ir.ExternKernel.realize_input(o)) for o in (x, weight, ends)]
         size = [x.get_size()[0], weight.get_size()[2 if transposed else 1]]
-        layout = ir.FixedLayout(
-            x.get_device(), x.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
-        )
-        template = GroupedLinear("grouped_linear", operands, layout, parallel_num_threads())
-        template.transposed = transposed
-        return template.generate().output_node()
+        given = [x, weight, ends]
+        return output_of(GroupedLinear, "grouped_linear", given, size=size, transposed=transposed)

@@ -30,8 +30,8 @@ REGION_PASSES: tuple[Pass, ...] = (
     QuantizedLinear(),  # before others see its linears
     GroupedLinear(),
     MatvecToReduction(),
-    LinearToRowKernel(),
     *([LinearToOneDnn()] if onednn_linear.is_faster() else []),
+    LinearToRowKernel(),  # what is left: float32 of one token, other types of any number
     *([AttentionOverBlocks()] if block_attention.is_faster() else []),
     AttentionToReduction(),  # what is left of one token
 )

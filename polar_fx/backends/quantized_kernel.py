@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ..passes.quantized_linear import quantized_linear
+from .cpp_template import output_of
 from .quantized_source import SOURCE
 from .row_kernel import SOURCE as SHARED
 
@@ -63,8 +64,8 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
                     );
                 }
                 const T* added = weight.bias == nullptr ? nullptr : weight.bias + first;
-                polar_fx::by_library(
-                    x, made.get(), added, y + weight.first + first, M, count, K, total
+                polar_fx::multiply_many(
+                    x, made.get(), added, y + weight.first + first, M, count, K, total, {{threads}}
                 );
             }
         }
@@ -83,10 +84,8 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
 
 def register() -> None:
     """Teach Inductor the kernel, in this process. Imports Inductor, which takes seconds."""
-    from torch._inductor import ir
     from torch._inductor.lowering import register_lowering  # isort: skip (the template needs it)
     from torch._inductor.codegen.cpp_template import CppTemplate
-    from torch._inductor.utils import parallel_num_threads
 
     class Template(CppTemplate):
         """`quantized_linear` as C++, of so many weights, which may have zeros and biases."""
@@ -122,15 +121,12 @@ def register() -> None:
 
     @register_lowering(QUANTIZED_LINEAR, type_promotion_kind=None)
     def _(x: Any, weights: Any, scales: Any, zeros: Any, biases: Any) -> Any:
-        require = ir.ExternKernel.require_contiguous
         lists = (weights, scales, zeros, biases)
-        operands = [
-            require(ir.ExternKernel.realize_input(o)) for o in (x, *itertools.chain(*lists))
-        ]
         size = [*x.get_size()[:-1], sum(weight.get_size()[0] for weight in weights)]
-        layout = ir.FixedLayout(
-            x.get_device(), x.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
+        return output_of(
+            Template,
+            "quantized_linear",
+            [x, *itertools.chain(*lists)],
+            size=size,
+            counts=[len(each) for each in lists],
         )
-        template = Template("quantized_linear", operands, layout, parallel_num_threads())
-        template.counts = [len(each) for each in lists]
-        return template.generate().output_node()

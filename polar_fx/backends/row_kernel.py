@@ -1,5 +1,6 @@
 """The CPU's kernel for `row_linear` (passes/linear_to_row_kernel.py): C++ that Inductor compiles
-into a region like its own.
+into a region like its own. Loops for a few rows, oneDNN's small products for more, and the
+library's for many.
 
 The adapter around torch's semi-public C++ templates; nothing else in the project touches them.
 """
@@ -9,20 +10,22 @@ from typing import Any
 import torch
 
 from ..passes.linear_to_row_kernel import row_linear
+from . import products_source
+from .cpp_template import output_of
 
 ROW_LINEAR: Any = torch.ops.polar_fx.row_linear.default
 assert row_linear._opoverload is ROW_LINEAR
 
 # Shape legend: M rows of x, K their size, N rows of the weight.
-SOURCE = r"""
-#ifndef POLAR_FXROW_LINEAR
-#define POLAR_FXROW_LINEAR
+SOURCE = (
+    products_source.SOURCE
+    + r"""
+#ifndef POLAR_FX_ROW_LINEAR
+#define POLAR_FX_ROW_LINEAR
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
-#include <memory>
-#include <stdexcept>
 namespace polar_fx {
 
-using Sums = at::vec::Vectorized<float>;
+using Sums = Floats;
 
 // Floats from memory, and to memory
 inline Sums wide(const float* p) { return Sums::loadu(p); }
@@ -33,7 +36,11 @@ inline Sums wide(const at::BFloat16* p) {
 }
 inline void keep(float* p, const Sums& x) { x.store(p); }
 inline void keep(at::BFloat16* p, const Sums& x) {
+#if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
+#else
     at::vec::convert_from_float<at::BFloat16>(x, x).store(p, Sums::size());
+#endif
 }
 
 // How many rows of x and of the weight are multiplied at a time: their sums stay in registers.
@@ -217,12 +224,14 @@ struct View {
 };
 
 // The library's product, for so many rows that its arithmetic counts, not reading the weight;
-// `stride` lies between the rows of y
+// `stride` lies between the rows of y. The weight is [N, K], or [K, N] if `transposed`.
 template <typename T>
 void by_library(
-    const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int64_t stride
+    const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int64_t stride,
+    bool transposed
 ) {
-    View given(x, M, K, K, 1), weight(w, K, N, 1, K), result(y, M, N, stride, 1);
+    View given(x, M, K, K, 1), result(y, M, N, stride, 1);
+    View weight(w, K, N, transposed ? N : 1, transposed ? 1 : K);
     if (bias == nullptr) {
         check(aoti_torch_cpu_mm_out(result.handle, given.handle, weight.handle));
         return;
@@ -233,21 +242,127 @@ void by_library(
     ));
 }
 
+// Up to how many rows of x loops are the fastest way, and then tiles
+template <typename T> struct Fastest {
+    static constexpr int64_t loops = Step<T>::most, tiles = 0;
+};
+#if defined(CPU_CAPABILITY_AVX512)
+template <> struct Fastest<float> {
+    static constexpr int64_t loops = 16, tiles = 96;
+};
+#if defined(__AMX_BF16__)
+template <> struct Fastest<at::BFloat16> {
+    static constexpr int64_t loops = 4, tiles = 128;
+};
+#elif defined(__AVX512BF16__)
+template <> struct Fastest<at::BFloat16> {
+    static constexpr int64_t loops = 24, tiles = 96;
+};
+#endif
+#endif
+
+// Whether tiles are the fastest way, and can be: pairs of bfloat16 need an even size
+template <typename T> inline bool by_tiles(int64_t M, int64_t K) {
+    if (M > Fastest<T>::tiles || K * sizeof(T) % sizeof(float) != 0) return false;
+    try {
+        try_products<T>();
+        return true;
+    } catch (const std::exception&) {
+        return false;
+    }
+}
+
+// Rows of the weight, and rows of x, of a tile
+constexpr int64_t TILE_W = 32, TILE_X = 64;
+
+// The product of the weight, as it lies in memory, with the rows of x as columns: the weight is
+// neither copied nor read twice, as the library does to put it in an order of its own.
+template <typename T> void multiply_tiles(
+    const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int64_t stride,
+    int threads
+) {
+    constexpr bool in_pairs = !std::is_same_v<T, float>;
+    const int64_t size = K * sizeof(T) / sizeof(float), all = rounded(M, LANES);
+    const int64_t parts = (all + TILE_X - 1) / TILE_X, chunks = (N + TILE_W - 1) / TILE_W;
+    std::unique_ptr<float[]> columns(new float[all * size]);
+    #pragma omp parallel num_threads(threads)
+    {
+        #pragma omp for schedule(static)
+        for (int64_t m = 0; m < all; m += LANES) {
+            const int64_t first = m / TILE_X * TILE_X, width = std::min(TILE_X, all - first);
+            const int64_t rows = std::min(LANES, M - m);
+            float* to = columns.get() + first * size + m - first;
+            turn(reinterpret_cast<const float*>(x + m * K), size, rows, size, to, width);
+            for (int64_t k = 0; rows < LANES && k < size; ++k) {
+                std::fill(to + k * width + rows, to + k * width + LANES, 0.0f);
+            }
+        }
+        #pragma omp for schedule(static)
+        for (int64_t i = 0; i < chunks * parts; ++i) {
+            const int64_t first = i % parts * TILE_X, width = std::min(TILE_X, all - first);
+            const int64_t start = i / parts * TILE_W, count = std::min(TILE_W, N - start);
+            float sums[TILE_W * TILE_X], turned[LANES * LANES];
+            at::native::cpublas::brgemm(
+                count, width, K, K, width, width, false, w + start * K,
+                reinterpret_cast<const T*>(columns.get() + first * size), sums, in_pairs
+            );
+            for (int64_t m = first; m < std::min(first + width, M); m += LANES) {
+                for (int64_t n = 0; n < count; n += LANES) {
+                    const int64_t lanes = std::min(LANES, count - n);
+                    const T* added = bias == nullptr ? bias : bias + start + n;
+                    turn(sums + n * width + m - first, width, lanes, LANES, turned, LANES);
+                    for (int64_t r = 0; r < std::min(LANES, M - m); ++r) {
+                        const float* sum = turned + r * LANES;
+                        T* to = y + (m + r) * stride + start + n;
+                        if (lanes == LANES) {
+                            const auto found = Floats::loadu(sum);
+                            keep(to, added == nullptr ? found : found + wide(added));
+                            continue;
+                        }
+                        for (int64_t l = 0; l < lanes; ++l) {
+                            to[l] = sum[l] + (added == nullptr ? 0.0f : float(added[l]));
+                        }
+                    }
+                }
+            }
+        }
+        if (in_pairs) at::native::cpublas::brgemm_release(true);
+    }
+}
+
+// For more rows than loops are for
+template <typename T> void multiply_many(
+    const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int64_t stride,
+    int threads
+) {
+    if (by_tiles<T>(M, K)) {
+        multiply_tiles(x, w, bias, y, M, N, K, stride, threads);
+    } else {
+        by_library(x, w, bias, y, M, N, K, stride, false);
+    }
+}
+
 }  // namespace polar_fx
 #endif
 """
+)
 
 KERNEL = r"""
 extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "bias": bias}, outputs={"y": y})}}
 {
     using T = {{kernel.dtype(w)}};
     using X = polar_fx::Step<T>::X;
-    const int64_t M = {{kernel.size(x, 0)}}, N = {{kernel.size(w, 0)}}, K = {{kernel.size(w, 1)}};
+    const int64_t M = ({{kernel.size(x, 0)}}) * ({{kernel.size(x, 1)}});
+    const int64_t N = {{kernel.size(w, 0)}}, K = {{kernel.size(w, 1)}};
     const T* weight = &{{kernel.index(w, [0, 0])}};
     const T* added = {% if bias is none %}nullptr{% else %}&{{kernel.index(bias, [0])}}{% endif %};
     const T* read = &{{kernel.index(x, [0, 0, 0])}};
+    if (M > polar_fx::Fastest<T>::loops && polar_fx::by_tiles<T>(M, K)) {
+        polar_fx::multiply_tiles(read, weight, added, y, M, N, K, N, {{threads}});
+        return;
+    }
     if (M > polar_fx::Step<T>::most) {
-        polar_fx::by_library(read, weight, added, y, M, N, K, N);
+        polar_fx::by_library(read, weight, added, y, M, N, K, N, false);
         return;
     }
     std::unique_ptr<X[]> place;
@@ -264,10 +379,8 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "bias": bias}, outputs={"
 
 def register() -> None:
     """Teach Inductor the kernel, in this process. Imports Inductor, which takes seconds."""
-    from torch._inductor import ir
     from torch._inductor.lowering import register_lowering  # isort: skip (the template needs it)
     from torch._inductor.codegen.cpp_template import CppTemplate
-    from torch._inductor.utils import parallel_num_threads
 
     class RowLinear(CppTemplate):
         """`row_linear` of x [M, 1, K], w [N, K] and perhaps bias [N], as C++."""
@@ -289,11 +402,6 @@ def register() -> None:
 
     @register_lowering(ROW_LINEAR, type_promotion_kind=None)
     def _(x: Any, weight: Any, bias: Any = None) -> Any:
-        require = ir.ExternKernel.require_contiguous
-        operands = [require(ir.ExternKernel.realize_input(o)) for o in (x, weight, bias) if o]
+        operands = [operand for operand in (x, weight, bias) if operand]
         size = [*x.get_size()[:-1], weight.get_size()[0]]
-        layout = ir.FixedLayout(
-            x.get_device(), x.get_dtype(), size, ir.FlexibleLayout.contiguous_strides(size)
-        )
-        template = RowLinear("row_linear", operands, layout, parallel_num_threads())
-        return template.generate().output_node()
+        return output_of(RowLinear, "row_linear", operands, size=size)

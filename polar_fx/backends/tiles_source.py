@@ -16,24 +16,8 @@ SOURCE = r"""
 #include <type_traits>
 #include <vector>
 
-// As ATen/native/CPUBlas.h declares them, which takes long to compile: c (+)= a times b, for a
-// [m, k], b [k, n] and c [m, n], by oneDNN; b in bfloat16 has pairs of its rows beside each other.
-namespace at::native::cpublas {
-TORCH_API void brgemm(
-    int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c,
-    const bool add, const float* a, const float* b, float* c, bool in_pairs
-);
-TORCH_API void brgemm(
-    int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_b, int64_t ld_c,
-    const bool add, const at::BFloat16* a, const at::BFloat16* b, float* c, bool in_pairs
-);
-TORCH_API void brgemm_release(bool in_pairs);
-}
-
 namespace polar_fx {
 
-using Floats = at::vec::Vectorized<float>;
-constexpr int64_t LANES = Floats::size();
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 constexpr float UNDEFINED = std::numeric_limits<float>::quiet_NaN();
 
@@ -41,8 +25,6 @@ constexpr float UNDEFINED = std::numeric_limits<float>::quiet_NaN();
 // tokens have more), and so many columns. oneDNN makes code for each size it meets: those of tiles
 // are multiples, the rest is zeros.
 constexpr int64_t TILE_ROWS = 96, TILE_COLUMNS = 256, ROWS_STEP = 16, COLUMNS_STEP = 32;
-
-inline int64_t rounded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 struct Sizes {
     int64_t B, T, H, G, E, F, C, W;
@@ -131,21 +113,20 @@ template <typename T> void pack_keys(
     auto* place = reinterpret_cast<float*>(to);
     for (int64_t j = 0; j < n; j += LANES) {
         const int64_t left = std::min(LANES, sizes.L() - first - j);
-        int64_t e = 0;
-        if (left == LANES && sizes.C % LANES == 0 && first % sizes.C == 0) {
-            const auto* from = reinterpret_cast<const float*>(
-                column(key, blocks, h, first + j, sizes.E, sizes)
-            );
-            for (; e + LANES <= size; e += LANES) {
-                at::vec::transpose_mxn<float, LANES, LANES>(from + e, size, place + e * n + j, n);
-            }
-        }
-        for (int64_t i = 0; i < LANES; ++i) {
-            const float* from = i >= left ? nullptr : reinterpret_cast<const float*>(
+        const auto from = [&](int64_t i) {
+            return reinterpret_cast<const float*>(
                 column(key, blocks, h, first + j + i, sizes.E, sizes)
             );
-            for (int64_t k = e; k < size; ++k) {
-                place[k * n + j + i] = from == nullptr ? 0 : from[k];
+        };
+        if (left == LANES && sizes.C % LANES == 0 && first % sizes.C == 0) {
+            turn(from(0), size, LANES, size, place + j, n);
+            continue;
+        }
+        for (int64_t i = 0; i < LANES; ++i) {
+            if (i < left) {
+                turn(from(i), size, 1, size, place + j + i, n);
+            } else {
+                for (int64_t k = 0; k < size; ++k) place[k * n + j + i] = 0;
             }
         }
     }
@@ -356,18 +337,6 @@ template <typename T, typename S> void attend_tile(
     }
 }
 
-// Raises what oneDNN raises where it does not multiply T, such as when it is switched off
-template <typename T> inline void try_products(int64_t E) {
-    std::vector<T> a(ROWS_STEP * E), b(E * COLUMNS_STEP);
-    std::vector<float> c(ROWS_STEP * COLUMNS_STEP);
-    constexpr bool in_pairs = !std::is_same_v<T, float>;
-    at::native::cpublas::brgemm(
-        ROWS_STEP, COLUMNS_STEP, E, E, COLUMNS_STEP, COLUMNS_STEP, false, a.data(), b.data(),
-        c.data(), in_pairs
-    );
-    if (in_pairs) at::native::cpublas::brgemm_release(true);
-}
-
 template <typename T, typename S> void attend_tiles(
     const T* query, const T* key, const T* value, const int64_t* blocks, const Mask<S>& mask,
     float scale, T* y, const Sizes& sizes, int threads
@@ -385,7 +354,7 @@ template <typename T, typename S> void attend_tiles(
     for (int i = 0; i < threads; ++i) {
         scratch.emplace_back(rounded(sizes.G * count, ROWS_STEP), sizes);
     }
-    try_products<T>(sizes.E);
+    try_products<T>();
     #pragma omp parallel num_threads(threads)
     {
         #pragma omp for schedule(static)

@@ -1,7 +1,7 @@
-"""The kernel for linears over a few rows: what it computes, with the processor's instructions and
-with older ones, and up to how many rows.
+"""The kernel for linears over rows and tokens: what it computes, with the processor's instructions
+and with older ones, by loops, by tiles and by the library.
 
-Shape legend: B rows, K their size, N rows of a weight.
+Shape legend: B rows, T tokens of each, K their size, N rows of a weight.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,11 @@ from polar_fx.backends.base import Region
 # K and N of weights, and whether there is a bias: whole vectors, less than one, and some over
 SIZES = ((64, 34, False), (34, 5, True), (5, 67, False), (67, 64, True))
 DTYPES = (torch.float32, torch.bfloat16)
-# up to a block of rows, past it, several blocks, and so many that the library multiplies
-ROWS = (2, 3, 5, 8, 9, 16, 23, 70)
+# up to a block of rows, past it, several blocks, tiles that are whole and that are not, and so many
+# that the library multiplies
+ROWS = (2, 3, 5, 8, 9, 16, 23, 32, 64, 70, 81, 130)
+# rows and tokens
+SHAPES = ((2, 2), (2, 9), (3, 11), (8, 16))
 
 
 def _normal(*shape: int, seed: int) -> Tensor:
@@ -53,23 +56,34 @@ class _Body(torch.nn.Module):
         )
 
 
-def _operands(rows: int) -> list[Tensor]:
-    x = _normal(rows, 1, SIZES[0][0], seed=rows)
+def _operands(rows: int, tokens: int = 1) -> list[Tensor]:
+    x = _normal(rows, tokens, SIZES[0][0], seed=rows)
     return [part for dtype in DTYPES for part in (x.to(dtype), *_weights(dtype))]
 
 
-@pytest.fixture(scope="module", params=[None, 256], ids=["this processor", "AVX2"])
-def region(request: pytest.FixtureRequest) -> Region:
-    """Both dtypes in one region, for any number of rows: compiling takes seconds."""
-    options = {} if request.param is None else {"cpp.simdlen": request.param}
-    example = _operands(3)
-    dynamic = [{0: "batch"} if operand.dim() == 3 else {} for operand in example]
+def _compiled(example: Sequence[Tensor], axes: dict[int, str], options: dict[str, Any]) -> Region:
+    """Both dtypes in one region: compiling takes seconds."""
+    dynamic = [axes if operand.dim() == 3 else {} for operand in example]
     body: Any = _Body()
     return AotInductorBackend(options).compile_region(body, example, dynamic)
 
 
-def _assert_near(rows: int, region: Callable[[list[Tensor]], Sequence[Tensor]]) -> None:
-    operands = _operands(rows)
+@pytest.fixture(scope="module", params=[None, 256], ids=["this processor", "AVX2"])
+def region(request: pytest.FixtureRequest) -> Region:
+    """For one token of any number of rows."""
+    options = {} if request.param is None else {"cpp.simdlen": request.param}
+    return _compiled(_operands(3), {0: "batch"}, options)
+
+
+@pytest.fixture(scope="module")
+def region_of_tokens() -> Region:
+    """For any number of rows and tokens."""
+    return _compiled(_operands(3, 2), {0: "batch", 1: "tokens"}, {})
+
+
+def _assert_near(
+    operands: Sequence[Tensor], region: Callable[[list[Tensor]], Sequence[Tensor]]
+) -> None:
     got, want = region(list(operands)), _Body()(*(o.double() for o in operands))
     for mine, exact in zip(got, want, strict=True):
         assert mine.shape == exact.shape
@@ -79,7 +93,20 @@ def _assert_near(rows: int, region: Callable[[list[Tensor]], Sequence[Tensor]]) 
 
 @pytest.mark.parametrize("rows", ROWS)
 def test_it_multiplies_any_number_of_rows(rows: int, region: Region) -> None:
-    _assert_near(rows, region)
+    _assert_near(_operands(rows), region)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_multiplies_any_number_of_tokens(
+    shape: tuple[int, int], region_of_tokens: Region
+) -> None:
+    _assert_near(_operands(*shape), region_of_tokens)
+
+
+def test_it_multiplies_where_onednn_is_switched_off(region: Region) -> None:
+    """Tiles are oneDNN's: the others are left."""
+    with torch.backends.mkldnn.flags(enabled=False):
+        _assert_near(_operands(32), region)
 
 
 def test_a_row_has_the_same_bits_beside_any_others(region: Region) -> None:

@@ -1,4 +1,4 @@
-"""Linears in float32 become calls of oneDNN, whatever their rows and tokens; others stay."""
+"""Linears in float32 over several tokens become calls of oneDNN; others stay."""
 
 from collections.abc import Sequence
 
@@ -45,6 +45,7 @@ OTHERS: dict[str, list[Tensor]] = {
     "float64": [torch.ones(1, 5, 16).double(), torch.ones(8, 16).double()],
     "a weight laid out in another order": [torch.ones(1, 5, 16), torch.ones(16, 8).t()],
     "a vector": [torch.ones(16), torch.ones(8, 16)],
+    "one token of each row": [torch.ones(3, 1, 16), torch.ones(8, 16)],
 }
 
 
