@@ -67,15 +67,26 @@ struct Seen {
         for (int64_t step = 0; step * COLUMNS_STEP < n; ++step) {
             const S* part = mask + step * COLUMNS_STEP;
             const int64_t count = std::min(COLUMNS_STEP, n - step * COLUMNS_STEP);
-            int some = 0, all = 1;
-            #pragma omp simd reduction(|:some) reduction(&:all)
-            for (int64_t j = 0; j < count; ++j) {
-                some |= int(is_seen(part[j]));
-                all &= int(is_seen(part[j]) & (added(part[j]) == 0));
-            }
-            any[step] |= some != 0;
-            changed[step] |= all == 0;
+            bool some = false, all = true;
+            look_at(part, count, some, all);
+            any[step] |= some;
+            changed[step] |= !all;
         }
+    }
+    // Whether some of so many are seen, and whether all are, as they are
+    template <typename S> static void look_at(const S* part, int64_t count, bool& some, bool& all) {
+        int one = 0, each = 1;
+        #pragma omp simd reduction(|:one) reduction(&:each)
+        for (int64_t j = 0; j < count; ++j) {
+            one |= int(is_seen(part[j]));
+            each &= int(is_seen(part[j]) & (added(part[j]) == 0));
+        }
+        some = one != 0;
+        all = each != 0;
+    }
+    static void look_at(const bool* part, int64_t count, bool& some, bool& all) {
+        some = std::memchr(part, true, count) != nullptr;
+        all = std::memchr(part, false, count) == nullptr;
     }
     int64_t first() const { return std::find(any, any + STEPS, true) - any; }
     int64_t last() const {
@@ -191,21 +202,24 @@ inline float larger(float a, float b) {
 
 // The largest of scores * scale + bias, which the scores become if there is a bias
 inline float largest_of(float* scores, float scale, const float* bias, int64_t n) {
-    Floats most(NEVER);
-    const Floats factor(scale);
+    Floats most(NEVER), odd(0.0f);
+    const Floats factor(scale), zero(0.0f);
     int64_t j = 0;
     for (; j + LANES <= n; j += LANES) {
         auto x = Floats::loadu(scores + j);
         if (bias == nullptr) {
+            // not `maximum`, which looks for NaN each time; NaN and infinity times 0 are NaN
             x = x * factor;
+            odd = at::vec::fmadd(x, zero, odd);
+            most = at::vec::clamp_min(x, most);
         } else {
             x = at::vec::fmadd(x, factor, Floats::loadu(bias + j));
             x.store(scores + j);
+            most = at::vec::maximum(most, x);
         }
-        most = at::vec::maximum(most, x);
     }
     float found = at::vec::vec_reduce_all<float>(
-        [](Floats& a, Floats& b) { return at::vec::maximum(a, b); }, most
+        [](Floats& a, Floats& b) { return at::vec::maximum(a, b); }, most + odd
     );
     for (; j < n; ++j) {
         const float x = scores[j] * scale + (bias == nullptr ? 0 : bias[j]);
