@@ -31,8 +31,8 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_float32(node: Node) -> bool:
-    """A linear in float32 on the CPU, with a weight as it lies in memory, unless x [B, 1, K] has one
-    token of each row: for these `linear-to-row-kernel` has a faster way.
+    """A linear in float32 on the CPU, with a weight as it lies in memory, unless x [B, 1, K] has
+    one token of each row: for these `linear-to-row-kernel` has a faster way.
     """
     operands = linear_operands(node, (torch.float32,))
     if operands is None or operands[0].dim() < 2:

@@ -7,6 +7,7 @@ SOURCE = r"""
 #define POLAR_FX_PRODUCTS
 #include <algorithm>
 #include <memory>
+#include <omp.h>
 #include <stdexcept>
 #include <type_traits>
 #include <vector>

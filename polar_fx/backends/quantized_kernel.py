@@ -49,6 +49,16 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
         ),
         {%- endfor %}
     };
+    using Fastest = polar_fx::FastestOfIntegers<T>;
+    if (M > Fastest::loops && polar_fx::by_tiles<T>(M, K, Fastest::tiles)) {
+        for (const auto& weight : weights) {
+            const polar_fx::MadeRowsOf<W, S, T> rows{weight, K};
+            polar_fx::multiply_tiles(
+                x, rows, weight.bias, y + weight.first, M, weight.N, K, total, {{threads}}
+            );
+        }
+        return;
+    }
     if (M > polar_fx::Step<T>::most) {
         const int64_t most = std::max<int64_t>(1, polar_fx::NUMBERS_AT_A_TIME / K);
         std::unique_ptr<T[]> made(new T[std::min(most, total) * K]);
@@ -64,8 +74,8 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
                     );
                 }
                 const T* added = weight.bias == nullptr ? nullptr : weight.bias + first;
-                polar_fx::multiply_many(
-                    x, made.get(), added, y + weight.first + first, M, count, K, total, {{threads}}
+                polar_fx::by_library(
+                    x, made.get(), added, y + weight.first + first, M, count, K, total, false
                 );
             }
         }

@@ -21,6 +21,26 @@ constexpr int W_ROWS_OF_INTEGERS = 1;  // fewer registers
 // multiplies.
 constexpr int64_t NUMBERS_AT_A_TIME = 1 << 20;
 
+// Up to how many rows of x loops are the fastest way, and then tiles, for which a weight's numbers
+// are made once
+template <typename T> struct FastestOfIntegers {
+    static constexpr int64_t loops = Step<T>::most, tiles = 0;
+};
+#if defined(CPU_CAPABILITY_AVX512)
+template <> struct FastestOfIntegers<float> {
+    static constexpr int64_t loops = 24, tiles = 256;
+};
+#if defined(__AMX_BF16__)
+template <> struct FastestOfIntegers<at::BFloat16> {
+    static constexpr int64_t loops = 10, tiles = 384;
+};
+#elif defined(__AVX512BF16__)
+template <> struct FastestOfIntegers<at::BFloat16> {
+    static constexpr int64_t loops = 24, tiles = 256;
+};
+#endif
+#endif
+
 // A scale, and a zero, for each of `groups` groups of a row; int8 has one scale a row, no zeros
 template <typename S> struct Scales {
     const S *scale, *zero;
@@ -329,15 +349,6 @@ inline void group_of_integers(
     for (int64_t n = n0; n < N; ++n) rows_of_integers<1, W>(x, weight, y, stride, n, M, K, 0);
 }
 
-// Two vectors of floats as numbers of type T
-inline void store(const Sums& first, const Sums& second, float* p) {
-    first.store(p);
-    second.store(p + Sums::size());
-}
-inline void store(const Sums& first, const Sums& second, at::BFloat16* p) {
-    at::vec::convert_from_float<at::BFloat16>(first, second).store(p);
-}
-
 // The numbers of a group, a byte each
 inline void in_order(const uint8_t* pairs, int8_t* bytes) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -360,7 +371,6 @@ inline void as_floats(
     T* made, const typename W::Data* w, const Scales<S>& of, int64_t n, int64_t K
 ) {
     const typename W::Data* row = w + n * W::row_bytes(K);
-    constexpr int64_t PAIR = 2 * Sums::size();
     alignas(16) int8_t bytes[GROUP];
     const int64_t step = W::grouped ? int64_t(GROUP) : K;
     for (int64_t g = 0; g < of.groups; ++g) {
@@ -373,18 +383,25 @@ inline void as_floats(
         }
         T* to = made + g * step;
         int64_t k = 0;
-        for (; k + PAIR <= step; k += PAIR) {
-            Sums pair[2];
-            for (int i = 0; i < 2; ++i) {
-                pair[i] = at::vec::fmadd(
-                    widened(numbers + k + i * Sums::size()), Sums(scale), Sums(zero)
-                );
-            }
-            store(pair[0], pair[1], to + k);
+        for (; k + Sums::size() <= step; k += Sums::size()) {
+            keep(to + k, at::vec::fmadd(widened(numbers + k), Sums(scale), Sums(zero)));
         }
         for (; k < step; ++k) to[k] = float(numbers[k]) * scale + zero;
     }
 }
+
+// Rows of a weight as numbers of type T, for tiles (row_kernel.py)
+template <typename W, typename S, typename T> struct MadeRowsOf {
+    static constexpr bool are_made = true;
+    const Weight<typename W::Data, S, T>& weight;
+    int64_t K;
+    const T* operator()(int64_t first, int64_t count, T* place) const {
+        for (int64_t n = 0; n < count; ++n) {
+            as_floats<W>(place + n * K, weight.data, weight.of, first + n, K);
+        }
+        return place;
+    }
+};
 
 }  // namespace polar_fx
 #endif

@@ -261,9 +261,10 @@ template <> struct Fastest<at::BFloat16> {
 #endif
 #endif
 
-// Whether tiles are the fastest way, and can be: pairs of bfloat16 need an even size
-template <typename T> inline bool by_tiles(int64_t M, int64_t K) {
-    if (M > Fastest<T>::tiles || K * sizeof(T) % sizeof(float) != 0) return false;
+// Whether tiles are the fastest way, which is up to `most` rows of x, and can be: pairs of bfloat16
+// need an even size
+template <typename T> inline bool by_tiles(int64_t M, int64_t K, int64_t most) {
+    if (M > most || K * sizeof(T) % sizeof(float) != 0) return false;
     try {
         try_products<T>();
         return true;
@@ -275,35 +276,50 @@ template <typename T> inline bool by_tiles(int64_t M, int64_t K) {
 // Rows of the weight, and rows of x, of a tile
 constexpr int64_t TILE_W = 32, TILE_X = 64;
 
-// The product of the weight, as it lies in memory, with the rows of x as columns: the weight is
-// neither copied nor read twice, as the library does to put it in an order of its own.
-template <typename T> void multiply_tiles(
-    const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int64_t stride,
-    int threads
+// Rows of a weight [N, K] as they lie in memory
+template <typename T> struct RowsOf {
+    static constexpr bool are_made = false;
+    const T* data;
+    int64_t K;
+    const T* operator()(int64_t first, int64_t, T*) const { return data + first * K; }
+};
+
+// The product of the weight, whose `rows` are a row's numbers beside each other, with the rows of x
+// as columns: the weight is neither copied nor read twice, as the library does to put it in an
+// order of its own. Where rows are made, it is a tile of them at a time.
+template <typename T, typename Rows> void multiply_tiles(
+    const T* x, const Rows& rows, const T* bias, T* y, int64_t M, int64_t N, int64_t K,
+    int64_t stride, int threads
 ) {
     constexpr bool in_pairs = !std::is_same_v<T, float>;
     const int64_t size = K * sizeof(T) / sizeof(float), all = rounded(M, LANES);
     const int64_t parts = (all + TILE_X - 1) / TILE_X, chunks = (N + TILE_W - 1) / TILE_W;
     std::unique_ptr<float[]> columns(new float[all * size]);
+    std::unique_ptr<T[]> places(Rows::are_made ? new T[threads * TILE_W * K] : nullptr);
     #pragma omp parallel num_threads(threads)
     {
+        T* place = Rows::are_made ? places.get() + omp_get_thread_num() * TILE_W * K : nullptr;
         #pragma omp for schedule(static)
         for (int64_t m = 0; m < all; m += LANES) {
             const int64_t first = m / TILE_X * TILE_X, width = std::min(TILE_X, all - first);
-            const int64_t rows = std::min(LANES, M - m);
+            const int64_t given = std::min(LANES, M - m);
             float* to = columns.get() + first * size + m - first;
-            turn(reinterpret_cast<const float*>(x + m * K), size, rows, size, to, width);
-            for (int64_t k = 0; rows < LANES && k < size; ++k) {
-                std::fill(to + k * width + rows, to + k * width + LANES, 0.0f);
+            turn(reinterpret_cast<const float*>(x + m * K), size, given, size, to, width);
+            for (int64_t k = 0; given < LANES && k < size; ++k) {
+                std::fill(to + k * width + given, to + k * width + LANES, 0.0f);
             }
         }
+        int64_t held = -1;  // the first of the rows that were asked for
+        const T* weight = nullptr;
         #pragma omp for schedule(static)
         for (int64_t i = 0; i < chunks * parts; ++i) {
             const int64_t first = i % parts * TILE_X, width = std::min(TILE_X, all - first);
             const int64_t start = i / parts * TILE_W, count = std::min(TILE_W, N - start);
+            if (start != held) weight = rows(start, count, place);
+            held = start;
             float sums[TILE_W * TILE_X], turned[LANES * LANES];
             at::native::cpublas::brgemm(
-                count, width, K, K, width, width, false, w + start * K,
+                count, width, K, K, width, width, false, weight,
                 reinterpret_cast<const T*>(columns.get() + first * size), sums, in_pairs
             );
             for (int64_t m = first; m < std::min(first + width, M); m += LANES) {
@@ -335,8 +351,8 @@ template <typename T> void multiply_many(
     const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int64_t stride,
     int threads
 ) {
-    if (by_tiles<T>(M, K)) {
-        multiply_tiles(x, w, bias, y, M, N, K, stride, threads);
+    if (by_tiles<T>(M, K, Fastest<T>::tiles)) {
+        multiply_tiles(x, RowsOf<T>{w, K}, bias, y, M, N, K, stride, threads);
     } else {
         by_library(x, w, bias, y, M, N, K, stride, false);
     }
@@ -357,8 +373,10 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "bias": bias}, outputs={"
     const T* weight = &{{kernel.index(w, [0, 0])}};
     const T* added = {% if bias is none %}nullptr{% else %}&{{kernel.index(bias, [0])}}{% endif %};
     const T* read = &{{kernel.index(x, [0, 0, 0])}};
-    if (M > polar_fx::Fastest<T>::loops && polar_fx::by_tiles<T>(M, K)) {
-        polar_fx::multiply_tiles(read, weight, added, y, M, N, K, N, {{threads}});
+    using Fastest = polar_fx::Fastest<T>;
+    if (M > Fastest::loops && polar_fx::by_tiles<T>(M, K, Fastest::tiles)) {
+        const polar_fx::RowsOf<T> rows{weight, K};
+        polar_fx::multiply_tiles(read, rows, added, y, M, N, K, N, {{threads}});
         return;
     }
     if (M > polar_fx::Step<T>::most) {

@@ -20,8 +20,9 @@ from polar_fx.quantized import integers_of
 # over, and less than one
 SIZES = ((64, 96, "int4", False), (96, 35, "int4", True), (35, 64, "int8", True))
 BESIDE = (64, 37, "int4", False)  # over what the first of them is over: one call makes both
-# up to a block of rows, past it, several blocks, and so many that the library multiplies
-ROWS = (2, 3, 8, 13, 70)
+# up to a block of rows, past it, several blocks, tiles that are whole and that are not, and so many
+# that the library multiplies
+ROWS = (2, 3, 8, 13, 64, 70, 390)
 
 
 def _operands(rows: int, dtype: torch.dtype) -> list[Tensor]:

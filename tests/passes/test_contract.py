@@ -78,7 +78,7 @@ CASES: dict[str, tuple[Pass, Callable[[], GraphModule]]] = {
     "grouped-linear": (PASSES["grouped-linear"](), lambda: on_cpu(with_experts())),
     "matvec-to-reduction": (PASSES["matvec-to-reduction"](), lambda: on_cpu(single_row())),
     "linear-to-row-kernel": (PASSES["linear-to-row-kernel"](), lambda: on_cpu(several_rows())),
-    "linear-to-onednn": (PASSES["linear-to-onednn"](), lambda: on_cpu(several_rows())),
+    "linear-to-onednn": (PASSES["linear-to-onednn"](), lambda: on_cpu(several_rows(tokens=2))),
     "attention-to-reduction": (PASSES["attention-to-reduction"](), lambda: on_cpu(single_query())),
     "attention-over-blocks": (PASSES["attention-over-blocks"](), lambda: on_cpu(several_queries())),
     "inline-layers": (PASSES["inline-layers"](), step_graph),

@@ -72,7 +72,7 @@ CASES: dict[str, Callable[[], GraphModule]] = {
         PASSES["linear-to-row-kernel"]().run(on_cpu(several_rows(torch.bfloat16))).graph_module
     ),
     "linear-to-onednn": lambda: (
-        PASSES["linear-to-onednn"]().run(on_cpu(several_rows())).graph_module
+        PASSES["linear-to-onednn"]().run(on_cpu(several_rows(tokens=2))).graph_module
     ),
     "attention-to-reduction": lambda: (
         PASSES["attention-to-reduction"]().run(on_cpu(single_query(torch.bfloat16))).graph_module

@@ -74,7 +74,7 @@ def test_so_is_what_these_passes_make_of_a_layer(name: str) -> None:
         ("grouped-linear", with_experts),
         ("matvec-to-reduction", single_row),
         ("linear-to-row-kernel", several_rows),
-        ("linear-to-onednn", several_rows),
+        ("linear-to-onednn", lambda: several_rows(tokens=2)),
         ("attention-to-reduction", single_query),
         ("attention-over-blocks", several_queries),
     ],

@@ -139,10 +139,10 @@ def single_row(dtype: torch.dtype = torch.float32, rows: int = 1) -> GraphModule
     return b.build(b.call(aten.linear.default, b.call(aten.linear.default, x, w1), w2, bias))
 
 
-def several_rows(dtype: torch.dtype = torch.float32, rows: int = 3) -> GraphModule:
-    """Two linears, one with a bias, over one token of each of some rows, [rows, 1, d]."""
+def several_rows(dtype: torch.dtype = torch.float32, rows: int = 3, tokens: int = 1) -> GraphModule:
+    """Two linears, one with a bias, over some tokens of each of some rows, [rows, tokens, d]."""
     b = Builder()
-    shapes = {"x": (rows, 1, D), "w1": (V, D), "w2": (D, V), "b": (D,)}
+    shapes = {"x": (rows, tokens, D), "w1": (V, D), "w2": (D, V), "b": (D,)}
     x, w1, w2, bias = (b.placeholder(name, *shape, dtype=dtype) for name, shape in shapes.items())
     return b.build(b.call(aten.linear.default, b.call(aten.linear.default, x, w1), w2, bias))
 
