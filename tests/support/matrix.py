@@ -57,6 +57,7 @@ SUBSET = (
     "tests/backends/test_light_headers.py",
     "tests/backends/test_onednn_linear.py",
     "tests/backends/test_quantized_kernel.py",
+    "tests/backends/test_row_kernel.py",
     *_of_families("test_identity_is_the_model", FAMILIES),
     "tests/product/test_families.py::test_rotary_frequencies_that_depend_on_the_length",
     "tests/product/test_families.py::test_rotary_frequencies_of_some_layers_that_depend_on_the_length",
