@@ -1,5 +1,5 @@
 """Linear layers over several rows or tokens become calls of one operator, for which backends have a
-kernel that reads every weight once, as it lies in memory.
+kernel that reads every weight once, as it lies in memory, unless the rows are many.
 
 Decoding a few rows and short prompts are bound by reading weights, as decoding one row is. A
 matrix-multiply kernel made for many rows reads them at a fraction of the memory's rate, or copies

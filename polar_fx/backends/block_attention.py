@@ -2,7 +2,7 @@
 compiles into a region like its own. For several tokens it is built around oneDNN's small products,
 which torch brings along.
 
-The adapter around torch's semi-public C++ templates; nothing else in the project touches them.
+An adapter around torch's semi-public C++ templates (cpp_template.py).
 """
 
 from typing import Any

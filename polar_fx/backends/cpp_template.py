@@ -1,6 +1,7 @@
 """How Inductor is told to call a kernel of ours: a C++ template in the place of an operator.
 
-The adapter around torch's semi-public `CppTemplate`, with the kernels themselves.
+With the kernels themselves, the adapter around torch's semi-public `CppTemplate`; nothing else in
+the project touches it.
 """
 
 from collections.abc import Sequence

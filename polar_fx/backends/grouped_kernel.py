@@ -127,19 +127,19 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
     int64_t rows = 0;
     std::vector<polar_fx::Group> few;
     for (const auto& each : polar_fx::groups_of(&{{kernel.index(ends, [0])}}, E, S, rows)) {
-        if (each.M <= polar_fx::Step<T>::most) {
-            few.push_back(each);
-            continue;
-        }
         const T *own_rows = read + each.first * K, *own_weight = weight + each.expert * N * K;
         T* result = y + each.first * N;
         {%- if transposed %}
-        polar_fx::by_library<T>(own_rows, own_weight, nullptr, result, each.M, N, K, N, true);
+        const bool done = each.M > polar_fx::Step<T>::most;
+        if (done) {
+            polar_fx::by_library<T>(own_rows, own_weight, nullptr, result, each.M, N, K, N, true);
+        }
         {%- else %}
-        polar_fx::multiply_many<T>(
-            own_rows, own_weight, nullptr, result, each.M, N, K, N, {{threads}}
+        const bool done = polar_fx::multiply_many<T>(
+            own_rows, own_weight, nullptr, result, each.M, N, K, {{threads}}
         );
         {%- endif %}
+        if (!done) few.push_back(each);
     }
     std::fill(y + rows * N, y + S * N, T(0));
     constexpr int64_t at_a_time = transposed ? polar_fx::COLUMNS : polar_fx::W_ROWS;

@@ -31,7 +31,7 @@ REGION_PASSES: tuple[Pass, ...] = (
     GroupedLinear(),
     MatvecToReduction(),
     *([LinearToOneDnn()] if onednn_linear.is_faster() else []),
-    LinearToRowKernel(),  # what is left: float32 of one token, other types of any number
+    LinearToRowKernel(),  # what is left
     *([AttentionOverBlocks()] if block_attention.is_faster() else []),
     AttentionToReduction(),  # what is left of one token
 )

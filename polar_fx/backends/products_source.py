@@ -35,7 +35,7 @@ constexpr int64_t LANES = Floats::size();
 inline int64_t rounded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Raises what oneDNN raises where it does not multiply T, such as when it is switched off: an
-// exception of one of several threads would end the process.
+// exception of one of several threads would end the process. For floats, others multiply then.
 template <typename T> inline void try_products() {
     constexpr int64_t SIZE = 32;
     constexpr bool in_pairs = !std::is_same_v<T, float>;

@@ -50,7 +50,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
         {%- endfor %}
     };
     using Fastest = polar_fx::FastestOfIntegers<T>;
-    if (M > Fastest::loops && polar_fx::by_tiles<T>(M, K, Fastest::tiles)) {
+    if (polar_fx::tiles_fit<T>(M, K, Fastest::loops, Fastest::tiles)) {
         for (const auto& weight : weights) {
             const polar_fx::MadeRowsOf<W, S, T> rows{weight, K};
             polar_fx::multiply_tiles(

@@ -17,8 +17,8 @@ constexpr int W_ROWS_OF_INTEGERS = 2;
 #else
 constexpr int W_ROWS_OF_INTEGERS = 1;  // fewer registers
 #endif
-// For many rows of x the weight is made into floats, so many numbers at a time, and the library
-// multiplies.
+// For more rows of x than tiles are for, the weight is made into floats, so many numbers at a time,
+// and the library multiplies.
 constexpr int64_t NUMBERS_AT_A_TIME = 1 << 20;
 
 // Up to how many rows of x loops are the fastest way, and then tiles, for which a weight's numbers

@@ -2,7 +2,7 @@
 into a region like its own. Loops for a few rows, oneDNN's small products for more, and the
 library's for many.
 
-The adapter around torch's semi-public C++ templates; nothing else in the project touches them.
+An adapter around torch's semi-public C++ templates (cpp_template.py).
 """
 
 from typing import Any
@@ -36,6 +36,7 @@ inline Sums wide(const at::BFloat16* p) {
 }
 inline void keep(float* p, const Sums& x) { x.store(p); }
 inline void keep(at::BFloat16* p, const Sums& x) {
+    // the instruction makes numbers below 2^-126 zeros
 #if defined(CPU_CAPABILITY_AVX512) && defined(__AVX512BF16__)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(x));
 #else
@@ -54,7 +55,7 @@ constexpr int X_ROWS = 4, W_ROWS = 2;
 constexpr int64_t AHEAD = 4096;
 
 // What a step along K takes of a row: `X` is the type in which x is read. The library is faster
-// for more than `most` rows of x.
+// for more than `most` rows of x, where tiles are not.
 template <typename T> struct Step;
 
 template <> struct Step<float> {
@@ -261,12 +262,13 @@ template <> struct Fastest<at::BFloat16> {
 #endif
 #endif
 
-// Whether tiles are the fastest way, which is up to `most` rows of x, and can be: pairs of bfloat16
-// need an even size
-template <typename T> inline bool by_tiles(int64_t M, int64_t K, int64_t most) {
-    if (M > most || K * sizeof(T) % sizeof(float) != 0) return false;
+// Whether tiles are the way for M rows of x, which are more than `loops` and `most` at most: pairs
+// of bfloat16 need an even size, and oneDNN has to be there. Where it multiplies bfloat16, it
+// multiplies floats; the other way round others would.
+template <typename T> inline bool tiles_fit(int64_t M, int64_t K, int64_t loops, int64_t most) {
+    if (M <= loops || M > most || K * sizeof(T) % sizeof(float) != 0) return false;
     try {
-        try_products<T>();
+        try_products<at::BFloat16>();
         return true;
     } catch (const std::exception&) {
         return false;
@@ -302,11 +304,11 @@ template <typename T, typename Rows> void multiply_tiles(
         #pragma omp for schedule(static)
         for (int64_t m = 0; m < all; m += LANES) {
             const int64_t first = m / TILE_X * TILE_X, width = std::min(TILE_X, all - first);
-            const int64_t given = std::min(LANES, M - m);
+            const int64_t count = std::min(LANES, M - m);
             float* to = columns.get() + first * size + m - first;
-            turn(reinterpret_cast<const float*>(x + m * K), size, given, size, to, width);
-            for (int64_t k = 0; given < LANES && k < size; ++k) {
-                std::fill(to + k * width + given, to + k * width + LANES, 0.0f);
+            turn(reinterpret_cast<const float*>(x + m * K), size, count, size, to, width);
+            for (int64_t k = 0; count < LANES && k < size; ++k) {
+                std::fill(to + k * width + count, to + k * width + LANES, 0.0f);
             }
         }
         int64_t held = -1;  // the first of the rows that were asked for
@@ -346,16 +348,17 @@ template <typename T, typename Rows> void multiply_tiles(
     }
 }
 
-// For more rows than loops are for
-template <typename T> void multiply_many(
-    const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int64_t stride,
-    int threads
+// Whether tiles or the library have multiplied M rows of x; loops are the way if not
+template <typename T> bool multiply_many(
+    const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int threads
 ) {
-    if (by_tiles<T>(M, K, Fastest<T>::tiles)) {
-        multiply_tiles(x, RowsOf<T>{w, K}, bias, y, M, N, K, stride, threads);
-    } else {
-        by_library(x, w, bias, y, M, N, K, stride, false);
+    if (tiles_fit<T>(M, K, Fastest<T>::loops, Fastest<T>::tiles)) {
+        multiply_tiles(x, RowsOf<T>{w, K}, bias, y, M, N, K, N, threads);
+        return true;
     }
+    if (M <= Step<T>::most) return false;
+    by_library(x, w, bias, y, M, N, K, N, false);
+    return true;
 }
 
 }  // namespace polar_fx
@@ -373,16 +376,7 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "bias": bias}, outputs={"
     const T* weight = &{{kernel.index(w, [0, 0])}};
     const T* added = {% if bias is none %}nullptr{% else %}&{{kernel.index(bias, [0])}}{% endif %};
     const T* read = &{{kernel.index(x, [0, 0, 0])}};
-    using Fastest = polar_fx::Fastest<T>;
-    if (M > Fastest::loops && polar_fx::by_tiles<T>(M, K, Fastest::tiles)) {
-        const polar_fx::RowsOf<T> rows{weight, K};
-        polar_fx::multiply_tiles(read, rows, added, y, M, N, K, N, {{threads}});
-        return;
-    }
-    if (M > polar_fx::Step<T>::most) {
-        polar_fx::by_library(read, weight, added, y, M, N, K, N, false);
-        return;
-    }
+    if (polar_fx::multiply_many(read, weight, added, y, M, N, K, {{threads}})) return;
     std::unique_ptr<X[]> place;
     const X* given = polar_fx::as_read(read, M * K, place);
     {%- if threads > 1 %}

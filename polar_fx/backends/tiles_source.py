@@ -84,9 +84,11 @@ struct Seen {
         some = one != 0;
         all = each != 0;
     }
+    // any byte but 0 is true
     static void look_at(const bool* part, int64_t count, bool& some, bool& all) {
-        some = std::memchr(part, true, count) != nullptr;
-        all = std::memchr(part, false, count) == nullptr;
+        const auto* bytes = reinterpret_cast<const unsigned char*>(part);
+        some = bytes[0] != 0 || std::memcmp(bytes, bytes + 1, count - 1) != 0;
+        all = std::memchr(bytes, 0, count) == nullptr;
     }
     int64_t first() const { return std::find(any, any + STEPS, true) - any; }
     int64_t last() const {
@@ -208,7 +210,7 @@ inline float largest_of(float* scores, float scale, const float* bias, int64_t n
     for (; j + LANES <= n; j += LANES) {
         auto x = Floats::loadu(scores + j);
         if (bias == nullptr) {
-            // not `maximum`, which looks for NaN each time; NaN and infinity times 0 are NaN
+            // not `maximum`, which looks for NaN each time; NaN and infinities times 0 are NaN
             x = x * factor;
             odd = at::vec::fmadd(x, zero, odd);
             most = at::vec::clamp_min(x, most);
@@ -221,6 +223,10 @@ inline float largest_of(float* scores, float scale, const float* bias, int64_t n
     float found = at::vec::vec_reduce_all<float>(
         [](Floats& a, Floats& b) { return at::vec::maximum(a, b); }, most + odd
     );
+    if (bias == nullptr && found != found) {  // one by one: less than any is no fault
+        found = NEVER;
+        j = 0;
+    }
     for (; j < n; ++j) {
         const float x = scores[j] * scale + (bias == nullptr ? 0 : bias[j]);
         if (bias != nullptr) scores[j] = x;

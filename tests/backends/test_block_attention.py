@@ -157,6 +157,26 @@ def test_scores_that_are_no_numbers_make_none(
 
 
 @needs_onednn
+@pytest.mark.parametrize("column", [0, 320], ids=["the first column", "one of the second tile"])
+def test_a_score_of_minus_infinity_is_not_seen(
+    column: int, region: tuple[Region, torch.dtype]
+) -> None:
+    run, dtype = region
+    given, hidden = _operands(dtype, SHAPES[2]), _operands(dtype, SHAPES[2])
+    half = len(given) // 2
+    for i in (0, half):
+        for each in (given, hidden):
+            each[i][:] = each[i].abs() + 0.1
+            each[i + 4][:] = True
+        given[i + 1][given[i + 3][0, column // 16], :, column % 16] = -float("inf")
+        hidden[i + 4][0, ..., column] = False
+    got, want = run(list(given)), run(list(hidden))
+    near = 1e-5 if dtype == torch.float32 else 0.03
+    for i in (0, len(KINDS)):
+        torch.testing.assert_close(got[i][0], want[i][0], rtol=near, atol=near)
+
+
+@needs_onednn
 def test_operands_may_begin_anywhere_in_memory(two_threads: None) -> None:
     """One row's query as a part of what one product makes."""
 
