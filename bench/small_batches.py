@@ -52,8 +52,7 @@ from polar_fx.store import ArtifactStore
 CPU = torch.device("cpu")
 AFTER, BEFORE, HF = "polar_fx", "before", "HF eager"
 EXPERTS = "OLMoE-1B-7B's sizes, 4 of its 16 layers, random weights"
-# What is left out before: passes, or something else. Without oneDNN means without its small products
-# as well, which the kernel for a few rows calls.
+# What is left out before: passes, or something else. The kernel for a few rows calls oneDNN, too.
 WITHOUT: dict[str, tuple[type[Pass], ...]] = {
     "kernel": (LinearToRowKernel,),
     "onednn": (LinearToOneDnn, LinearToRowKernel),

@@ -65,9 +65,8 @@ def _is_of_rows(node: Node) -> bool:
         return False
     x, weight = operands
     sizes = cast(Sequence[int | torch.SymInt], weight.shape)
-    return not all(is_known(size, 1) for size in x.shape[:2]) and all(
-        isinstance(size, int) and size > 0 for size in sizes
-    )
+    is_single = is_known(x.shape[0], 1) and is_known(x.shape[1], 1)
+    return not is_single and all(isinstance(size, int) and size > 0 for size in sizes)
 
 
 @dataclass(frozen=True)

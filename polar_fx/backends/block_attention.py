@@ -81,4 +81,4 @@ def register() -> None:
     def _(query: Any, key: Any, value: Any, blocks: Any, mask: Any, scale: float) -> Any:
         given = [query, key, value, blocks, *([] if mask is None else [mask])]
         size = [*query.get_size()[:-1], value.get_size()[-1]]
-        return output_of(Template, "block_attention", given, size=size, scale=scale)
+        return output_of(Template, given, name="block_attention", size=size, scale=scale)

@@ -10,13 +10,14 @@ from typing import Any
 
 def output_of(
     template: type[Any],
-    name: str,
     operands: Sequence[Any],
     *,
+    name: str,
     size: Sequence[Any],
     **attributes: Any,
 ) -> Any:
-    """What a call of the template gives: `size`, of the first operand's dtype and device.
+    """What a kernel of that name gives, made from the template: `size`, of the first operand's
+    dtype and device.
 
     The template gets the operands without gaps in memory, and `attributes` as its own.
     """

@@ -201,4 +201,6 @@ def register() -> None:
     def _(x: Any, weight: Any, ends: Any, transposed: bool) -> Any:
         size = [x.get_size()[0], weight.get_size()[2 if transposed else 1]]
         given = [x, weight, ends]
-        return output_of(GroupedLinear, "grouped_linear", given, size=size, transposed=transposed)
+        return output_of(
+            GroupedLinear, given, name="grouped_linear", size=size, transposed=transposed
+        )

@@ -135,8 +135,8 @@ def register() -> None:
         size = [*x.get_size()[:-1], sum(weight.get_size()[0] for weight in weights)]
         return output_of(
             Template,
-            "quantized_linear",
             [x, *itertools.chain(*lists)],
+            name="quantized_linear",
             size=size,
             counts=[len(each) for each in lists],
         )

@@ -416,4 +416,4 @@ def register() -> None:
     def _(x: Any, weight: Any, bias: Any = None) -> Any:
         operands = [operand for operand in (x, weight, bias) if operand]
         size = [*x.get_size()[:-1], weight.get_size()[0]]
-        return output_of(RowLinear, "row_linear", operands, size=size)
+        return output_of(RowLinear, operands, name="row_linear", size=size)

@@ -61,7 +61,9 @@ def _operands(rows: int, tokens: int = 1) -> list[Tensor]:
     return [part for dtype in DTYPES for part in (x.to(dtype), *_weights(dtype))]
 
 
-def _compiled(example: Sequence[Tensor], axes: dict[int, str], options: dict[str, Any]) -> Region:
+def _compiled(
+    example: Sequence[Tensor], axes: dict[int, str], *, options: dict[str, Any]
+) -> Region:
     """Both dtypes in one region: compiling takes seconds."""
     dynamic = [axes if operand.dim() == 3 else {} for operand in example]
     body: Any = _Body()
@@ -72,13 +74,13 @@ def _compiled(example: Sequence[Tensor], axes: dict[int, str], options: dict[str
 def region(request: pytest.FixtureRequest) -> Region:
     """For one token of any number of rows."""
     options = {} if request.param is None else {"cpp.simdlen": request.param}
-    return _compiled(_operands(3), {0: "batch"}, options)
+    return _compiled(_operands(3), {0: "batch"}, options=options)
 
 
 @pytest.fixture(scope="module")
 def region_of_tokens() -> Region:
     """For any number of rows and tokens."""
-    return _compiled(_operands(3, 2), {0: "batch", 1: "tokens"}, {})
+    return _compiled(_operands(3, 2), {0: "batch", 1: "tokens"}, options={})
 
 
 def _assert_near(

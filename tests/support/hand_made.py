@@ -139,7 +139,9 @@ def single_row(dtype: torch.dtype = torch.float32, rows: int = 1) -> GraphModule
     return b.build(b.call(aten.linear.default, b.call(aten.linear.default, x, w1), w2, bias))
 
 
-def several_rows(dtype: torch.dtype = torch.float32, rows: int = 3, tokens: int = 1) -> GraphModule:
+def several_rows(
+    dtype: torch.dtype = torch.float32, rows: int = 3, *, tokens: int = 1
+) -> GraphModule:
     """Two linears, one with a bias, over some tokens of each of some rows, [rows, tokens, d]."""
     b = Builder()
     shapes = {"x": (rows, tokens, D), "w1": (V, D), "w2": (D, V), "b": (D,)}
