@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .base import Caller, Pass, PassResult, replace_each
-from .linear_to_row_kernel import is_known, linear_operands
+from .linear_to_row_kernel import linear_operands
 
 
 @torch.library.custom_op("polar_fx::onednn_linear", mutates_args=())
@@ -37,8 +37,9 @@ def _is_float32(node: Node) -> bool:
     operands = linear_operands(node, (torch.float32,))
     if operands is None or operands[0].dim() < 2:
         return False
-    x = operands[0]
-    return x.dim() != 3 or not is_known(x.shape[1], 1)
+    tokens = cast(int | torch.SymInt, operands[0].shape[-2])
+    # not `!= 1` alone, which would settle a size that may vary
+    return operands[0].dim() != 3 or not isinstance(tokens, int) or tokens != 1
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .base import Caller, Pass, PassResult, replace_each
+from .matvec_to_reduction import is_single_row
 
 aten = torch.ops.aten
 
@@ -51,22 +52,14 @@ def linear_operands(node: Node, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, 
     return (x, weight) if alike and weight.dim() == 2 and weight.is_contiguous() else None
 
 
-def is_known(size: int | torch.SymInt, value: int) -> bool:
-    """Whether a size is this one, whatever sizes that may vary become: to compare those would
-    settle them.
-    """
-    return isinstance(size, int) and size == value
-
-
 def _is_of_rows(node: Node) -> bool:
     """A linear on the CPU of several rows or tokens, or of an unknown number of them."""
     operands = linear_operands(node, DTYPES)
     if operands is None or operands[0].dim() != 3:
         return False
-    x, weight = operands
-    sizes = cast(Sequence[int | torch.SymInt], weight.shape)
-    is_single = is_known(x.shape[0], 1) and is_known(x.shape[1], 1)
-    return not is_single and all(isinstance(size, int) and size > 0 for size in sizes)
+    sizes = cast(Sequence[int | torch.SymInt], operands[1].shape)
+    known = all(isinstance(size, int) and size > 0 for size in sizes)
+    return known and not is_single_row(node, "cpu")
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
         ),
         {%- endfor %}
     };
-    using Fastest = polar_fx::FastestOfIntegers<T>;
-    if (polar_fx::tiles_fit<T>(M, K, Fastest::loops, Fastest::tiles)) {
+    if (polar_fx::tiles_fit<T>(M, K, polar_fx::FASTEST_OF_INTEGERS<T>)) {
         for (const auto& weight : weights) {
             const polar_fx::MadeRowsOf<W, S, T> rows{weight, K};
             polar_fx::multiply_tiles(

@@ -23,21 +23,13 @@ constexpr int64_t NUMBERS_AT_A_TIME = 1 << 20;
 
 // Up to how many rows of x loops are the fastest way, and then tiles, for which a weight's numbers
 // are made once
-template <typename T> struct FastestOfIntegers {
-    static constexpr int64_t loops = Step<T>::most, tiles = 0;
-};
+template <typename T> constexpr Ways FASTEST_OF_INTEGERS{Step<T>::most, 0};
 #if defined(CPU_CAPABILITY_AVX512)
-template <> struct FastestOfIntegers<float> {
-    static constexpr int64_t loops = 24, tiles = 256;
-};
+template <> constexpr Ways FASTEST_OF_INTEGERS<float>{24, 256};
 #if defined(__AMX_BF16__)
-template <> struct FastestOfIntegers<at::BFloat16> {
-    static constexpr int64_t loops = 10, tiles = 384;
-};
+template <> constexpr Ways FASTEST_OF_INTEGERS<at::BFloat16>{10, 384};
 #elif defined(__AVX512BF16__)
-template <> struct FastestOfIntegers<at::BFloat16> {
-    static constexpr int64_t loops = 24, tiles = 256;
-};
+template <> constexpr Ways FASTEST_OF_INTEGERS<at::BFloat16>{24, 256};
 #endif
 #endif
 

@@ -244,29 +244,25 @@ void by_library(
 }
 
 // Up to how many rows of x loops are the fastest way, and then tiles
-template <typename T> struct Fastest {
-    static constexpr int64_t loops = Step<T>::most, tiles = 0;
+struct Ways {
+    int64_t loops, tiles;
 };
+template <typename T> constexpr Ways FASTEST{Step<T>::most, 0};
 #if defined(CPU_CAPABILITY_AVX512)
-template <> struct Fastest<float> {
-    static constexpr int64_t loops = 16, tiles = 96;
-};
+template <> constexpr Ways FASTEST<float>{16, 96};
 #if defined(__AMX_BF16__)
-template <> struct Fastest<at::BFloat16> {
-    static constexpr int64_t loops = 4, tiles = 128;
-};
+template <> constexpr Ways FASTEST<at::BFloat16>{4, 128};
 #elif defined(__AVX512BF16__)
-template <> struct Fastest<at::BFloat16> {
-    static constexpr int64_t loops = 24, tiles = 96;
-};
+template <> constexpr Ways FASTEST<at::BFloat16>{24, 96};
 #endif
 #endif
 
-// Whether tiles are the way for M rows of x, which are more than `loops` and `most` at most: pairs
-// of bfloat16 need an even size, and oneDNN has to be there. Where it multiplies bfloat16, it
-// multiplies floats; the other way round others would.
-template <typename T> inline bool tiles_fit(int64_t M, int64_t K, int64_t loops, int64_t most) {
-    if (M <= loops || M > most || K * sizeof(T) % sizeof(float) != 0) return false;
+// Whether tiles are the way for M rows of x, and can be: pairs of bfloat16 need an even size, and
+// oneDNN has to be there. Where it multiplies bfloat16, it multiplies floats; the other way round
+// others would.
+template <typename T> inline bool tiles_fit(int64_t M, int64_t K, const Ways& fastest) {
+    if (M <= fastest.loops || M > fastest.tiles) return false;
+    if (K * sizeof(T) % sizeof(float) != 0) return false;
     try {
         try_products<at::BFloat16>();
         return true;
@@ -352,7 +348,7 @@ template <typename T, typename Rows> void multiply_tiles(
 template <typename T> bool multiply_many(
     const T* x, const T* w, const T* bias, T* y, int64_t M, int64_t N, int64_t K, int threads
 ) {
-    if (tiles_fit<T>(M, K, Fastest<T>::loops, Fastest<T>::tiles)) {
+    if (tiles_fit<T>(M, K, FASTEST<T>)) {
         multiply_tiles(x, RowsOf<T>{w, K}, bias, y, M, N, K, N, threads);
         return true;
     }
@@ -395,7 +391,7 @@ def register() -> None:
     from torch._inductor.codegen.cpp_template import CppTemplate
 
     class RowLinear(CppTemplate):
-        """`row_linear` of x [M, 1, K], w [N, K] and perhaps bias [N], as C++."""
+        """`row_linear` of x [B, T, K], w [N, K] and perhaps bias [N], as C++."""
 
         def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:  # type: ignore[override]
             x, w, *bias = self.input_nodes
