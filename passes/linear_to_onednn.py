@@ -14,6 +14,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .base import Caller, Pass, PassResult, replace_each
 from .linear_to_row_kernel import linear_operands
+from .matvec_to_reduction import is_single_row
 
 
 @torch.library.custom_op("polar_fx::onednn_linear", mutates_args=())
@@ -31,15 +32,16 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_float32(node: Node) -> bool:
-    """A linear in float32 on the CPU, with a weight as it lies in memory, unless x [B, 1, K] has
-    one token of each row: for these `linear-to-row-kernel` has a faster way.
+    """A linear in float32 on the CPU, with a weight as it lies in memory, unless x has one token of
+    each row, [B, 1, K], or a single row: for these other passes have a faster way.
     """
     operands = linear_operands(node, (torch.float32,))
     if operands is None or operands[0].dim() < 2:
         return False
     tokens = cast(int | torch.SymInt, operands[0].shape[-2])
     # not `!= 1` alone, which would settle a size that may vary
-    return operands[0].dim() != 3 or not isinstance(tokens, int) or tokens != 1
+    one_token = isinstance(tokens, int) and tokens == 1
+    return not (one_token and operands[0].dim() == 3) and not is_single_row(node, "cpu")
 
 
 @dataclass(frozen=True)

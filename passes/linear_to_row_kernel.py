@@ -1,10 +1,11 @@
-"""Linear layers over several rows or tokens become calls of one operator, for which backends have a
-kernel that reads every weight once, as it lies in memory, unless the rows are many.
+"""Linear layers over rows or tokens become calls of one operator, for which backends have a kernel
+that reads every weight once, as it lies in memory, unless the rows are many.
 
 Decoding a few rows and short prompts are bound by reading weights, as decoding one row is. A
 matrix-multiply kernel made for many rows reads them at a fraction of the memory's rate, or copies
 them into an order of its own first, and sums of products as in matvec-to-reduction have no way to
-ask for weights ahead of their use (docs/performance.md has the figures).
+ask for weights ahead of their use (docs/performance.md has the figures). Layers over the same token
+of each row become one call.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,10 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from .base import Caller, Pass, PassResult, replace_each
-from .matvec_to_reduction import is_single_row
+from .base import Pass, PassResult
+from .joined_linears import Linear, join_linears
 
 aten = torch.ops.aten
 
@@ -24,18 +25,22 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 
 @torch.library.custom_op("polar_fx::row_linear", mutates_args=())
-def row_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [B, T, K] times the rows of weight [N, K], plus bias [N]: [B, T, N], all of one dtype of
-    `DTYPES`; x and weight are contiguous.
+def row_linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """x [B, T, K] times the rows of each weight [N, K], plus its bias [N], side by side: [B, T, sum
+    of N], all of one dtype of `DTYPES`. Operands have no gaps, and there is a bias for each weight
+    or for none. Raises what `torch.nn.functional.linear` raises.
 
     The same values as torch.nn.functional.linear's. Backends may have a kernel of their own for it.
     """
-    return torch.nn.functional.linear(x, weight, bias)
+    parts: list[Tensor] = []
+    for i, weight in enumerate(weights):
+        parts.append(torch.nn.functional.linear(x, weight, biases[i] if biases else None))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 @cast(Any, row_linear).register_fake
-def _(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(weight.shape[0] for weight in weights)))
 
 
 def linear_operands(node: Node, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, Tensor] | None:
@@ -52,31 +57,30 @@ def linear_operands(node: Node, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, 
     return (x, weight) if alike and weight.dim() == 2 and weight.is_contiguous() else None
 
 
-def _is_of_rows(node: Node) -> bool:
-    """A linear on the CPU of several rows or tokens, or of an unknown number of them."""
+def _find(node: Node) -> Linear | None:
+    """A linear on the CPU of x [B, T, K] and a weight of known sizes."""
     operands = linear_operands(node, DTYPES)
     if operands is None or operands[0].dim() != 3:
-        return False
+        return None
     sizes = cast(Sequence[int | torch.SymInt], operands[1].shape)
-    known = all(isinstance(size, int) and size > 0 for size in sizes)
-    return known and not is_single_row(node, "cpu")
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        return None
+    x, weight, *bias = node.args
+    added = bias[0] if bias and isinstance(bias[0], Node) else None
+    tokens = cast(int | torch.SymInt, operands[0].shape[1])
+    # of several tokens, a joined call is slower: its results are further apart
+    shared = isinstance(tokens, int) and tokens == 1
+    return Linear(cast(Node, x), cast(Node, weight), (added,), kind="a token" if shared else node)
 
 
 @dataclass(frozen=True)
 class LinearToRowKernel(Pass):
-    """Rewrite linear(x, w, b) with x [B, T, K], not of one row and token, as `row_linear` of x, w
-    and b.
+    """Rewrite linear(x, w, b) with x [B, T, K] as `row_linear` of x, w and b, those of the same x
+    as one call if T is 1.
     """
 
     name: ClassVar[str] = "linear-to-row-kernel"
     preserves_numerics: ClassVar[bool] = False  # a kernel for it sums in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        return replace_each(gm, _is_of_rows, make=_by_kernel, what="linears rewritten")
-
-
-def _by_kernel(graph: Graph, node: Node) -> Node:
-    call = Caller(graph, node)
-    x, *others = node.args
-    assert isinstance(x, Node)
-    return call(torch.ops.polar_fx.row_linear.default, call.dense(x), *others)
+        return join_linears(gm, _find, torch.ops.polar_fx.row_linear.default)

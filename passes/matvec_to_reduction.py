@@ -1,5 +1,6 @@
 """A linear layer over a single row becomes sums of products, which the compiler turns into
-streaming loops.
+streaming loops: the way for those that linear-to-row-kernel leaves, such as in half precision or
+with a weight laid out in another order.
 
 Decoding one token reads every weight once: it is bound by memory, and a matrix-multiply kernel made
 for many rows reads slower than a plain vectorized reduction (docs/performance.md has the figures).

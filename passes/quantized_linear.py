@@ -9,15 +9,17 @@ token.
 Shape legend: N rows of a weight, K their size, G groups of 32 numbers in a row.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from .base import Caller, Pass, PassResult, copy_graph_module
+from .base import Pass, PassResult
+from .joined_linears import Linear, is_operand, join_linears
 
 aten = torch.ops.aten
 
@@ -66,27 +68,6 @@ def _(x: Tensor, weights: Sequence[Tensor], *_: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """What a linear over integers is made of."""
-
-    x: Node
-    weight: Node
-    scale: Node
-    zero: Node | None
-    bias: Node | None
-
-    def nodes(self) -> tuple[Node | None, ...]:
-        return self.x, self.weight, self.scale, self.zero, self.bias
-
-    def alike(self) -> tuple[Any, ...]:
-        """The same for linears that one call can make together, where the first of them is."""
-        others = [node for node in self.nodes()[1:] if node is not None]
-        alone = None if all(map(_is_operand, others)) else self
-        dtype = self.scale.meta["val"].dtype
-        return self.x, self.zero is None, self.bias is None, dtype, alone
-
-
-@dataclass(frozen=True)
 class QuantizedLinear(Pass):
     """Rewrite linear(x, dequantize(weight, scale, zero), bias) on the CPU as `quantized_linear`,
     those of the same x as one call; and what torchao's int8 weight-only tensors are traced as, a
@@ -97,72 +78,16 @@ class QuantizedLinear(Pass):
     preserves_numerics: ClassVar[bool] = False  # a kernel for it rounds less, in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        if not any(map(_find, gm.graph.nodes)):
-            return PassResult(gm, False)
-        new, graph = copy_graph_module(gm)
-        groups: dict[tuple[Any, ...], list[Node]] = {}
-        taken: dict[tuple[Any, ...], set[Node | None]] = {}
-        for node in graph.nodes:
-            if (linear := _find(node)) is None:
-                continue
-            key, weights = linear.alike(), {*linear.nodes()[1:]} - {None}
-            if weights & taken.setdefault(key, set()):  # a kernel names each of its operands once
-                key = (*key, node)
-            taken.setdefault(key, set()).update(weights)
-            groups.setdefault(key, []).append(node)
-        for nodes in groups.values():
-            _rewrite(graph, nodes)
-        new.recompile()
-        counts: dict[str, int | str] = {
-            "linears rewritten": sum(map(len, groups.values())),
-            "calls": len(groups),
-        }
-        return PassResult(new, True, counts)
+        return join_linears(gm, _find, torch.ops.polar_fx.quantized_linear.default)
 
 
-def _rewrite(graph: Graph, nodes: Sequence[Node]) -> None:
-    """Replace linears by one call, where the first of them is."""
-    # found anew: what they are over may have been rewritten since
-    linears = [linear for linear in map(_find, nodes) if linear is not None]
-    with graph.inserting_before(nodes[0]):
-        call = Caller(graph, nodes[0])
-        operands: list[list[Node]] = []
-        for column in zip(*(linear.nodes()[1:] for linear in linears), strict=True):
-            operands.append([node for node in column if node is not None])
-        target = torch.ops.polar_fx.quantized_linear.default
-        result = call(target, call.dense(linears[0].x), *operands)
-        end, parts = 0, list[Node]()
-        for linear in linears:
-            start, end = end, end + linear.weight.meta["val"].shape[0]
-            whole = len(linears) == 1
-            parts.append(result if whole else call(aten.slice.Tensor, result, -1, start, end))
-    for node, part in zip(nodes, parts, strict=True):
-        for user in node.users if len(nodes) > 1 else ():
-            if user.target is aten.view.default:  # there are gaps between the rows of a part
-                user.target = aten.reshape.default
-        node.replace_all_uses_with(part)
-        _erase(graph, node)
-
-
-def _erase(graph: Graph, node: Node) -> None:
-    """Erase a node that nobody reads any more, and then what it alone has read."""
-    read = node.all_input_nodes
-    graph.erase_node(node)
-    for other in read:
-        # torch.export notes the dtype of what is cast; that alone is no reason to compute it
-        if all(_calls(user, aten._assert_tensor_metadata.default) for user in other.users):
-            for user in list(other.users):
-                graph.erase_node(user)
-        if not other.users and other.op == "call_function":
-            _erase(graph, other)
-
-
-def _find(node: Node) -> _Found | None:
+def _find(node: Node) -> Linear | None:
     """What the node is made of, if it is a linear over integers that the kernel takes."""
     found = _of_linear(node) or _scaled_after(node)
     if found is None:
         return None
-    values = [n if n is None else n.meta.get("val") for n in found.nodes()]
+    nodes = (found.x, *found.operands())
+    values = [n if n is None else n.meta.get("val") for n in nodes]
     given = [v for v in values if v is not None]
     if not all(isinstance(v, Tensor) and v.device.type == "cpu" for v in given):
         return None
@@ -177,10 +102,10 @@ def _find(node: Node) -> _Found | None:
     else:
         fits = fits and weight.dtype == torch.uint8 and zero.is_contiguous()
         fits = fits and zero.dtype == scale.dtype and 2 * columns == GROUP * scale.shape[1]
-    return found if fits else None
+    return dataclasses.replace(found, kind=scale.dtype) if fits else None
 
 
-def _of_linear(node: Node) -> _Found | None:
+def _of_linear(node: Node) -> Linear | None:
     """linear(x, dequantize(...), bias)"""
     if not _calls(node, aten.linear.default):
         return None
@@ -188,7 +113,10 @@ def _of_linear(node: Node) -> _Found | None:
     assert isinstance(x, Node) and isinstance(made, Node)
     added = bias[0] if bias and isinstance(bias[0], Node) else None
     parts = _of_bytes(made) or _of_nibbles(made)
-    return parts and _Found(x, *parts, added)
+    if parts is None:
+        return None
+    weight, scale, zero = parts
+    return Linear(x, weight, (scale, zero, added), kind=None)
 
 
 def _of_bytes(made: Node) -> tuple[Node, Node, None] | None:
@@ -199,7 +127,7 @@ def _of_bytes(made: Node) -> tuple[Node, Node, None] | None:
     if not (isinstance(scale, Node) and _calls(wide, aten.to.dtype)):
         return None
     weight = cast(Node, wide).args[0]
-    return (weight, scale, None) if isinstance(weight, Node) and _is_operand(weight) else None
+    return (weight, scale, None) if isinstance(weight, Node) and is_operand(weight) else None
 
 
 def _of_nibbles(made: Node) -> tuple[Node, Node, Node] | None:
@@ -233,10 +161,10 @@ def _of_halves(halves: Any, *, scale: Any, zero: Any) -> tuple[Node, Node, Node]
     if not (is_low and is_high and isinstance(scale, Node) and isinstance(zero, Node)):
         return None
     weight = low.args[0]
-    return (weight, scale, zero) if high.args[0] is weight and _is_operand(weight) else None
+    return (weight, scale, zero) if high.args[0] is weight and is_operand(weight) else None
 
 
-def _scaled_after(node: Node) -> _Found | None:
+def _scaled_after(node: Node) -> Linear | None:
     """mm(x, to(t(weight))) * flatten(to(scale)): torchao's int8 weight-only linear."""
     if not _calls(node, aten.mul.Tensor):
         return None
@@ -250,15 +178,11 @@ def _scaled_after(node: Node) -> _Found | None:
     scale = factors
     while _calls(scale, aten.flatten.using_ints) or _calls(scale, aten.to.dtype):
         scale = cast(Node, scale.args[0])
-    if not (_calls(turned, aten.t.default) and _is_operand(scale)):
+    if not (_calls(turned, aten.t.default) and is_operand(scale)):
         return None
     weight = cast(Node, cast(Node, turned).args[0])
-    return _Found(x, weight, scale, None, None) if _is_operand(weight) else None
+    return Linear(x, weight, (scale, None, None), kind=None) if is_operand(weight) else None
 
 
 def _calls(node: Any, target: Any) -> bool:
     return isinstance(node, Node) and node.op == "call_function" and node.target is target
-
-
-def _is_operand(node: Node) -> bool:
-    return node.op in ("placeholder", "get_attr")

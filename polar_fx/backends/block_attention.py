@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from ..passes.attention_over_blocks import block_attention
-from . import row_kernel, rows_source, tiles_source
+from . import linear_source, rows_source, tiles_source
 from .cpp_template import output_of
 
 BLOCK_ATTENTION: Any = torch.ops.polar_fx.block_attention.default
 assert block_attention._opoverload is BLOCK_ATTENTION
 
-SOURCE = row_kernel.SOURCE + tiles_source.SOURCE + rows_source.SOURCE
+SOURCE = linear_source.SOURCE + tiles_source.SOURCE + rows_source.SOURCE
 KERNEL = r"""
 extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
 {

@@ -4,6 +4,7 @@ With the kernels themselves, the adapter around torch's semi-public `CppTemplate
 the project touches it.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,3 +34,33 @@ def output_of(
     for attribute, value in attributes.items():
         setattr(made, attribute, value)
     return made.generate().output_node()
+
+
+def joined_output_of(
+    template: type[Any], x: Any, lists: Sequence[Sequence[Any]], *, name: str
+) -> Any:
+    """What a kernel for several weights [N, ...] over the same x [..., K] gives: [..., sum of N].
+
+    The first of the lists are the weights; the template gets the lengths of all as `counts`, and
+    finds them again by `lists_of`.
+    """
+    size = [*x.get_size()[:-1], sum(weight.get_size()[0] for weight in lists[0])]
+    operands = [x, *itertools.chain(*lists)]
+    return output_of(template, operands, name=name, size=size, counts=[len(each) for each in lists])
+
+
+def lists_of(
+    operands: Sequence[Any], names: Sequence[str], *, counts: Sequence[int]
+) -> tuple[dict[str, Any], list[Sequence[Any]]]:
+    """Operands as lists of so many, and each by its name in C++: that of its list and a number."""
+    left = iter(operands)
+    lists = [list(itertools.islice(left, count)) for count in counts]
+    named: dict[str, Any] = {}
+    for name, each in zip(names, lists, strict=True):
+        named |= {f"{name}{i}": node for i, node in enumerate(each)}
+    return named, lists
+
+
+def start_of(kernel: Any, operand: Any) -> str:
+    """C++ for where an operand begins, which may be within another's memory."""
+    return f"&{kernel.index(operand, [0] * len(operand.get_size()))}"

@@ -1,5 +1,5 @@
 """The CPU's kernel for `grouped_linear` (passes/grouped_linear.py): C++ that Inductor compiles into
-a region like its own. Loops over the rows of a weight come from row_kernel.py.
+a region like its own. Loops over the rows of a weight come from linear_source.py.
 """
 
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 
 from ..passes.grouped_linear import grouped_linear
 from .cpp_template import output_of
-from .row_kernel import SOURCE as SHARED
+from .linear_source import SOURCE as SHARED
 
 GROUPED_LINEAR: Any = torch.ops.polar_fx.grouped_linear.default
 assert grouped_linear._opoverload is GROUPED_LINEAR
@@ -135,15 +135,16 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
             polar_fx::by_library<T>(own_rows, own_weight, nullptr, result, each.M, N, K, N, true);
         }
         {%- else %}
-        const bool done = polar_fx::multiply_many<T>(
-            own_rows, own_weight, nullptr, result, each.M, N, K, {{threads}}
+        const polar_fx::Plain<T> weights[] = { {own_weight, nullptr, N, 0} };
+        const bool done = polar_fx::multiply_many(
+            own_rows, weights, result, N, each.M, K, {{threads}}
         );
         {%- endif %}
         if (!done) few.push_back(each);
     }
     std::fill(y + rows * N, y + S * N, T(0));
     constexpr int64_t at_a_time = transposed ? polar_fx::COLUMNS : polar_fx::W_ROWS;
-    const int64_t parts = (N + at_a_time - 1) / at_a_time, tasks = few.size() * parts;
+    const int64_t parts = polar_fx::row_groups(N, at_a_time), tasks = few.size() * parts;
     {%- if transposed %}
     const T* given = read;
     {%- else %}
@@ -156,14 +157,14 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
     {%- endif %}
     for (int64_t task = 0; task < tasks; ++task) {
         const auto& each = few[task / parts];
-        const int64_t n = task % parts * at_a_time;
+        const int64_t part = task % parts;
         const auto* own_rows = given + each.first * K;
         const T* own_weight = weight + each.expert * N * K;
         T* result = y + each.first * N;
         {%- if transposed %}
-        polar_fx::columns(n, own_rows, own_weight, result, each.M, N, K);
+        polar_fx::columns(part * polar_fx::COLUMNS, own_rows, own_weight, result, each.M, N, K);
         {%- else %}
-        polar_fx::group<T>(n, own_rows, own_weight, nullptr, result, each.M, N, K);
+        polar_fx::group<T>(part, own_rows, {own_weight, nullptr, N, 0}, result, N, each.M, K);
         {%- endif %}
     }
 }

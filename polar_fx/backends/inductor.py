@@ -29,9 +29,9 @@ from .specialize import compiler_options, example_values, graph_of, specialize
 REGION_PASSES: tuple[Pass, ...] = (
     QuantizedLinear(),  # before others see its linears
     GroupedLinear(),
-    MatvecToReduction(),
     *([LinearToOneDnn()] if onednn_linear.is_faster() else []),
     LinearToRowKernel(),  # what is left
+    MatvecToReduction(),  # what is left of one row
     *([AttentionOverBlocks()] if block_attention.is_faster() else []),
     AttentionToReduction(),  # what is left of one token
 )

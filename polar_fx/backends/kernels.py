@@ -9,19 +9,26 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from . import block_attention, grouped_kernel, onednn_linear, quantized_kernel, row_kernel
+from . import (
+    block_attention,
+    grouped_kernel,
+    linear_source,
+    onednn_linear,
+    quantized_kernel,
+    row_kernel,
+)
 
 # By operator: how Inductor is taught it, and the text of its kernel if it has one
 _KNOWN: dict[Any, tuple[Callable[[], None], str | None]] = {
     onednn_linear.ONEDNN_LINEAR: (onednn_linear.register, None),
-    row_kernel.ROW_LINEAR: (row_kernel.register, row_kernel.SOURCE + row_kernel.KERNEL),
+    row_kernel.ROW_LINEAR: (row_kernel.register, linear_source.SOURCE + row_kernel.KERNEL),
     quantized_kernel.QUANTIZED_LINEAR: (
         quantized_kernel.register,
-        row_kernel.SOURCE + quantized_kernel.SOURCE + quantized_kernel.KERNEL,
+        linear_source.SOURCE + quantized_kernel.SOURCE + quantized_kernel.KERNEL,
     ),
     grouped_kernel.GROUPED_LINEAR: (
         grouped_kernel.register,
-        row_kernel.SOURCE + grouped_kernel.SOURCE + grouped_kernel.KERNEL,
+        linear_source.SOURCE + grouped_kernel.SOURCE + grouped_kernel.KERNEL,
     ),
     block_attention.BLOCK_ATTENTION: (
         block_attention.register,

@@ -1,18 +1,18 @@
 """The CPU's kernel for `quantized_linear` (passes/quantized_linear.py): C++ that Inductor compiles
 into a region like its own. What it shares with the kernel for weights in floats comes from
-row_kernel.py.
+linear_source.py.
 """
 
-import itertools
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..passes.quantized_linear import quantized_linear
-from .cpp_template import output_of
+from .cpp_template import joined_output_of, lists_of, start_of
+from .linear_source import SOURCE as SHARED
 from .quantized_source import SOURCE
-from .row_kernel import SOURCE as SHARED
 
 QUANTIZED_LINEAR: Any = torch.ops.polar_fx.quantized_linear.default
 assert quantized_linear._opoverload is QUANTIZED_LINEAR
@@ -28,24 +28,25 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     M *= {{kernel.size(x, axis)}};
     {%- endfor %}
     const int64_t K = {{kernel.size(x, -1)}};
+    const T* read = {{start(x)}};
     int64_t total = 0, groups = 0;
     const auto weight_of = [&](
         const auto* data, const S* scale, const S* zero, const T* bias, int64_t N
     ) {
         const int64_t first = total;
         total += N;
-        groups += polar_fx::groups_of_rows(N);
+        groups += polar_fx::row_groups(N, polar_fx::W_ROWS_OF_INTEGERS);
         return polar_fx::Weight<W::Data, S, T>{
             (const W::Data*)data, {scale, zero, {{groups}}}, bias, N, first
         };
     };
     const polar_fx::Weight<W::Data, S, T> weights[] = {
         {%- for w in weights %}
+        {%- set i = loop.index0 %}
         weight_of(
-            w{{loop.index0}}, scale{{loop.index0}},
-            {{"zero%d" % loop.index0 if zeros else "nullptr"}},
-            {{"bias%d" % loop.index0 if biases else "nullptr"}},
-            {{kernel.size(w, 0)}}
+            {{start(w)}}, {{start(scales[i])}},
+            {{start(zeros[i]) if zeros else "nullptr"}},
+            {{start(biases[i]) if biases else "nullptr"}}, {{kernel.size(w, 0)}}
         ),
         {%- endfor %}
     };
@@ -53,7 +54,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
         for (const auto& weight : weights) {
             const polar_fx::MadeRowsOf<W, S, T> rows{weight, K};
             polar_fx::multiply_tiles(
-                x, rows, weight.bias, y + weight.first, M, weight.N, K, total, {{threads}}
+                read, rows, weight.bias, y + weight.first, M, weight.N, K, total, {{threads}}
             );
         }
         return;
@@ -74,18 +75,20 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
                 }
                 const T* added = weight.bias == nullptr ? nullptr : weight.bias + first;
                 polar_fx::by_library(
-                    x, made.get(), added, y + weight.first + first, M, count, K, total, false
+                    read, made.get(), added, y + weight.first + first, M, count, K, total, false
                 );
             }
         }
         return;
     }
-    const auto given = polar_fx::given_of<W>(x, weights[0].of, M, K);
+    const auto given = polar_fx::given_of<W>(read, weights[0].of, M, K);
     {%- if threads > 1 %}
     #pragma omp parallel for num_threads({{threads}}) schedule(static)
     {%- endif %}
-    for (int64_t g = 0; g < groups; ++g) {
-        polar_fx::group_of_integers<W>(g, given, weights, y, total, M, K);
+    for (int64_t number = 0; number < groups; ++number) {
+        int64_t g = number;
+        const auto& weight = polar_fx::weight_of(g, weights, polar_fx::W_ROWS_OF_INTEGERS);
+        polar_fx::group_of_integers<W>(g, given, weight, y, total, M, K);
     }
 }
 """
@@ -102,12 +105,8 @@ def register() -> None:
         counts: Sequence[int]
 
         def render(self, kernel: Any, template_buffer_node: Any = None, **_: Any) -> str:  # type: ignore[override]
-            x, *left = self.input_nodes
-            inputs, lists = {"x": x}, []
-            for name, count in zip(("w", "scale", "zero", "bias"), self.counts, strict=True):
-                lists.append(left[:count])
-                inputs |= {f"{name}{i}": node for i, node in enumerate(left[:count])}
-                left = left[count:]
+            x, *operands = self.input_nodes
+            inputs, lists = lists_of(operands, ("w", "scale", "zero", "bias"), counts=self.counts)
             weights, scales, zeros, biases = lists
             return (
                 self.header().getvalue()
@@ -115,7 +114,8 @@ def register() -> None:
                 + SOURCE
                 + self._template_from_string(KERNEL).render(
                     kernel=kernel,
-                    inputs=inputs,
+                    inputs={"x": x, **inputs},
+                    start=functools.partial(start_of, kernel),
                     x=x,
                     weights=weights,
                     scales=scales,
@@ -130,12 +130,6 @@ def register() -> None:
 
     @register_lowering(QUANTIZED_LINEAR, type_promotion_kind=None)
     def _(x: Any, weights: Any, scales: Any, zeros: Any, biases: Any) -> Any:
-        lists = (weights, scales, zeros, biases)
-        size = [*x.get_size()[:-1], sum(weight.get_size()[0] for weight in weights)]
-        return output_of(
-            Template,
-            [x, *itertools.chain(*lists)],
-            name="quantized_linear",
-            size=size,
-            counts=[len(each) for each in lists],
+        return joined_output_of(
+            Template, x, (weights, scales, zeros, biases), name="quantized_linear"
         )

@@ -1,5 +1,5 @@
 """The functions of the kernel for `quantized_linear` (quantized_kernel.py), in C++. They use those
-of the kernel for weights in floats (row_kernel.py).
+of the kernel for weights in floats (linear_source.py).
 """
 
 # Shape legend: M rows of x, K their size, N rows of the weight.
@@ -236,12 +236,12 @@ C10_ALWAYS_INLINE void add_block(
     }
 }
 
-// M rows of x from m0 on, times R of the weight from n0 on. Not inline: it is compiled once for all
-// linears of a region.
+// M rows of x from m0 on, times R of the weight from n0 on, `apart` from each other. Not inline: it
+// is compiled once for all linears of a region.
 template <int M, int R, typename W, typename S, typename T>
 C10_NOINLINE void multiply_integers(
     const Given& x, int64_t m0, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
-    int64_t n0, int64_t K, int64_t ahead
+    int64_t n0, int64_t K, int64_t ahead, int64_t apart
 ) {
     const auto& of = weight.of;
     Sums sums[M][R];
@@ -250,13 +250,14 @@ C10_NOINLINE void multiply_integers(
         #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sums[m][r] = Sums(0);
     }
-    const int64_t w_step = W::row_bytes(K), x_step = x.size + x.groups;
-    const typename W::Data* rows = weight.data + n0 * w_step;
+    const int64_t row_bytes = W::row_bytes(K), x_step = x.size + x.groups;
+    const int64_t w_step = apart * row_bytes, s_step = apart * of.groups;
+    const typename W::Data* rows = weight.data + n0 * row_bytes;
     const S* scale = of.scale + n0 * of.groups;
     const float* given = x.row(m0);
-    if (W::grouped && ahead > 0) {
-        const int64_t far = n0 * of.groups + ahead / w_step * of.groups;
-        for (int64_t g = 0; g < R * of.groups; g += 64 / sizeof(S)) {
+    for (int r = 0; W::grouped && ahead > 0 && r < R; ++r) {
+        const int64_t far = (n0 + r * apart + ahead / row_bytes) * of.groups;
+        for (int64_t g = 0; g < of.groups; g += 64 / sizeof(S)) {
             __builtin_prefetch(of.scale + far + g);
             __builtin_prefetch(of.zero + far + g);
         }
@@ -265,80 +266,74 @@ C10_NOINLINE void multiply_integers(
     for (; (b + 1) * BLOCK <= K; ++b) {
         for (int r = 0; r < R; ++r) __builtin_prefetch(rows + r * w_step + b * W::bytes + ahead);
         add_block<true, M, R, W>(
-            sums, given + b * BLOCK, x_step, rows + b * W::bytes, w_step, scale + 2 * b,
-            of.groups, 0
+            sums, given + b * BLOCK, x_step, rows + b * W::bytes, w_step, scale + 2 * b, s_step, 0
         );
     }
     if (b * BLOCK < K) {
         add_block<false, M, R, W>(
-            sums, given + b * BLOCK, x_step, rows + b * W::bytes, w_step, scale + 2 * b, of.groups,
-            w_step - b * W::bytes
+            sums, given + b * BLOCK, x_step, rows + b * W::bytes, w_step, scale + 2 * b, s_step,
+            row_bytes - b * W::bytes
         );
     }
     for (int64_t g = 0; g < x.groups; g += Sums::size()) {
         for (int r = 0; r < R; ++r) {
             const int64_t n = std::min<int64_t>(of.groups - g, Sums::size());
-            const Sums zeros = floats(of.zero + (n0 + r) * of.groups + g, n);
+            const Sums zeros = floats(of.zero + (n0 + r * apart) * of.groups + g, n);
             for (int m = 0; m < M; ++m) {
                 const Sums of_x = Sums::loadu(x.sums(m0 + m) + g);
                 sums[m][r] = at::vec::fmadd(zeros, of_x, sums[m][r]);
             }
         }
     }
+    float found[M * R];
+    totals<M * R>(&sums[0][0], found);
     #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            float result = total(sums[m][r]);
-            if constexpr (!W::grouped) result *= float(of.scale[n0 + r]);
-            if (weight.bias != nullptr) result += float(weight.bias[n0 + r]);
-            y[(m0 + m) * stride + weight.first + n0 + r] = result;
+            const int64_t n = n0 + r * apart;
+            float result = found[m * R + r];
+            if constexpr (!W::grouped) result *= float(of.scale[n]);
+            if (weight.bias != nullptr) result += float(weight.bias[n]);
+            y[(m0 + m) * stride + weight.first + n] = result;
         }
     }
 }
 
-// R rows of the weight from n0 on, read from memory once, with all M rows of x
+// R rows of the weight from n0 on, `apart` from each other, read from memory once, with all M rows
+// of x
 template <int R, typename W, typename S, typename T>
 inline void rows_of_integers(
     const Given& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride, int64_t n0,
-    int64_t M, int64_t K, int64_t ahead
+    int64_t M, int64_t K, int64_t ahead, int64_t apart
 ) {
     int64_t m = 0;
-    for (; m + X_ROWS <= M; m += X_ROWS) {
-        multiply_integers<X_ROWS, R, W>(x, m, weight, y, stride, n0, K, m == 0 ? ahead : 0);
-    }
-    if (X_ROWS > 4 && m + 4 <= M) {
-        multiply_integers<4, R, W>(x, m, weight, y, stride, n0, K, m == 0 ? ahead : 0);
-        m += 4;
-    }
-    if (m + 2 <= M) {
-        multiply_integers<2, R, W>(x, m, weight, y, stride, n0, K, m == 0 ? ahead : 0);
-        m += 2;
-    }
-    if (m < M) multiply_integers<1, R, W>(x, m, weight, y, stride, n0, K, m == 0 ? ahead : 0);
+    const auto multiply_next = [&](auto count) {
+        const int64_t far = m == 0 ? ahead : 0;
+        multiply_integers<count(), R, W>(x, m, weight, y, stride, n0, K, far, apart);
+        m += count();
+    };
+    while (m + X_ROWS <= M) multiply_next(std::integral_constant<int, X_ROWS>());
+    if (X_ROWS > 4 && m + 4 <= M) multiply_next(std::integral_constant<int, 4>());
+    if (m + 2 <= M) multiply_next(std::integral_constant<int, 2>());
+    if (m < M) multiply_next(std::integral_constant<int, 1>());
 }
 
-inline int64_t groups_of_rows(int64_t N) {
-    return (N + W_ROWS_OF_INTEGERS - 1) / W_ROWS_OF_INTEGERS;
-}
-
-// Group number g of the rows of all weights, W_ROWS_OF_INTEGERS at a time
+// Group g of a weight's rows, W_ROWS_OF_INTEGERS at most, as far apart as there are groups
 template <typename W, typename S, typename T>
 inline void group_of_integers(
-    int64_t g, const Given& x, const Weight<typename W::Data, S, T>* weights, T* y, int64_t stride,
+    int64_t g, const Given& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
     int64_t M, int64_t K
 ) {
-    for (; g >= groups_of_rows(weights->N); ++weights) g -= groups_of_rows(weights->N);
-    const auto& weight = *weights;
-    const int64_t n0 = g * W_ROWS_OF_INTEGERS, N = weight.N;
     constexpr int R = W_ROWS_OF_INTEGERS;
-    const int64_t bytes = R * W::row_bytes(K);
-    const int64_t ahead = (AHEAD + bytes - 1) / bytes * bytes;
-    if (n0 + R <= N) {
-        rows_of_integers<R, W>(x, weight, y, stride, n0, M, K, ahead);
+    const int64_t apart = row_groups(weight.N, R), ahead = bytes_ahead(M);
+    if (g + (R - 1) * apart < weight.N) {
+        rows_of_integers<R, W>(x, weight, y, stride, g, M, K, ahead, apart);
         return;
     }
-    for (int64_t n = n0; n < N; ++n) rows_of_integers<1, W>(x, weight, y, stride, n, M, K, 0);
+    for (int64_t n = g; n < weight.N; n += apart) {
+        rows_of_integers<1, W>(x, weight, y, stride, n, M, K, ahead, apart);
+    }
 }
 
 // The numbers of a group, a byte each
@@ -382,7 +377,7 @@ inline void as_floats(
     }
 }
 
-// Rows of a weight as numbers of type T, for tiles (row_kernel.py)
+// Rows of a weight as numbers of type T, for tiles (linear_source.py)
 template <typename W, typename S, typename T> struct MadeRowsOf {
     static constexpr bool are_made = true;
     const Weight<typename W::Data, S, T>& weight;

@@ -1,6 +1,6 @@
 """The functions of the kernel for `block_attention` (block_attention.py) over one token a row, in
 C++. They use those for several tokens (tiles_source.py), and of the kernel for linears
-(row_kernel.py).
+(linear_source.py).
 """
 
 # Shape legend: B rows, H heads of keys and values, G heads of the query for each, E and F sizes of

@@ -18,7 +18,7 @@ CALLED = (block_attention, grouped_linear, row_linear, quantized_linear)
 class _Body(torch.nn.Module):
     def forward(self, x: Tensor, weight: Tensor, *others: Tensor) -> Any:
         integers, scale, experts, ends, store, blocks = others
-        y = row_linear(x, weight)
+        y = row_linear(x, [weight], [])
         y = y + quantized_linear(y, [integers], [scale], [], [])
         y = y + grouped_linear(y.view(3, -1), experts, ends, False).view(y.shape)
         query = y.view(3, 1, 4, -1)

@@ -14,6 +14,7 @@ from torch.nn.functional import linear, silu
 
 from polar_fx.backends import AotInductorBackend
 from polar_fx.backends.base import Region
+from polar_fx.passes.linear_to_row_kernel import row_linear
 
 # K and N of weights, and whether there is a bias: whole vectors, less than one, and some over
 SIZES = ((64, 34, False), (34, 5, True), (5, 67, False), (67, 64, True))
@@ -96,6 +97,39 @@ def _assert_near(
 @pytest.mark.parametrize("rows", ROWS)
 def test_it_multiplies_any_number_of_rows(rows: int, region: Region) -> None:
     _assert_near(_operands(rows), region)
+
+
+def test_it_multiplies_one_row() -> None:
+    _assert_near(_operands(1), _compiled(_operands(1), {}, options={}))
+
+
+# N of weights over the same rows: an odd number, less than are multiplied at a time, and a cut
+# through what a thread has
+TOGETHER = (35, 1, 130, 2)
+
+
+class _Together(torch.nn.Module):
+    def forward(self, x: Tensor, *operands: Tensor) -> Any:
+        weights, biases = operands[: len(TOGETHER)], operands[len(TOGETHER) :]
+        return row_linear(x, weights, []), row_linear(x, weights, biases)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_weights_over_the_same_rows_are_multiplied_together(rows: int, dtype: torch.dtype) -> None:
+    """In loops, by tiles, and by the library; operands may begin within another's memory."""
+    wide = [_normal(n + 1, 70, seed=n)[1:] / 8 for n in TOGETHER]
+    others = [operand.to(dtype) for operand in (*wide, *(_normal(n, seed=n) for n in TOGETHER))]
+    body: Any = _Together()
+    example = [_normal(rows, 1, 70, seed=0).to(dtype), *others]
+    axes = {0: "batch"} if rows > 1 else {}
+    region = AotInductorBackend().compile_region(body, example, [axes, *({} for _ in others)])
+    for count in (rows,) if rows == 1 else (3, 40, 150):
+        x = _normal(count, 1, 70, seed=count).to(dtype)
+        want = body(x.double(), *(operand.double() for operand in others))
+        near = 1e-5 if dtype == torch.float32 else 0.05
+        for mine, exact in zip(region([x, *others]), want, strict=True):
+            torch.testing.assert_close(mine.double(), exact, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -108,14 +108,14 @@ def test_a_region_keeps_what_passes_did_to_its_graph(store: ArtifactStore) -> No
     name = RegionName("layer_kind_0", ShapeClass.of(1, 1, None), kv_writes=True)
     one.regions.one(name)
     passes = one.report().regions[0].passes
-    of_backend = [(p.name, p.name == "matvec-to-reduction") for p in REGION_PASSES]
+    of_backend = [(p.name, p.name == "linear-to-row-kernel") for p in REGION_PASSES]
     assert [(p.name, p.modified) for p in passes] == [
         ("address-kv", True),
         ("keep-kv-writes", True),
         *of_backend,
     ]
-    (rewritten,) = (p for p in passes if p.name == "matvec-to-reduction")
-    assert rewritten.counts == {"linears rewritten": 2}, "for keys and for values"
+    (rewritten,) = (p for p in passes if p.name == "linear-to-row-kernel")
+    assert rewritten.counts == {"linears rewritten": 2, "calls": 1}, "for keys and for values"
     assert "linears rewritten 2" in one.report().text()
     round_trip(one.report())
 

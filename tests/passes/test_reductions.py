@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from hand_made import Builder, aten, flat, on_cpu, several_rows, single_row
+from hand_made import Builder, aten, flat, on_cpu, single_row
 from polar_fx.backends.specialize import graph_of, specialize
 from polar_fx.library import LayerLibrary
 from polar_fx.library.library import Call
@@ -25,7 +25,6 @@ from polar_fx.passes.matvec_to_reduction import MatvecToReduction
 from tiny_models import tiny
 
 ATTENTION: Pass = PASSES["attention-to-reduction"]()
-ROWS: Pass = PASSES["linear-to-row-kernel"]()
 
 
 def _traced(
@@ -270,54 +269,6 @@ def test_streams_that_are_none_are_refused(streams: int) -> None:
 def test_another_number_of_streams_is_another_pass() -> None:
     assert len({MatvecToReduction(n).content_id for n in (1, 2, 4)}) == 3
     assert Pipeline.parse('matvec-to-reduction{"streams":2}') == Pipeline((MatvecToReduction(2),))
-
-
-# ----------------------------------------------------------------------------- linear to row kernel
-
-
-# x of rows and tokens, and others of the sizes that may vary: of one token, of one row, of both
-MANY: dict[str, tuple[tuple[int, int], dict[int, str], tuple[tuple[int, int], ...]]] = {
-    "rows": ((3, 1), {0: "batch"}, ((2, 1), (5, 1))),
-    "tokens": ((1, 3), {1: "tokens"}, ((1, 2), (1, 5))),
-    "rows and tokens": ((3, 2), {0: "batch", 1: "tokens"}, ((2, 2), (5, 4))),
-    "a known number of tokens": ((3, 2), {}, ((3, 2),)),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", MANY)
-def test_linears_of_any_number_of_rows_and_tokens_become_one_operator(
-    name: str, dtype: torch.dtype
-) -> None:
-    first, axes, others = MANY[name]
-    operands = [t.to(dtype) for t in (_normal(*first, 16), _normal(8, 16), _normal(8))]
-    gm = _traced(linear, *operands, dynamic=[axes, {}, {}])
-    result = ROWS.run(gm)
-    assert result.counts == {"linears rewritten": 1}
-    assert _count(result.graph_module, torch.ops.polar_fx.row_linear.default) == 1
-    for rows, tokens in others:
-        more = _normal(rows, tokens, 16, seed=rows).to(dtype)
-        got = result.graph_module(more, *operands[1:])[0]
-        assert torch.equal(got, linear(more, *operands[1:]))
-
-
-NOT_OF_ROWS: dict[str, list[Tensor]] = {
-    "one row": [_normal(1, 1, 16), _normal(8, 16)],
-    "no axis of tokens": [_normal(3, 16), _normal(8, 16)],
-    "a weight laid out in another order": [_normal(3, 1, 16), _normal(16, 8).t()],
-    "half precision": [_normal(3, 1, 16).half(), _normal(8, 16).half()],
-    "float64": [_normal(3, 1, 16).double(), _normal(8, 16).double()],
-}
-
-
-@pytest.mark.parametrize("name", NOT_OF_ROWS)
-def test_other_linears_stay(name: str) -> None:
-    gm = _traced(linear, *NOT_OF_ROWS[name])
-    assert _count(gm, aten.linear.default) == 1 and not ROWS.run(gm).modified
-
-
-def test_linears_of_rows_elsewhere_stay() -> None:
-    assert not ROWS.run(several_rows()).modified, "example values on the meta device: not the CPU"
 
 
 # ----------------------------------------------------------------------------------- keep KV writes

@@ -22,6 +22,7 @@ REGION = {
     "library/symbols.py",
     "runtime/regions.py",
     "passes/base.py",
+    "passes/joined_linears.py",
     "passes/keep_kv_writes.py",
     "passes/linear_to_onednn.py",
     "passes/linear_to_row_kernel.py",

@@ -251,7 +251,7 @@ def test_workers_and_this_process_compile_the_same(first: CompiledModel, tmp_pat
     for region in alone.compilations:
         theirs = by_workers[region.body, region.shapes].passes
         assert _done(theirs) == _done(region.passes), "what passes did comes back from workers"
-    assert ("matvec-to-reduction", True, {"linears rewritten": 7}) in _done(
+    assert ("linear-to-row-kernel", True, {"linears rewritten": 7, "calls": 4}) in _done(
         alone.compilations[1].passes
     )
 

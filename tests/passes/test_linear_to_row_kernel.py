@@ -1,0 +1,188 @@
+"""Linears as calls of one operator: which of them, over which weights, and what is read of it.
+
+Shape legend: B rows, T tokens of each, K their size, N rows of a weight.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+from torch.nn.functional import linear
+
+from hand_made import aten, several_rows
+from polar_fx.backends.inductor import REGION_PASSES
+from polar_fx.backends.specialize import graph_of, specialize
+from polar_fx.passes import PASSES
+from polar_fx.passes.base import Pass
+
+ROW_LINEAR = torch.ops.polar_fx.row_linear.default
+THIS: Pass = PASSES["linear-to-row-kernel"]()
+
+
+def _traced(
+    function: Callable[..., Any], *operands: Tensor, dynamic: Sequence[dict[int, str]] = ()
+) -> GraphModule:
+    """A graph as backends hand it to their passes; sizes along `dynamic` are not known."""
+
+    class Body(torch.nn.Module):
+        def forward(self, *values: Tensor) -> Any:
+            return function(*values)
+
+    return graph_of(specialize(Body(), operands, dynamic=dynamic or [{}] * len(operands)))
+
+
+def _count(gm: GraphModule, *targets: Any) -> int:
+    return sum(n.target in targets for n in gm.graph.nodes)
+
+
+def _normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed + 10 * len(shape)))
+
+
+# x of rows and tokens, and others of the sizes that may vary: of one token, of one row, of both
+MANY: dict[str, tuple[tuple[int, int], dict[int, str], tuple[tuple[int, int], ...]]] = {
+    "one row": ((1, 1), {}, ((1, 1),)),
+    "rows": ((3, 1), {0: "batch"}, ((2, 1), (5, 1))),
+    "tokens": ((1, 3), {1: "tokens"}, ((1, 2), (1, 5))),
+    "rows and tokens": ((3, 2), {0: "batch", 1: "tokens"}, ((2, 2), (5, 4))),
+    "a known number of tokens": ((3, 2), {}, ((3, 2),)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MANY)
+def test_linears_of_any_number_of_rows_and_tokens_become_one_operator(
+    name: str, dtype: torch.dtype
+) -> None:
+    first, axes, others = MANY[name]
+    operands = [t.to(dtype) for t in (_normal(*first, 16), _normal(8, 16), _normal(8))]
+    gm = _traced(linear, *operands, dynamic=[axes, {}, {}])
+    result = THIS.run(gm)
+    assert result.counts == {"linears rewritten": 1, "calls": 1}
+    assert _count(result.graph_module, ROW_LINEAR) == 1
+    for rows, tokens in others:
+        more = _normal(rows, tokens, 16, seed=rows).to(dtype)
+        got = result.graph_module(more, *operands[1:])[0]
+        assert torch.equal(got, linear(more, *operands[1:]))
+
+
+NOT_OF_ROWS: dict[str, list[Tensor]] = {
+    "no axis of tokens": [_normal(3, 16), _normal(8, 16)],
+    "a weight laid out in another order": [_normal(3, 1, 16), _normal(16, 8).t()],
+    "half precision": [_normal(3, 1, 16).half(), _normal(8, 16).half()],
+    "float64": [_normal(3, 1, 16).double(), _normal(8, 16).double()],
+}
+
+
+@pytest.mark.parametrize("name", NOT_OF_ROWS)
+def test_other_linears_stay(name: str) -> None:
+    gm = _traced(linear, *NOT_OF_ROWS[name])
+    assert _count(gm, aten.linear.default) == 1 and not THIS.run(gm).modified
+
+
+def test_linears_elsewhere_stay() -> None:
+    assert not THIS.run(several_rows()).modified, "example values on the meta device: not the CPU"
+
+
+@pytest.mark.parametrize("name", NOT_OF_ROWS)
+def test_what_is_left_of_one_row_is_summed(name: str) -> None:
+    """By the passes of the backends in their order; of float32, oneDNN takes none of it."""
+    x, w = NOT_OF_ROWS[name]
+    gm = _traced(linear, x[:1], w)
+    for each in REGION_PASSES:
+        gm = each.run(gm).graph_module
+    assert _count(gm, aten.sum.dim_IntList) > 0
+    assert not any("linear" in str(n.target) for n in gm.graph.nodes)
+    torch.testing.assert_close(gm(x[:1], w)[0], linear(x[:1], w), rtol=1e-2, atol=1e-2)
+
+
+# ------------------------------------------------------------------------- over the same rows
+
+
+def _operands(rows: int, tokens: int = 1) -> list[Tensor]:
+    """x [B, T, 16], three weights, and a bias of the last one."""
+    weights = [_normal(n, 16, seed=n) for n in (8, 4, 6)]
+    return [_normal(rows, tokens, 16), *weights, _normal(6)]
+
+
+def _three(x: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    batch, tokens, _size = x.shape
+    heads = linear(x, q).view(batch, tokens, 2, 4).transpose(1, 2)
+    return heads.reshape(batch, 2, -1), linear(x, k), linear(x, v) * 2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_linears_over_the_same_token_are_one_call(rows: int) -> None:
+    """Their parts may be viewed, and results of the graph have no gaps."""
+    operands = _operands(rows)
+    gm = _traced(_three, *operands, dynamic=[{0: "batch"} if rows > 1 else {}, {}, {}, {}, {}])
+    result = THIS.run(gm)
+    assert result.counts == {"linears rewritten": 3, "calls": 1}
+    got = result.graph_module(*operands)
+    for mine, want in zip(got, _three(*operands), strict=True):
+        assert mine.is_contiguous()
+        torch.testing.assert_close(mine, want)
+
+
+def test_linears_over_the_same_tokens_are_not() -> None:
+    operands = _operands(3, 2)
+    result = THIS.run(_traced(_three, *operands))
+    assert result.counts == {"linears rewritten": 3, "calls": 3}
+
+
+def _flattened(x: Tensor, q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+    a, b = linear(x, q), linear(x, k)
+    return a.squeeze(1).view(-1), b.transpose(0, 1).view(1, -1)
+
+
+def test_views_of_views_of_parts_may_need_a_copy() -> None:
+    operands = _operands(3)
+    result = THIS.run(_traced(_flattened, *operands))
+    assert result.counts == {"linears rewritten": 2, "calls": 1}
+    for got, want in zip(result.graph_module(*operands), _flattened(*operands), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def _apart(x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """With a bias and without; a weight again; one that is made in between; over other rows."""
+    return (
+        linear(x, q),
+        linear(x, v, bias),
+        linear(x, q) + 1,
+        linear(x, k + 1),
+        linear(-x, k),
+    )
+
+
+def test_what_no_call_can_share_is_apart() -> None:
+    operands = _operands(3)
+    result = THIS.run(_traced(_apart, *operands))
+    assert result.counts == {"linears rewritten": 5, "calls": 5}
+    for got, want in zip(result.graph_module(*operands), _apart(*operands), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def _written(x: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+    first = linear(x, q)
+    k.mul_(2)
+    return first, linear(x, k), linear(x, v)
+
+
+def test_a_write_between_linears_keeps_them_apart() -> None:
+    """Brought together, they would read what is there before it."""
+    operands = _operands(3)
+    gm = _traced(_three, *operands)
+    one, *_ = [n for n in gm.graph.nodes if n.target is aten.linear.default]
+    k = gm.graph.find_nodes(op="placeholder")[2]
+    with gm.graph.inserting_after(one):
+        doubled = gm.graph.call_function(aten.mul_.Scalar, (k, 2.0))
+    doubled.meta = dict(k.meta)
+    gm.recompile()
+    result = THIS.run(gm)
+    assert result.counts == {"linears rewritten": 3, "calls": 2}
+    want = _written(*(operand.clone() for operand in operands))
+    got = result.graph_module(*(operand.clone() for operand in operands))
+    torch.testing.assert_close(got[1], want[1])
