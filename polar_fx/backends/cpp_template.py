@@ -51,7 +51,7 @@ def joined_output_of(
 
 def lists_of(
     operands: Sequence[Any], names: Sequence[str], *, counts: Sequence[int]
-) -> tuple[dict[str, Any], list[Sequence[Any]]]:
+) -> tuple[dict[str, Any], list[list[Any]]]:
     """Operands as lists of so many, and each by its name in C++: that of its list and a number."""
     left = iter(operands)
     lists = [list(itertools.islice(left, count)) for count in counts]

@@ -230,9 +230,9 @@ template <typename T> struct Plain {
 
 inline int64_t row_groups(int64_t N, int64_t size) { return (N + size - 1) / size; }
 
-// Group g of a weight's rows, W_ROWS at most, which lie as far apart as there are groups: so each is
-// read where that of the group before ended. Rows beside each other are read at half of the rate by
-// an AMD EPYC.
+// Group g of a weight's rows, W_ROWS at most, which lie as far apart as there are groups: each is
+// read where that of the group before ended. An AMD EPYC reads rows beside each other at half of
+// the rate.
 template <typename T>
 inline void group(
     int64_t g, const typename Step<T>::X* x, const Plain<T>& weight, T* y, int64_t stride,

@@ -2,16 +2,16 @@
 of the kernel for weights in floats (linear_source.py).
 """
 
+from . import integers_source
+
 # Shape legend: M rows of x, K their size, N rows of the weight.
-SOURCE = r"""
+SOURCE = (
+    integers_source.SOURCE
+    + r"""
 #ifndef POLAR_FX_QUANTIZED_LINEAR
 #define POLAR_FX_QUANTIZED_LINEAR
-#include <cstring>
 namespace polar_fx {
 
-// A weight is read in blocks of so many numbers along K, which become `PARTS` vectors of floats.
-constexpr int BLOCK = 64, PARTS = BLOCK / Sums::size();
-constexpr int GROUP = 32;  // numbers that share a scale and a zero, where they are two a byte
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int W_ROWS_OF_INTEGERS = 2;
 #else
@@ -47,7 +47,6 @@ template <typename D, typename S, typename T> struct Weight {
     int64_t N, first;
 };
 
-inline int64_t blocks_of(int64_t K) { return (K + BLOCK - 1) / BLOCK; }
 inline int64_t vectors_of(int64_t n) { return (n + Sums::size() - 1) / Sums::size(); }
 
 inline Sums floats(const float* p, int64_t n) { return Sums::loadu(p, n); }
@@ -62,125 +61,45 @@ inline Sums floats(const at::BFloat16* p, int64_t n) {
 #endif
 }
 
-C10_ALWAYS_INLINE Sums widened(const int8_t* p) {
-#if defined(CPU_CAPABILITY_AVX512)
-    return Sums(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))));
-#else
-    float wide[Sums::size()];
-    for (int i = 0; i < Sums::size(); ++i) wide[i] = p[i];
-    return Sums::loadu(wide);
-#endif
-}
-
-// Numbers of a byte each, in order
-struct Bytes {
-    using Data = int8_t;
-    static constexpr int64_t bytes = BLOCK;
-    static constexpr bool grouped = false;
-    template <typename T> static void arrange(const T* from, float* to) {
-        #pragma omp simd
-        for (int k = 0; k < BLOCK; ++k) to[k] = from[k];
-    }
-    static int64_t row_bytes(int64_t K) { return K; }
-    C10_ALWAYS_INLINE static void load(const int8_t* p, Sums* part) {
-        #pragma GCC unroll 8
-        for (int i = 0; i < PARTS; ++i) part[i] = widened(p + i * Sums::size());
-    }
-};
-
-// Numbers of 0 to 15, two a byte. Four in a word become one lane of four vectors, where they lie:
-// as 1, 16, 256 and 4,096 times the number. x is brought into the same order, and divided by that.
-struct Nibbles {
-    using Data = uint8_t;
-    static constexpr int64_t bytes = BLOCK / 2;
-    static constexpr bool grouped = true;
-    template <typename T> static void arrange(const T* from, float* to) {
-        #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const float part = 1.0f / (1 << 4 * i);
-            #pragma omp simd
-            for (int j = 0; j < BLOCK / 4; ++j) {
-                to[i * (BLOCK / 4) + j] = part * float(from[4 * j + i]);
-            }
-        }
-    }
-    static int64_t row_bytes(int64_t K) { return K / 2; }
-    C10_ALWAYS_INLINE static void load(const uint8_t* p, Sums* part) {
-#if defined(CPU_CAPABILITY_AVX512)
-        const __m512i words = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-        #pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-            const __m512i four_bits = _mm512_set1_epi32(15 << 4 * i);
-            part[i] = Sums(_mm512_cvtepi32_ps(_mm512_and_si512(words, four_bits)));
-        }
-#else
-        float wide[BLOCK];
-        for (int i = 0; i < 4; ++i) {
-            for (int j = 0; j < BLOCK / 4; ++j) {
-                const int word = p[2 * j] | p[2 * j + 1] << 8;
-                wide[i * (BLOCK / 4) + j] = word & 15 << 4 * i;
-            }
-        }
-        for (int i = 0; i < PARTS; ++i) part[i] = Sums::loadu(wide + i * Sums::size());
-#endif
-    }
-};
-
-// The scales of a block's halves, in the lanes of its vector number i; its last half may be missing
-template <bool WHOLE, typename S> C10_ALWAYS_INLINE Sums of_halves(const S* scale, int i) {
-    const float first = scale[0], second = WHOLE ? float(scale[1]) : 0.0f;
-#if defined(CPU_CAPABILITY_AVX512)
-    return Sums(_mm512_mask_blend_ps(0xff00, _mm512_set1_ps(first), _mm512_set1_ps(second)));
-#else
-    float lanes[BLOCK / 4];
-    for (int l = 0; l < BLOCK / 4; ++l) lanes[l] = l < BLOCK / 8 ? first : second;
-    return Sums::loadu(lanes + i * Sums::size() % (BLOCK / 4));
-#endif
-}
-#if defined(CPU_CAPABILITY_AVX512)
-template <bool WHOLE> C10_ALWAYS_INLINE Sums of_halves(const at::BFloat16* scale, int i) {
-    uint32_t both = scale[0].x;
-    if constexpr (WHOLE) std::memcpy(&both, scale, sizeof(both));
-    const __m512i pairs = _mm512_set1_epi32(both);
-    const __m512i high = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000));
-    return Sums(_mm512_castsi512_ps(_mm512_mask_slli_epi32(high, 0x00ff, pairs, 16)));
-}
-#endif
-
-// Rows of x as floats in the order of blocks, zeros after them; then the sums of their groups
-struct Given {
+// Rows of x in the order of blocks, zeros after them; and the sums of their groups
+template <typename F> struct Given {
+    using X = typename F::X;
     int64_t size, groups;
-    std::unique_ptr<float[]> memory;
-    float* data;
-    Given(int64_t M, int64_t size, int64_t groups)
-        : size(size), groups(groups), memory(new float[M * (size + groups) + 16]) {
+    std::unique_ptr<X[]> memory;
+    std::unique_ptr<float[]> of_groups;
+    X* data;
+    Given(int64_t M, int64_t K, int64_t groups)
+        : size(rounded(K, F::BLOCK)), groups(groups), memory(new X[M * size + 64 / sizeof(X)]),
+          of_groups(new float[M * groups]) {
         // vectors must not lie in two lines of the cache: each is read once for each row of x
         const auto address = reinterpret_cast<uintptr_t>(memory.get());
-        data = reinterpret_cast<float*>((address + 63) / 64 * 64);
+        data = reinterpret_cast<X*>((address + 63) / 64 * 64);
     }
-    float* row(int64_t m) const { return data + m * (size + groups); }
-    float* sums(int64_t m) const { return row(m) + size; }
+    X* row(int64_t m) const { return data + m * size; }
+    float* sums(int64_t m) const { return of_groups.get() + m * groups; }
 };
 
 template <typename W, typename T, typename S>
-inline Given given_of(const T* x, const Scales<S>& of, int64_t M, int64_t K) {
-    const int64_t groups = of.zero == nullptr ? 0 : vectors_of(of.groups) * Sums::size();
-    Given made(M, blocks_of(K) * BLOCK, groups);
+inline Given<Form<W, T>> given_of(const T* x, const Scales<S>& of, int64_t M, int64_t K) {
+    using F = Form<W, T>;
+    const int64_t groups = of.zero == nullptr ? 0 : rounded(of.groups, Sums::size());
+    Given<F> made(M, K, groups);
     for (int64_t m = 0; m < M; ++m) {
-        float *row = made.row(m), *sums = made.sums(m);
+        auto* row = made.row(m);
+        float* sums = made.sums(m);
         const T* from = x + m * K;
-        int64_t b = 0;
-        for (; b + BLOCK <= K; b += BLOCK) W::arrange(from + b, row + b);
-        if (b < K) {
-            T last[BLOCK] = {};
-            std::copy(from + b, from + K, last);
-            W::arrange(last, row + b);
+        int64_t k = 0;
+        for (; k + F::BLOCK <= K; k += F::BLOCK) F::arrange(from + k, row + k);
+        if (k < K) {
+            T last[F::BLOCK] = {};
+            std::copy(from + k, from + K, last);
+            F::arrange(last, row + k);
         }
         for (int64_t g = 0; g < groups; ++g) {
             float sum = 0;
             if (g < of.groups) {
                 #pragma omp simd reduction(+ : sum)
-                for (int64_t k = 0; k < GROUP; ++k) sum += float(from[g * GROUP + k]);
+                for (int64_t i = 0; i < GROUP; ++i) sum += float(from[g * GROUP + i]);
             }
             sums[g] = sum;
         }
@@ -188,50 +107,45 @@ inline Given given_of(const T* x, const Scales<S>& of, int64_t M, int64_t K) {
     return made;
 }
 
-// Block b of R rows of the weight, with M rows of x, added to their sums
-template <bool WHOLE, int M, int R, typename W, typename S>
+// A block of R rows of the weight, with M rows of x, added to their sums
+template <bool WHOLE, int M, int R, typename W, typename F, typename S>
 C10_ALWAYS_INLINE void add_block(
-    Sums (&sums)[M][R], const float* x, int64_t x_step, const typename W::Data* w, int64_t w_step,
-    const S* scale, int64_t groups, int64_t left
+    Sums (&sums)[M][R], const typename F::X* x, int64_t x_step, const typename W::Data* w,
+    int64_t w_step, const S* scale, int64_t s_step, int64_t left
 ) {
-    // whether the lanes of all vectors of a block have the same scales; few rows of x are scaled
-    // block by block, more by the weight
-    constexpr bool ALIKE = Sums::size() == BLOCK / 4, LATE = W::grouped && ALIKE && M <= 2;
-    Sums part[R][PARTS], scales[R];
+    constexpr bool LATE = F::is_scaled_late(M);
+    typename F::V part[R][F::PARTS];
+    Sums scales[R];
     #pragma GCC unroll 2
     for (int r = 0; r < R; ++r) {
-        const typename W::Data* p = w + r * w_step;
-        typename W::Data last[W::bytes];
-        if constexpr (!WHOLE) {
-            std::memset(last, 0, sizeof(last));
-            std::memcpy(last, p, left);
-            p = last;
-        }
-        W::load(p, part[r]);
+        F::template load<WHOLE>(w + r * w_step, left, part[r]);
         if constexpr (W::grouped) {
-            const S* own = scale + r * groups;
-            scales[r] = of_halves<WHOLE>(own, 0);
-            #pragma GCC unroll 8
-            for (int i = 0; i < PARTS && !LATE; ++i) {
-                part[r][i] = part[r][i] * (ALIKE ? scales[r] : of_halves<WHOLE>(own, i));
+            const S* own = scale + r * s_step;
+            scales[r] = F::template scales<WHOLE>(own, left, 0);
+            if constexpr (!LATE) {
+                #pragma GCC unroll 8
+                for (int i = 0; i < F::PARTS; ++i) {
+                    part[r][i] = part[r][i] *
+                        (F::alike ? scales[r] : F::template scales<WHOLE>(own, left, i));
+                }
             }
         }
     }
     #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         Sums of_block[R];
+        #pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) of_block[r] = LATE ? Sums(0) : sums[m][r];
         #pragma GCC unroll 8
-        for (int i = 0; i < PARTS; ++i) {
-            const Sums of_x = Sums::loadu(x + m * x_step + i * Sums::size());
+        for (int i = 0; i < F::PARTS; ++i) {
+            const auto of_x = F::read(x + m * x_step, i);
             #pragma GCC unroll 2
-            for (int r = 0; r < R; ++r) {
-                Sums& sum = LATE ? of_block[r] : sums[m][r];
-                sum = LATE && i == 0 ? part[r][i] * of_x : at::vec::fmadd(part[r][i], of_x, sum);
-            }
+            for (int r = 0; r < R; ++r) of_block[r] = F::add(part[r][i], of_x, of_block[r]);
         }
         #pragma GCC unroll 2
-        for (int r = 0; r < R && LATE; ++r) {
-            sums[m][r] = at::vec::fmadd(of_block[r], scales[r], sums[m][r]);
+        for (int r = 0; r < R; ++r) {
+            sums[m][r] =
+                LATE ? at::vec::fmadd(of_block[r], scales[r], sums[m][r]) : of_block[r];
         }
     }
 }
@@ -240,9 +154,10 @@ C10_ALWAYS_INLINE void add_block(
 // is compiled once for all linears of a region.
 template <int M, int R, typename W, typename S, typename T>
 C10_NOINLINE void multiply_integers(
-    const Given& x, int64_t m0, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
-    int64_t n0, int64_t K, int64_t ahead, int64_t apart
+    const Given<Form<W, T>>& x, int64_t m0, const Weight<typename W::Data, S, T>& weight, T* y,
+    int64_t stride, int64_t n0, int64_t K, int64_t ahead, int64_t apart
 ) {
+    using F = Form<W, T>;
     const auto& of = weight.of;
     Sums sums[M][R];
     #pragma GCC unroll 8
@@ -250,11 +165,11 @@ C10_NOINLINE void multiply_integers(
         #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) sums[m][r] = Sums(0);
     }
-    const int64_t row_bytes = W::row_bytes(K), x_step = x.size + x.groups;
-    const int64_t w_step = apart * row_bytes, s_step = apart * of.groups;
-    const typename W::Data* rows = weight.data + n0 * row_bytes;
+    const int64_t row_bytes = W::row_bytes(K), w_step = apart * row_bytes;
+    const int64_t s_step = apart * of.groups;
+    const typename W::Data* w = weight.data + n0 * row_bytes;
     const S* scale = of.scale + n0 * of.groups;
-    const float* given = x.row(m0);
+    const auto* given = x.row(m0);
     for (int r = 0; W::grouped && ahead > 0 && r < R; ++r) {
         const int64_t far = (n0 + r * apart + ahead / row_bytes) * of.groups;
         for (int64_t g = 0; g < of.groups; g += 64 / sizeof(S)) {
@@ -262,18 +177,17 @@ C10_NOINLINE void multiply_integers(
             __builtin_prefetch(of.zero + far + g);
         }
     }
-    int64_t b = 0;
-    for (; (b + 1) * BLOCK <= K; ++b) {
-        for (int r = 0; r < R; ++r) __builtin_prefetch(rows + r * w_step + b * W::bytes + ahead);
-        add_block<true, M, R, W>(
-            sums, given + b * BLOCK, x_step, rows + b * W::bytes, w_step, scale + 2 * b, s_step, 0
-        );
+    int64_t k = 0;
+    for (; k + F::BLOCK <= K; k += F::BLOCK) {
+        #pragma GCC unroll 2
+        for (int r = 0; r < R; ++r) __builtin_prefetch(w + r * w_step + ahead);
+        add_block<true, M, R, W, F>(sums, given + k, x.size, w, w_step, scale, s_step, F::bytes);
+        w += F::bytes;
+        scale += F::BLOCK / GROUP;
     }
-    if (b * BLOCK < K) {
-        add_block<false, M, R, W>(
-            sums, given + b * BLOCK, x_step, rows + b * W::bytes, w_step, scale + 2 * b, s_step,
-            row_bytes - b * W::bytes
-        );
+    if (k < K) {
+        const int64_t left = W::row_bytes(K - k);
+        add_block<false, M, R, W, F>(sums, given + k, x.size, w, w_step, scale, s_step, left);
     }
     for (int64_t g = 0; g < x.groups; g += Sums::size()) {
         for (int r = 0; r < R; ++r) {
@@ -304,8 +218,8 @@ C10_NOINLINE void multiply_integers(
 // of x
 template <int R, typename W, typename S, typename T>
 inline void rows_of_integers(
-    const Given& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride, int64_t n0,
-    int64_t M, int64_t K, int64_t ahead, int64_t apart
+    const Given<Form<W, T>>& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
+    int64_t n0, int64_t M, int64_t K, int64_t ahead, int64_t apart
 ) {
     int64_t m = 0;
     const auto multiply_next = [&](auto count) {
@@ -322,8 +236,8 @@ inline void rows_of_integers(
 // Group g of a weight's rows, W_ROWS_OF_INTEGERS at most, as far apart as there are groups
 template <typename W, typename S, typename T>
 inline void group_of_integers(
-    int64_t g, const Given& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
-    int64_t M, int64_t K
+    int64_t g, const Given<Form<W, T>>& x, const Weight<typename W::Data, S, T>& weight, T* y,
+    int64_t stride, int64_t M, int64_t K
 ) {
     constexpr int R = W_ROWS_OF_INTEGERS;
     const int64_t apart = row_groups(weight.N, R), ahead = bytes_ahead(M);
@@ -393,3 +307,4 @@ template <typename W, typename S, typename T> struct MadeRowsOf {
 }  // namespace polar_fx
 #endif
 """
+)

@@ -16,9 +16,15 @@ from polar_fx.backends.base import Region
 from polar_fx.passes.quantized_linear import dequantize
 from polar_fx.quantized import integers_of
 
-# K and N of weights, how they are held, and whether there is a bias: whole blocks, half a block
+# K and N of weights, how they are held, and whether there is a bias: whole blocks, parts of one
 # over, and less than one
-SIZES = ((64, 96, "int4", False), (96, 35, "int4", True), (35, 64, "int8", True))
+SIZES = (
+    (64, 96, "int4", False),
+    (96, 160, "int4", True),
+    (160, 35, "int4", False),
+    (35, 99, "int8", True),
+    (99, 64, "int8", False),
+)
 BESIDE = (64, 37, "int4", False)  # over what the first of them is over: one call makes both
 # up to a block of rows, past it, several blocks, tiles that are whole and that are not, and so many
 # that the library multiplies
