@@ -32,8 +32,10 @@ from contenders import WHOLE, Contender, HfCompiled, HfEager, Ours, WithoutLastS
 from measure import RESULTS, bandwidth_gbs, machine, paired_ratio, spread, timed, write, write_json
 from polar_fx import CompiledModel, Program
 from polar_fx.backends import AotInductorBackend, Backend, InductorBackend
-from polar_fx.passes.attention_to_reduction import AttentionToReduction
-from polar_fx.passes.matvec_to_reduction import MatvecToReduction
+from polar_fx.backends.inductor import REGION_PASSES
+from polar_fx.passes.attention_over_blocks import AttentionOverBlocks
+from polar_fx.passes.base import Pass
+from polar_fx.passes.linear_to_row_kernel import LinearToRowKernel
 from polar_fx.store import ArtifactStore
 
 
@@ -260,6 +262,9 @@ def make_contenders(
             model, backend, max_length=length - 1, check=False, cache=store, **options
         )
 
+    def without(kind: type[Pass]) -> Backend:
+        return AotInductorBackend(passes=[p for p in REGION_PASSES if not isinstance(p, kind)])
+
     chosen = compiled()
     programs = programs_of(chosen.depth)
     identity = programs["identity"]
@@ -277,17 +282,13 @@ def make_contenders(
                 compiled(AotInductorBackend(passes=())), "without region passes", program=identity
             ),
             Ours(
-                compiled(AotInductorBackend(passes=(MatvecToReduction(),))),
-                "without attention-to-reduction",
+                compiled(without(LinearToRowKernel)),
+                "linears as sums of products",
                 program=identity,
             ),
             Ours(
-                compiled(
-                    AotInductorBackend(
-                        passes=(MatvecToReduction(streams=1), AttentionToReduction())
-                    )
-                ),
-                "matvec-to-reduction with one stream",
+                compiled(without(AttentionOverBlocks)),
+                "attention as sums of products",
                 program=identity,
             ),
             Ours(compiled(InductorBackend()), "inductor (in-process) regions", program=identity),

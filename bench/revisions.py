@@ -5,7 +5,8 @@ process of its own.
     python bench/revisions.py before=../before now=. --output bench/results/house-cpu.json
 
 Every round runs each checkout once, in a shuffled order: `generate` of one token and of several
-after one prompt, by the default backend, from regions that a first process compiled. `--requests`
+after prompts of one or more rows, by the default backend, from regions that a first process
+compiled; with `--quantize`, of a model whose weights are integers. `--requests`
 adds the seconds that so many requests of five programs take, all at once: by the engine of a
 checkout that has one, in batches of one program in one that has none. Ratios are taken within
 rounds, to the checkout named first. Shape legend: B rows, T tokens.
@@ -29,19 +30,25 @@ from measure import RESULTS, machine, paired_ratio, spread, write_json
 _CHILD = """
 import json, statistics, sys, time
 import torch, polar_fx
-dtype, threads, prompt, tokens, repeats = sys.argv[1], *map(int, sys.argv[2:])
+dtype, quantize, (threads, prompt, tokens, repeats, *rows) = *sys.argv[1:3], map(int, sys.argv[3:])
 torch.set_num_threads(threads)
-model, _ = polar_fx.load(None, getattr(torch, dtype))
+ways = {} if quantize == "none" else {"quantize": quantize}
+model, _ = polar_fx.load(None, getattr(torch, dtype), **ways)
 compiled = polar_fx.compile(model, max_length=511)
-ids = torch.arange(1, prompt + 1)[None]
-def seconds(new):
+def seconds(ids, new):
     start = time.perf_counter()
     compiled.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False)
     return time.perf_counter() - start
-seconds(3)
-first, all_ = zip(*[(seconds(1), seconds(tokens + 1)) for _ in range(repeats)])
-decode = [(b - a) / tokens * 1e3 for a, b in zip(first, all_)]
-print(json.dumps({"prefill": statistics.median(first) * 1e3, "decode": statistics.median(decode)}))
+found = {}
+for count in rows:
+    ids = torch.arange(1, prompt + 1).repeat(count, 1)
+    seconds(ids, 3)
+    first, all_ = zip(*[(seconds(ids, 1), seconds(ids, tokens + 1)) for _ in range(repeats)])
+    decode = [(b - a) / tokens * 1e3 for a, b in zip(first, all_)]
+    kind = "" if count == 1 else f" of {count} rows"
+    found["prefill" + kind] = statistics.median(first) * 1e3
+    found["decode" + kind] = statistics.median(decode)
+print(json.dumps(found))
 """
 
 # Prompts of 8 to 63 tokens, answers of 4 to 48; the second of two runs counts.
@@ -49,9 +56,10 @@ _REQUESTS = """
 import json, random, sys, time
 import torch, polar_fx
 from polar_fx import Program
-dtype, threads, count = sys.argv[1], *map(int, sys.argv[2:])
+dtype, quantize, threads, count = *sys.argv[1:3], *map(int, sys.argv[3:])
 torch.set_num_threads(threads)
-model, _ = polar_fx.load(None, getattr(torch, dtype))
+ways = {} if quantize == "none" else {"quantize": quantize}
+model, _ = polar_fx.load(None, getattr(torch, dtype), **ways)
 compiled = polar_fx.compile(model, max_length=512)
 own = Program.identity(model.config.num_hidden_layers)
 short = own.skip(17, 2)
@@ -104,10 +112,14 @@ print(json.dumps({"requests": seconds * 1e3, "first token": firsts[len(firsts) /
 """
 
 
-def measured(folder: Path, dtype: str, *, child: str, numbers: Sequence[int]) -> dict[str, float]:
-    """Milliseconds by kind of call, of one process that runs the code `child`."""
+def measured(
+    folder: Path, weights: Sequence[str], *, child: str, numbers: Sequence[int]
+) -> dict[str, float]:
+    """Milliseconds by kind of call, of one process that runs the code `child`; `weights` are their
+    dtype, and how they are quantized.
+    """
     done = subprocess.run(
-        [sys.executable, "-c", child, dtype, *map(str, numbers)],
+        [sys.executable, "-c", child, *weights, *map(str, numbers)],
         env={**os.environ, "PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
@@ -130,13 +142,13 @@ def compare(
     places: dict[str, Path], dtype: str, *, options: argparse.Namespace
 ) -> dict[str, dict[str, Any]]:
     """Times and ratios to the first checkout, by checkout and kind of call."""
-    work: list[tuple[str, tuple[int, ...]]] = [
-        (_CHILD, (options.threads, options.prompt_tokens, options.tokens, options.repeats))
-    ]
+    weights = (dtype, options.quantize)
+    sizes = (options.prompt_tokens, options.tokens, options.repeats, *options.rows)
+    work: list[tuple[str, tuple[int, ...]]] = [(_CHILD, (options.threads, *sizes))]
     if options.requests:
         work.append((_REQUESTS, (options.threads, options.requests)))
     for folder in places.values():  # compiles what is missing
-        measured(folder, dtype, child=_CHILD, numbers=work[0][1])
+        measured(folder, weights, child=_CHILD, numbers=work[0][1])
     times: dict[str, list[dict[str, float]]] = {name: [] for name in places}
     order = list(places)
     for number in range(options.rounds):
@@ -144,7 +156,7 @@ def compare(
         for name in order:
             times[name].append({})
             for child, numbers in work:
-                found = measured(places[name], dtype, child=child, numbers=numbers)
+                found = measured(places[name], weights, child=child, numbers=numbers)
                 times[name][-1].update(found)
         print(f"{dtype}: round {number + 1} of {options.rounds}", file=sys.stderr)
     base, found = next(iter(places)), {}
@@ -153,7 +165,7 @@ def compare(
             own = [t[kind] for t in times[name]]
             ratio = paired_ratio(own, [t[kind] for t in times[base]])
             found[f"{name} {kind}"] = {"ms": spread(own), "ratio": ratio, "each_ms": own}
-            print(f"{dtype} {name:8} {kind:11} {statistics.median(own):8.2f} ms  {ratio}")
+            print(f"{dtype} {name:8} {kind:18} {statistics.median(own):8.2f} ms  {ratio}")
     return found
 
 
@@ -166,6 +178,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48, help="decoded tokens a measurement")
     parser.add_argument("--repeats", type=int, default=5, help="measurements a process")
     parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--quantize", choices=("none", "int8", "int4"), default="none")
     parser.add_argument("--requests", type=int, default=0, help="requests at once, of 5 programs")
     parser.add_argument("--output", type=Path, default=RESULTS / "revisions.json")
     options = parser.parse_args()
@@ -180,9 +195,7 @@ def main() -> None:
         "machine": machine(torch.device("cpu")),
         "settings": settings,
         "commits": commits,
-        "results": {
-            dtype: compare(places, dtype, options=options) for dtype in ("bfloat16", "float32")
-        },
+        "results": {dtype: compare(places, dtype, options=options) for dtype in options.dtypes},
     }
     write_json(options.output, report)
 

@@ -1,5 +1,5 @@
 """Decoding of several rows at a time: HF eager, polar_fx, and polar_fx as it was before one of the
-things that make it faster: its kernel for a few rows, huge pages, oneDNN for float32 prompts, its
+things that make it faster: its kernel for linears, huge pages, oneDNN for float32 prompts, its
 kernels for attention or for experts, or arrays on the stack.
 
     python bench/small_batches.py                     # SmolLM2-135M-Instruct, fp32
@@ -52,7 +52,8 @@ from polar_fx.store import ArtifactStore
 CPU = torch.device("cpu")
 AFTER, BEFORE, HF = "polar_fx", "before", "HF eager"
 EXPERTS = "OLMoE-1B-7B's sizes, 4 of its 16 layers, random weights"
-# What is left out before: passes, or something else. The kernel for a few rows calls oneDNN, too.
+# What is left out before: passes, or something else. The kernel for linears calls oneDNN, too;
+# without it one row is left to sums of products.
 WITHOUT: dict[str, tuple[type[Pass], ...]] = {
     "kernel": (LinearToRowKernel,),
     "onednn": (LinearToOneDnn, LinearToRowKernel),

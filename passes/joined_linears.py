@@ -5,9 +5,10 @@ queries, keys and values read the same rows. What a layer gave becomes a part of
 gives.
 """
 
+import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import Graph, GraphModule, Node
@@ -43,7 +44,9 @@ def join_linears(gm: GraphModule, find: Callable[[Node], Linear | None], target:
     if not any(map(find, gm.graph.nodes)):
         return PassResult(gm, False)
     new, graph = copy_graph_module(gm)
-    groups = list(_groups(graph, find))
+    position = {node: i for i, node in enumerate(graph.nodes)}
+    # in order: what made the x of one may be rewritten itself
+    groups = sorted(_groups(graph, find), key=lambda nodes: position[nodes[0]])
     for nodes in groups:
         _rewrite(graph, nodes, find=find, target=target)
     new.recompile()
@@ -87,9 +90,9 @@ def _rewrite(
         lists = [[node for node in column if node is not None] for column in columns]
         result = call(target, call.dense(linears[0].x), *lists)
         end, parts = 0, [result] if len(linears) == 1 else list[Node]()
-        for linear in linears if len(linears) > 1 else ():
+        for node, linear in zip(nodes, linears, strict=True) if len(linears) > 1 else ():
             start, end = end, end + linear.weight.meta["val"].shape[0]
-            parts.append(call(aten.slice.Tensor, result, -1, start, end))
+            parts.append(Caller(graph, node)(aten.slice.Tensor, result, -1, start, end))
     for node, part in zip(nodes, parts, strict=True):
         if len(nodes) > 1:
             _allow_gaps(graph, node)
@@ -111,7 +114,9 @@ def _allow_gaps(graph: Graph, node: Node) -> None:
         if user.target is aten.view.default:
             user.target = aten.reshape.default
         found = schema(user)
-        if found is not None and any(returned.alias_info for returned in found.returns):
+        is_view = found is not None and any(returned.alias_info for returned in found.returns)
+        is_view = is_view or cast(object, user.target) is operator.getitem
+        if is_view and user.args[0] is node:
             _allow_gaps(graph, user)
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from .base import Pass, PassResult
-from .joined_linears import Linear, join_linears
+from .joined_linears import Linear, is_operand, join_linears
+from .matvec_to_reduction import is_single_row
 
 aten = torch.ops.aten
 
@@ -58,19 +59,25 @@ def linear_operands(node: Node, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, 
 
 
 def _find(node: Node) -> Linear | None:
-    """A linear on the CPU of x [B, T, K] and a weight of known sizes."""
+    """A linear on the CPU of x [B, T, K] and a weight of known sizes, which for one row is given:
+    one that the graph makes, reductions make while they read.
+    """
     operands = linear_operands(node, DTYPES)
     if operands is None or operands[0].dim() != 3:
         return None
     sizes = cast(Sequence[int | torch.SymInt], operands[1].shape)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
-    x, weight, *bias = node.args
+    x, weight, *bias = cast(Sequence[Node], node.args)
     added = bias[0] if bias and isinstance(bias[0], Node) else None
+    if added is not None and tuple(added.meta["val"].shape) != (sizes[0],):
+        return None  # one number for all
+    if is_single_row(node, "cpu") and not is_operand(weight):
+        return None
     tokens = cast(int | torch.SymInt, operands[0].shape[1])
     # of several tokens, a joined call is slower: its results are further apart
     shared = isinstance(tokens, int) and tokens == 1
-    return Linear(cast(Node, x), cast(Node, weight), (added,), kind="a token" if shared else node)
+    return Linear(x, weight, (added,), kind="a token" if shared else node)
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,12 @@ class MatvecToReduction(Pass):
         count, size = weight.meta["val"].shape
         if row not in rows:
             flat = call(aten.reshape.default, call.cast(row, wide), [1, size])
-            rows[row] = call(aten.as_strided.default, call.dense(flat), [1, size], [size, 1])
+            dense = call.dense(flat)
+            if dense.meta["val"].storage_offset() != 0:
+                dense = call(
+                    aten.clone.default, dense
+                )  # as_strided counts from the storage's start
+            rows[row] = call(aten.as_strided.default, dense, [1, size], [size, 1])
         streams = self.streams if count % self.streams == 0 else 1
         parts: list[Node] = []
         for i in range(streams):

@@ -47,8 +47,6 @@ template <typename D, typename S, typename T> struct Weight {
     int64_t N, first;
 };
 
-inline int64_t vectors_of(int64_t n) { return (n + Sums::size() - 1) / Sums::size(); }
-
 inline Sums floats(const float* p, int64_t n) { return Sums::loadu(p, n); }
 inline Sums floats(const at::BFloat16* p, int64_t n) {
 #if defined(CPU_CAPABILITY_AVX512)

@@ -109,27 +109,32 @@ TOGETHER = (35, 1, 130, 2)
 
 
 class _Together(torch.nn.Module):
-    def forward(self, x: Tensor, *operands: Tensor) -> Any:
-        weights, biases = operands[: len(TOGETHER)], operands[len(TOGETHER) :]
+    """Weights and biases lie in one memory each, one after the other, from the second row on."""
+
+    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
+        weights, biases = weight[1:].split(TOGETHER), bias[1:].split(TOGETHER)
         return row_linear(x, weights, []), row_linear(x, weights, biases)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [1, 3])
 def test_weights_over_the_same_rows_are_multiplied_together(rows: int, dtype: torch.dtype) -> None:
-    """In loops, by tiles, and by the library; operands may begin within another's memory."""
-    wide = [_normal(n + 1, 70, seed=n)[1:] / 8 for n in TOGETHER]
-    others = [operand.to(dtype) for operand in (*wide, *(_normal(n, seed=n) for n in TOGETHER))]
+    """In loops, by tiles, and by the library; with this processor's instructions, and of one row
+    with AVX2 too.
+    """
+    size = 1 + sum(TOGETHER)
+    others = [_normal(size, 70, seed=1).div(8).to(dtype), _normal(size, seed=2).to(dtype)]
     body: Any = _Together()
     example = [_normal(rows, 1, 70, seed=0).to(dtype), *others]
     axes = {0: "batch"} if rows > 1 else {}
-    region = AotInductorBackend().compile_region(body, example, [axes, *({} for _ in others)])
-    for count in (rows,) if rows == 1 else (3, 40, 150):
-        x = _normal(count, 1, 70, seed=count).to(dtype)
-        want = body(x.double(), *(operand.double() for operand in others))
-        near = 1e-5 if dtype == torch.float32 else 0.05
-        for mine, exact in zip(region([x, *others]), want, strict=True):
-            torch.testing.assert_close(mine.double(), exact, rtol=near, atol=near)
+    for options in ({}, {"cpp.simdlen": 256}) if rows == 1 else ({},):
+        region = AotInductorBackend(options).compile_region(body, example, [axes, {}, {}])
+        for count in (rows,) if rows == 1 else (3, 40, 150):
+            x = _normal(count, 1, 70, seed=count).to(dtype)
+            want = body(x.double(), *(operand.double() for operand in others))
+            near = 1e-5 if dtype == torch.float32 else 0.05
+            for mine, exact in zip(region([x, *others]), want, strict=True):
+                torch.testing.assert_close(mine.double(), exact, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -99,6 +99,23 @@ def test_what_is_left_of_one_row_is_summed(name: str) -> None:
     torch.testing.assert_close(gm(x[:1], w)[0], linear(x[:1], w), rtol=1e-2, atol=1e-2)
 
 
+def _made(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return linear(x, weight.float() * 2, bias)
+
+
+def test_a_weight_that_the_graph_makes_is_read_as_it_is_made_for_one_row() -> None:
+    """It would be written to memory first otherwise."""
+    for rows in (1, 3):
+        operands = [_normal(rows, 1, 16), _normal(8, 16).bfloat16(), _normal(8)]
+        assert THIS.run(_traced(_made, *operands)).modified == (rows > 1)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_bias_of_one_number_for_all_is_left_to_others(rows: int) -> None:
+    gm = _traced(linear, _normal(rows, 1, 16), _normal(8, 16), _normal(1))
+    assert not THIS.run(gm).modified
+
+
 # ------------------------------------------------------------------------- over the same rows
 
 
@@ -134,14 +151,22 @@ def test_linears_over_the_same_tokens_are_not() -> None:
 
 
 def _flattened(x: Tensor, q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
-    a, b = linear(x, q), linear(x, k)
-    return a.squeeze(1).view(-1), b.transpose(0, 1).view(1, -1)
+    a, b, c = linear(x, q), linear(x, k), linear(x, k + 1)
+    halves = a.chunk(2)
+    stored = c.new_zeros(2, *c.shape)
+    stored[1].copy_(b)
+    return (
+        a.squeeze(1).view(-1),
+        b.transpose(0, 1).view(1, -1),
+        halves[0].view(-1),
+        stored.view(-1),
+    )
 
 
 def test_views_of_views_of_parts_may_need_a_copy() -> None:
     operands = _operands(3)
     result = THIS.run(_traced(_flattened, *operands))
-    assert result.counts == {"linears rewritten": 2, "calls": 1}
+    assert result.counts == {"linears rewritten": 3, "calls": 2}
     for got, want in zip(result.graph_module(*operands), _flattened(*operands), strict=True):
         torch.testing.assert_close(got, want)
 
