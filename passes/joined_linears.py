@@ -34,7 +34,9 @@ class Linear:
         return self.weight, *self.others
 
 
-def join_linears(gm: GraphModule, find: Callable[[Node], Linear | None], target: Any) -> PassResult:
+def join_linears(
+    gm: GraphModule, find: Callable[[Node], Linear | None], *, target: Any
+) -> PassResult:
     """Rewrite the linears that `find` sees as calls of `target(x, weights, ...)`, those over the
     same x as one, at the first of them.
 
@@ -86,8 +88,9 @@ def _rewrite(
     linears = [linear for linear in map(find, nodes) if linear is not None]
     with graph.inserting_before(nodes[0]):
         call = Caller(graph, nodes[0])
-        columns = zip(*(linear.operands() for linear in linears), strict=True)
-        lists = [[node for node in column if node is not None] for column in columns]
+        lists: list[list[Node]] = []
+        for column in zip(*map(Linear.operands, linears), strict=True):
+            lists.append([operand for operand in column if operand is not None])
         result = call(target, call.dense(linears[0].x), *lists)
         end, parts = 0, [result] if len(linears) == 1 else list[Node]()
         for node, linear in zip(nodes, linears, strict=True) if len(linears) > 1 else ():

@@ -68,8 +68,8 @@ def _find(node: Node) -> Linear | None:
     sizes = cast(Sequence[int | torch.SymInt], operands[1].shape)
     if not all(isinstance(size, int) and size > 0 for size in sizes):
         return None
-    x, weight, *bias = cast(Sequence[Node], node.args)
-    added = bias[0] if bias and isinstance(bias[0], Node) else None
+    x, weight = cast(Sequence[Node], node.args[:2])
+    added = cast(Node | None, node.args[2] if len(node.args) > 2 else None)
     if added is not None and tuple(added.meta["val"].shape) != (sizes[0],):
         return None  # one number for all
     if is_single_row(node, "cpu") and not is_operand(weight):
@@ -90,4 +90,4 @@ class LinearToRowKernel(Pass):
     preserves_numerics: ClassVar[bool] = False  # a kernel for it sums in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        return join_linears(gm, _find, torch.ops.polar_fx.row_linear.default)
+        return join_linears(gm, _find, target=torch.ops.polar_fx.row_linear.default)

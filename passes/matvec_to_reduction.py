@@ -79,10 +79,8 @@ class MatvecToReduction(Pass):
         if row not in rows:
             flat = call(aten.reshape.default, call.cast(row, wide), [1, size])
             dense = call.dense(flat)
-            if dense.meta["val"].storage_offset() != 0:
-                dense = call(
-                    aten.clone.default, dense
-                )  # as_strided counts from the storage's start
+            if dense.meta["val"].storage_offset() != 0:  # as_strided would begin at 0
+                dense = call(aten.clone.default, dense)
             rows[row] = call(aten.as_strided.default, dense, [1, size], [size, 1])
         streams = self.streams if count % self.streams == 0 else 1
         parts: list[Node] = []

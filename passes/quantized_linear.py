@@ -78,7 +78,7 @@ class QuantizedLinear(Pass):
     preserves_numerics: ClassVar[bool] = False  # a kernel for it rounds less, in another order
 
     def run(self, gm: GraphModule) -> PassResult:
-        return join_linears(gm, _find, torch.ops.polar_fx.quantized_linear.default)
+        return join_linears(gm, _find, target=torch.ops.polar_fx.quantized_linear.default)
 
 
 def _find(node: Node) -> Linear | None:

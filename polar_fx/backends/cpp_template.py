@@ -37,7 +37,7 @@ def output_of(
 
 
 def joined_output_of(
-    template: type[Any], x: Any, lists: Sequence[Sequence[Any]], *, name: str
+    template: type[Any], x: Any, *, lists: Sequence[Sequence[Any]], name: str
 ) -> Any:
     """What a kernel for several weights [N, ...] over the same x [..., K] gives: [..., sum of N].
 

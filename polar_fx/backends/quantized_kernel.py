@@ -131,5 +131,5 @@ def register() -> None:
     @register_lowering(QUANTIZED_LINEAR, type_promotion_kind=None)
     def _(x: Any, weights: Any, scales: Any, zeros: Any, biases: Any) -> Any:
         return joined_output_of(
-            Template, x, (weights, scales, zeros, biases), name="quantized_linear"
+            Template, x, lists=(weights, scales, zeros, biases), name="quantized_linear"
         )

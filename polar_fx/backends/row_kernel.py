@@ -85,4 +85,4 @@ def register() -> None:
 
     @register_lowering(ROW_LINEAR, type_promotion_kind=None)
     def _(x: Any, weights: Any, biases: Any) -> Any:
-        return joined_output_of(RowLinear, x, (weights, biases), name="row_linear")
+        return joined_output_of(RowLinear, x, lists=(weights, biases), name="row_linear")

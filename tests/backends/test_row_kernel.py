@@ -111,8 +111,8 @@ TOGETHER = (35, 1, 130, 2)
 class _Together(torch.nn.Module):
     """Weights and biases lie in one memory each, one after the other, from the second row on."""
 
-    def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        weights, biases = weight[1:].split(TOGETHER), bias[1:].split(TOGETHER)
+    def forward(self, x: Tensor, *together: Tensor) -> Any:
+        weights, biases = (each[1:].split(TOGETHER) for each in together)
         return row_linear(x, weights, []), row_linear(x, weights, biases)
 
 
@@ -131,7 +131,7 @@ def test_weights_over_the_same_rows_are_multiplied_together(rows: int, dtype: to
         region = AotInductorBackend(options).compile_region(body, example, [axes, {}, {}])
         for count in (rows,) if rows == 1 else (3, 40, 150):
             x = _normal(count, 1, 70, seed=count).to(dtype)
-            want = body(x.double(), *(operand.double() for operand in others))
+            want = body(x.double(), *map(Tensor.double, others))
             near = 1e-5 if dtype == torch.float32 else 0.05
             for mine, exact in zip(region([x, *others]), want, strict=True):
                 torch.testing.assert_close(mine.double(), exact, rtol=near, atol=near)

@@ -99,7 +99,8 @@ def test_what_is_left_of_one_row_is_summed(name: str) -> None:
     torch.testing.assert_close(gm(x[:1], w)[0], linear(x[:1], w), rtol=1e-2, atol=1e-2)
 
 
-def _made(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def _made(x: Tensor, *others: Tensor) -> Tensor:
+    weight, bias = others
     return linear(x, weight.float() * 2, bias)
 
 
@@ -125,7 +126,8 @@ def _operands(rows: int, tokens: int = 1) -> list[Tensor]:
     return [_normal(rows, tokens, 16), *weights, _normal(6)]
 
 
-def _three(x: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+def _three(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, _ = others
     batch, tokens, _size = x.shape
     heads = linear(x, q).view(batch, tokens, 2, 4).transpose(1, 2)
     return heads.reshape(batch, 2, -1), linear(x, k), linear(x, v) * 2
@@ -150,7 +152,8 @@ def test_linears_over_the_same_tokens_are_not() -> None:
     assert result.counts == {"linears rewritten": 3, "calls": 3}
 
 
-def _flattened(x: Tensor, q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, ...]:
+def _flattened(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    q, k, *_ = others
     a, b, c = linear(x, q), linear(x, k), linear(x, k + 1)
     halves = a.chunk(2)
     stored = c.new_zeros(2, *c.shape)
@@ -171,8 +174,9 @@ def test_views_of_views_of_parts_may_need_a_copy() -> None:
         torch.testing.assert_close(got, want)
 
 
-def _apart(x: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+def _apart(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """With a bias and without; a weight again; one that is made in between; over other rows."""
+    q, k, v, bias = others
     return (
         linear(x, q),
         linear(x, v, bias),
@@ -190,7 +194,8 @@ def test_what_no_call_can_share_is_apart() -> None:
         torch.testing.assert_close(got, want)
 
 
-def _written(x: Tensor, q: Tensor, k: Tensor, v: Tensor, _: Tensor) -> tuple[Tensor, ...]:
+def _written(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    q, k, v, _ = others
     first = linear(x, q)
     k.mul_(2)
     return first, linear(x, k), linear(x, v)
