@@ -194,21 +194,28 @@ C10_NOINLINE void multiply(
     }
 }
 
-// R rows of the weight, read from memory once, with all M rows of x
-template <int R, typename T, typename Y>
-inline void rows(
-    const typename Step<T>::X* x, const T* w, const T* bias, Y* y,
-    int64_t M, int64_t N, int64_t K, int64_t ahead, int64_t apart = 1
-) {
+// M rows of x, X_ROWS at a time and then fewer: `multiply` gets how many, and the first of them
+template <typename Multiply> inline void each_block_of_rows(int64_t M, const Multiply& multiply) {
     int64_t m = 0;
     const auto multiply_next = [&](auto count) {
-        multiply<count(), R>(x + m * K, w, bias, y + m * N, N, K, m == 0 ? ahead : 0, apart);
+        multiply(count, m);
         m += count();
     };
     while (m + X_ROWS <= M) multiply_next(std::integral_constant<int, X_ROWS>());
     if (X_ROWS > 4 && m + 4 <= M) multiply_next(std::integral_constant<int, 4>());
     if (m + 2 <= M) multiply_next(std::integral_constant<int, 2>());
     if (m < M) multiply_next(std::integral_constant<int, 1>());
+}
+
+// R rows of the weight, read from memory once, with all M rows of x
+template <int R, typename T, typename Y>
+inline void rows(
+    const typename Step<T>::X* x, const T* w, const T* bias, Y* y,
+    int64_t M, int64_t N, int64_t K, int64_t ahead, int64_t apart = 1
+) {
+    each_block_of_rows(M, [&](auto count, int64_t m) {
+        multiply<count(), R>(x + m * K, w, bias, y + m * N, N, K, m == 0 ? ahead : 0, apart);
+    });
 }
 
 // x in the type in which it is read; `place` holds it if it is another

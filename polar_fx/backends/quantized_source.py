@@ -219,16 +219,10 @@ inline void rows_of_integers(
     const Given<Form<W, T>>& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
     int64_t n0, int64_t M, int64_t K, int64_t ahead, int64_t apart
 ) {
-    int64_t m = 0;
-    const auto multiply_next = [&](auto count) {
+    each_block_of_rows(M, [&](auto count, int64_t m) {
         const int64_t far = m == 0 ? ahead : 0;
         multiply_integers<count(), R, W>(x, m, weight, y, stride, n0, K, far, apart);
-        m += count();
-    };
-    while (m + X_ROWS <= M) multiply_next(std::integral_constant<int, X_ROWS>());
-    if (X_ROWS > 4 && m + 4 <= M) multiply_next(std::integral_constant<int, 4>());
-    if (m + 2 <= M) multiply_next(std::integral_constant<int, 2>());
-    if (m < M) multiply_next(std::integral_constant<int, 1>());
+    });
 }
 
 // Group g of a weight's rows, W_ROWS_OF_INTEGERS at most, as far apart as there are groups

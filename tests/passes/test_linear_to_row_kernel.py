@@ -3,39 +3,19 @@
 Shape legend: B rows, T tokens of each, K their size, N rows of a weight.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 from torch.nn.functional import linear
 
 from hand_made import aten, several_rows
 from polar_fx.backends.inductor import REGION_PASSES
-from polar_fx.backends.specialize import graph_of, specialize
 from polar_fx.passes import PASSES
 from polar_fx.passes.base import Pass
+from traced import calls_of, traced
 
 ROW_LINEAR = torch.ops.polar_fx.row_linear.default
 THIS: Pass = PASSES["linear-to-row-kernel"]()
-
-
-def _traced(
-    function: Callable[..., Any], *operands: Tensor, dynamic: Sequence[dict[int, str]] = ()
-) -> GraphModule:
-    """A graph as backends hand it to their passes; sizes along `dynamic` are not known."""
-
-    class Body(torch.nn.Module):
-        def forward(self, *values: Tensor) -> Any:
-            return function(*values)
-
-    return graph_of(specialize(Body(), operands, dynamic=dynamic or [{}] * len(operands)))
-
-
-def _count(gm: GraphModule, *targets: Any) -> int:
-    return sum(n.target in targets for n in gm.graph.nodes)
 
 
 def _normal(*shape: int, seed: int = 0) -> Tensor:
@@ -59,10 +39,10 @@ def test_linears_of_any_number_of_rows_and_tokens_become_one_operator(
 ) -> None:
     first, axes, others = MANY[name]
     operands = [t.to(dtype) for t in (_normal(*first, 16), _normal(8, 16), _normal(8))]
-    gm = _traced(linear, *operands, dynamic=[axes, {}, {}])
+    gm = traced(linear, *operands, dynamic=[axes, {}, {}])
     result = THIS.run(gm)
     assert result.counts == {"linears rewritten": 1, "calls": 1}
-    assert _count(result.graph_module, ROW_LINEAR) == 1
+    assert calls_of(result.graph_module, ROW_LINEAR) == 1
     for rows, tokens in others:
         more = _normal(rows, tokens, 16, seed=rows).to(dtype)
         got = result.graph_module(more, *operands[1:])[0]
@@ -79,8 +59,8 @@ NOT_OF_ROWS: dict[str, list[Tensor]] = {
 
 @pytest.mark.parametrize("name", NOT_OF_ROWS)
 def test_other_linears_stay(name: str) -> None:
-    gm = _traced(linear, *NOT_OF_ROWS[name])
-    assert _count(gm, aten.linear.default) == 1 and not THIS.run(gm).modified
+    gm = traced(linear, *NOT_OF_ROWS[name])
+    assert calls_of(gm, aten.linear.default) == 1 and not THIS.run(gm).modified
 
 
 def test_linears_elsewhere_stay() -> None:
@@ -91,10 +71,10 @@ def test_linears_elsewhere_stay() -> None:
 def test_what_is_left_of_one_row_is_summed(name: str) -> None:
     """By the passes of the backends in their order; of float32, oneDNN takes none of it."""
     x, w = NOT_OF_ROWS[name]
-    gm = _traced(linear, x[:1], w)
+    gm = traced(linear, x[:1], w)
     for each in REGION_PASSES:
         gm = each.run(gm).graph_module
-    assert _count(gm, aten.sum.dim_IntList) > 0
+    assert calls_of(gm, aten.sum.dim_IntList) > 0
     assert not any("linear" in str(n.target) for n in gm.graph.nodes)
     torch.testing.assert_close(gm(x[:1], w)[0], linear(x[:1], w), rtol=1e-2, atol=1e-2)
 
@@ -108,12 +88,12 @@ def test_a_weight_that_the_graph_makes_is_read_as_it_is_made_for_one_row() -> No
     """It would be written to memory first otherwise."""
     for rows in (1, 3):
         operands = [_normal(rows, 1, 16), _normal(8, 16).bfloat16(), _normal(8)]
-        assert THIS.run(_traced(_made, *operands)).modified == (rows > 1)
+        assert THIS.run(traced(_made, *operands)).modified == (rows > 1)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_bias_of_one_number_for_all_is_left_to_others(rows: int) -> None:
-    gm = _traced(linear, _normal(rows, 1, 16), _normal(8, 16), _normal(1))
+    gm = traced(linear, _normal(rows, 1, 16), _normal(8, 16), _normal(1))
     assert not THIS.run(gm).modified
 
 
@@ -137,7 +117,7 @@ def _three(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 def test_linears_over_the_same_token_are_one_call(rows: int) -> None:
     """Their parts may be viewed, and results of the graph have no gaps."""
     operands = _operands(rows)
-    gm = _traced(_three, *operands, dynamic=[{0: "batch"} if rows > 1 else {}, {}, {}, {}, {}])
+    gm = traced(_three, *operands, dynamic=[{0: "batch"} if rows > 1 else {}, {}, {}, {}, {}])
     result = THIS.run(gm)
     assert result.counts == {"linears rewritten": 3, "calls": 1}
     got = result.graph_module(*operands)
@@ -148,7 +128,7 @@ def test_linears_over_the_same_token_are_one_call(rows: int) -> None:
 
 def test_linears_over_the_same_tokens_are_not() -> None:
     operands = _operands(3, 2)
-    result = THIS.run(_traced(_three, *operands))
+    result = THIS.run(traced(_three, *operands))
     assert result.counts == {"linears rewritten": 3, "calls": 3}
 
 
@@ -168,7 +148,7 @@ def _flattened(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 def test_views_of_views_of_parts_may_need_a_copy() -> None:
     operands = _operands(3)
-    result = THIS.run(_traced(_flattened, *operands))
+    result = THIS.run(traced(_flattened, *operands))
     assert result.counts == {"linears rewritten": 3, "calls": 2}
     for got, want in zip(result.graph_module(*operands), _flattened(*operands), strict=True):
         torch.testing.assert_close(got, want)
@@ -188,7 +168,7 @@ def _apart(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 
 def test_what_no_call_can_share_is_apart() -> None:
     operands = _operands(3)
-    result = THIS.run(_traced(_apart, *operands))
+    result = THIS.run(traced(_apart, *operands))
     assert result.counts == {"linears rewritten": 5, "calls": 5}
     for got, want in zip(result.graph_module(*operands), _apart(*operands), strict=True):
         torch.testing.assert_close(got, want)
@@ -204,7 +184,7 @@ def _written(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
 def test_a_write_between_linears_keeps_them_apart() -> None:
     """Brought together, they would read what is there before it."""
     operands = _operands(3)
-    gm = _traced(_three, *operands)
+    gm = traced(_three, *operands)
     one, *_ = [n for n in gm.graph.nodes if n.target is aten.linear.default]
     k = gm.graph.find_nodes(op="placeholder")[2]
     with gm.graph.inserting_after(one):

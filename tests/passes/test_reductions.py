@@ -5,7 +5,6 @@ Shape legend: H KV heads, G groups (query heads per KV head), L KV length, E key
 """
 
 import copy
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from torch.fx import GraphModule
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from hand_made import Builder, aten, flat, on_cpu, single_row
-from polar_fx.backends.specialize import graph_of, specialize
 from polar_fx.library import LayerLibrary
 from polar_fx.library.library import Call
 from polar_fx.passes import PASSES, Pipeline, library_pipeline
@@ -23,26 +21,9 @@ from polar_fx.passes.base import Pass, PassError
 from polar_fx.passes.keep_kv_writes import KeepKvWrites
 from polar_fx.passes.matvec_to_reduction import MatvecToReduction
 from tiny_models import tiny
+from traced import calls_of, traced
 
 ATTENTION: Pass = PASSES["attention-to-reduction"]()
-
-
-def _traced(
-    function: Callable[..., Any], *operands: Tensor, dynamic: Sequence[dict[int, str]] = ()
-) -> GraphModule:
-    """A graph as backends hand it to their passes: exported, its operands' sizes known (or, along
-    `dynamic`, not).
-    """
-
-    class Body(torch.nn.Module):
-        def forward(self, *values: Tensor) -> Any:
-            return function(*values)
-
-    return graph_of(specialize(Body(), operands, dynamic=dynamic or [{}] * len(operands)))
-
-
-def _count(gm: GraphModule, *targets: Any) -> int:
-    return sum(n.target in targets for n in gm.graph.nodes)
 
 
 def _normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -95,9 +76,9 @@ CASES: dict[str, tuple[Any, list[Tensor]]] = {
 @pytest.mark.parametrize("name", CASES)
 def test_attention_of_one_token_becomes_sums(name: str) -> None:
     function, operands = CASES[name]
-    result = ATTENTION.run(_traced(function, *operands))
+    result = ATTENTION.run(traced(function, *operands))
     assert result.counts == {"attentions rewritten": 1}
-    assert not _count(result.graph_module, aten.scaled_dot_product_attention.default)
+    assert not calls_of(result.graph_module, aten.scaled_dot_product_attention.default)
     (got,), want = result.graph_module(*operands), function(*operands)
     assert got.dtype == want.dtype and got.shape == want.shape and want.abs().sum() > 0
     torch.testing.assert_close(got, want, rtol=0, atol=2e-6)
@@ -110,7 +91,7 @@ def test_a_query_laid_out_in_another_order_is_read_as_it_is() -> None:
     function, (q, k, v) = _attention(heads=2, groups=2)
     shuffled = q.permute(3, 0, 1, 2).contiguous().permute(1, 2, 3, 0)
     assert torch.equal(shuffled, q) and not shuffled.is_contiguous()
-    gm = ATTENTION.run(_traced(function, shuffled, k, v)).graph_module
+    gm = ATTENTION.run(traced(function, shuffled, k, v)).graph_module
     torch.testing.assert_close(gm(shuffled, k, v)[0], function(q, k, v), rtol=0, atol=2e-6)
 
 
@@ -118,7 +99,7 @@ def test_a_query_laid_out_in_another_order_is_read_as_it_is() -> None:
 def test_half_precision_attention_is_summed_in_float32(dtype: torch.dtype) -> None:
     function, operands = _attention(heads=8, groups=3, length=300, mask=_seen(1, 1, 1, 300))
     half = [o.to(dtype) if o.is_floating_point() else o for o in operands]
-    gm = ATTENTION.run(_traced(function, *half)).graph_module
+    gm = ATTENTION.run(traced(function, *half)).graph_module
     exact = function(*(h.double() if h.is_floating_point() else h for h in half))
     got, kernel = gm(*half)[0], function(*half)
     assert got.dtype == dtype
@@ -159,8 +140,8 @@ LEFT_ALONE = {
 @pytest.mark.parametrize("name", LEFT_ALONE)
 def test_attention_that_is_not_of_one_plain_token_stays(name: str) -> None:
     function, operands = LEFT_ALONE[name]
-    gm = _traced(function, *operands)
-    assert _count(gm, aten.scaled_dot_product_attention.default) == 1, (
+    gm = traced(function, *operands)
+    assert calls_of(gm, aten.scaled_dot_product_attention.default) == 1, (
         "there is something to leave alone"
     )
     result = ATTENTION.run(gm)
@@ -174,9 +155,9 @@ def test_attention_elsewhere_or_of_unknown_size_stays() -> None:
     on_meta = by_hand.build(by_hand.call(aten.scaled_dot_product_attention.default, *names))
     assert not ATTENTION.run(on_meta).modified, "example values on the meta device: not the CPU"
     assert ATTENTION.run(on_cpu(on_meta)).modified
-    unknown = _traced(function, *operands, dynamic=[{}, {2: "tokens"}, {2: "tokens"}])
+    unknown = traced(function, *operands, dynamic=[{}, {2: "tokens"}, {2: "tokens"}])
     assert (
-        _count(unknown, aten.scaled_dot_product_attention.default) == 1
+        calls_of(unknown, aten.scaled_dot_product_attention.default) == 1
         and not ATTENTION.run(unknown).modified
     )
     assert not ATTENTION.run(tiny("llama").captured.graph_module).modified, "symbolic sizes"
@@ -189,14 +170,14 @@ def test_attention_elsewhere_or_of_unknown_size_stays() -> None:
 @pytest.mark.parametrize("count", [8, 6, 3])
 def test_rows_are_summed_in_streams_where_their_count_allows(streams: int, count: int) -> None:
     x, w, b = _normal(1, 1, 16), _normal(count, 16), _normal(count)
-    gm = _traced(linear, x, w, b)
+    gm = traced(linear, x, w, b)
     result = MatvecToReduction(streams).run(gm)
     in_streams = streams if count % streams == 0 else 1
-    assert _count(result.graph_module, aten.sum.dim_IntList) == in_streams
-    assert _count(result.graph_module, aten.slice.Tensor) == (in_streams if in_streams > 1 else 0)
+    assert calls_of(result.graph_module, aten.sum.dim_IntList) == in_streams
+    assert calls_of(result.graph_module, aten.slice.Tensor) == (in_streams if in_streams > 1 else 0)
     torch.testing.assert_close(result.graph_module(x, w, b)[0], linear(x, w, b), rtol=0, atol=1e-6)
     torch.testing.assert_close(
-        MatvecToReduction(streams).run(_traced(linear, x, w)).graph_module(x, w)[0], linear(x, w)
+        MatvecToReduction(streams).run(traced(linear, x, w)).graph_module(x, w)[0], linear(x, w)
     )
 
 
@@ -205,10 +186,10 @@ def test_a_row_that_several_linears_read_is_widened_once() -> None:
         t.bfloat16()
         for t in (_normal(1, 1, 16), _normal(8, 16), _normal(8, 16, seed=1), _normal(4, 16))
     )
-    gm = _traced(lambda x, q, k, v: (linear(x, q), linear(x, k), linear(x, v)), x, *weights)
+    gm = traced(lambda x, q, k, v: (linear(x, q), linear(x, k), linear(x, v)), x, *weights)
     new = MatvecToReduction().run(gm).graph_module
     row = next(iter(new.graph.find_nodes(op="placeholder")))
-    assert [n.target for n in row.users] == [aten.to.dtype] and _count(
+    assert [n.target for n in row.users] == [aten.to.dtype] and calls_of(
         new, aten.as_strided.default
     ) == 1
     for got, w in zip(new(x, *weights), weights, strict=True):
@@ -222,12 +203,12 @@ def test_a_row_that_several_linears_read_is_widened_once() -> None:
 
 def test_a_row_with_gaps_is_read_as_it_is() -> None:
     x, w = _normal(1, 1, 32), _normal(8, 16)
-    gm = MatvecToReduction().run(_traced(lambda x, w: linear(x[..., ::2], w), x, w)).graph_module
+    gm = MatvecToReduction().run(traced(lambda x, w: linear(x[..., ::2], w), x, w)).graph_module
     torch.testing.assert_close(gm(x, w)[0], linear(x[..., ::2], w))
     wide = _normal(1, 1, 1).expand(1, 1, 16)
     gm = (
         MatvecToReduction()
-        .run(_traced(lambda x, w: linear(x.expand(1, 1, 16), w), wide[..., :1], w))
+        .run(traced(lambda x, w: linear(x.expand(1, 1, 16), w), wide[..., :1], w))
         .graph_module
     )
     torch.testing.assert_close(gm(wide[..., :1], w)[0], linear(wide, w))
@@ -235,13 +216,13 @@ def test_a_row_with_gaps_is_read_as_it_is() -> None:
 
 def test_a_row_cut_out_of_a_longer_one_is_read_where_it_is() -> None:
     x, w = _normal(1, 1, 32), _normal(8, 16)
-    gm = MatvecToReduction().run(_traced(lambda x, w: linear(x[..., 16:], w), x, w)).graph_module
+    gm = MatvecToReduction().run(traced(lambda x, w: linear(x[..., 16:], w), x, w)).graph_module
     torch.testing.assert_close(gm(x, w)[0], linear(x[..., 16:], w))
 
 
 def test_half_precision_linears_are_summed_in_float32() -> None:
     x, w = _normal(1, 1, 512).bfloat16(), _normal(256, 512).bfloat16()
-    got = MatvecToReduction().run(_traced(linear, x, w)).graph_module(x, w)[0]
+    got = MatvecToReduction().run(traced(linear, x, w)).graph_module(x, w)[0]
     kernel, exact = linear(x, w), linear(x.double(), w.double())
     assert (got - exact).square().mean() <= 1.05 * (kernel - exact).square().mean()
     torch.testing.assert_close(
@@ -251,8 +232,8 @@ def test_half_precision_linears_are_summed_in_float32() -> None:
 
 def test_a_weight_of_one_axis_stays() -> None:
     x, w = _normal(1, 1, 16), _normal(16)
-    gm = _traced(linear, x, w)
-    assert _count(gm, aten.linear.default) == 1 and not MatvecToReduction().run(gm).modified
+    gm = traced(linear, x, w)
+    assert calls_of(gm, aten.linear.default) == 1 and not MatvecToReduction().run(gm).modified
 
 
 @pytest.mark.parametrize("streams", [0, -1])
@@ -327,7 +308,7 @@ def test_attention_and_feed_forward_are_dropped(family: str) -> None:
     whole = next(iter(tiny(family).library.bodies[c.target] for c in tiny(family).library.layers))
     result = KeepKvWrites().run(whole)
     linears = [
-        _count(gm, aten.linear.default, aten.addmm.default) for gm in (whole, result.graph_module)
+        calls_of(gm, aten.linear.default, aten.addmm.default) for gm in (whole, result.graph_module)
     ]
     assert tuple(linears) == LINEARS[family]
     left = {str(n.target) for n in result.graph_module.graph.nodes}
@@ -364,7 +345,7 @@ def _assembled() -> GraphModule:
 def test_writes_in_place_that_a_kept_value_needs_stay() -> None:
     whole = _assembled()
     kept = KeepKvWrites().run(whole).graph_module
-    assert not _count(kept, aten.mul_.Tensor, aten.relu.default)
+    assert not calls_of(kept, aten.mul_.Tensor, aten.relu.default)
     x, want, got = _normal(2, 3), torch.zeros(2, 4, 3), torch.zeros(2, 4, 3)
     whole(x, want)
     kept(x, got)
