@@ -135,7 +135,7 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
             polar_fx::by_library<T>(own_rows, own_weight, nullptr, result, each.M, N, K, N, true);
         }
         {%- else %}
-        const polar_fx::Plain<T> weights[] = { {own_weight, nullptr, N, 0} };
+        const polar_fx::Plain<T> weights[] = { {own_weight, nullptr, N, 0, 0} };
         const bool done = polar_fx::multiply_many(
             own_rows, weights, result, N, each.M, K, {{threads}}
         );
@@ -143,14 +143,16 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
         if (!done) few.push_back(each);
     }
     std::fill(y + rows * N, y + S * N, T(0));
-    constexpr int64_t at_a_time = transposed ? polar_fx::COLUMNS : polar_fx::W_ROWS;
-    const int64_t parts = polar_fx::row_groups(N, at_a_time), tasks = few.size() * parts;
+    const int64_t experts = few.size();
     {%- if transposed %}
+    constexpr int64_t at_a_time = polar_fx::COLUMNS;
     const T* given = read;
     {%- else %}
+    const int64_t at_a_time = polar_fx::rows_at_a_time(rows / std::max<int64_t>(1, experts));
     std::unique_ptr<polar_fx::Step<T>::X[]> place;
     const auto* given = polar_fx::as_read(read, few.empty() ? 0 : rows * K, place);
     {%- endif %}
+    const int64_t parts = polar_fx::row_groups(N, at_a_time), tasks = experts * parts;
     {%- if threads > 1 %}
     // experts have different numbers of rows
     #pragma omp parallel for num_threads({{threads}}) schedule(dynamic, transposed ? 1 : 16)
@@ -162,9 +164,10 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
         const T* own_weight = weight + each.expert * N * K;
         T* result = y + each.first * N;
         {%- if transposed %}
-        polar_fx::columns(part * polar_fx::COLUMNS, own_rows, own_weight, result, each.M, N, K);
+        polar_fx::columns(part * at_a_time, own_rows, own_weight, result, each.M, N, K);
         {%- else %}
-        polar_fx::group<T>(part, own_rows, {own_weight, nullptr, N, 0}, result, N, each.M, K);
+        const polar_fx::Plain<T> own{own_weight, nullptr, N, parts, 0};
+        polar_fx::group<T>(part, at_a_time, own_rows, own, result, N, each.M, K);
         {%- endif %}
     }
 }

@@ -33,12 +33,13 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     const auto weight_of = [&](
         const auto* data, const S* scale, const S* zero, const T* bias, int64_t N
     ) {
-        const int64_t first = total;
-        total += N;
-        groups += polar_fx::row_groups(N, polar_fx::W_ROWS_OF_INTEGERS);
-        return polar_fx::Weight<W::Data, S, T>{
-            (const W::Data*)data, {scale, zero, {{groups}}}, bias, N, first
+        const polar_fx::Weight<W::Data, S, T> weight{
+            (const W::Data*)data, {scale, zero, {{groups}}}, bias, N,
+            polar_fx::row_groups(N, polar_fx::W_ROWS_OF_INTEGERS), total
         };
+        total += N;
+        groups += weight.groups;
+        return weight;
     };
     const polar_fx::Weight<W::Data, S, T> weights[] = {
         {%- for w in weights %}
@@ -87,7 +88,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     {%- endif %}
     for (int64_t number = 0; number < groups; ++number) {
         int64_t g = number;
-        const auto& weight = polar_fx::weight_of(g, weights, polar_fx::W_ROWS_OF_INTEGERS);
+        const auto& weight = polar_fx::weight_of(g, weights);
         polar_fx::group_of_integers<W>(g, given, weight, y, total, M, K);
     }
 }

@@ -12,10 +12,12 @@ SOURCE = (
 #define POLAR_FX_QUANTIZED_LINEAR
 namespace polar_fx {
 
+// How many rows of x and of the weight are multiplied at a time. Making numbers of a weight costs
+// more than reading x, so the rows of x are more than for floats.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int W_ROWS_OF_INTEGERS = 2;
+constexpr int X_ROWS_OF_INTEGERS = 8, W_ROWS_OF_INTEGERS = 2;
 #else
-constexpr int W_ROWS_OF_INTEGERS = 1;  // fewer registers
+constexpr int X_ROWS_OF_INTEGERS = 4, W_ROWS_OF_INTEGERS = 1;  // fewer registers
 #endif
 // For more rows of x than tiles are for, the weight is made into floats, so many numbers at a time,
 // and the library multiplies.
@@ -39,12 +41,13 @@ template <typename S> struct Scales {
     int64_t groups;
 };
 
-// One of several weights over the same x: N rows, whose results begin at `first` in a row of y
+// One of several weights over the same x: N rows, read in so many groups, whose results begin at
+// `first` in a row of y
 template <typename D, typename S, typename T> struct Weight {
     const D* data;
     Scales<S> of;
     const T* bias;
-    int64_t N, first;
+    int64_t N, groups, first;
 };
 
 inline Sums floats(const float* p, int64_t n) { return Sums::loadu(p, n); }
@@ -148,12 +151,13 @@ C10_ALWAYS_INLINE void add_block(
     }
 }
 
-// M rows of x from m0 on, times R of the weight from n0 on, `apart` from each other. Not inline: it
-// is compiled once for all linears of a region.
+// M rows of x from m0 on, times R of the weight from n0 on, `apart` from each other. Asks for rows
+// meanwhile, and for the scales of the rows that come `far` rows later. Not inline: it is compiled
+// once for all linears of a region.
 template <int M, int R, typename W, typename S, typename T>
 C10_NOINLINE void multiply_integers(
     const Given<Form<W, T>>& x, int64_t m0, const Weight<typename W::Data, S, T>& weight, T* y,
-    int64_t stride, int64_t n0, int64_t K, int64_t ahead, int64_t apart
+    int64_t stride, int64_t n0, int64_t K, Ask ask, int64_t far, int64_t apart
 ) {
     using F = Form<W, T>;
     const auto& of = weight.of;
@@ -168,17 +172,17 @@ C10_NOINLINE void multiply_integers(
     const typename W::Data* w = weight.data + n0 * row_bytes;
     const S* scale = of.scale + n0 * of.groups;
     const auto* given = x.row(m0);
-    for (int r = 0; W::grouped && ahead > 0 && r < R; ++r) {
-        const int64_t far = (n0 + r * apart + ahead / row_bytes) * of.groups;
+    for (int r = 0; W::grouped && far > 0 && r < R; ++r) {
+        const int64_t later = (n0 + r * apart + far) * of.groups;
         for (int64_t g = 0; g < of.groups; g += 64 / sizeof(S)) {
-            __builtin_prefetch(of.scale + far + g);
-            __builtin_prefetch(of.zero + far + g);
+            __builtin_prefetch(of.scale + later + g);
+            __builtin_prefetch(of.zero + later + g);
         }
     }
     int64_t k = 0;
-    for (; k + F::BLOCK <= K; k += F::BLOCK) {
+    for (; k + F::BLOCK <= K; k += F::BLOCK, ask.start += ask.step) {
         #pragma GCC unroll 2
-        for (int r = 0; r < R; ++r) __builtin_prefetch(w + r * w_step + ahead);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(ask.start + r * ask.apart);
         add_block<true, M, R, W, F>(sums, given + k, x.size, w, w_step, scale, s_step, F::bytes);
         w += F::bytes;
         scale += F::BLOCK / GROUP;
@@ -213,15 +217,16 @@ C10_NOINLINE void multiply_integers(
 }
 
 // R rows of the weight from n0 on, `apart` from each other, read from memory once, with all M rows
-// of x
+// of x; asks for rows, and the scales of the rows that come `far` rows later, meanwhile
 template <int R, typename W, typename S, typename T>
 inline void rows_of_integers(
     const Given<Form<W, T>>& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
-    int64_t n0, int64_t M, int64_t K, int64_t ahead, int64_t apart
+    int64_t n0, int64_t M, int64_t K, const Ask& ask, int64_t far, int64_t apart
 ) {
-    each_block_of_rows(M, [&](auto count, int64_t m) {
-        const int64_t far = m == 0 ? ahead : 0;
-        multiply_integers<count(), R, W>(x, m, weight, y, stride, n0, K, far, apart);
+    each_block_of_rows<X_ROWS_OF_INTEGERS>(M, [&](auto count, int64_t m) {
+        const Ask part = ask.part(m, count(), K / Form<W, T>::BLOCK);
+        const int64_t later = m == 0 ? far : 0;
+        multiply_integers<count(), R, W>(x, m, weight, y, stride, n0, K, part, later, apart);
     });
 }
 
@@ -232,13 +237,19 @@ inline void group_of_integers(
     int64_t stride, int64_t M, int64_t K
 ) {
     constexpr int R = W_ROWS_OF_INTEGERS;
-    const int64_t apart = row_groups(weight.N, R), ahead = bytes_ahead(M);
+    const int64_t apart = weight.groups, bytes = W::row_bytes(K);
+    const int64_t ahead = bytes_ahead(M, bytes), far = ahead / bytes;
+    const auto multiply_from = [&](auto count, int64_t n) {
+        const auto* start = weight.data + n * bytes + ahead;
+        const Ask ask = Ask::evenly(start, apart * bytes, Form<W, T>::bytes, M);
+        rows_of_integers<count(), W>(x, weight, y, stride, n, M, K, ask, far, apart);
+    };
     if (g + (R - 1) * apart < weight.N) {
-        rows_of_integers<R, W>(x, weight, y, stride, g, M, K, ahead, apart);
+        multiply_from(std::integral_constant<int, R>(), g);
         return;
     }
     for (int64_t n = g; n < weight.N; n += apart) {
-        rows_of_integers<1, W>(x, weight, y, stride, n, M, K, ahead, apart);
+        multiply_from(std::integral_constant<int, 1>(), n);
     }
 }
 
@@ -283,7 +294,7 @@ inline void as_floats(
     }
 }
 
-// Rows of a weight as numbers of type T, for tiles (linear_source.py)
+// Rows of a weight as numbers of type T, for tiles (many_rows_source.py)
 template <typename W, typename S, typename T> struct MadeRowsOf {
     static constexpr bool are_made = true;
     const Weight<typename W::Data, S, T>& weight;

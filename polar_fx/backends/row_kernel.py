@@ -24,12 +24,13 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     using T = {{kernel.dtype(x)}};
     const int64_t M = ({{kernel.size(x, 0)}}) * ({{kernel.size(x, 1)}});
     const int64_t K = {{kernel.size(x, 2)}};
+    const int64_t size = polar_fx::rows_at_a_time(M);
     int64_t total = 0, groups = 0;
     const auto weight_of = [&](const T* data, const T* bias, int64_t N) {
-        const int64_t first = total;
+        const polar_fx::Plain<T> weight{data, bias, N, polar_fx::row_groups(N, size), total};
         total += N;
-        groups += polar_fx::row_groups(N, polar_fx::W_ROWS);
-        return polar_fx::Plain<T>{data, bias, N, first};
+        groups += weight.groups;
+        return weight;
     };
     const polar_fx::Plain<T> weights[] = {
         {%- for w in weights %}
@@ -48,8 +49,8 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     {%- endif %}
     for (int64_t number = 0; number < groups; ++number) {
         int64_t g = number;
-        const auto& weight = polar_fx::weight_of(g, weights, polar_fx::W_ROWS);
-        polar_fx::group<T>(g, given, weight, y, total, M, K);
+        const auto& weight = polar_fx::weight_of(g, weights);
+        polar_fx::group<T>(g, size, given, weight, y, total, M, K);
     }
 }
 """

@@ -106,14 +106,18 @@ template <typename T, typename S> void attend_columns(
         each_block(key, blocks, h, start, n, E, sizes, [&](
             const T* keys, int64_t j, int64_t count, int64_t ahead
         ) {
-            const T* none = nullptr;
+            const auto score = [&](auto some, int64_t r) {
+                const T *row = keys + r * E, *none = nullptr;
+                const Ask ask =
+                    Ask::evenly(row + ahead, E * sizeof(T), Step<T>::size * sizeof(T), G);
+                rows<some()>(query, row, none, scores + j + r, G, STRIP, E, ask);
+            };
             int64_t r = 0;
-            for (; G == 1 && r + 4 <= count; r += 4) {
-                multiply<1, 4>(query, keys + r * E, none, scores + j + r, STRIP, E, ahead);
+            for (; r + W_ROWS <= count; r += W_ROWS) {
+                score(std::integral_constant<int, W_ROWS>(), r);
             }
-            for (; r < count; r += 2) {  // blocks have an even number of columns
-                rows<2>(query, keys + r * E, none, scores + j + r, G, STRIP, E, ahead);
-            }
+            // blocks have an even number of columns
+            for (; r < count; r += 2) score(std::integral_constant<int, 2>(), r);
         });
         const float* added = nullptr;
         for (int64_t g = 0; g < G; ++g) {
