@@ -29,9 +29,9 @@ from .specialize import compiler_options, example_values, graph_of, specialize
 REGION_PASSES: tuple[Pass, ...] = (
     QuantizedLinear(),  # before others see its linears
     GroupedLinear(),
-    *([LinearToOneDnn()] if onednn_linear.is_faster() else []),
-    LinearToRowKernel(),  # what is left
+    LinearToRowKernel(),
     MatvecToReduction(),  # what is left of one row
+    *([LinearToOneDnn()] if onednn_linear.is_faster() else []),  # what is left of several
     *([AttentionOverBlocks()] if block_attention.is_faster() else []),
     AttentionToReduction(),  # what is left of one token
 )

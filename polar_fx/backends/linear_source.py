@@ -40,16 +40,22 @@ constexpr int X_ROWS = 4, W_ROWS = 2;
 #endif
 // How many rows of a weight, with M rows of x: two where reading is all that counts
 constexpr int64_t rows_at_a_time(int64_t M) { return M < X_ROWS ? 2 : W_ROWS; }
+
+inline bool is_amd() {
+#if defined(__x86_64__)
+    static const bool found = __builtin_cpu_is("amd");
+    return found;
+#else
+    return false;
+#endif
+}
+
 // Bytes between what is read of a weight's rows of `row_bytes`, with M rows of x, and what is asked
 // for. With few rows of x, Intel's processors do not see by themselves, among reads of x, that the
 // weight is read in order; AMD's do, and become slower if they are asked.
 inline int64_t bytes_ahead(int64_t M, int64_t row_bytes) {
     if (M >= 8) return std::max<int64_t>(row_bytes, 1024);
-#if defined(__x86_64__)
-    static const bool is_amd = __builtin_cpu_is("amd");
-    if (is_amd) return 0;
-#endif
-    return 4096;
+    return is_amd() ? 0 : 4096;
 }
 
 // What a step along K takes of a row: `X` is the type in which x is read. The library is faster

@@ -51,7 +51,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
         ),
         {%- endfor %}
     };
-    if (polar_fx::tiles_fit<T>(M, K, polar_fx::FASTEST_OF_INTEGERS<T>)) {
+    if (polar_fx::tiles_fit<T>(M, K, polar_fx::fastest_of_integers<T>())) {
         for (const auto& weight : weights) {
             const polar_fx::MadeRowsOf<W, S, T> rows{weight, K};
             polar_fx::multiply_tiles(

@@ -25,13 +25,13 @@ constexpr int64_t NUMBERS_AT_A_TIME = 1 << 20;
 
 // Up to how many rows of x loops are the fastest way, and then tiles, for which a weight's numbers
 // are made once
-template <typename T> constexpr Ways FASTEST_OF_INTEGERS{Step<T>::most, 0};
+template <typename T> inline Ways fastest_of_integers() { return {Step<T>::most, 0}; }
 #if defined(CPU_CAPABILITY_AVX512)
-template <> constexpr Ways FASTEST_OF_INTEGERS<float>{24, 256};
+template <> inline Ways fastest_of_integers<float>() { return {24, 256}; }
 #if defined(__AMX_BF16__)
-template <> constexpr Ways FASTEST_OF_INTEGERS<at::BFloat16>{10, 384};
+template <> inline Ways fastest_of_integers<at::BFloat16>() { return {10, 384}; }
 #elif defined(__AVX512BF16__)
-template <> constexpr Ways FASTEST_OF_INTEGERS<at::BFloat16>{24, 256};
+template <> inline Ways fastest_of_integers<at::BFloat16>() { return {24, 256}; }
 #endif
 #endif
 
