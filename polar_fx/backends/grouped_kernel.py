@@ -82,13 +82,9 @@ template <int M, int P, typename T> C10_NOINLINE void multiply_columns(
 template <int P, typename T> inline void columns_of(
     const T* x, const T* w, T* y, int64_t M, int64_t N, int64_t K
 ) {
-    int64_t m = 0;
-    for (; m + 4 <= M; m += 4) multiply_columns<4, P>(x + m * K, w, y + m * N, N, K);
-    if (m + 2 <= M) {
-        multiply_columns<2, P>(x + m * K, w, y + m * N, N, K);
-        m += 2;
-    }
-    if (m < M) multiply_columns<1, P>(x + m * K, w, y + m * N, N, K);
+    each_block_of_rows<X_ROWS>(M, [&](auto count, int64_t m) {
+        multiply_columns<count(), P>(x + m * K, w, y + m * N, N, K);
+    });
 }
 
 // Columns from n on, COLUMNS at most, of a weight [K, N]

@@ -41,21 +41,18 @@ constexpr int X_ROWS = 4, W_ROWS = 2;
 // How many rows of a weight, with M rows of x: two where reading is all that counts
 constexpr int64_t rows_at_a_time(int64_t M) { return M < X_ROWS ? 2 : W_ROWS; }
 
-inline bool is_amd() {
-#if defined(__x86_64__)
-    static const bool found = __builtin_cpu_is("amd");
-    return found;
-#else
-    return false;
-#endif
-}
-
+// What is read next is asked for in equal parts with all blocks of x, from so many rows of x on.
+constexpr int64_t LEAST_EVENLY = 8;
 // Bytes between what is read of a weight's rows of `row_bytes`, with M rows of x, and what is asked
 // for. With few rows of x, Intel's processors do not see by themselves, among reads of x, that the
 // weight is read in order; AMD's do, and become slower if they are asked.
 inline int64_t bytes_ahead(int64_t M, int64_t row_bytes) {
-    if (M >= 8) return std::max<int64_t>(row_bytes, 1024);
-    return is_amd() ? 0 : 4096;
+    if (M >= LEAST_EVENLY) return std::max<int64_t>(row_bytes, 1024);
+#if defined(__x86_64__)
+    static const bool is_amd = __builtin_cpu_is("amd");
+    if (is_amd) return 0;
+#endif
+    return 4096;
 }
 
 // What a step along K takes of a row: `X` is the type in which x is read. The library is faster
@@ -155,16 +152,32 @@ template <int COUNT> C10_ALWAYS_INLINE void totals(const Sums* sums, float* foun
 struct Ask {
     const char* start;
     int64_t apart, step;
-    // as much of rows from `start` on as is read, `bytes` a step, asked for evenly while M rows of
-    // x are multiplied: the part of one row of x
-    static Ask evenly(const void* start, int64_t apart, int64_t bytes, int64_t M) {
-        return {static_cast<const char*>(start), apart, bytes * FINE / M};
+};
+
+// As much of rows from `start` on as is read, `bytes` a step, with M rows of x: what is asked for
+// with each block of x, all of it or its part.
+class Asks {
+    static constexpr int64_t FINE = 256;  // a row's part of a step may be less than a byte
+    const char* start;
+    int64_t apart, step;
+    bool evenly;
+
+public:
+    Asks(const void* start, int64_t apart, int64_t bytes, int64_t M)
+        : start(static_cast<const char*>(start)), apart(apart), step(bytes),
+          evenly(M >= LEAST_EVENLY) {
+        if (evenly) step = step * FINE / M;
     }
-    // the part of `count` rows of x from row m on, in so many steps
+    // of `count` rows of x from row m on, in so many steps
     Ask part(int64_t m, int64_t count, int64_t steps) const {
+        if (!evenly) return {start, apart, step};
         return {start + step * m / FINE * steps, apart, step * count / FINE};
     }
-    static constexpr int64_t FINE = 256;  // a row's part of a step may be less than a byte
+    Asks from(int64_t bytes) const {
+        Asks later = *this;
+        later.start += bytes;
+        return later;
+    }
 };
 
 // y[m * N + r * apart], in T or wider, of M rows of x and R of the weight, `apart` from each other;
@@ -235,11 +248,11 @@ inline void each_block_of_rows(int64_t M, const Multiply& multiply) {
 template <int R, typename T, typename Y>
 inline void rows(
     const typename Step<T>::X* x, const T* w, const T* bias, Y* y,
-    int64_t M, int64_t N, int64_t K, const Ask& ask, int64_t apart = 1
+    int64_t M, int64_t N, int64_t K, const Asks& asks, int64_t apart = 1
 ) {
     each_block_of_rows<X_ROWS>(M, [&](auto count, int64_t m) {
-        const Ask part = ask.part(m, count(), K / Step<T>::size);
-        multiply<count(), R>(x + m * K, w, bias, y + m * N, N, K, part, apart);
+        const Ask ask = asks.part(m, count(), K / Step<T>::size);
+        multiply<count(), R>(x + m * K, w, bias, y + m * N, N, K, ask, apart);
     });
 }
 
@@ -277,8 +290,8 @@ inline void group(
         const T* bias = weight.bias == nullptr ? nullptr : weight.bias + n;
         const T* w = weight.data + n * K;
         const auto* start = reinterpret_cast<const char*>(w) + ahead;
-        const Ask ask = Ask::evenly(start, apart * bytes, Step<T>::size * sizeof(T), M);
-        rows<count()>(x, w, bias, y + weight.first + n, M, stride, K, ask, apart);
+        const Asks asks(start, apart * bytes, Step<T>::size * sizeof(T), M);
+        rows<count()>(x, w, bias, y + weight.first + n, M, stride, K, asks, apart);
     };
     if (g + (size - 1) * apart < weight.N) {
         if (size == W_ROWS) {

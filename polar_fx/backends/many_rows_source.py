@@ -52,19 +52,28 @@ void by_library(
     ));
 }
 
+inline bool is_intel() {
+#if defined(__x86_64__)
+    static const bool found = __builtin_cpu_is("intel");
+    return found;
+#else
+    return false;
+#endif
+}
+
 // Up to how many rows of x loops are the fastest way, and then tiles. torch's library for floats,
-// MKL, multiplies them at half of oneDNN's rate on AMD's processors.
+// MKL, does not use the vectors of other processors than Intel's.
 struct Ways {
     int64_t loops, tiles;
 };
 constexpr int64_t ANY_NUMBER = std::numeric_limits<int64_t>::max();
 template <typename T> inline Ways fastest() { return {Step<T>::most, 0}; }
 #if defined(CPU_CAPABILITY_AVX512)
-template <> inline Ways fastest<float>() { return {16, is_amd() ? ANY_NUMBER : 96}; }
+template <> inline Ways fastest<float>() { return {16, is_intel() ? 96 : ANY_NUMBER}; }
 #if defined(__AMX_BF16__)
 template <> inline Ways fastest<at::BFloat16>() { return {4, 128}; }
 #elif defined(__AVX512BF16__)
-template <> inline Ways fastest<at::BFloat16>() { return {24, is_amd() ? 256 : 96}; }
+template <> inline Ways fastest<at::BFloat16>() { return {24, is_intel() ? 96 : 256}; }
 #endif
 #endif
 
@@ -82,7 +91,7 @@ template <typename T> inline bool tiles_fit(int64_t M, int64_t K, const Ways& fa
     }
 }
 
-// Rows of x of a tile, and rows of the weight: more where there are tiles enough for all threads
+// Rows of x of a tile, and of the weight: more where there are more tiles, which threads share
 constexpr int64_t TILE_X = 64, MOST_TILE_W = 64;
 inline int64_t tile_w_of(int64_t M) { return M > 2 * TILE_X ? MOST_TILE_W : MOST_TILE_W / 2; }
 

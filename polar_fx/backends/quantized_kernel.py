@@ -27,6 +27,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     {%- for axis in axes %}
     M *= {{kernel.size(x, axis)}};
     {%- endfor %}
+    if (M == 0) return;
     const int64_t K = {{kernel.size(x, -1)}};
     const T* read = {{start(x)}};
     int64_t total = 0, groups = 0;

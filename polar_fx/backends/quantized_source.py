@@ -221,12 +221,12 @@ C10_NOINLINE void multiply_integers(
 template <int R, typename W, typename S, typename T>
 inline void rows_of_integers(
     const Given<Form<W, T>>& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
-    int64_t n0, int64_t M, int64_t K, const Ask& ask, int64_t far, int64_t apart
+    int64_t n0, int64_t M, int64_t K, const Asks& asks, int64_t far, int64_t apart
 ) {
     each_block_of_rows<X_ROWS_OF_INTEGERS>(M, [&](auto count, int64_t m) {
-        const Ask part = ask.part(m, count(), K / Form<W, T>::BLOCK);
+        const Ask ask = asks.part(m, count(), K / Form<W, T>::BLOCK);
         const int64_t later = m == 0 ? far : 0;
-        multiply_integers<count(), R, W>(x, m, weight, y, stride, n0, K, part, later, apart);
+        multiply_integers<count(), R, W>(x, m, weight, y, stride, n0, K, ask, later, apart);
     });
 }
 
@@ -238,11 +238,11 @@ inline void group_of_integers(
 ) {
     constexpr int R = W_ROWS_OF_INTEGERS;
     const int64_t apart = weight.groups, bytes = W::row_bytes(K);
-    const int64_t ahead = bytes_ahead(M, bytes), far = ahead / bytes;
+    const int64_t ahead = bytes_ahead(M, bytes), far = W::grouped ? ahead / bytes : 0;
     const auto multiply_from = [&](auto count, int64_t n) {
         const auto* start = weight.data + n * bytes + ahead;
-        const Ask ask = Ask::evenly(start, apart * bytes, Form<W, T>::bytes, M);
-        rows_of_integers<count(), W>(x, weight, y, stride, n, M, K, ask, far, apart);
+        const Asks asks(start, apart * bytes, Form<W, T>::bytes, M);
+        rows_of_integers<count(), W>(x, weight, y, stride, n, M, K, asks, far, apart);
     };
     if (g + (R - 1) * apart < weight.N) {
         multiply_from(std::integral_constant<int, R>(), g);

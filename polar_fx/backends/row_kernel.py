@@ -24,6 +24,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     using T = {{kernel.dtype(x)}};
     const int64_t M = ({{kernel.size(x, 0)}}) * ({{kernel.size(x, 1)}});
     const int64_t K = {{kernel.size(x, 2)}};
+    if (M == 0) return;
     const int64_t size = polar_fx::rows_at_a_time(M);
     int64_t total = 0, groups = 0;
     const auto weight_of = [&](const T* data, const T* bias, int64_t N) {

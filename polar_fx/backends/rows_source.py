@@ -106,11 +106,12 @@ template <typename T, typename S> void attend_columns(
         each_block(key, blocks, h, start, n, E, sizes, [&](
             const T* keys, int64_t j, int64_t count, int64_t ahead
         ) {
+            const int64_t bytes = E * sizeof(T);
+            const Asks asks(keys + ahead, bytes, Step<T>::size * sizeof(T), G);
             const auto score = [&](auto some, int64_t r) {
                 const T *row = keys + r * E, *none = nullptr;
-                const Ask ask =
-                    Ask::evenly(row + ahead, E * sizeof(T), Step<T>::size * sizeof(T), G);
-                rows<some()>(query, row, none, scores + j + r, G, STRIP, E, ask);
+                const Asks own = asks.from(r * bytes);
+                rows<some()>(query, row, none, scores + j + r, G, STRIP, E, own);
             };
             int64_t r = 0;
             for (; r + W_ROWS <= count; r += W_ROWS) {

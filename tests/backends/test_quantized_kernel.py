@@ -26,9 +26,9 @@ SIZES = (
     (99, 64, "int8", False),
 )
 BESIDE = (64, 37, "int4", False)  # over what the first of them is over: one call makes both
-# up to a block of rows, past it, several blocks, tiles that are whole and that are not, and so many
-# that the library multiplies
-ROWS = (2, 3, 8, 13, 64, 70, 390)
+# none, up to a block of rows, past it, several blocks, tiles that are whole and that are not, and
+# so many that the library multiplies
+ROWS = (0, 2, 3, 8, 13, 23, 64, 70, 390)
 
 
 def _operands(rows: int, dtype: torch.dtype) -> list[Tensor]:

@@ -19,9 +19,9 @@ from polar_fx.passes.linear_to_row_kernel import row_linear
 # K and N of weights, and whether there is a bias: whole vectors, less than one, and some over
 SIZES = ((64, 34, False), (34, 5, True), (5, 67, False), (67, 64, True))
 DTYPES = (torch.float32, torch.bfloat16)
-# up to a block of rows, past it, several blocks, tiles that are whole and that are not, and so many
-# that the library multiplies
-ROWS = (2, 3, 5, 8, 9, 16, 23, 32, 64, 70, 81, 130)
+# none, up to a block of rows, past it, several blocks, tiles that are whole and that are not, and
+# so many that the library multiplies
+ROWS = (0, 2, 3, 5, 7, 8, 9, 16, 23, 32, 64, 70, 81, 130)
 # rows and tokens
 SHAPES = ((2, 2), (2, 9), (3, 11), (8, 16))
 
