@@ -166,8 +166,21 @@ template <> struct Form<Nibbles, at::BFloat16> : Pairs {
     static constexpr bool is_scaled_late(int) { return true; }
     // Four numbers in a word become one element of four vectors.
     static void arrange(const at::BFloat16* from, at::BFloat16* to) {
+        __m512i given[4], pairs[4];
+        alignas(64) int16_t order[32];  // every fourth number of two vectors, and those after them
+        for (int j = 0; j < 32; ++j) order[j] = 4 * (j % 16) + j / 16;
+        const __m512i first = _mm512_load_si512(order);
+        const __m512i third = _mm512_add_epi16(first, _mm512_set1_epi16(2));
+        for (int i = 0; i < 4; ++i) given[i] = _mm512_loadu_si512(from + 32 * i);
         for (int i = 0; i < 4; ++i) {
-            for (int j = 0; j < BLOCK / 4; ++j) to[i * (BLOCK / 4) + j] = from[4 * j + i];
+            const __m512i low = given[i % 2 * 2], high = given[i % 2 * 2 + 1];
+            pairs[i] = _mm512_permutex2var_epi16(low, i < 2 ? first : third, high);
+        }
+        for (int i = 0; i < 4; i += 2) {
+            const __m512i even = _mm512_shuffle_i64x2(pairs[i], pairs[i + 1], 0x44);
+            const __m512i odd = _mm512_shuffle_i64x2(pairs[i], pairs[i + 1], 0xee);
+            _mm512_storeu_si512(to + 32 * i, even);
+            _mm512_storeu_si512(to + 32 * (i + 1), odd);
         }
     }
     template <bool WHOLE> C10_ALWAYS_INLINE static void load(

@@ -114,9 +114,10 @@ C10_ALWAYS_INLINE __m512 quarters(
 }
 #endif
 
-// found[i] is the sum of the lanes of sums[i]. With AVX-512, four vectors or sixteen at a time: one
-// by one, this takes longer than reading a short row. Always in the same order: x has the same
-// results beside any others.
+// found[i] is the sum of the lanes of sums[i]; there is `room_for` so many. With AVX-512, four
+// vectors or sixteen at a time: one by one, this takes longer than reading a short row. Always in
+// the same order: x has the same results beside any others.
+constexpr int room_for(int count) { return (count + 15) / 16 * 16; }
 template <int COUNT> C10_ALWAYS_INLINE void totals(const Sums* sums, float* found) {
 #if defined(CPU_CAPABILITY_AVX512)
     const Sums none(0);
@@ -137,8 +138,7 @@ template <int COUNT> C10_ALWAYS_INLINE void totals(const Sums* sums, float* foun
         const __m512 sum = _mm512_add_ps(
             _mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)
         );
-        const int left = COUNT - i < 16 ? COUNT - i : 16;
-        _mm512_mask_storeu_ps(found + i, __mmask16((1u << left) - 1), sum);
+        _mm512_store_ps(found + i, sum);  // what is read next would wait for a masked store
     }
 #else
     for (int i = 0; i < COUNT; ++i) {
@@ -218,7 +218,7 @@ C10_NOINLINE void multiply(
             }
         }
     }
-    float found[M * R];
+    alignas(64) float found[room_for(M * R)];
     totals<M * R>(&sums[0][0], found);
     #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -239,7 +239,9 @@ inline void each_block_of_rows(int64_t M, const Multiply& multiply) {
         m += count();
     };
     while (m + SIZE <= M) multiply_next(std::integral_constant<int, SIZE>());
-    if (SIZE > 4 && m + 4 <= M) multiply_next(std::integral_constant<int, 4>());
+    if constexpr (SIZE > 4) {
+        if (m + 4 <= M) multiply_next(std::integral_constant<int, 4>());
+    }
     if (m + 2 <= M) multiply_next(std::integral_constant<int, 2>());
     if (m < M) multiply_next(std::integral_constant<int, 1>());
 }

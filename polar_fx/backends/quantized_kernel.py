@@ -31,12 +31,13 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     const int64_t K = {{kernel.size(x, -1)}};
     const T* read = {{start(x)}};
     int64_t total = 0, groups = 0;
+    const int64_t size = polar_fx::integers_at_a_time(M);
     const auto weight_of = [&](
         const auto* data, const S* scale, const S* zero, const T* bias, int64_t N
     ) {
         const polar_fx::Weight<W::Data, S, T> weight{
             (const W::Data*)data, {scale, zero, {{groups}}}, bias, N,
-            polar_fx::row_groups(N, polar_fx::W_ROWS_OF_INTEGERS), total
+            polar_fx::row_groups(N, size), total
         };
         total += N;
         groups += weight.groups;
@@ -90,7 +91,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     for (int64_t number = 0; number < groups; ++number) {
         int64_t g = number;
         const auto& weight = polar_fx::weight_of(g, weights);
-        polar_fx::group_of_integers<W>(g, given, weight, y, total, M, K);
+        polar_fx::group_of_integers<W>(g, size, given, weight, y, total, M, K);
     }
 }
 """

@@ -13,12 +13,17 @@ SOURCE = (
 namespace polar_fx {
 
 // How many rows of x and of the weight are multiplied at a time. Making numbers of a weight costs
-// more than reading x, so the rows of x are more than for floats.
+// more than reading x, so the rows of x are more than for floats. With fewer than four of them,
+// there are more of the weight: the lanes of four sums are added up at once.
 #if defined(CPU_CAPABILITY_AVX512)
-constexpr int X_ROWS_OF_INTEGERS = 8, W_ROWS_OF_INTEGERS = 2;
+constexpr int X_ROWS_OF_INTEGERS = 8, W_ROWS_OF_INTEGERS = 2, W_ROWS_WITH_FEW = 4;
 #else
-constexpr int X_ROWS_OF_INTEGERS = 4, W_ROWS_OF_INTEGERS = 1;  // fewer registers
+// fewer registers
+constexpr int X_ROWS_OF_INTEGERS = 4, W_ROWS_OF_INTEGERS = 1, W_ROWS_WITH_FEW = 1;
 #endif
+constexpr int64_t integers_at_a_time(int64_t M) {
+    return M < 4 ? W_ROWS_WITH_FEW : W_ROWS_OF_INTEGERS;
+}
 // For more rows of x than tiles are for, the weight is made into floats, so many numbers at a time,
 // and the library multiplies.
 constexpr int64_t NUMBERS_AT_A_TIME = 1 << 20;
@@ -96,13 +101,19 @@ inline Given<Form<W, T>> given_of(const T* x, const Scales<S>& of, int64_t M, in
             std::copy(from + k, from + K, last);
             F::arrange(last, row + k);
         }
-        for (int64_t g = 0; g < groups; ++g) {
-            float sum = 0;
-            if (g < of.groups) {
-                #pragma omp simd reduction(+ : sum)
-                for (int64_t i = 0; i < GROUP; ++i) sum += float(from[g * GROUP + i]);
+        for (int64_t g = 0; g < groups; g += Sums::size()) {
+            Sums parts[Sums::size()];
+            for (int64_t i = 0; i < Sums::size(); ++i) {
+                parts[i] = Sums(0);
+                if (g + i >= of.groups) continue;
+                const T* own = from + (g + i) * GROUP;
+                for (int64_t k = 0; k < GROUP; k += Sums::size()) {
+                    parts[i] = parts[i] + wide(own + k);
+                }
             }
-            sums[g] = sum;
+            alignas(64) float found[room_for(Sums::size())];
+            totals<Sums::size()>(parts, found);
+            std::copy(found, found + Sums::size(), sums + g);
         }
     }
     return made;
@@ -117,7 +128,7 @@ C10_ALWAYS_INLINE void add_block(
     constexpr bool LATE = F::is_scaled_late(M);
     typename F::V part[R][F::PARTS];
     Sums scales[R];
-    #pragma GCC unroll 2
+    #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         F::template load<WHOLE>(w + r * w_step, left, part[r]);
         if constexpr (W::grouped) {
@@ -135,15 +146,15 @@ C10_ALWAYS_INLINE void add_block(
     #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
         Sums of_block[R];
-        #pragma GCC unroll 2
+        #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) of_block[r] = LATE ? Sums(0) : sums[m][r];
         #pragma GCC unroll 8
         for (int i = 0; i < F::PARTS; ++i) {
             const auto of_x = F::read(x + m * x_step, i);
-            #pragma GCC unroll 2
+            #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) of_block[r] = F::add(part[r][i], of_x, of_block[r]);
         }
-        #pragma GCC unroll 2
+        #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             sums[m][r] =
                 LATE ? at::vec::fmadd(of_block[r], scales[r], sums[m][r]) : of_block[r];
@@ -181,7 +192,7 @@ C10_NOINLINE void multiply_integers(
     }
     int64_t k = 0;
     for (; k + F::BLOCK <= K; k += F::BLOCK, ask.start += ask.step) {
-        #pragma GCC unroll 2
+        #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) __builtin_prefetch(ask.start + r * ask.apart);
         add_block<true, M, R, W, F>(sums, given + k, x.size, w, w_step, scale, s_step, F::bytes);
         w += F::bytes;
@@ -201,7 +212,7 @@ C10_NOINLINE void multiply_integers(
             }
         }
     }
-    float found[M * R];
+    alignas(64) float found[room_for(M * R)];
     totals<M * R>(&sums[0][0], found);
     #pragma GCC unroll 8
     for (int m = 0; m < M; ++m) {
@@ -223,20 +234,20 @@ inline void rows_of_integers(
     const Given<Form<W, T>>& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
     int64_t n0, int64_t M, int64_t K, const Asks& asks, int64_t far, int64_t apart
 ) {
-    each_block_of_rows<X_ROWS_OF_INTEGERS>(M, [&](auto count, int64_t m) {
+    constexpr int SIZE = R > W_ROWS_OF_INTEGERS ? 2 : X_ROWS_OF_INTEGERS;
+    each_block_of_rows<SIZE>(M, [&](auto count, int64_t m) {
         const Ask ask = asks.part(m, count(), K / Form<W, T>::BLOCK);
         const int64_t later = m == 0 ? far : 0;
         multiply_integers<count(), R, W>(x, m, weight, y, stride, n0, K, ask, later, apart);
     });
 }
 
-// Group g of a weight's rows, W_ROWS_OF_INTEGERS at most, as far apart as there are groups
+// Group g of a weight's rows, `size` at most, as far apart as there are groups
 template <typename W, typename S, typename T>
 inline void group_of_integers(
-    int64_t g, const Given<Form<W, T>>& x, const Weight<typename W::Data, S, T>& weight, T* y,
-    int64_t stride, int64_t M, int64_t K
+    int64_t g, int64_t size, const Given<Form<W, T>>& x,
+    const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride, int64_t M, int64_t K
 ) {
-    constexpr int R = W_ROWS_OF_INTEGERS;
     const int64_t apart = weight.groups, bytes = W::row_bytes(K);
     const int64_t ahead = bytes_ahead(M, bytes), far = W::grouped ? ahead / bytes : 0;
     const auto multiply_from = [&](auto count, int64_t n) {
@@ -244,8 +255,12 @@ inline void group_of_integers(
         const Asks asks(start, apart * bytes, Form<W, T>::bytes, M);
         rows_of_integers<count(), W>(x, weight, y, stride, n, M, K, asks, far, apart);
     };
-    if (g + (R - 1) * apart < weight.N) {
-        multiply_from(std::integral_constant<int, R>(), g);
+    if (g + (size - 1) * apart < weight.N) {
+        if (size == W_ROWS_OF_INTEGERS) {
+            multiply_from(std::integral_constant<int, W_ROWS_OF_INTEGERS>(), g);
+        } else {
+            multiply_from(std::integral_constant<int, W_ROWS_WITH_FEW>(), g);
+        }
         return;
     }
     for (int64_t n = g; n < weight.N; n += apart) {
