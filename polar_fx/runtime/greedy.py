@@ -2,8 +2,8 @@
 
 transformers' loop asks after each token whether all rows have ended, and waits for the device's
 answer before it launches the next one. On a GPU that costs more than the token of a small model. A
-call that asks for the likeliest tokens and for nothing that looks at them meanwhile runs here; all
-others are transformers' own.
+call that asks for the likeliest tokens, maybe for a smallest number of them, and for nothing that
+looks at them meanwhile runs here; all others are transformers' own.
 
 Shape legend: B rows, N new tokens, V vocabulary.
 """
@@ -21,6 +21,7 @@ from transformers import (
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinNewTokensLengthLogitsProcessor,
     StoppingCriteriaList,
 )
 
@@ -35,11 +36,14 @@ _PLAIN = (MaxLengthCriteria, EosTokenCriteria)
 
 @dataclass(frozen=True)
 class Greedy:
-    """A plain call: at most `new` tokens, which of them end a row, and what fills it after that."""
+    """A plain call: at most `new` tokens, which of them end a row, what fills it after that, and
+    how many tokens a row has at least.
+    """
 
     new: int
     ends: tuple[int, ...]
     pad: int
+    least: int = 0
 
 
 def plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -> Greedy | None:
@@ -71,13 +75,16 @@ def plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -
         model_kwargs={"attention_mask": None},
         logits_processor=LogitsProcessorList(),
     )
-    if processors or not all(isinstance(criterion, _PLAIN) for criterion in criteria):
+    if not all(isinstance(criterion, _PLAIN) for criterion in criteria):
+        return None
+    if not all(type(own) is MinNewTokensLengthLogitsProcessor for own in processors):
         return None
     ends, pad = prepared._eos_token_tensor, prepared._pad_token_tensor
     return Greedy(
         settings.max_new_tokens,
         () if ends is None else tuple(ends.flatten().tolist()),
         0 if pad is None else int(pad),
+        settings.min_new_tokens or 0,
     )
 
 
@@ -95,12 +102,15 @@ def continued(
     """
     ends = asked.ends
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    stops = torch.tensor(ends, device=logits.device)
+    stops = torch.tensor(ends, dtype=torch.long, device=logits.device)
+    inside = stops[(stops >= 0) & (stops < logits.shape[-1])] if asked.least else stops
     if watch is None:
         watch = _Later(logits.device) if logits.device.type == "cuda" else _AtOnce()
     tokens: list[Tensor] = []
     while True:
-        token = logits.argmax(-1)
+        if len(tokens) < asked.least:  # not in place: the logits may lie where a graph writes them
+            logits = logits.index_fill(-1, inside, -torch.inf)
+        token = logits.max(-1).indices  # on the CPU, argmax of bfloat16 takes thrice the time
         if ends:
             token = token.masked_fill(ended, asked.pad)
             ended = ended | torch.isin(token, stops)

@@ -39,7 +39,8 @@ def model() -> CompiledModel:
         ({"do_sample": True}, False),
         ({"num_beams": 2}, False),
         ({"repetition_penalty": 1.1}, False),
-        ({"min_new_tokens": 2}, False),
+        ({"min_new_tokens": 2}, True),
+        ({"min_length": 6}, False),
         ({"max_time": 60.0}, False),
         ({"return_dict_in_generate": True}, False),
         ({"logits_processor": LogitsProcessorList([TemperatureLogitsWarper(1.0)])}, False),
@@ -91,6 +92,31 @@ def test_without_an_end_there_are_as_many_tokens_as_asked_for() -> None:
     rows = logits_of([[4, END, 5], [7, 7, 7]])
     found = continued(next(rows), lambda tokens: next(rows), asked=Greedy(3, (), PAD))
     assert found.tolist() == [[4, END, 5], [7, 7, 7]]
+
+
+@pytest.mark.parametrize("least", [0, 2, 3, 4])
+def test_no_row_ends_before_the_least_number_of_tokens(least: int) -> None:
+    rows = iter(torch.rand(8, 2, 12) + 9 * torch.eye(12)[END])
+    found = continued(next(rows), lambda tokens: next(rows), asked=Greedy(4, (END, 99), PAD, least))
+    assert found.shape == (2, min(least + 1, 4))
+    assert (found[:, :least] != END).all() and (found[:, least:] == END).all()
+
+
+@pytest.mark.parametrize("least", [1, 3, 6])
+def test_the_least_number_of_tokens_is_that_of_the_model(least: int) -> None:
+    hf, ids = make("llama"), torch.tensor([[3, 4, 5], [6, 7, 8]])
+    compiled = compile(hf, "eager", max_length=63, cache=False)
+    free = hf.generate(ids, max_new_tokens=6, do_sample=False, pad_token_id=0, eos_token_id=None)
+    settings: dict[str, Any] = dict(
+        max_new_tokens=6,
+        min_new_tokens=least,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=free[:, 3].tolist(),  # the first tokens end the rows, unless others must come
+    )
+    want = hf.generate(ids, **settings)
+    assert want.shape[1] >= 3 + least
+    assert torch.equal(compiled.generate(ids, **settings), want)
 
 
 class _Never:
