@@ -148,7 +148,7 @@ extern "C" {{kernel.def_kernel(inputs={"x": x, "w": w, "ends": ends}, outputs={"
     std::unique_ptr<polar_fx::Step<T>::X[]> place;
     const auto* given = polar_fx::as_read(read, few.empty() ? 0 : rows * K, place);
     {%- endif %}
-    const int64_t parts = polar_fx::row_groups(N, at_a_time), tasks = experts * parts;
+    const int64_t parts = polar_fx::ceil_div(N, at_a_time), tasks = experts * parts;
     {%- if threads > 1 %}
     // experts have different numbers of rows
     #pragma omp parallel for num_threads({{threads}}) schedule(dynamic, transposed ? 1 : 16)

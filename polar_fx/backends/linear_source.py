@@ -114,9 +114,10 @@ C10_ALWAYS_INLINE __m512 quarters(
 }
 #endif
 
-// found[i] is the sum of the lanes of sums[i]; there is `room_for` so many. With AVX-512, four
-// vectors or sixteen at a time: one by one, this takes longer than reading a short row. Always in
-// the same order: x has the same results beside any others.
+// found[i] is the sum of the lanes of sums[i]. With AVX-512, four vectors or sixteen at a time: one
+// by one, this takes longer than reading a short row. Always in the same order: x has the same
+// results beside any others. `found` lies at a multiple of 64 bytes and has `room_for` so many
+// floats, all of which may be written.
 constexpr int room_for(int count) { return (count + 15) / 16 * 16; }
 template <int COUNT> C10_ALWAYS_INLINE void totals(const Sums* sums, float* found) {
 #if defined(CPU_CAPABILITY_AVX512)
@@ -275,8 +276,6 @@ template <typename T> struct Plain {
     const T *data, *bias;
     int64_t N, groups, first;
 };
-
-inline int64_t row_groups(int64_t N, int64_t size) { return (N + size - 1) / size; }
 
 // Group g of a weight's rows, `size` at most, which lie as far apart as there are groups: each is
 // read where that of the group before ended. An AMD EPYC reads rows beside each other at half of

@@ -113,7 +113,7 @@ template <typename T, typename Rows> void multiply_tiles(
     constexpr bool in_pairs = !std::is_same_v<T, float>;
     const int64_t size = K * sizeof(T) / sizeof(float), all = rounded(M, LANES);
     const int64_t tile_w = tile_w_of(M);
-    const int64_t parts = (all + TILE_X - 1) / TILE_X, chunks = (N + tile_w - 1) / tile_w;
+    const int64_t parts = ceil_div(all, TILE_X), chunks = ceil_div(N, tile_w);
     std::unique_ptr<float[]> columns(new float[all * size]);
     std::unique_ptr<T[]> places(Rows::are_made ? new T[threads * tile_w * K] : nullptr);
     #pragma omp parallel num_threads(threads)

@@ -31,8 +31,9 @@ namespace polar_fx {
 using Floats = at::vec::Vectorized<float>;
 constexpr int64_t LANES = Floats::size();
 
+inline int64_t ceil_div(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // oneDNN makes code for each size it meets: those of tiles are multiples of a step.
-inline int64_t rounded(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+inline int64_t rounded(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 // Raises what oneDNN raises where it does not multiply T, such as when it is switched off: an
 // exception of one of several threads would end the process. For floats, others multiply then.

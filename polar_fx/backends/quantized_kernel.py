@@ -37,7 +37,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     ) {
         const polar_fx::Weight<W::Data, S, T> weight{
             (const W::Data*)data, {scale, zero, {{groups}}}, bias, N,
-            polar_fx::row_groups(N, size), total
+            polar_fx::ceil_div(N, size), total
         };
         total += N;
         groups += weight.groups;

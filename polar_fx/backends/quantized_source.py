@@ -14,11 +14,11 @@ namespace polar_fx {
 
 // How many rows of x and of the weight are multiplied at a time. Making numbers of a weight costs
 // more than reading x, so the rows of x are more than for floats. With fewer than four of them,
-// there are more of the weight: the lanes of four sums are added up at once.
+// there are more of the weight: what is done once for several short rows, such as adding up the
+// lanes of their sums, is done less often.
 #if defined(CPU_CAPABILITY_AVX512)
 constexpr int X_ROWS_OF_INTEGERS = 8, W_ROWS_OF_INTEGERS = 2, W_ROWS_WITH_FEW = 4;
-#else
-// fewer registers
+#else  // there are fewer registers
 constexpr int X_ROWS_OF_INTEGERS = 4, W_ROWS_OF_INTEGERS = 1, W_ROWS_WITH_FEW = 1;
 #endif
 constexpr int64_t integers_at_a_time(int64_t M) {
@@ -107,8 +107,8 @@ inline Given<Form<W, T>> given_of(const T* x, const Scales<S>& of, int64_t M, in
                 parts[i] = Sums(0);
                 if (g + i >= of.groups) continue;
                 const T* own = from + (g + i) * GROUP;
-                for (int64_t k = 0; k < GROUP; k += Sums::size()) {
-                    parts[i] = parts[i] + wide(own + k);
+                for (int64_t j = 0; j < GROUP; j += Sums::size()) {
+                    parts[i] = parts[i] + wide(own + j);
                 }
             }
             alignas(64) float found[room_for(Sums::size())];
@@ -234,6 +234,7 @@ inline void rows_of_integers(
     const Given<Form<W, T>>& x, const Weight<typename W::Data, S, T>& weight, T* y, int64_t stride,
     int64_t n0, int64_t M, int64_t K, const Asks& asks, int64_t far, int64_t apart
 ) {
+    // so many rows of the weight come with fewer than four of x
     constexpr int SIZE = R > W_ROWS_OF_INTEGERS ? 2 : X_ROWS_OF_INTEGERS;
     each_block_of_rows<SIZE>(M, [&](auto count, int64_t m) {
         const Ask ask = asks.part(m, count(), K / Form<W, T>::BLOCK);

@@ -28,7 +28,7 @@ extern "C" {{kernel.def_kernel(inputs=inputs, outputs={"y": y})}}
     const int64_t size = polar_fx::rows_at_a_time(M);
     int64_t total = 0, groups = 0;
     const auto weight_of = [&](const T* data, const T* bias, int64_t N) {
-        const polar_fx::Plain<T> weight{data, bias, N, polar_fx::row_groups(N, size), total};
+        const polar_fx::Plain<T> weight{data, bias, N, polar_fx::ceil_div(N, size), total};
         total += N;
         groups += weight.groups;
         return weight;

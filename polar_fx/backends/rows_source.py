@@ -174,8 +174,8 @@ template <typename T, typename S> void attend_rows(
     const int64_t pairs = sizes.B * sizes.H, G = sizes.G, E = sizes.E, F = sizes.F;
     if (pairs == 0) return;
     const int64_t wanted = std::max<int64_t>(1, 4 * threads / pairs);
-    const int64_t columns = std::max(LEAST, rounded((sizes.L() + wanted - 1) / wanted, STRIP));
-    const int64_t parts = std::max<int64_t>(1, (sizes.L() + columns - 1) / columns);
+    const int64_t columns = std::max(LEAST, rounded(ceil_div(sizes.L(), wanted), STRIP));
+    const int64_t parts = std::max<int64_t>(1, ceil_div(sizes.L(), columns));
     std::unique_ptr<typename Step<T>::X[]> place;
     const auto* given = as_read(query, pairs * G * E, place);
     std::unique_ptr<float[]> numbers(new float[pairs * parts * G * (F + 2)]);

@@ -29,7 +29,7 @@ constexpr int64_t TILE_ROWS = 96, TILE_COLUMNS = 256, ROWS_STEP = 16, COLUMNS_ST
 struct Sizes {
     int64_t B, T, H, G, E, F, C, W;
     int64_t L() const { return W * C; }
-    int64_t tiles() const { return (L() + TILE_COLUMNS - 1) / TILE_COLUMNS; }
+    int64_t tiles() const { return ceil_div(L(), TILE_COLUMNS); }
     // of the columns of a tile, in memory
     int64_t width(int64_t tile) const {
         return std::min(TILE_COLUMNS, rounded(L() - tile * TILE_COLUMNS, COLUMNS_STEP));
@@ -367,8 +367,8 @@ template <typename T, typename S> void attend_tiles(
     std::unique_ptr<T[]> values(new T[pairs * columns * sizes.F]);
     // tokens of a tile: all heads of the query that share keys are in it
     int64_t count = std::max<int64_t>(8, TILE_ROWS / sizes.G / 8 * 8);
-    if (pairs * ((sizes.T + count - 1) / count) < 4 * threads) count = 8;
-    const int64_t parts = (sizes.T + count - 1) / count;
+    if (pairs * ceil_div(sizes.T, count) < 4 * threads) count = 8;
+    const int64_t parts = ceil_div(sizes.T, count);
     // What may fail is done before there are threads: an exception of one would end the process.
     std::vector<Scratch<T>> scratch;
     for (int i = 0; i < threads; ++i) {

@@ -164,7 +164,8 @@ class Call:
 
     `input_ids` and `mask` i64[B, T] are on the model's device, `rows` the real tokens of each row.
     `settings` are those that it runs by, `kwargs` what is left to pass to transformers; `greedy` if
-    the likeliest tokens are all that is asked for, and nothing looks at them meanwhile.
+    likeliest tokens, so many at least and at most, are all that is asked for, and nothing looks at
+    them meanwhile.
     """
 
     input_ids: Tensor

@@ -48,7 +48,7 @@ class Greedy:
 
 def plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -> Greedy | None:
     """What is to be generated, if the settings and arguments of a call ask for so many greedy
-    tokens and for nothing else; None for all other calls.
+    tokens, at least and at most, and for nothing else; None for all other calls.
 
     `running` is a transformers GenerationMixin: it says itself which processors and stopping
     criteria it would use.
@@ -58,8 +58,13 @@ def plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -
         return None
     given = kwargs.get("generation_config")
     lengths = (kwargs.get("max_length"), given and given.max_length)
+    own = running.generation_config.min_length
+    shortest = (kwargs.get("min_length"), given and given.min_length, own)
+    least = settings.min_new_tokens or 0
     if not settings.max_new_tokens or any(length is not None for length in lengths):
         return None  # transformers warns of lengths that are its own or do not agree
+    if least > settings.max_new_tokens or (least and any(n is not None for n in shortest)):
+        return None  # and of these
     if settings.get_generation_mode().value != "greedy_search" or settings.return_dict_in_generate:
         return None
     if settings.stop_strings is not None or (settings.num_return_sequences or 1) > 1:
@@ -77,14 +82,14 @@ def plain(running: Any, settings: GenerationConfig, *, kwargs: dict[str, Any]) -
     )
     if not all(isinstance(criterion, _PLAIN) for criterion in criteria):
         return None
-    if not all(type(own) is MinNewTokensLengthLogitsProcessor for own in processors):
+    if not all(type(processor) is MinNewTokensLengthLogitsProcessor for processor in processors):
         return None
     ends, pad = prepared._eos_token_tensor, prepared._pad_token_tensor
     return Greedy(
         settings.max_new_tokens,
         () if ends is None else tuple(ends.flatten().tolist()),
         0 if pad is None else int(pad),
-        settings.min_new_tokens or 0,
+        least,
     )
 
 
@@ -100,16 +105,17 @@ def continued(
 
     `watch` tells when all rows have ended (default: what suits the device).
     """
-    ends = asked.ends
+    # no other one can be chosen; told here, a GPU is not waited for
+    ends = [end for end in asked.ends if 0 <= end < logits.shape[-1]]
     ended = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
     stops = torch.tensor(ends, dtype=torch.long, device=logits.device)
-    inside = stops[(stops >= 0) & (stops < logits.shape[-1])] if asked.least else stops
     if watch is None:
         watch = _Later(logits.device) if logits.device.type == "cuda" else _AtOnce()
     tokens: list[Tensor] = []
     while True:
-        if len(tokens) < asked.least:  # not in place: the logits may lie where a graph writes them
-            logits = logits.index_fill(-1, inside, -torch.inf)
+        if ends and len(tokens) < asked.least:
+            # not in place: the logits may lie where a graph writes them
+            logits = logits.index_fill(-1, stops, -torch.inf)
         token = logits.max(-1).indices  # on the CPU, argmax of bfloat16 takes thrice the time
         if ends:
             token = token.masked_fill(ended, asked.pad)

@@ -40,6 +40,9 @@ def model() -> CompiledModel:
         ({"num_beams": 2}, False),
         ({"repetition_penalty": 1.1}, False),
         ({"min_new_tokens": 2}, True),
+        ({"min_new_tokens": 2, "eos_token_id": None}, True),
+        ({"min_new_tokens": 5}, False),  # of which transformers warns, as of the next one
+        ({"min_new_tokens": 2, "min_length": 0}, False),
         ({"min_length": 6}, False),
         ({"max_time": 60.0}, False),
         ({"return_dict_in_generate": True}, False),
@@ -116,6 +119,8 @@ def test_the_least_number_of_tokens_is_that_of_the_model(least: int) -> None:
     )
     want = hf.generate(ids, **settings)
     assert want.shape[1] >= 3 + least
+    call = compiled.generator.check(ids, **settings)
+    assert call.greedy is not None and call.greedy.least == least
     assert torch.equal(compiled.generate(ids, **settings), want)
 
 
@@ -124,9 +129,9 @@ class _Never:
         return False
 
 
-@pytest.mark.parametrize("ends", [(), (END,)])
+@pytest.mark.parametrize(("ends", "least"), [((), 0), ((END,), 0), ((END,), 2)])
 def test_32_tokens_are_launched_before_the_host_waits(
-    model: CompiledModel, ends: tuple[int, ...]
+    model: CompiledModel, ends: tuple[int, ...], least: int
 ) -> None:
     model.graphs = CudaGraphs(FakeApi(keep=False))  # replays nothing: what is left is around it
     runner, rows = model.runner, [torch.tensor([3, 4]), torch.tensor([5, 6])]
@@ -137,7 +142,7 @@ def test_32_tokens_are_launched_before_the_host_waits(
             found = continued(
                 logits,
                 lambda tokens: runner.decode(session, tokens),
-                asked=Greedy(32, ends, PAD),
+                asked=Greedy(32, ends, PAD, least),
                 watch=_Never(),
             )
         assert session.lengths == [2 + 1 + 31] * 2
