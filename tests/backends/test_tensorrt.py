@@ -18,12 +18,14 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from engines_in_place import in_place
 from places import GOLDEN
 from polar_fx import backends, compile, compiled
 from polar_fx.backends import Region, ShapeClass, TensorRTBackend
 from polar_fx.backends.base import RegionName
 from polar_fx.backends.experimental import tensorrt
 from polar_fx.backends.experimental.tensorrt import find_library
+from polar_fx.backends.experimental.tensorrt_graph import written_slots
 from polar_fx.cli.inspect import GRAPHS
 from polar_fx.errors import CompileError, InputError
 from polar_fx.runtime.regions import RegionTable
@@ -49,6 +51,7 @@ class _Module(nn.Module):
 
     def __init__(self, **given: Any) -> None:
         super().__init__()
+        self.aliased_io = given.pop("aliased_io", {})
         assert given.keys() <= set.intersection(
             *(set(a["dynamo.runtime.TorchTensorRTModule"]) for a in API.values())
         )
@@ -62,6 +65,8 @@ class _Module(nn.Module):
             [n.name for n in exported.graph.find_nodes(op="placeholder")],
             exported.graph_module,
         )
+        if self.aliased_io:
+            in_place(exported.graph_module)
 
     def forward(self, *values: Tensor) -> Any:
         assert all(v.is_contiguous() for v in values)
@@ -72,44 +77,62 @@ class _Module(nn.Module):
 
 class _Library:
     """Stands in for torch_tensorrt; binds inputs in another order than given, as the real one
-    does.
+    does. `aliases`: what `index_copy` writes is the memory of an operand, as from 2.14 on.
     """
 
-    def __init__(self, num_engines: int = 1) -> None:
+    def __init__(self, num_engines: int = 1, *, aliases: bool = False) -> None:
         self.calls: list[dict[str, Any]] = []
-        self.Input, self.num_engines = _Input, num_engines
+        self.parts: list[ExportedProgram] = []
+        self.Input, self.num_engines, self.aliases = _Input, num_engines, aliases
         self.dynamo = SimpleNamespace(
             compile=self.compile, runtime=SimpleNamespace(TorchTensorRTModule=_Module)
         )
 
     def compile(self, exported: ExportedProgram, **settings: Any) -> nn.Module:
         self.calls.append(settings)
+        self.parts.append(exported)
         content = io.BytesIO()
         torch.export.save(exported, content)
         names = [n.name for n in exported.graph.find_nodes(op="placeholder")][::-1]
         results: Any = exported.graph.output_node().args[0]
-        outputs, engine = [f"output{i}" for i in range(len(results))], content.getvalue()
+        slots = written_slots(exported.graph)
+        outputs = [f"output{i}" for i in range(len(results) + len(slots))]
+        kinds = [(slot, "kv_cache_update") for slot in slots]
+        aliased = dict(zip(outputs[len(results) :], kinds, strict=True))
         made = (
             _Module(
-                serialized_engine=engine, input_binding_names=names, output_binding_names=outputs
+                serialized_engine=content.getvalue(),
+                input_binding_names=names,
+                output_binding_names=outputs,
+                **({"aliased_io": aliased} if self.aliases else {}),
             )
             for _ in range(self.num_engines)
         )
         return nn.Sequential(*made)
 
 
-@pytest.fixture
-def library(monkeypatch: pytest.MonkeyPatch) -> _Library:
+def _stand_in(monkeypatch: pytest.MonkeyPatch, found: _Library, *, version: str) -> _Library:
     """The stand-in, and a GPU's name for the keys."""
-    found = _Library()
     monkeypatch.setattr(
-        tensorrt, "find_library", lambda: (found, "torch_tensorrt 2.13.0, tensorrt 11.0.0")
+        tensorrt, "find_library", lambda: (found, f"torch_tensorrt {version}, tensorrt 11.0.0")
     )
     monkeypatch.setattr(tensorrt, "_check_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     gpu = SimpleNamespace(name="GPU", multi_processor_count=8)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     return found
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> _Library:
+    """As it was before engines wrote in place."""
+    return _stand_in(monkeypatch, _Library(), version="2.13.0")
+
+
+@pytest.fixture
+def writing(monkeypatch: pytest.MonkeyPatch) -> _Library:
+    """As it is since they do."""
+    return _stand_in(monkeypatch, _Library(aliases=True), version="2.14.0")
 
 
 @pytest.mark.slow
@@ -161,6 +184,66 @@ def test_regions_are_built_once_stored_and_run(
 
     (backend,) = {e.facts["backend"] for e in store.entries() if e.facts["kind"] == "region"}
     assert backend == "tensorrt torch_tensorrt 2.13.0, tensorrt 11.0.0, GPU with 8 multiprocessors"
+
+
+@pytest.mark.slow
+def test_a_layer_that_decodes_one_row_is_one_engine_that_writes_its_slot(
+    writing: _Library, tmp_path: Path
+) -> None:
+    store, ids = ArtifactStore(tmp_path / "artifacts", limit_bytes=0), prompts(9)[0][None]
+    programs = ("identity", "0 (1)*2 /4")
+
+    def run(backend: Any) -> list[Tensor]:
+        model = compile(make("llama"), backend, max_length=31, cache=store)
+        return [model.generate(ids, program=p, max_new_tokens=4, do_sample=False) for p in programs]
+
+    want = run("eager")
+    for got, expected in zip(run(TensorRTBackend()), want, strict=True):
+        assert torch.equal(got, expected)
+    written = [written_slots(part.graph) for part in writing.parts]
+    assert sorted(map(len, written))[-1] == 2 and sum(map(bool, written)) == 1, "of one row's token"
+    made = len(writing.parts)
+    assert made == 5, "one less than in parts"
+    run(TensorRTBackend())
+    assert len(writing.parts) == made, "from the store, with what it writes"
+    assert "aliased_io" in API["2.14.0"]["dynamo.runtime.TorchTensorRTModule"]
+
+
+def _decoding_layer(backend: TensorRTBackend) -> Region:
+    """A layer's region for one token of one row."""
+    library = tiny("llama").library
+    wanted = RegionName(library.layers[0].target, ShapeClass.of(1, 1, 32))
+    return RegionTable(library, backend, max_length=31, store=None).one(wanted)
+
+
+def test_an_engine_that_does_not_write_in_place_is_an_error(writing: _Library) -> None:
+    writing.aliases = False
+    with pytest.raises(
+        CompileError,
+        match=r"engine_0, a whole layer .*'whole_decode': False.* it writes {} in place",
+    ):
+        _decoding_layer(TensorRTBackend())
+    assert _decoding_layer(TensorRTBackend({"whole_decode": False}))
+
+
+def test_a_slot_that_would_be_copied_is_refused(writing: _Library) -> None:
+    region = _decoding_layer(TensorRTBackend())
+    library = tiny("llama").library
+    heads, size = (
+        library.table.kv_specs[0].columns[0].heads,
+        library.table.kv_specs[0].columns[0].size,
+    )
+    slot = torch.zeros(1, heads, size, 32).transpose(2, 3)
+    sides = [torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.long)]
+    mask = torch.ones(1, 1, 1, 32, dtype=torch.bool)
+    weights = library.layers[0].weights
+    with pytest.raises(InputError, match=r"contiguous, not of strides .*'whole_decode': False"):
+        region([torch.zeros(1, 1, 32), *sides, mask, slot, slot.clone(), *weights])
+
+
+def test_whole_layers_need_a_library_that_writes_in_place(library: _Library) -> None:
+    with pytest.raises(InputError, match=r"2\.13\.0 does not write .* install 2\.14 or newer"):
+        TensorRTBackend({"whole_decode": True})
 
 
 def _head(backend: TensorRTBackend) -> Region:
@@ -236,6 +319,28 @@ def test_where_it_cannot_run_the_reason_comes_before_any_work(
     )
     with pytest.raises(CompileError, match=reason):
         compile(make("llama"), backend="tensorrt")
+
+
+def test_versions_are_told_whatever_package_tensorrt_came_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def of_package(name: str) -> str:
+        if name != "torch-tensorrt":  # such as tensorrt, where tensorrt-cu13 brought the module
+            raise importlib.metadata.PackageNotFoundError(name)
+        return f"{MINOR}.0"
+
+    monkeypatch.setattr(importlib.metadata, "version", of_package)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "torch_tensorrt.py").touch()
+    (tmp_path / "tensorrt.py").write_text("__version__ = '11.1.0'")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in ("torch_tensorrt", "tensorrt"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    library, versions = find_library()
+    assert library.__name__ == "torch_tensorrt"
+    assert versions == f"torch_tensorrt {MINOR}.0, tensorrt 11.1.0"
+    for name in ("torch_tensorrt", "tensorrt"):  # set by the import, not by monkeypatch
+        sys.modules.pop(name, None)
 
 
 def test_it_is_known_by_name() -> None:

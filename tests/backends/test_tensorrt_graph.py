@@ -12,10 +12,19 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
+from engines_in_place import in_place
 from places import GOLDEN
-from polar_fx.backends import EagerBackend, Region
+from polar_fx.backends import EagerBackend, Region, ShapeClass
+from polar_fx.backends.base import RegionName
 from polar_fx.backends.experimental.tensorrt import export_engines, profile
-from polar_fx.backends.experimental.tensorrt_graph import ENGINE_OPS, engines, split_for_engines
+from polar_fx.backends.experimental.tensorrt_graph import (
+    ENGINE_OPS,
+    engines,
+    split_for_engines,
+    whole_engine,
+    written_slots,
+)
+from polar_fx.backends.specialize import specialize
 from polar_fx.compiled import CompiledModel
 from polar_fx.explain.tensorrt_parts import EnginePart, partition_report, parts_of
 from polar_fx.passes.base import is_size, writes
@@ -72,6 +81,70 @@ def test_a_region_taken_apart_computes_the_same_bits_and_writes_the_same_slots(f
     )
     for got, want in zip(_answers(apart), _answers(whole), strict=True):
         assert torch.equal(got, want)
+
+
+class _Whole(EagerBackend):
+    """Interprets regions for their shapes; those that are whole engines, as such."""
+
+    needs_shapes = True
+    by_address = False
+
+    def __init__(self, *, whole: bool) -> None:
+        super().__init__()
+        self.whole = whole
+        self.made: list[bool] = []
+
+    def compile_region(self, body: GraphModule, example: Sequence[Tensor], dynamic: Any) -> Region:
+        graph_module = specialize(body, example, dynamic=dynamic).graph_module
+        engine = whole_engine(graph_module) if self.whole else None
+        self.made.append(engine is not None)
+        if engine is not None:
+            in_place(engine.get_submodule("engine_0"))  # type: ignore[arg-type]
+        return lambda operands: (engine or graph_module)(*operands)
+
+
+# as FAMILIES, but the experts of a mixture are chosen by integers
+@pytest.mark.parametrize(
+    ("family", "is_whole"),
+    [("llama", True), ("gemma2", True), ("gpt2", True), ("mixtral", False)],
+)
+def test_a_layer_decoding_one_row_is_one_engine_of_the_same_bits_and_slots(
+    family: str, is_whole: bool
+) -> None:
+    model, library = tiny(family).model, tiny(family).library
+    backends = _Whole(whole=True), _Whole(whole=False)
+    whole, apart = (
+        CompiledModel(Runner.of_model(model, RegionTable(library, b, max_length=31, store=None)))
+        for b in backends
+    )
+    for got, want in zip(_answers(whole), _answers(apart), strict=True):
+        assert torch.equal(got, want)
+    assert any(backends[0].made) is is_whole and not all(backends[0].made)
+
+
+def test_only_a_row_s_token_written_before_it_is_read_is_whole() -> None:
+    def body_of(change: str) -> GraphModule:
+        slot, value, place = torch.zeros(1, 2, 8, 4), torch.ones(1, 1, 2, 4), torch.tensor([[3]])
+
+        class _Layer(nn.Module):
+            def forward(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                x, w, slot, value, place = operands
+                rows = torch.arange(1)[:, None]
+                early = slot[:, :, 0].sum() if change == "read before" else 0
+                torch.ops.aten.index_put_(slot, [rows, None, place], value)
+                if change == "written twice":
+                    torch.ops.aten.index_put_(slot, [rows, None, place], value * 2)
+                read = 0 if change == "never read" else slot.sum()
+                return (nn.functional.linear(x, w) + read + early,)
+
+        operands = (torch.ones(1, 4), torch.ones(4, 4), slot, value, place)
+        return torch.export.export(_Layer(), (operands,)).graph_module
+
+    assert whole_engine(body_of("")) is not None
+    for change in ("read before", "written twice", "never read"):
+        assert whole_engine(body_of(change)) is None, change
+    assert whole_engine(body_of(""), keep=["aten::sum"]) is None
+    assert whole_engine(split_for_engines(_bodies("llama")["epilogue"])) is None
 
 
 @pytest.mark.parametrize("family", some_slow(FAMILIES, FAMILIES[1:]))
@@ -197,6 +270,32 @@ def test_every_operator_of_an_engine_has_a_converter_once_decomposed(family: str
         assert used
         for version, api in API.items():
             assert used <= set(api["converters"]), (version, used - set(api["converters"]))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_every_operator_of_a_whole_layer_has_a_converter_since_2_14(family: str) -> None:
+    made: list[GraphModule] = []
+
+    class _Keeps(_Whole):
+        def compile_region(self, body: GraphModule, example: Any, dynamic: Any) -> Region:
+            engine = whole_engine(specialize(body, example, dynamic=dynamic).graph_module)
+            made.extend([engine] if engine is not None else [])
+            return super().compile_region(body, example, dynamic)
+
+    library = tiny(family).library
+    wanted = RegionName(library.layers[0].target, ShapeClass.of(1, 1, 32))
+    RegionTable(library, _Keeps(whole=False), max_length=31, store=None).one(wanted)
+    (engine,) = made
+    (exported,) = export_engines(engine, {"batch": 8, "tokens": 512}).values()
+    assert len(written_slots(exported.graph)) == 2
+    table = torch.export.default_decompositions()
+    for kept in ("index_copy", "scaled_dot_product_attention"):  # as the library keeps them
+        table.pop(getattr(torch.ops.aten, kept).default, None)
+    calls = exported.run_decompositions(table).graph.nodes
+    used = {_operator(n.target) for n in calls if n.op == "call_function"}
+    assert "aten.index_copy.default" in used
+    assert used <= set(API["2.14.0"]["converters"])
 
 
 def _operator(target: Any) -> str:

@@ -1,8 +1,8 @@
-"""TensorRT regions: the parts of a region that multiply by weights as engines, attention and KV
-writes between them in torch.
+"""TensorRT regions: the decoding of one row as one engine a layer; of others, the parts that
+multiply by weights as engines, attention and KV writes between them in torch.
 
 The adapter around torch_tensorrt; nothing else in the project touches it. Written against the
-sources of 2.11 to 2.13; no engine was ever built by the project itself (docs/tensorrt.md).
+sources of 2.11 to 2.14; no engine was ever built by the project itself (docs/tensorrt.md).
 
 Shape legend: B batch, T tokens.
 """
@@ -27,7 +27,7 @@ from ...passes.base import Pass
 from ..aot_inductor import GRAPH
 from ..base import Dynamic, PersistentBackend, Region
 from ..specialize import example_size, example_values, graph_of, like, save, specialize
-from .tensorrt_graph import engines, split_for_engines
+from .tensorrt_graph import engines, split_for_engines, whole_engine, written_slots
 
 BINDINGS = "engines.json"
 _PACKAGE = "torch-tensorrt"
@@ -39,8 +39,10 @@ _SETTINGS: Mapping[str, Any] = {
     "disable_tf32": True,
 }
 # Ours, beside torch_tensorrt's settings: the largest sizes engines are built for, and operators to
-# keep in torch.
+# keep in torch. `whole_decode` is one more, whose default depends on the version.
 _OWN: Mapping[str, Any] = {"max_batch": 8, "max_tokens": 512, "torch_executed_ops": ()}
+# the first version whose engines write keys and values in place
+_IN_PLACE = (2, 14)
 _LEAST = {"max_batch": 4, "max_tokens": 128}
 
 
@@ -49,11 +51,13 @@ class TensorRTBackend(PersistentBackend):
     engines, so layers share them.
 
     `options` are settings of `torch_tensorrt.dynamo.compile`, and `max_batch` (8), `max_tokens`
-    (512), the most rows and tokens of one call, and `torch_executed_ops`, names such as
-    "aten::gelu" of operators to keep out of engines.
+    (512), the most rows and tokens of one call, `torch_executed_ops`, names such as "aten::gelu"
+    of operators to keep out of engines, and `whole_decode`, whether a layer that decodes one row is
+    one engine (default: where torch_tensorrt writes keys and values in place, from 2.14 on).
 
     Raises CompileError if torch_tensorrt is missing, is for another torch, or cannot be imported,
-    and if there is no GPU.
+    and if there is no GPU; InputError for limits that are too small, and for `whole_decode` where
+    it cannot be.
     """
 
     name: ClassVar[str] = "tensorrt"
@@ -66,7 +70,14 @@ class TensorRTBackend(PersistentBackend):
         self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()
     ) -> None:
         self._library, self._versions = find_library()
-        super().__init__({**_OWN, **(options or {})}, passes)
+        version = self._versions.split(",")[0].split()[1]
+        in_place = tuple(map(int, version.split(".")[:2])) >= _IN_PLACE
+        super().__init__({**_OWN, "whole_decode": in_place, **(options or {})}, passes)
+        if self.options["whole_decode"] and not in_place:
+            raise InputError(
+                f"torch_tensorrt {version} does not write keys and values in place, which "
+                f"whole_decode needs: leave it out, or install 2.14 or newer"
+            )
         for name, least in _LEAST.items():
             if not isinstance(self.options[name], int) or self.options[name] < least:
                 raise InputError(
@@ -99,19 +110,25 @@ class TensorRTBackend(PersistentBackend):
                 "inputs": list(made.input_binding_names),
                 "outputs": list(made.output_binding_names),
                 "operands": [operands.index(n) for n in made.input_binding_names],
+                # output: the operand whose memory it is, and what kind of that
+                "aliased": dict(getattr(made, "aliased_io", None) or {}),
             }
         (folder / BINDINGS).write_text(json.dumps(bindings), encoding="utf-8")
 
     def load(self, files: Mapping[str, Path]) -> Region:
         graph_module = self._split(files[GRAPH])
         for name, bound in json.loads(files[BINDINGS].read_text(encoding="utf-8")).items():
+            aliased = {output: tuple(of) for output, of in bound["aliased"].items()}
             module = self._library.dynamo.runtime.TorchTensorRTModule(
                 serialized_engine=files[f"{name}.engine"].read_bytes(),
                 input_binding_names=bound["inputs"],
                 output_binding_names=bound["outputs"],
                 name=name,
+                **({"aliased_io": aliased} if aliased else {}),
             )
-            setattr(graph_module, name, _Engine(module, bound["operands"]))
+            in_place = {of for of, _ in aliased.values()}
+            written = [n in in_place for n in bound["inputs"]]
+            setattr(graph_module, name, _Engine(module, bound["operands"], written=written))
         batch, tokens = self._largest.values()
 
         def run(operands: list[Tensor]) -> Sequence[Tensor]:
@@ -127,9 +144,10 @@ class TensorRTBackend(PersistentBackend):
         return run
 
     def _split(self, path: Path) -> GraphModule:
-        return split_for_engines(
-            graph_of(torch.export.load(path), self.passes), self.options["torch_executed_ops"]
-        )
+        graph_module = graph_of(torch.export.load(path), self.passes)
+        keep = self.options["torch_executed_ops"]
+        whole = whole_engine(graph_module, keep) if self.options["whole_decode"] else None
+        return split_for_engines(graph_module, keep) if whole is None else whole
 
     def _lower(self, exported: ExportedProgram, name: str) -> Any:
         """The one engine of a part, as torch_tensorrt's module. Raises CompileError."""
@@ -138,7 +156,8 @@ class TensorRTBackend(PersistentBackend):
             "timing_cache_path": str(cache_dir() / "tensorrt" / "timing.cache"),
             **self.options,
         }
-        settings = {k: v for k, v in settings.items() if k not in _OWN}
+        settings = {k: v for k, v in settings.items() if k not in (*_OWN, "whole_decode")}
+        slots = written_slots(exported.graph)
         library, (results,) = self._library.dynamo, exported.graph.output_node().args
         try:
             with torch.no_grad(), warnings.catch_warnings():
@@ -149,27 +168,46 @@ class TensorRTBackend(PersistentBackend):
             made = [
                 m for m in compiled.modules() if isinstance(m, library.runtime.TorchTensorRTModule)
             ]
-            if [len(m.output_binding_names) for m in made] != [len(results)]:  # type: ignore[arg-type]
+            outputs = len(results) + len(slots)  # type: ignore[arg-type]
+            if [len(m.output_binding_names) for m in made] != [outputs]:
                 raise ValueError(f"it made {len(made)}")
+            aliased: Mapping[str, Any] = getattr(made[0], "aliased_io", None) or {}
+            if sorted(of for of, _ in aliased.values()) != sorted(slots):
+                raise ValueError(f"of {slots} it writes {aliased} in place")
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
+            part = ", a whole layer (TensorRTBackend({'whole_decode': False}) parts it)"
             raise CompileError(
-                f"torch_tensorrt does not make one engine of {name} ({reason}); keep an operator "
-                "out of the engines with TensorRTBackend({'torch_executed_ops': "
-                "['aten::gelu']}), say, or use backend='inductor'"
+                f"torch_tensorrt does not make one engine of {name}{part if slots else ''} "
+                f"({reason}); keep an operator out of the engines with "
+                "TensorRTBackend({'torch_executed_ops': ['aten::gelu']}), say, or use "
+                "backend='inductor'"
             ) from error
         return made[0]
 
 
 class _Engine(torch.nn.Module):
-    """A loaded engine as the function that its part of the graph was: tensors to a tuple."""
+    """A loaded engine as the function that its part of the graph was: tensors to a tuple. It is
+    given the operands of these numbers; `written` says which of them it writes.
+    """
 
-    def __init__(self, module: Callable[..., Any], operands: Sequence[int]) -> None:
+    def __init__(
+        self, module: Callable[..., Any], operands: Sequence[int], *, written: Sequence[bool]
+    ) -> None:
         super().__init__()
-        self.module, self.operands = module, operands
+        self.module, self.operands, self.written = module, operands, written
 
     def forward(self, *values: Tensor) -> Sequence[Tensor]:
-        results = self.module(*(values[i].contiguous() for i in self.operands))
+        given = []
+        for number, is_written in zip(self.operands, self.written, strict=True):
+            value = values[number]
+            if is_written and not value.is_contiguous():  # what is written would be a copy
+                raise InputError(
+                    f"an engine writes slots that are contiguous, not of strides {value.stride()}; "
+                    "use TensorRTBackend({'whole_decode': False})"
+                )
+            given.append(value.contiguous())
+        results = self.module(*given)
         return (results,) if isinstance(results, Tensor) else results
 
 
@@ -254,7 +292,7 @@ def find_library() -> tuple[Any, str]:
         library = importlib.import_module("torch_tensorrt")
         return (
             library,
-            f"torch_tensorrt {version}, tensorrt {importlib.metadata.version('tensorrt')}",
+            f"torch_tensorrt {version}, tensorrt {importlib.import_module('tensorrt').__version__}",
         )
     except Exception as error:
         # it raises plain Exceptions where a shared library of TensorRT is missing

@@ -1,12 +1,14 @@
-"""A region's graph taken apart for TensorRT: engines of floating arithmetic around linear layers,
-and the rest, which stays in torch. Needs no TensorRT.
+"""A region's graph for TensorRT. Needs no TensorRT.
 
-TensorRT, up to the version that torch_tensorrt 2.13 is built for, cannot write into memory it is
-given: handed the whole graph, torch_tensorrt would turn each KV write into a copy of the slot and
-copy it back. So what touches a KV slot stays in torch, and so does everything as long as a slot:
-attention.
+`split_for_engines` takes it apart: engines of floating arithmetic around linear layers, and the
+rest, which stays in torch. torch_tensorrt up to 2.13 cannot write into memory it is given: handed
+the whole graph, it would turn each KV write into a copy of the slot and copy it back. So what
+touches a KV slot stays in torch, and so does everything as long as a slot: attention.
 
-Shape legend: B batch, T tokens, L KV length.
+`whole_engine` leaves the decoding of one row in one piece, for torch_tensorrt from 2.14 on, whose
+engines write one token's keys and values in place.
+
+Shape legend: B batch, T tokens, H heads, L KV length, E size of a head.
 """
 
 from collections import defaultdict
@@ -75,10 +77,18 @@ ENGINE_OPS = frozenset(
         "view",
     )
 )
+# What one engine for a whole decoded token computes as well, with torch_tensorrt from 2.14 on.
+WHOLE_OPS = ENGINE_OPS | {
+    f"aten::{name}"
+    for name in ("index_copy", "masked_fill", "scaled_dot_product_attention", "softmax", "where")
+}
 # An engine without one of these would not be worth its launch.
 _ANCHORS = {"aten::linear", "aten::addmm"}
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+# positions and masks of a whole decoded token
+_OTHER_DTYPES = {torch.int64, torch.bool}
+aten = torch.ops.aten
+_SDPA = aten.scaled_dot_product_attention.default
 
 
 def split_for_engines(graph_module: GraphModule, keep: Collection[str] = ()) -> GraphModule:
@@ -113,6 +123,113 @@ def split_for_engines(graph_module: GraphModule, keep: Collection[str] = ()) -> 
             env[node].meta = dict(node.meta)
     graph.node_copy(graph_module.graph.output_node(), copy)
     return GraphModule(root, graph)
+
+
+def whole_engine(graph_module: GraphModule, keep: Collection[str] = ()) -> GraphModule | None:
+    """The graph of a layer that decodes one row as one submodule `engine_0`, a function of tensors
+    to a tuple; None if it is anything else, or holds an operator that an engine does not compute.
+
+    Computes the same. Each slot [1, H, L, E] is written by an `index_copy`, whose result stands for
+    the slot from then on: run as it is, the slot itself is left as it was, and whatever runs it has
+    to write in place. torch_tensorrt does.
+    """
+    inner = _written_by_copies(graph_module.graph)
+    if inner is None or not all(_fits_whole(n, keep) for n in _calls(inner)):
+        return None
+    if not any(_schema(n) in _ANCHORS for n in _calls(inner)):
+        return None
+    graph = Graph()
+    operands: list[Node] = []
+    taken = {n.name for n in inner.find_nodes(op="placeholder")}
+    for operand in graph_module.graph.find_nodes(op="placeholder"):
+        copied = graph.node_copy(operand)
+        if operand.name in taken:
+            operands.append(copied)
+    call = graph.call_module("engine_0", tuple(operands))
+    results: list[Node] = []
+    outputs: Any = graph_module.graph.output_node().args[0]
+    for i, node in enumerate(outputs):
+        results.append(graph.call_function(getitem, (call, i)))
+        results[-1].meta = dict(node.meta)
+    graph.output(tuple(results))
+    return GraphModule({"engine_0": GraphModule({}, inner)}, graph)
+
+
+def written_slots(graph: Graph) -> list[str]:
+    """The operands that an engine writes in place, by name."""
+    copies = graph.find_nodes(op="call_function", target=aten.index_copy.default)
+    return [str(node.args[0]) for node in copies]
+
+
+def _written_by_copies(before: Graph) -> Graph | None:
+    """The graph with its slots written by `index_copy`, without operands that nothing takes; None
+    if it writes otherwise, or has sizes that vary.
+    """
+    graph, env = Graph(), {}
+    written: set[Node] = set()
+    slot: Any
+    places: Any
+    update: Any
+    for node in before.nodes:
+        if any(isinstance(size, torch.SymInt) for v in _values(node) for size in v.shape):
+            return None
+        if writes(node):
+            if not _writes_token(node) or storage(node) in written:
+                return None
+            slot, places, update = node.args[:3]
+            position: Node = places[2]
+            if any(storage(n) is slot for n in env if n is not slot):
+                return None  # what was read before the write is another value than after it
+            written.add(slot)
+            where = graph.call_function(aten.reshape.default, (env[position], [1]))
+            heads = graph.call_function(aten.transpose.int, (env[update], 1, 2))
+            copied = graph.call_function(aten.index_copy.default, (env[slot], 2, where, heads))
+            where.meta["val"] = position.meta["val"].reshape(1)
+            heads.meta["val"] = update.meta["val"].transpose(1, 2)
+            copied.meta["val"] = slot.meta["val"]
+            env[node] = env[slot] = copied
+        elif node.op in ("placeholder", "call_function", "output"):
+            env[node] = graph.node_copy(node, lambda n: env[n])
+        else:
+            return None
+    graph.eliminate_dead_code()
+    for operand in graph.find_nodes(op="placeholder"):
+        if not operand.users:
+            graph.erase_node(operand)
+    # a write that nothing reads is gone
+    return graph if written and len(written_slots(graph)) == len(written) else None
+
+
+def _writes_token(node: Node) -> bool:
+    """Whether it writes the keys or values [1, 1, H, E] of one token into a slot [1, H, L, E]."""
+    if node.target is not aten.index_put_.default or len(node.args) != 3:
+        return False
+    slot: Any
+    update: Any
+    places: Any
+    slot, places, update = node.args
+    if slot.op != "placeholder" or len(places) != 3 or places[1] is not None:
+        return False
+    if any(place is None for place in (places[0], places[2])):
+        return False
+    (one, heads, _, size), shape = slot.meta["val"].shape, tuple(update.meta["val"].shape)
+    return one == 1 and shape == (1, 1, heads, size) and places[2].meta["val"].numel() == 1
+
+
+def _fits_whole(node: Node, keep: Collection[str]) -> bool:
+    name = _schema(node)
+    tensors = [v for n in (node, *node.all_input_nodes) for v in _values(n)]
+    known = node.target is getitem or (name in WHOLE_OPS and name not in keep)
+    return known and not writes(node) and all(v.dtype in _DTYPES | _OTHER_DTYPES for v in tensors)
+
+
+def _calls(graph: Graph) -> list[Node]:
+    return [node for node in graph.nodes if node.op == "call_function"]
+
+
+def _schema(node: Node) -> str:
+    """The name of an operator, empty for what is none."""
+    return node.target._schema.name if isinstance(node.target, torch._ops.OpOverload) else ""
 
 
 def engines(graph_module: GraphModule) -> dict[str, GraphModule]:
@@ -182,7 +299,7 @@ def _as_long_as_kv(nodes: list[Node]) -> set[Node]:
     for node in nodes:
         if (
             writes(node)
-            and node.target is torch.ops.aten.index_put_.default
+            and node.target is aten.index_put_.default
             and storage(node).op == "placeholder"
         ):
             places: Any = node.args[1]
