@@ -1,11 +1,14 @@
-"""Captured decodes: on CUDA a linked program is one launch a token instead of one for every kernel.
+"""Captured passes: on CUDA a linked program is one launch a pass instead of one for every kernel.
 
 A linked decode is a fixed sequence of kernels on fixed addresses. It is captured into a CUDA graph
-when it first runs and replayed from then on.
+when it first runs and replayed from then on. So is a prompt, whose number of tokens is padded to
+one of few (`token_rows.padded_count`), when a program meets that number for the second time: many
+are met once, and to capture takes longer than to run.
 
-Shape legend: B batch, V vocabulary; a decode is of one token a row.
+Shape legend: B batch, T tokens of a row, V vocabulary; a decode is of one token a row.
 """
 
+from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,8 +21,14 @@ from .graph_api import CudaApi, GraphApi
 from .graph_cache import Captured, GraphCache, GraphRecord
 from .link import LinkedProgram, StepInputs
 
-# Linked program, batch and the addresses of the slots.
+# Linked program, batch, tokens and the addresses of the slots.
 _Key = tuple[int, ...]
+
+# Tokens of all rows of a prompt that is captured: with more, the device takes longer than the host
+# takes to launch, and what a graph computes in between would take much memory.
+MOST_TOKENS = 1024
+
+_MAX_MET = 1024  # prompts that are remembered
 
 # Shape and type of a run's logits.
 _Output = tuple[torch.Size, torch.dtype]
@@ -27,7 +36,8 @@ _Output = tuple[torch.Size, torch.dtype]
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class _Buffers:
-    """What goes in and comes out at fixed addresses: ids and positions i64[B, 1], logits [B, 1, V].
+    """What goes in and comes out at fixed addresses: ids and positions i64[B, T], of a prompt the
+    token of each row whose logits are wanted, i64[B]; and logits [B, 1, V].
 
     Allocated outside the pool and shared by all graphs of a batch size, so that no graph keeps
     anything in the pool.
@@ -35,11 +45,14 @@ class _Buffers:
 
     ids: Tensor
     positions: Tensor
+    logits_at: Tensor | None
     logits: Tensor
 
     def fill(self, inputs: StepInputs) -> None:
         self.ids.copy_(inputs.ids)
         self.positions.copy_(inputs.positions)
+        if self.logits_at is not None and inputs.logits_at is not None:
+            self.logits_at.copy_(inputs.logits_at)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -56,7 +69,7 @@ class _Held:
 
 
 class CudaGraphs:
-    """Runs linked decodes of one model as CUDA graphs, kept in a `GraphCache` of at most `limit`.
+    """Runs linked passes of one model as CUDA graphs, kept in a `GraphCache` of at most `limit`.
 
     Rows in lock-step have theirs in the same cache (`LockstepGraphs`).
     """
@@ -65,7 +78,9 @@ class CudaGraphs:
         self.cache = GraphCache(api, limit)
         self._buffers: WeakValueDictionary[tuple[Any, ...], _Buffers] = WeakValueDictionary()
         self._loaded: set[tuple[int, Hashable]] = set()
-        self._outputs: dict[int, _Output] = {}  # by number of rows
+        self._outputs: dict[int, _Output] = {}  # of decodes, by number of rows
+        # of prompts that ran, by program, rows and tokens; the latest last
+        self._met: OrderedDict[Hashable, _Output] = OrderedDict()
 
     @property
     def records(self) -> tuple[GraphRecord, ...]:
@@ -76,19 +91,22 @@ class CudaGraphs:
         return len(self.cache)
 
     def run(self, linked: LinkedProgram, inputs: StepInputs) -> Tensor:
-        """Logits [B, 1, V] of one token a row, a tensor of the caller's own.
+        """Logits [B, 1, V] of one token a row, a tensor of the caller's own; of a prompt whose
+        every token is asked for, or of more than `MOST_TOKENS`, as it is linked.
 
         Writes the slots in place. The first run of a program, batch size and set of slots captures
         and replays. Where it needs code that has not run for this batch size yet, the first run is
         an ordinary one, and the capture follows it; a program that cannot be captured runs as it is
         linked. Sessions of a program meet their graph again as far as the pool hands out the same
-        slots in the same order. Raises ProgramError as `LinkedProgram.run` does.
+        slots in the same order. A prompt is captured where the program meets its rows and tokens
+        again. Raises ProgramError as `LinkedProgram.run` does.
         """
         batch, tokens = inputs.ids.shape
-        assert tokens == 1 and inputs.resume is None, "a decode is of one token a row"
         linked.check(inputs)
-        # not the address of kv_index: it is the linked program's own
-        key = (id(linked), batch, *(t.data_ptr() for pair in inputs.slots for t in pair))
+        if tokens > 1:
+            return self._run_prompt(linked, inputs)
+        assert inputs.resume is None, "a decode begins at the first step"
+        key = _key(linked, inputs)
         with self.cache.lock:
             captured = self.cache.find(key)
             if captured is None:
@@ -107,11 +125,34 @@ class CudaGraphs:
                         self._loaded |= _code(linked, batch)
                         self._capture(key, linked, inputs=inputs, out=out)
                     return logits
-            self.cache.mark(key, captured)
-            held: _Held = captured.held
-            held.buffers.fill(inputs)
-            captured.graph.replay()
-            return held.buffers.logits.clone()
+            return self._replayed(key, captured, inputs=inputs)
+
+    def _run_prompt(self, linked: LinkedProgram, inputs: StepInputs) -> Tensor:
+        """The same for several tokens a row."""
+        batch, tokens = inputs.ids.shape
+        if inputs.logits_at is None or inputs.resume is not None or batch * tokens > MOST_TOKENS:
+            return linked.run(inputs)
+        key, prompt = _key(linked, inputs), (linked.program, batch, tokens)
+        with self.cache.lock:
+            captured, out = self.cache.find(key), self._met.get(prompt)
+            if captured is None and out is not None and self.cache.is_worthwhile(prompt):
+                captured = self._capture(key, linked, inputs=inputs, out=out)
+            if captured is None:
+                logits = linked.run(inputs)  # loads the kernels, which a capture must not do
+                self._met[prompt] = logits.shape, logits.dtype
+                self._met.move_to_end(prompt)
+                if len(self._met) > _MAX_MET:
+                    self._met.popitem(last=False)
+                return logits
+            return self._replayed(key, captured, inputs=inputs)
+
+    def _replayed(self, key: _Key, captured: Captured, *, inputs: StepInputs) -> Tensor:
+        """The logits of a graph, which is run with these inputs."""
+        self.cache.mark(key, captured)
+        held: _Held = captured.held
+        held.buffers.fill(inputs)
+        captured.graph.replay()
+        return held.buffers.logits.clone()
 
     def _is_loaded(self, linked: LinkedProgram, batch: int) -> bool:
         """Whether every kernel of a run is on the device, because programs of the same regions have
@@ -129,7 +170,10 @@ class CudaGraphs:
     ) -> Captured | None:
         """Capture such a run; on failure, remember and log the reason."""
         buffers = self._static(inputs, out)
-        at_buffers = replace(inputs, ids=buffers.ids, positions=buffers.positions)
+        at_buffers = replace(
+            inputs, ids=buffers.ids, positions=buffers.positions, logits_at=buffers.logits_at
+        )
+        rows, tokens = inputs.ids.shape
         self.cache.wait()  # a graph that uses these buffers may still run on another stream
         # A capture writes nothing. Should a part of it run after all, it writes this token's keys
         # and values once more.
@@ -138,23 +182,24 @@ class CudaGraphs:
             key,
             lambda: buffers.logits.copy_(linked.run(at_buffers)),
             program=linked.program,
-            batch=len(inputs.ids),
+            batch=rows,
             held=_Held(linked, buffers),
-            subject=(linked.program, len(inputs.ids)),
+            subject=(linked.program, rows, *([tokens] if tokens > 1 else [])),
         )
 
     def _static(self, inputs: StepInputs, out: _Output) -> _Buffers:
         shape, dtype = out
-        key = (shape, dtype, inputs.ids.dtype)
+        key = (shape, dtype, inputs.ids.shape, inputs.ids.dtype)
         if (buffers := self._buffers.get(key)) is None:
             # or they could not be filled outside of inference mode again
             with torch.inference_mode(False):
-                ids, places = (
-                    torch.empty(t.shape, dtype=t.dtype, device=t.device)
-                    for t in (inputs.ids, inputs.positions)
+                ids, places, logits_at = (
+                    t if t is None else torch.empty(t.shape, dtype=t.dtype, device=t.device)
+                    for t in (inputs.ids, inputs.positions, inputs.logits_at)
                 )
                 logits = torch.empty(shape, dtype=dtype, device=inputs.positions.device)
-            buffers = self._buffers[key] = _Buffers(ids, places, logits)
+            assert ids is not None and places is not None
+            buffers = self._buffers[key] = _Buffers(ids, places, logits_at, logits)
         return buffers
 
 
@@ -163,6 +208,12 @@ def cuda_graphs(device: torch.device, *, states: bool = False) -> CudaGraphs | N
     decode may run a part of it, which a state would not forget.
     """
     return CudaGraphs(CudaApi(device)) if device.type == "cuda" and not states else None
+
+
+def _key(linked: LinkedProgram, inputs: StepInputs) -> _Key:
+    # not the address of kv_index: it is the linked program's own
+    slots = (t.data_ptr() for parts in inputs.slots for t in parts)
+    return (id(linked), *inputs.ids.shape, *slots)
 
 
 def _code(linked: LinkedProgram, batch: int) -> set[tuple[int, Hashable]]:

@@ -45,7 +45,7 @@ class Runner(Uncopied):
         deterministic: run rows one by one, so that a row's logits have the same bits alone and in
             any batch.
         tiers: which form of a program runs one row.
-        graphs: replays decodes on a GPU; None runs every kernel by itself.
+        graphs: replays decodes and prompts on a GPU; None runs every kernel by itself.
         bound: tells whether a model still holds the weights that are read here; None where nobody
             can exchange them.
     """
@@ -132,7 +132,7 @@ class Runner(Uncopied):
 
     @property
     def graphs(self) -> CudaGraphs | None:
-        """What replays decodes, those of rows in lock-step included; None runs every kernel."""
+        """What replays passes, those of rows in lock-step included; None runs every kernel."""
         return self._graphs
 
     @graphs.setter
@@ -442,8 +442,7 @@ class Runner(Uncopied):
         """Logits by the form that is due: regions, a captured graph of them, a whole program."""
         if inputs.resume is not None:
             return linked.run(inputs)
-        decodes = shape.tokens == 1
-        run = LinkedProgram.run if self.graphs is None or not decodes else self.graphs.run
-        if shape.batch == 1 and (decodes or inputs.logits_at is not None):
+        run = LinkedProgram.run if self.graphs is None else self.graphs.run
+        if shape.batch == 1 and (shape.tokens == 1 or inputs.logits_at is not None):
             return self.tiers.run(linked, shape, inputs=inputs, run_linked=run)
         return run(linked, inputs)

@@ -17,6 +17,7 @@ from torch import Tensor
 from captured_decodes import DEPTH, PROGRAMS, FakeApi, HostWork, Pair, decode, step, steps
 from polar_fx.compiled import CompiledModel, compile
 from polar_fx.program import Program
+from polar_fx.runtime import cuda_graphs
 from polar_fx.runtime.cuda_graphs import CudaGraphs
 from polar_fx.runtime.link import LinkedProgram, StepInputs
 from polar_fx.runtime.regions import RegionTable
@@ -280,3 +281,65 @@ def test_errors_that_are_no_failed_capture_come_through(
     monkeypatch.setattr(api, "capture", lambda pool, function: {}["a mistake in our code"])
     with pytest.raises(KeyError, match="mistake"):
         pair.use(CudaGraphs(api), "identity")
+
+
+# ------------------------------------------------------------------------------------- prompts
+
+
+def _prompt(pair: Pair, rows: list[Tensor], program: str = "identity") -> tuple[Tensor, Tensor]:
+    """Logits [B, V] after rows of tokens, by the captured model and the other."""
+    found = []
+    for model in (pair.model, pair.plain):
+        with model.runner.open_slots(model.resolve(program), len(rows)) as session:
+            found.append(torch.stack(model.runner.prefill(session, rows)))
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_prompts_are_captured_when_met_again(pair: Pair, program: str, batch: int) -> None:
+    api = FakeApi()
+    pair.model.graphs = CudaGraphs(api)
+    for turn in range(4):
+        lengths = [6, *((2 + turn + i) % 6 + 1 for i in range(batch - 1))]  # the longest counts
+        rows = [torch.arange(n) + 3 * turn + i for i, n in enumerate(lengths)]
+        got, want = _prompt(pair, rows, program)
+        assert torch.equal(got, want)
+        assert api.count("capture") == (turn > 0) and api.count("replay") == turn
+    got, want = _prompt(pair, [torch.arange(5)] * batch, program)
+    assert torch.equal(got, want) and api.count("capture") == 1, "of other lengths when met again"
+
+
+def test_decoding_goes_on_after_a_replayed_prompt(pair: Pair) -> None:
+    pair.model.graphs = CudaGraphs(FakeApi())
+    for turn in range(3):
+        ids = torch.arange(6)[None] + turn
+        got, want = (m.generate(ids, max_new_tokens=5) for m in (pair.model, pair.plain))
+        assert torch.equal(got, want)
+
+
+def test_long_prompts_and_those_of_every_token_run_as_linked(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = FakeApi()
+    pair.model.graphs = CudaGraphs(api)
+    ids = torch.arange(6)[None]
+    for _ in range(3):
+        torch.testing.assert_close(pair.model.forward(ids), pair.plain.forward(ids), rtol=0, atol=0)
+    monkeypatch.setattr(cuda_graphs, "MOST_TOKENS", 11)
+    for _ in range(3):
+        got, want = _prompt(pair, [torch.arange(6), torch.arange(4)])
+        assert torch.equal(got, want)
+    assert api.count("capture") == 0
+
+
+def test_a_prompt_that_cannot_be_captured_leaves_decodes_alone(pair: Pair) -> None:
+    api = FakeApi(fails=lambda number: number == 0)
+    pair.model.graphs = graphs = CudaGraphs(api)
+    rows = [torch.arange(6)]
+    for _ in range(3):
+        got, want = _prompt(pair, rows)
+        assert torch.equal(got, want)
+    assert [r.reason is None for r in graphs.records] == [False], "tried once"
+    pair.check(graphs, "identity")
+    assert [r.reason is None for r in graphs.records] == [False, True]

@@ -58,6 +58,21 @@ def test_cuda_decodes_equal_eager_ones(gpu: Pair, program: str, batch: int) -> N
 
 
 @needs_cuda
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_cuda_prompts_equal_eager_ones_when_replayed(gpu: Pair, program: str, batch: int) -> None:
+    graphs = gpu.model.graphs = _real()
+    for turn in range(3):
+        rows = [torch.arange(6 - i) + 5 * turn for i in range(batch)]
+        found = []
+        for model in (gpu.model, gpu.plain):
+            with model.runner.open_slots(model.resolve(program), batch) as session:
+                found.append(torch.stack(model.runner.prefill(session, rows)).cpu())
+        torch.testing.assert_close(*found, rtol=0, atol=gpu.tolerance)
+    assert _all_captured(graphs) and len(graphs) == 1
+
+
+@needs_cuda
 def test_cuda_programs_capture_fast_and_share_memory(gpu: Pair) -> None:
     def reserved() -> int:
         torch.cuda.synchronize()
