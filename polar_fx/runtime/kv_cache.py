@@ -27,6 +27,10 @@ from ..errors import KvOverflowError, ProgramError
 from ..program import Program
 from .on_device import on_device
 
+# Bytes of the slots that a GPU fills whole, many in one launch, rather than what was written of
+# each: that takes less than their launches would.
+_MOST_FILLED_WHOLE = 1 << 28
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Slot:
@@ -300,9 +304,13 @@ class KvSession(RowCache):
         """Zero what was written: a later session must not meet the NaN of this one behind its mask
         (0 * NaN is NaN).
         """
-        for spec, slot in zip(self.specs, self.slots, strict=True):
-            for part in spec.held(slot, self._written):
-                part.zero_()
+        parts = [part for slot in self.slots for part in slot]
+        if self.pool.device.type != "cuda" or sum(p.nbytes for p in parts) > _MOST_FILLED_WHOLE:
+            each = zip(self.specs, self.slots, strict=True)
+            held = [spec.held(slot, self._written) for spec, slot in each]
+            parts = [part for slot in held for part in slot]
+        if parts:
+            torch._foreach_zero_(parts)
 
     # ---- what transformers' generation asks of a cache
 

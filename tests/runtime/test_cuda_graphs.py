@@ -286,7 +286,7 @@ def test_errors_that_are_no_failed_capture_come_through(
 # ------------------------------------------------------------------------------------- prompts
 
 
-def _prompt(pair: Pair, rows: list[Tensor], program: str = "identity") -> tuple[Tensor, Tensor]:
+def _prompt(pair: Pair, rows: list[Tensor], *, program: str = "identity") -> tuple[Tensor, Tensor]:
     """Logits [B, V] after rows of tokens, by the captured model and the other."""
     found = []
     for model in (pair.model, pair.plain):
@@ -303,10 +303,10 @@ def test_prompts_are_captured_when_met_again(pair: Pair, program: str, batch: in
     for turn in range(4):
         lengths = [6, *((2 + turn + i) % 6 + 1 for i in range(batch - 1))]  # the longest counts
         rows = [torch.arange(n) + 3 * turn + i for i, n in enumerate(lengths)]
-        got, want = _prompt(pair, rows, program)
+        got, want = _prompt(pair, rows, program=program)
         assert torch.equal(got, want)
         assert api.count("capture") == (turn > 0) and api.count("replay") == turn
-    got, want = _prompt(pair, [torch.arange(5)] * batch, program)
+    got, want = _prompt(pair, [torch.arange(5)] * batch, program=program)
     assert torch.equal(got, want) and api.count("capture") == 1, "of other lengths when met again"
 
 
