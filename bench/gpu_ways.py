@@ -4,6 +4,8 @@ benchmarks.
 Shape legend: B batch, T tokens, V vocabulary.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -57,7 +59,7 @@ class HfReduceOverhead(Contender):
 
 
 class Linked(Ours):
-    """Linked regions; with `graph`, decodes replay a captured CUDA graph where there is a GPU."""
+    """Linked regions; with `graph`, passes replay captured CUDA graphs where there is a GPU."""
 
     def __init__(self, compiled: CompiledModel, program: Program, *, graph: bool = True) -> None:
         super().__init__(compiled, "linked", program=program)
@@ -67,12 +69,18 @@ class Linked(Ours):
     def prefill(self, ids: Tensor) -> Tensor:
         self.finish()
         self.is_open = True
-        return super().prefill(ids)
+        with self._by_its_graphs():
+            return super().prefill(ids)
 
     def decode(self, token: Tensor) -> Tensor:
+        with self._by_its_graphs():
+            return super().decode(token)
+
+    @contextmanager
+    def _by_its_graphs(self) -> Iterator[None]:
         kept, self.compiled.graphs = self.compiled.graphs, self.graphs
         try:
-            return super().decode(token)
+            yield
         finally:
             self.compiled.graphs = kept
 

@@ -38,6 +38,8 @@ class Backend(ABC):
     name: ClassVar[str]
     needs_shapes: ClassVar[bool]
     by_address: bool = True  # whether it takes keys and values by address (ShapeClass)
+    # whether its regions may run inside a CUDA graph for several tokens a row
+    captures_prompts: ClassVar[bool] = True
     options: Mapping[str, Any]
     passes: tuple[Pass, ...]
 

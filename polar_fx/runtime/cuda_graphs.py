@@ -2,12 +2,13 @@
 
 A linked decode is a fixed sequence of kernels on fixed addresses. It is captured into a CUDA graph
 when it first runs and replayed from then on. So is a prompt, whose number of tokens is padded to
-one of few (`token_rows.padded_count`), when a program meets that number for the second time: many
-are met once, and to capture takes longer than to run.
+one of few (`token_rows.padded_count`), when a program meets that number on the same slots for the
+second time: many are met once, and to capture takes longer than to run.
 
 Shape legend: B batch, T tokens of a row, V vocabulary; a decode is of one token a row.
 """
 
+import threading
 from collections import OrderedDict
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
@@ -28,6 +29,9 @@ _Key = tuple[int, ...]
 # takes to launch, and what a graph computes in between would take much memory.
 MOST_TOKENS = 1024
 
+# Graphs of prompts that are kept, beside those of decodes, which are used far more often.
+MOST_PROMPTS = 32
+
 _MAX_MET = 1024  # prompts that are remembered
 
 # Shape and type of a run's logits.
@@ -39,8 +43,8 @@ class _Buffers:
     """What goes in and comes out at fixed addresses: ids and positions i64[B, T], of a prompt the
     token of each row whose logits are wanted, i64[B]; and logits [B, 1, V].
 
-    Allocated outside the pool and shared by all graphs of a batch size, so that no graph keeps
-    anything in the pool.
+    Allocated outside the pool and shared by all graphs of as many rows and tokens, so that no
+    graph keeps anything in the pool.
     """
 
     ids: Tensor
@@ -69,23 +73,39 @@ class _Held:
 
 
 class CudaGraphs:
-    """Runs linked passes of one model as CUDA graphs, kept in a `GraphCache` of at most `limit`.
+    """Runs linked passes of one model as CUDA graphs: decodes of at most `limit` in a `GraphCache`,
+    prompts in another.
 
-    Rows in lock-step have theirs in the same cache (`LockstepGraphs`).
+    Rows in lock-step have theirs in the cache of decodes (`LockstepGraphs`). Without
+    `captures_prompts`, prompts run as they are linked.
     """
 
-    def __init__(self, api: GraphApi, limit: int = 64) -> None:
+    def __init__(self, api: GraphApi, limit: int = 64, *, captures_prompts: bool = True) -> None:
         self.cache = GraphCache(api, limit)
+        self._api = api
+        self._prompts: GraphCache | None = None
+        self._most_prompts = min(limit, MOST_PROMPTS) if captures_prompts else 0
         self._buffers: WeakValueDictionary[tuple[Any, ...], _Buffers] = WeakValueDictionary()
         self._loaded: set[tuple[int, Hashable]] = set()
         self._outputs: dict[int, _Output] = {}  # of decodes, by number of rows
-        # of prompts that ran, by program, rows and tokens; the latest last
+        # of prompts that ran once since a capture, by thread and key; the latest last
         self._met: OrderedDict[Hashable, _Output] = OrderedDict()
 
     @property
     def records(self) -> tuple[GraphRecord, ...]:
-        """The latest attempts to capture, oldest first."""
+        """The latest attempts to capture decodes, oldest first; `prompts` has its own."""
         return self.cache.records
+
+    @property
+    def prompts(self) -> GraphCache:
+        """Graphs of prompts. They are apart: a prompt is used once where a decode is for every
+        token, and would always be the one to drop; one that cannot be captured says nothing of
+        decodes.
+        """
+        with self.cache.lock:
+            if self._prompts is None:
+                self._prompts = GraphCache(self._api, self._most_prompts)
+            return self._prompts
 
     def __len__(self) -> int:
         return len(self.cache)
@@ -99,7 +119,7 @@ class CudaGraphs:
         an ordinary one, and the capture follows it; a program that cannot be captured runs as it is
         linked. Sessions of a program meet their graph again as far as the pool hands out the same
         slots in the same order. A prompt is captured where the program meets its rows and tokens
-        again. Raises ProgramError as `LinkedProgram.run` does.
+        again on the same slots. Raises ProgramError as `LinkedProgram.run` does.
         """
         batch, tokens = inputs.ids.shape
         linked.check(inputs)
@@ -114,7 +134,7 @@ class CudaGraphs:
                 loaded = worthwhile and self._is_loaded(linked, batch)
                 out = self._outputs.get(batch) if loaded else None
                 if out is not None:
-                    captured = self._capture(key, linked, inputs=inputs, out=out)
+                    captured = self._capture(key, linked, inputs=inputs, out=out, cache=self.cache)
                 if captured is None:
                     # This loads the kernels as well, which a capture must not do. It need not
                     # happen on the side stream: what is loaded is the device's, and the side stream
@@ -123,36 +143,31 @@ class CudaGraphs:
                     if worthwhile and out is None:
                         out = self._outputs[batch] = logits.shape, logits.dtype
                         self._loaded |= _code(linked, batch)
-                        self._capture(key, linked, inputs=inputs, out=out)
+                        self._capture(key, linked, inputs=inputs, out=out, cache=self.cache)
                     return logits
-            return self._replayed(key, captured, inputs=inputs)
+            return _replayed(self.cache, key, captured=captured, inputs=inputs)
 
     def _run_prompt(self, linked: LinkedProgram, inputs: StepInputs) -> Tensor:
         """The same for several tokens a row."""
         batch, tokens = inputs.ids.shape
         if inputs.logits_at is None or inputs.resume is not None or batch * tokens > MOST_TOKENS:
             return linked.run(inputs)
-        key, prompt = _key(linked, inputs), (linked.program, batch, tokens)
-        with self.cache.lock:
-            captured, out = self.cache.find(key), self._met.get(prompt)
-            if captured is None and out is not None and self.cache.is_worthwhile(prompt):
-                captured = self._capture(key, linked, inputs=inputs, out=out)
-            if captured is None:
-                logits = linked.run(inputs)  # loads the kernels, which a capture must not do
-                self._met[prompt] = logits.shape, logits.dtype
-                self._met.move_to_end(prompt)
-                if len(self._met) > _MAX_MET:
-                    self._met.popitem(last=False)
-                return logits
-            return self._replayed(key, captured, inputs=inputs)
-
-    def _replayed(self, key: _Key, captured: Captured, *, inputs: StepInputs) -> Tensor:
-        """The logits of a graph, which is run with these inputs."""
-        self.cache.mark(key, captured)
-        held: _Held = captured.held
-        held.buffers.fill(inputs)
-        captured.graph.replay()
-        return held.buffers.logits.clone()
+        key = _key(linked, inputs)
+        # a thread has attention plans of its own, which cannot be made in a capture
+        met, cache = (threading.get_ident(), key), self.prompts
+        with cache.lock:
+            captured, out = cache.find(key), self._met.pop(met, None)
+            worthwhile = out is not None and cache.is_worthwhile((linked.program, batch))
+            if captured is None and out is not None and worthwhile:
+                captured = self._capture(key, linked, inputs=inputs, out=out, cache=cache)
+            if captured is not None:
+                return _replayed(cache, key, captured=captured, inputs=inputs)
+        logits = linked.run(inputs)  # loads what a capture must not load
+        with cache.lock:
+            self._met[met] = logits.shape, logits.dtype
+            if len(self._met) > _MAX_MET:
+                self._met.popitem(last=False)
+        return logits
 
     def _is_loaded(self, linked: LinkedProgram, batch: int) -> bool:
         """Whether every kernel of a run is on the device, because programs of the same regions have
@@ -167,6 +182,7 @@ class CudaGraphs:
         *,
         inputs: StepInputs,
         out: _Output,
+        cache: GraphCache,
     ) -> Captured | None:
         """Capture such a run; on failure, remember and log the reason."""
         buffers = self._static(inputs, out)
@@ -174,17 +190,18 @@ class CudaGraphs:
             inputs, ids=buffers.ids, positions=buffers.positions, logits_at=buffers.logits_at
         )
         rows, tokens = inputs.ids.shape
-        self.cache.wait()  # a graph that uses these buffers may still run on another stream
+        cache.wait()  # a graph that uses these buffers may still run on another stream
         # A capture writes nothing. Should a part of it run after all, it writes this token's keys
         # and values once more.
         buffers.fill(inputs)
-        return self.cache.capture(
+        return cache.capture(
             key,
             lambda: buffers.logits.copy_(linked.run(at_buffers)),
             program=linked.program,
             batch=rows,
             held=_Held(linked, buffers),
-            subject=(linked.program, rows, *([tokens] if tokens > 1 else [])),
+            subject=(linked.program, rows),
+            tokens=tokens,
         )
 
     def _static(self, inputs: StepInputs, out: _Output) -> _Buffers:
@@ -203,11 +220,24 @@ class CudaGraphs:
         return buffers
 
 
-def cuda_graphs(device: torch.device, *, states: bool = False) -> CudaGraphs | None:
+def cuda_graphs(
+    device: torch.device, *, states: bool = False, captures_prompts: bool = True
+) -> CudaGraphs | None:
     """Those of a device; None if it has none, and for a model that keeps states: to capture a
     decode may run a part of it, which a state would not forget.
     """
-    return CudaGraphs(CudaApi(device)) if device.type == "cuda" and not states else None
+    if device.type != "cuda" or states:
+        return None
+    return CudaGraphs(CudaApi(device), captures_prompts=captures_prompts)
+
+
+def _replayed(cache: GraphCache, key: _Key, *, captured: Captured, inputs: StepInputs) -> Tensor:
+    """The logits of a graph, which is run with these inputs."""
+    cache.mark(key, captured)
+    held: _Held = captured.held
+    held.buffers.fill(inputs)
+    captured.graph.replay()
+    return held.buffers.logits.clone()
 
 
 def _key(linked: LinkedProgram, inputs: StepInputs) -> _Key:

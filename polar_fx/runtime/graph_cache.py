@@ -29,6 +29,7 @@ _GRACE = 4  # a graph used in the last _GRACE * limit runs is not dropped for a 
 class GraphRecord:
     """One attempt to capture: milliseconds it took, the pool it drew from, and the reason if it
     failed. Of rows of several programs, `program` is the order of layers that holds all of them.
+    `tokens` a row are several for a prompt.
     """
 
     program: Program
@@ -36,6 +37,7 @@ class GraphRecord:
     capture_ms: float
     pool: Any
     reason: str | None = None
+    tokens: int = 1
 
 
 @dataclass(eq=False, slots=True)
@@ -103,6 +105,7 @@ class GraphCache:
         batch: int,
         held: Any,
         subject: Hashable,
+        tokens: int = 1,
     ) -> Captured | None:
         """Capture what `function` launches; None on failure, whose reason is kept and logged."""
         handled, start = sys.exception(), time.perf_counter()
@@ -112,12 +115,13 @@ class GraphCache:
         except RuntimeError as error:  # CUDA's errors and want of memory are among them
             reason = _first_cause(error, handled)
         milliseconds = 1e3 * (time.perf_counter() - start)
-        self._records.append(GraphRecord(program, batch, milliseconds, self._pool, reason))
+        self._records.append(GraphRecord(program, batch, milliseconds, self._pool, reason, tokens))
+        size = f"batch {batch}" if tokens == 1 else f"batch {batch} of {tokens} tokens"
         if graph is None:
-            log.warning("%s runs without a CUDA graph for batch %d: %s", program, batch, reason)
+            log.warning("%s runs without a CUDA graph for %s: %s", program, size, reason)
             self._fail(subject)
             return None
-        log.info("captured %s for batch %d in %.1f ms", program, batch, milliseconds)
+        log.info("captured %s for %s in %.1f ms", program, size, milliseconds)
         self._num_captured += 1
         made = self._graphs[key] = Captured(graph, held, self._num_runs)
         while len(self._graphs) > self.limit:
@@ -151,7 +155,7 @@ class GraphCache:
         if len(self._failed) > _MAX_REMEMBERED:
             del self._failed[next(iter(self._failed))]
         if not self._num_captured and len(self._failed) == _TRIES:
-            log.warning("no decode could be captured; none is tried any more")
+            log.warning("nothing like it could be captured; none is tried any more")
         self._api.synchronize()
         if len(self._failed) <= _MAX_POOLS:
             # what the failed one left in the other is unknown; graphs keep theirs

@@ -305,7 +305,8 @@ class KvSession(RowCache):
         (0 * NaN is NaN).
         """
         parts = [part for slot in self.slots for part in slot]
-        if self.pool.device.type != "cuda" or sum(p.nbytes for p in parts) > _MOST_FILLED_WHOLE:
+        on_gpu = self.pool.device.type == "cuda" and self._written > 0
+        if not on_gpu or sum(p.nbytes for p in parts) > _MOST_FILLED_WHOLE:
             each = zip(self.specs, self.slots, strict=True)
             held = [spec.held(slot, self._written) for spec, slot in each]
             parts = [part for slot in held for part in slot]

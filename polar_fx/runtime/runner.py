@@ -97,6 +97,8 @@ class Runner(Uncopied):
         pool = KvPool(regions.max_length, library.device)
         policy = tier_policy or TierPolicy()
         tiers = Tiers(library, regions, kv_index=pool.kv_index, tier=tier, policy=policy)
+        states, prompts = library.table.keeps_states, regions.backend.captures_prompts
+        graphs = cuda_graphs(library.device, states=states, captures_prompts=prompts)
         return cls(
             ModelInfo.of(model),
             library,
@@ -105,7 +107,7 @@ class Runner(Uncopied):
             prefill_chunk=prefill_chunk,
             deterministic=deterministic,
             tiers=tiers,
-            graphs=cuda_graphs(library.device, states=library.table.keeps_states),
+            graphs=graphs,
             bound=BoundWeights(model, library.tensors),
         )
 

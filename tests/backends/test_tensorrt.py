@@ -216,14 +216,20 @@ def _decoding_layer(backend: TensorRTBackend) -> Region:
     return RegionTable(library, backend, max_length=31, store=None).one(wanted)
 
 
-def test_an_engine_that_does_not_write_in_place_is_an_error(writing: _Library) -> None:
+def test_a_layer_that_is_no_engine_in_place_is_taken_apart_or_an_error(
+    writing: _Library, caplog: pytest.LogCaptureFixture
+) -> None:
     writing.aliases = False
+    assert _decoding_layer(TensorRTBackend())
+    assert len(writing.parts) == 3 and "a layer is taken apart: torch_tensorrt" in caplog.text
     with pytest.raises(
         CompileError,
-        match=r"engine_0, a whole layer .*'whole_decode': False.* it writes {} in place",
+        match=r"one engine of a whole layer .*'whole_decode': False.* it writes {} in place",
     ):
-        _decoding_layer(TensorRTBackend())
+        _decoding_layer(TensorRTBackend({"whole_decode": True}))
     assert _decoding_layer(TensorRTBackend({"whole_decode": False}))
+    with pytest.raises(InputError, match=r"True, False or None, got 'no'"):
+        TensorRTBackend({"whole_decode": "no"})
 
 
 def test_a_slot_that_would_be_copied_is_refused(writing: _Library) -> None:

@@ -130,7 +130,8 @@ def test_only_a_row_s_token_written_before_it_is_read_is_whole() -> None:
             def forward(self, operands: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
                 x, w, slot, value, place = operands
                 rows = torch.arange(1)[:, None]
-                early = slot[:, :, 0].sum() if change == "read before" else 0
+                early = slot.sum() if change == "read before" else 0
+                early += slot[:, :, 0].sum() if change == "seen before" else 0
                 torch.ops.aten.index_put_(slot, [rows, None, place], value)
                 if change == "written twice":
                     torch.ops.aten.index_put_(slot, [rows, None, place], value * 2)
@@ -141,7 +142,7 @@ def test_only_a_row_s_token_written_before_it_is_read_is_whole() -> None:
         return torch.export.export(_Layer(), (operands,)).graph_module
 
     assert whole_engine(body_of("")) is not None
-    for change in ("read before", "written twice", "never read"):
+    for change in ("read before", "seen before", "written twice", "never read"):
         assert whole_engine(body_of(change)) is None, change
     assert whole_engine(body_of(""), keep=["aten::sum"]) is None
     assert whole_engine(split_for_engines(_bodies("llama")["epilogue"])) is None

@@ -311,11 +311,22 @@ def test_prompts_are_captured_when_met_again(pair: Pair, program: str, batch: in
 
 
 def test_decoding_goes_on_after_a_replayed_prompt(pair: Pair) -> None:
-    pair.model.graphs = CudaGraphs(FakeApi())
+    api = FakeApi()
+    pair.model.graphs = CudaGraphs(api)
     for turn in range(3):
-        ids = torch.arange(6)[None] + turn
-        got, want = (m.generate(ids, max_new_tokens=5) for m in (pair.model, pair.plain))
+        got, want = (
+            _continued(model, torch.arange(6) + turn) for model in (pair.model, pair.plain)
+        )
         assert torch.equal(got, want)
+    assert len(pair.model.graphs.prompts) == len(pair.model.graphs) == 1
+
+
+def _continued(model: CompiledModel, row: Tensor) -> Tensor:
+    """Logits [3, V] of tokens after a prompt."""
+    with model.runner.open_slots(model.default_program, 1) as session:
+        model.runner.prefill(session, [row])
+        tokens = (torch.tensor([token]) for token in (7, 8, 9))
+        return torch.cat([model.runner.decode(session, token) for token in tokens])
 
 
 def test_long_prompts_and_those_of_every_token_run_as_linked(
@@ -323,14 +334,40 @@ def test_long_prompts_and_those_of_every_token_run_as_linked(
 ) -> None:
     api = FakeApi()
     pair.model.graphs = CudaGraphs(api)
-    ids = torch.arange(6)[None]
     for _ in range(3):
-        torch.testing.assert_close(pair.model.forward(ids), pair.plain.forward(ids), rtol=0, atol=0)
+        found = []
+        for model in (pair.model, pair.plain):
+            with model.runner.open_slots(model.default_program, 1) as session:
+                found += model.runner.prefill(session, [torch.arange(6)], every=True)
+        assert torch.equal(*found) and found[0].shape[0] == 6
     monkeypatch.setattr(cuda_graphs, "MOST_TOKENS", 11)
     for _ in range(3):
         got, want = _prompt(pair, [torch.arange(6), torch.arange(4)])
         assert torch.equal(got, want)
     assert api.count("capture") == 0
+
+
+def test_a_replayed_prompt_copies_nothing_from_the_host(pair: Pair) -> None:
+    pair.model.graphs = CudaGraphs(FakeApi())
+    for _ in range(2):
+        _prompt(pair, [torch.arange(6)])
+    graph = pair.model.graphs.prompts.last_used
+    assert graph is not None
+    with torch.no_grad(), HostWork() as seen:
+        graph.replay()
+    # casts are not: they stay on the device
+    assert [what for what in seen.found if what != "aten._to_copy.default"] == []
+
+
+def test_rows_one_by_one_are_captured_where_their_slots_are_met_again(pair: Pair) -> None:
+    """As by `deterministic`: rows of a batch are prompts of one row, each on its own slots."""
+    api = FakeApi()
+    pair.model.graphs = CudaGraphs(api)
+    for turn in range(3):
+        with pair.model.runner.open_slots(pair.model.default_program, 3) as session:
+            for i in range(3):
+                pair.model.runner.prefill(session.row(i), [torch.arange(6) + i])
+        assert api.count("capture") == 3 * (turn > 0)
 
 
 def test_a_prompt_that_cannot_be_captured_leaves_decodes_alone(pair: Pair) -> None:
@@ -340,6 +377,23 @@ def test_a_prompt_that_cannot_be_captured_leaves_decodes_alone(pair: Pair) -> No
     for _ in range(3):
         got, want = _prompt(pair, rows)
         assert torch.equal(got, want)
-    assert [r.reason is None for r in graphs.records] == [False], "tried once"
+    (failed,) = graphs.prompts.records
+    assert failed.reason is not None and failed.tokens == 6, "tried once"
     pair.check(graphs, "identity")
-    assert [r.reason is None for r in graphs.records] == [False, True]
+    assert [r.reason is None for r in graphs.records] == [True]
+
+
+def test_prompts_never_drop_the_graphs_of_decodes(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST_PROMPTS", 2)
+    pair.model.graphs = graphs = CudaGraphs(FakeApi(), limit=4)
+    pair.check(graphs, "identity")
+    for length in (3, 4, 5, 6, 7):
+        for _ in range(2):
+            _prompt(pair, [torch.arange(length)])
+    assert len(graphs) == 1 and len(graphs.prompts) == 2
+    pair.model.graphs = without = CudaGraphs(FakeApi(), captures_prompts=False)
+    for _ in range(3):
+        _prompt(pair, [torch.arange(6)])
+    assert not without.prompts.records

@@ -10,6 +10,7 @@ Shape legend: B batch, T tokens.
 import importlib
 import importlib.metadata
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,8 @@ from .tensorrt_graph import engines, split_for_engines, whole_engine, written_sl
 BINDINGS = "engines.json"
 _PACKAGE = "torch-tensorrt"
 
+log = logging.getLogger("polar_fx.tensorrt")
+
 # A part must not be taken apart once more, and TensorFloat-32 is not asked for.
 _SETTINGS: Mapping[str, Any] = {
     "min_block_size": 1,
@@ -39,8 +42,13 @@ _SETTINGS: Mapping[str, Any] = {
     "disable_tf32": True,
 }
 # Ours, beside torch_tensorrt's settings: the largest sizes engines are built for, and operators to
-# keep in torch. `whole_decode` is one more, whose default depends on the version.
-_OWN: Mapping[str, Any] = {"max_batch": 8, "max_tokens": 512, "torch_executed_ops": ()}
+# keep in torch, and whether decoding layers are one engine.
+_OWN: Mapping[str, Any] = {
+    "max_batch": 8,
+    "max_tokens": 512,
+    "torch_executed_ops": (),
+    "whole_decode": None,
+}
 # the first version whose engines write keys and values in place
 _IN_PLACE = (2, 14)
 _LEAST = {"max_batch": 4, "max_tokens": 128}
@@ -53,7 +61,8 @@ class TensorRTBackend(PersistentBackend):
     `options` are settings of `torch_tensorrt.dynamo.compile`, and `max_batch` (8), `max_tokens`
     (512), the most rows and tokens of one call, `torch_executed_ops`, names such as "aten::gelu"
     of operators to keep out of engines, and `whole_decode`, whether a layer that decodes one row is
-    one engine (default: where torch_tensorrt writes keys and values in place, from 2.14 on).
+    one engine: True, False, or None (the default), which tries it where torch_tensorrt writes keys
+    and values in place, from 2.14 on, and takes the layer apart where it does not work.
 
     Raises CompileError if torch_tensorrt is missing, is for another torch, or cannot be imported,
     and if there is no GPU; InputError for limits that are too small, and for `whole_decode` where
@@ -63,6 +72,8 @@ class TensorRTBackend(PersistentBackend):
     name: ClassVar[str] = "tensorrt"
     needs_shapes: ClassVar[bool] = True
     by_address = False
+    # engines are told the sizes of a prompt when they are launched
+    captures_prompts: ClassVar[bool] = False
     # TensorRT chooses kernels by timing them: one build at a time on a GPU
     in_workers: ClassVar[bool] = False
 
@@ -70,13 +81,16 @@ class TensorRTBackend(PersistentBackend):
         self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()
     ) -> None:
         self._library, self._versions = find_library()
+        super().__init__({**_OWN, **(options or {})}, passes)
         version = self._versions.split(",")[0].split()[1]
-        in_place = tuple(map(int, version.split(".")[:2])) >= _IN_PLACE
-        super().__init__({**_OWN, "whole_decode": in_place, **(options or {})}, passes)
-        if self.options["whole_decode"] and not in_place:
+        self._in_place = tuple(map(int, version.split(".")[:2])) >= _IN_PLACE
+        whole = self.options["whole_decode"]
+        if whole not in (None, True, False):
+            raise InputError(f"whole_decode must be True, False or None, got {whole!r}")
+        if whole and not self._in_place:
             raise InputError(
                 f"torch_tensorrt {version} does not write keys and values in place, which "
-                f"whole_decode needs: leave it out, or install 2.14 or newer"
+                "whole_decode needs: leave it out, or install 2.14 or newer"
             )
         for name, least in _LEAST.items():
             if not isinstance(self.options[name], int) or self.options[name] < least:
@@ -101,8 +115,21 @@ class TensorRTBackend(PersistentBackend):
         save(specialize(body, example, dynamic=dynamic, largest=self._largest), folder / GRAPH)
 
     def build(self, folder: Path) -> None:
+        whole = self.options["whole_decode"]
+        if whole is None and self._in_place:
+            try:
+                self._build(folder, whole=True)
+            except CompileError as error:
+                log.warning("a layer is taken apart: %s", error)
+            else:
+                return
+        self._build(folder, whole=bool(whole))
+
+    def _build(self, folder: Path, *, whole: bool) -> None:
+        """Write the engines, of a layer that decodes one row in one piece if asked for."""
         bindings = {}
-        for name, exported in export_engines(self._split(folder / GRAPH), self._largest).items():
+        split = self._split(folder / GRAPH, whole=whole)
+        for name, exported in export_engines(split, self._largest).items():
             made = self._lower(exported, name)
             (folder / f"{name}.engine").write_bytes(made.serialized_engine)
             operands = [n.name for n in exported.graph.find_nodes(op="placeholder")]
@@ -113,11 +140,13 @@ class TensorRTBackend(PersistentBackend):
                 # output: the operand whose memory it is, and what kind of that
                 "aliased": dict(getattr(made, "aliased_io", None) or {}),
             }
-        (folder / BINDINGS).write_text(json.dumps(bindings), encoding="utf-8")
+        described = {"whole": whole, "engines": bindings}
+        (folder / BINDINGS).write_text(json.dumps(described), encoding="utf-8")
 
     def load(self, files: Mapping[str, Path]) -> Region:
-        graph_module = self._split(files[GRAPH])
-        for name, bound in json.loads(files[BINDINGS].read_text(encoding="utf-8")).items():
+        described = json.loads(files[BINDINGS].read_text(encoding="utf-8"))
+        graph_module = self._split(files[GRAPH], whole=described["whole"])
+        for name, bound in described["engines"].items():
             aliased = {output: tuple(of) for output, of in bound["aliased"].items()}
             module = self._library.dynamo.runtime.TorchTensorRTModule(
                 serialized_engine=files[f"{name}.engine"].read_bytes(),
@@ -143,11 +172,11 @@ class TensorRTBackend(PersistentBackend):
 
         return run
 
-    def _split(self, path: Path) -> GraphModule:
+    def _split(self, path: Path, *, whole: bool) -> GraphModule:
         graph_module = graph_of(torch.export.load(path), self.passes)
         keep = self.options["torch_executed_ops"]
-        whole = whole_engine(graph_module, keep) if self.options["whole_decode"] else None
-        return split_for_engines(graph_module, keep) if whole is None else whole
+        one = whole_engine(graph_module, keep) if whole else None
+        return split_for_engines(graph_module, keep) if one is None else one
 
     def _lower(self, exported: ExportedProgram, name: str) -> Any:
         """The one engine of a part, as torch_tensorrt's module. Raises CompileError."""
@@ -156,7 +185,7 @@ class TensorRTBackend(PersistentBackend):
             "timing_cache_path": str(cache_dir() / "tensorrt" / "timing.cache"),
             **self.options,
         }
-        settings = {k: v for k, v in settings.items() if k not in (*_OWN, "whole_decode")}
+        settings = {k: v for k, v in settings.items() if k not in _OWN}
         slots = written_slots(exported.graph)
         library, (results,) = self._library.dynamo, exported.graph.output_node().args
         try:
@@ -176,9 +205,9 @@ class TensorRTBackend(PersistentBackend):
                 raise ValueError(f"of {slots} it writes {aliased} in place")
         except Exception as error:
             reason = f"{type(error).__name__}: {first_line(error)}"
-            part = ", a whole layer (TensorRTBackend({'whole_decode': False}) parts it)"
+            part = "a whole layer (TensorRTBackend({'whole_decode': False}) takes it apart)"
             raise CompileError(
-                f"torch_tensorrt does not make one engine of {name}{part if slots else ''} "
+                f"torch_tensorrt does not make one engine of {part if slots else name} "
                 f"({reason}); keep an operator out of the engines with "
                 "TensorRTBackend({'torch_executed_ops': ['aten::gelu']}), say, or use "
                 "backend='inductor'"

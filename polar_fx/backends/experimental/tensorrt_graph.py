@@ -178,7 +178,7 @@ def _written_by_copies(before: Graph) -> Graph | None:
                 return None
             slot, places, update = node.args[:3]
             position: Node = places[2]
-            if any(storage(n) is slot for n in env if n is not slot):
+            if any(storage(i) is slot for n in env for i in n.all_input_nodes):
                 return None  # what was read before the write is another value than after it
             written.add(slot)
             where = graph.call_function(aten.reshape.default, (env[position], [1]))
