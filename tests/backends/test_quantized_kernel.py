@@ -84,13 +84,13 @@ def test_it_multiplies_any_number_of_rows(rows: int, region: tuple[torch.dtype, 
         torch.testing.assert_close(mine.double(), want, rtol=near, atol=near)
 
 
+# few rows of floats are scaled block by block, more by the weight
+@pytest.mark.parametrize("region", ["this processor, bf16"], indirect=True)
 @pytest.mark.parametrize("rows", [1, 2, 3, 5, 8])
 def test_a_row_has_the_same_results_beside_any_others(
     rows: int, region: tuple[torch.dtype, Region]
 ) -> None:
     dtype, run = region
-    if dtype != torch.bfloat16:
-        pytest.skip("few rows of floats are scaled block by block, more by the weight")
     operands = _operands(13, dtype)
     of_some = [o[:rows] if o.shape[:2] == (13, 1) else o for o in operands]
     for some, many in zip(run(of_some), run(operands), strict=True):

@@ -235,11 +235,8 @@ def test_a_layer_that_is_no_engine_in_place_is_taken_apart_or_an_error(
 def test_a_slot_that_would_be_copied_is_refused(writing: _Library) -> None:
     region = _decoding_layer(TensorRTBackend())
     library = tiny("llama").library
-    heads, size = (
-        library.table.kv_specs[0].columns[0].heads,
-        library.table.kv_specs[0].columns[0].size,
-    )
-    slot = torch.zeros(1, heads, size, 32).transpose(2, 3)
+    keys = library.table.kv_specs[0].columns[0]
+    slot = torch.zeros(1, keys.heads, keys.size, 32).transpose(2, 3)
     sides = [torch.zeros(1, 1, 8), torch.zeros(1, 1, 8), torch.zeros(1, 1, dtype=torch.long)]
     mask = torch.ones(1, 1, 1, 32, dtype=torch.bool)
     weights = library.layers[0].weights
@@ -280,6 +277,14 @@ def test_a_part_that_the_library_splits_again_is_an_error(library: _Library) -> 
         ),
     ):
         _head(TensorRTBackend())
+
+
+def test_parts_that_fail_are_built_once(writing: _Library) -> None:
+    """A region that is no whole engine has nothing else to try."""
+    writing.num_engines = 2
+    with pytest.raises(CompileError, match=r"one engine of engine_0 \(ValueError: it made 2\)"):
+        _head(TensorRTBackend())
+    assert len(writing.parts) == 1
 
 
 def _installed(monkeypatch: pytest.MonkeyPatch, version: str | None) -> None:

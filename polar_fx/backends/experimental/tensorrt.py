@@ -115,20 +115,24 @@ class TensorRTBackend(PersistentBackend):
         save(specialize(body, example, dynamic=dynamic, largest=self._largest), folder / GRAPH)
 
     def build(self, folder: Path) -> None:
-        whole = self.options["whole_decode"]
-        if whole is None and self._in_place:
+        graph_module, keep = self._graph(folder / GRAPH), self.options["torch_executed_ops"]
+        asked = self.options["whole_decode"]
+        tries = self._in_place if asked is None else asked
+        whole = whole_engine(graph_module, keep) if tries else None
+        if whole is not None:
             try:
-                self._build(folder, whole=True)
+                self._build(whole, folder, whole=True)
             except CompileError as error:
+                if asked:
+                    raise
                 log.warning("a layer is taken apart: %s", error)
             else:
                 return
-        self._build(folder, whole=bool(whole))
+        self._build(split_for_engines(graph_module, keep), folder, whole=False)
 
-    def _build(self, folder: Path, *, whole: bool) -> None:
-        """Write the engines, of a layer that decodes one row in one piece if asked for."""
+    def _build(self, split: GraphModule, folder: Path, *, whole: bool) -> None:
+        """Write the engines of a region, and what they are given."""
         bindings = {}
-        split = self._split(folder / GRAPH, whole=whole)
         for name, exported in export_engines(split, self._largest).items():
             made = self._lower(exported, name)
             (folder / f"{name}.engine").write_bytes(made.serialized_engine)
@@ -145,7 +149,9 @@ class TensorRTBackend(PersistentBackend):
 
     def load(self, files: Mapping[str, Path]) -> Region:
         described = json.loads(files[BINDINGS].read_text(encoding="utf-8"))
-        graph_module = self._split(files[GRAPH], whole=described["whole"])
+        part = whole_engine if described["whole"] else split_for_engines
+        graph_module = part(self._graph(files[GRAPH]), self.options["torch_executed_ops"])
+        assert graph_module is not None, "it was whole when it was built"
         for name, bound in described["engines"].items():
             aliased = {output: tuple(of) for output, of in bound["aliased"].items()}
             module = self._library.dynamo.runtime.TorchTensorRTModule(
@@ -172,11 +178,8 @@ class TensorRTBackend(PersistentBackend):
 
         return run
 
-    def _split(self, path: Path, *, whole: bool) -> GraphModule:
-        graph_module = graph_of(torch.export.load(path), self.passes)
-        keep = self.options["torch_executed_ops"]
-        one = whole_engine(graph_module, keep) if whole else None
-        return split_for_engines(graph_module, keep) if one is None else one
+    def _graph(self, path: Path) -> GraphModule:
+        return graph_of(torch.export.load(path), self.passes)
 
     def _lower(self, exported: ExportedProgram, name: str) -> Any:
         """The one engine of a part, as torch_tensorrt's module. Raises CompileError."""
