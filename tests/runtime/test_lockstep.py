@@ -19,6 +19,7 @@ from polar_fx.passes.address_kv import BLOCK
 from polar_fx.program import Program
 from polar_fx.runtime.generator import padded_rows
 from polar_fx.runtime.lockstep_order import lockstep_calls, shortest_with, union_path
+from polar_fx.runtime.lockstep_plan import DECODE
 from tiny_models import make
 
 paths = st.lists(st.integers(0, 5), min_size=1, max_size=7).map(tuple)
@@ -35,6 +36,14 @@ def holds(sequence: Sequence[int], path: Sequence[int]) -> bool:
 
 def test_the_union_of_a_skip_and_a_repeat_by_hand() -> None:
     assert union_path([(0, 1, 2, 3), (0, 2, 3), (0, 1, 2, 1, 2, 3)]) == (0, 1, 2, 1, 2, 3)
+
+
+def test_calls_of_equal_geometry_name_one_object() -> None:
+    """A pass looks its stores up by identity: to hash a geometry for each layer takes longer."""
+    model = compiled("gemma3_text")
+    plan = model.runner.lockstep.plans.plan((model.default_program,), DECODE)
+    specs = [call.spec for call in plan.calls]
+    assert len(set(map(id, specs))) == len(set(specs)) < len(specs)
 
 
 @given(first=paths, second=paths)
