@@ -113,9 +113,8 @@ class _Library:
 
 def _stand_in(monkeypatch: pytest.MonkeyPatch, found: _Library, *, version: str) -> _Library:
     """The stand-in, and a GPU's name for the keys."""
-    monkeypatch.setattr(
-        tensorrt, "find_library", lambda: (found, f"torch_tensorrt {version}, tensorrt 11.0.0")
-    )
+    library = tensorrt.FoundLibrary(found, version, "11.0.0")
+    monkeypatch.setattr(tensorrt, "find_library", lambda: library)
     monkeypatch.setattr(tensorrt, "_check_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     gpu = SimpleNamespace(name="GPU", multi_processor_count=8)
@@ -347,9 +346,9 @@ def test_versions_are_told_whatever_package_tensorrt_came_in(
     monkeypatch.syspath_prepend(str(tmp_path))
     for name in ("torch_tensorrt", "tensorrt"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    library, versions = find_library()
-    assert library.__name__ == "torch_tensorrt"
-    assert versions == f"torch_tensorrt {MINOR}.0, tensorrt 11.1.0"
+    library = find_library()
+    assert library.module.__name__ == "torch_tensorrt"
+    assert library.versions == f"torch_tensorrt {MINOR}.0, tensorrt 11.1.0"
     for name in ("torch_tensorrt", "tensorrt"):  # set by the import, not by monkeypatch
         sys.modules.pop(name, None)
 
@@ -360,7 +359,7 @@ def test_it_is_known_by_name() -> None:
 
 def _library_or_skip() -> Any:
     try:
-        return find_library()[0]
+        return find_library().module
     except CompileError as error:
         pytest.skip(str(error))
 

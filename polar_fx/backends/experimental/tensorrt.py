@@ -13,6 +13,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -80,16 +81,16 @@ class TensorRTBackend(PersistentBackend):
     def __init__(
         self, options: Mapping[str, Any] | None = None, passes: Sequence[Pass] = ()
     ) -> None:
-        self._library, self._versions = find_library()
+        found = find_library()
+        self._library, self._versions = found.module, found.versions
         super().__init__({**_OWN, **(options or {})}, passes)
-        version = self._versions.split(",")[0].split()[1]
-        self._in_place = tuple(map(int, version.split(".")[:2])) >= _IN_PLACE
+        self._in_place = tuple(map(int, found.version.split(".")[:2])) >= _IN_PLACE
         whole = self.options["whole_decode"]
         if whole not in (None, True, False):
             raise InputError(f"whole_decode must be True, False or None, got {whole!r}")
         if whole and not self._in_place:
             raise InputError(
-                f"torch_tensorrt {version} does not write keys and values in place, which "
+                f"torch_tensorrt {found.version} does not write keys and values in place, which "
                 "whole_decode needs: leave it out, or install 2.14 or newer"
             )
         for name, least in _LEAST.items():
@@ -296,8 +297,22 @@ def _check_device(device: torch.device) -> None:
         )
 
 
-def find_library() -> tuple[Any, str]:
-    """torch_tensorrt, and the versions that decide what it builds.
+@dataclass(frozen=True)
+class FoundLibrary:
+    """torch_tensorrt: the module, its version, and that of the TensorRT which it builds with."""
+
+    module: Any
+    version: str
+    tensorrt: str
+
+    @property
+    def versions(self) -> str:
+        """What decides what is built, for keys."""
+        return f"torch_tensorrt {self.version}, tensorrt {self.tensorrt}"
+
+
+def find_library() -> FoundLibrary:
+    """The library that is installed.
 
     Raises CompileError if it cannot be used here.
     """
@@ -322,10 +337,7 @@ def find_library() -> tuple[Any, str]:
         )
     try:
         library = importlib.import_module("torch_tensorrt")
-        return (
-            library,
-            f"torch_tensorrt {version}, tensorrt {importlib.import_module('tensorrt').__version__}",
-        )
+        return FoundLibrary(library, version, importlib.import_module("tensorrt").__version__)
     except Exception as error:
         # it raises plain Exceptions where a shared library of TensorRT is missing
         raise CompileError(
