@@ -100,6 +100,30 @@ def test_the_table_has_a_row_a_torch_and_names_what_failed() -> None:
     assert "torch 2.11.0 with transformers 5.24.0:\n\n- no space left" in text
 
 
+def test_the_table_tells_which_pairs_ran_on_a_wheel() -> None:
+    text = table([_result("2.9.0", "5.24.0", wheel=True), _result("2.11.0", "5.24.0", wheel=False)])
+    assert "| 2.9.0 | 9 passed (a wheel) |\n| 2.11.0 | 9 passed |" in text
+
+
+def test_tests_of_a_wheel_have_no_package_beside_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> None:
+        commands.append(command)
+        if "wheel" in command:  # from sources that are whole
+            assert (Path(command[-1]) / "polar_fx" / "__init__.py").exists()
+            assert (Path(command[-1]) / "polar_fx" / "passes").exists()
+            (Path(command[command.index("--wheel-dir") + 1]) / "polar_fx.whl").touch()
+
+    monkeypatch.setattr(matrix, "_run", run)
+    matrix.installed_from_wheel(Path("python"), tmp_path / "place")
+    assert [command[-1].endswith("polar_fx.whl") for command in commands] == [False, True]
+    assert not (tmp_path / "place" / "polar_fx").exists()
+    assert (tmp_path / "place" / "tests" / "product" / "test_matrix.py").exists()
+
+
 def test_the_pair_itself_is_not_among_the_other_requirements() -> None:
     names = other_requirements()
     assert not [name for name in names if name.startswith(("torch", "transformers"))]

@@ -21,6 +21,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import xml.etree.ElementTree as ElementTree
@@ -155,6 +156,21 @@ def build(folder: Path, pair: Pair) -> Path:
     return python
 
 
+def installed_from_wheel(python: Path, place: Path) -> None:
+    """Install the project in the environment from a wheel, as users do. `place` becomes a copy of
+    the checkout without the package, so that tests there find the one that is installed.
+    """
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
+    shutil.copytree(ROOT, place, symlinks=True, ignore=left_out, dirs_exist_ok=True)
+    with tempfile.TemporaryDirectory() as made:
+        _run([*pip, "wheel", "--no-deps", "--wheel-dir", made, str(place)])
+        (wheel,) = Path(made).glob("*.whl")
+        _run([*pip, "install", "--no-deps", "--force-reinstall", str(wheel)])
+    for package in ("polar_fx", "passes", "build"):
+        shutil.rmtree(place / package, ignore_errors=True)
+
+
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -179,49 +195,53 @@ def counts(report: str) -> dict[str, Any]:
     return outcomes
 
 
-def measure(pair: Pair, folder: Path, *, jobs: int, minutes: float) -> dict[str, Any]:
-    """Build the environment and run the tests; what goes wrong on the way is part of the result."""
+def measure(pair: Pair, folder: Path, *, jobs: int, minutes: float, wheel: bool) -> dict[str, Any]:
+    """Build the environment and run the tests, on the checkout or on a wheel of it; what goes wrong
+    on the way is part of the result.
+    """
     result: dict[str, Any] = {
         "torch": pair[0],
         "transformers": pair[1],
         "commit": _commit(),
         "python": platform.python_version(),
+        "wheel": wheel,
     }
-    report = folder.with_suffix(".xml")
-    report.unlink(missing_ok=True)
     start = time.monotonic()
     try:
         python = build(folder, pair)
-        start = time.monotonic()
-        # a thread each: compute threads of processes that wait for each other's cores are slower
-        # than none
-        environment = os.environ | {
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
-            "POLAR_FX_CACHE_DIR": str(folder / "cache"),
-        }
-        command = [
-            str(python),
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            str(jobs),
-            "-p",
-            "no:cacheprovider",
-            f"--junitxml={report}",
-            *SUBSET,
-        ]
-        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=60 * minutes)
-        # 1: some tests failed; anything else: not all were run
-        if done.returncode not in (0, 1) or not report.exists():
-            raise MatrixError("pytest did not run all tests; its output above says why")
-        result |= counts(report.read_text(encoding="utf-8"))
+        with tempfile.TemporaryDirectory() as place:
+            tests = Path(place) if wheel else ROOT
+            if wheel:
+                installed_from_wheel(python, tests)
+            start = time.monotonic()
+            result |= _tested(python, tests, folder=folder, jobs=jobs, minutes=minutes)
     except MatrixError as error:
         result["error"] = str(error)
     except subprocess.TimeoutExpired:
         result["error"] = f"not done after {minutes:g} minutes; see --minutes"
     return result | {"seconds": round(time.monotonic() - start)}
+
+
+def _tested(
+    python: Path, place: Path, *, folder: Path, jobs: int, minutes: float
+) -> dict[str, Any]:
+    """Counts of the tests, run in `place`, where they take the package from if it is there."""
+    report = folder.with_suffix(".xml")
+    report.unlink(missing_ok=True)
+    # a thread each: compute threads of processes that wait for each other's cores are slower than
+    # none
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(place),
+        "POLAR_FX_CACHE_DIR": str(folder / "cache"),
+    }
+    command = [str(python), "-m", "pytest", "-q", "-n", str(jobs), "-p", "no:cacheprovider"]
+    command += [f"--junitxml={report}", *SUBSET]
+    done = subprocess.run(command, cwd=place, env=environment, timeout=60 * minutes)
+    # 1: some tests failed; anything else: not all were run
+    if done.returncode not in (0, 1) or not report.exists():
+        raise MatrixError("pytest did not run all tests; its output above says why")
+    return counts(report.read_text(encoding="utf-8"))
 
 
 def _commit() -> str:
@@ -267,7 +287,8 @@ def table(results: Sequence[dict[str, Any]]) -> str:
         "Pairs of torch and transformers for which `make matrix` ran a part of the tests on the "
         "CPU: capture, a sample of",
         "families, forward passes and generation, compiled regions, bundles, passes. A dash is a "
-        "pair that was not tried.",
+        "pair that was not tried;",
+        '"a wheel" is a pair that ran on the project installed from a wheel.',
         "",
         "This file is written by `tests/support/matrix.py`; raw numbers: "
         "`bench/results/versions-cpu.json`.",
@@ -295,7 +316,8 @@ def _cell(result: dict[str, Any]) -> str:
         return "did not run"
     skipped = f", {result['skipped']} skipped" if result["skipped"] else ""
     failed = f"**{result['failed']} failed**, " if result["failed"] else ""
-    return f"{failed}{result['passed']} passed{skipped}"
+    wheel = " (a wheel)" if result.get("wheel") else ""
+    return f"{failed}{result['passed']} passed{skipped}{wheel}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -312,6 +334,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2, help="processes that run tests")
     parser.add_argument(
         "--minutes", type=float, default=30, help="the longest the tests of a pair may take"
+    )
+    parser.add_argument(
+        "--wheel", action="store_true", help="install the project from a wheel, as users do"
     )
     parser.add_argument(
         "--again", action="store_true", help="measure pairs that were measured already, too"
@@ -337,7 +362,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for pair in pairs if chosen.again else still_to_do(pairs, results):
         print(f"torch {pair[0]}, transformers {pair[1]}", flush=True)
         folder = chosen.folder / "-".join(pair)
-        result = measure(pair, folder, jobs=chosen.jobs, minutes=chosen.minutes)
+        result = measure(pair, folder, jobs=chosen.jobs, minutes=chosen.minutes, wheel=chosen.wheel)
         print(_cell(result), result.get("error", ""), flush=True)
         results = with_result(load(RESULTS), result)  # read anew: another run may have added to it
         RESULTS.write_text(json.dumps({"pairs": results}, indent=1) + "\n", encoding="utf-8")
