@@ -1,6 +1,8 @@
 """The matrix of versions: which pairs it tries, what it leaves out, and how it tells the result."""
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -66,6 +68,9 @@ def test_what_was_measured_is_not_measured_again_but_what_did_not_run_is() -> No
         {"torch": broken[0], "transformers": broken[1], "error": "no space left"},
     ]
     assert still_to_do([done, broken, new], results) == [broken, new]
+    assert still_to_do([done], results, wheel=True) == [done]
+    on_wheel = [_result(*done, wheel=True)]
+    assert still_to_do([done], on_wheel) == still_to_do([done], on_wheel, wheel=True) == []
 
 
 def test_a_new_result_takes_the_place_of_the_old_one_and_versions_stay_in_order() -> None:
@@ -119,9 +124,33 @@ def test_tests_of_a_wheel_have_no_package_beside_them(
 
     monkeypatch.setattr(matrix, "_run", run)
     matrix.installed_from_wheel(Path("python"), tmp_path / "place")
-    assert [command[-1].endswith("polar_fx.whl") for command in commands] == [False, True]
-    assert not (tmp_path / "place" / "polar_fx").exists()
+    assert [command[-1].endswith("polar_fx.whl") for command in commands] == [False, True, False]
+    assert "-P" in commands[-1]  # the package that is found is looked at last
+    for package in ("polar_fx", "passes"):
+        assert not (tmp_path / "place" / package).exists()
     assert (tmp_path / "place" / "tests" / "product" / "test_matrix.py").exists()
+
+
+@pytest.mark.parametrize("wheel", [False, True])
+def test_tests_run_where_the_package_is_wanted(
+    wheel: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+
+    def run(command: list[str], *, cwd: Path, env: dict[str, str], **_: Any) -> Any:
+        assert env["PYTHONPATH"] == str(cwd)
+        places.append(cwd)
+        (tmp_path / "pair.xml").write_text(REPORT, encoding="utf-8")
+        return SimpleNamespace(returncode=1)
+
+    monkeypatch.setattr(matrix, "build", lambda folder, pair: Path("python"))
+    monkeypatch.setattr(matrix, "installed_from_wheel", lambda python, place: places.append(place))
+    monkeypatch.setattr(matrix, "_commit", lambda: "abc")
+    monkeypatch.setattr(subprocess, "run", run)
+    pair = ("2.15.0", "5.24.0")
+    result = matrix.measure(pair, tmp_path / "pair", jobs=1, minutes=1, wheel=wheel)
+    assert result["failed"] == 2 and result["wheel"] is wheel
+    assert (places[0] == places[-1] != matrix.ROOT) if wheel else places == [matrix.ROOT]
 
 
 def test_the_pair_itself_is_not_among_the_other_requirements() -> None:

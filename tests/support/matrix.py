@@ -157,18 +157,23 @@ def build(folder: Path, pair: Pair) -> Path:
 
 
 def installed_from_wheel(python: Path, place: Path) -> None:
-    """Install the project in the environment from a wheel, as users do. `place` becomes a copy of
-    the checkout without the package, so that tests there find the one that is installed.
+    """Install the project in the environment from a wheel, without its dependencies. `place`
+    becomes a copy of the checkout without the package, so that tests there find the one that is
+    installed.
     """
-    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     left_out = shutil.ignore_patterns(".*", "build", "dist", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, place, symlinks=True, ignore=left_out, dirs_exist_ok=True)
+    pip = [str(python), "-m", "pip"]
     with tempfile.TemporaryDirectory() as made:
-        _run([*pip, "wheel", "--no-deps", "--wheel-dir", made, str(place)])
+        _run([*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", made, str(place)])
         (wheel,) = Path(made).glob("*.whl")
-        _run([*pip, "install", "--no-deps", "--force-reinstall", str(wheel)])
-    for package in ("polar_fx", "passes", "build"):
-        shutil.rmtree(place / package, ignore_errors=True)
+        _run([*pip, "install", "--quiet", "--no-deps", "--force-reinstall", str(wheel)])
+    for package in ("polar_fx", "passes"):
+        shutil.rmtree(place / package)
+    for left in (place / "build", *place.glob("*.egg-info")):  # of the build; versions are read
+        shutil.rmtree(left, ignore_errors=True)
+    where = "import polar_fx, sys; sys.exit(not polar_fx.__file__.startswith(sys.prefix))"
+    _run([str(python), "-P", "-c", where])
 
 
 def _run(command: list[str]) -> None:
@@ -209,13 +214,13 @@ def measure(pair: Pair, folder: Path, *, jobs: int, minutes: float, wheel: bool)
     start = time.monotonic()
     try:
         python = build(folder, pair)
-        with tempfile.TemporaryDirectory() as place:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
             tests = Path(place) if wheel else ROOT
             if wheel:
                 installed_from_wheel(python, tests)
             start = time.monotonic()
             result |= _tested(python, tests, folder=folder, jobs=jobs, minutes=minutes)
-    except MatrixError as error:
+    except (MatrixError, OSError) as error:
         result["error"] = str(error)
     except subprocess.TimeoutExpired:
         result["error"] = f"not done after {minutes:g} minutes; see --minutes"
@@ -259,11 +264,16 @@ def load(path: Path) -> list[dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["pairs"] if path.exists() else []
 
 
-def still_to_do(pairs: Iterable[Pair], results: Iterable[dict[str, Any]]) -> list[Pair]:
-    """The pairs nothing was measured for; one that could not be built or did not end is tried
-    again.
+def still_to_do(
+    pairs: Iterable[Pair], results: Iterable[dict[str, Any]], *, wheel: bool = False
+) -> list[Pair]:
+    """The pairs nothing was measured for, or not on a wheel if that is asked for; one that could
+    not be built or did not end is tried again.
     """
-    done = {(r["torch"], r["transformers"]) for r in results if "error" not in r}
+    done: set[Pair] = set()
+    for r in results:
+        if "error" not in r and (r.get("wheel") or not wheel):
+            done.add((r["torch"], r["transformers"]))
     return [pair for pair in pairs if pair not in done]
 
 
@@ -336,7 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--minutes", type=float, default=30, help="the longest the tests of a pair may take"
     )
     parser.add_argument(
-        "--wheel", action="store_true", help="install the project from a wheel, as users do"
+        "--wheel", action="store_true", help="run on a wheel of the project that is installed"
     )
     parser.add_argument(
         "--again", action="store_true", help="measure pairs that were measured already, too"
@@ -359,9 +369,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         pairs = edge_pairs(newest_of_each_minor(published("torch")), sorted(known, key=_number))
     chosen.folder.mkdir(parents=True, exist_ok=True)
     results = load(RESULTS)
-    for pair in pairs if chosen.again else still_to_do(pairs, results):
+    for pair in pairs if chosen.again else still_to_do(pairs, results, wheel=chosen.wheel):
         print(f"torch {pair[0]}, transformers {pair[1]}", flush=True)
-        folder = chosen.folder / "-".join(pair)
+        folder = chosen.folder.resolve() / "-".join(pair)
         result = measure(pair, folder, jobs=chosen.jobs, minutes=chosen.minutes, wheel=chosen.wheel)
         print(_cell(result), result.get("error", ""), flush=True)
         results = with_result(load(RESULTS), result)  # read anew: another run may have added to it
