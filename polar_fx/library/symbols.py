@@ -116,7 +116,8 @@ class SymbolTable:
     """Everything about a captured model but graphs and weights.
 
     `owners` names, for each layer that only reads keys and values, the layer that writes them: the
-    spec of such a reader is empty, and its calls take the slot of its owner.
+    spec of such a reader is empty, and its calls take the slot of its owner. Equal specs are one
+    object, so that what every call looks up by its spec can be found by identity.
     """
 
     bodies: dict[str, BodySymbols]
@@ -125,6 +126,11 @@ class SymbolTable:
     epilogue: Symbol
     kv_specs: tuple[KvSpec, ...]
     owners: dict[int, int] = field(default_factory=dict[int, int])
+
+    def __post_init__(self) -> None:
+        one_of: dict[KvSpec, KvSpec] = {}
+        specs = tuple(one_of.setdefault(spec, spec) for spec in self.kv_specs)
+        object.__setattr__(self, "kv_specs", specs)
 
     def calls(self) -> tuple[Symbol, ...]:
         """Every call, in the order of the identity program."""

@@ -157,8 +157,8 @@ class CudaGraphs:
         met, cache = (threading.get_ident(), key), self.prompts
         with cache.lock:
             captured, out = cache.find(key), self._met.pop(met, None)
-            worthwhile = out is not None and cache.is_worthwhile((linked.program, batch))
-            if captured is None and out is not None and worthwhile:
+            subject = linked.program, batch
+            if captured is None and out is not None and cache.is_worthwhile(subject):
                 captured = self._capture(key, linked, inputs=inputs, out=out, cache=cache)
             if captured is not None:
                 return _replayed(cache, key, captured=captured, inputs=inputs)

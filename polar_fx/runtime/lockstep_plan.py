@@ -86,7 +86,6 @@ class Planner:
     def __init__(self, library: LayerLibrary, regions: RegionTable) -> None:
         self.library, self.regions = library, regions
         self._plans: OrderedDict[tuple[tuple[Program, ...], Part], Plan] = OrderedDict()
-        self._specs: dict[KvSpec, KvSpec] = {}  # calls of equal geometry name the same object
 
     def calls(self, program: Program, shape: ShapeClass) -> list[RegionName]:
         """The regions that one pass over rows of one program calls, in order, for the logits of a
@@ -205,12 +204,11 @@ class Planner:
         everyone = len(call.rows) == len(schedules)
         layer = self.library.layers[call.layer]
         opens, closes = blends_of(call, schedules)
-        spec = self.library.table.slot_spec(call.layer)
         return PlannedCall(
             call.rows,
             None if everyone else torch.tensor(call.rows, device=self.library.device),
             layer.step(region),
-            self._specs.setdefault(spec, spec),
+            self.library.table.slot_spec(call.layer),
             opens,
             closes,
         )
